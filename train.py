@@ -204,7 +204,7 @@ def parse(argv):
     call.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     call.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer state over the processes")
     call.add_argument("--sample", type=int, default=200, metavar="N", help="tokens to show at the end (default: 200)")
-    call.add_argument("--bench", action="store_true", help="time 20 steps on random tokens; writes nothing")
+    call.add_argument("--bench", action="store_true", help="time 20 steps on random tokens; writes --out/bench.json, if --out is given")
     plugs = {}
     for kind, key, what, old in ((GPTConfig, "attn", "attention", model), (RunConfig, "optim", "optimizer", run)):
         group = parser.add_argument_group({"attn": "the model", "optim": "the run"}[key])
@@ -660,8 +660,9 @@ def atomic(path):
     except BaseException as e:
         with suppress(OSError):
             draft.unlink()
-        if isinstance(e, OSError) or "PytorchStreamWriter" in str(e):                        # torch.save's word for a full disk
-            fail(f"cannot write {path} ({getattr(e, 'strerror', None) or 'is the disk full?'}); what was there is untouched")
+        cause = e if isinstance(e, OSError) else e.__context__      # torch.save wraps what the disk said
+        if isinstance(cause, OSError):
+            fail(f"cannot write {path} ({cause.strerror}); what was there is untouched")
         raise
 
 
@@ -901,7 +902,7 @@ def flops_per_token(model):
     return 6 * (matrices if c.tied else matrices - model.embed_tokens.weight.numel()) + 6 * c.n_layer * c.block_size * c.n_head * c.head_dim
 
 
-def bench(model, net, optimizer, run, device, warm_up=5, steps=20):
+def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):
     """Time whole training steps on random tokens; -> dict of figures, printed too."""
     cfg, per_rank, times = model.cfg, run.batch_size // world(), []
     size = run.micro_batch or per_rank
@@ -919,6 +920,9 @@ def bench(model, net, optimizer, run, device, warm_up=5, steps=20):
         if peak:
             figures["mfu"] = flops_per_token(model) * tokens / seconds / world() / peak
     say(json.dumps(figures, indent=1))
+    if out and rank() == 0:
+        with atomic(Path(out) / "bench.json") as f:
+            f.write(json.dumps({"command": " ".join(sys.argv), **figures}, indent=1).encode())
     return figures
 
 
@@ -942,6 +946,7 @@ def main(argv=None):
 
 
 def train(args, cfg, run, saved, stop):
+    launched = time.perf_counter()
     device, resuming = args.device, args.resume is not None
     run.dtype, dtype_why = pick_dtype(device, run.dtype)
     compile_why = "as asked" if args.compile is not None else "it pays on CUDA"
@@ -950,12 +955,12 @@ def train(args, cfg, run, saved, stop):
     micro = run.micro_batch or per_rank
     if run.batch_size % world() or per_rank % micro:
         fail(f"--batch-size {run.batch_size} does not share out to {world()} processes" + (f" in --micro-batch {micro}" if run.micro_batch else ""))
-    name = f"{torch.cuda.get_device_name(device)}, a GPU is here" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     say(f"device   {device} ({name}{f', {world()} processes' if world() > 1 else ''})\ndtype    {run.dtype} ({dtype_why})\n"
         f"compile  {'on' if args.compile else 'off'} ({compile_why})")
 
     tokenizer = tokenizer_from(saved["tokenizer"]) if saved else None if args.bench else get_tokenizer(run.tokenizer)
-    n_vocab = tokenizer.n_vocab if tokenizer else 50257              # --bench does not need one
+    n_vocab = tokenizer.n_vocab if tokenizer else cfg.vocab_size or 50257                    # --bench has GPT-2's in mind
     cfg.vocab_size = cfg.vocab_size or -(-n_vocab // 64) * 64
     if cfg.vocab_size < n_vocab:
         fail(f"--vocab-size {cfg.vocab_size} is less than the tokenizer's {n_vocab}; leave it out")
@@ -980,7 +985,7 @@ def train(args, cfg, run, saved, stop):
     say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters: {cfg.n_layer} layers of width {cfg.n_embd}, "
         f"{cfg.n_head} heads, context {cfg.block_size}, {cfg.attn} attention, {run.optim}")
     if args.bench:
-        return bench(model, net, optimizer, run, device)
+        return bench(model, net, optimizer, run, device, args.out)
 
     step = first = saved["step"] if resuming else 0
     last = min(run.steps, step + (args.stop_after or run.steps))
@@ -989,11 +994,16 @@ def train(args, cfg, run, saved, stop):
     if resuming:
         load_optimizer(optimizer, saved["optimizer"])
     saved, config, log = None, {"model": asdict(cfg), "run": asdict(run)}, Log(out / "log.csv", step)
+
+    def note(**result):
+        """config.json: what was asked for, on what it ran and, in the end, what came out."""
+        machine = {"device": name, "processes": world(), "python": sys.version.split()[0], "torch": torch.__version__}
+        with atomic(out / "config.json") as f:
+            f.write(json.dumps({"command": " ".join(sys.argv), **config, "machine": machine, "result": result}, indent=1).encode())
     if rank() == 0:
         for draft in out.glob(".*.[0-9]*"):                          # left by a process that was killed while it wrote
             draft.unlink()
-        with atomic(out / "config.json") as f:
-            f.write(json.dumps({**config, "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}, indent=1).encode())
+        note()
     say(f"run      {out}: steps {step + 1:,} to {last:,}" + (f" of {run.steps:,}" if last < run.steps else ""))
 
     bar = tqdm(total=run.steps, initial=step, unit="step", disable=rank() > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
@@ -1036,6 +1046,7 @@ def train(args, cfg, run, saved, stop):
             save_checkpoint(out, model, optimizer, step=step, config=config, tokenizer=tokenizer_dict(tokenizer), data=data)
     bar.close()
     if rank() == 0:
+        note(**result, seconds=time.perf_counter() - launched)
         log.plot(out / "loss.png", f"{out.name}: {run.data}", bits_per_nat)
     if step < run.steps:
         say(f"stopped after step {step:,} of {run.steps:,}; all is saved. Go on with: python train.py --resume {out}")
