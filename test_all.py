@@ -713,6 +713,7 @@ def test_readme_commands_work(tiny, monkeypatch):
         if words[:2] == ["python", "train.py"]:
             argv = words[2:] + ([] if "--data" in words and words[words.index("--data") + 1] != "python" else ["--data", "text.txt"])
             if "--resume" in argv:
+                train.main([*tiny, "--out", "out/unfinished", "--stop-after", "2"])
                 argv = [*words[2:], "--device", "cpu", "--sample", "2"]
             elif "--init" in argv:
                 argv += "--batch-size 4 --steps 2 --eval-batches 1 --sample 2 --device cpu".split()
