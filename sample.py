@@ -1,11 +1,13 @@
 """Let a trained GPT go on with a text.
 
-    python sample.py --prompt "def main("              the newest run under out/
-    python sample.py --init out/NAME --prompt @my.txt  another run, the prompt from a file
-    python sample.py --temperature 0                   always the likeliest token
+python sample.py --prompt "def main("       the newest run under out/
+python sample.py --init out/NAME            another run
+python sample.py --prompt @my.txt           a prompt from a file
+python sample.py --temperature 0            always the likeliest token
 
-The text streams to stdout, all else goes to stderr. A cache of keys and values makes each token cost one position;
---no-cache reads the whole context again for each and gives the same tokens.
+The text streams to stdout, all else goes to stderr. Kept keys and values make a
+token cost one position; --no-cache reads the whole context for each, to the same
+tokens.
 """
 import argparse, codecs, os, sys, time
 from pathlib import Path
@@ -45,7 +47,7 @@ def main(argv=None):
     flag("--prompt", default="", help="text to go on with, or @file; empty: a new document")
     flag("--init", metavar="DIR", help="the run to use (default: the newest under out/)")
     flag("--max-tokens", type=int, default=300, help="tokens to generate; an end of text ends earlier (default: 300)")
-    flag("--temperature", type=float, default=0.8, help="below 1 bolder in what is likely, 0 always the likeliest (default: 0.8)")
+    flag("--temperature", type=float, default=0.8, help="the higher, the more surprising; 0: always the likeliest (default: 0.8)")
     flag("--top-k", type=int, default=50, help="choose among the k likeliest tokens, 0: among all (default: 50)")
     flag("--top-p", type=float, default=1.0, help="choose among the fewest that hold this much probability (default: 1)")
     flag("--seed", type=int, default=1337, help="equal seeds give equal texts (default: 1337)")

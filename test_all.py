@@ -432,16 +432,17 @@ def test_init_starts_anew_from_the_weights(tiny, capsys):
     refused(capsys, ["--init", "out/a", "--n-layer", "3", "--device", "cpu"], "--n-layer is 3 here but 2 in out/a")
 
 
-@pytest.mark.parametrize("where", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("where", ["start", "train", "evaluate", "generate"])
 def test_signal_saves_and_ends(tiny, monkeypatch, where):
     whole = train.main([*tiny, "--out", "out/whole"])
-    calls, name = [], {"train": "batch_starts", "evaluate": "windows", "generate": "generate"}[where]
+    calls, hits, name = [], [], {"start": "build", "train": "batch_starts", "evaluate": "windows", "generate": "generate"}[where]
     original = getattr(train, name)
 
     def hit(*args, **more):
         calls.append(args)
-        if where == "train" and args[1] == 10 or where == "evaluate" and isinstance(args[1], np.ndarray) and len(calls) > 22:
+        if where == "start" or where == "train" and args[1] == 10 or where == "evaluate" and isinstance(args[1], np.ndarray) and len(calls) > 21:
             signal.raise_signal(signal.SIGTERM)
+            hits.append(len(calls))
         if where != "generate":
             return original(*args, **more)
 
@@ -456,8 +457,9 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
     assert signal.getsignal(signal.SIGTERM) is handler
     assert run["signal"] == (signal.SIGINT if where == "generate" else signal.SIGTERM)
     monkeypatch.setattr(train, name, original)
+    assert where != "evaluate" or hits == [len(calls)], "it went on evaluating"
     if where != "generate":
-        assert 0 < run["step"] < 40 and train.load_checkpoint(Path("out/a"))["step"] == run["step"]
+        assert (0 if where == "start" else 9) <= run["step"] < 40 and train.load_checkpoint(Path("out/a"))["step"] == run["step"]
         train.main(["--resume", "out/a", "--device", "cpu", "--sample", "1"])
     a, b = (train.load_checkpoint(Path(f"out/{n}")) for n in ("a", "whole"))
     assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
@@ -476,16 +478,26 @@ def test_sigterm_from_outside(tiny):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch, capsys):
-    original, steps = train.take_step, []
+    original, steps, models = train.take_step, [], []
 
     def poisoned(model, *more):
         steps.append(1)
         if len(steps) == 8:
             model.norm.weight.data[0] = math.nan
+            models.append((model, model.embed_tokens.weight.clone()))
         return original(model, *more)
     monkeypatch.setattr(train, "take_step", poisoned)
     refused(capsys, [*tiny, "--out", "out/a", "--eval-every", "5"], "step 8: the loss is nan", "out/a/ckpt.pt is the last good", status=1)
     assert train.load_checkpoint(Path("out/a"))["step"] == 5
+    model, before = models[0]
+    assert torch.equal(model.embed_tokens.weight, before), "the optimizer took the step"
+
+
+def test_weights_gone_bad_are_not_saved(tiny, monkeypatch, capsys):
+    losses = iter([2.0, 1.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    refused(capsys, [*tiny, "--out", "out/a", "--eval-every", "10"], "step 30: the held-out loss is nan", status=1)
+    assert train.load_checkpoint(Path("out/a"))["step"] == 20
 
 
 def test_infinite_gradient_stops_the_run(tiny, monkeypatch, capsys):
@@ -523,7 +535,7 @@ def test_bad_resume(tiny, capsys):
     train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
     before = Path("out/a/ckpt.pt").read_bytes()
     for flags, parts in {"--resume out/a --lr 0.5": ["--lr is 0.5 here but 0.003 in out/a"], "--resume --n-layer 3": ["--n-layer is 3"],
-                         "--resume --attn nix": ["no attention"], "--out out/a": ["holds a run already", "--resume out/a"]}.items():
+                         "--resume --attn nix": ["no attention"], "--resume --model gpt2": ["leave it out"], "--out out/a": ["holds a run already", "--resume out/a"]}.items():
         refused(capsys, [*flags.split(), "--device", "cpu"], *parts)
     Path("text.txt").write_text(Path("text.txt").read_text() + "more")
     refused(capsys, ["--resume", "--device", "cpu"], "has changed", "--init out/a")
@@ -574,7 +586,7 @@ def test_a_readers_own_module_plugs_in(tiny, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         train.main(["--attn", "mine", "--help"])
     words = capsys.readouterr().out
-    assert e.value.code == 0 and "options of mine.attention" in words and "--sharp" in words and "--n-kv-head" in words
+    assert e.value.code == 0 and "options of the attention mine" in words and "--sharp" in words and "--n-kv-head" in words
 
 
 def test_sampling_streams_whole_characters(tiny, capsys):

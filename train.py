@@ -1,16 +1,19 @@
 """The tiny GPT and its training loop: the ground that five papers stand on.
 
-    python train.py                                    train on the source of Python's own library: no data to fetch
-    python train.py --data my.txt --model small        any text file or folder; a bigger model
-    python train.py --attn mine --optim mine           your mine.py: attention(q, k, v) and optimizer(groups, lr)
-    python train.py --resume                           go on with the newest run, exactly where it stopped
-    python train.py --bench --model gpt2               time training steps on random tokens
-    torchrun --nproc-per-node 8 train.py --model gpt2  the same run on 8 GPUs (DDP); --fsdp shards the model too
+python train.py                         on Python's own library: no data to fetch
+python train.py --data my.txt           any text file or folder
+python train.py --model gpt2            a preset; each of its fields is a flag too
+python train.py --attn mine             your mine.py: attention(q, k, v)
+python train.py --optim mine            your mine.py: optimizer(groups, lr)
+python train.py --resume                the newest run, exactly from where it is
+python train.py --bench --model gpt2    time steps on random tokens
+torchrun --nproc-per-node 8 train.py    the same run on 8 GPUs; --fsdp shards it
 
-A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png; sample.py talks to it. Exit status: 0 done,
-1 the loss was not finite, 2 bad input (one sentence says what), 128 + signal when stopped (the run is saved first).
+A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png; sample.py
+talks to it. Exit status: 0 done, 1 the loss was not finite, 2 bad input (one
+sentence says what), 128 + signal when stopped (the run is saved first).
 """
-import argparse, base64, csv, difflib, hashlib, importlib, inspect, json, math, os, random, re, signal, sys, sysconfig, time
+import argparse, base64, csv, difflib, hashlib, importlib, inspect, itertools, json, math, os, random, re, signal, sys, sysconfig, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -56,7 +59,7 @@ def check(config):
         if f.type in (int, float):
             least = f.metadata["least"] if f.metadata["least"] is not None else min(1, f.default) if f.type is int else 0
             above = f.type is float and f.metadata["least"] is None
-            if not (least < value if above else least <= value) or value > f.metadata.get("most", 2 ** 32):
+            if not (least < value if above else least <= value) or value > 2 ** 32:
                 raise ValueError(f"{name} is {value}; it must be {'above' if above else 'at least'} {least}")
 
 
@@ -213,24 +216,28 @@ def parse(argv):
                 recipe = "the preset's" if f.name in PRESETS["tiny"] else f.default
                 add_flag(group, f.name, f.default, f.metadata["help"] + (f" (default: {recipe})" if f.default else ""))
         given = getattr(early, key)
-        plugs[key] = plug(given or old.get(key, getattr(kind, key)), what, trusted=given is not None)
+        chosen = given or old.get(key, getattr(kind, key))
+        plugs[key] = plug(chosen, what, trusted=given is not None)
         options = {k: v for k, v in signature(plugs[key])[1].items() if isinstance(v, (bool, int, float, str, list))}
-        group = parser.add_argument_group(f"options of {plugs[key].__module__}.{what}") if options else None
+        group = parser.add_argument_group(f"options of the {what} {chosen}") if options else None
         for name, default in options.items():
             add_flag(group, name, default, f"(default: {default})")
     args = parser.parse_args(argv)
     if args.stop_after is not None and args.stop_after < 1:
         fail(f"--stop-after is {args.stop_after}; it must be at least 1")
+    if args.model and saved:
+        fail(f"--model {args.model} describes a new model; the one in {origin} keeps its shape, so leave it out")
     args.device = pick_device(args.device)
     args.model = args.model or ("tiny" if args.device.type == "cpu" else "small")
 
     def settle(kind, key, old):
-        given, options, kept = ({k: v for k, v in vars(args).items() if v is not None}, signature(plugs[key])[1], old.get(f"{key}_args", {}))
+        given, options, kept = {k: v for k, v in vars(args).items() if v is not None}, signature(plugs[key])[1], old.get(f"{key}_args", {})
         for k, new in given.items():
             before = {**old, **kept}.get(k, new)
             if before != new and k not in MAY_CHANGE:
                 fail(f"--{k.replace('_', '-')} is {new} here but {before} in {origin}; leave it out, or start a new run")
-        values = {**PRESETS[args.model], **old, **given, f"{key}_args": {k: given.get(k, kept.get(k, v)) for k, v in options.items()}}
+        recipe = {k: saved["config"]["run"].get(k, v) if saved else v for k, v in PRESETS[args.model].items()}
+        values = {**recipe, **old, **given, f"{key}_args": {k: given.get(k, kept.get(k, v)) for k, v in options.items()}}
         try:
             return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
         except ValueError as e:
@@ -367,7 +374,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids -> the mean loss in nats against targets (B, T), of which those < 0 do not count; without
-        targets the float32 logits (B, T, V). With a cache, one Cache a layer, idx continues it; logits (B, 1, V) of the end."""
+        targets the logits (B, T, V), at least float32. With a cache, one Cache a layer, idx continues it; logits (B, 1, V) of the end."""
         cos, sin = rotary(cache[0].length if cache else 0, idx.shape[1], self.cfg.head_dim, self.cfg.rope_theta, idx.device)
         x = self.embed_tokens(idx).to(self.dtype)                                            # (B, T, C)
         for i, layer in enumerate(self.layers):
@@ -375,12 +382,12 @@ class GPT(nn.Module):
         x = self.norm(x[:, -1:] if cache else x)
         weight = (self.lm_head or self.embed_tokens).weight                                  # (V, C)
         if targets is None:
-            return F.linear(x, weight.to(x.dtype)).float()
+            return F.linear(x, weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
 
     def compile(self):
-        """torch.compile in pieces, in place: one graph serves all layers, so it takes seconds, and the residual stream and the rotary
-        angles are made once. Compiled as a whole, each kernel works them out anew: 152.9 ms a step for gpt2, bf16, H200."""
+        """torch.compile in pieces, in place: one graph serves all layers, so it takes seconds, and the rotary angles and the residual
+        stream are made once. Compiled whole, kernel after kernel worked them out anew: 153 ms a step, not 118 (gpt2, H200)."""
         for part in (*self.layers, self.norm):
             part.compile()
 
@@ -586,6 +593,8 @@ def read_text(path):
         text = path.read_bytes().decode()
     except UnicodeDecodeError:
         return ""
+    except OSError as e:
+        fail(f"cannot read {path} ({e.strerror})")
     return "" if "\0" in text else text
 
 
@@ -945,6 +954,25 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def choose_folder(args, cfg):
+    """Where the run writes: --resume's folder, --out, or the first free of out/tiny-softmax, out/tiny-softmax-2, ..."""
+    if args.resume is not None:
+        return find_run(args.resume or args.out)
+    if args.out and (Path(args.out) / "ckpt.pt").exists():
+        fail(f"{args.out} holds a run already: --resume {args.out} goes on with it, another --out starts afresh")
+    stem = Path(args.init).name if args.init else f"{args.model}-{cfg.attn}"
+    free = (p for n in itertools.count(1) if not (p := Path("out", stem if n == 1 else f"{stem}-{n}")).exists())
+    return Path(args.out) if args.out else next(free)
+
+
+def show_sample(model, tokenizer, n, seed, stop):
+    """Say what the model writes at the start of a document."""
+    ids = generate(model.eval(), [tokenizer.eot_token], n, temperature=0.8, top_k=50, seed=seed, limit=tokenizer.n_vocab)
+    with torch.compiler.set_stance("force_eager"):                   # each new length would be compiled anew
+        text = list(itertools.takewhile(lambda token: token != tokenizer.eot_token and not (stop.signal and world() == 1), ids))
+    say(tokenizer.decode_bytes(text).decode(errors="replace"))
+
+
 def train(args, cfg, run, saved, stop):
     launched = time.perf_counter()
     device, resuming = args.device, args.resume is not None
@@ -965,13 +993,7 @@ def train(args, cfg, run, saved, stop):
     if cfg.vocab_size < n_vocab:
         fail(f"--vocab-size {cfg.vocab_size} is less than the tokenizer's {n_vocab}; leave it out")
     if not args.bench:
-        if resuming:
-            out = find_run(args.resume or args.out)
-        else:                                                        # --out, or the first free of out/tiny-softmax, out/tiny-softmax-2, ...
-            out = Path(args.out or next(p for n in range(1, 10 ** 6) if not os.path.exists(
-                p := f"out/{args.model}-{cfg.attn}" + (f"-{n}" if n > 1 else ""))))
-            if (out / "ckpt.pt").exists():
-                fail(f"{out} holds a run already: --resume {out} goes on with it, another --out starts afresh")
+        out = choose_folder(args, cfg)
         tokens = load_tokens(run.data, tokenizer, out.parent / ".tokens")
         data = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
         if resuming and data != saved["data"]:
@@ -1006,11 +1028,28 @@ def train(args, cfg, run, saved, stop):
         note()
     say(f"run      {out}: steps {step + 1:,} to {last:,}" + (f" of {run.steps:,}" if last < run.steps else ""))
 
-    bar = tqdm(total=run.steps, initial=step, unit="step", disable=rank() > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
+    bar = tqdm(total=run.steps, initial=step, unit="step", disable=rank() > 0, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 15)
+
     def draw(step):
         """The micro-batches of a step for this process, in memory when the step begins."""
         starts = batch_starts(run.seed, step, len(train_tokens) - cfg.block_size, run.batch_size)[rank()::world()]
         return [windows(train_tokens, starts[i:i + micro], cfg.block_size, device) for i in range(0, per_rank, micro)]
+
+    def save():
+        if rank() == 0:
+            log.save()
+        save_checkpoint(out, model, optimizer, step=step, config=config, tokenizer=tokenizer_dict(tokenizer), data=data)
+
+    def halt(why):
+        """End a run that has gone wrong; what has been saved stays as it is."""
+        bar.close()
+        if rank() == 0:
+            log.save()
+        kept = f"{out / 'ckpt.pt'} is the last good checkpoint" if (out / "ckpt.pt").exists() else "there is no checkpoint yet"
+        say(f"step {step}: {why}; the run stops here, {kept}. A smaller --lr is the usual cure.")
+        raise SystemExit(1)
+
     batches, trained, result = draw(step), 0.0, {}
     while step < last and not stop.signal:
         began, lr = time.perf_counter(), learning_rate(step, run)
@@ -1020,13 +1059,9 @@ def train(args, cfg, run, saved, stop):
         loss, norm, signalled, batches = take_step(model, net, optimizer, batches, run.clip, stop.signal, lambda: draw(step + 1))
         if signalled and not stop.signal:
             stop.signal = signal.SIGTERM                             # another process was told to stop
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            bar.close()
-            kept = f"{out / 'ckpt.pt'} is the last good checkpoint" if (out / "ckpt.pt").exists() else "there is no checkpoint yet"
-            say(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; the run stops, {kept}. "
-                f"A smaller --lr is the usual cure.")
-            raise SystemExit(1)
         step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            halt(f"the loss is {loss} and the gradient's norm {norm}")
         if step > first + 1:                                         # the first one compiles and warms up
             trained += time.perf_counter() - began
             result["tokens_per_s"] = (step - first - 1) * run.batch_size * cfg.block_size / trained
@@ -1035,30 +1070,26 @@ def train(args, cfg, run, saved, stop):
         row = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm}
         if (step % run.eval_every == 0 or step == run.steps) and not stop.signal:
             val_loss = evaluate(net, val_tokens, cfg, run, device, stop)
-            if math.isfinite(val_loss):
+            if not stop.signal:
+                if not math.isfinite(val_loss):
+                    halt(f"the held-out loss is {val_loss}")
                 row |= {"val_loss": val_loss, "val_bpb": val_loss * bits_per_nat}
                 say(f"step {step:>6,}/{run.steps:,} | train {loss * bits_per_nat:.3f}, held out {row['val_bpb']:.3f} bits/byte | lr {lr:.1e}")
         log.rows.append(row)
         result |= row
         if step % run.eval_every == 0 or step == last or stop.signal:
-            if rank() == 0:
-                log.save()
-            save_checkpoint(out, model, optimizer, step=step, config=config, tokenizer=tokenizer_dict(tokenizer), data=data)
+            save()
     bar.close()
+    if step == first:                                                # stopped before it began
+        save()
     if rank() == 0:
         note(**result, seconds=time.perf_counter() - launched)
         log.plot(out / "loss.png", f"{out.name}: {run.data}", bits_per_nat)
-    if step < run.steps:
-        say(f"stopped after step {step:,} of {run.steps:,}; all is saved. Go on with: python train.py --resume {out}")
+    if step < run.steps or stop.signal:
+        say(f"stopped after step {step:,} of {run.steps:,}; all is saved." + (f" Go on with: python train.py --resume {out}" if step < run.steps else ""))
     else:
-        say(f"held-out loss {result.get('val_loss', math.nan):.4f} nats/token, {result.get('val_bpb', math.nan):.4f} bits/byte; a sample:\n")
-        with torch.compiler.set_stance("force_eager"):               # each new length would be compiled anew
-            text = []
-            for token in generate(model.eval(), [tokenizer.eot_token], args.sample, 0.8, top_k=50, seed=run.seed, limit=tokenizer.n_vocab):
-                if token == tokenizer.eot_token or stop.signal and world() == 1:
-                    break
-                text.append(token)
-        say(tokenizer.decode_bytes(text).decode(errors="replace"))
+        say(f"held-out loss {result['val_loss']:.4f} nats/token, {result['val_bpb']:.4f} bits/byte; a sample:\n")
+        show_sample(model, tokenizer, args.sample, run.seed, stop)
         say(f"\n{out} holds ckpt.pt, log.csv and loss.png. Next: python sample.py --init {out} --prompt \"def main(\"")
     return {**result, "step": step, "out": str(out), "signal": stop.signal}
 
