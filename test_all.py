@@ -132,7 +132,7 @@ def test_softmax_attention_aligns_to_the_end(Tq, Tk, Hkv):
 
 @pytest.mark.parametrize("chunk", [1, 40, 10 ** 6])
 def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
-    monkeypatch.setattr(train, "LOSS_CHUNK", chunk)
+    monkeypatch.setitem(train.LOSS_CHUNK, "cpu", chunk)
     x, w = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (11, 13))
     y = torch.randint(13, (11,))
     y[3] = -1
@@ -143,7 +143,7 @@ def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
 
 
 def test_loss_never_holds_all_logits(monkeypatch):
-    monkeypatch.setattr(train, "LOSS_CHUNK", 64 * 4)
+    monkeypatch.setitem(train.LOSS_CHUNK, "cpu", 64 * 4)
     sizes, original = [], train.cross_entropy
     monkeypatch.setattr(train, "cross_entropy", lambda logits, *more: sizes.append(logits.numel()) or original(logits, *more))
     model = small_gpt()

@@ -13,7 +13,8 @@ A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png; sample.p
 talks to it. Exit status: 0 done, 1 the loss was not finite, 2 bad input (one
 sentence says what), 128 + signal when stopped (the run is saved first).
 """
-import argparse, base64, csv, difflib, hashlib, importlib, inspect, itertools, json, math, os, random, re, signal, sys, sysconfig, time
+import argparse, base64, csv, difflib, hashlib, importlib, inspect, itertools, json, math, os, random, re, signal, sys
+import sysconfig, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -30,7 +31,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-LOSS_CHUNK = 2 ** 30     # logits that exist at one time: 2 GB of bf16, where a batch of 64 x 1024 x 50304 has 6.6 GB
+# Logits that exist at one time, of the 3.3 G in a batch of 64 x 1024 x 50304: 2 GB of bf16 on a GPU, what caches hold on a CPU
+LOSS_CHUNK = {"cuda": 2 ** 30, "mps": 2 ** 26, "cpu": 2 ** 22}
 VAL_FRACTION = 0.05      # the tail of the (shuffled) documents is held out
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -207,7 +209,7 @@ def parse(argv):
     call.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     call.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer state over the processes")
     call.add_argument("--sample", type=int, default=200, metavar="N", help="tokens to show at the end (default: 200)")
-    call.add_argument("--bench", action="store_true", help="time 20 steps on random tokens; writes --out/bench.json, if --out is given")
+    call.add_argument("--bench", action="store_true", help="time 20 steps on random tokens; writes bench.json into --out, if given")
     plugs = {}
     for kind, key, what, old in ((GPTConfig, "attn", "attention", model), (RunConfig, "optim", "optimizer", run)):
         group = parser.add_argument_group({"attn": "the model", "optim": "the run"}[key])
@@ -231,7 +233,8 @@ def parse(argv):
     args.model = args.model or ("tiny" if args.device.type == "cpu" else "small")
 
     def settle(kind, key, old):
-        given, options, kept = {k: v for k, v in vars(args).items() if v is not None}, signature(plugs[key])[1], old.get(f"{key}_args", {})
+        given = {k: v for k, v in vars(args).items() if v is not None}
+        options, kept = signature(plugs[key])[1], old.get(f"{key}_args", {})
         for k, new in given.items():
             before = {**old, **kept}.get(k, new)
             if before != new and k not in MAY_CHANGE:
@@ -373,8 +376,8 @@ class GPT(nn.Module):
         self.lm_head = None if cfg.tied else Linear(cfg.n_embd, cfg.vocab_size)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids -> the mean loss in nats against targets (B, T), of which those < 0 do not count; without
-        targets the logits (B, T, V), at least float32. With a cache, one Cache a layer, idx continues it; logits (B, 1, V) of the end."""
+        """idx (B, T) token ids -> the mean loss in nats against targets (B, T), of which those < 0 do not count; without targets
+        the logits (B, T, V), at least float32. With a cache (one Cache a layer) idx continues it: logits (B, 1, V) of the end."""
         cos, sin = rotary(cache[0].length if cache else 0, idx.shape[1], self.cfg.head_dim, self.cfg.rope_theta, idx.device)
         x = self.embed_tokens(idx).to(self.dtype)                                            # (B, T, C)
         for i, layer in enumerate(self.layers):
@@ -386,8 +389,8 @@ class GPT(nn.Module):
         return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
 
     def compile(self):
-        """torch.compile in pieces, in place: one graph serves all layers, so it takes seconds, and the rotary angles and the residual
-        stream are made once. Compiled whole, kernel after kernel worked them out anew: 153 ms a step, not 118 (gpt2, H200)."""
+        """torch.compile in pieces, in place: one graph serves all layers, so it takes seconds, and the rotary angles and the
+        residual stream are made once. Compiled whole, kernel after kernel made them anew: 153 ms a step, not 118 (gpt2, H200)."""
         for part in (*self.layers, self.norm):
             part.compile()
 
@@ -413,15 +416,15 @@ def pick_cross_entropy(device):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(x W^T) against targets, x (N, C), W (V, C), targets (N) -> scalar. The logits and their gradient
-    exist for a power-of-two number of rows at a time, never as a whole: what is kept are the gradient's products with W and x."""
+    """Mean cross-entropy of softmax(x W^T) against targets: x (N, C), W (V, C), targets (N) -> scalar. The logits and their
+    gradient exist for a power-of-two number of rows at a time, never as a whole: what is kept are the products with W and x."""
     @staticmethod
     def forward(ctx, x, weight, targets, with_grad):
         part = pick_cross_entropy(x.device)
         w, kept = weight.to(x.dtype), targets >= 0
         scale = kept / kept.sum().clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))                # (N)
         dx, dw = (torch.zeros_like(t) if with_grad else None for t in (x, weight))
-        rows, loss = 2 ** (max(1, LOSS_CHUNK // len(w)).bit_length() - 1), 0.0
+        rows, loss = 2 ** (max(1, LOSS_CHUNK[x.device.type] // len(w)).bit_length() - 1), 0.0
         for i in range(0, len(x), rows):
             piece = slice(i, i + rows)
             value, dlogits = part(x[piece] @ w.T, targets[piece, None], scale[piece, None], with_grad)        # (), (R, V)
@@ -530,7 +533,8 @@ def get_tokenizer(name):
             fail(f"the tokenizer {name} is not cached here and cannot be fetched now; get {url} where there is a network "
                  f"and give the file's path as --tokenizer")
     if not Path(name).is_file():
-        fail(f"there is no tokenizer {name!r}; give byte, the path of a .tiktoken file, or one of {', '.join(tiktoken.list_encoding_names())}")
+        fail(f"there is no tokenizer {name!r}; give byte, the path of a .tiktoken file, or one of "
+             f"{', '.join(tiktoken.list_encoding_names())}")
     try:
         raw = Path(name).read_bytes()
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, raw.splitlines())}
@@ -700,7 +704,8 @@ def load_checkpoint(folder):
             kind(**saved["config"][key])
         return saved
     except Exception as e:                                           # cut off, no checkpoint at all, or one that carries code
-        fail(f"{path} is not a checkpoint of train.py: {e if type(e) is ValueError else 'it is damaged, or holds more than tensors, numbers and strings'}")
+        why = e if type(e) is ValueError else "it is damaged, or holds more than tensors, numbers and strings"
+        fail(f"{path} is not a checkpoint of train.py: {why}")
 
 
 def save_checkpoint(folder, model, optimizer, **more):
@@ -715,8 +720,10 @@ def save_checkpoint(folder, model, optimizer, **more):
 def stored(state, origin):
     """-> source(name, shape) over the tensors of a checkpoint."""
     def source(name, shape):
-        if name not in state or state[name].shape != shape:
-            fail(f"{origin}: the tensor {name} " + (f"is {tuple(state[name].shape)}, not {tuple(shape)}" if name in state else "is missing"))
+        if name not in state:
+            fail(f"{origin}: the tensor {name} is missing")
+        if state[name].shape != shape:
+            fail(f"{origin}: the tensor {name} is {tuple(state[name].shape)}, not {tuple(shape)}")
         return state[name]
     return source
 
@@ -763,7 +770,8 @@ class Log:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot([int(r["step"]) for r in self.rows], [float(r["loss"]) * bits_per_nat for r in self.rows], lw=0.5, label="training batch")
+        steps, losses = [int(r["step"]) for r in self.rows], [float(r["loss"]) * bits_per_nat for r in self.rows]
+        axes.plot(steps, losses, lw=0.5, label="training batch")
         tested = [(int(r["step"]), float(r["val_bpb"])) for r in self.rows if r.get("val_bpb")]
         axes.plot(*zip(*tested) if tested else ([], []), "o-", ms=4, label="held out")
         axes.set(xlabel="step", ylabel="bits per byte", title=title)
@@ -902,13 +910,14 @@ def evaluate(net, tokens, cfg, run, device, stop):
     return mean_over_ranks(total / len(starts)).item()
 
 
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}   # dense bf16, FLOP/s
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}   # bf16 FLOP/s
 
 
 def flops_per_token(model):
     """Forward and backward, only what the method needs: 6 for each weight in a product, 6 T H D a layer for causal attention."""
     c, matrices = model.cfg, sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    return 6 * (matrices if c.tied else matrices - model.embed_tokens.weight.numel()) + 6 * c.n_layer * c.block_size * c.n_head * c.head_dim
+    looked_up = 0 if c.tied else model.embed_tokens.weight.numel()
+    return 6 * (matrices - looked_up) + 6 * c.n_layer * c.block_size * c.n_head * c.head_dim
 
 
 def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):
@@ -922,7 +931,8 @@ def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):
         times.append(time.perf_counter() - begin)
     seconds, tokens = float(np.median(times[warm_up:])), run.batch_size * cfg.block_size
     figures = {"ms_per_step": 1e3 * seconds, "tokens_per_s": tokens / seconds, "tokens_per_step": tokens, "processes": world(),
-               "parameters": sum(p.numel() for p in model.parameters()), "dtype": run.dtype, "torch": torch.__version__, "device": device.type}
+               "parameters": sum(p.numel() for p in model.parameters()), "dtype": run.dtype, "torch": torch.__version__,
+               "device": device.type}
     if device.type == "cuda":
         figures |= {"device": torch.cuda.get_device_name(device), "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         peak = next((p for name, p in PEAK.items() if name in figures["device"] and run.dtype == "bf16"), None)
@@ -982,8 +992,8 @@ def train(args, cfg, run, saved, stop):
     per_rank = run.batch_size // world()
     micro = run.micro_batch or per_rank
     if run.batch_size % world() or per_rank % micro:
-        fail(f"--batch-size {run.batch_size} does not share out to {world()} processes" + (f" in --micro-batch {micro}" if run.micro_batch else ""))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+        fail(f"--batch-size {run.batch_size} does not share out to {world()} processes in micro-batches of {micro}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     say(f"device   {device} ({name}{f', {world()} processes' if world() > 1 else ''})\ndtype    {run.dtype} ({dtype_why})\n"
         f"compile  {'on' if args.compile else 'off'} ({compile_why})")
 
@@ -997,7 +1007,8 @@ def train(args, cfg, run, saved, stop):
         tokens = load_tokens(run.data, tokenizer, out.parent / ".tokens")
         data = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
         if resuming and data != saved["data"]:
-            fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new run from its weights")
+            fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new run "
+                 f"from its weights")
         train_tokens, val_tokens = split(tokens, cfg.block_size, run.data)
         bits_per_nat = 1 / (math.log(2) * bytes_per_token(val_tokens, tokenizer))
         say(f"data     {run.data}: {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out ({tokenizer.name})")
@@ -1074,7 +1085,8 @@ def train(args, cfg, run, saved, stop):
                 if not math.isfinite(val_loss):
                     halt(f"the held-out loss is {val_loss}")
                 row |= {"val_loss": val_loss, "val_bpb": val_loss * bits_per_nat}
-                say(f"step {step:>6,}/{run.steps:,} | train {loss * bits_per_nat:.3f}, held out {row['val_bpb']:.3f} bits/byte | lr {lr:.1e}")
+                say(f"step {step:>6,}/{run.steps:,} | train {loss * bits_per_nat:.3f}, held out {row['val_bpb']:.3f} bits/byte"
+                    f" | lr {lr:.1e}")
         log.rows.append(row)
         result |= row
         if step % run.eval_every == 0 or step == last or stop.signal:
@@ -1086,7 +1098,8 @@ def train(args, cfg, run, saved, stop):
         note(**result, seconds=time.perf_counter() - launched)
         log.plot(out / "loss.png", f"{out.name}: {run.data}", bits_per_nat)
     if step < run.steps or stop.signal:
-        say(f"stopped after step {step:,} of {run.steps:,}; all is saved." + (f" Go on with: python train.py --resume {out}" if step < run.steps else ""))
+        go_on = f" Go on with: python train.py --resume {out}" if step < run.steps else ""
+        say(f"stopped after step {step:,} of {run.steps:,}; all is saved.{go_on}")
     else:
         say(f"held-out loss {result['val_loss']:.4f} nats/token, {result['val_bpb']:.4f} bits/byte; a sample:\n")
         show_sample(model, tokenizer, args.sample, run.seed, stop)
