@@ -17,6 +17,7 @@ import sample
 import train
 
 HERE = Path(__file__).resolve().parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"              # where kernels run, for real or interpreted
 def gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
@@ -199,37 +200,66 @@ def check_cross_entropy(R, V, dtype, device, config):
     from kernels.train import cross_entropy
     draw = torch.Generator().manual_seed(R * V)
     rows = (torch.randn(R, V + 3, generator=draw) * 5).to(dtype).to(device)
-    logits = rows[:, :V]                                             # rows further apart than they are long
-    target = torch.randint(V, (R, 1), generator=draw).to(device)
-    scale = torch.rand(R, 1, generator=draw).to(device)
+    target = torch.randint(V, (R, 2), generator=draw).to(device)[:, :1]
+    scale = torch.rand(R, 2, generator=draw).to(device)[:, :1]       # neither is contiguous
+    logits = rows[:, :V]                                             # nor are the rows as far apart as they are long
     if R > 1:
         target[0], scale[0] = -1, 0
     truth = train.cross_entropy(logits.double(), target, scale.double(), True)
     eager = train.cross_entropy(logits, target, scale, True)
-    loss, none = cross_entropy(logits, target, scale, False, config)
-    assert none is None
-    close("loss without gradient", loss, eager[0], truth[0])
-    beyond = rows[:, V:].clone()
-    loss, grad = cross_entropy(logits, target, scale, True, config)
+    again = rows.clone()
+    torch.use_deterministic_algorithms(True)                         # new tensors hold NaN until they are written
+    try:
+        loss, none = cross_entropy(logits, target, scale, False, config)
+        assert none is None and torch.equal(rows, again), "without gradient the logits stay"
+        close("loss without gradient", loss, eager[0], truth[0])
+        loss, grad = cross_entropy(logits, target, scale, True, config)
+        loss2, grad2 = cross_entropy(again[:, :V], target, scale, True, config)
+    finally:
+        torch.use_deterministic_algorithms(False)
     close("loss", loss, eager[0], truth[0])
     close("gradient", grad, eager[1], truth[1])
-    assert grad.data_ptr() == rows.data_ptr() and torch.equal(rows[:, V:], beyond), "in place, and nowhere else"
+    assert torch.equal(loss, loss2) and torch.equal(rows, again), "two runs are equal, what lies between the rows included"
+    assert grad.data_ptr() == rows.data_ptr(), "in place"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("R,V", KERNEL_CASES)
 def test_cross_entropy_kernel(R, V, dtype):
     pytest.importorskip("triton")
-    check_cross_entropy(R, V, dtype, "cuda" if torch.cuda.is_available() else "cpu", (64, 4))
+    check_cross_entropy(R, V, dtype, DEVICE, (64, 4))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cross_entropy_kernel_on_random_shapes(seed):
+    pytest.importorskip("triton")
+    draw = random.Random(seed)
+    check_cross_entropy(draw.randint(1, 9), draw.randint(1, 400), draw.choice([torch.float32, torch.float16]),
+                        DEVICE, (2 ** draw.randint(4, 8), 4))
+
+
+def test_cross_entropy_kernel_beyond_2_to_the_31():
+    pytest.importorskip("triton")
+    from kernels.train import cross_entropy
+    memory = torch.empty(2 ** 31 + 64, dtype=torch.float16, device=DEVICE)
+    logits = memory.as_strided((3, 64), (2 ** 30, 1))                # reserves 4 GiB, touches three pages
+    logits.copy_(torch.randn(3, 64))
+    target, scale = (torch.ones(3, 1, dtype=d, device=memory.device) for d in (torch.int64, torch.float32))
+    truth = train.cross_entropy(logits.clone(), target, scale, True)
+    loss, grad = cross_entropy(logits, target, scale, True, (64, 4))
+    assert torch.allclose(loss, truth[0]) and torch.allclose(grad, truth[1], atol=1e-3)
 
 
 def test_cross_entropy_kernel_on_extreme_logits():
     pytest.importorskip("triton")
     from kernels.train import cross_entropy
-    logits = torch.tensor([[0.0, 1e4, -1e4], [88.0, 89.0, 3e38], [-3e38, -3e38, -3e38], [-torch.inf, -torch.inf, 1.0]])
-    truth = train.cross_entropy(logits.double(), torch.tensor([[1], [2], [0], [2]]), torch.ones(4, 1).double(), True)
-    loss, grad = cross_entropy(logits, torch.tensor([[1], [2], [0], [2]]), torch.ones(4, 1), True, (2, 1))
+    logits = torch.tensor([[0.0, 1e4, -1e4], [88.0, 89.0, 3e38], [-3e38, -3e38, -3e38], [-torch.inf, -torch.inf, 1.0]], device=DEVICE)
+    target, scale = torch.tensor([[1], [2], [0], [2]], device=DEVICE), torch.ones(4, 1, device=DEVICE)
+    truth = train.cross_entropy(logits.double(), target, scale.double(), True)
+    loss, grad = cross_entropy(logits, target, scale, True, (2, 1))
     assert torch.allclose(loss.double(), truth[0]) and torch.allclose(grad.double(), truth[1], atol=1e-6)
+    bad = torch.tensor([[0.0, math.nan, 1.0]], device=DEVICE)
+    assert cross_entropy(bad, target[:1], scale[:1], False, (2, 1))[0].isnan(), "NaN must reach the loss"
 
 
 @gpu
@@ -535,7 +565,8 @@ def test_bad_resume(tiny, capsys):
     train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
     before = Path("out/a/ckpt.pt").read_bytes()
     for flags, parts in {"--resume out/a --lr 0.5": ["--lr is 0.5 here but 0.003 in out/a"], "--resume --n-layer 3": ["--n-layer is 3"],
-                         "--resume --attn nix": ["no attention"], "--resume --model gpt2": ["leave it out"], "--out out/a": ["holds a run already", "--resume out/a"]}.items():
+                         "--resume --attn nix": ["no attention"], "--resume --model gpt2": ["leave it out"],
+                         "--resume out/a --out out/b": ["leave --out out"], "--out out/a": ["holds a run already", "--resume out/a"]}.items():
         refused(capsys, [*flags.split(), "--device", "cpu"], *parts)
     Path("text.txt").write_text(Path("text.txt").read_text() + "more")
     refused(capsys, ["--resume", "--device", "cpu"], "has changed", "--init out/a")

@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def fail(sentence):
     """Bad input ends here: one sentence on stderr that says what is wrong and what would be right, exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":                     # once on each machine
         print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -192,6 +192,8 @@ def parse(argv):
     early = early.parse_known_args(argv)[0]
     if early.resume is not None and early.init:
         fail("--resume goes on with a run and --init starts a new one; give one of them")
+    if early.resume and early.out:
+        fail("--resume DIR writes where the run is; leave --out out")
     origin = find_run(early.init or early.resume or early.out) if early.init or early.resume is not None else None
     saved = load_checkpoint(origin) if origin else None
     model, run = (saved["config"][k] if saved else {} for k in ("model", "run"))
@@ -610,7 +612,7 @@ def load_tokens(data, tokenizer, folder):
     stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     key = hashlib.sha256(json.dumps([stamp, tokenizer_dict(tokenizer)]).encode()).hexdigest()[:16]
     cache = folder / f"{key}.{dtype.name}"
-    if rank() == 0 and not cache.exists():
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not cache.exists():                      # machines may not share a disk
         with ThreadPoolExecutor() as pool:
             encode = lambda path: np.asarray(tokenizer.encode_ordinary(read_text(path)), dtype)
             tokens = list(tqdm(pool.map(encode, paths), f"reading {data}", len(paths), unit="file", leave=False, delay=1))
@@ -1006,6 +1008,9 @@ def train(args, cfg, run, saved, stop):
         out = choose_folder(args, cfg)
         tokens = load_tokens(run.data, tokenizer, out.parent / ".tokens")
         data = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
+        mark = int(data["sha256"][:4], 16)
+        if mean_over_ranks(torch.tensor(mark, device=device)).item() != mark:
+            fail(f"the processes see different texts in {run.data}; give --data a copy of the same files on every machine")
         if resuming and data != saved["data"]:
             fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new run "
                  f"from its weights")
