@@ -30,7 +30,7 @@ def read_prompt(text):
 
 
 def stream(tokens, tokenizer, write):
-    """Write token ids as text, as soon as their bytes make whole characters; stops at the end-of-text token. -> their number."""
+    """Write token ids as text, as soon as their bytes make whole characters, up to the end-of-text token. -> their number."""
     decoder, n = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for n, token in enumerate(tokens, 1):
         if token == tokenizer.eot_token:
@@ -47,7 +47,7 @@ def main(argv=None):
     flag("--prompt", default="", help="text to go on with, or @file; empty: a new document")
     flag("--init", metavar="DIR", help="the run to use (default: the newest under out/)")
     flag("--max-tokens", type=int, default=300, help="tokens to generate; an end of text ends earlier (default: 300)")
-    flag("--temperature", type=float, default=0.8, help="the higher, the more surprising; 0: always the likeliest (default: 0.8)")
+    flag("--temperature", type=float, default=0.8, help="the higher the more surprising; 0: the likeliest only (default: 0.8)")
     flag("--top-k", type=int, default=50, help="choose among the k likeliest tokens, 0: among all (default: 50)")
     flag("--top-p", type=float, default=1.0, help="choose among the fewest that hold this much probability (default: 1)")
     flag("--seed", type=int, default=1337, help="equal seeds give equal texts (default: 1337)")

@@ -183,8 +183,8 @@ def add_flag(group, name, default, help):
 
 
 def parse(argv):
-    """-> (flags of this call, GPTConfig, RunConfig, the checkpoint to start from or None). What a flag says beats the saved run,
-    which beats the preset, which beats the field's default."""
+    """-> (flags of this call, GPTConfig, RunConfig, the checkpoint to start from or None). What a flag says beats the saved
+    run, which beats the preset, which beats the field's default."""
     early = Parser(add_help=False)
     for flag in ("--attn", "--optim", "--init", "--out"):
         early.add_argument(flag)
@@ -211,7 +211,7 @@ def parse(argv):
     call.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     call.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer state over the processes")
     call.add_argument("--sample", type=int, default=200, metavar="N", help="tokens to show at the end (default: 200)")
-    call.add_argument("--bench", action="store_true", help="time 20 steps on random tokens; writes bench.json into --out, if given")
+    call.add_argument("--bench", action="store_true", help="time 20 steps on random tokens; writes bench.json to --out, if given")
     plugs = {}
     for kind, key, what, old in ((GPTConfig, "attn", "attention", model), (RunConfig, "optim", "optimizer", run)):
         group = parser.add_argument_group({"attn": "the model", "optim": "the run"}[key])
@@ -378,8 +378,9 @@ class GPT(nn.Module):
         self.lm_head = None if cfg.tied else Linear(cfg.n_embd, cfg.vocab_size)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids -> the mean loss in nats against targets (B, T), of which those < 0 do not count; without targets
-        the logits (B, T, V), at least float32. With a cache (one Cache a layer) idx continues it: logits (B, 1, V) of the end."""
+        """idx (B, T) token ids -> the mean loss in nats against targets (B, T), of which those < 0 do not count; without
+        targets the logits (B, T, V), at least float32. With a cache (one Cache a layer) idx continues it, and the logits are
+        (B, 1, V), those of the last position."""
         cos, sin = rotary(cache[0].length if cache else 0, idx.shape[1], self.cfg.head_dim, self.cfg.rope_theta, idx.device)
         x = self.embed_tokens(idx).to(self.dtype)                                            # (B, T, C)
         for i, layer in enumerate(self.layers):
@@ -392,7 +393,7 @@ class GPT(nn.Module):
 
     def compile(self):
         """torch.compile in pieces, in place: one graph serves all layers, so it takes seconds, and the rotary angles and the
-        residual stream are made once. Compiled whole, kernel after kernel made them anew: 153 ms a step, not 118 (gpt2, H200)."""
+        residual stream are made once. Compiled whole, kernel after kernel made them anew: 153 ms a step, now 117 (gpt2, H200)."""
         for part in (*self.layers, self.norm):
             part.compile()
 
@@ -573,7 +574,8 @@ def tokenizer_from(saved):
         return ByteTokenizer()
     import tiktoken
     ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
-    return tiktoken.Encoding(saved["name"], pat_str=saved["pat_str"], mergeable_ranks=ranks, special_tokens=saved["special_tokens"])
+    return tiktoken.Encoding(saved["name"], pat_str=saved["pat_str"], mergeable_ranks=ranks,
+                             special_tokens=saved["special_tokens"])
 
 
 def find_documents(data):
@@ -605,8 +607,8 @@ def read_text(path):
 
 
 def load_tokens(data, tokenizer, folder):
-    """-> all tokens, a memory map. Documents are shuffled once and for all, so that the tail is a fair sample, each is followed by
-    the end-of-text token, and equal ones count once. The file is kept in `folder` and made anew when a source changes."""
+    """-> all tokens, a memory map. Documents are shuffled once and for all, so that the tail is a fair sample, each is followed
+    by the end-of-text token, and equal ones count once. The file is kept in `folder` and made anew when a source changes."""
     paths = find_documents(data)
     dtype = np.dtype(np.uint8 if tokenizer.n_vocab <= 2 ** 8 else np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32)
     stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -618,8 +620,9 @@ def load_tokens(data, tokenizer, folder):
             tokens = list(tqdm(pool.map(encode, paths), f"reading {data}", len(paths), unit="file", leave=False, delay=1))
         documents = list({t.tobytes(): t for t in tokens if len(t)})
         if not documents:
-            fail(f"{data} " + ("holds no text files" if Path(data).is_dir() else "is not a text file" if Path(data).stat().st_size
-                               else "is empty") + "; what is needed is UTF-8 without NUL bytes")
+            path = Path(data)
+            why = "holds no text files" if path.is_dir() else "is not a text file" if path.stat().st_size else "is empty"
+            fail(f"{data} {why}; what is needed is UTF-8 without NUL bytes")
         if len(documents) < len(paths):
             print(f"skipped  {len(paths) - len(documents)} of {len(paths)} files: empty, not text, or copies of another")
         random.Random(0).shuffle(documents)
@@ -633,8 +636,8 @@ def load_tokens(data, tokenizer, folder):
 def split(tokens, block_size, data):
     """-> training tokens, held-out tokens; each holds at least one window of block_size + 1."""
     if len(tokens) < 2 * (block_size + 1):
-        fail(f"{data} has {len(tokens)} tokens, but --block-size {block_size} needs {2 * (block_size + 1)}, one window to train on "
-             f"and one to test; give more text or a smaller --block-size")
+        fail(f"{data} has {len(tokens)} tokens, but --block-size {block_size} needs {2 * (block_size + 1)}, one window to train "
+             f"on and one to test; give more text or a smaller --block-size")
     held_out = max(int(VAL_FRACTION * len(tokens)), block_size + 1)
     return tokens[:-held_out], tokens[-held_out:]
 
@@ -653,8 +656,8 @@ def windows(tokens, starts, T, device):
 
 
 def batch_starts(seed, step, n, batch_size):
-    """Where the windows of a step begin among n places: a function of (seed, step) alone. Rank r of W takes [r::W], so that a run
-    draws the same batches whatever it is spread over, and there is no position in the data to resume."""
+    """Where the windows of a step begin among n places: a function of (seed, step) alone. Rank r of W takes [r::W], so that a
+    run draws the same batches whatever it is spread over, and there is no position in the data to resume."""
     return np.random.default_rng((seed, step)).integers(n, size=batch_size)
 
 
@@ -712,8 +715,12 @@ def load_checkpoint(folder):
 
 def save_checkpoint(folder, model, optimizer, **more):
     """All a run needs to go on or to be sampled. Every process calls it, to gather what is sharded; the first one writes."""
-    state = tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t,
-                     {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    def whole(t):
+        if not isinstance(t, DTensor):
+            return t
+        full = t.full_tensor()                                       # all take part, one tensor at a time, and the first keeps it
+        return full.cpu() if rank() == 0 else None
+    state = tree_map(whole, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     if rank() == 0:
         with atomic(folder / "ckpt.pt") as f:
             torch.save({**state, **more}, f)
@@ -874,9 +881,9 @@ def parameter_groups(model, weight_decay):
 
 
 def take_step(model, net, optimizer, batches, clip, stopping=0, meanwhile=lambda: None):
-    """One optimizer step on the mean loss over the micro-batches; the gradient is scaled to a norm of at most `clip` (0: as it is).
-    -> loss, norm before, whether some process is `stopping`, and what meanwhile() returned. A loss that is not finite stops
-    before the step. It is read while the backward pass still runs, the norm while the step does: the device never waits."""
+    """One optimizer step on the mean loss over the micro-batches; the gradient is scaled to a norm of at most `clip` (0: as it
+    is). -> loss, norm before, whether some process is `stopping`, and what meanwhile() returned. If the loss is not finite the
+    step is not taken. It is read while the backward pass still runs, the norm while the step does: the device never waits."""
     total = 0.0
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1                                 # when gradients are exchanged between processes
@@ -916,7 +923,7 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S":
 
 
 def flops_per_token(model):
-    """Forward and backward, only what the method needs: 6 for each weight in a product, 6 T H D a layer for causal attention."""
+    """Forward and backward, only what the method needs: 6 for each weight in a product, 6 T H D a layer for the attention."""
     c, matrices = model.cfg, sum(p.numel() for p in model.parameters() if p.dim() > 1)
     looked_up = 0 if c.tied else model.embed_tokens.weight.numel()
     return 6 * (matrices - looked_up) + 6 * c.n_layer * c.block_size * c.n_head * c.head_dim
@@ -926,7 +933,8 @@ def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):
     """Time whole training steps on random tokens; -> dict of figures, printed too."""
     cfg, per_rank, times = model.cfg, run.batch_size // world(), []
     size = run.micro_batch or per_rank
-    batches = [torch.randint(cfg.vocab_size, (2, size, cfg.block_size), device=device).unbind() for _ in range(per_rank // size)]
+    shape = (2, size, cfg.block_size)                                # inputs and targets
+    batches = [torch.randint(cfg.vocab_size, shape, device=device).unbind() for _ in range(per_rank // size)]
     for _ in tqdm(range(warm_up + steps), "bench", leave=False, disable=rank() > 0):
         begin = time.perf_counter()
         loss, norm, *_ = take_step(model, net, optimizer, batches, run.clip)
@@ -960,7 +968,7 @@ def main(argv=None):
         with Interrupt() as stop:
             return train(args, cfg, run, saved, stop)
     except torch.OutOfMemoryError:
-        fail("the GPU has too little memory; give a smaller --micro-batch (the result stays the same), or --fsdp on several GPUs")
+        fail("the GPU has too little memory; give a smaller --micro-batch (the result stays the same) or --fsdp on several GPUs")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1012,8 +1020,8 @@ def train(args, cfg, run, saved, stop):
         if mean_over_ranks(torch.tensor(mark, device=device)).item() != mark:
             fail(f"the processes see different texts in {run.data}; give --data a copy of the same files on every machine")
         if resuming and data != saved["data"]:
-            fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new run "
-                 f"from its weights")
+            fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new "
+                 f"run from its weights")
         train_tokens, val_tokens = split(tokens, cfg.block_size, run.data)
         bits_per_nat = 1 / (math.log(2) * bytes_per_token(val_tokens, tokenizer))
         say(f"data     {run.data}: {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out ({tokenizer.name})")
@@ -1036,8 +1044,9 @@ def train(args, cfg, run, saved, stop):
     def note(**result):
         """config.json: what was asked for, on what it ran and, in the end, what came out."""
         machine = {"device": name, "processes": world(), "python": sys.version.split()[0], "torch": torch.__version__}
+        record = {"command": " ".join(sys.argv), **config, "machine": machine, "result": result}
         with atomic(out / "config.json") as f:
-            f.write(json.dumps({"command": " ".join(sys.argv), **config, "machine": machine, "result": result}, indent=1).encode())
+            f.write(json.dumps(record, indent=1).encode())
     if rank() == 0:
         for draft in out.glob(".*.[0-9]*"):                          # left by a process that was killed while it wrote
             draft.unlink()
@@ -1071,8 +1080,9 @@ def train(args, cfg, run, saved, stop):
         began, lr = time.perf_counter(), learning_rate(step, run)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(int(np.random.SeedSequence((run.seed, step, rank())).generate_state(1)[0]))     # for plug-ins that draw
-        loss, norm, signalled, batches = take_step(model, net, optimizer, batches, run.clip, stop.signal, lambda: draw(step + 1))
+        torch.manual_seed(int(np.random.SeedSequence((run.seed, step, rank())).generate_state(1)[0]))     # plug-ins may draw
+        loss, norm, signalled, batches = take_step(model, net, optimizer, batches, run.clip, stop.signal,
+                                                   meanwhile=lambda: draw(step + 1))
         if signalled and not stop.signal:
             stop.signal = signal.SIGTERM                             # another process was told to stop
         step += 1

@@ -62,5 +62,7 @@ def cross_entropy(logits, target, scale, with_grad, config=CONFIG):
 
 
 # What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps
-AOT = [(cross_entropy_kernel, {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "scale_ptr": "*fp32", "loss_ptr": "*fp32", "V": "i32", "stride_r": "i32"},
-        {"WITH_GRAD": True, "BLOCK": CONFIG[0]}, by16, CONFIG[1]) for dtype in ("bf16", "fp32") for by16 in ((), ("V", "stride_r"))]
+AOT = [(cross_entropy_kernel,
+        {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "scale_ptr": "*fp32", "loss_ptr": "*fp32", "V": "i32", "stride_r": "i32"},
+        {"WITH_GRAD": True, "BLOCK": CONFIG[0]}, by16, CONFIG[1])
+       for dtype in ("bf16", "fp32") for by16 in ((), ("V", "stride_r"))]
