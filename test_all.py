@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 
+import laser
 import sample
 import train
 
@@ -304,6 +305,93 @@ def test_kernels_build_for_four_gpus():
     for name, chip, dtype, registers, spill, shared, limit in rows:
         print(name, chip, dtype, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
         assert spill <= (0 if chip == "sm_90a" else 128) and shared <= limit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LASER
+
+def laser_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=8, std=1.0, dtype=torch.float64, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((H, Tq, 2.0), (Hkv, Tk, 2.0), (Hkv, Tk, std))
+    return [(torch.randn(2, h, D, t, generator=draw) * s).to(dtype).transpose(2, 3) for h, t, s in shapes]   # not contiguous
+
+
+def test_laser_reference_is_the_definition():
+    q, k, v = laser_inputs(Tq=3, Tk=5)
+    for h, i, d in ((0, 0, 0), (3, 1, 5), (2, 2, 7)):
+        seen = i + 3
+        p = (k[1, h // 2, :seen] @ q[1, h, i] / 8 ** 0.5).softmax(0)
+        assert abs(laser.reference(q, k, v)[1, h, i, d] - (p * v[1, h // 2, :seen, d].exp()).sum().log()) < 1e-12
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0, 40.0], ids=lambda s: f"std{s}")
+@pytest.mark.parametrize("Tq,Tk,Hkv", [(1, 1, 4), (17, 17, 2), (64, 64, 4), (1, 127, 1), (5, 127, 2)])
+def test_laser_equals_its_reference(Tq, Tk, Hkv, std):
+    q, k, v = (t.requires_grad_() for t in laser_inputs(Tq, Tk, Hkv=Hkv, std=std))
+    do = torch.randn(2, 4, Tq, 8, dtype=torch.float64)
+    truth = torch.autograd.grad(laser.reference(q, k, v), (q, k, v), do)
+    for name, ours, exact in zip("qkv", torch.autograd.grad(laser.attention(q, k, v), (q, k, v), do), truth):
+        assert torch.allclose(ours, exact, atol=1e-9), f"gradient of {name}"
+    assert torch.allclose(laser.attention(q, k, v), laser.reference(q, k, v), atol=1e-11)
+    for dtype in (torch.float32, torch.bfloat16):
+        low = [t.detach().to(dtype) for t in (q, k, v)]
+        close(str(dtype), laser.attention(*low), laser.reference(*low), laser.reference(*(t.double() for t in low)))
+
+
+def test_laser_gradient_is_posterior_minus_prior():
+    q, k, v = laser_inputs(H=2)
+    s = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf).requires_grad_()
+    p = s.softmax(-1)                                                # (B, H, T, T)
+    o = (p @ v.exp()).log()
+    assert torch.allclose(o, laser.attention(q, k, v), atol=1e-12)
+    b = p[0, 1, 6] * (v[0, 1, :, 3] - o[0, 1, 6, 3]).exp()
+    assert torch.allclose(torch.autograd.grad(o[0, 1, 6, 3], s)[0][0, 1, 6], b - p[0, 1, 6], atol=1e-12) and abs(b.sum() - 1) < 1e-12
+
+
+def test_laser_properties():
+    q, k, v = laser_inputs(Tq=33, Tk=33)
+    o, mean = laser.attention(q, k, v), train.softmax_attention(q, k, v)
+    highest = v.cummax(2).values.repeat_interleave(2, 1)
+    assert (mean <= o + 1e-12).all() and (o <= highest + 1e-12).all(), "between Jensen's bound and the largest value seen"
+    assert torch.allclose(laser.attention(q, k, v + 200), o + 200, atol=1e-10)
+    assert torch.allclose(laser.attention(q, k, v[:, :, :1].expand_as(v)), v[:, :, :1].repeat_interleave(2, 1).expand_as(q), atol=1e-12)
+    assert torch.allclose(laser.attention(q, k, v * 1e-4) * 1e4, mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("jump", [1.0, 50.0, 90.0, 110.0, 300.0, -300.0, 1e4])
+def test_laser_does_not_feel_the_future(jump):
+    q, k, v = laser_inputs(Tq=40, Tk=40, dtype=torch.float32)
+    after = v.clone()
+    after[:, :, 30, 2] += jump
+    before, now = laser.attention(q, k, v), laser.attention(q, k, after.requires_grad_())
+    assert torch.equal(before[:, :, :30], now[:, :, :30]), "bit for bit"
+    truth = laser.reference(*(t.double() for t in (q, k, after)))
+    assert (now.double() - truth).abs().max() < 1e-5 * max(1, abs(jump))
+    assert torch.autograd.grad(now.sum(), after)[0].isfinite().all()
+
+
+def test_laser_at_large_values_and_bad_ones():
+    q, k, v = laser_inputs(Tq=40, Tk=40, dtype=torch.float32)
+    v = v.sign() * 80
+    assert torch.allclose(laser.attention(q, k, v).double(), laser.reference(*(t.double() for t in (q, k, v))), atol=1e-3)
+    v[0, 0, 5, 0] = math.nan
+    assert laser.attention(q, k, v)[0, 0, 39, 0].isnan(), "NaN must reach the loss"
+
+
+def test_laser_decodes_as_it_prefills():
+    q, k, v = laser_inputs(Tq=20, Tk=20, dtype=torch.float32)
+    whole = laser.attention(q, k, v)
+    parts = [laser.attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b]) for a, b in ((0, 12), (12, 19), (19, 20))]
+    assert torch.allclose(whole, torch.cat(parts, 2), atol=1e-5)
+    model = small_gpt(attn="laser", n_kv_head=2)
+    cached, plain = (list(train.generate(model, [5, 6, 7], 40, seed=3, cached=c)) for c in (True, False))
+    assert cached == plain and cached != list(train.generate(small_gpt(n_kv_head=2), [5, 6, 7], 40, seed=3))
+
+
+def test_laser_trains(tiny):
+    run = train.main([*tiny, "--attn", "laser"])
+    assert run["out"] == "out/tiny-laser" and float(rows(run["out"])[-1][2]) < float(rows(run["out"])[1][2]) - 0.5
+    assert sample.main(["--max-tokens", "5", "--device", "cpu"])["text"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
