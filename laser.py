@@ -13,11 +13,14 @@ and the largest value seen, and v + c gives o + c.
 The published form subtracts the largest value over *all* keys before exp. One future token that is 110 above the rest then
 sends every earlier row to log 0. Here values are taken in bands of 64 around the fixed centres 0, 64, -64, ...: within a
 band exp neither overflows nor underflows in float32, bands are joined in the logarithm, and what a row does not see
-cannot touch it, bit for bit. Real values fill one band, so this costs one attention over exp(v).
+cannot touch it, bit for bit. Values below 32 in size fill one band, which costs one attention over exp(v).
 
-    python train.py --attn laser
+    python laser.py                 the experiment below, in two minutes on two CPU cores -> results/laser-cpu.*
+    python laser.py --sweep         how its learning rates were found
+    python train.py --attn laser    train with it
 """
-import math
+import argparse, contextlib, io, json, math, statistics, tempfile, time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,3 +55,105 @@ def attention(q, k, v):
         seen = y > 0                                                 # else the row sees no value in this band
         logs.append(torch.where(seen, torch.where(seen, y, 1.0).log() + c, -torch.inf) if len(centres) > 1 else y.log() + c)
     return (torch.stack(logs).logsumexp(0) if len(logs) > 1 else logs[0]).to(dtype)          # (B, H, Tq, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment: the same GPT, data and steps; only the attention differs
+
+ARMS = {"softmax": 2e-3, "laser": 2e-3}                              # learning rates, the best of --sweep
+SWEEP = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS, STEPS, PROBES = (1, 2, 3), 150, 5
+
+
+def logit_gradients(model, attn, x, y):
+    """-> for each layer the mean over queries of sum_j |d loss / d s_ij|, times the number of queries, so that it does not
+    depend on the batch. The attention is computed here with its logits in the open."""
+    kept = []
+
+    def open_attention(q, k, v):                                     # equal heads, Tq == Tk
+        s = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5                                     # (B, H, T, T)
+        s = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        s.retain_grad()
+        kept.append(s)
+        p = s.softmax(-1)
+        return (p @ v.exp()).log() if attn == "laser" else p @ v
+    for layer in model.layers:
+        layer.self_attn.attention = open_attention
+    model(x, y).backward()
+    return [s.grad.abs().sum(-1).mean().item() * y.numel() for s in kept]
+
+
+def train_arm(train, folder, attn, seed, lr, probe=False):
+    """One run -> (held-out bits per byte, {step: gradient that reaches the logits of each layer})."""
+    flags = ["--device", "cpu", "--sample", "0"]
+    new = f"--model tiny --attn {attn} --seed {seed} --lr {lr} --steps {STEPS} --eval-every {STEPS} --out".split()
+    gradients, segment = {}, STEPS // PROBES if probe else STEPS
+    for step in range(0, STEPS, segment):                            # stopping to look and going on changes nothing
+        with contextlib.redirect_stdout(io.StringIO()):              # the bar on stderr is enough
+            run = train.main([*(["--resume"] if step else new), str(folder), "--stop-after", str(segment), *flags])
+        if probe:
+            model, tokenizer = train.load_model(folder, attn=attn)
+            tokens = train.load_tokens("stdlib", tokenizer, folder.parent / ".tokens")[-8 * 129:]
+            x, y = train.windows(tokens, range(0, 8 * 129 - 128, 129), 128, torch.device("cpu"))
+            gradients[run["step"]] = logit_gradients(model, attn, x, y)
+    return run["val_bpb"], gradients
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="seed 1 at each learning rate, both arms alike")
+    parser.add_argument("--out", default="results", help="folder for laser-cpu.json and laser-cpu.png (default: results)")
+    args = parser.parse_args(argv)
+    import train                                                     # the only place that knows the GPT
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as d:
+        if args.sweep:
+            for lr in SWEEP:
+                scores = {a: train_arm(train, Path(d, f"{a}-{lr}"), a, 1, lr)[0] for a in ARMS}
+                print(f"lr {lr:.0e}  " + "  ".join(f"{a} {score:.4f}" for a, score in scores.items()), "bits/byte", flush=True)
+            return
+        runs = {a: [train_arm(train, Path(d, f"{a}-{s}"), a, s, lr, probe=s == SEEDS[0]) for s in SEEDS] for a, lr in ARMS.items()}
+
+    bpb = {a: [score for score, _ in r] for a, r in runs.items()}
+    difference = [b - a for a, b in zip(bpb["softmax"], bpb["laser"])]
+    half = 4.303 * statistics.stdev(difference) / len(SEEDS) ** 0.5  # Student's t, 95%, 2 degrees of freedom
+    result = {"bits_per_byte": bpb, "difference": statistics.mean(difference), "half_width_95": half, "seeds": SEEDS,
+              "steps": STEPS, "lr": ARMS, "gradients": {a: r[0][1] for a, r in runs.items()}, "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began}
+    out = Path(args.out)
+    with train.atomic(out / "laser-cpu.json") as f:
+        f.write(json.dumps(result, indent=1).encode())
+    draw(train, out / "laser-cpu.png", result)
+    print(f"held-out bits/byte, {len(SEEDS)} seeds: " + ", ".join(f"{a} {statistics.mean(b):.4f}" for a, b in bpb.items()))
+    verdict = "" if half < abs(result["difference"]) else ": not resolved"
+    print(f"laser - softmax, paired: {result['difference']:+.4f} +- {half:.4f} (95%){verdict}")
+    last = {a: list(g.values())[-1] for a, g in result["gradients"].items()}
+    print("gradient that reaches the logits after training, by layer, laser / softmax: "
+          + " ".join(f"{b / a:.2f}" for a, b in zip(last["softmax"], last["laser"])))
+    return result
+
+
+def draw(train, path, result):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for attn, style in (("softmax", "--"), ("laser", "-")):
+        steps = list(result["gradients"][attn])
+        for n, values in enumerate(zip(*result["gradients"][attn].values())):
+            left.plot(steps, values, style, color=f"C{n}", marker="o", ms=3, label=f"{attn}, layer {n + 1}")
+    left.set(xlabel="step", ylabel="mean over queries of sum |d loss / d logit|", yscale="log",
+             title="gradient that reaches the logits")
+    left.legend(fontsize=7, ncols=2)
+    for n, seed in enumerate(result["seeds"]):
+        right.plot([0, 1], [result["bits_per_byte"][a][n] for a in ("softmax", "laser")], "o-", label=f"seed {seed}")
+    right.set(xticks=[0, 1], xticklabels=["softmax", "laser"], xlim=(-0.5, 1.5), ylabel="held-out bits per byte",
+              title=f"difference {result['difference']:+.4f} +- {result['half_width_95']:.4f} (95%)")
+    right.legend(fontsize=8)
+    with train.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

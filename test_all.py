@@ -388,6 +388,27 @@ def test_laser_decodes_as_it_prefills():
     assert cached == plain and cached != list(train.generate(small_gpt(n_kv_head=2), [5, 6, 7], 40, seed=3))
 
 
+@pytest.mark.parametrize("attn", laser.ARMS)
+def test_laser_probe_computes_what_it_probes(attn):
+    model, x = small_gpt(attn=attn), torch.randint(64, (2, 16))
+    names, loss = [], model(x, x)
+    for layer in model.layers:                                       # the probe must put its own attention in place of each
+        names.append(layer.self_attn.attention)
+    gradients = laser.logit_gradients(model, attn, x, x)
+    assert all(layer.self_attn.attention is not name for layer, name in zip(model.layers, names)) and len(gradients) == 2
+    assert abs(model(x, x).item() - loss.item()) < 1e-5 and all(0 < g < 100 for g in gradients)
+
+
+def test_laser_experiment(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(laser, "STEPS", 4)
+    monkeypatch.setattr(laser, "PROBES", 2)
+    monkeypatch.setitem(train.PRESETS, "tiny", {**train.PRESETS["tiny"], "n_layer": 1, "n_embd": 32, "n_head": 2, "batch_size": 2})
+    result = laser.main(["--out", "shown"])
+    assert {p.name for p in Path("shown").iterdir()} == {"laser-cpu.json", "laser-cpu.png"}
+    assert list(result["gradients"]["laser"]) == [2, 4] and len(result["bits_per_byte"]["softmax"]) == 3
+    assert "paired" in capsys.readouterr().out
+
+
 def test_laser_trains(tiny):
     run = train.main([*tiny, "--attn", "laser"])
     assert run["out"] == "out/tiny-laser" and float(rows(run["out"])[-1][2]) < float(rows(run["out"])[1][2]) - 0.5
