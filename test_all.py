@@ -548,9 +548,11 @@ class Code:
     (lambda c: c["config"]["model"].update(shell="rm"), "unknown setting shell"),
     (lambda c: c["config"]["model"].update(attn="os"), "not beside train.py"),
     (lambda c: c.pop("tokenizer"), "lacks tokenizer"),
+    (lambda c: c.update(tokenizer={"name": "x"}), "damaged"),
+    (lambda c: c.update(step="9"), "malformed"),
     (lambda c: c["model"].pop("norm.weight"), "norm.weight is missing"),
     (lambda c: c["model"].update({"norm.weight": torch.ones(7)}), "norm.weight is (7,), not (32,)"),
-], ids=["code", "huge", "type", "unknown", "module", "lacks", "tensor", "shape"])
+], ids=["code", "huge", "type", "unknown", "module", "lacks", "tokenizer", "step", "tensor", "shape"])
 def test_hostile_checkpoint(tiny, capsys, change, part):
     train.main([*tiny, "--out", "out/a", "--steps", "2"])
     state = torch.load("out/a/ckpt.pt", weights_only=True)

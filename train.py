@@ -707,6 +707,9 @@ def load_checkpoint(folder):
             if strange:
                 raise ValueError(f"it has the unknown setting {', '.join(sorted(map(str, strange)))}")
             kind(**saved["config"][key])
+        tokenizer_from(saved["tokenizer"])
+        if not isinstance(saved["model"], dict) or type(saved["step"]) is not int:
+            raise ValueError("its model or its step is malformed")
         return saved
     except Exception as e:                                           # cut off, no checkpoint at all, or one that carries code
         why = e if type(e) is ValueError else "it is damaged, or holds more than tensors, numbers and strings"
