@@ -621,7 +621,7 @@ def load_tokens(data, tokenizer, folder):
         documents = list({t.tobytes(): t for t in tokens if len(t)})
         if not documents:
             path = Path(data)
-            why = "holds no text files" if path.is_dir() else "is not a text file" if path.stat().st_size else "is empty"
+            why = "holds no text files" if not path.is_file() else "is not a text file" if path.stat().st_size else "is empty"
             fail(f"{data} {why}; what is needed is UTF-8 without NUL bytes")
         if len(documents) < len(paths):
             print(f"skipped  {len(paths) - len(documents)} of {len(paths)} files: empty, not text, or copies of another")
