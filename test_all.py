@@ -806,6 +806,27 @@ def test_processes_equal_one(tiny):
     assert len(losses[2]) == 12 and np.allclose(losses[0], losses[1], rtol=1e-5) and np.allclose(losses[1], losses[2], rtol=1e-5)
 
 
+TOLD = """
+import os, signal, torch, train
+told = False
+def attention(q, k, v):
+    global told
+    if os.environ["RANK"] == "1" and not torch.is_grad_enabled() and not told:
+        told = True
+        signal.raise_signal(signal.SIGTERM)
+    return train.softmax_attention(q, k, v)
+"""
+
+
+def test_processes_stop_together_when_one_is_told(tiny):
+    Path("told.py").write_text(TOLD)                                 # a signal to one process of two, in an evaluation
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "train.py"), *tiny,
+                          "--attn", "told", "--eval-every", "5", "--out", "out/a"], capture_output=True, text=True, timeout=100,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())})
+    assert "stopped after step 6 of 40" in out.stdout, out.stderr[-2000:]
+    assert torch.load("out/a/ckpt.pt", weights_only=True)["step"] == 6
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On the GPU
 

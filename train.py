@@ -840,8 +840,14 @@ class Interrupt:
     """The first SIGINT or SIGTERM is noted, for the loop to finish its step and save. Another one, more than a second later
     (torchrun passes on what the terminal sent already), ends the program at once."""
     def __enter__(self):
-        self.signal, self.old = 0, {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.signal = self.agreed = 0
+        self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
+
+    @property
+    def now(self):
+        """The signal to stop for. Several processes stop together, once a step has told them all, or one would wait for ever."""
+        return self.signal if world() == 1 else self.agreed
 
     def note(self, signum, frame):
         if not self.signal:
@@ -916,7 +922,7 @@ def evaluate(net, tokens, cfg, run, device, stop):
     starts = np.linspace(0, len(tokens) - cfg.block_size - 1, n).astype(int)[rank()::world()]
     size, total = run.micro_batch or run.batch_size // world(), torch.zeros((), device=device)
     for i in range(0, len(starts), size):
-        if stop.signal and world() == 1:                             # processes together finish: none may wait for another
+        if stop.now:
             return math.nan
         total += net(*windows(tokens, starts[i:i + size], cfg.block_size, device)) * len(starts[i:i + size])
     return mean_over_ranks(total / len(starts)).item()
@@ -992,7 +998,7 @@ def show_sample(model, tokenizer, n, seed, stop):
     """Say what the model writes at the start of a document."""
     ids = generate(model.eval(), [tokenizer.eot_token], n, temperature=0.8, top_k=50, seed=seed, limit=tokenizer.n_vocab)
     with torch.compiler.set_stance("force_eager"):                   # each new length would be compiled anew
-        text = list(itertools.takewhile(lambda token: token != tokenizer.eot_token and not (stop.signal and world() == 1), ids))
+        text = list(itertools.takewhile(lambda token: token != tokenizer.eot_token and not stop.now, ids))
     say(tokenizer.decode_bytes(text).decode(errors="replace"))
 
 
@@ -1079,15 +1085,14 @@ def train(args, cfg, run, saved, stop):
         raise SystemExit(1)
 
     batches, trained, result = draw(step), 0.0, {}
-    while step < last and not stop.signal:
+    while step < last and not stop.now:
         began, lr = time.perf_counter(), learning_rate(step, run)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(int(np.random.SeedSequence((run.seed, step, rank())).generate_state(1)[0]))     # plug-ins may draw
         loss, norm, signalled, batches = take_step(model, net, optimizer, batches, run.clip, stop.signal,
                                                    meanwhile=lambda: draw(step + 1))
-        if signalled and not stop.signal:
-            stop.signal = signal.SIGTERM                             # another process was told to stop
+        stop.agreed = (stop.signal or signal.SIGTERM) if signalled else 0
         step += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             halt(f"the loss is {loss} and the gradient's norm {norm}")
@@ -1097,9 +1102,9 @@ def train(args, cfg, run, saved, stop):
             bar.set_postfix_str(f"loss {loss:.3f}, {result['tokens_per_s']:,.0f} tok/s", refresh=False)
         bar.update()
         row = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm}
-        if (step % run.eval_every == 0 or step == run.steps) and not stop.signal:
+        if (step % run.eval_every == 0 or step == run.steps) and not stop.now:
             val_loss = evaluate(net, val_tokens, cfg, run, device, stop)
-            if not stop.signal:
+            if not stop.now:
                 if not math.isfinite(val_loss):
                     halt(f"the held-out loss is {val_loss}")
                 row |= {"val_loss": val_loss, "val_bpb": val_loss * bits_per_nat}
@@ -1107,7 +1112,7 @@ def train(args, cfg, run, saved, stop):
                     f" | lr {lr:.1e}")
         log.rows.append(row)
         result |= row
-        if step % run.eval_every == 0 or step == last or stop.signal:
+        if step % run.eval_every == 0 or step == last or stop.now:
             save()
     bar.close()
     if step == first:                                                # stopped before it began
@@ -1115,14 +1120,14 @@ def train(args, cfg, run, saved, stop):
     if rank() == 0:
         note(**result, seconds=time.perf_counter() - launched)
         log.plot(out / "loss.png", f"{out.name}: {run.data}", bits_per_nat)
-    if step < run.steps or stop.signal:
+    if step < run.steps or stop.now:
         go_on = f" Go on with: python train.py --resume {out}" if step < run.steps else ""
         say(f"stopped after step {step:,} of {run.steps:,}; all is saved.{go_on}")
     else:
         say(f"held-out loss {result['val_loss']:.4f} nats/token, {result['val_bpb']:.4f} bits/byte; a sample:\n")
         show_sample(model, tokenizer, args.sample, run.seed, stop)
         say(f"\n{out} holds ckpt.pt, log.csv and loss.png. Next: python sample.py --init {out} --prompt \"def main(\"")
-    return {**result, "step": step, "out": str(out), "signal": stop.signal}
+    return {**result, "step": step, "out": str(out), "signal": stop.now}
 
 
 if __name__ == "__main__":
