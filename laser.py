@@ -19,7 +19,7 @@ cannot touch it, bit for bit. Values below 32 in size fill one band, which costs
     python laser.py --sweep         how its learning rates were found
     python train.py --attn laser    train with it
 """
-import argparse, contextlib, io, json, math, statistics, tempfile, time
+import contextlib, io, json, math, statistics, tempfile, time
 from pathlib import Path
 
 import torch
@@ -66,8 +66,8 @@ SEEDS, STEPS, PROBES = (1, 2, 3), 150, 5
 
 
 def logit_gradients(model, attn, x, y):
-    """-> for each layer the mean over queries of sum_j |d loss / d s_ij|, times the number of queries, so that it does not
-    depend on the batch. The attention is computed here with its logits in the open."""
+    """-> for each layer the mean over heads and queries of sum_j |d loss / d s_ij|, times the number of tokens that the loss
+    is a mean over, so that it does not depend on the batch. The attention is computed here with its logits in the open."""
     kept = []
 
     def open_attention(q, k, v):                                     # equal heads, Tq == Tk
@@ -100,18 +100,23 @@ def train_arm(train, folder, attn, seed, lr, probe=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="seed 1 at each learning rate, both arms alike")
-    parser.add_argument("--out", default="results", help="folder for laser-cpu.json and laser-cpu.png (default: results)")
-    args = parser.parse_args(argv)
     import train                                                     # the only place that knows the GPT
-    began = time.perf_counter()
+    parser = train.Parser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="seed 1 at each learning rate, both arms alike")
+    parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
+    args = parser.parse_args(argv)
+    began, out = time.perf_counter(), Path(args.out)
+
+    def write(name, result):
+        with train.atomic(out / name) as f:
+            f.write(json.dumps(result, indent=1).encode())
     with tempfile.TemporaryDirectory() as d:
         if args.sweep:
-            for lr in SWEEP:
-                scores = {a: train_arm(train, Path(d, f"{a}-{lr}"), a, 1, lr)[0] for a in ARMS}
-                print(f"lr {lr:.0e}  " + "  ".join(f"{a} {score:.4f}" for a, score in scores.items()), "bits/byte", flush=True)
-            return
+            sweep = {lr: {a: train_arm(train, Path(d, f"{a}-{lr}"), a, 1, lr)[0] for a in ARMS} for lr in SWEEP}
+            for lr, scores in sweep.items():
+                print(f"lr {lr:.0e}  " + "  ".join(f"{a} {score:.4f}" for a, score in scores.items()), "bits/byte")
+            write("laser-cpu-sweep.json", {"seed": 1, "steps": STEPS, "bits_per_byte": sweep, "torch": torch.__version__})
+            return sweep
         runs = {a: [train_arm(train, Path(d, f"{a}-{s}"), a, s, lr, probe=s == SEEDS[0]) for s in SEEDS] for a, lr in ARMS.items()}
 
     bpb = {a: [score for score, _ in r] for a, r in runs.items()}
@@ -120,9 +125,7 @@ def main(argv=None):
     result = {"bits_per_byte": bpb, "difference": statistics.mean(difference), "half_width_95": half, "seeds": SEEDS,
               "steps": STEPS, "lr": ARMS, "gradients": {a: r[0][1] for a, r in runs.items()}, "torch": torch.__version__,
               "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began}
-    out = Path(args.out)
-    with train.atomic(out / "laser-cpu.json") as f:
-        f.write(json.dumps(result, indent=1).encode())
+    write("laser-cpu.json", result)
     draw(train, out / "laser-cpu.png", result)
     print(f"held-out bits/byte, {len(SEEDS)} seeds: " + ", ".join(f"{a} {statistics.mean(b):.4f}" for a, b in bpb.items()))
     verdict = "" if half < abs(result["difference"]) else ": not resolved"

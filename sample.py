@@ -12,8 +12,6 @@ tokens.
 import argparse, codecs, os, sys, time
 from pathlib import Path
 
-import torch
-
 from train import DTYPES, Interrupt, Parser, fail, find_run, generate, load_model, pick_device, pick_dtype
 
 

@@ -110,7 +110,7 @@ def by_hand(model, ids):
 def test_gpt_equals_the_equations(shape):
     model, ids = small_gpt(torch.float64, **shape), torch.randint(64, (1, 9))
     truth = by_hand(model, ids[0].tolist())
-    assert (model(ids)[0] - truth).abs().max() < 1e-4                # angles and logits are float32
+    assert (model(ids)[0] - truth).abs().max() < 1e-5                # the rotary angles are float32
     loss = -truth.log_softmax(-1)[torch.arange(9), ids[0]].mean()
     assert abs(model(ids, ids).item() - loss.item()) < 1e-6
 
@@ -391,12 +391,10 @@ def test_laser_decodes_as_it_prefills():
 @pytest.mark.parametrize("attn", laser.ARMS)
 def test_laser_probe_computes_what_it_probes(attn):
     model, x = small_gpt(attn=attn), torch.randint(64, (2, 16))
-    names, loss = [], model(x, x)
-    for layer in model.layers:                                       # the probe must put its own attention in place of each
-        names.append(layer.self_attn.attention)
+    before, loss = [layer.self_attn.attention for layer in model.layers], model(x, x)
     gradients = laser.logit_gradients(model, attn, x, x)
-    assert all(layer.self_attn.attention is not name for layer, name in zip(model.layers, names)) and len(gradients) == 2
-    assert abs(model(x, x).item() - loss.item()) < 1e-5 and all(0 < g < 100 for g in gradients)
+    assert all(layer.self_attn.attention is not old for layer, old in zip(model.layers, before)), "nothing was probed"
+    assert abs(model(x, x).item() - loss.item()) < 1e-5 and len(gradients) == 2 and all(0 < g < 100 for g in gradients)
 
 
 def test_laser_experiment(tiny, monkeypatch, capsys):
@@ -442,7 +440,7 @@ def test_documents_of_a_folder(tmp_path):
 def test_standard_library_is_there():
     files = train.find_documents("stdlib")
     assert len(files) > 200 and all(p.suffix == ".py" and "site-packages" not in p.parts for p in files)
-    assert set(files) <= set(train.find_documents("python")) or sys.prefix != sys.base_prefix
+    assert {p.resolve() for p in files} <= {p.resolve() for p in train.find_documents("python")}
 
 
 def write_bpe(path):
@@ -552,7 +550,8 @@ class Code:
     (lambda c: c.update(step="9"), "malformed"),
     (lambda c: c["model"].pop("norm.weight"), "norm.weight is missing"),
     (lambda c: c["model"].update({"norm.weight": torch.ones(7)}), "norm.weight is (7,), not (32,)"),
-], ids=["code", "huge", "type", "unknown", "module", "lacks", "tokenizer", "step", "tensor", "shape"])
+    (lambda c: c["config"]["model"].update(attn_args={"x": 1}), "the option x, which it does not have"),
+], ids=["code", "huge", "type", "unknown", "module", "lacks", "tokenizer", "step", "tensor", "shape", "option"])
 def test_hostile_checkpoint(tiny, capsys, change, part):
     train.main([*tiny, "--out", "out/a", "--steps", "2"])
     state = torch.load("out/a/ckpt.pt", weights_only=True)
@@ -579,7 +578,7 @@ def test_init_starts_anew_from_the_weights(tiny, capsys):
 
 @pytest.mark.parametrize("where", ["start", "train", "evaluate", "generate"])
 def test_signal_saves_and_ends(tiny, monkeypatch, where):
-    whole = train.main([*tiny, "--out", "out/whole"])
+    train.main([*tiny, "--out", "out/whole"])
     calls, hits, name = [], [], {"start": "build", "train": "batch_starts", "evaluate": "windows", "generate": "generate"}[where]
     original = getattr(train, name)
 
@@ -727,7 +726,7 @@ def test_a_readers_own_module_plugs_in(tiny, tmp_path, capsys, monkeypatch):
     refused(capsys, ["--max-tokens", "3"], "not beside train.py", script=sample)
     assert sample.main(["--max-tokens", "3", "--attn", "mine", "--device", "cpu"])["text"]
     parts = train.main(["--resume", "--attn", "mine", "--optim", "mine", "--device", "cpu", "--sample", "1"])
-    whole = train.main([*flags, "--out", "out/whole"])
+    train.main([*flags, "--out", "out/whole"])
     assert run["step"] == 20 and parts["step"] == 40 and rows("out/mine") == rows("out/whole")
     with pytest.raises(SystemExit) as e:
         train.main(["--attn", "mine", "--help"])
@@ -737,6 +736,8 @@ def test_a_readers_own_module_plugs_in(tiny, tmp_path, capsys, monkeypatch):
 
 def test_sampling_streams_whole_characters(tiny, capsys):
     run = train.main(tiny)
+    words = capsys.readouterr().out
+    assert "device   cpu" in words and "(as asked)" in words and "tiny, the default on this device" in words
     assert run["out"] == "out/tiny-softmax" and train.main([*tiny, "--steps", "1"])["out"] == "out/tiny-softmax-2"
     flags = ["--init", run["out"], "--prompt", "the", "--max-tokens", "30", "--device", "cpu"]
     capsys.readouterr()

@@ -13,7 +13,7 @@ A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png; sample.p
 talks to it. Exit status: 0 done, 1 the loss was not finite, 2 bad input (one
 sentence says what), 128 + signal when stopped (the run is saved first).
 """
-import argparse, base64, csv, difflib, hashlib, importlib, inspect, itertools, json, math, os, random, re, signal, sys
+import argparse, base64, csv, difflib, functools, hashlib, importlib, inspect, itertools, json, math, os, random, re, signal, sys
 import sysconfig, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -136,10 +136,17 @@ PRESETS = {
 MAY_CHANGE = {"eval_every", "eval_batches", "dtype", "micro_batch"}      # on --resume: these touch reports or rounding only
 
 
-def plug(name, what, trusted=True):
-    """--attn laser -> laser.attention. Names read from a checkpoint are not trusted: they must be files beside this one."""
-    if name in BUILTIN[what]:
-        return BUILTIN[what][name]
+def plug(name, what, trusted=True, options=()):
+    """--attn laser -> laser.attention, which must know the `options` that a saved run gives it. Names read from a checkpoint
+    are not trusted: they must be files beside this one."""
+    function = BUILTIN[what].get(name) or find_function(name, what, trusted)
+    strange = set(options) - set(signature(function)[1])
+    if strange:
+        fail(f"the checkpoint gives the {what} {name} the option {', '.join(sorted(strange))}, which it does not have")
+    return function
+
+
+def find_function(name, what, trusted):
     beside = [p.stem for p in HERE.glob("*.py")]
     near = difflib.get_close_matches(name, [*BUILTIN[what], *beside], 1)
     if not trusted and name not in beside:
@@ -221,7 +228,7 @@ def parse(argv):
                 add_flag(group, f.name, f.default, f.metadata["help"] + (f" (default: {recipe})" if f.default else ""))
         given = getattr(early, key)
         chosen = given or old.get(key, getattr(kind, key))
-        plugs[key] = plug(chosen, what, trusted=given is not None)
+        plugs[key] = plug(chosen, what, given is not None, old.get(f"{key}_args", {}))
         options = {k: v for k, v in signature(plugs[key])[1].items() if isinstance(v, (bool, int, float, str, list))}
         group = parser.add_argument_group(f"options of the {what} {chosen}") if options else None
         for name, default in options.items():
@@ -231,8 +238,11 @@ def parse(argv):
         fail(f"--stop-after is {args.stop_after}; it must be at least 1")
     if args.model and saved:
         fail(f"--model {args.model} describes a new model; the one in {origin} keeps its shape, so leave it out")
+    args.device_why, model_why = ("as asked" if given else default for given, default in
+                                  ((args.device, "the best there is here"), (args.model, "the default on this device")))
     args.device = pick_device(args.device)
     args.model = args.model or ("tiny" if args.device.type == "cpu" else "small")
+    args.title = f"{origin}, as saved" if saved else f"{args.model}, {model_why}"
 
     def settle(kind, key, old):
         given = {k: v for k, v in vars(args).items() if v is not None}
@@ -409,13 +419,16 @@ def cross_entropy(logits, target, scale, with_grad):
     return loss, (((z - lse).exp() - onehot.to(z.dtype)) * scale).to(logits.dtype)
 
 
-def pick_cross_entropy(device):
-    """The Triton kernel on CUDA, where there is Triton, else the same in PyTorch."""
-    if device.type == "cuda":
-        with suppress(ModuleNotFoundError):
-            from kernels import train as kernel
-            return kernel.cross_entropy
-    return cross_entropy
+@functools.cache
+def cross_entropy_kernel():
+    """`cross_entropy` in Triton, or None where there is no Triton."""
+    try:
+        from kernels import train as kernel
+        return kernel.cross_entropy
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
+        print("there is no Triton here, so the loss takes PyTorch's slower way (pip install triton)", file=sys.stderr)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -423,7 +436,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     gradient exist for a power-of-two number of rows at a time, never as a whole: what is kept are the products with W and x."""
     @staticmethod
     def forward(ctx, x, weight, targets, with_grad):
-        part = pick_cross_entropy(x.device)
+        part = x.is_cuda and cross_entropy_kernel() or cross_entropy
         w, kept = weight.to(x.dtype), targets >= 0
         scale = kept / kept.sum().clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))                # (N)
         dx, dw = (torch.zeros_like(t) if with_grad else None for t in (x, weight))
@@ -745,7 +758,7 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
     taken from the checkpoint."""
     saved = load_checkpoint(folder)
     cfg = GPTConfig(**saved["config"]["model"])
-    attention = plug(attn or cfg.attn, "attention", trusted=attn is not None)
+    attention = plug(attn or cfg.attn, "attention", attn is not None, cfg.attn_args)
     with torch.device("meta"):
         model = GPT(cfg, attention, dtype)
     fill(model.to_empty(device=device), stored(saved["model"], folder / "ckpt.pt"))
@@ -765,7 +778,7 @@ class Log:
     """log.csv, a row a step. Opened at step n, it drops the rows after n that an interrupted run wrote past its checkpoint."""
     COLUMNS = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
 
-    def __init__(self, path, step=math.inf):
+    def __init__(self, path, step):
         self.path, self.rows = path, []
         if step and path.exists():
             with open(path, newline="") as f:
@@ -892,7 +905,7 @@ def parameter_groups(model, weight_decay):
 def take_step(model, net, optimizer, batches, clip, stopping=0, meanwhile=lambda: None):
     """One optimizer step on the mean loss over the micro-batches; the gradient is scaled to a norm of at most `clip` (0: as it
     is). -> loss, norm before, whether some process is `stopping`, and what meanwhile() returned. If the loss is not finite the
-    step is not taken. It is read while the backward pass still runs, the norm while the step does: the device never waits."""
+    step is not taken. It is read while the backward pass still runs, the norm while the step does, so the device has work."""
     total = 0.0
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1                                 # when gradients are exchanged between processes
@@ -1013,7 +1026,7 @@ def train(args, cfg, run, saved, stop):
     if run.batch_size % world() or per_rank % micro:
         fail(f"--batch-size {run.batch_size} does not share out to {world()} processes in micro-batches of {micro}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    say(f"device   {device} ({name}{f', {world()} processes' if world() > 1 else ''})\ndtype    {run.dtype} ({dtype_why})\n"
+    say(f"device   {device}: {name}{f', {world()} processes' if world() > 1 else ''} ({args.device_why})\ndtype    {run.dtype} ({dtype_why})\n"
         f"compile  {'on' if args.compile else 'off'} ({compile_why})")
 
     tokenizer = tokenizer_from(saved["tokenizer"]) if saved else None if args.bench else get_tokenizer(run.tokenizer)
@@ -1038,7 +1051,7 @@ def train(args, cfg, run, saved, stop):
     model, net = build(cfg, run, args, stored(saved["model"], "the checkpoint") if saved else fresh(cfg, run.seed))
     optimizer = plug(run.optim, "optimizer")(parameter_groups(model, run.weight_decay), run.lr, **run.optim_args)
     say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters: {cfg.n_layer} layers of width {cfg.n_embd}, "
-        f"{cfg.n_head} heads, context {cfg.block_size}, {cfg.attn} attention, {run.optim}")
+        f"{cfg.n_head} heads, context {cfg.block_size}, {cfg.attn} attention, {run.optim} ({args.title})")
     if args.bench:
         return bench(model, net, optimizer, run, device, args.out)
 
