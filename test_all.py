@@ -277,22 +277,25 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from kernels import train
+from kernels import laser, train
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
-for kernel, types, consts, by16, warps in train.AOT:
+for kernel, types, consts, by16, *how in laser.AOT + train.AOT:
+    signature = {n: "constexpr" if n in consts else types[n] for n in kernel.arg_names}
+    places = [((i,), n, t) for i, (n, t) in enumerate(signature.items()) if isinstance(t, str)]
+    places += [((i, j), n, "") for i, (n, t) in enumerate(signature.items()) if not isinstance(t, str) for j in range(len(t))]
+    aligned = {place: [["tt.divisibility", 16]] for place, n, t in places if t[:1] == "*" or n in by16}
     for arch, limit in LIMIT.items():
-        signature = {n: "constexpr" if n in consts else types[n] for n in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items()) if t[0] == "*" or n in by16}
         out = triton.compile(ASTSource(kernel, signature, consts, aligned), target=GPUTarget("cuda", arch, 32),
-                             options={"num_warps": warps})
+                             options=dict(zip(("num_warps", "num_stages"), how)))
         with tempfile.TemporaryDirectory() as d:
             Path(d, "k.ptx").write_text(out.asm["ptx"])
             chip = re.search(r"\\.target (\\w+)", out.asm["ptx"])[1]
             log = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name={chip}", f"{d}/k.ptx", "-o", f"{d}/k.cubin"],
                                  check=True, capture_output=True, text=True).stderr
         most = lambda pattern: max(map(int, re.findall(pattern, log)), default=0)
-        print(json.dumps([kernel.__name__, chip, types["logits_ptr"], most(r"Used (\\d+) registers"),
-                          most(r"(\\d+) bytes spill stores"), out.metadata.shared, limit * 1024]))
+        print(json.dumps([kernel.__name__, chip, [*consts.values()], most(r"Used (\\d+) registers"),
+                          most(r"(\\d+) bytes spill stores"), out.metadata.shared, limit * 1024,
+                          len(re.findall(r"mma\\.sync|wgmma\\.mma_async|tcgen05\\.mma", out.asm["ptx"])), "tf32" in out.asm["ptx"]]))
 """
 
 
@@ -302,9 +305,10 @@ def test_kernels_build_for_four_gpus():
     out = subprocess.run([sys.executable, "-c", BUILD], cwd=HERE, env=env, capture_output=True, text=True)
     rows = [json.loads(line) for line in out.stdout.splitlines()]
     assert len(rows) >= 8, out.stderr
-    for name, chip, dtype, registers, spill, shared, limit in rows:
-        print(name, chip, dtype, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
+    for name, chip, consts, registers, spill, shared, limit, tensor_core, tf32 in rows:
+        print(name, chip, consts, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
         assert spill <= (0 if chip == "sm_90a" else 128) and shared <= limit
+        assert tensor_core > 0 if "tf32" in consts else tensor_core == 0 and not tf32, "float32 means float32"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,19 +402,212 @@ def test_laser_probe_computes_what_it_probes(attn):
 
 
 def test_laser_experiment(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(laser, "STEPS", 4)
-    monkeypatch.setattr(laser, "PROBES", 2)
+    recipe = {**laser.LAPTOP, "steps": 4, "probes": 2}
+    monkeypatch.setattr(laser, "LAPTOP", recipe)
     monkeypatch.setitem(train.PRESETS, "tiny", {**train.PRESETS["tiny"], "n_layer": 1, "n_embd": 32, "n_head": 2, "batch_size": 2})
     result = laser.main(["--out", "shown"])
     assert {p.name for p in Path("shown").iterdir()} == {"laser-cpu.json", "laser-cpu.png"}
-    assert list(result["gradients"]["laser"]) == [2, 4] and len(result["bits_per_byte"]["softmax"]) == 3
+    assert list(result["gradients"]["laser"]) == [2, 4] and len(result["bits_per_byte"]["softmax"]) == 3 and result["sweep"] is None
+    del recipe["lr"]                                                 # as --full does: sweep, then the seeds at each arm's best
+    recipe.update(steps=2, probes=1, sweep=(1e-9, 3e-3))
+    result = laser.main(["--out", "shown"])
+    assert result["lr"] == {"softmax": 3e-3, "laser": 3e-3} and list(result["gradients"]["laser"]) == [2]
     assert "paired" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        refused(capsys, ["--full"], "needs a CUDA GPU", script=laser)
 
 
 def test_laser_trains(tiny):
     run = train.main([*tiny, "--attn", "laser"])
     assert run["out"] == "out/tiny-laser" and float(rows(run["out"])[-1][2]) < float(rows(run["out"])[1][2]) - 0.5
     assert sample.main(["--max-tokens", "5", "--device", "cpu"])["text"]
+
+
+LASER_CASES = [(1, 1, 4, 2, 32), (17, 17, 2, 2, 64), (64, 64, 2, 1, 32), (127, 127, 2, 2, 32), (300, 300, 1, 1, 32), (1, 127, 4, 1, 32),
+               (5, 100, 6, 2, 64), (33, 64, 2, 1, 128), (20, 20, 2, 2, 8)]
+
+
+def published(q, k, v):
+    """The paper's form, in the dtype of its inputs: log(p exp(v - max v)) + max v"""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))                # (B, H, Tk, D)
+    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
+    p = (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).masked_fill(future, -torch.inf).softmax(-1)          # (B, H, Tq, Tk)
+    return (p @ (v - v.amax(2, keepdim=True)).exp()).log() + v.amax(2, keepdim=True)
+
+
+def with_gradients(function, q, k, v, do):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    o = function(*leaves)
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *torch.autograd.grad(o, leaves, do))))
+
+
+def kernel_inputs(Tq, Tk, H, Hkv, D, dtype, std=1.0, seed=0):
+    """q, k, v as parts of one projection, which is how models make them, and a gradient that is not contiguous either"""
+    draw = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(2, Tk, H + 2 * Hkv, D, generator=draw).to(dtype).to(DEVICE).transpose(1, 2)
+    q, k, v = qkv.split((H, Hkv, Hkv), 1)
+    return q[:, :, Tk - Tq:] * 2, k * 2, v * std, torch.randn(2, H, D, Tq, generator=draw).to(dtype).to(DEVICE).transpose(2, 3)
+
+
+def check_laser(*shape, dtype, std=1.0, deterministic=True, change=lambda v: None, seed=0):
+    pytest.importorskip("triton")
+    from kernels.laser import attention
+    q, k, v, do = kernel_inputs(*shape, dtype, std, seed)
+    change(v)
+    truth = with_gradients(laser.reference, *(t.double() for t in (q, k, v, do)))
+    eager = with_gradients(published if v.abs().max() < 8 else laser.reference, q, k, v, do)
+    torch.use_deterministic_algorithms(deterministic)                # new tensors hold NaN until they are written
+    try:
+        ours, again = (with_gradients(attention, q, k, v, do) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in truth:
+        assert ours[name].dtype == dtype and (not deterministic or torch.equal(ours[name], again[name])), f"{name}: two runs are equal"
+        close(f"{name}, seed {seed}", ours[name], eager[name], truth[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", LASER_CASES, ids=str)
+def test_laser_kernel(shape, dtype):
+    check_laser(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_laser_kernel_on_random_shapes(seed):
+    draw = random.Random(seed)
+    Hkv, Tk = draw.choice([1, 2]), draw.randint(1, 70)
+    check_laser(draw.randint(1, Tk), Tk, Hkv * draw.choice([1, 3]), Hkv, draw.choice([16, 20, 32]), seed=seed,
+                dtype=draw.choice([torch.float32, torch.float16]), std=draw.choice([0.02, 0.6, 1.0, 1.0, 5.0]))
+
+
+CHANGES = {
+    "wide": lambda v: v.mul_(40), "eighty": lambda v: v.copy_(v.sign() * 80), "tiny": lambda v: v.mul_(0.02),
+    "one outlier": lambda v: v[0, 0, -1, 0].fill_(110), "at a tile's edge": lambda v: v[1, 0, 15:17, 3].fill_(300),
+    "below": lambda v: v[:, :, 7, 1].fill_(-1e4), "offset": lambda v: v.mul_(0.02).add_(-4), "far offset": lambda v: v.mul_(0.1).add_(50),
+    "still small": lambda v: v.clamp_(-1.99, 1.99), "not small": lambda v: v.clamp_(-2.6, 2.6)[:, :, 3].fill_(-2.6),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_laser_kernel_on_values_of_every_size(change):
+    check_laser(20, 34, 2, 1, 16, dtype=torch.float16 if "outlier" in change else torch.float32, change=CHANGES[change])
+
+
+def test_laser_kernel_when_a_program_has_many_blocks(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("kernels.laser", exc_type=ModuleNotFoundError), "WATCH", 1)
+    check_laser(70, 90, 2, 1, 16, dtype=torch.float32, change=lambda v: v[1].mul_(40))
+
+
+def laser_does_not_feel_the_future(*shape, dtype, exact):
+    """A key changes: earlier rows stay bit for bit. A key that changes how the head is computed: they stay to rounding."""
+    from kernels.laser import attention
+    for std, jump in ((4.0, 2.0), (0.02, 0.1), (1.0, 50.0), (1.0, 110.0), (1.0, 300.0), (1.0, math.inf), (1.0, math.nan)):
+        q, k, v, _ = kernel_inputs(*shape, dtype, std)
+        after, keys, row = v.clone(), k.clone(), shape[0] - 7
+        after[:, :, row, 2] += jump
+        keys[:, :, row] += 1
+        before, now = attention(q, k, v), attention(q, keys, after)
+        assert now[:, :, :row].isfinite().all() and not torch.equal(before[:, :, row:], now[:, :, row:])
+        if jump < 50:
+            assert torch.equal(before[:, :, :row], now[:, :, :row]), "bit for bit"
+        assert torch.allclose(before[:, :, :row], now[:, :, :row], atol=exact * std)
+        assert math.isfinite(jump) or not now[:, 0, -1, 2].isfinite().any(), "NaN must reach the loss"
+
+
+def test_laser_kernel_does_not_feel_the_future():
+    pytest.importorskip("triton")
+    laser_does_not_feel_the_future(40, 40, 2, 1, 16, dtype=torch.float32, exact=1e-5)
+
+
+def laser_of_constants(dtype):
+    from kernels.laser import attention
+    q, k, v, _ = kernel_inputs(40, 40, 2, 1, 16, dtype)
+    for size in (1e-3, 1.0, 77.0, 1e4):
+        constant = (v[:, :, :1] * size).expand_as(v)
+        assert torch.equal(attention(q, k, constant), constant.expand_as(q)), "exactly v"
+    assert torch.equal(attention(q[:, :, :1], k[:, :, :1], v[:, :, :1]), v[:, :, :1].expand(2, 2, 1, 16)), "one key"
+
+
+def test_laser_kernel_of_constant_values_is_exact():
+    pytest.importorskip("triton")
+    laser_of_constants(torch.float32)
+
+
+def test_laser_kernel_decodes_as_it_prefills():
+    pytest.importorskip("triton")
+    from kernels.laser import attention
+    q, k, v, _ = kernel_inputs(40, 40, 4, 2, 16, torch.float32)
+    parts = [attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b]) for a, b in ((0, 30), (30, 39), (39, 40))]
+    assert torch.allclose(attention(q, k, v), torch.cat(parts, 2), atol=1e-5)
+
+
+def test_laser_kernel_is_an_operator():
+    pytest.importorskip("triton")
+    from kernels import laser as kernel
+    q, k, v, _ = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
+    torch.library.opcheck(kernel.laser, tuple(t.detach().requires_grad_() for t in (q, k, v)) + (0.25,),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_laser_kernel_refuses_what_it_cannot_count():
+    pytest.importorskip("triton")
+    from kernels.laser import attention
+    q = torch.empty(1, device=DEVICE).expand(1, 1, 2 ** 27, 16)
+    with pytest.raises(AssertionError, match="31 bits"):
+        attention(q, q, q)
+
+
+@gpu
+def test_laser_kernel_beyond_2_to_the_31():
+    q, k, v = (torch.randn(2 ** 14, 1024, 2, 128, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(3))
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            whole, last = laser.attention(q, k, v)[-1:], laser.attention(q[-1:], k[-1:], v[-1:])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.equal(whole, last)
+
+
+@gpu
+@pytest.mark.parametrize("deterministic", [False, True], ids=["cudnn", "triton"])
+@pytest.mark.parametrize("shape", [*LASER_CASES, (1000, 1000, 4, 2, 64), (777, 777, 2, 2, 128)], ids=str)
+def test_laser_kernel_on_the_gpu(shape, deterministic):
+    check_laser(*shape, dtype=torch.bfloat16, deterministic=deterministic)
+
+
+@gpu
+@pytest.mark.parametrize("deterministic", [False, True], ids=["cudnn", "triton"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_laser_kernel_on_values_of_every_size_on_the_gpu(change, deterministic):
+    check_laser(600, 600, 4, 2, 64, dtype=torch.bfloat16, change=CHANGES[change], deterministic=deterministic)
+
+
+@gpu
+@pytest.mark.parametrize("deterministic", [False, True], ids=["cudnn", "triton"])
+def test_laser_kernel_in_bfloat16(deterministic):
+    """What float64 cannot be asked about: the future, constants, and small values against plain attention."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        laser_does_not_feel_the_future(300, 300, 4, 2, 64, dtype=torch.bfloat16, exact=0.05)
+        laser_of_constants(torch.bfloat16)
+        for std in (0.005, 0.02, 0.1):
+            q, k, v, do = kernel_inputs(512, 512, 2, 2, 64, torch.bfloat16, std)
+            error = {}
+            for name, function, definition in (("laser", laser.attention, laser.reference), ("plain", *[train.softmax_attention] * 2)):
+                ours, truth = with_gradients(function, q, k, v, do), with_gradients(definition, *(t.double() for t in (q, k, v, do)))
+                error[name] = {n: (ours[n].double() - t).norm() / t.norm() for n, t in truth.items()}
+            print(std, {n: {k: f"{e:.2%}" for k, e in errors.items()} for n, errors in error.items()})
+            assert all(error["laser"][n] < 3 * error["plain"][n] for n in ("o", "dq")), std
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@gpu
+def test_laser_compiles_as_one_graph():
+    q, k, v, do = kernel_inputs(200, 200, 4, 2, 64, torch.bfloat16)
+    ours, eager = (with_gradients(f, q, k, v, do) for f in (torch.compile(laser.attention, fullgraph=True), laser.attention))
+    assert all(torch.allclose(ours[n].float(), eager[n].float(), atol=0.02, rtol=0.02) for n in eager)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
