@@ -178,6 +178,8 @@ def test_cached_sampling_equals_uncached(shape, how, monkeypatch):
     model = small_gpt(**shape)
     cached, plain = (list(train.generate(model, [5, 6, 7], 40, seed=3, cached=c, limit=60, **how)) for c in (True, False))
     assert cached == plain and len(cached) == 40 and max(cached) < 60 and len(set(cached)) > 3
+    if model.cfg.attn == "softmax":
+        assert cached == list(train.generate(model, [5, 6, 7], 40, seed=3, recorded=True, limit=60, **how))
 
 
 def test_sampling_keeps_to_top_k_and_top_p():

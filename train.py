@@ -303,7 +303,7 @@ class RMSNorm(nn.Module):
 def rotary(start, T, head_dim, theta, device):
     """-> cos, sin, (T, 1, head_dim / 2) each, of the angles t / theta^(2 i / head_dim), for t = start ... start + T - 1"""
     rate = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(start, start + T, device=device, dtype=torch.float32), rate)[:, None]
+    angle = torch.outer(start + torch.arange(T, device=device, dtype=torch.float32), rate)[:, None]
     return angle.cos(), angle.sin()
 
 
@@ -334,6 +334,30 @@ class Cache:
             old[:, :, start:self.length] = t
         return [old[:, :, :self.length] for old in self.kept]
 
+    def attend(self, attention, q, *new):                            # q (B, H, T, D) -> (B, H, T, D)
+        return attention(q, *self.extend(*new))
+
+
+class FixedCache:
+    """A Cache for softmax attention whose tensors keep size and place and whose length is on the device, so that one token more
+    is the same work wherever it stands, to be recorded once and replayed. `length`, a tensor (1), is for the caller to advance."""
+    def __init__(self, size, length):
+        self.size, self.length, self.kept = size, length, None
+
+    def attend(self, attention, q, k, v):
+        """A prompt, from the start of the text, goes through `attention`; a single token looks at all that has been kept."""
+        if self.kept is None:
+            self.kept = [t.new_zeros(*t.shape[:2], self.size, t.shape[3]) for t in (k, v)]
+        for old, t in zip(self.kept, (k, v)):
+            old.index_copy_(2, self.length + torch.arange(q.shape[2], device=q.device), t)
+        if q.shape[2] > 1:
+            return attention(q, k, v)
+        k, v = self.kept                                                                     # (B, Hkv, size, D)
+        scores = q.squeeze(2).unflatten(1, (k.shape[1], -1)) @ k.transpose(2, 3) * q.shape[3] ** -0.5   # (B, Hkv, H / Hkv, size)
+        unseen = torch.arange(self.size, device=q.device) > self.length
+        p = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(unseen, -torch.inf).softmax(-1).to(q.dtype)
+        return (p @ v).flatten(1, 2).unsqueeze(2)                                            # (B, H, 1, D)
+
 
 class Attention(nn.Module):
     """Projections around a plain function, one for each positional parameter: q k v, or q k v k2 v2 for simplicial."""
@@ -351,7 +375,7 @@ class Attention(nn.Module):
         q, k, *more = (getattr(self, f"{n}_proj")(x).unflatten(-1, (-1, self.head_dim)) for n in self.names)   # (B, T, H, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, *kv = (t.transpose(1, 2) for t in (q, k, *more))                                  # (B, H, T, D), (B, Hkv, T, D)
-        y = self.attention(q, *(cache.extend(*kv) if cache else kv))                         # (B, H, T, D)
+        y = cache.attend(self.attention, q, *kv) if cache else self.attention(q, *kv)        # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                     # (B, T, C)
 
 
@@ -489,21 +513,58 @@ def shard_like(p, tensor):
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
+class Recorded:
+    """A softmax GPT that reads on from a FixedCache: a prompt as it comes, each later token by replaying a CUDA graph of the first
+    one, which costs one launch instead of hundreds. Elsewhere the same step runs unrecorded."""
+    def __init__(self, model, size):
+        self.model, device = model, model.embed_tokens.weight.device
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.cache, self.graph = [FixedCache(size, self.length) for _ in model.layers], None
+
+    def read(self, ids, start):
+        """ids at the positions start, start + 1, ... -> the logits after them, (1, 1, V); they last until the next call."""
+        self.length.fill_(start)
+        if start == 0:
+            with torch.compiler.set_stance("force_eager"):           # each length of a prompt would be compiled anew
+                return self.model(torch.tensor([ids], device=self.token.device), cache=self.cache)
+        self.token.fill_(*ids)
+        if not self.token.is_cuda:
+            return self.model(self.token, cache=self.cache)
+        if not self.graph:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):                           # what is compiled or tuned must be so before the recording
+                for _ in range(3):
+                    self.model(self.token, cache=self.cache)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.token, cache=self.cache)
+        self.graph.replay()
+        return self.logits
+
+
 @torch.no_grad()
-def generate(model, ids, n, temperature=1.0, top_k=0, top_p=1.0, seed=0, limit=None, cached=True):
+def generate(model, ids, n, temperature=1.0, top_k=0, top_p=1.0, seed=0, limit=None, cached=True, recorded=False):
     """Yield n token ids that continue ids. temperature 0 takes the likeliest; top_k keeps the k likeliest (0: all); top_p keeps
     the fewest that hold that much probability; ids from `limit` on are padding of the vocabulary. When the context is full, its
-    older half is dropped and the rest read again, so that cached=False (no cache, slow) gives the same tokens."""
+    older half is dropped and the rest read again, so that cached=False (no cache, slow) gives the same tokens. recorded=True, for
+    softmax attention, replays a step (see Recorded)."""
     device, size = model.embed_tokens.weight.device, model.cfg.block_size
     generator = torch.Generator(device).manual_seed(seed)
     window, cache = list(ids)[-size:], None
+    room, start = min(size, len(window) + n), 0                      # a context of 40960 need not be allocated for an answer
+    record = Recorded(model, room) if recorded else None
     for _ in range(n):
         if len(window) > size:
-            window, cache = window[-max(1, size // 2):], None
-        new = window[cache[0].length:] if cache else window
-        if cached:
-            cache = cache or [Cache(size) for _ in model.layers]
-        logits = model(torch.tensor([new], device=device), cache=cache)[0, -1, :limit]      # (V,)
+            window, cache, start = window[-max(1, size // 2):], None, 0
+        if recorded:
+            logits = record.read(window[start:], start)
+        else:
+            cache = cache or ([Cache(room) for _ in model.layers] if cached else None)
+            logits = model(torch.tensor([window[start:]], device=device), cache=cache)
+        logits, start = logits[0, -1, :limit], len(window) if recorded or cached else 0     # (V,)
         if temperature == 0:
             token = logits.argmax()
         else:
