@@ -90,6 +90,8 @@ def by_hand(model, ids):
         for t, x in enumerate(xs):
             h = norm(x, w[p + "input_layernorm.weight"])
             q, k, v = ((w[p + f"self_attn.{a}_proj.weight"] @ h).view(-1, c.head_dim) for a in "qkv")
+            if c.qkv_bias:
+                q, k, v = (m + w[p + f"self_attn.{a}_proj.bias"].view(-1, c.head_dim) for a, m in zip("qkv", (q, k, v)))
             if c.qk_norm:
                 q, k = (torch.stack([norm(r, w[p + f"self_attn.{a}_norm.weight"]) for r in m]) for a, m in (("q", q), ("k", k)))
             seen.append((torch.stack([turn(r, t) for r in k]), v))
@@ -106,7 +108,7 @@ def by_hand(model, ids):
     return torch.stack([w["embed_tokens.weight" if c.tied else "lm_head.weight"] @ norm(x, w["norm.weight"]) for x in xs])
 
 
-@pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2), dict(n_kv_head=1, head_dim=6, qk_norm=True, tied=False)], ids=str)
+@pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2, qkv_bias=True), dict(n_kv_head=1, head_dim=6, qk_norm=True, tied=False)], ids=str)
 def test_gpt_equals_the_equations(shape):
     model, ids = small_gpt(torch.float64, **shape), torch.randint(64, (1, 9))
     truth = by_hand(model, ids[0].tolist())

@@ -76,6 +76,7 @@ class GPTConfig:
     n_embd: int = option(128, "width of the residual stream")
     head_dim: int = option(0, "width of one head; 0: n-embd / n-head")
     n_hidden: int = option(0, "width inside the SwiGLU; 0: 8/3 n-embd, rounded up to a multiple of 64")
+    qkv_bias: bool = option(False, "add a bias to queries, keys and values, as Qwen2.5 does")
     qk_norm: bool = option(False, "RMS-normalise each query and key head, as Qwen3 does")
     tied: bool = option(True, "the output layer is the embedding, transposed")
     rope_theta: float = option(10000.0, "base of the rotary wavelengths")
@@ -284,11 +285,11 @@ def pick_dtype(device, name):
 
 class Linear(nn.Linear):
     """The weights stay float32 for the optimizer; the product is taken in the dtype of the activations."""
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -367,7 +368,7 @@ class Attention(nn.Module):
         self.attention = partial(attention, **cfg.attn_args)
         for name in self.names:
             heads = cfg.n_head if name == "q" else cfg.n_kv_head
-            self.add_module(f"{name}_proj", Linear(cfg.n_embd, heads * cfg.head_dim))
+            self.add_module(f"{name}_proj", Linear(cfg.n_embd, heads * cfg.head_dim, cfg.qkv_bias))
         self.o_proj = Linear(cfg.n_head * cfg.head_dim, cfg.n_embd)
         self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity() for _ in "qk")
 
@@ -493,7 +494,7 @@ def fresh(cfg, seed):
     tensor has a generator of its own, so that the weights depend neither on the device nor on how they are sharded."""
     def source(name, shape):
         if len(shape) == 1:
-            return torch.ones(shape)
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         std = 0.02 / math.sqrt(2 * cfg.n_layer if re.search("(o|down)_proj", name) else 1)
         return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))) * std
