@@ -6,6 +6,8 @@ python train.py --model gpt2            a preset; each of its fields is a flag t
 python train.py --attn mine             your mine.py: attention(q, k, v)
 python train.py --optim mine            your mine.py: optimizer(groups, lr)
 python train.py --resume                the newest run, exactly from where it is
+python train.py --init DIR              from the weights of a run or of a Hugging Face
+                                        folder (Llama, SmolLM2, Qwen2.5, Qwen3)
 python train.py --bench --model gpt2    time steps on random tokens
 torchrun --nproc-per-node 8 train.py    the same run on 8 GPUs; --fsdp shards it
 
@@ -133,7 +135,13 @@ PRESETS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, steps=5000, lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024, batch_size=64, steps=10000, lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024, batch_size=64, steps=20000, lr=2.5e-4),
+    "smollm2-135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, vocab_size=49152, rope_theta=1e5,
+                         block_size=2048, batch_size=64, steps=10000, lr=6e-4),
+    "qwen3-4b": dict(n_layer=36, n_head=32, n_kv_head=8, head_dim=128, n_embd=2560, n_hidden=9728, vocab_size=151936, qk_norm=True,
+                     rope_theta=1e6, norm_eps=1e-6, block_size=4096, batch_size=64, steps=10000, lr=2e-4),
 }
+# The recipe for the weights of others: a pretrained model wants small steps
+FINETUNE = dict(block_size=1024, batch_size=16, steps=200, lr=2e-5)
 MAY_CHANGE = {"eval_every", "eval_batches", "dtype", "micro_batch"}      # on --resume: these touch reports or rounding only
 
 
@@ -202,18 +210,21 @@ def parse(argv):
         fail("--resume goes on with a run and --init starts a new one; give one of them")
     if early.resume and early.out:
         fail("--resume DIR writes where the run is; leave --out out")
-    origin = find_run(early.init or early.resume or early.out) if early.init or early.resume is not None else None
+    resuming = early.resume is not None
+    origin = find_run(early.init or early.resume or early.out, resuming) if early.init or resuming else None
     saved = load_checkpoint(origin) if origin else None
     model, run = (saved["config"][k] if saved else {} for k in ("model", "run"))
+    may_change = MAY_CHANGE | ({"block_size"} if early.init else set())
     if early.init:                                                   # the model and its tokenizer stay, the recipe is new
-        run = {"tokenizer": run["tokenizer"]}
+        model, run = {**model, "block_size": run.get("block_size", model["block_size"])}, {"tokenizer": run["tokenizer"]}
 
     parser = Parser(description=__doc__)
     call = parser.add_argument_group("this call (free to differ on --resume)")
     call.add_argument("--model", choices=PRESETS, help="a model with a recipe (default: tiny on a CPU, small on a GPU)")
     call.add_argument("--out", metavar="DIR", help="where the run writes (default: a new folder out/MODEL-ATTN)")
     call.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with a run (default: --out, or the newest)")
-    call.add_argument("--init", metavar="DIR", help="start a new run from the weights of the run in DIR")
+    call.add_argument("--init", metavar="DIR", help="start a new run from the weights of the run or Hugging Face folder in DIR")
+    call.add_argument("--export", metavar="DIR", help="at the end, write the weights as a Hugging Face folder, too")
     call.add_argument("--stop-after", type=int, metavar="N", help="end this call after N steps, as an interruption would")
     call.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     call.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
@@ -250,7 +261,7 @@ def parse(argv):
         options, kept = signature(plugs[key])[1], old.get(f"{key}_args", {})
         for k, new in given.items():
             before = {**old, **kept}.get(k, new)
-            if before != new and k not in MAY_CHANGE:
+            if before != new and k not in may_change:
                 fail(f"--{k.replace('_', '-')} is {new} here but {before} in {origin}; leave it out, or start a new run")
         recipe = {k: saved["config"]["run"].get(k, v) if saved else v for k, v in PRESETS[args.model].items()}
         values = {**recipe, **old, **given, f"{key}_args": {k: given.get(k, kept.get(k, v)) for k, v in options.items()}}
@@ -638,6 +649,8 @@ def get_tokenizer(name):
 
 def tokenizer_dict(tokenizer):
     """What a checkpoint keeps of a tokenizer, so that sampling needs no other file: strings and numbers."""
+    if hasattr(tokenizer, "saved"):                                  # a Hugging Face folder's
+        return tokenizer.saved
     if tokenizer.name == "byte":
         return {"name": "byte"}
     ranks = {base64.b64encode(token).decode(): rank for token, rank in tokenizer._mergeable_ranks.items()}
@@ -647,6 +660,9 @@ def tokenizer_dict(tokenizer):
 def tokenizer_from(saved):
     if saved["name"] == "byte":
         return ByteTokenizer()
+    if "files" in saved:
+        import pretrained
+        return pretrained.Encoding(saved)
     import tiktoken
     ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
     return tiktoken.Encoding(saved["name"], pat_str=saved["pat_str"], mergeable_ranks=ranks,
@@ -701,9 +717,10 @@ def load_tokens(data, tokenizer, folder):
         if len(documents) < len(paths):
             print(f"skipped  {len(paths) - len(documents)} of {len(paths)} files: empty, not text, or copies of another")
         random.Random(0).shuffle(documents)
+        start, end = (np.array(ids, dtype).tobytes() for ids in (getattr(tokenizer, "start", []), [tokenizer.eot_token]))
         with atomic(cache) as f:
             for document in documents:
-                f.write(document + np.array([tokenizer.eot_token], dtype).tobytes())
+                f.write(start + document + end)
     barrier()
     return np.memmap(cache, dtype, "r")
 
@@ -759,11 +776,14 @@ def atomic(path):
         raise
 
 
-def find_run(name=None):
-    """A run's folder: the one named, else the newest under out/."""
-    if name and not (Path(name) / "ckpt.pt").is_file():
-        fail(f"{name} holds no run: there is no {Path(name) / 'ckpt.pt'}")
-    runs = [Path(name) / "ckpt.pt"] if name else sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+def find_run(name=None, ours=False):
+    """A folder with weights: the one named, a run's or, unless it must be `ours`, a Hugging Face one; else the newest run's under
+    out/."""
+    if name and not any((Path(name) / file).is_file() for file in ("ckpt.pt", *([] if ours else ["config.json"]))):
+        fail(f"{name} holds no run: there is no {Path(name) / 'ckpt.pt'}" + ("" if ours else ", nor a Hugging Face config.json"))
+    if name:
+        return Path(name)
+    runs = sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
         fail("there is no run under out/ yet; python train.py makes one")
     return runs[-1].parent
@@ -772,6 +792,8 @@ def find_run(name=None):
 def load_checkpoint(folder):
     """-> the dict that save_checkpoint wrote. Tensors, numbers, strings and containers are read, never code."""
     path = folder / "ckpt.pt"
+    if not path.is_file():
+        return load_pretrained(folder)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         lacks = {"model", "optimizer", "step", "config", "tokenizer", "data"} - set(saved)
@@ -789,6 +811,41 @@ def load_checkpoint(folder):
     except Exception as e:                                           # cut off, no checkpoint at all, or one that carries code
         why = e if type(e) is ValueError else "it is damaged, or holds more than tensors, numbers and strings"
         fail(f"{path} is not a checkpoint of train.py: {why}")
+
+
+@contextmanager
+def refusing():
+    """A ValueError inside says in one sentence what is wrong with the input."""
+    try:
+        yield
+    except ValueError as e:
+        fail(str(e))
+
+
+def load_pretrained(folder):
+    """-> a Hugging Face folder as a checkpoint from which no step has been taken. Its tensors are read when they are used."""
+    import pretrained
+    with refusing():
+        model = pretrained.read_config(folder)
+        cfg = GPTConfig(**model)
+        run = {**FINETUNE, "block_size": min(cfg.block_size, FINETUNE["block_size"]), "tokenizer": folder.resolve().name}
+        return {"model": pretrained.Weights(folder, shapes(cfg), cfg.tied), "config": {"model": model, "run": run},
+                "tokenizer": pretrained.read_tokenizer(folder)}
+
+
+def shapes(cfg):
+    """-> {name: shape} of the parameters of a GPT with softmax attention."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(cfg, softmax_attention).named_parameters()}
+
+
+def export(folder, saved, origin, dtype=None):
+    """Write a Hugging Face folder. saved: as load_checkpoint gives it from `origin`, of which the weights, the model's settings and
+    the tokenizer count; dtype None: that of the weights."""
+    import pretrained
+    cfg = GPTConfig(**saved["config"]["model"])
+    with refusing():
+        pretrained.write(folder, asdict(cfg), shapes(cfg), stored(saved["model"], origin), saved["tokenizer"], dtype)
 
 
 def save_checkpoint(folder, model, optimizer, **more):
@@ -809,22 +866,31 @@ def stored(state, origin):
     def source(name, shape):
         if name not in state:
             fail(f"{origin}: the tensor {name} is missing")
-        if state[name].shape != shape:
-            fail(f"{origin}: the tensor {name} is {tuple(state[name].shape)}, not {tuple(shape)}")
-        return state[name]
+        tensor = state[name]
+        if tensor.shape != shape:
+            fail(f"{origin}: the tensor {name} is {tuple(tensor.shape)}, not {tuple(shape)}")
+        return tensor
     return source
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
-    """-> the GPT of the run in `folder`, ready to use, and its tokenizer. attn: the name of its attention, if that is not to be
-    taken from the checkpoint."""
-    saved = load_checkpoint(folder)
-    cfg = GPTConfig(**saved["config"]["model"])
-    attention = plug(attn or cfg.attn, "attention", attn is not None, cfg.attn_args)
+def hollow(cfg, attention, device, dtype):
+    """-> a GPT on the device, its matrices in `dtype`, since the products are taken in it anyway; its weights are yet to come."""
     with torch.device("meta"):
         model = GPT(cfg, attention, dtype)
-    fill(model.to_empty(device=device), stored(saved["model"], folder / "ckpt.pt"))
-    return model.eval(), tokenizer_from(saved["tokenizer"])
+    for p in (p for p in model.parameters() if p.dim() > 1):
+        p.data = p.data.to(dtype)
+    return model.to_empty(device=device).eval()
+
+
+def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
+    """-> the GPT of the run or the Hugging Face folder, ready to use, and its tokenizer. attn: the name of its attention, if that
+    is not to be taken from the checkpoint."""
+    saved = load_checkpoint(folder)
+    cfg, tokenizer = GPTConfig(**saved["config"]["model"]), tokenizer_from(saved["tokenizer"])
+    attention = plug(attn or cfg.attn, "attention", attn is not None, cfg.attn_args)
+    model = hollow(cfg, attention, device, dtype)
+    fill(model, stored(saved["model"], folder))
+    return model, tokenizer
 
 
 def load_optimizer(optimizer, state):
@@ -1061,7 +1127,7 @@ def main(argv=None):
 def choose_folder(args, cfg):
     """Where the run writes: --resume's folder, --out, or the first free of out/tiny-softmax, out/tiny-softmax-2, ..."""
     if args.resume is not None:
-        return find_run(args.resume or args.out)
+        return find_run(args.resume or args.out, ours=True)
     if args.out and (Path(args.out) / "ckpt.pt").exists():
         fail(f"{args.out} holds a run already: --resume {args.out} goes on with it, another --out starts afresh")
     stem = Path(args.init).name if args.init else f"{args.model}-{cfg.attn}"
@@ -1069,9 +1135,14 @@ def choose_folder(args, cfg):
     return Path(args.out) if args.out else next(free)
 
 
+def beginning(tokenizer):
+    """-> the ids that stand before a document: what its tokenizer puts there, else the end of the one before."""
+    return getattr(tokenizer, "start", None) or [tokenizer.eot_token]
+
+
 def show_sample(model, tokenizer, n, seed, stop):
     """Say what the model writes at the start of a document."""
-    ids = generate(model.eval(), [tokenizer.eot_token], n, temperature=0.8, top_k=50, seed=seed, limit=tokenizer.n_vocab)
+    ids = generate(model.eval(), beginning(tokenizer), n, temperature=0.8, top_k=50, seed=seed, limit=tokenizer.n_vocab)
     with torch.compiler.set_stance("force_eager"):                   # each new length would be compiled anew
         text = list(itertools.takewhile(lambda token: token != tokenizer.eot_token and not stop.now, ids))
     say(tokenizer.decode_bytes(text).decode(errors="replace"))
@@ -1092,6 +1163,10 @@ def train(args, cfg, run, saved, stop):
         f"compile  {'on' if args.compile else 'off'} ({compile_why})")
 
     tokenizer = tokenizer_from(saved["tokenizer"]) if saved else None if args.bench else get_tokenizer(run.tokenizer)
+    if args.export:                                                  # to learn now, not after the last step, that it cannot be
+        import pretrained
+        with refusing():
+            pretrained.exportable(Path(args.export), asdict(cfg))
     n_vocab = tokenizer.n_vocab if tokenizer else cfg.vocab_size or 50257                    # --bench has GPT-2's in mind
     cfg.vocab_size = cfg.vocab_size or -(-n_vocab // 64) * 64
     if cfg.vocab_size < n_vocab:
@@ -1201,6 +1276,8 @@ def train(args, cfg, run, saved, stop):
     else:
         say(f"held-out loss {result['val_loss']:.4f} nats/token, {result['val_bpb']:.4f} bits/byte; a sample:\n")
         show_sample(model, tokenizer, args.sample, run.seed, stop)
+        if args.export and rank() == 0:
+            export(Path(args.export), load_checkpoint(out), out)
         say(f"\n{out} holds ckpt.pt, log.csv and loss.png. Next: python sample.py --init {out} --prompt \"def main(\"")
     return {**result, "step": step, "out": str(out), "signal": stop.now}
 
