@@ -870,7 +870,7 @@ WORDS = {                                                            # how each 
        for name, digits in (("qwen", ""), ("llama3", "{1,3}"))}}
 NASTY = ["", " ", "Hello world", "  two  spaces ", "\n\n\t \r\n", "a\r\n\r\nb", "x = [1, 22, 333, 4444]  # 12345", "it's WE'LL I'D 'S'ſ",
          "数字１２３ 東京タワー", "😀👩‍👩‍👧 \U0001f1eb\U0001f1f7", "e\u0301 é \u1e9b\u0323 \u2126", "def f(x):\n\n    return x ** 2\n", "½ Ⅷ ٣ 𝟘",
-         "<|im_end|>", "a <|im_start|>user\n<|endoftext|> b", "<|im_end|>\u0338", "<|im_<|im_end|>end|>", "!\x01! \x06?\x7f\x00", "\u00a0\u3000 \u200b x",
+         "<|im_end|>", "<|im_end|>!<|im_end|>!!", "a <|im_start|>user\n<|endoftext|> b", "<|im_end|>\u0338", "<|im_<|im_end|>end|>", "!\x01! \x06?\x7f\x00", "\u00a0\u3000 \u200b x",
          "don’t", "ÀÉÎ'LL", " 1 2  3", "   12", "\ufeffx", "a" * 300, " " * 70 + "the end", "\U0010ffff\U000f0000"]
 
 
@@ -921,9 +921,9 @@ FAMILIES = {
     "llama": dict(num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=5e5),
     "llama-untied": dict(num_key_value_heads=4, tie_word_embeddings=False, head_dim=6),
     "qwen2": dict(num_key_value_heads=1, tie_word_embeddings=True, rope_theta=1e6),
-    "qwen2-untied": dict(num_key_value_heads=2, tie_word_embeddings=False),
+    "qwen2-untied": dict(num_key_value_heads=2, tie_word_embeddings=False, rope_theta=2e5),
     "qwen3": dict(num_key_value_heads=2, tie_word_embeddings=False, head_dim=12),
-    "qwen3-tied": dict(num_key_value_heads=4, tie_word_embeddings=True, head_dim=8),
+    "qwen3-tied": dict(num_key_value_heads=4, tie_word_embeddings=True, head_dim=8, rope_theta=1e6),
 }
 
 
@@ -1006,12 +1006,18 @@ def test_pretrained_tokenizer_has_the_same_ids(tmp_path, words):
     learner = tokenizers.Tokenizer.from_str(json.dumps({**data, "model": {**data["model"], "vocab": {}, "merges": []}, "added_tokens": []}))
     alphabet = [c for b, c in letters().items() if words != "smollm2" or b not in (1, 6, 20, 0xF4)]
     learner.train_from_iterator(text, tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False,
-                                                                     special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+                                                                     special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>!"]))
     if words == "smollm2":
         trained = json.loads(learner.to_str())
         vocab = {t: i for t, i in trained["model"]["vocab"].items() if t in alphabet or len(t) > 1}
         learner = tokenizers.Tokenizer.from_str(json.dumps({**trained, "model": {**trained["model"], "vocab": vocab}}))
-    if words == "llama3":
+    if words == "llama3":                                            # made from tiktoken's ranks: every way to cut a token is listed
+        model = json.loads(learner.to_str())["model"]
+        ways = sorted(((i, [t[:n], t[n:]]) for t, i in model["vocab"].items() for n in range(1, len(t))
+                       if t[:n] in model["vocab"] and t[n:] in model["vocab"] and "<|" not in t), key=lambda way: way[0])
+        assert len(ways) > len(model["merges"])
+        model |= {"merges": [way for _, way in ways], "ignore_merges": True}
+        learner = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(learner.to_str()), "model": model}))
         learner.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     write_tokenizer(tmp_path, json.loads(learner.to_str()))
     ours = pretrained.Encoding(pretrained.read_tokenizer(tmp_path))
@@ -1033,7 +1039,7 @@ def test_chat_template_equals_transformers(tmp_path, template):
     write_tokenizer(tmp_path, tokenizer_json(special=special, words="llama3"), LLAMA3 if template == "llama3" else CHATML,
                     "<|eot_id|>" if template == "llama3" else "<|im_end|>")
     if template == "file":                                           # newer folders have the template in a file of its own
-        (tmp_path / "chat_template.jinja").write_text(CHATML.replace("Be brief.", "You are\n  kind."))
+        (tmp_path / "chat_template.jinja").write_text(CHATML.replace("%}", "%}\n").replace("{%", "  {%"))
     tokenizer = pretrained.Encoding(pretrained.read_tokenizer(tmp_path))
     truth = transformers().AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "  What is\n12 + 1? 😀 "}]
@@ -1454,6 +1460,26 @@ def test_compiled_bf16_on_the_gpu_follows_eager_fp32(tiny):
     assert config["run"]["dtype"] == "bf16"
     flags = "--init out/eager --dtype fp32 --temperature 0 --max-tokens 40 --device".split()
     assert sample.main([*flags, "cpu"])["text"] == sample.main([*flags, "cuda"])["text"]
+
+
+@gpu
+@pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2, qkv_bias=True), dict(n_kv_head=1, qk_norm=True, tied=False)], ids=str)
+def test_a_recorded_step_replays_on_the_gpu(shape):
+    model = small_gpt(**shape)
+    plain = list(train.generate(model, [5, 6, 7], 40, temperature=0))                        # past the end of the context, on the CPU
+    assert list(train.generate(model.cuda(), [5, 6, 7], 40, temperature=0)) == plain
+    for _ in range(2):
+        assert list(train.generate(model, [5, 6, 7], 40, temperature=0, recorded=True)) == plain
+    model.compile()
+    assert list(train.generate(model, [5, 6, 7], 40, temperature=0, recorded=True)) == plain
+
+
+@gpu
+def test_decoding_bench_on_the_gpu(monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "tiny", dict(n_layer=2, n_embd=256, n_head=4, vocab_size=1024))
+    figures = sample.main("--bench --model tiny --max-tokens 20 --prompt-tokens 30".split())
+    assert figures["dtype"] == "bfloat16" and all(figures[way]["tokens_per_s"] > 0 for way in ("plain", "recorded", "compiled"))
+    assert figures["compiled"]["token_ms"] < figures["plain"]["token_ms"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

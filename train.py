@@ -135,6 +135,7 @@ PRESETS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, steps=5000, lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024, batch_size=64, steps=10000, lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024, batch_size=64, steps=20000, lr=2.5e-4),
+    # two shapes of others, to time
     "smollm2-135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, vocab_size=49152, rope_theta=1e5,
                          block_size=2048, batch_size=64, steps=10000, lr=6e-4),
     "qwen3-4b": dict(n_layer=36, n_head=32, n_kv_head=8, head_dim=128, n_embd=2560, n_hidden=9728, vocab_size=151936, qk_norm=True,
@@ -846,6 +847,8 @@ def export(folder, saved, origin, dtype=None):
     cfg = GPTConfig(**saved["config"]["model"])
     with refusing():
         pretrained.write(folder, asdict(cfg), shapes(cfg), stored(saved["model"], origin), saved["tokenizer"], dtype)
+    say(f"wrote {folder}, which transformers loads" + ("" if "files" in saved["tokenizer"] else
+                                                       "; without its tokenizer, which is not a Hugging Face one"))
 
 
 def save_checkpoint(folder, model, optimizer, **more):
