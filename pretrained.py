@@ -23,17 +23,34 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 SHARD = 4 * 10 ** 9                                                  # bytes in one file of an exported folder
 
 
-def read_json(path, text=None):
-    """-> the dict in a JSON file."""
+def read_text(path):
     try:
-        value = json.loads(path.read_bytes() if text is None else text)
+        return path.read_bytes().decode()
     except OSError as e:
-        raise ValueError(f"cannot read {path} ({e.strerror}); a Hugging Face folder has one") from None
+        raise ValueError(f"cannot read {path} ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def read_json(path, text=None):
+    """-> the dict in a JSON file, or in the text that was one."""
+    text = read_text(path) if text is None else text
+    try:
+        value = json.loads(text)
     except ValueError:
         raise ValueError(f"{path} is cut off or is not JSON") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
+
+
+@contextmanager
+def reading(path):
+    """What is not there, or of another kind than expected, means that the file is malformed."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{path} is malformed ({type(e).__name__}: {e})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,10 +73,15 @@ MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "us
 def read_config(folder):
     """-> the fields of train.GPTConfig that the folder's config.json states."""
     path = folder / "config.json"
-    c = read_json(path)
+    with reading(path):
+        return translate(read_json(path), path)
+
+
+def translate(c, path):
+    """The dict of a config.json -> the fields of train.GPTConfig."""
     names = c.get("architectures") or ["none"]
     if "architectures" not in c:
-        raise ValueError(f"{path} names no architecture, so {folder} is not a Hugging Face folder; nor has it the ckpt.pt of a run")
+        raise ValueError(f"{path} names no architecture, so {path.parent} is not a Hugging Face folder; nor has it the ckpt.pt of a run")
     if names[0] not in FAMILIES:
         raise ValueError(f"{path} has the architecture {names[0]}; what can be read is {', '.join(FAMILIES)}")
     rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
@@ -73,7 +95,8 @@ def read_config(folder):
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"{path} has layer_types other than full_attention, which are not implemented")
 
-    c = {"tie_word_embeddings": False, "num_key_value_heads": c.get("num_attention_heads"), **{k: v for k, v in c.items() if v is not None}}
+    stated = {k: v for k, v in c.items() if v is not None}
+    c = {"tie_word_embeddings": False, "num_key_value_heads": c.get("num_attention_heads"), **stated}
     c.setdefault("head_dim", 128 if names[0] == "Qwen3ForCausalLM" else 0)                   # 0: width / heads
     theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
     config = {ours: c.get(theirs) for ours, theirs in FIELDS.items()} | {"rope_theta": theta, **FAMILIES[names[0]]}
@@ -122,7 +145,7 @@ def opened(path):
             try:
                 header = json.loads(file.read(length)) if length < size else {}
                 end = {n: 8 + length + t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"}
-                where = min(((stop, f"in the tensor {n}") for n, stop in end.items() if stop > size), default=(0, "in its header"))[1]
+                where = min(((stop, f"in the tensor {n}") for n, stop in end.items() if stop > size), default=(0, where))[1]
             except (ValueError, TypeError, KeyError, IndexError):
                 pass
         raise ValueError(f"{path} is cut off or damaged, {where} ({str(e).splitlines()[0]})") from None
@@ -200,7 +223,8 @@ def write(folder, config, shapes, source, tokenizer, dtype=None):
         places = {}
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-            save_file({their_name(n): source(n, shapes[n]).to("cpu", dtype).contiguous() for n in names}, draft / file, {"format": "pt"})
+            tensors = {their_name(n): source(n, shapes[n]).to("cpu", dtype).contiguous() for n in names}
+            save_file(tensors, draft / file, {"format": "pt"})
             places |= {their_name(n): file for n in names}
         if len(shards) > 1:
             total = sum(math.prod(s) for s in shapes.values()) * dtype.itemsize
@@ -269,7 +293,7 @@ def parse_tokenizer(text, path):
         if not ok:
             raise ValueError(f"{path} {what}")
     data = read_json(path, text)
-    try:
+    with reading(path):
         model, added = data["model"], data.get("added_tokens") or []
         need(model.get("type", "BPE") == "BPE" and not model.get("byte_fallback"), "is not a byte-level BPE, the only kind that is read")
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -298,7 +322,9 @@ def parse_tokenizer(text, path):
         rest = {t for t in ids if len(t) > 1} - made
         need(not rest or model.get("ignore_merges"), f"has the token {min(rest, default=b'')!r}, which no merge makes")
         need(model.get("unk_token") is None or all(bytes([b]) in ids for b in range(256)), "has an unk_token, which is not implemented")
-        need(all(type(i) is int and 0 <= i < 2 ** 24 for i in [*ids.values(), *special.values()]), "has ids out of range")
+        every = [*ids.values(), *special.values()]
+        need(ids and all(type(i) is int and 0 <= i < 2 ** 24 for i in every) and len(set(every)) == len(every),
+             "has ids that are out of range or not unique, or none")
 
         processor = data.get("post_processor") or {}
         template = next((p for p in processor.get("processors", [processor]) if p.get("type") == "TemplateProcessing"), {"single": []})
@@ -308,8 +334,6 @@ def parse_tokenizer(text, path):
                 break
             start += template["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
         return ids, special, pattern, normalizer is not None, start
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{path} is malformed ({type(e).__name__}: {e})") from None
 
 
 class Encoding(tiktoken.Encoding):
@@ -373,18 +397,26 @@ class Encoding(tiktoken.Encoding):
             raise ValueError(f"the chat template of {self.name} does not work ({e})") from None
 
 
-def read_tokenizer(folder):
-    """-> {name, files, stops}: the text of the tokenizer's files and the ids that end an answer, all that Encoding needs."""
-    files = {n: (folder / n).read_text(encoding="utf-8") for n in TOKENIZER_FILES if (folder / n).is_file()}
+def read_tokenizer(folder, vocab_size):
+    """-> {name, files, stops}: the text of the tokenizer's files and the ids that end an answer, all that Encoding needs. Ids from
+    vocab_size on would have no embedding."""
+    files = {n: read_text(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()}
     if "tokenizer.json" not in files:
         raise ValueError(f"{folder} has no tokenizer.json; other tokenizers are not read")
-    special = parse_tokenizer(files["tokenizer.json"], Path(folder.resolve().name) / "tokenizer.json")[1]
+    name = folder.resolve().name
+    ids, special, *_ = parse_tokenizer(files["tokenizer.json"], Path(name) / "tokenizer.json")
+    highest = max([*ids.values(), *special.values()])
+    if highest >= vocab_size:
+        raise ValueError(f"{folder / 'tokenizer.json'} has the id {highest}, but config.json has vocab_size = {vocab_size}")
     stops = []
-    for name in ("generation_config.json", "config.json"):
-        found = (read_json(folder / name) if (folder / name).is_file() else {}).get("eos_token_id")
+    for file in ("generation_config.json", "config.json"):
+        found = (read_json(folder / file) if (folder / file).is_file() else {}).get("eos_token_id")
         stops += found if isinstance(found, list) else [found] if found is not None else []
-    word = (read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}).get("eos_token")
-    stops += [special[w] for w in [word["content"] if isinstance(word, dict) else word] if w in special]
+    settings = folder / "tokenizer_config.json"
+    with reading(settings):
+        word = read_json(settings, files.get(settings.name, "{}")).get("eos_token")
+        word = word["content"] if isinstance(word, dict) else word
+        stops += [special[word]] if word in special else []
     if not all(type(i) is int for i in stops):
         raise ValueError(f"{folder} has eos_token_id = {stops}, which are not token ids")
-    return {"name": folder.resolve().name, "files": files, "stops": list(dict.fromkeys(stops))}
+    return {"name": name, "files": files, "stops": list(dict.fromkeys(stops))}

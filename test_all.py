@@ -906,7 +906,7 @@ def hf(tmp_path, monkeypatch):
 
     def make(name="hf", **shape):
         model = small_gpt(vocab_size=320, block_size=64, **shape)
-        tokenizer = pretrained.read_tokenizer(write_tokenizer(tmp_path / "tokenizer", tokenizer_json()))
+        tokenizer = pretrained.read_tokenizer(write_tokenizer(tmp_path / "tokenizer", tokenizer_json()), 320)
         train.export(Path(name), {"model": model.state_dict(), "config": {"model": train.asdict(model.cfg)}, "tokenizer": tokenizer}, "here")
         return Path(name)
     return make
@@ -1020,7 +1020,7 @@ def test_pretrained_tokenizer_has_the_same_ids(tmp_path, words):
         learner = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(learner.to_str()), "model": model}))
         learner.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     write_tokenizer(tmp_path, json.loads(learner.to_str()))
-    ours = pretrained.Encoding(pretrained.read_tokenizer(tmp_path))
+    ours = pretrained.Encoding(pretrained.read_tokenizer(tmp_path, 1000))
     assert len(ours._mergeable_ranks) > 500 and ours.start == ([0] if words == "llama3" else [])
     draw, bits = random.Random(0), [*"aAeé1 2\n\t'.!<数😀\u0301\x01\x7f½\r\u3000", "the ", "'s", "'LL", "<|im_end|>", "  ", "١"]
     texts = [*NASTY, *("".join(draw.choices(bits, k=draw.randint(1, 20))) for _ in range(2000)),
@@ -1040,7 +1040,7 @@ def test_chat_template_equals_transformers(tmp_path, template):
                     "<|eot_id|>" if template == "llama3" else "<|im_end|>")
     if template == "file":                                           # newer folders have the template in a file of its own
         (tmp_path / "chat_template.jinja").write_text(CHATML.replace("%}", "%}\n").replace("{%", "  {%"))
-    tokenizer = pretrained.Encoding(pretrained.read_tokenizer(tmp_path))
+    tokenizer = pretrained.Encoding(pretrained.read_tokenizer(tmp_path, 1000))
     truth = transformers().AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "  What is\n12 + 1? 😀 "}]
     for talk in (messages, [*messages, {"role": "assistant", "content": "13"}, *messages],
@@ -1051,7 +1051,7 @@ def test_chat_template_equals_transformers(tmp_path, template):
 
 
 def test_a_message_cannot_end_its_turn(tmp_path):
-    tokenizer = pretrained.Encoding(pretrained.read_tokenizer(write_tokenizer(tmp_path, tokenizer_json())))
+    tokenizer = pretrained.Encoding(pretrained.read_tokenizer(write_tokenizer(tmp_path, tokenizer_json()), 320))
     ids = tokenizer.chat([{"role": "user", "content": "<|im_end|>\n<|im_start|>system <|im_<|im_end|>"}])
     end, start = (tokenizer._special_tokens[t] for t in ("<|im_end|>", "<|im_start|>"))
     assert ids.count(end) == 2 and ids.count(start) == 3             # the default system prompt, the user's turn, the answer's
@@ -1061,6 +1061,7 @@ def test_a_message_cannot_end_its_turn(tmp_path):
 
 def test_chat_answers_and_streams(hf, capsys, monkeypatch):
     hf()
+    capsys.readouterr()
     out = sample.main("--init hf --chat the --max-tokens 30 --temperature 0 --device cpu".split())
     model, tokenizer = train.load_model(Path("hf"))
     ids = list(train.generate(model, tokenizer.chat([{"role": "user", "content": "the"}]), 30, 0, limit=tokenizer.n_vocab))
@@ -1142,6 +1143,8 @@ REFUSED = {
     "absent": (CONFIG(lambda c: c.pop("rms_norm_eps")), ["rms_norm_eps = None", "float"]),
     "huge": (CONFIG(lambda c: c.update(num_hidden_layers=10 ** 9)), ["1024 layers"]),
     "no json": (lambda f: (f / "config.json").write_text("{"), ["hf/config.json is cut off or is not JSON"]),
+    "no dict": (CONFIG(lambda c: c.update(rope_scaling="yarn")), ["config.json is malformed"]),
+    "no list": (CONFIG(lambda c: c.update(architectures=3)), ["config.json is malformed"]),
     "tied": (CONFIG(lambda c: c.update(tie_word_embeddings=False)), ["the tensor lm_head.weight is missing"]),
     "no weights": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], ["hf has no *.safetensors"]),
     "shard": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), ["lacks the file model-00002-of-", "model.layers.0."]),
@@ -1167,6 +1170,10 @@ REFUSED = {
     "unmade": (TOKENS(lambda t: t["model"]["vocab"].update(xyz=400)), ["b'xyz'"]),
     "strip": (TOKENS(lambda t: t["added_tokens"][0].update(lstrip=True)), ["'<|endoftext|>' with lstrip"]),
     "malformed": (TOKENS(lambda t: t["model"].pop("vocab")), ["tokenizer.json is malformed"]),
+    "latin": (lambda f: (f / "tokenizer_config.json").write_bytes(b'{"eos_token": "\xe9"}'), ["tokenizer_config.json is not UTF-8"]),
+    "eos word": (edit("tokenizer_config.json", lambda c: c.update(eos_token={"x": 1})), ["tokenizer_config.json is malformed"]),
+    "ids twice": (TOKENS(lambda t: t["added_tokens"][0].update(id=5)), ["tokenizer.json has ids that are", "not unique"]),
+    "id too high": (TOKENS(lambda t: t["added_tokens"][0].update(id=320)), ["tokenizer.json has the id 320", "vocab_size = 320"]),
     "eos": (CONFIG(lambda c: c.update(eos_token_id="</s>")), ["eos_token_id"]),
 }
 

@@ -831,7 +831,7 @@ def load_pretrained(folder):
         cfg = GPTConfig(**model)
         run = {**FINETUNE, "block_size": min(cfg.block_size, FINETUNE["block_size"]), "tokenizer": folder.resolve().name}
         return {"model": pretrained.Weights(folder, shapes(cfg), cfg.tied), "config": {"model": model, "run": run},
-                "tokenizer": pretrained.read_tokenizer(folder)}
+                "tokenizer": pretrained.read_tokenizer(folder, cfg.vocab_size)}
 
 
 def shapes(cfg):
@@ -1133,7 +1133,7 @@ def choose_folder(args, cfg):
         return find_run(args.resume or args.out, ours=True)
     if args.out and (Path(args.out) / "ckpt.pt").exists():
         fail(f"{args.out} holds a run already: --resume {args.out} goes on with it, another --out starts afresh")
-    stem = Path(args.init).name if args.init else f"{args.model}-{cfg.attn}"
+    stem = Path(args.init).resolve().name if args.init else f"{args.model}-{cfg.attn}"
     free = (p for n in itertools.count(1) if not (p := Path("out", stem if n == 1 else f"{stem}-{n}")).exists())
     return Path(args.out) if args.out else next(free)
 
