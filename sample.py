@@ -79,13 +79,15 @@ def bench(model, name, compiled, prompt, n, warm_up=5):
     """Time a prompt of random tokens and n tokens after it, one sequence, the likeliest token each; -> dict of figures. The floor
     of a token is the time to read every weight it needs and the keys and values before it, at the speed of a copy."""
     c, device = model.cfg, model.embed_tokens.weight.device
+    if prompt + warm_up + n > c.block_size:
+        fail(f"--prompt-tokens {prompt} and --max-tokens {n}, with {warm_up} to warm up, are more than the context of {c.block_size}")
     ids = torch.randint(c.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     weights -= 0 if c.tied else model.embed_tokens.weight.nbytes
     kept = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize * (prompt + n // 2)
     speed = bandwidth(device)
     floor = (weights + kept) / speed
-    ways = ["plain", "recorded", *(["compiled"] if compiled else [])]
+    ways = ["plain", *(["recorded"] if c.attn == "softmax" else []), *(["compiled"] if compiled and c.attn == "softmax" else [])]
     figures = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "parameters": sum(p.numel() for p in model.parameters()),
                "prompt": prompt, "tokens": n, "bytes_per_token": weights + kept, "copy_gb_per_s": speed / 1e9, "floor_ms": 1e3 * floor}
     for way in ways:
@@ -146,9 +148,10 @@ def main(argv=None):
         if not good:
             fail(f"--{name} is {getattr(args, name.replace('-', '_'))}, out of range (--help says what is right)")
 
-    if args.chat and args.prompt:
+    chat = args.chat is not None
+    if chat and args.prompt:
         fail("--chat is a message to answer and --prompt a text to go on with; give one of them")
-    prompt, device = read_prompt(args.chat or args.prompt), pick_device(args.device)
+    prompt, device = read_prompt(args.chat if chat else args.prompt), pick_device(args.device)
     run = None if args.bench and args.model else find_run(args.init)
     if args.export:
         export(Path(args.export), load_checkpoint(run), run, DTYPES.get(args.dtype))
@@ -170,7 +173,7 @@ def main(argv=None):
         result = score(model, tokenizer, read_prompt(f"@{args.score}"))
         print(f"{result['nats_per_token']:.4f} nats/token, {result['bits_per_byte']:.4f} bits/byte over {result['tokens']} tokens")
         return note(args.out, device, result)
-    if args.chat:
+    if chat:
         if not hasattr(tokenizer, "chat"):
             fail(f"{run} has no chat template: it is a model of plain text, to be used with --prompt")
         with refusing():
@@ -193,7 +196,7 @@ def main(argv=None):
             text.append(piece)
             sys.stdout.write(piece)
             sys.stdout.flush()
-        write("" if args.chat else prompt)
+        write("" if chat else prompt)
         n = stream(until_stopped(generate(model, ids, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                                           tokenizer.n_vocab, args.cache, recorded)), tokenizer, write)
     speed = n / (time.perf_counter() - began)

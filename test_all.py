@@ -1237,13 +1237,16 @@ def test_a_recorded_step_is_one_graph_for_all_layers_and_positions():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "a layer, and the last norm"
 
 
-def test_decoding_bench(hf, monkeypatch):
+def test_decoding_bench(hf, monkeypatch, capsys):
     monkeypatch.setitem(train.PRESETS, "tiny", dict(n_layer=1, n_embd=32, n_head=2, batch_size=2, vocab_size=64))
     monkeypatch.setattr(sample, "bandwidth", lambda device: 1e9)
     flags = "--bench --device cpu --max-tokens 4 --prompt-tokens 6".split()
     figures = sample.main([*flags, "--model", "tiny", "--out", "b.json"])
     assert json.loads(Path("b.json").read_text())["recorded"] == figures["recorded"] and figures["plain"]["tokens_per_s"] > 0
     assert figures["bytes_per_token"] == 4 * (figures["parameters"] + 2 * 32 * 8) and figures["floor_ms"] == figures["bytes_per_token"] / 1e6
+    refused(capsys, [*flags, "--model", "tiny", "--prompt-tokens", "250"], "--prompt-tokens 250", "the context of 256", script=sample)
+    monkeypatch.setitem(train.PRESETS, "laser", {**train.PRESETS["tiny"], "attn": "laser"})
+    assert "recorded" not in sample.main([*flags, "--model", "laser"])
     untied = sample.main([*flags, "--init", str(hf(tied=False, n_kv_head=2))])
     assert untied["bytes_per_token"] == 4 * (untied["parameters"] - 320 * 32 + 2 * 2 * 2 * 8 * 8)
 
