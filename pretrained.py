@@ -67,7 +67,7 @@ FIELDS = {                                                           # ours: the
     "n_hidden": "intermediate_size", "tied": "tie_word_embeddings", "norm_eps": "rms_norm_eps",
 }
 MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-           "quantization_config": None, "partial_rotary_factor": 1.0}    # or absent
+           "quantization_config": None, "partial_rotary_factor": 1.0}    # or absent, or null
 
 
 def read_config(folder):
@@ -90,7 +90,7 @@ def translate(c, path):
         raise ValueError(f"{path} asks for rotary positions of the type {kind!r}, which are not implemented; only 'default' is")
     c = {**c, **{k: v for k, v in rope.items() if k == "partial_rotary_factor"}}
     for key, needed in MUST_BE.items():
-        if c.get(key, needed) != needed:
+        if c.get(key) not in (None, needed):
             raise ValueError(f"{path} has {key} = {json.dumps(c[key])[:60]}, which is not implemented; only {json.dumps(needed)} is")
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"{path} has layer_types other than full_attention, which are not implemented")
