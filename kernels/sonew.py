@@ -16,7 +16,7 @@ copies those quads aside. Sums for the norms are kept per program and added in t
 Bytes per fp32 parameter at band b: (2) reads g, m, S_0..S_b and writes m, S, u, 8 b + 24; (4) reads u, p and writes p, 12: in all 8 b + 36,
 44 tridiagonal, 68 at b = 4, against 28 of AdamW. Tensors are taken in pieces small enough for the L2 to keep u from (2) to (4), which
 saves up to 4 of them, and (3) and the table are noise: 12 bytes a program. At the 4.22 TB/s that a copy reaches on an H200, 125 M
-parameters take 1.30 ms (b = 1) and 2.01 ms (b = 4); with momentum and statistics in bfloat16 30 and 42 bytes, 0.89 and 1.24 ms.
+parameters take 1.30 ms (b = 1) and 2.01 ms (b = 4), AdamW 0.83; with m and S in bfloat16 they are 4 b + 28, 0.95 and 1.30 ms.
 Limits: band 0 to 4, float32, float16 and bfloat16 parameters, float32 or bfloat16 state; arithmetic is float32.
 """
 import functools
@@ -276,11 +276,12 @@ def upload(rows, device):
     return table.to(device, non_blocking=True), owner.to(device, non_blocking=True)
 
 
-def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, reduce=None, config=CONFIG):
+def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, reduce=None):
     """One step for a list of works: p, g of one shape, m and S (list of band + 1) too, all contiguous on one device, step and skipped ()
     float32, chain the length of a chain. graft "adam", "none", or "plain": Adam's step, S_0 alone. lr: a number, or a tensor () there.
     reduce(totals) may sum (T, 3) over processes that hold other rows of the same tensors, given in the same order."""
-    quads, warps, limit = config
+    quads, warps, limit = CONFIG
+    assert quads >= 32 * warps, "with fewer lanes than threads, some threads would read what others have overwritten"
     device, band = works[0].p.device, len(works[0].S) - 1
     columns, jobs = HEAD.value + band + 1, {}
     for index, work in enumerate(works):
@@ -289,14 +290,14 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             work.step.add_(1)
             continue
         arrays = [t.data_ptr() for t in (work.p, work.g, work.m, *work.S)]
-        aligned = n % 4 == 0 and work.chain % 4 == 0 and not any(a % 16 for a in arrays)
+        aligned = n % 4 == 0 and (band == 0 or work.chain % 4 == 0) and not any(a % 16 for a in arrays)
         rows = jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned), [])
         first = rows[-1][8] + rows[-1][9] if rows else 0
         rows.append((*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk, first, -(-n // chunk), index,
                      *arrays[3:]))
     totals = torch.zeros(len(works), 3, device=device)
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-    lr_there = torch.is_tensor(lr)
+    lr_there = torch.is_tensor(lr) and lr.device == device
 
     def sums(table, owner, halo, partial, pids, tensors, P, G, M, overlap, aligned):
         if overlap:
@@ -330,3 +331,24 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             for piece in pieces:
                 move(*piece)
     torch.autograd.graph.increment_version([work.p for work in works])
+
+
+# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps
+def builds():
+    types = {"table_ptr": "*i64", "owner_ptr": "*i32", **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), "pid0": "i32",
+             "tensor0": "i32", **dict.fromkeys(("beta1", "beta2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
+                                                "weight_decay"), "fp32")}
+    quads, warps, _ = CONFIG
+    fp32, bf16 = tl.float32, tl.bfloat16
+    for G, M, band, plain, halo, aligned in ((fp32, fp32, 1, False, False, True), (fp32, fp32, 4, False, False, True),
+                                             (bf16, bf16, 1, False, False, True), (bf16, fp32, 4, False, True, False),
+                                             (fp32, fp32, 0, True, False, True)):
+        yield (statistics_kernel, types, {"G": G, "M": M, "BAND": band, "PLAIN": plain, "HALO": halo, "ALIGNED": aligned,
+                                          "COLUMNS": HEAD.value + band + 1, "J": quads}, (), warps)
+    yield apply_kernel, types, {"P": fp32, "G": fp32, "GRAFT": True, "LR_THERE": False, "ALIGNED": True, "COLUMNS": 13,
+                                "BLOCK": 4 * quads}, (), warps
+    yield norms_kernel, types, {"COLUMNS": 13, "BLOCK": 1024}, (), 4
+    yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": 16}, (), 1
+
+
+AOT = list(builds())
