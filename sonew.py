@@ -172,6 +172,8 @@ class SONew(torch.optim.Optimizer):
                                  *((n, 0 <= g[n] < math.inf, "at least 0") for n in ("lr", "eps", "gamma", "weight_decay"))):
             if not good:
                 raise ValueError(f"{name} is {g[name]}; it must be {want}")
+        for p in g["params"]:
+            shards(p, g["chain"])
 
     def work(self, p, group):
         """-> the Work of parameter p, whose state is made when it is first seen."""
