@@ -581,11 +581,11 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
     options = {**dict(lr=0.1, eps=0.1, weight_decay=0.1), **options}
     draw, kinds = torch.Generator().manual_seed(seed), (Fused, Fused, sonew.SONew, sonew.SONew)
     values = [torch.randn(s, generator=draw) for s in shapes]
-    nets = [[torch.nn.Parameter(v.to(dtype).to(d).to(device)) for v in values] for d in (dtype, dtype, dtype, torch.float64)]
+    nets = [[torch.nn.Parameter(v.clone().to(dtype).to(d).to(device)) for v in values] for d in (dtype, dtype, dtype, torch.float64)]
     if transposed:                                                   # neither parameters nor gradients are contiguous
         nets = [[torch.nn.Parameter(p.detach().T.contiguous().T) for p in net] for net in nets]
     opts = [kind(net, **options) for kind, net in zip(kinds, nets)]
-    opts[2].fits = lambda p: False
+    opts[2].fits, before = lambda p: False, {v.shape: v for v in values}
     torch.use_deterministic_algorithms(True)                         # new tensors hold NaN until they are written
     try:
         for t in range(steps):
@@ -602,6 +602,7 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
             assert opts[0].state[p]["step"] == steps
             continue
         close(str(tuple(p.shape)), p, eager, truth)
+        assert p.numel() < 4 or (p - before[p.shape].to(p)).abs().max() > 0.01, "it did not move"
         for name, s in opts[0].state[p].items():
             close(f"{name} of {tuple(p.shape)}", s, opts[2].state[eager][name], opts[3].state[truth][name])
     assert same(opts[0].state_dict(), opts[1].state_dict())
@@ -609,7 +610,7 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
 
 
 SMALL = (32, 1, 100)                                                 # 128 elements a program, pieces of 100
-SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 75), (1, 260)]
+SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 59), (1, 260)]
 
 
 @pytest.mark.parametrize("options", [dict(), dict(band=4), dict(band=4, chain="flat"), dict(band=1, chain="flat", graft="none"),
@@ -702,7 +703,7 @@ def tl_type(dtype):
 @pytest.mark.parametrize("options", [dict(), dict(band=0), dict(band=4), dict(band=4, chain="flat"), dict(band=2, bf16_state=True)], ids=str)
 def test_sonew_kernel_on_the_gpu(dtype, options, monkeypatch):
     from kernels import sonew as kernel
-    shapes = [*SONEW_SHAPES, (768, 3072), (3072, 768), (50, 5000), (1, 100003), (70000,), (3, 4097)]
+    shapes = [*SONEW_SHAPES, (768, 3072), (3072, 768), (3000, 1025), (1, 100003), (70000,), (3, 4097)]
     if not options.get("bf16_state") and dtype == torch.float32:
         return check_sonew_kernel(monkeypatch, shapes, kernel.CONFIG, **options)
     for seed in range(3):                                            # roundings of 8 bits add up, so one step only
