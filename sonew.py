@@ -261,7 +261,7 @@ def optimizer(groups, lr, *, beta1=0.9, beta2=0.95, eps=1e-8, band=1, gamma=1e-6
 # The experiment: the paper's own benchmark, an autoencoder of MNIST's digits, shortened
 
 def sonew(**options):
-    return lambda parameters, lr, eps: SONew(parameters, lr, (0.9, 0.99), eps, **options)
+    return lambda parameters, lr, eps, **more: SONew(parameters, lr, (0.9, 0.99), eps, **options, **more)
 
 
 def soap(parameters, lr, eps):

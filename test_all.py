@@ -614,7 +614,8 @@ SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 59), (1
 
 
 @pytest.mark.parametrize("options", [dict(), dict(band=4), dict(band=4, chain="flat"), dict(band=1, chain="flat", graft="none"),
-                                     dict(band=2, betas=(0.0, 0.999)), dict(band=3, transposed=True), dict(band=0)], ids=str)
+                                     dict(band=2, betas=(0.0, 0.999)), dict(band=3, transposed=True),
+                                     dict(band=0, graft="none", eps=1e-6, betas=(0.9, 0.9999))], ids=str)
 def test_sonew_kernel(options, monkeypatch):
     pytest.importorskip("triton")
     shapes = [s for s in SONEW_SHAPES if not options.get("transposed") or len(s) == 2]
@@ -687,7 +688,7 @@ def test_sonew_kernel_beyond_2_to_the_31():
     partial_sums = torch.empty(2 ** 25 * 3 + 3, device=DEVICE)                               # 400 MB of address space
     owner = torch.empty(programs, dtype=torch.int32, device=DEVICE)
     owner[-1] = 0
-    kernel.statistics_kernel[(1,)](table, owner, owner, partial_sums, programs - 1, 0.5, 0.5, math.log(0.5), math.log(0.5), 0.1, 1e-6, 1e-8,
+    kernel.statistics_kernel[(1,)](table, owner, owner, partial_sums, programs - 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5), 0.1, 1e-6, 1e-8,
                                    tl_type(torch.float16), tl_type(torch.float16), 0, False, False, False, 12, 16)
     assert torch.allclose(tail[88:128], g / 2) and torch.allclose(tail[152:192], g * g / 2, atol=1e-3)
     assert torch.allclose(tail[24:64].float(), g.float() / (g.float() ** 2 + 0.1), rtol=1e-2, atol=1e-3)

@@ -141,7 +141,7 @@ def read(ptr, o, own, halo_ptr, h, edge, slot: tl.constexpr, HALO: tl.constexpr)
 @triton.jit(do_not_specialize=["pid0"])
 def statistics_kernel(
     table_ptr, owner_ptr, halo_ptr, partial_ptr, pid0,               # (T, COLUMNS), (P), (P, BAND + 3, 2, 4), (P, 3)
-    beta1, beta2, log_beta1, log_beta2, eps, gamma, graft_eps,
+    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps,                   # new = 1 - beta, rounded once
     G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr,
     COLUMNS: tl.constexpr, J: tl.constexpr,
 ):
@@ -149,6 +149,7 @@ def statistics_kernel(
     row_ptr, start, length = chunk_of(table_ptr, owner_ptr, pid, COLUMNS, ALIGNED)
     beta1, beta2, eps = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(eps, tl.float32)
     gamma, graft_eps = tl.cast(gamma, tl.float32), tl.cast(graft_eps, tl.float32)
+    new1, new2 = tl.cast(new1, tl.float32), tl.cast(new2, tl.float32)
     quad, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
     h = tl.where(quad == 0, 0, 4) + phase                                                    # [J, 4], in a slot of the halo
     edge = ((quad == 0) | (quad == J - 1)) & (phase >= 0)
@@ -162,7 +163,7 @@ def statistics_kernel(
     g = read(g_ptr, o, own, halo_ptr, h, edge, 0, HALO)
     good = g * g < float("inf")                                                              # false for NaN too
     g = tl.where(good, g, 0.0)
-    m = beta1 * read(m_ptr, o, own, halo_ptr, h, edge, 1, HALO) + (1 - beta1) * g
+    m = beta1 * read(m_ptr, o, own, halo_ptr, h, edge, 1, HALO) + new1 * g
     tl.store(m_ptr + o, m.to(M), mask=own)
 
     if BAND > 0:                                                     # left: elements from here to the end of the chain
@@ -185,7 +186,7 @@ def statistics_kernel(
         product = g * ahead(g, k, J)
         if k > 0:
             product = tl.where(left > k, product, 0.0)
-        new = beta2 * read(S_ptr, o, own, halo_ptr, h, edge, 2 + k, HALO) + (1 - beta2) * product
+        new = beta2 * read(S_ptr, o, own, halo_ptr, h, edge, 2 + k, HALO) + new2 * product
         tl.store(S_ptr + o, new.to(M), mask=own)
         S = S + (new * correct2,)
     m = m * correct1
@@ -302,8 +303,8 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
     def sums(table, owner, halo, partial, pids, tensors, P, G, M, overlap, aligned):
         if overlap:
             halo_kernel[(len(pids),)](table, owner, halo, pids[0], G, M, band, columns, num_warps=1)
-        statistics_kernel[(len(pids),)](table, owner, halo, partial, pids[0], float(beta1), float(beta2), *logs, float(eps), float(gamma),
-                                        float(graft_eps), G, M, band, graft == "plain", overlap, aligned, columns, quads,
+        statistics_kernel[(len(pids),)](table, owner, halo, partial, pids[0], float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs,
+                                        float(eps), float(gamma), float(graft_eps), G, M, band, graft == "plain", overlap, aligned, columns, quads,
                                         num_warps=warps)
         norms_kernel[(len(tensors),)](table, partial, totals, tensors[0], columns, 1024)
 
@@ -336,7 +337,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
 # What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps
 def builds():
     types = {"table_ptr": "*i64", "owner_ptr": "*i32", **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), "pid0": "i32",
-             "tensor0": "i32", **dict.fromkeys(("beta1", "beta2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
+             "tensor0": "i32", **dict.fromkeys(("beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
                                                 "weight_decay"), "fp32")}
     quads, warps, _ = CONFIG
     fp32, bf16 = tl.float32, tl.bfloat16
