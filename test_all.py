@@ -683,13 +683,13 @@ def test_sonew_kernel_beyond_2_to_the_31():
     tail.zero_()
     tail[24:64] = g = torch.randn(40).to(memory)
     scalars = torch.zeros(2, device=DEVICE)
-    programs = -(-n // 64)
-    table = torch.tensor([[0, *at[:2], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 64, 0, programs, 0, at[2]]], device=DEVICE)
-    partial_sums = torch.empty(2 ** 25 * 3 + 3, device=DEVICE)                               # 400 MB of address space
+    programs = -(-n // 128)
+    table = torch.tensor([[0, *at[:2], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 128, 0, programs, 0, at[2]]], device=DEVICE)
+    partial_sums = torch.empty(2 ** 24 * 3 + 3, device=DEVICE)                               # 200 MB of address space
     owner = torch.empty(programs, dtype=torch.int32, device=DEVICE)
     owner[-1] = 0
     kernel.statistics_kernel[(1,)](table, owner, owner, partial_sums, programs - 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5), 0.1, 1e-6, 1e-8,
-                                   tl_type(torch.float16), tl_type(torch.float16), 0, False, False, False, 12, 16)
+                                   tl_type(torch.float16), tl_type(torch.float16), 0, False, False, False, 12, 32, num_warps=1)
     assert torch.allclose(tail[88:128], g / 2) and torch.allclose(tail[152:192], g * g / 2, atol=1e-3)
     assert torch.allclose(tail[24:64].float(), g.float() / (g.float() ** 2 + 0.1), rtol=1e-2, atol=1e-3)
 
@@ -769,7 +769,8 @@ def test_sonew_on_sharded_parameters(monkeypatch, tmp_path):
         sums = []
         reduced = torch.distributed.all_reduce
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **more: sums.append(x.shape) or reduced(x, **more))
-        for kind in (sonew.SONew, Fused):
+        kinds = (sonew.SONew, Fused) if DEVICE == "cpu" else (sonew.SONew,)                  # the mesh is one of CPUs
+        for kind in kinds:
             nets = [torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())], [spread(w), spread(b)], [spread(w, Replicate()), spread(b)]
             opts = [kind(net, 0.1, band=2) for net in nets]
             for t in range(2):
@@ -779,7 +780,7 @@ def test_sonew_on_sharded_parameters(monkeypatch, tmp_path):
                     opt.step()
             assert all(torch.equal(a, x.full_tensor()) for net in nets[1:] for a, x in zip(nets[0], net))
             assert torch.equal(opts[0].state[nets[0][0]]["s1"], opts[1].state[nets[1][0]]["s1"].full_tensor())
-        assert len(sums) == 2 * 3 * 2, "one sum for each tensor that is spread, in PyTorch, or for each kind of them, in the kernel"
+        assert len(sums) == len(kinds) * 3 * 2, "one sum for each tensor that is spread, in PyTorch, or for each kind of them, in the kernel"
     finally:
         torch.distributed.destroy_process_group()
 
@@ -851,6 +852,7 @@ def test_sonew_without_its_data(tiny, digits, capsys, monkeypatch):
     assert sonew.load_mnist(train, None)[0].shape == (40, 784) and Path("out/mnist.npz").read_bytes() == Path(digits).read_bytes()
     for bad in ("text.txt", "nowhere.npz"):
         refused(capsys, ["--mnist", bad], f"{bad} is not MNIST", script=sonew)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(capsys, ["--mnist", digits, "--full"], "without a GPU", script=sonew)
 
 
