@@ -20,7 +20,7 @@ What differs from the released code: Adam's variance in the graft is bias-correc
 long), a zero gradient gives no 0/0, the test for an edge is relative, the chains end with the rows of a matrix (chain="flat": with
 the tensor, as released), which leaves them whole when rows are sharded, and a gradient that is not finite is counted, not spread.
 
-    python sonew.py                 the LogDet problem drawn, an autoencoder of MNIST, in two minutes on two CPU cores -> results/sonew-cpu.*
+    python sonew.py                 the LogDet problem drawn, an autoencoder of MNIST, in one to two minutes on two CPU cores -> results/sonew-cpu.*
     python sonew.py --sweep         how its settings were found
     python sonew.py --full          the paper's protocol and a language model on one GPU -> results/sonew-h200.*
     python train.py --optim sonew   train with it
@@ -476,7 +476,12 @@ def main(argv=None):
         print(f"{arm:18s} train {mean('train')}   test {mean('test')}   {runs[arm][0]['ms_per_optimizer_step']:.1f} ms a step", flush=True)
     if args.full:
         extra["language_model"] = language_model(train, Path("out") / f"sonew-{time.time_ns()}")
-    result = {"logdet": problem, "runs": runs, "settings": settings, "shape": shape, "seeds": SEEDS, **extra}
+    paired = {}                                                      # mean and half the width of the 95% interval (Student's t)
+    for arm in (a for a in arms if "band" in a and a != "SONew, band 1"):
+        difference = [a["test"] - b["test"] for a, b in zip(runs["SONew, band 1"], runs[arm])]
+        paired[arm] = statistics.mean(difference), 4.303 * statistics.stdev(difference) / len(SEEDS) ** 0.5
+        print(f"band 1 less {arm}, paired, test: {paired[arm][0]:+.1f} +- {paired[arm][1]:.1f} (95%)")
+    result = {"logdet": problem, "runs": runs, "band_1_less": paired, "settings": settings, "shape": shape, "seeds": SEEDS, **extra}
     write(f"{name}.json", result)
     draw(train, out / f"{name}.png", result, C, inverses)
     print(f"X^-1 = S on the band to {max(problem['from_band'].values()):.0e}, X = the oracle's to {max(problem['from_oracle'].values()):.0e}; "
