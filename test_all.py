@@ -3,7 +3,7 @@
 Anything after the name goes to pytest. Without a GPU the kernels run in Triton's interpreter, and what needs a GPU is
 listed as skipped. The order is that of the files: the model, the kernel, runs on disk, bad input, processes, the house.
 """
-import ast, base64, csv, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
+import ast, base64, csv, hashlib, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import laser
 import pretrained
 import sample
+import sonew
 import train
 
 HERE = Path(__file__).resolve().parent
@@ -278,30 +279,35 @@ def test_cross_entropy_kernel_on_the_gpu(R, V, dtype):
 
 
 BUILD = """
-import json, re, subprocess, sys, tempfile, triton
+import json, os, re, subprocess, tempfile, triton
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from kernels import laser, train
+from kernels import laser, sonew, train
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
-for kernel, types, consts, by16, *how in laser.AOT + train.AOT:
+JOBS = [(job, arch) for job in laser.AOT + sonew.AOT + train.AOT for arch in LIMIT]
+
+def build(n):
+    (kernel, types, consts, by16, *how), arch = JOBS[n]
     signature = {n: "constexpr" if n in consts else types[n] for n in kernel.arg_names}
-    places = [((i,), n, t) for i, (n, t) in enumerate(signature.items()) if isinstance(t, str)]
-    places += [((i, j), n, "") for i, (n, t) in enumerate(signature.items()) if not isinstance(t, str) for j in range(len(t))]
-    aligned = {place: [["tt.divisibility", 16]] for place, n, t in places if t[:1] == "*" or n in by16}
-    for arch, limit in LIMIT.items():
-        out = triton.compile(ASTSource(kernel, signature, consts, aligned), target=GPUTarget("cuda", arch, 32),
-                             options=dict(zip(("num_warps", "num_stages"), how)))
-        with tempfile.TemporaryDirectory() as d:
-            Path(d, "k.ptx").write_text(out.asm["ptx"])
-            chip = re.search(r"\\.target (\\w+)", out.asm["ptx"])[1]
-            log = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name={chip}", f"{d}/k.ptx", "-o", f"{d}/k.cubin"],
-                                 check=True, capture_output=True, text=True).stderr
-        most = lambda pattern: max(map(int, re.findall(pattern, log)), default=0)
-        print(json.dumps([kernel.__name__, chip, [*consts.values()], most(r"Used (\\d+) registers"),
-                          most(r"(\\d+) bytes spill stores"), out.metadata.shared, limit * 1024,
-                          len(re.findall(r"mma\\.sync|wgmma\\.mma_async|tcgen05\\.mma", out.asm["ptx"])), "tf32" in out.asm["ptx"]]))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items()) if t[0] == "*" or n in by16}
+    out = triton.compile(ASTSource(kernel, signature, consts, aligned), target=GPUTarget("cuda", arch, 32),
+                         options=dict(zip(("num_warps", "num_stages"), how)))
+    with tempfile.TemporaryDirectory() as d:
+        Path(d, "k.ptx").write_text(out.asm["ptx"])
+        chip = re.search(r"\\.target (\\w+)", out.asm["ptx"])[1]
+        log = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name={chip}", f"{d}/k.ptx", "-o", f"{d}/k.cubin"],
+                             check=True, capture_output=True, text=True).stderr
+    most = lambda pattern: max(map(int, re.findall(pattern, log)), default=0)
+    return [kernel.__name__, chip, str(consts), most(r"Used (\\d+) registers"), most(r"(\\d+) bytes spill stores"),
+            out.metadata.shared, LIMIT[arch] * 1024, len(re.findall(r"mma\\.sync|wgmma\\.mma_async|tcgen05\\.mma", out.asm["ptx"])),
+            "tf32" in out.asm["ptx"]]
+
+with ProcessPoolExecutor(os.cpu_count()) as pool:
+    for row in pool.map(build, range(len(JOBS))):
+        print(json.dumps(row))
 """
 
 
@@ -310,7 +316,7 @@ def test_kernels_build_for_four_gpus():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", BUILD], cwd=HERE, env=env, capture_output=True, text=True)
     rows = [json.loads(line) for line in out.stdout.splitlines()]
-    assert len(rows) >= 8, out.stderr
+    assert len(rows) >= 100, out.stderr
     for name, chip, consts, registers, spill, shared, limit, tensor_core, tf32 in rows:
         print(name, chip, consts, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
         assert spill <= (0 if chip == "sm_90a" else 128) and shared <= limit
@@ -614,6 +620,448 @@ def test_laser_compiles_as_one_graph():
     q, k, v, do = kernel_inputs(200, 200, 4, 2, 64, torch.bfloat16)
     ours, eager = (with_gradients(f, q, k, v, do) for f in (torch.compile(laser.attention, fullgraph=True), laser.attention))
     assert all(torch.allclose(ours[n].float(), eager[n].float(), atol=0.02, rtol=0.02) for n in eager)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SONew
+
+def banded(n, b, seed=0, scale=1.0, dtype=torch.float64):
+    """Statistics of a chain as they come: the band of a mean of outer products; and a momentum."""
+    draw = torch.Generator().manual_seed(seed)
+    g = torch.randn(3 * n + 9, n, generator=draw, dtype=torch.float64)
+    g[:, 1:] += 0.8 * g[:, :-1]                                      # neighbours are correlated
+    full = (g.T @ g / len(g) * scale ** 2).to(dtype)
+    return [F.pad(full.diagonal(k), (0, min(k, n))) if k < n else torch.zeros(n, dtype=dtype) for k in range(b + 1)], g[0].to(dtype) * scale
+
+
+def dense(psi, s):
+    """X = L diag(1/s) L^T as a matrix, from what `factor` gives for one chain."""
+    n = s.shape[1]
+    L = torch.eye(n, dtype=s.dtype)
+    for k, x in enumerate(psi, 1):
+        for i in range(n - k):
+            L[i + k, i] = -x[0, i]
+    return L @ torch.diag(1 / s[0]) @ L.T
+
+
+@pytest.mark.parametrize("b", range(5))
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 30])
+def test_sonew_completes_the_band_to_maximal_determinant(n, b):
+    S, m = banded(n, b)
+    psi, s = sonew.factor([x[None] for x in S], 0.0)
+    X, (oracle, u) = dense(psi, s), sonew.reference(S, m)
+    inverse = torch.linalg.inv(X)
+    for k in range(min(b, n - 1) + 1):
+        assert torch.allclose(inverse.diagonal(k), S[k][:n - k], atol=1e-12), "X^-1 = S on the band"
+    assert not X.triu(b + 1).any() and torch.linalg.eigvalsh(X).min() > 0
+    assert torch.allclose(X, oracle, atol=1e-11) and torch.allclose(sonew.precondition(m[None], psi, s)[0], u, atol=1e-11)
+    assert abs(torch.logdet(X) + s.log().sum()) < 1e-10
+
+
+def test_sonew_is_newton_where_the_band_is_all_and_on_an_ar1_chain():
+    S, m = banded(5, 4)
+    full = sum(torch.diag(S[k][:5 - k], k) + (torch.diag(S[k][:5 - k], -k) if k else 0) for k in range(5))
+    psi, s = sonew.factor([x[None] for x in S], 0.0)
+    assert torch.allclose(sonew.precondition(m[None], psi, s)[0], torch.linalg.solve(full, m), atol=1e-10)
+    ar1 = 0.9 ** (torch.arange(40.0, dtype=torch.float64)[:, None] - torch.arange(40)).abs()
+    S, m = [F.pad(ar1.diagonal(k), (0, k))[None] for k in range(2)], torch.randn(1, 40, dtype=torch.float64)
+    assert torch.allclose(sonew.precondition(m, *sonew.factor(S, 0.0))[0], torch.linalg.solve(ar1, m[0]), atol=1e-10)
+    assert torch.equal(sonew.precondition(m, *sonew.factor(S[:1], 0.0)), m / S[0]), "band 0 has no square root"
+
+
+@pytest.mark.parametrize("b", range(5))
+@pytest.mark.parametrize("case", ["rank one", "equal", "zero", "huge", "tiny", "half zero"])
+def test_sonew_stays_positive_definite(case, b):
+    g = torch.randn(1, 24, generator=torch.Generator().manual_seed(3))
+    g = {"rank one": g, "equal": torch.ones(1, 24), "zero": g * 0, "huge": g * 1e18, "tiny": g * 1e-18,
+         "half zero": g * (torch.arange(24) % 4 > 1)}[case]
+    for eps in (0.0, 1e-8):
+        m, S = torch.zeros(1, 24), [torch.zeros(1, 24) for _ in range(b + 1)]
+        for t in range(1, 4):
+            m, S, u, a, bad = sonew.update(g, m, S, torch.tensor(float(t)), 0.9, 0.99, eps, 1e-6, 1e-8)
+            psi, s = sonew.factor([S[0] + eps, *S[1:]], 1e-6)
+            assert (s >= 0).all() and all(x.isfinite().all() for x in (m, *S, u, a, s, *psi)) and bad == 0
+            there = (S[0] + eps)[0] > 0
+            if there.all() and case != "tiny":                       # tiny^2 is subnormal
+                assert (s > 1e-6 * (S[0] + eps)).all() and torch.linalg.eigvalsh(dense([x.double() for x in psi], s.double())).min() > 0
+            assert not u[0, ~there].any(), "no gradient, no step"
+
+
+@pytest.mark.parametrize("b", [0, 1, 3])
+def test_sonew_invariances(b):
+    g, d = (torch.rand(6, 2, 9, generator=torch.Generator().manual_seed(s), dtype=torch.float64) + 0.1 for s in (0, 1))
+
+    def last(g, eps=0.0):
+        m, S = torch.zeros_like(g[0]), [torch.zeros_like(g[0])] * (b + 1)
+        for t in range(6):
+            m, S, u, a, _ = sonew.update(g[t], m, S, torch.tensor(t + 1.0, dtype=torch.float64), 0.9, 0.99, eps, 1e-12, 1e-30)
+        return u, a
+    (u, a), (ud, ad) = last(g), last(g * d[0])
+    assert torch.allclose(ud * d[0], u, rtol=1e-6) and torch.allclose(ad, a), "g -> d g gives u -> u / d, and Adam's step as it was"
+
+
+@pytest.mark.parametrize("band,chain", [(0, "row"), (1, "row"), (1, "flat"), (4, "row")])
+def test_sonew_takes_steps_of_adams_length(band, chain):
+    p, q, b = (torch.nn.Parameter(torch.zeros(s)) for s in ((6, 7), (6, 7), (5,)))
+    c, lr = torch.nn.Parameter(torch.zeros(5)), 0.01
+    ours = sonew.SONew([p, b], lr, band=band, chain=chain)
+    adam = torch.optim.Adam([q, c], lr, (0.9, 0.99))
+    for t in range(10):
+        before, there = p.detach().clone(), q.detach().clone()
+        p.grad, b.grad = torch.randn(6, 7), torch.randn(5)
+        q.grad, c.grad = p.grad.clone(), b.grad.clone()
+        ours.step()
+        adam.step()
+        assert abs((p - before).norm() / (q - there).norm() - 1) < 1e-5, f"step {t + 1}"
+        assert t or abs((p - before).norm() / lr / 42 ** 0.5 - 1) < 1e-5, "the first one is lr for each coordinate"
+    assert torch.allclose(b, c, atol=1e-6), "gains take Adam's step"
+    before = p.detach().clone()
+    ours.param_groups[0]["weight_decay"] = 0.5
+    p.grad, b.grad = torch.zeros(6, 7), None
+    for s in ours.state[p].values():
+        s.zero_()
+    ours.step()
+    assert torch.allclose(p, before * (1 - lr * 0.5)), "a zero gradient: nothing but decay"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_sonew_skips_a_bad_gradient(bad):
+    p, q = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    opt = sonew.SONew([p, q], 0.1, weight_decay=0.1)
+    for t in range(3):
+        p.grad, q.grad, before = torch.randn(3, 4), torch.randn(3, 4), (p.detach().clone(), q.detach().clone())
+        if t == 1:
+            p.grad[1, 2] = bad
+        opt.step()
+        assert torch.equal(p, before[0]) == (t == 1) and not torch.equal(q, before[1])
+    assert opt.state[p]["skipped"] == 1 and opt.state[q]["skipped"] == 0 and opt.state[p]["step"] == 3
+    assert all(v.isfinite().all() for v in (p, q, *opt.state[p].values()))
+
+
+def test_sonew_refuses_bad_options():
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    for options, part in ((dict(band=5), "band is 5"), (dict(chain="rows"), "row or flat"), (dict(graft="sgd"), "adam or none"),
+                          (dict(lr=-1.0), "lr is -1"), (dict(betas=(0.9, 1.0)), "betas"), (dict(eps=math.nan), "eps is nan")):
+        with pytest.raises(ValueError, match=part):
+            sonew.SONew([p], **options)
+    emb = torch.nn.Embedding(5, 3, sparse=True)
+    emb(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="dense"):
+        sonew.SONew(emb.parameters()).step()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(band=3, bf16_state=True), dict(graft="none", lr=1e-9)], ids=str)
+def test_sonew_state_round_trip(options, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    ps, qs = ([torch.nn.Parameter(torch.ones(s).to(d)) for s, d in (((3, 8), torch.float32), ((4,), torch.bfloat16))] for _ in range(2))
+    a, b = (sonew.SONew(x, **options) for x in (ps, qs))
+
+    def step(opt, params, grads):
+        for p, g in zip(params, grads):
+            p.grad = g.to(p.dtype)
+        opt.step()
+    grads = [[torch.randn(3, 8, generator=draw), torch.randn(4, generator=draw)] for _ in range(6)]
+    for g in grads[:3]:
+        step(a, ps, g)
+    torch.save({"opt": a.state_dict(), "p": [p.detach() for p in ps]}, tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    b.load_state_dict(saved["opt"])
+    for q, p in zip(qs, saved["p"]):
+        q.data.copy_(p)
+    for g in grads[3:]:
+        step(a, ps, g)
+        step(b, qs, g)
+    assert same(a.state_dict(), b.state_dict()) and all(torch.equal(p, q) for p, q in zip(ps, qs)) and b.state[qs[0]]["step"] == 6
+    assert b.state[qs[1]]["s0"].dtype == (torch.bfloat16 if options.get("bf16_state") else torch.float32)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["opt"]["state"][0]["step"] == saved["opt"]["state"][0]["step"] == 3
+
+
+class Fused(sonew.SONew):
+    """SONew that takes its kernel, interpreted where there is no GPU."""
+    fits = staticmethod(lambda p: True)
+
+
+def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtype=torch.float32, transposed=False, seed=0, **options):
+    """The kernel against PyTorch in the same dtype and in float64, on the same gradients; eps keeps all well-conditioned. Two runs of the
+    kernel must be equal. -> its parameters"""
+    from kernels import sonew as kernel
+    monkeypatch.setattr(kernel, "CONFIG", config)
+    options = {**dict(lr=0.1, eps=0.1, weight_decay=0.1), **options}
+    draw, kinds = torch.Generator().manual_seed(seed), (Fused, Fused, sonew.SONew, sonew.SONew)
+    values = [torch.randn(s, generator=draw) for s in shapes]
+    nets = [[torch.nn.Parameter(v.clone().to(dtype).to(d).to(device)) for v in values] for d in (dtype, dtype, dtype, torch.float64)]
+    if transposed:                                                   # neither parameters nor gradients are contiguous
+        nets = [[torch.nn.Parameter(p.detach().T.contiguous().T) for p in net] for net in nets]
+    opts = [kind(net, **options) for kind, net in zip(kinds, nets)]
+    opts[2].fits, before = lambda p: False, {v.shape: v for v in values}
+    torch.use_deterministic_algorithms(True)                         # new tensors hold NaN until they are written
+    try:
+        for t in range(steps):
+            grads = [torch.randn(2, *s, generator=draw)[0].to(dtype) for s in shapes]
+            for net, opt in zip(nets, opts):
+                for p, g in zip(net, grads):
+                    p.grad = (g.T.clone(memory_format=torch.contiguous_format).T if transposed else g.clone()).to(device).to(p.dtype)
+                opt.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for p, again, eager, truth in zip(*nets):
+        assert torch.equal(p, again), "two runs"
+        if p.numel() == 0:                                           # a shard without rows takes part all the same
+            assert opts[0].state[p]["step"] == steps
+            continue
+        close(str(tuple(p.shape)), p, eager, truth)
+        assert p.numel() < 4 or (p - before[p.shape].to(p)).abs().max() > 0.01, "it did not move"
+        for name, s in opts[0].state[p].items():
+            close(f"{name} of {tuple(p.shape)}", s, opts[2].state[eager][name], opts[3].state[truth][name])
+    assert same(opts[0].state_dict(), opts[1].state_dict())
+    return nets[0]
+
+
+SMALL = (32, 1, 100)                                                 # 128 elements a program, pieces of 100
+SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 59), (1, 260)]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(band=4), dict(band=4, chain="flat"), dict(band=1, chain="flat", graft="none"),
+                                     dict(band=2, betas=(0.0, 0.999)), dict(band=3, transposed=True),
+                                     dict(band=0, graft="none", eps=1e-6, betas=(0.9, 0.9999))], ids=str)
+def test_sonew_kernel(options, monkeypatch):
+    pytest.importorskip("triton")
+    shapes = [s for s in SONEW_SHAPES if not options.get("transposed") or len(s) == 2]
+    check_sonew_kernel(monkeypatch, shapes, SMALL, **options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sonew_kernel_on_random_shapes(seed, monkeypatch):
+    pytest.importorskip("triton")
+    draw = random.Random(seed)
+    shapes = [draw.choice([(draw.randint(1, 300),), (draw.randint(1, 6), draw.randint(1, 80)), (draw.randint(1, 40), draw.randint(1, 6))])
+              for _ in range(2)]
+    check_sonew_kernel(monkeypatch, shapes, (2 ** draw.randint(5, 7), 1, draw.randint(1, 500)), steps=1, seed=seed, band=draw.randint(0, 4),
+                       chain=draw.choice(["row", "flat"]), graft=draw.choice(["adam", "none"]))
+
+
+def test_sonew_kernel_does_not_depend_on_its_blocks(monkeypatch):
+    pytest.importorskip("triton")
+    one, other = (check_sonew_kernel(monkeypatch, [(2, 201), (1, 260), (127,)], (quads, 1, 10 ** 6), band=2, chain="flat", graft="none")
+                  for quads in (32, 128))
+    assert all(torch.equal(p, q) for p, q in zip(one, other))
+
+
+def test_sonew_kernel_on_bad_gradients(monkeypatch):
+    pytest.importorskip("triton")
+    from kernels import sonew as kernel
+    monkeypatch.setattr(kernel, "CONFIG", SMALL)
+    for bad in (math.nan, -math.inf, 1e30):
+        nets = [[torch.nn.Parameter(torch.ones(s, device=DEVICE)) for s in ((3, 100), (4, 4), (5,))] for _ in range(2)]
+        opts = [kind(net, 0.1, band=2, chain="flat") for kind, net in zip((Fused, sonew.SONew), nets)]
+        opts[1].fits = lambda p: False
+        before = nets[0][0].detach().clone()
+        for net, opt in zip(nets, opts):
+            for p in net:
+                p.grad = torch.cos(torch.arange(p.numel(), device=DEVICE)).view_as(p)
+            net[0].grad[1, 30], net[2].grad[0] = bad, bad
+            opt.step()
+        assert torch.equal(nets[0][0], before) and not torch.equal(nets[0][1], torch.ones_like(nets[0][1]))
+        for p, q in zip(*nets):
+            a, b = opts[0].state[p], opts[1].state[q]
+            assert a["skipped"] == b["skipped"] == (p is not nets[0][1]) and a["step"] == 1
+            assert all(torch.allclose(a[k], b[k]) and a[k].isfinite().all() for k in a)
+
+
+def test_sonew_kernel_takes_many_tensors_at_once(monkeypatch):
+    pytest.importorskip("triton")
+    from kernels import sonew as kernel
+    launches = []
+    for name in ("halo", "statistics", "norms", "apply"):
+        original = getattr(kernel, f"{name}_kernel")
+
+        class Counted:
+            def __getitem__(self, grid, original=original, name=name):
+                return launches.append(name) or original[grid]
+        monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
+    check_sonew_kernel(monkeypatch, [(2, 4)] * 20 + [(3,)] * 20 + [(1, 4), (8,)], (32, 1, 10 ** 6), steps=1)
+    assert len(launches) == 2 * 9, "matrices, odd vectors, even vectors: three launches each, in two runs"
+
+
+def test_sonew_kernel_beyond_2_to_the_31():
+    pytest.importorskip("triton")
+    from kernels import sonew as kernel
+    memory, n = torch.empty(2 ** 31 + 256, dtype=torch.float16, device=DEVICE), 2 ** 31 + 40
+    at, tail = [memory.data_ptr() + 2 * k for k in (0, 64, 128)], memory[2 ** 31 - 24:]      # p or g, m, S_0: reserves 4 GiB, touches a page
+    tail.zero_()
+    tail[24:64] = g = torch.randn(40).to(memory)
+    scalars = torch.zeros(2, device=DEVICE)
+    programs = -(-n // 128)
+    table = torch.tensor([[0, *at[:2], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 128, 0, programs, 0, at[2]]], device=DEVICE)
+    partial_sums = torch.empty(2 ** 24 * 3 + 3, device=DEVICE)                               # 200 MB of address space
+    owner = torch.empty(programs, dtype=torch.int32, device=DEVICE)
+    owner[-1] = 0
+    kernel.statistics_kernel[(1,)](table, owner, owner, partial_sums, programs - 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5), 0.1, 1e-6, 1e-8,
+                                   tl_type(torch.float16), tl_type(torch.float16), 0, False, False, False, 12, 32, num_warps=1)
+    assert torch.allclose(tail[88:128], g / 2) and torch.allclose(tail[152:192], g * g / 2, atol=1e-3)
+    assert torch.allclose(tail[24:64].float(), g.float() / (g.float() ** 2 + 0.1), rtol=1e-2, atol=1e-3)
+
+
+def tl_type(dtype):
+    from kernels import sonew as kernel
+    return kernel.TYPES[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(band=0), dict(band=4), dict(band=4, chain="flat"), dict(band=2, bf16_state=True)], ids=str)
+def test_sonew_kernel_on_the_gpu(dtype, options, monkeypatch):
+    from kernels import sonew as kernel
+    shapes = [*SONEW_SHAPES, (768, 3072), (3072, 768), (3000, 1025), (1, 100003), (70000,), (3, 4097)]
+    if not options.get("bf16_state") and dtype == torch.float32:
+        return check_sonew_kernel(monkeypatch, shapes, kernel.CONFIG, **options)
+    for seed in range(3):                                            # roundings of 8 bits add up, so one step only
+        check_sonew_kernel(monkeypatch, shapes, kernel.CONFIG, steps=1, seed=seed, dtype=dtype, **options)
+
+
+@gpu
+def test_sonew_kernel_repeats_itself_and_never_waits(monkeypatch):
+    first = None
+    for repeat in range(100):                                        # a race would show
+        torch.manual_seed(0)
+        p = [torch.nn.Parameter(torch.zeros(s, device="cuda")) for s in ((1000, 1000), (37, 999), (5,))]
+        opt = sonew.SONew(p, 0.1, band=4, chain="flat")
+        for t in range(3):
+            for x in p:
+                x.grad = torch.randn(x.shape, device="cuda")
+            torch.cuda.set_sync_debug_mode("error" if t else "default")
+            try:
+                opt.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        first = first or [x.detach().clone() for x in p]
+        assert all(torch.equal(x, y) for x, y in zip(p, first))
+
+
+@gpu
+def test_sonew_in_a_cuda_graph():
+    p, q = (torch.nn.Parameter(torch.ones(64, 100, device="cuda")) for _ in range(2))
+    a, b = (sonew.SONew([x], 0.1, band=1) for x in (p, q))
+    grads = torch.randn(8, 64, 100, device="cuda")
+    p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
+    for t in range(3):
+        p.grad.copy_(grads[t])
+        q.grad.copy_(grads[t])
+        a.step()
+        b.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        a.step()
+    for t in range(3, 8):
+        p.grad.copy_(grads[t])
+        q.grad.copy_(grads[t])
+        graph.replay()
+        b.step()
+    assert torch.equal(p, q) and a.state[p]["step"] == 8
+
+
+def test_sonew_on_sharded_parameters(monkeypatch, tmp_path):
+    """Rows may be spread, chains not cut; one process stands in for many."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    pytest.importorskip("triton")
+    from kernels import sonew as kernel
+    monkeypatch.setattr(kernel, "CONFIG", SMALL)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        w, b, g = torch.randn(6, 12), torch.randn(6), [torch.randn(2, 6, 12)[t] for t in range(2)]
+        spread = lambda t, place=Shard(0): torch.nn.Parameter(distribute_tensor(t.clone(), mesh, [place]))
+        for place, chain in ((Shard(1), "row"), (Shard(0), "flat")):
+            with pytest.raises(ValueError, match="chain would be cut"):
+                sonew.SONew([spread(w, place)], chain=chain)
+        sums = []
+        reduced = torch.distributed.all_reduce
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **more: sums.append(x.shape) or reduced(x, **more))
+        kinds = (sonew.SONew, Fused) if DEVICE == "cpu" else (sonew.SONew,)                  # the mesh is one of CPUs
+        for kind in kinds:
+            nets = [torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())], [spread(w), spread(b)], [spread(w, Replicate()), spread(b)]
+            opts = [kind(net, 0.1, band=2) for net in nets]
+            for t in range(2):
+                for net, opt in zip(nets, opts):
+                    for p, x in zip(net, (g[t], g[t][:, 0])):
+                        p.grad = x.clone() if net is nets[0] else distribute_tensor(x.clone(), mesh, p.placements)
+                    opt.step()
+            assert all(torch.equal(a, x.full_tensor()) for net in nets[1:] for a, x in zip(nets[0], net))
+            assert torch.equal(opts[0].state[nets[0][0]]["s1"], opts[1].state[nets[1][0]]["s1"].full_tensor())
+        assert len(sums) == len(kinds) * 3 * 2, "one sum for each tensor that is spread, in PyTorch, or for each kind of them, in the kernel"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sonew_trains_and_resumes(tiny, capsys):
+    flags = [*tiny, "--optim", "sonew", "--band", "2", "--lr", "0.02"]
+    train.main([*flags, "--out", "out/whole"])
+    train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
+    train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "1"])
+    a, b = (train.load_checkpoint(Path(f"out/{n}")) for n in ("whole", "parts"))
+    assert same(a, b) and a["config"]["run"]["optim_args"]["band"] == 2 and "s2" in a["optimizer"]["state"][0]
+    assert float(rows("out/whole")[-1][2]) < float(rows("out/whole")[1][2]) - 0.5
+    refused(capsys, [*tiny, "--optim", "sonew", "--band", "7"], "--optim sonew: band is 7; it must be 0 to 4")
+    refused(capsys, [*tiny, "--optim", "sonew", "--chain", "rows"], "row or flat")
+
+
+def test_sonew_over_processes_equals_one(tiny):
+    flags = [*tiny, "--steps", "6", "--optim", "sonew", "--eps", "1e-4", "--lr", "0.01"]
+    train.main([*flags, "--out", "out/one"])
+    torchrun(*flags, "--out", "out/ddp")
+    torchrun(*flags, "--out", "out/fsdp", "--fsdp", "--stop-after", "3")
+    train.main(["--resume", "out/fsdp", "--device", "cpu", "--sample", "1"])
+    one, ddp, fsdp = (train.load_checkpoint(Path(f"out/{n}")) for n in ("one", "ddp", "fsdp"))
+    train.fill(model := train.GPT(train.GPTConfig(**one["config"]["model"])), train.fresh(model.cfg, 1337))
+    moved = far(one["model"], dict(model.named_parameters()))
+    assert far(one["model"], ddp["model"]) < 1e-3 * moved and far(one["model"], fsdp["model"]) < 1e-3 * moved
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    """A file like MNIST's with a few images, and an experiment of seconds."""
+    images = np.random.default_rng(0).integers(0, 255, (40, 28, 28)).astype(np.uint8)
+    np.savez(tmp_path / "digits.npz", x_train=images, x_test=images[:10])
+    monkeypatch.setattr(sonew, "STEPS", 4)
+    monkeypatch.setattr(sonew, "BATCH", 8)
+    monkeypatch.setattr(sonew, "WIDTHS", (784, 6, 3))
+    return str(tmp_path / "digits.npz")
+
+
+def test_sonew_experiment(tiny, digits, monkeypatch, capsys):
+    result = sonew.main(["--mnist", digits, "--out", "shown"])
+    assert {p.name for p in Path("shown").iterdir()} == {"sonew-cpu.json", "sonew-cpu.png"}
+    assert all(len(r) == 3 and math.isfinite(r[0]["test"]) and len(r[0]["curve"]) > 3 for r in result["runs"].values())
+    assert max(result["logdet"]["from_band"].values()) < 1e-9 and max(result["logdet"]["from_oracle"].values()) < 1e-9
+    d = list(result["logdet"]["divergence"].values())
+    assert all(x >= y - 1e-9 for x, y in zip(d, d[1:])), "a wider band is nearer"
+    assert "edges_removed" in result["runs"]["SONew, band 1"][0] and "LogDet" in capsys.readouterr().out
+    monkeypatch.setattr(sonew, "ARMS", {k: v for k, v in sonew.ARMS.items() if k in ("SGD", "SONew, band 1")})
+    found = sonew.main(["--mnist", digits, "--out", "shown", "--sweep"])
+    assert all(len(f) == 12 and f[0][2] == min(x[2] for x in f) for f in found.values())
+
+
+def test_sonew_without_its_data(tiny, digits, capsys, monkeypatch):
+    monkeypatch.setattr(train, "HERE", Path.cwd() / "alone")
+
+    def offer(content):
+        def urlopen(url, timeout):
+            if content is None:
+                raise OSError("no network")
+            return open(content, "rb")
+        monkeypatch.setattr(sonew.urllib.request, "urlopen", urlopen)
+    offer(None)
+    refused(capsys, [], "no MNIST here", "--mnist FILE.npz", script=sonew)
+    offer("text.txt")                                                # the checksum is another
+    refused(capsys, [], "no MNIST here", script=sonew)
+    assert not Path("out").exists()
+    monkeypatch.setattr(sonew, "MNIST_SHA256", hashlib.sha256(Path(digits).read_bytes()).hexdigest())
+    offer(digits)
+    assert sonew.load_mnist(train, None)[0].shape == (40, 784) and Path("out/mnist.npz").read_bytes() == Path(digits).read_bytes()
+    for bad in ("text.txt", "nowhere.npz"):
+        refused(capsys, ["--mnist", bad], f"{bad} is not MNIST", script=sonew)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(capsys, ["--mnist", digits, "--full"], "without a GPU", script=sonew)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1189,7 +1189,10 @@ def train(args, cfg, run, saved, stop):
         say(f"data     {run.data}: {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out ({tokenizer.name})")
 
     model, net = build(cfg, run, args, stored(saved["model"], "the checkpoint") if saved else fresh(cfg, run.seed))
-    optimizer = plug(run.optim, "optimizer")(parameter_groups(model, run.weight_decay), run.lr, **run.optim_args)
+    try:
+        optimizer = plug(run.optim, "optimizer")(parameter_groups(model, run.weight_decay), run.lr, **run.optim_args)
+    except ValueError as e:
+        fail(f"--optim {run.optim}: {e}")
     say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters: {cfg.n_layer} layers of width {cfg.n_embd}, "
         f"{cfg.n_head} heads, context {cfg.block_size}, {cfg.attn} attention, {run.optim} ({args.title})")
     if args.bench:

@@ -37,7 +37,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # For each dtype and D: rows of q, rows of k, warps, stages of forward_kernel, backward_q_kernel, backward_kv_kernel
 CONFIG = {
     torch.bfloat16: {128: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2)), 64: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2))},
-    torch.float16: {128: ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1))},
+    torch.float16: {128: ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2))},
     torch.float32: {128: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2))},
 }
 ROWS, SLICE = 32, 16                                                 # rows and channels at a time where there are no products
