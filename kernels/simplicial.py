@@ -11,14 +11,19 @@ HEAD = tl.constexpr(16)                                              # keys of a
 
 
 @triton.jit
-def pairs(t, g, Tq, off, w2, NQ: tl.constexpr, BD: tl.constexpr):
+def pairs(t, g: tl.constexpr, Tq, Tk, Tk2, w1, w2, NQ: tl.constexpr, BD: tl.constexpr):
     """The rows of row tile t: NQ queries with BD offsets each. Queries are counted position by position, the g heads of a KV
-    group side by side. -> row of q, position, offset, whether that pair exists, all [NQ * BD]; first and last position."""
+    group side by side. -> [NQ * BD] each: the row of q, its position among k, that of the offset among k2, whether there is such
+    a pair, and whether the query sees several (of a single one P = 1 and dS must be 0, without rounding); first and last position."""
     r, chunks = tl.arange(0, NQ * BD), tl.cdiv(w2, BD)
-    n, d = t // chunks * NQ + r // BD, t % chunks * BD + r % BD
-    i = tl.minimum(n // g, Tq - 1)
-    lo, hi = tl.minimum(t // chunks * NQ // g, Tq - 1), tl.minimum((t // chunks * NQ + NQ - 1) // g, Tq - 1)
-    return n % g * Tq + i, i + off, d, (n < Tq * g) & (d < w2) & (d <= i + off), lo + off, hi + off
+    first, d = t // chunks * NQ, t % chunks * BD + r % BD
+    n = first + r // BD
+    i = tl.minimum(n // g, Tq - 1)                                   # rows past the end repeat the last position
+    i, i2 = i + Tk - Tq, i + Tk2 - Tq
+    lo, hi = tl.minimum(first // g, Tq - 1), tl.minimum((first + NQ - 1) // g, Tq - 1)
+    valid = (n < Tq * g) & (d < w2) & (d <= i2)
+    many = valid & (tl.minimum(i, w1 - 1) + tl.minimum(i2, w2 - 1) > 0)
+    return n % g * Tq + n // g, i, i2 - d, valid, many, lo + Tk - Tq, hi + Tk - Tq
 
 
 @triton.jit
@@ -62,16 +67,16 @@ def attend(acc, m_i, l_i, a, k, v, i, start, end, w1, edge, BN: tl.constexpr, PR
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, o_ptr, lse_ptr,             # (B, H, Tq, D), (B, Hkv, Tk, D) four times, o, (B, H, Tq)
-    g, Tq, Tk, w1, w2, scale,
-    D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
-    bh, chunks, off = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD), Tk - Tq
+    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
     q_ptr += bh * g * Tq * D
     o_ptr += bh * g * Tq * D
     k_ptr += bh * Tk * D
     v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk * D
-    v2_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
     BM: tl.constexpr = NQ * BD
     RQ: tl.constexpr = max(NQ, 16)                                   # the least that a product takes
     factor = tl.cast(scale, tl.float32) * LOG2E
@@ -80,12 +85,12 @@ def forward_kernel(
 
     o, lse = tl.zeros((RQ, D), tl.float32), tl.full((RQ,), -float("inf"), tl.float32)
     t = tl.program_id(0) * chunks
-    row, i, d, valid, lo, hi = pairs(t, g, Tq, off, w2, NQ, BD)
-    a = product(q_ptr, k2_ptr, row, i - d, valid, factor, D)         # [BM, D]
+    row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)         # [BM, D]
     first = tl.maximum(lo - w1 + 1, 0)
     body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
     for c in range(chunks):
-        row, i, d, valid, lo, hi = pairs(t + c, g, Tq, off, w2, NQ, BD)
+        row, i, at, valid, many, lo, hi = pairs(t + c, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
         acc = tl.zeros((BM, D), tl.float32)
         m_i, l_i = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
         for start in tl.range(first, body, HEAD, num_stages=1):
@@ -102,7 +107,7 @@ def forward_kernel(
         l_q = tl.sum(tl.where(mine, (p * l_i)[None, :], 0.0), 1)                             # [RQ]
         l_q = tl.where(l_q == 0.0, 1.0, l_q)
         p /= tl.sum(tl.where(mine, l_q[:, None], 0.0), 0)
-        offs = (i - d)[:, None] * D + tl.arange(0, D)[None, :]
+        offs = at[:, None] * D + tl.arange(0, D)[None, :]
         v2 = tl.load(v2_ptr + offs, mask=valid[:, None], other=0.0).to(tl.float32)           # [BM, D]
         part = tl.dot(mine.to(dtype), (acc * p[:, None] * v2).to(dtype), input_precision=PREC)                 # [RQ, D]
         lse_c = m_q + tl.log2(l_q)
@@ -111,8 +116,8 @@ def forward_kernel(
         o = o * tl.exp2(lse - new)[:, None] + part * tl.exp2(lse_c - new)[:, None]
         lse = new
         if c + 1 < chunks:
-            row, i, d, valid, lo, hi = pairs(t + c + 1, g, Tq, off, w2, NQ, BD)
-            a = product(q_ptr, k2_ptr, row, i - d, valid, factor, D)
+            row, i, at, valid, many, lo, hi = pairs(t + c + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+            a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
         else:
             a = tl.zeros((BM, D), dtype)
 
@@ -135,10 +140,10 @@ def block_gradients(u, w, a, h, k, v, lse, delta, i, start, end, w1, edge, BN: t
 
 
 @triton.jit
-def both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, i, d, valid, factor, w1, w2, D: tl.constexpr):
-    """-> q * k2 and do * v2 of each pair, the second 0 where a single pair is seen: P = 1 has no derivative, dS must be 0."""
-    a = product(q_ptr, k2_ptr, row, i - d, valid, factor, D)
-    return a, product(do_ptr, v2_ptr, row, i - d, valid & (i > 0) & (w1 * w2 > 1), 1.0, D)
+def both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, factor, D: tl.constexpr):
+    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
+    tl.debug_barrier()                                               # or all loads come first, and registers spill
+    return a, product(do_ptr, v2_ptr, row, at, many, 1.0, D)         # with delta = 0 this makes dS = 0 for a single pair
 
 
 @triton.jit
@@ -151,10 +156,10 @@ def add_rows(x_ptr, rows, mask, x, D: tl.constexpr):
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, # as in the forward; do like q, delta like lse
     dq_ptr, dk2_ptr, dv2_ptr,                                        # like q; (B, Hkv, pieces, room, D) twice, float32
-    g, Tq, Tk, w1, w2, scale, piece, room,
-    D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    Tq, Tk, Tk2, w1, w2, scale, piece, room,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
-    bh, chunks, off = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD), Tk - Tq
+    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
     q_ptr += bh * g * Tq * D
     do_ptr += bh * g * Tq * D
     dq_ptr += bh * g * Tq * D
@@ -162,8 +167,8 @@ def rows_kernel(
     delta_ptr += bh * g * Tq
     k_ptr += bh * Tk * D
     v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk * D
-    v2_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
     dk2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
     dv2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
     BM: tl.constexpr = NQ * BD
@@ -175,13 +180,13 @@ def rows_kernel(
 
     tiles = piece * g // NQ * chunks
     t0 = tl.program_id(0) * tiles
-    row, i, d, valid, lo, hi = pairs(t0, g, Tq, off, w2, NQ, BD)
-    a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, i, d, valid, scale * LOG2E, w1, w2, D)
+    row, i, at, valid, many, lo, hi = pairs(t0, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+    a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, scale * LOG2E, D)
     dq = tl.zeros((RQ, D), tl.float32)
     for t in range(t0, tl.minimum(t0 + tiles, tl.cdiv(Tq * g, NQ) * chunks)):
-        row, i, d, valid, lo, hi = pairs(t, g, Tq, off, w2, NQ, BD)
+        row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
         lse = tl.load(lse_ptr + row, mask=valid, other=float("inf")) * LOG2E                 # exp2(s - inf) = 0
-        delta = tl.load(delta_ptr + row, mask=valid & (i > 0) & (w1 * w2 > 1), other=0.0)
+        delta = tl.load(delta_ptr + row, mask=many, other=0.0)
         u, w = tl.zeros((BM, D), tl.float32), tl.zeros((BM, D), tl.float32)
         body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN
         for start in tl.range(tl.maximum(lo - w1 + 1, 0), body, HEAD, num_stages=1):
@@ -191,43 +196,46 @@ def rows_kernel(
             k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
             u, w = block_gradients(u, w, a, h, k, v, lse, delta, i, start, hi + 1, w1, start + BN > lo + 1, BN, PREC)
 
+        # The rows of a query are summed for dq, those of a position of k2 for dk2 and dv2, by products with a 0/1 matrix. The
+        # barriers keep loads from coming early: beside U and W there is no room for them.
+        r, tile = tl.arange(0, BM), t // chunks
+        last = lo - Tk + Tk2 - t % chunks * BD - BD + 1                       # the oldest position of k2 that this tile can meet
+        there = (tl.arange(0, RK)[:, None] + last == at[None, :]).to(dtype)             # [RK, BM]
+        rows = tl.arange(0, RK) + last - (Tk2 - Tq) + room - piece * (tl.program_id(0) + 1)         # in this program's room
+        mask = (rows >= 0) & (rows < room)
+        do = tl.load(do_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)     # [BM, D]
+        add_rows(dv2_ptr, rows, mask, tl.dot(there, (u * do).to(dtype), input_precision=PREC), D)
+        tl.debug_barrier()
         w *= scale
-        k2 = tl.load(k2_ptr + (i - d)[:, None] * D + offs_d, mask=valid[:, None], other=0.0)                   # [BM, D]
-        r = tl.arange(0, BM)
-        mine = (tl.arange(0, RQ)[:, None] == (r // BD)[None, :]).to(dtype)                   # [RQ, BM]: the rows of a query
+        q = tl.load(q_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
+        add_rows(dk2_ptr, rows, mask, tl.dot(there, (w * q).to(dtype), input_precision=PREC), D)
+        tl.debug_barrier()
+        k2 = tl.load(k2_ptr + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
+        mine = (tl.arange(0, RQ)[:, None] == (r // BD)[None, :]).to(dtype)                   # [RQ, BM]
         dq = tl.where(t % chunks == 0, 0.0, dq) + tl.dot(mine, (w * k2).to(dtype), input_precision=PREC)
-        n = t // chunks * NQ + tl.arange(0, RQ)
+        n = tile * NQ + tl.arange(0, RQ)
         mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
         tl.store(dq_ptr + (n % g * Tq + n // g)[:, None] * D + offs_d, dq.to(dtype), mask=mask[:, None])
-
-        q = tl.load(q_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)       # [BM, D]
-        do = tl.load(do_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
-        last = lo - t % chunks * BD - BD + 1                         # the oldest position of k2 that this tile can meet
-        there = (tl.arange(0, RK)[:, None] + last == (i - d)[None, :]).to(dtype)             # [RK, BM]: the rows of a position
-        rows = tl.arange(0, RK) + last - off + room - piece * (tl.program_id(0) + 1)         # in this program's room
-        mask = (rows >= 0) & (rows < room)
-        add_rows(dk2_ptr, rows, mask, tl.dot(there, (w * q).to(dtype), input_precision=PREC), D)
-        add_rows(dv2_ptr, rows, mask, tl.dot(there, (u * do).to(dtype), input_precision=PREC), D)
-        row, i, d, valid, lo, hi = pairs(t + 1, g, Tq, off, w2, NQ, BD)
-        a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, i, d, valid, scale * LOG2E, w1, w2, D)
+        row, i, at, valid, many, lo, hi = pairs(t + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+        a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, scale * LOG2E, D)
         tl.debug_barrier()                                           # other threads add to these rows next
 
 
 @triton.jit
 def columns_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    g, Tq, Tk, w1, w2, scale,
-    D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
-    bh, chunks, off = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD), Tk - Tq
+    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
     q_ptr += bh * g * Tq * D
     do_ptr += bh * g * Tq * D
     lse_ptr += bh * g * Tq
     delta_ptr += bh * g * Tq
     k_ptr += bh * Tk * D
     v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk * D
-    v2_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
     dk_ptr += bh * Tk * D
     dv_ptr += bh * Tk * D
     start = tl.program_id(0) * BN
@@ -236,13 +244,12 @@ def columns_kernel(
     dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
     factor = tl.cast(scale, tl.float32) * LOG2E
 
-    oldest, newest = tl.maximum(start, off) - off, tl.minimum(start + BN + w1 - 1, Tk) - off                  # of the queries
+    oldest, newest = tl.maximum(start - (Tk - Tq), 0), tl.minimum(start + BN + w1 - 1, Tk) - (Tk - Tq)       # of the queries
     first, last = oldest * g // NQ, tl.cdiv(tl.maximum(newest, oldest) * g, NQ)
     for t in range(first * chunks, last * chunks):
-        row, i, d, valid, lo, hi = pairs(t, g, Tq, off, w2, NQ, BD)
-        many = valid & (i > 0) & (w1 * w2 > 1)                       # of a single pair P = exp2(0 - 0) and dK gets nothing
-        a = product(q_ptr, k2_ptr, row, i - d, many, factor, D)
-        h = product(do_ptr, v2_ptr, row, i - d, valid, 1.0, D)
+        row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+        a = product(q_ptr, k2_ptr, row, at, many, factor, D)         # of a single pair P = exp2(0 - 0), and dK gets nothing
+        h = product(do_ptr, v2_ptr, row, at, valid, 1.0, D)
         lse = tl.where(valid, tl.load(lse_ptr + row, mask=many, other=0.0) * LOG2E, float("inf"))
         delta = tl.load(delta_ptr + row, mask=valid, other=0.0)
         p = tl.exp2(tl.dot(k, tl.trans(a), input_precision=PREC) - lse[None, :])             # [BN, BM]
@@ -256,11 +263,17 @@ def columns_kernel(
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
 
 
-# (D, bytes of an element, kernel) -> rows of a tile, keys of a block, warps, stages
-def config(kernel, D, size):
-    if size == 4:
-        return 32, 32, 4, 1
-    return {"forward": {128: (128, 64, 8, 2)}.get(D, (128, 64, 8, 3)), "rows": (64, 32, 4, 2), "columns": (64, 64, 4, 2)}[kernel]
+# (kernel, D; 0 for float32) -> rows of a tile, keys of a block, warps, stages. Other D take the next larger one.
+CONFIG = {
+    ("forward", 128): (128, 64, 8, 2), ("forward", 64): (128, 64, 8, 3), ("forward", 0): (32, 32, 4, 1),
+    ("rows", 128): (64, 32, 8, 2), ("rows", 64): (128, 64, 8, 2), ("rows", 0): (32, 16, 4, 1),
+    ("columns", 128): (64, 64, 8, 2), ("columns", 64): (64, 128, 8, 2), ("columns", 0): (32, 16, 4, 1),
+}
+WIDTHS = (16, 32, 64, 128)
+
+
+def config(kernel, q):
+    return CONFIG[kernel, 0 if q.dtype == torch.float32 else max(q.shape[3], 64)]
 
 
 def shape_of_tile(w2, rows):
@@ -269,26 +282,35 @@ def shape_of_tile(w2, rows):
     return rows // offsets, offsets
 
 
-def sizes(q, k, w1, w2):
+def sizes(q, k, k2, w1, w2):
+    """-> number of KV heads in all, and the run-time arguments of the kernels."""
     B, H, Tq, D = q.shape
-    Hkv, Tk = k.shape[1:3]
-    return B * Hkv, H // Hkv, Tq, Tk, min(w1, Tk), min(w2, Tk), D ** -0.5
+    Hkv, Tk, Tk2 = *k.shape[1:3], k2.shape[2]
+    if B * Hkv >= 2 ** 16 or max(H // Hkv * Tq, Tk, Tk2) * D >= 2 ** 31:
+        raise ValueError(f"B * Hkv = {B * Hkv} and {H // Hkv} x {Tq} queries of width {D} are too many for one call: split the batch")
+    return B * Hkv, (Tq, Tk, Tk2, min(w1, Tk), min(w2, Tk2), D ** -0.5)
 
 
 def precision(q):
     return "ieee" if q.dtype == torch.float32 else "tf32"            # the latter says nothing to 16 bit operands
 
 
+def launch(kernel, programs, cfg, q, k, w2, tensors, numbers):
+    rows, block, warps, stages = cfg
+    NQ, BD = shape_of_tile(w2, rows)
+    kernel[programs(NQ, block)](*tensors, *numbers, q.shape[1] // k.shape[1], q.shape[3], NQ, BD, block, precision(q),
+                                num_warps=warps, num_stages=stages)
+
+
 def forward(q, k, v, k2, v2, w1, w2, cfg=None):
-    """-> o like q, lse (B, H, Tq) float32 in natural logarithms."""
-    if w2 > w1:                                                      # the roles are symmetric; the rows take the shorter window
+    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All tensors contiguous; cfg: see CONFIG."""
+    if w2 > w1:                                                      # the roles are symmetric: rows take the shorter window
         k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    heads, g, Tq, Tk, w1, w2, scale = sizes(q, k, w1, w2)
-    rows, block, warps, stages = cfg or config("forward", q.shape[3], q.element_size())
-    NQ, BD = shape_of_tile(w2, rows)
-    forward_kernel[triton.cdiv(g * Tq, NQ), heads](q, k, v, k2, v2, o, lse, g, Tq, Tk, w1, w2, scale, q.shape[3], NQ, BD, block,
-                                                   precision(q), num_warps=warps, num_stages=stages)
+    heads, numbers = sizes(q, k, k2, w1, w2)
+    queries = q.shape[1] // k.shape[1] * q.shape[2]
+    launch(forward_kernel, lambda NQ, block: (triton.cdiv(queries, NQ), heads), cfg or config("forward", q), q, k, w2,
+           (q, k, v, k2, v2, o, lse), numbers)
     return o, lse
 
 
@@ -297,28 +319,82 @@ def backward(do, q, k, v, k2, v2, o, lse, w1, w2, cfg_rows=None, cfg_columns=Non
     if w2 > w1:
         dq, dk2, dv2, dk, dv = backward(do, q, k2, v2, k, v, o, lse, w2, w1, cfg_rows, cfg_columns)
         return dq, dk, dv, dk2, dv2
-    heads, g, Tq, Tk, w1, w2, scale = sizes(q, k, w1, w2)
-    D, delta = q.shape[3], (do.float() * o.float()).sum(-1)          # (B, H, Tq)
+    heads, numbers = sizes(q, k, k2, w1, w2)
+    Tq, Tk, Tk2, w1, w2, _ = numbers
+    delta = (do.float() * o.float()).sum(-1)                         # (B, H, Tq)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    given = q, k, v, k2, v2, do, lse, delta
+    launch(columns_kernel, lambda NQ, block: (triton.cdiv(Tk, block), heads), cfg_columns or config("columns", q), q, k, w2,
+           (*given, dk, dv), numbers)
 
-    rows, block, warps, stages = cfg_columns or config("columns", D, q.element_size())
-    NQ, BD = shape_of_tile(w2, rows)
-    columns_kernel[triton.cdiv(Tk, block), heads](q, k, v, k2, v2, do, lse, delta, dk, dv, g, Tq, Tk, w1, w2, scale, D, NQ, BD, block,
-                                                  precision(q), num_warps=warps, num_stages=stages)
-
-    rows, block, warps, stages = cfg_rows or config("rows", D, q.element_size())
-    NQ, BD = shape_of_tile(w2, rows)
-    piece = max(NQ, PIECE)
+    cfg = cfg_rows or config("rows", q)
+    piece = max(PIECE, shape_of_tile(w2, cfg[0])[0])                 # positions of a program, whole tiles
     pieces, back = triton.cdiv(Tq, piece), triton.cdiv(piece + w2 - 1, piece)
-    dk2, dv2 = (torch.zeros(heads, pieces, back * piece, D, dtype=torch.float32, device=q.device) for _ in "kv")
-    rows_kernel[pieces, heads](q, k, v, k2, v2, do, lse, delta, dq, dk2, dv2, g, Tq, Tk, w1, w2, scale, piece, back * piece, D, NQ, BD,
-                               block, precision(q), num_warps=warps, num_stages=stages)
+    parts = [torch.zeros(heads, pieces, back, piece, q.shape[3], dtype=torch.float32, device=q.device) for _ in range(2)]
+    launch(rows_kernel, lambda NQ, block: (pieces, heads), cfg, q, k, w2, (*given, dq, *parts), (*numbers, piece, back * piece))
 
-    def joined(parts):                                               # each piece reaches into the back - 1 before it
-        whole = parts.new_zeros(heads, pieces + back - 1, piece, D)
-        for r in range(back):
-            whole[:, r:r + pieces] += parts[:, :, r * piece:(r + 1) * piece]
-        first = (back - 1) * piece - (Tk - Tq)                       # where position 0 is
-        whole = whole.flatten(1, 2)[:, max(first, 0):first + Tk]
-        return F.pad(whole, (0, 0, max(-first, 0), 0)).view(k.shape).to(k.dtype)             # (B, Hkv, Tk, D)
-    return dq, dk, dv, joined(dk2), joined(dv2)
+    def joined(part):                                                # a program also adds to the back - 1 pieces before its own
+        whole = part.new_zeros(heads, pieces + back - 1, *part.shape[3:])
+        for b in range(back):
+            whole[:, b:b + pieces] += part[:, :, b]
+        first = (back - 1) * piece - (Tk2 - Tq)                      # the row of position 0
+        whole = whole.flatten(1, 2)[:, max(first, 0):first + Tk2]
+        return F.pad(whole, (0, 0, max(-first, 0), 0)).view(k2.shape).to(k2.dtype)           # (B, Hkv, Tk2, D)
+    return dq, dk, dv, *map(joined, parts)
+
+
+@custom_op("fivefold::simplicial", mutates_args=())
+def simplicial_op(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, k2, v2, w1, w2)
+
+
+@simplicial_op.register_fake
+def _(q, k, v, k2, v2, w1, w2):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("fivefold::simplicial_backward", mutates_args=())
+def simplicial_backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, o: Tensor, lse: Tensor,
+                           w1: int, w2: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward(do, q, k, v, k2, v2, o, lse, w1, w2)
+
+
+@simplicial_backward_op.register_fake
+def _(do, q, k, v, k2, v2, o, lse, w1, w2):
+    return tuple(map(torch.empty_like, (q, k, v, k2, v2)))
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.w1, ctx.w2 = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def differentiate(ctx, do, _):
+    return *simplicial_backward_op(do.contiguous(), *ctx.saved_tensors, ctx.w1, ctx.w2), None, None
+
+
+simplicial_op.register_autograd(differentiate, setup_context=setup_context)
+
+
+def attention(q, k, v, k2, v2, w1, w2):
+    """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all of one dtype -> o (B, H, Tq, D),
+    lse (B, H, Tq) float32 in natural logarithms, not differentiable. D must be one of WIDTHS."""
+    return simplicial_op(*(t.contiguous() for t in (q, k, v, k2, v2)), w1, w2)
+
+
+# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages
+def ahead():
+    for D in (128, 64):
+        for dtype, size in (("bf16", 2), ("fp32", 4)):
+            for kernel in (forward_kernel, rows_kernel, columns_kernel):
+                rows, block, warps, stages = CONFIG[kernel.__name__[:-7], D if size == 2 else 0]
+                NQ, BD = shape_of_tile(32, rows)
+                summed = ("lse_ptr", "delta_ptr", *(("dk2_ptr", "dv2_ptr") if kernel is rows_kernel else ()))
+                types = {n: f"*{'fp32' if n in summed else dtype}" if n.endswith("_ptr") else "fp32" if n == "scale" else "i32"
+                         for n in kernel.arg_names}
+                consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if size == 4 else "tf32")
+                yield kernel, types, consts, ("Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"), warps, stages
+
+
+AOT = list(ahead())
