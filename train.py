@@ -82,6 +82,7 @@ class GPTConfig:
     norm_eps: float = option(1e-5, "added to the mean square in RMSNorm")
     attn: str = option("softmax", "softmax, or a module with a function attention(q, k, v): laser, simplicial, mine")
     attn_args: dict = field(default_factory=dict)                    # that function's keyword options, each a flag
+    simplicial_every: int = option(1, "every n-th layer takes --attn (simplicial's paper: 4), the others softmax")
 
     def __post_init__(self):
         check(self)
@@ -323,24 +324,36 @@ def softmax_attention(q, k, v):
 
 
 class Cache:
-    """One layer's keys, values and whatever else its attention takes, for the positions seen so far; allocated once."""
+    """One layer's keys, values and whatever else its attention takes, for the positions seen so far; allocated once. Of what is
+    only seen through a window of w positions the last w are kept, position t at t % w."""
     def __init__(self, size):
         self.size, self.length, self.kept = size, 0, None
 
-    def extend(self, *new):                                          # each (B, Hkv, T, D) -> each (B, Hkv, length, D)
-        self.kept = self.kept or [t.new_empty(*t.shape[:2], self.size, t.shape[3]) for t in new]
-        start, self.length = self.length, self.length + new[0].shape[2]
-        for old, t in zip(self.kept, new):
-            old[:, :, start:self.length] = t
-        return [old[:, :, :self.length] for old in self.kept]
+    def extend(self, windows, *new):                                 # each (B, Hkv, T, D) -> each (B, Hkv, at most length, D)
+        sizes = [min(w or self.size, self.size) for w in windows]
+        self.kept = self.kept or [t.new_empty(*t.shape[:2], w, t.shape[3]) for t, w in zip(new, sizes)]
+        start, T, seen = self.length, new[0].shape[2], []
+        self.length += T
+        for old, t, w in zip(self.kept, new, sizes):
+            if T == 1:                                               # one query sees all that is kept, so the order is free
+                old[:, :, start % w] = t[:, :, 0]
+                seen.append(old[:, :, :min(self.length, w)])
+                continue
+            before, after = (torch.arange(max(0, end - w), end, device=t.device) % w for end in (start, self.length))
+            seen.append(torch.cat([old[:, :, before], t], 2))        # in order
+            old[:, :, after] = seen[-1][:, :, -len(after):]
+        return seen
 
 
 class Attention(nn.Module):
     """Projections around a plain function, one for each positional parameter: q k v, or q k v k2 v2 for simplicial."""
     def __init__(self, cfg, attention):
         super().__init__()
-        self.names, self.head_dim = signature(attention)[0], cfg.head_dim
-        self.attention = partial(attention, **cfg.attn_args)
+        self.names, options = signature(attention)
+        options, self.head_dim = {k: cfg.attn_args.get(k, default) for k, default in options.items()}, cfg.head_dim
+        self.attention, windows = partial(attention, **options), getattr(attention, "windows", {})
+        self.windows = [options.get(windows.get(name)) for name in self.names[1:]]           # None: all positions are kept
+        self.rotary, self.offsets = getattr(attention, "rotary", ("q", "k")), getattr(attention, "offsets", {})
         for name in self.names:
             heads = cfg.n_head if name == "q" else cfg.n_kv_head
             self.add_module(f"{name}_proj", Linear(cfg.n_embd, heads * cfg.head_dim))
@@ -349,9 +362,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         q, k, *more = (getattr(self, f"{n}_proj")(x).unflatten(-1, (-1, self.head_dim)) for n in self.names)   # (B, T, H, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, *kv = (t.transpose(1, 2) for t in (q, k, *more))                                  # (B, H, T, D), (B, Hkv, T, D)
-        y = self.attention(q, *(cache.extend(*kv) if cache else kv))                         # (B, H, T, D)
+        heads = [t + self.offsets[n] if n in self.offsets else t for n, t in zip(self.names, (self.q_norm(q), self.k_norm(k), *more))]
+        heads = [rotate(t, cos, sin) if n in self.rotary else t for n, t in zip(self.names, heads)]
+        q, *kv = (t.transpose(1, 2) for t in heads)                                          # (B, H, T, D), (B, Hkv, T, D)
+        y = self.attention(q, *(cache.extend(self.windows, *kv) if cache else kv))           # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                     # (B, T, C)
 
 
@@ -383,7 +397,8 @@ class GPT(nn.Module):
         self.cfg, self.dtype = cfg, dtype
         attention = attention or plug(cfg.attn, "attention")
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Layer(cfg, attention) for _ in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Layer(cfg, softmax_attention if n % cfg.simplicial_every else attention)
+                                    for n in range(1, cfg.n_layer + 1))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = None if cfg.tied else Linear(cfg.n_embd, cfg.vocab_size)
 
