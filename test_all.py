@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import laser
 import sample
+import simplicial
 import train
 
 HERE = Path(__file__).resolve().parent
@@ -277,22 +278,22 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from kernels import train
+from kernels import simplicial, train
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
-for kernel, types, consts, by16, warps in train.AOT:
-    for arch, limit in LIMIT.items():
+for kernel, types, consts, by16, warps, stages, arches in (*((*row, 3, LIMIT) for row in train.AOT), *simplicial.AOT):
+    for arch in arches:
         signature = {n: "constexpr" if n in consts else types[n] for n in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items()) if t[0] == "*" or n in by16}
         out = triton.compile(ASTSource(kernel, signature, consts, aligned), target=GPUTarget("cuda", arch, 32),
-                             options={"num_warps": warps})
+                             options={"num_warps": warps, "num_stages": stages})
         with tempfile.TemporaryDirectory() as d:
             Path(d, "k.ptx").write_text(out.asm["ptx"])
             chip = re.search(r"\\.target (\\w+)", out.asm["ptx"])[1]
             log = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name={chip}", f"{d}/k.ptx", "-o", f"{d}/k.cubin"],
                                  check=True, capture_output=True, text=True).stderr
         most = lambda pattern: max(map(int, re.findall(pattern, log)), default=0)
-        print(json.dumps([kernel.__name__, chip, types["logits_ptr"], most(r"Used (\\d+) registers"),
-                          most(r"(\\d+) bytes spill stores"), out.metadata.shared, limit * 1024]))
+        print(json.dumps([kernel.__name__, chip, next(iter(types.values())), most(r"Used (\\d+) registers"),
+                          most(r"(\\d+) bytes spill stores"), out.metadata.shared, LIMIT[arch] * 1024]))
 """
 
 
@@ -301,7 +302,7 @@ def test_kernels_build_for_four_gpus():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", BUILD], cwd=HERE, env=env, capture_output=True, text=True)
     rows = [json.loads(line) for line in out.stdout.splitlines()]
-    assert len(rows) >= 8, out.stderr
+    assert len(rows) >= 26, out.stderr
     for name, chip, dtype, registers, spill, shared, limit in rows:
         print(name, chip, dtype, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
         assert spill <= (0 if chip == "sm_90a" else 128) and shared <= limit
@@ -411,6 +412,267 @@ def test_laser_trains(tiny):
     run = train.main([*tiny, "--attn", "laser"])
     assert run["out"] == "out/tiny-laser" and float(rows(run["out"])[-1][2]) < float(rows(run["out"])[1][2]) - 0.5
     assert sample.main(["--max-tokens", "5", "--device", "cpu"])["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2-simplicial attention
+
+def trilinear_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=6, B=2, Tk2=None, dtype=torch.float64, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (H, Tq), (Hkv, Tk), (Hkv, Tk), (Hkv, Tk2 or Tk), (Hkv, Tk2 or Tk)
+    return [torch.randn(B, t, h, D, generator=draw).to(dtype).transpose(1, 2) for h, t in shapes]               # not contiguous
+
+
+def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
+    """-> o and lse of one query from the definition, pair by pair."""
+    g, off, off2 = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2], k2.shape[2] - q.shape[2]
+    k, v, k2, v2 = (t[b, h // g] for t in (k, v, k2, v2))
+    pairs = [(j, l) for j in range(max(0, i + off - w1 + 1), i + off + 1) for l in range(max(0, i + off2 - w2 + 1), i + off2 + 1)]
+    s = torch.stack([(q[b, h, i] * k[j] * k2[l]).sum() for j, l in pairs]) / q.shape[3] ** 0.5
+    return sum(p * v[j] * v2[l] for p, (j, l) in zip(s.softmax(0), pairs)), s.logsumexp(0)
+
+
+SIMPLICIAL_SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9), (3, 8, 1, 2, 5), (1, 8, 4, 4, 1), (8, 8, 2, 1, 3)]
+
+
+@pytest.mark.parametrize("Tq,Tk,Hkv,w1,w2", SIMPLICIAL_SHAPES)
+def test_simplicial_reference_is_the_definition(Tq, Tk, Hkv, w1, w2):
+    inputs = trilinear_inputs(Tq, Tk, Hkv=Hkv)
+    o = simplicial.reference(*inputs, w1=w1, w2=w2)
+    for b, h, i in ((0, 0, 0), (1, 3, Tq - 1), (0, 2, Tq // 2)):
+        assert torch.allclose(o[b, h, i], by_pairs(*inputs, w1, w2, b, h, i)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"])
+def test_simplicial_gradients_are_those_of_the_function(function):
+    inputs = [t.requires_grad_() for t in trilinear_inputs(3, 4, H=2, Hkv=1, D=2, B=1)]
+    assert torch.autograd.gradcheck(lambda *a: function(*a, w1=3, w2=2), inputs)
+
+
+@pytest.mark.parametrize("scores", [2 ** 25, 500], ids=["whole", "blocks"])
+@pytest.mark.parametrize("Tq,Tk,Hkv,w1,w2", [*SIMPLICIAL_SHAPES, (64, 64, 2, 20, 7), (33, 50, 1, 5, 40)])
+def test_simplicial_equals_its_reference(Tq, Tk, Hkv, w1, w2, scores, monkeypatch):
+    monkeypatch.setattr(simplicial, "SCORES", scores)
+    inputs = [t.requires_grad_() for t in trilinear_inputs(Tq, Tk, Hkv=Hkv)]
+    do = torch.randn(2, 4, Tq, 6, dtype=torch.float64)
+    ours, exact = (f(*inputs, w1=w1, w2=w2) for f in (simplicial.attention, simplicial.reference))
+    assert torch.allclose(ours, exact, atol=1e-12)
+    for name, a, b in zip(("q", "k", "v", "k2", "v2"), *(torch.autograd.grad(o, inputs, do) for o in (ours, exact))):
+        assert torch.allclose(a, b, atol=1e-11), f"gradient of {name}"
+    low = [t.detach().bfloat16() for t in inputs]
+    close("bf16", *(f(*low, w1=w1, w2=w2) for f in (simplicial.attention, simplicial.reference)),
+          simplicial.reference(*(t.double() for t in low), w1=w1, w2=w2))
+
+
+@pytest.mark.parametrize("function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"])
+def test_simplicial_closed_forms(function):
+    q, k, v, k2, v2 = trilinear_inputs(12, 12, D=6)
+    g = lambda t: t.repeat_interleave(2, 1)
+    one, equal = torch.ones_like(k), lambda a, b: torch.allclose(a, b, atol=1e-12)
+
+    def near(q, k, v, w):                                            # softmax attention through a window
+        mask = torch.ones(12, 12, dtype=torch.bool).tril() & torch.ones(12, 12, dtype=torch.bool).triu(1 - w)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    def mean(v, w):
+        return torch.stack([v[:, :, max(0, i - w + 1):i + 1].mean(2) for i in range(12)], 2)
+    o = function(q, k, v, k2, v2, w1=5, w2=3)
+    assert equal(o[:, :, 0], g(v * v2)[:, :, 0]), "a single pair"
+    assert equal(function(q, k, v, k2, v2, w1=1, w2=1), g(v * v2))
+    assert equal(function(q, k, v, one, one, w1=5, w2=3), near(q, k, v, 5)) and equal(function(q, one, one, k2, v2, w1=5, w2=3), near(q, k2, v2, 3))
+    assert equal(function(q, k, v, k2, v2, w1=5, w2=1), near(q * g(k2), k, v, 5) * g(v2)), "w2 = 1 gates"
+    assert equal(function(q * 0, k, v, k2, v2, w1=5, w2=3), g(mean(v, 5) * mean(v2, 3)))
+    assert equal(function(q, k, v, k2, v2, w1=99, w2=12), function(q, k, v, k2, v2, w1=12, w2=50)), "windows past the start"
+    half, left = one.clone(), one.clone()
+    half[..., 3:], left[..., :3] = k[..., 3:] * 0 + 1, 1
+    a, b = torch.cat([k[..., :3], one[..., 3:]], -1), torch.cat([one[..., :3], k2[..., 3:]], -1)
+    q1, q2 = torch.cat([q[..., :3], q[..., 3:] * 0], -1), torch.cat([q[..., :3] * 0, q[..., 3:]], -1)
+    assert equal(function(q, a, v, b, v2, w1=5, w2=3), near(q1, a, v, 5) * near(q2, b, v2, 3)), "additive logits: a product of two"
+    assert equal(function(q, k2, v2, k, v, w1=3, w2=5), o), "the two roles are alike"
+    c, order = torch.rand(6, dtype=torch.float64) + 0.5, torch.randperm(6)
+    assert equal(function(q, k * c, v / c, k2 / c, v2 * c, w1=5, w2=3), o)
+    assert equal(function(*(t[..., order] for t in (q, k, v, k2, v2)), w1=5, w2=3), o[..., order])
+
+
+def test_simplicial_determinant_form_knows_no_rotation():
+    q, k, v, k2, v2 = trilinear_inputs(7, 7, H=2)
+    turn, plain = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0], dict(w1=4, w2=3)
+    turn = turn * torch.linalg.det(turn)                             # in SO(3)
+    turned = [(t.unflatten(-1, (2, 3)) @ turn.T).flatten(-2) for t in (q, k, k2)]
+    o, again = (simplicial.reference(a, b, v, c, v2, **plain, determinant=True) for a, b, c in ((q, k, k2), turned))
+    assert torch.allclose(o, again, atol=1e-12)
+    o, again = (simplicial.reference(a, b, v, c, v2, **plain) for a, b, c in ((q, k, k2), turned))
+    assert (o - again).abs().max() > 0.01, "the trilinear form is another"
+    i, j, l = q[0, 1, 6], k[0, 1, 4], k2[0, 1, 5]
+    det = sum(torch.linalg.det(torch.stack([t[c:c + 3] for t in (i, j, l)])) for c in (0, 3))
+    a, b, c = simplicial.sarrus(i, j, l)
+    assert abs((a * b * c).sum() - det) < 1e-12 and len(a) == 12
+
+
+def simplicial_kernel(*inputs, w1, w2):
+    pytest.importorskip("triton")
+    from kernels.simplicial import forward
+    return forward(*(t.contiguous() for t in inputs), w1, w2, (32, 16, 4, 1))[0]
+
+
+@pytest.mark.parametrize("function", [simplicial.attention, simplicial_kernel], ids=["lean", "kernel"])
+def test_simplicial_sees_its_windows_alone(function):
+    inputs = trilinear_inputs(40, 40, H=2, Hkv=1, D=16, B=1, dtype=torch.float32)
+    inputs = [t.to(DEVICE) for t in inputs]
+    before = function(*inputs, w1=9, w2=4)
+    for n, (name, w) in enumerate((("k", 9), ("v", 9), ("k2", 4), ("v2", 4)), 1):
+        changed = [t.clone() for t in inputs]
+        changed[n][:, :, 20] += 1e4
+        now = function(*changed, w1=9, w2=4)
+        same = (before == now).all(-1).all(1)[0].tolist()            # of each position, bit for bit
+        assert all(same[:20]) and all(same[20 + w:]) and not any(same[20:20 + w]), name
+
+
+def check_simplicial(Tq, Tk, H, Hkv, D, w1, w2, dtype, device, configs=(None, None, None), B=2, Tk2=None, size=1.0):
+    from kernels.simplicial import attention, backward, forward
+    inputs = [t.to(device) for t in trilinear_inputs(Tq, Tk, H, Hkv, D, B, Tk2, dtype, seed=Tq * w1 + w2)]
+    inputs[0] = inputs[0] * size
+    do = torch.randn(B, D, Tq, H, generator=torch.Generator().manual_seed(1)).to(dtype).to(device).permute(0, 3, 2, 1)
+    results = []
+    for make in (torch.Tensor.double, torch.clone):
+        exact = [make(t).detach().requires_grad_() for t in inputs]
+        o = simplicial.reference(*exact, w1=w1, w2=w2)
+        results.append([o.detach(), *torch.autograd.grad(o, exact, make(do))])
+    if configs == (None, None, None):
+        given = [t.detach().requires_grad_() for t in inputs]
+        runs = []
+        for _ in range(2):
+            torch.use_deterministic_algorithms(True)                 # new tensors hold NaN until they are written
+            o, lse = attention(*given, w1, w2)
+            runs.append([o.detach(), *torch.autograd.grad(o, given, do), lse])
+            torch.use_deterministic_algorithms(False)
+    else:
+        runs, inputs = [], [t.contiguous() for t in inputs]
+        for _ in range(2):
+            torch.use_deterministic_algorithms(True)
+            o, lse = forward(*inputs, w1, w2, configs[0])
+            runs.append([o, *backward(do.contiguous(), *inputs, o, lse, w1, w2, *configs[1:]), lse])
+            torch.use_deterministic_algorithms(False)
+    for name, ours, again, eager, truth in zip(("o", "dq", "dk", "dv", "dk2", "dv2"), *runs, results[1], results[0]):
+        close(name, ours, eager, truth)
+        assert torch.equal(ours, again), f"{name}: two runs differ"
+    for b, h, i in ((0, 0, 0), (B - 1, H - 1, Tq - 1), (0, H // 2, Tq // 2)):
+        truth = by_pairs(*(t.double() for t in inputs), w1, w2, b, h, i)[1]
+        assert abs(runs[0][6][b, h, i] - truth) < (1e-4 if dtype == torch.float32 else 2e-2) * max(1, abs(truth)), "a natural logarithm"
+    if min(w1, Tk) == min(w2, Tk2 or Tk) == 1:
+        assert not any(runs[0][n].any() for n in (1, 2, 4)), "a single pair has no derivative, exactly"
+
+
+SIMPLICIAL_CASES = [(1, 1, 1, 1, 16, 1, 1), (17, 17, 2, 2, 16, 1, 1), (17, 17, 6, 2, 16, 3, 8), (40, 40, 2, 1, 32, 16, 33), (64, 64, 2, 2, 32, 64, 5),
+                    (127, 127, 1, 1, 32, 64, 5), (3, 90, 4, 1, 32, 40, 20), (30, 70, 2, 1, 16, 5, 40), (65, 65, 1, 1, 64, 50, 1)]
+
+
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", SIMPLICIAL_CASES)
+def test_simplicial_kernels(Tq, Tk, H, Hkv, D, w1, w2):
+    pytest.importorskip("triton")
+    check_simplicial(Tq, Tk, H, Hkv, D, w1, w2, torch.float32, DEVICE, [(64, 64, 4, 1)] * 3, B=1)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_simplicial_kernels_in_half_precision(size):
+    pytest.importorskip("triton")
+    check_simplicial(35, 35, 2, 1, 16, 16, 9, torch.float16, DEVICE, [(64, 32, 4, 1)] * 3, size=size)
+
+
+def test_simplicial_kernels_over_long_windows():
+    pytest.importorskip("triton")
+    check_simplicial(300, 300, 1, 1, 16, 512, 32, torch.float32, DEVICE, [(128, 64, 4, 1)] * 3, B=1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_simplicial_kernels_on_random_shapes(seed):
+    pytest.importorskip("triton")
+    draw = random.Random(seed)
+    Tq, Hkv, g = draw.randint(1, 40), draw.randint(1, 2), draw.choice([1, 2, 3, 5])
+    Tk, Tk2 = Tq + draw.choice([0, 0, 7, 50]), Tq + draw.choice([0, 0, 3, 20])
+    configs = [(2 ** draw.randint(4, 6), 2 ** draw.randint(4, 6), 4, 1) for _ in range(3)]
+    check_simplicial(Tq, Tk, g * Hkv, Hkv, 16, draw.randint(1, 60), draw.randint(1, 60), torch.float32, DEVICE, configs, B=1, Tk2=Tk2)
+
+
+def test_simplicial_op_is_sound():
+    pytest.importorskip("triton")
+    from kernels.simplicial import WIDTHS, attention, simplicial_op, sizes
+    inputs = [t.to(DEVICE).contiguous().requires_grad_() for t in trilinear_inputs(5, 5, H=2, Hkv=1, D=16, B=1, dtype=torch.float32)]
+    torch.library.opcheck(simplicial_op, (*inputs, 4, 3), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    compiled = torch.compile(lambda *a: attention(*a, 4, 3)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), attention(*inputs, 4, 3)[0]) and 16 in WIDTHS
+    with pytest.raises(ValueError, match="too many for one call"):
+        big = torch.empty(1, 64, 2 ** 20, 128, device="meta")
+        sizes(big, big[:, :1], big[:, :1], 4, 3)
+
+
+@gpu
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", [*SIMPLICIAL_CASES, (300, 300, 2, 2, 128, 512, 32), (300, 300, 64, 1, 128, 32, 512),
+                                                 (529, 529, 4, 2, 64, 512, 32), (1, 600, 64, 1, 128, 512, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_simplicial_kernels_on_the_gpu(Tq, Tk, H, Hkv, D, w1, w2, dtype):
+    check_simplicial(Tq, Tk, H, Hkv, D, w1, w2, dtype, "cuda")
+
+
+@gpu
+def test_simplicial_compiles_without_a_break_on_the_gpu():
+    inputs = [t.to("cuda", torch.bfloat16).requires_grad_() for t in trilinear_inputs(200, 200, D=64)]
+    both = [f(*inputs, w1=64, w2=8) for f in (simplicial.attention, torch.compile(simplicial.attention, fullgraph=True))]
+    a, b = (torch.autograd.grad(o, inputs, torch.ones_like(o)) for o in both)
+    assert torch.equal(*both) and all(map(torch.equal, a, b))
+
+
+def test_simplicial_refuses_what_does_not_fit():
+    q, k, v, k2, v2 = trilinear_inputs()
+    for change, part in ((dict(k=k[..., :4]), "do not fit"), (dict(v2=v2[:, :1]), "do not fit"), (dict(k2=k2[:, :, :5], v2=v2[:, :, :5]), "more than the 5"),
+                         (dict(w1=0), "at least 1"), (dict(w2=-3), "at least 1")):
+        with pytest.raises(ValueError, match=part):
+            simplicial.attention(**{**dict(q=q, k=k, v=v, k2=k2, v2=v2, w1=5, w2=3), **change})
+
+
+SIMPLICIAL_GPT = dict(attn="simplicial", attn_args=dict(w1=5, w2=3), simplicial_every=2, n_layer=4, n_kv_head=2)
+
+
+def test_simplicial_decodes_as_it_prefills():
+    q, k, v, k2, v2 = trilinear_inputs(20, 20, dtype=torch.float32)
+    whole = simplicial.attention(q, k, v, k2, v2, w1=7, w2=3)
+    cut = lambda t, a, b, w: t[:, :, max(0, a + 1 - w):b]            # what a query from a on can see
+    parts = [simplicial.attention(q[:, :, a:b], *(cut(t, a, b, 7) for t in (k, v)), *(cut(t, a, b, 3) for t in (k2, v2)), w1=7, w2=3)
+             for a, b in ((0, 12), (12, 19), (19, 20))]
+    assert torch.allclose(whole, torch.cat(parts, 2), atol=1e-5)
+    model = small_gpt(**SIMPLICIAL_GPT)
+    cached, plain = (list(train.generate(model, [5, 6, 7], 40, seed=3, cached=c)) for c in (True, False))
+    assert cached == plain and len(set(cached)) > 3
+
+
+def test_simplicial_state_does_not_grow():
+    model, ids = small_gpt(**SIMPLICIAL_GPT, block_size=64), torch.randint(64, (1, 40))
+    cache = [train.Cache(64) for _ in model.layers]
+    for a, b in ((0, 9), (9, 12), (12, 13), (13, 14), (14, 21), *((t, t + 1) for t in range(21, 40))):         # in ones and in some
+        logits = model(ids[:, a:b], cache=cache)[0, -1]
+        assert torch.allclose(logits, model(ids[:, :b])[0, -1], atol=1e-4), f"positions {a} to {b}"
+    assert [[t.shape[2] for t in c.kept] for c in cache] == [[64, 64], [5, 5, 3, 3]] * 2
+
+
+def test_simplicial_layers_of_the_gpt():
+    model = small_gpt(torch.float64, **SIMPLICIAL_GPT)
+    assert [len(layer.self_attn.names) for layer in model.layers] == [3, 5, 3, 5]
+    layer, x = model.layers[1].self_attn, torch.randn(1, 9, 32, dtype=torch.float64)
+    q, k, v, k2, v2 = (getattr(layer, f"{n}_proj")(x).unflatten(-1, (-1, 8)).transpose(1, 2) for n in layer.names)
+    y = simplicial.reference(q, k, v, k2 + 1, v2 + 1, w1=5, w2=3).transpose(1, 2).flatten(2)
+    assert torch.allclose(layer(x, *train.rotary(0, 9, 8, 1e4, x.device)), layer.o_proj(y), atol=1e-10), "no rotary, offsets of 1"
+    changed = torch.randint(64, (1, 16))
+    ids, changed[0, 9] = changed.clone(), (changed[0, 9] + 1) % 64
+    assert torch.equal(model(ids)[:, :9], model(changed)[:, :9])
+
+
+def test_simplicial_trains(tiny, capsys):
+    run = train.main([*tiny, "--attn", "simplicial", "--simplicial-every", "2", "--w1", "8", "--w2", "4"])
+    assert run["out"] == "out/tiny-simplicial" and float(rows(run["out"])[-1][2]) < float(rows(run["out"])[1][2]) - 0.5
+    assert train.load_checkpoint(Path(run["out"]))["config"]["model"]["attn_args"] == {"w1": 8, "w2": 4}
+    one, plain = (sample.main(["--max-tokens", "30", "--device", "cpu", *more])["text"] for more in ([], ["--no-cache"]))
+    assert one == plain
+    refused(capsys, [*tiny, "--attn", "simplicial", "--simplicial-every", "0"], "--simplicial-every is 0", "at least 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -263,17 +263,19 @@ def columns_kernel(
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
 
 
-# (kernel, D; 0 for float32) -> rows of a tile, keys of a block, warps, stages. Other D take the next larger one.
-CONFIG = {
-    ("forward", 128): (128, 64, 8, 2), ("forward", 64): (128, 64, 8, 3), ("forward", 0): (32, 32, 4, 1),
-    ("rows", 128): (64, 32, 8, 2), ("rows", 64): (128, 64, 8, 2), ("rows", 0): (32, 16, 4, 1),
-    ("columns", 128): (64, 64, 8, 2), ("columns", 64): (64, 128, 8, 2), ("columns", 0): (32, 16, 4, 1),
-}
+# Rows of a tile, keys of a block, warps, stages. Hopper's fill the registers; narrower heads take those of 64.
+HOPPER = {("forward", 128): (128, 64, 8, 2), ("rows", 128): (64, 32, 8, 2), ("columns", 128): (64, 64, 8, 2),
+          ("forward", 64): (128, 64, 8, 3), ("rows", 64): (128, 64, 8, 2), ("columns", 64): (64, 128, 8, 2)}
+OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
+FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
 WIDTHS = (16, 32, 64, 128)
 
 
 def config(kernel, q):
-    return CONFIG[kernel, 0 if q.dtype == torch.float32 else max(q.shape[3], 64)]
+    if q.dtype == torch.float32:
+        return FLOAT32
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return HOPPER[kernel, max(q.shape[3], 64)] if hopper else OTHERS[kernel]
 
 
 def shape_of_tile(w2, rows):
@@ -287,7 +289,7 @@ def sizes(q, k, k2, w1, w2):
     B, H, Tq, D = q.shape
     Hkv, Tk, Tk2 = *k.shape[1:3], k2.shape[2]
     if B * Hkv >= 2 ** 16 or max(H // Hkv * Tq, Tk, Tk2) * D >= 2 ** 31:
-        raise ValueError(f"B * Hkv = {B * Hkv} and {H // Hkv} x {Tq} queries of width {D} are too many for one call: split the batch")
+        raise ValueError(f"{B * Hkv} KV heads in the batch with {H // Hkv} x {Tq} queries each are too many for one call")
     return B * Hkv, (Tq, Tk, Tk2, min(w1, Tk), min(w2, Tk2), D ** -0.5)
 
 
@@ -383,18 +385,19 @@ def attention(q, k, v, k2, v2, w1, w2):
     return simplicial_op(*(t.contiguous() for t in (q, k, v, k2, v2)), w1, w2)
 
 
-# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages
-def ahead():
-    for D in (128, 64):
-        for dtype, size in (("bf16", 2), ("fp32", 4)):
-            for kernel in (forward_kernel, rows_kernel, columns_kernel):
-                rows, block, warps, stages = CONFIG[kernel.__name__[:-7], D if size == 2 else 0]
-                NQ, BD = shape_of_tile(32, rows)
-                summed = ("lse_ptr", "delta_ptr", *(("dk2_ptr", "dv2_ptr") if kernel is rows_kernel else ()))
-                types = {n: f"*{'fp32' if n in summed else dtype}" if n.endswith("_ptr") else "fp32" if n == "scale" else "i32"
-                         for n in kernel.arg_names}
-                consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if size == 4 else "tf32")
-                yield kernel, types, consts, ("Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"), warps, stages
+# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages,
+# architectures
+def ahead(kernel, dtype, D, cfg, arches):
+    name, (rows, block, warps, stages) = kernel.__name__, cfg
+    NQ, BD = shape_of_tile(32, rows)
+    float32 = {"lse_ptr", "delta_ptr"} | ({"dk2_ptr", "dv2_ptr"} if kernel is rows_kernel else set())
+    types = {n: "fp32" if n == "scale" else "i32" if not n.endswith("_ptr") else "*fp32" if n in float32 else f"*{dtype}"
+             for n in kernel.arg_names}
+    consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if dtype == "fp32" else "tf32")
+    return kernel, types, consts, ("Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"), warps, stages, arches
 
 
-AOT = list(ahead())
+KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
+AOT = [ahead(KERNELS[name], *more) for name in KERNELS for more in (
+    ("bf16", 128, HOPPER[name, 128], (90,)), ("bf16", 64, HOPPER[name, 64], (90,)), ("fp32", 64, FLOAT32, (90,)),
+    ("bf16", 128, OTHERS[name], (80, 100, 120)))]
