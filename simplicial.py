@@ -142,3 +142,60 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
 attention.rotary = ()
 attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}
 attention.offsets = {"k2": 1.0, "v2": 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls for the experiments. Below T = 32k such a layer costs more than global attention, so what it gains over a plain
+# window, over two attentions multiplied, over a gate and over as many parameters elsewhere is the question.
+
+def local(q, k, v, *, w1=32):
+    """Softmax attention through the window w1."""
+    i, j = (torch.arange(n, device=q.device) + k.shape[2] - n for n in (q.shape[2], k.shape[2]))
+    seen = (j <= i[:, None]) & (j > i[:, None] - w1)                 # (Tq, Tk)
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def product(q, k, v, k2, v2, *, w1=32, w2=8):
+    """Two softmax attentions multiplied: the trilinear form of additive logits, as many parameters, almost free."""
+    return local(q, k, v, w1=w1) * local(q, k2, v2, w1=w2)
+
+
+def gate(q, k, v, k2, v2, *, w1=32):
+    """w2 = 1: attention with the query q * k2, its result times v2. Multiplicative, but a function of pairs of positions."""
+    g = q.shape[1] // k.shape[1]
+    k2, v2 = (t[:, :, -q.shape[2]:].repeat_interleave(g, 1) for t in (k2, v2))
+    return local(q * k2, k, v, w1=w1) * v2
+
+
+def variant(function, rotary=(), offsets=attention.offsets, **options):
+    """function under another name for train.py, with other attributes or options."""
+    wrapped = functools.partial(function, **options)
+    wrapped.rotary, wrapped.windows, wrapped.offsets = rotary, getattr(function, "windows", {}), offsets
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Match3: are there j, k <= i with x_i + x_j + x_k = 0 modulo M?
+
+def match3(x, M):
+    """x (B, T) -> (B, T) bool, from the definition."""
+    near = torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None]
+    hit = (x[:, :, None, None] + x[:, None, :, None] + x[:, None, None]) % M == 0            # (B, i, j, k)
+    return (hit & near[None, :, :, None] & near[None, :, None]).flatten(-2).any(-1)
+
+
+def match3_by_hand(x, M, f=attention):
+    """One head of width 5, no training: cos(a + b + c) is trilinear in four products of a cosine and a sine each, and the pair
+    of the blank at the start scores as much as a match. Values 1, for the blank 0: beta matching pairs give beta / (beta + 1)."""
+    T = x.shape[1]
+    t = math.log(10 * (T + 1) ** 2) / (1 - math.cos(2 * math.pi / M))                        # others weigh a tenth together
+    angle = 2 * math.pi / M * x
+    c, s, one = angle.cos(), angle.sin(), torch.ones_like(angle)
+    def heads(*channels, blank):                                     # -> (B, 1, 1 + T, 5), the blank first
+        token = torch.stack(channels, -1)
+        return torch.cat([torch.tensor(blank).to(token).expand(len(x), 1, 5), token], 1)[:, None]
+    q = heads(c, c, s, s, one, blank=[0., 0, 0, 0, 1]) * t * 5 ** 0.5
+    k = heads(c, -s, -c, -s, 0 * one, blank=[0., 0, 0, 0, 1])
+    k2 = heads(c, s, s, c, 0 * one, blank=[0., 0, 0, 0, 1])
+    v = heads(*[one] * 5, blank=[0.] * 5)
+    return f(q, k, v, k2, v, w1=T + 1, w2=T + 1)[:, 0, 1:, 0] > 0.4

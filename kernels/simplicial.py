@@ -104,17 +104,18 @@ def forward_kernel(
         m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)                         # [RQ]: over the offsets
         m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
         p = tl.exp2(m_i - tl.sum(tl.where(mine, m_q[:, None], 0.0), 0))                      # [BM]
-        l_q = tl.sum(tl.where(mine, (p * l_i)[None, :], 0.0), 1)                             # [RQ]
-        l_q = tl.where(l_q == 0.0, 1.0, l_q)
-        p /= tl.sum(tl.where(mine, l_q[:, None], 0.0), 0)
-        offs = at[:, None] * D + tl.arange(0, D)[None, :]
-        v2 = tl.load(v2_ptr + offs, mask=valid[:, None], other=0.0).to(tl.float32)           # [BM, D]
+        l_q = tl.sum(tl.where(mine, (p * l_i)[None, :], 0.0), 1)                             # [RQ], 0 without a pair
+        safe = tl.where(l_q == 0.0, 1.0, l_q)
+        p /= tl.sum(tl.where(mine, safe[:, None], 0.0), 0)
+        v2 = tl.load(v2_ptr + at[:, None] * D + tl.arange(0, D)[None, :], mask=valid[:, None], other=0.0)      # [BM, D]
         part = tl.dot(mine.to(dtype), (acc * p[:, None] * v2).to(dtype), input_precision=PREC)                 # [RQ, D]
-        lse_c = m_q + tl.log2(l_q)
-        new = tl.maximum(lse, lse_c)
-        new += tl.log2(tl.exp2(lse - new) + tl.exp2(lse_c - new))
-        o = o * tl.exp2(lse - new)[:, None] + part * tl.exp2(lse_c - new)[:, None]
-        lse = new
+        lse_c = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(safe))
+        m_q = tl.maximum(lse, lse_c)
+        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
+        before, now = tl.exp2(lse - m_q), tl.exp2(lse_c - m_q)
+        both = tl.where(before + now == 0.0, 1.0, before + now)
+        o = o * (before / both)[:, None] + part * (now / both)[:, None]
+        lse = m_q + tl.log2(both)
         if c + 1 < chunks:
             row, i, at, valid, many, lo, hi = pairs(t + c + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
             a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
@@ -399,5 +400,5 @@ def ahead(kernel, dtype, D, cfg, arches):
 
 KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
 AOT = [ahead(KERNELS[name], *more) for name in KERNELS for more in (
-    ("bf16", 128, HOPPER[name, 128], (90,)), ("bf16", 64, HOPPER[name, 64], (90,)), ("fp32", 64, FLOAT32, (90,)),
-    ("bf16", 128, OTHERS[name], (80, 100, 120)))]
+    ("bf16", 128, HOPPER[name, 128], (90,)), ("bf16", 64, HOPPER[name, 64], (90,)), ("bf16", 128, OTHERS[name], (80, 100, 120)))]
+AOT += [ahead(rows_kernel, "fp32", 64, FLOAT32, (90,))]
