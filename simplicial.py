@@ -25,7 +25,7 @@ there. Fresh weights alone make v * v2 tiny.
     python simplicial.py --full           the fit of losses to sizes, on one GPU -> results/simplicial-gpu.*
     python train.py --attn simplicial --simplicial-every 4 --w1 512 --w2 32
 """
-import functools, json, math, statistics, sys, tempfile, time
+import contextlib, functools, io, json, math, random, re, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -199,3 +199,258 @@ def match3_by_hand(x, M, f=attention):
     k2 = heads(c, s, s, c, 0 * one, blank=[0., 0, 0, 0, 1])
     v = heads(*[one] * 5, blank=[0.] * 5)
     return f(q, k, v, k2, v, w1=T + 1, w2=T + 1)[:, 0, 1:, 0] > 0.4
+
+
+def most_right_of_four(h):
+    """One softmax head cannot. For a fixed query its output exceeds a threshold exactly if a sum over the tokens does, of some
+    h(token): the sum of p (v - threshold), times the denominator. If {b, c} and {b', c'} match but {b, c'} and {b', c} do not, then
+    h_b + h_c and h_b' + h_c' must be positive and h_b + h_c' and h_b' + h_c negative, yet both pairs of sums add up to the same.
+    h (N, 4) of b, c, b', c' for N heads -> the most sequences of the four that one of them gets right."""
+    b, c, b2, c2 = h.unbind(1)
+    return torch.stack([b + c > 0, b2 + c2 > 0, b + c2 < 0, b2 + c < 0]).sum(0).max().item()
+
+
+def match3_task(B, M, T, draw):
+    """-> tokens (B, T, 1) and whether the last one has a match. Half have; in each sequence two tokens were set to sum with the
+    last one to 0 or, a near miss, to 1 modulo M."""
+    x = torch.randint(M, (6 * B, T), generator=draw)
+    place = torch.rand(6 * B, T - 1, generator=draw).argsort(1)[:, :2]                       # two of the others
+    miss, row = torch.arange(6 * B) % 6 > 0, torch.arange(6 * B)
+    x[row, place[:, 1]] = (miss.long() - x[:, -1] - x[row, place[:, 0]]) % M
+    pairs = (x[:, None, :] + x[:, :, None] + x[:, -1, None, None]) % M == 0
+    y = pairs.flatten(1).any(1)
+    keep = torch.cat([(y & ~miss).nonzero()[:B // 2, 0], (~y).nonzero()[:B - B // 2, 0]])
+    return x[keep, :, None], y[keep].long()
+
+
+def composition_task(B, M, draw):
+    """f and g map M things to M; the context lists (x, g(x)) and (y, f(y)) in any order, the last token asks for f(g(x)).
+    -> tokens (B, 2 M + 1, 3) of table, argument, value; the answer."""
+    g, f = (torch.randint(M, (B, M), generator=draw) for _ in "gf")
+    x, y = torch.randint(M, (B,), generator=draw), torch.arange(M).expand(B, M)
+    table = torch.cat([torch.stack([torch.full_like(y, n), y, t], -1) for n, t in enumerate((g, f))], 1)       # (B, 2 M, 3)
+    order = torch.rand(B, 2 * M, generator=draw).argsort(1)[..., None].expand(-1, -1, 3)
+    asked = torch.stack([torch.full_like(x, 2), x, torch.zeros_like(x)], -1)[:, None]
+    return torch.cat([table.gather(1, order), asked], 1), f.gather(1, g.gather(1, x[:, None]))[:, 0]
+
+
+WIDTH, HIDDEN = 48, 96
+TASKS = {"match3": (lambda B, draw: match3_task(B, 20, 7, draw), (20,), 2), "composition": (lambda B, draw: composition_task(B, 5, draw), (3, 5, 5), 5)}
+ONE_LAYER = {"2-simplicial": attention, "product of two": product, "gate": gate, "softmax": local}
+TASK_STEPS, TASK_SEEDS = 600, (1, 2, 3)
+
+
+class Reader(nn.Module):
+    """One layer of train.py's GPT without positions; the last token is classified. softmax attention gets a wider SwiGLU, so
+    that all arms have equally many parameters."""
+    def __init__(self, train, function, vocabularies, classes):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, WIDTH) for n in vocabularies)
+        window = {n: 10 ** 6 for n in train.signature(function)[1]}
+        hidden = HIDDEN + (2 * WIDTH // 3 if function is local else 0)
+        cfg = train.GPTConfig(vocab_size=1, n_embd=WIDTH, n_head=4, n_hidden=hidden, attn_args=window)
+        function = variant(function) if function is not local else variant(function, offsets={})
+        self.layer, self.norm, self.out = train.Layer(cfg, function), train.RMSNorm(WIDTH, 1e-5), nn.Linear(WIDTH, classes)
+
+    def forward(self, tokens):                                       # (B, T, number of tables) -> (B, classes)
+        x = sum(table(tokens[..., n]) for n, table in enumerate(self.tables))
+        return self.out(self.norm(self.layer(x, None, None)[:, -1]))
+
+
+def train_task(train, task, arm, seed):
+    """-> accuracy on 2000 new examples, seconds, parameters."""
+    make, vocabularies, classes = TASKS[task]
+    draw, test = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    model = Reader(train, ONE_LAYER[arm], vocabularies, classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, TASK_STEPS, pct_start=0.1)
+    began = time.perf_counter()
+    for _ in range(TASK_STEPS):
+        x, y = make(128, draw)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        x, y = make(2000, test)
+        accuracy = (model(x).argmax(-1) == y).float().mean().item()
+    return {"accuracy": accuracy, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language models: the same data and steps, only the layers that --simplicial-every picks differ
+
+LM_FLAGS = "--model tiny --n-layer 2 --n-embd 96 --block-size 64 --batch-size 16 --steps 300 --lr 3e-3 --simplicial-every 2"
+LM_SEEDS, WIDER = (1, 2, 3), 288                                     # as many parameters in the SwiGLU as two projections more
+LM_ARMS = {
+    "softmax, global": ("softmax", ""),
+    "softmax, window": ("local", "--w1 32"),
+    "softmax, window, wider MLP": ("local", f"--w1 32 --n-hidden {WIDER}"),
+    "product of two": ("product", "--w1 32 --w2 8"),
+    "2-simplicial": ("simplicial", "--w1 32 --w2 8"),
+    "2-simplicial, no offsets": ("bare", "--w1 32 --w2 8"),
+    "2-simplicial, rotary on q, k, k2": ("turned", "--w1 32 --w2 8"),
+}
+BASELINE = "softmax, window, wider MLP"
+# Table 2 of the paper, negative log-likelihood at 1, 2 and 3.5 billion active parameters
+TABLE2 = {"softmax": {"GSM8k": (.3277, .2987, .2781), "MMLU": (.6411, .5932, .5543), "MMLU-pro": (.8718, .8193, .7858), "MBPP": (.2690, .2435, .2203)},
+          "2-simplicial": {"GSM8k": (.3302, .2942, .2718), "MMLU": (.6423, .5862, .5484), "MMLU-pro": (.8718, .8135, .7689), "MBPP": (.2714, .2411, .2193)}}
+
+
+def fit(sizes, losses):
+    """Least squares of the paper's -log L = a log N + b -> a, b."""
+    x, y = [math.log(n) for n in sizes], [-math.log(loss) for loss in losses]
+    a = statistics.covariance(x, y) / statistics.variance(x)
+    return a, statistics.mean(y) - a * statistics.mean(x)
+
+
+def refit():
+    """-> {task: exponents of softmax and 2-simplicial, over all three sizes and without the smallest}"""
+    sizes = (1e9, 2e9, 3.5e9)
+    return {task: {arm: (fit(sizes, rows[task])[0], fit(sizes[1:], rows[task][1:])[0]) for arm, rows in TABLE2.items()} for task in TABLE2["softmax"]}
+
+
+def plug_in(train):
+    """Make the controls known to train.py's --attn."""
+    def bare(q, k, v, k2, v2, *, w1=512, w2=32):
+        return attention(q, k, v, k2, v2, w1=w1, w2=w2)
+
+    def turned(q, k, v, k2, v2, *, w1=512, w2=32):
+        return attention(q, k, v, k2, v2, w1=w1, w2=w2)
+    bare.rotary, turned.rotary, turned.offsets, product.rotary, product.offsets = (), ("q", "k", "k2"), attention.offsets, (), attention.offsets
+    bare.windows = turned.windows = product.windows = attention.windows
+    train.BUILTIN["attention"] |= {"local": local, "product": product, "bare": bare, "turned": turned}
+
+
+def train_lm(train, folder, arm, seed, flags):
+    """-> held-out bits per byte and loss, tokens per second, parameters."""
+    name, more = LM_ARMS[arm]
+    with contextlib.redirect_stdout(io.StringIO()) as said:          # the bar on stderr is enough
+        run = train.main([*flags.split(), *more.split(), "--attn", name, "--seed", str(seed), "--sample", "0", "--out", str(folder)])
+    parameters = int(re.search(r"model +([\d,]+) parameters", said.getvalue())[1].replace(",", ""))
+    return {"bpb": run["val_bpb"], "loss": run["val_loss"], "tokens_per_s": run["tokens_per_s"], "parameters": parameters}
+
+
+def interval(values):
+    """Mean and half width of its 95% interval, from Student's t."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
+
+
+def on_a_laptop(train, folder):
+    """-> what results/simplicial-cpu.json holds, printed on the way."""
+    draw = torch.Generator().manual_seed(0)
+    hand = {}
+    for M, T in ((16, 6), (64, 12), (256, 20), (997, 30)):
+        x = torch.randint(M, (64, T), generator=draw)
+        hand[f"M={M}, T={T}"] = (match3_by_hand(x, M) == match3(x, M)).float().mean().item()
+    print("Match3 by hand-built weights, one head, accuracy: " + ", ".join(f"{k}: {v:.4f}" for k, v in hand.items()))
+    best = most_right_of_four(torch.randn(20000, 4, generator=draw))
+    print(f"one softmax head, 20,000 drawn at random, on four sequences that pair the same tokens otherwise: at most {best} of 4 right")
+
+    tasks = {task: {arm: [train_task(train, task, arm, s) for s in TASK_SEEDS] for arm in ONE_LAYER} for task in TASKS}
+    for task, arms in tasks.items():
+        for arm, runs in arms.items():
+            print(f"{task:12} {arm:34} accuracy {' '.join(format(r['accuracy'], '.3f') for r in runs)}  {runs[0]['parameters']:,} parameters, "
+                  f"{statistics.mean(r['seconds'] for r in runs):.1f} s")
+    plug_in(train)
+    lm = {arm: [train_lm(train, folder / f"{arm}-{s}", arm, s, LM_FLAGS + " --device cpu --eval-every 300") for s in LM_SEEDS] for arm in LM_ARMS}
+    differences = {arm: interval([a["bpb"] - b["bpb"] for a, b in zip(runs, lm[BASELINE])]) for arm, runs in lm.items() if arm != BASELINE}
+    for arm, runs in lm.items():
+        against = f", against the baseline {differences[arm][0]:+.4f} +- {differences[arm][1]:.4f}" if arm in differences else " (baseline)"
+        print(f"language model, {arm:34} {statistics.mean(r['bpb'] for r in runs):.4f} bits/byte, {runs[0]['parameters']:,} parameters, "
+              f"{statistics.mean(r['tokens_per_s'] for r in runs):,.0f} tokens/s{against}")
+    exponents = refit()
+    for task, arms in exponents.items():
+        print(f"paper's Table 2, {task:9} a of softmax and 2-simplicial: " + "; ".join(
+            f"{which} {arms['softmax'][n]:.4f} {arms['2-simplicial'][n]:.4f}" for n, which in enumerate(("three sizes", "without 1B"))))
+    return {"match3_by_hand": hand, "softmax_head_of_4": best, "tasks": tasks, "language_model": lm, "differences": differences, "flags": LM_FLAGS,
+            "baseline": BASELINE, "table2_exponents": exponents}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The law of scaling, on a GPU
+
+FULL_SIZES = {"S": "--n-layer 4 --n-embd 256 --n-head 4", "M": "--n-layer 8 --n-embd 512 --n-head 8", "L": "--n-layer 12 --n-embd 768 --n-head 12"}
+FULL_FLAGS = "--data python --block-size 1024 --batch-size 32 --steps 300 --eval-every 300 --simplicial-every 4 --no-compile"
+FULL_ARMS, FULL_SEEDS = ("softmax, global", "softmax, window", "2-simplicial"), (1, 2, 3)
+FULL_WINDOWS = {"softmax, window": "--w1 128", "2-simplicial": "--w1 128 --w2 16"}
+
+
+def on_a_gpu(train, folder):
+    """-> what results/simplicial-gpu.json holds: three sizes, equal tokens, the fit and its interval by drawing seeds anew."""
+    plug_in(train)
+    LM_ARMS.update({arm: (LM_ARMS[arm][0], more) for arm, more in FULL_WINDOWS.items()})
+    runs = {arm: {size: [train_lm(train, folder / f"{arm}-{size}-{s}", arm, s, f"{FULL_FLAGS} {shape}") for s in FULL_SEEDS]
+                  for size, shape in FULL_SIZES.items()} for arm in FULL_ARMS}
+    draw, fits = random.Random(0), {}
+    for arm, sizes in runs.items():
+        counts = [r[0]["parameters"] for r in sizes.values()]
+        again = sorted(fit(counts, [statistics.mean(draw.choices([r["loss"] for r in rs], k=len(rs))) for rs in sizes.values()])[0]
+                       for _ in range(2000))
+        a, b = fit(counts, [statistics.mean(r["loss"] for r in rs) for rs in sizes.values()])
+        fits[arm] = {"a": a, "b": b, "interval_95": [again[50], again[-51]]}
+        print(f"{arm:34} " + ", ".join(f"{n / 1e6:.1f} M: {statistics.mean(r['loss'] for r in rs):.4f}" for n, rs in zip(counts, sizes.values()))
+              + f"; a = {a:.4f} ({again[50]:.4f} to {again[-51]:.4f}), b = {b:.4f}")
+    return {"runs": runs, "fits": fits, "flags": FULL_FLAGS, "windows": FULL_WINDOWS, "table2_exponents": refit()}
+
+
+def draw_laptop(axes, result):
+    for n, (task, arms) in enumerate(result["tasks"].items()):
+        for m, (arm, runs) in enumerate(arms.items()):
+            axes[0].bar(n + 0.2 * m - 0.3, statistics.mean(r["accuracy"] for r in runs), 0.18, color=f"C{m}", label=arm if n == 0 else None)
+            axes[0].plot([n + 0.2 * m - 0.3] * len(runs), [r["accuracy"] for r in runs], "k.", ms=3)
+    axes[0].set(xticks=range(len(result["tasks"])), xticklabels=result["tasks"], ylabel="accuracy", title="one layer, equal parameters", ylim=(0, 1.25))
+    axes[0].legend(fontsize=7, ncols=2, loc="upper right")
+    arms = list(result["differences"])
+    mean, half = zip(*result["differences"].values())
+    axes[1].errorbar(mean, range(len(arms)), xerr=half, fmt="o", capsize=3)
+    axes[1].axvline(0, color="gray", lw=0.8)
+    axes[1].set(yticks=range(len(arms)), yticklabels=arms, xlabel=f"bits per byte against {result['baseline']} (95%)", title="language model")
+    axes[1].tick_params(labelsize=7)
+
+
+def draw_gpu(axes, result):
+    for n, (arm, sizes) in enumerate(result["runs"].items()):
+        for r in sum(sizes.values(), []):
+            axes[0].plot(r["parameters"], r["loss"], f"C{n}o", ms=3)
+        counts = [r[0]["parameters"] for r in sizes.values()]
+        f = result["fits"][arm]
+        axes[0].plot(counts, [math.exp(-f["b"]) * c ** -f["a"] for c in counts], f"C{n}", label=arm)
+        low, high = f["interval_95"]
+        axes[1].errorbar(f["a"], n, xerr=[[f["a"] - low], [high - f["a"]]], fmt=f"C{n}o", capsize=3)
+    axes[0].set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out nats per token", title="equal tokens")
+    axes[0].legend(fontsize=7)
+    axes[1].set(yticks=range(len(result["runs"])), yticklabels=result["runs"], xlabel="exponent a (95%, bootstrap)", title="-log L = a log N + b")
+
+
+def main(argv=None):
+    import train                                                     # the only place that knows the GPT
+    parser = train.Parser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="three sizes of model and the fit, on a GPU")
+    parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
+    args = parser.parse_args(argv)
+    if args.full and not torch.cuda.is_available():
+        train.fail("--full is for a GPU, and there is none here; without it the experiment takes three minutes on a CPU")
+    began, out, name = time.perf_counter(), Path(args.out), "simplicial-gpu" if args.full else "simplicial-cpu"
+    with tempfile.TemporaryDirectory() as d:
+        result = (on_a_gpu if args.full else on_a_laptop)(train, Path(d))
+    device = torch.cuda.get_device_name() if args.full else f"{torch.get_num_threads()} CPU threads"
+    result |= {"device": device, "torch": torch.__version__, "seconds": time.perf_counter() - began}
+    with train.atomic(out / f"{name}.json") as f:
+        f.write(json.dumps(result, indent=1).encode())
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    (draw_gpu if args.full else draw_laptop)(axes, result)
+    with train.atomic(out / f"{name}.png") as f:
+        figure.savefig(f, format="png", dpi=120)
+    plt.close(figure)
+    return result
+
+
+if __name__ == "__main__":
+    main()
