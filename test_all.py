@@ -607,7 +607,7 @@ def test_simplicial_op_is_sound():
 
 
 @gpu
-@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", [*SIMPLICIAL_CASES, (300, 300, 2, 2, 128, 512, 32), (300, 300, 64, 1, 128, 32, 512),
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", [*SIMPLICIAL_CASES, (300, 300, 2, 2, 128, 512, 32), (300, 300, 16, 1, 128, 32, 512),
                                                  (529, 529, 4, 2, 64, 512, 32), (1, 600, 64, 1, 128, 512, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_simplicial_kernels_on_the_gpu(Tq, Tk, H, Hkv, D, w1, w2, dtype):

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+NUMBERS = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"]           # a cache changes some with each token: compile once
 PIECE = 64                                                           # positions whose k2 and v2 one program gathers
 HEAD = tl.constexpr(16)                                              # keys of a block at the left edge of a window
 
@@ -64,7 +65,7 @@ def attend(acc, m_i, l_i, a, k, v, i, start, end, w1, edge, BN: tl.constexpr, PR
     return acc, m_new, l_i * alpha + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, o_ptr, lse_ptr,             # (B, H, Tq, D), (B, Hkv, Tk, D) four times, o, (B, H, Tq)
     Tq, Tk, Tk2, w1, w2, scale,
@@ -153,7 +154,7 @@ def add_rows(x_ptr, rows, mask, x, D: tl.constexpr):
     tl.store(ptrs, tl.load(ptrs, mask=mask[:, None], other=0.0) + x, mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, # as in the forward; do like q, delta like lse
     dq_ptr, dk2_ptr, dv2_ptr,                                        # like q; (B, Hkv, pieces, room, D) twice, float32
@@ -222,7 +223,7 @@ def rows_kernel(
         tl.debug_barrier()                                           # other threads add to these rows next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def columns_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     Tq, Tk, Tk2, w1, w2, scale,
@@ -395,7 +396,7 @@ def ahead(kernel, dtype, D, cfg, arches):
     types = {n: "fp32" if n == "scale" else "i32" if not n.endswith("_ptr") else "*fp32" if n in float32 else f"*{dtype}"
              for n in kernel.arg_names}
     consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if dtype == "fp32" else "tf32")
-    return kernel, types, consts, ("Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"), warps, stages, arches
+    return kernel, types, consts, (), warps, stages, arches
 
 
 KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
