@@ -624,7 +624,7 @@ def test_simplicial_compiles_without_a_break_on_the_gpu():
 
 def test_simplicial_refuses_what_does_not_fit():
     q, k, v, k2, v2 = trilinear_inputs()
-    for change, part in ((dict(k=k[..., :4]), "do not fit"), (dict(v2=v2[:, :1]), "do not fit"), (dict(k2=k2[:, :, :5], v2=v2[:, :, :5]), "more than the 5"),
+    for change, part in ((dict(k=k[..., :4]), "do not fit"), (dict(v2=v2[:, :1]), "do not fit"), (dict(k2=k2[:, :, :5], v2=v2[:, :, :5]), "not the last of 5"),
                          (dict(w1=0), "at least 1"), (dict(w2=-3), "at least 1")):
         with pytest.raises(ValueError, match=part):
             simplicial.attention(**{**dict(q=q, k=k, v=v, k2=k2, v2=v2, w1=5, w2=3), **change})
@@ -646,11 +646,11 @@ def test_simplicial_decodes_as_it_prefills():
 
 
 def test_simplicial_state_does_not_grow():
-    model, ids = small_gpt(**SIMPLICIAL_GPT, block_size=64), torch.randint(64, (1, 40))
+    model, ids = small_gpt(torch.float64, **SIMPLICIAL_GPT, block_size=64), torch.randint(64, (1, 40))
     cache = [train.Cache(64) for _ in model.layers]
     for a, b in ((0, 9), (9, 12), (12, 13), (13, 14), (14, 21), *((t, t + 1) for t in range(21, 40))):         # in ones and in some
         logits = model(ids[:, a:b], cache=cache)[0, -1]
-        assert torch.allclose(logits, model(ids[:, :b])[0, -1], atol=1e-4), f"positions {a} to {b}"
+        assert torch.allclose(logits, model(ids[:, :b])[0, -1], atol=1e-9), f"positions {a} to {b}"
     assert [[t.shape[2] for t in c.kept] for c in cache] == [[64, 64], [5, 5, 3, 3]] * 2
 
 
@@ -659,11 +659,61 @@ def test_simplicial_layers_of_the_gpt():
     assert [len(layer.self_attn.names) for layer in model.layers] == [3, 5, 3, 5]
     layer, x = model.layers[1].self_attn, torch.randn(1, 9, 32, dtype=torch.float64)
     q, k, v, k2, v2 = (getattr(layer, f"{n}_proj")(x).unflatten(-1, (-1, 8)).transpose(1, 2) for n in layer.names)
-    y = simplicial.reference(q, k, v, k2 + 1, v2 + 1, w1=5, w2=3).transpose(1, 2).flatten(2)
-    assert torch.allclose(layer(x, *train.rotary(0, 9, 8, 1e4, x.device)), layer.o_proj(y), atol=1e-10), "no rotary, offsets of 1"
+    y = simplicial.reference(q, k, v, k2, v2, w1=5, w2=3).transpose(1, 2).flatten(2)
+    assert torch.allclose(layer(x, *train.rotary(0, 9, 8, 1e4, x.device)), layer.o_proj(y), atol=1e-10), "nothing is turned"
     changed = torch.randint(64, (1, 16))
     ids, changed[0, 9] = changed.clone(), (changed[0, 9] + 1) % 64
     assert torch.equal(model(ids)[:, :9], model(changed)[:, :9])
+
+
+def test_match3_by_hand():
+    draw = torch.Generator().manual_seed(0)
+    for M, T in ((16, 6), (64, 12), (997, 30)):
+        x = torch.randint(M, (32, T), generator=draw)
+        truth = simplicial.match3(x, M)
+        assert torch.equal(simplicial.match3_by_hand(x, M), truth) and 0 < truth.float().mean() < 1
+        assert torch.equal(simplicial.match3_by_hand(x, M, simplicial.reference), truth)
+    assert simplicial.most_right_of_four(torch.randn(10000, 4, generator=draw)) == 3
+    assert simplicial.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == [False, True, True, True]         # 2 + 2 + 2
+
+
+def test_simplicial_tasks_are_what_they_say():
+    draw = torch.Generator().manual_seed(0)
+    x, y = simplicial.match3_task(256, 20, 7, draw)
+    assert torch.equal(simplicial.match3(x[..., 0], 20)[:, -1].long(), y) and 0.49 < y.float().mean() < 0.51
+    near = (x[:, :-1, None, 0] + x[:, None, :-1, 0] + x[:, -1:, None, 0]) % 20 == 1
+    assert near.flatten(1).any(1)[y == 0].all(), "near misses"
+    x, y = simplicial.composition_task(64, 5, draw)
+    for tokens, answer in zip(x.tolist(), y.tolist()):
+        tables = {(table, key): value for table, key, value in tokens[:-1]}
+        assert len(tables) == 10 and answer == tables[1, tables[0, tokens[-1][1]]]
+
+
+def test_simplicial_refit_of_the_paper():
+    exponents = simplicial.refit()
+    assert abs(exponents["GSM8k"]["softmax"][0] - 0.1311) < 1e-4 and abs(exponents["MBPP"]["2-simplicial"][0] - 0.1702) < 1e-4
+    assert all(exponents[t]["2-simplicial"][1] < exponents[t]["softmax"][1] for t in ("MMLU", "MBPP")), "half rests on the smallest size"
+
+
+def test_simplicial_experiment(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(simplicial, "TASK_STEPS", 2)
+    monkeypatch.setattr(simplicial, "TASK_SEEDS", (1,))
+    monkeypatch.setattr(simplicial, "LM_SEEDS", (1, 2))
+    flags = "--data text.txt --n-layer 2 --n-embd 24 --n-head 2 --block-size 16 --batch-size 4 --eval-batches 1 --simplicial-every 2"
+    monkeypatch.setattr(simplicial, "LM_FLAGS", f"{flags} --steps 3")
+    result = simplicial.main(["--out", "shown"])
+    assert {p.name for p in Path("shown").iterdir()} == {"simplicial-cpu.json", "simplicial-cpu.png"}
+    for runs in result["tasks"].values():
+        assert len({r["parameters"] for arm in runs.values() for r in arm}) == 1, "equal parameters"
+    assert len(result["language_model"]) == 7 and "against the baseline" in capsys.readouterr().out
+    monkeypatch.setattr(simplicial, "FULL_FLAGS", f"{flags} --steps 3 --device cpu")
+    monkeypatch.setattr(simplicial, "FULL_SEEDS", (1,))
+    monkeypatch.setattr(simplicial, "FULL_SIZES", {"S": "--n-hidden 32", "M": "--n-hidden 64", "L": "--n-hidden 128"})
+    full = simplicial.on_a_gpu(train, Path("full"))
+    low, high = full["fits"]["2-simplicial"]["interval_95"]
+    assert low <= full["fits"]["2-simplicial"]["a"] <= high
+    if not torch.cuda.is_available():
+        refused(capsys, ["--full"], "for a GPU", script=simplicial)
 
 
 def test_simplicial_trains(tiny, capsys):

@@ -353,7 +353,7 @@ class Attention(nn.Module):
         options, self.head_dim = {k: cfg.attn_args.get(k, default) for k, default in options.items()}, cfg.head_dim
         self.attention, windows = partial(attention, **options), getattr(attention, "windows", {})
         self.windows = [options.get(windows.get(name)) for name in self.names[1:]]           # None: all positions are kept
-        self.rotary, self.offsets = getattr(attention, "rotary", ("q", "k")), getattr(attention, "offsets", {})
+        self.rotary = getattr(attention, "rotary", ("q", "k"))
         for name in self.names:
             heads = cfg.n_head if name == "q" else cfg.n_kv_head
             self.add_module(f"{name}_proj", Linear(cfg.n_embd, heads * cfg.head_dim))
@@ -362,8 +362,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         q, k, *more = (getattr(self, f"{n}_proj")(x).unflatten(-1, (-1, self.head_dim)) for n in self.names)   # (B, T, H, D)
-        heads = [t + self.offsets[n] if n in self.offsets else t for n, t in zip(self.names, (self.q_norm(q), self.k_norm(k), *more))]
-        heads = [rotate(t, cos, sin) if n in self.rotary else t for n, t in zip(self.names, heads)]
+        heads = zip(self.names, (self.q_norm(q), self.k_norm(k), *more))
+        heads = [rotate(t, cos, sin) if name in self.rotary else t for name, t in heads]
         q, *kv = (t.transpose(1, 2) for t in heads)                                          # (B, H, T, D), (B, Hkv, T, D)
         y = self.attention(q, *(cache.extend(self.windows, *kv) if cache else kv))           # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                     # (B, T, C)
