@@ -137,10 +137,11 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
     return lean(q, k, v, k2, v2, w1, w2)
 
 
-# What train.py asks of an attention that is not like softmax attention: which projections it turns by position, and which
-# option is the window of each, all that is kept to sample on.
+# What train.py asks of an attention that is not like softmax attention: which projections it turns by position, which option is
+# the window of each, all that is kept to sample on, and how many logits a query has in the mean over T positions.
 attention.rotary = ()
 attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}
+attention.logits = lambda T, w1, w2: sum(min(i, w1) * min(i, w2) for i in range(1, T + 1)) / T
 
 
 # ---------------------------------------------------------------------------------------------------------------------

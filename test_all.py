@@ -661,6 +661,9 @@ def test_simplicial_layers_of_the_gpt():
     q, k, v, k2, v2 = (getattr(layer, f"{n}_proj")(x).unflatten(-1, (-1, 8)).transpose(1, 2) for n in layer.names)
     y = simplicial.reference(q, k, v, k2, v2, w1=5, w2=3).transpose(1, 2).flatten(2)
     assert torch.allclose(layer(x, *train.rotary(0, 9, 8, 1e4, x.device)), layer.o_proj(y), atol=1e-10), "nothing is turned"
+    flops = train.flops_per_token(model) - train.flops_per_token(small_gpt(**{**SIMPLICIAL_GPT, "simplicial_every": 5}))
+    projections, logits = 2 * 2 * 32 * 2 * 8, (1 + 4 + 9 + 12 + 12 * 15) / 16                # of two layers; of a query
+    assert flops == 6 * projections + 12 * 2 * 32 * (logits - 16 / 2)
     changed = torch.randint(64, (1, 16))
     ids, changed[0, 9] = changed.clone(), (changed[0, 9] + 1) % 64
     assert torch.equal(model(ids)[:, :9], model(changed)[:, :9])

@@ -354,6 +354,7 @@ class Attention(nn.Module):
         self.attention, windows = partial(attention, **options), getattr(attention, "windows", {})
         self.windows = [options.get(windows.get(name)) for name in self.names[1:]]           # None: all positions are kept
         self.rotary = getattr(attention, "rotary", ("q", "k"))
+        self.logits = getattr(attention, "logits", lambda T, **_: T / 2)(cfg.block_size, **options)            # of a query, mean
         for name in self.names:
             heads = cfg.n_head if name == "q" else cfg.n_kv_head
             self.add_module(f"{name}_proj", Linear(cfg.n_embd, heads * cfg.head_dim))
@@ -960,10 +961,10 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S":
 
 
 def flops_per_token(model):
-    """Forward and backward, only what the method needs: 6 for each weight in a product, 6 T H D a layer for the attention."""
+    """Forward and backward, only what the method needs: 6 for each weight in a product, 12 H D for each logit of a query."""
     c, matrices = model.cfg, sum(p.numel() for p in model.parameters() if p.dim() > 1)
     looked_up = 0 if c.tied else model.embed_tokens.weight.numel()
-    return 6 * (matrices - looked_up) + 6 * c.n_layer * c.block_size * c.n_head * c.head_dim
+    return 6 * (matrices - looked_up) + 12 * sum(layer.self_attn.logits for layer in model.layers) * c.n_head * c.head_dim
 
 
 def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):

@@ -1,3 +1,35 @@
+"""2-simplicial attention, forward and backward: pairs of a query and an offset are the rows of a tile.
+
+Row (i, d) has the query a_id = q_i * k2_{i-d} / sqrt(D) and attends to (k, v) through the window w1. Nothing of size (T, w1, w2)
+or (T, w2, D) leaves the chip; all sums are float32.
+
+    forward_kernel   online softmax of each row, then, with p_id the share of row d in all pairs of i,
+                     o_i = sum_d p_id * (row's result) * v2_{i-d}                        lse_i: natural logarithm, over all pairs
+    rows_kernel      P = exp(S - lse_i)   dP = (do_i * v2_{i-d}) . v_j   dS = P (dP - delta_i)   U = P V   W = dS K
+                     dq_i = sum_d W_id * k2_{i-d}      dk2_k = sum_i W_{i,i-k} * q_i      dv2_k = sum_i U_{i,i-k} * do_i
+    columns_kernel   dk_j = sum_id dS a_id             dv_j = sum_id P (do_i * v2_{i-d})
+
+Roles change places when w2 > w1, so that rows take the shorter window. Sums over the rows of a tile are products with a 0/1
+matrix. No atomics: a program of rows_kernel owns PIECE positions and adds to a float32 buffer of its own, which reaches into the
+pieces before its own as far as w2 does; the buffers are added up in order. Two runs give the same bits.
+
+Grid: (tiles of queries | pieces | blocks of keys, KV heads). A tile takes queries position by position, the g heads of a KV
+group side by side, so that neither g = 1 nor g = 64 wastes rows. Work, in units of B H T w1 w2 D: 4 forward, 16 backward (S and
+dP are computed in both kernels; a single pass, 12, would need atomics). Backward memory: 2 (1 + ceil((w2 - 1) / PIECE)) float32
+tensors like k2.
+
+Steps, by what the compiler says for sm_90 (Triton 3.7.1); times on a GPU are still to come:
+1. Keys in blocks of 64 from the window's old end: the 515 keys of four positions take 9 blocks, an eighth of the work is void.
+2. Whole blocks end at the last position, and what is left at the old end is taken 16 keys at a time: 8 blocks and a small one.
+   Blocks are whole, so their loads need no mask; scores are masked in the last block and the small ones alone.
+3. A row operand computed in place stays in registers: 20 bytes spilled forward and 60 in rows_kernel at D = 128. Carried around
+   the loop that uses it (the next tile's is made at the end), Triton puts it into shared memory: none.
+4. Barriers in rows_kernel keep loads from coming early: at D = 128 the tile (128, 32, 8, 2) spilled 228 bytes and now 68; with
+   dv2 first, after which U is no longer needed, 56. (64, 32, 8, 2) spills none.
+
+Registers and KB of shared memory for bf16 on sm_90, none spills: forward 254 and 100 at D = 128, 230 and 68 at D = 64; rows 255
+and 70, 255 and 68; columns 250 and 137, 210 and 81.
+"""
 import torch
 import torch.nn.functional as F
 import triton
@@ -13,9 +45,9 @@ HEAD = tl.constexpr(16)                                              # keys of a
 
 @triton.jit
 def pairs(t, g: tl.constexpr, Tq, Tk, Tk2, w1, w2, NQ: tl.constexpr, BD: tl.constexpr):
-    """The rows of row tile t: NQ queries with BD offsets each. Queries are counted position by position, the g heads of a KV
-    group side by side. -> [NQ * BD] each: the row of q, its position among k, that of the offset among k2, whether there is such
-    a pair, and whether the query sees several (of a single one P = 1 and dS must be 0, without rounding); first and last position."""
+    """Tile t: NQ queries with BD offsets each. -> [NQ * BD] each: the row of q, its position among k, that of the offset among
+    k2, whether there is such a pair, and whether the query sees several (of a single one P = 1 and dS must be 0, without
+    rounding); the first and the last position of the tile."""
     r, chunks = tl.arange(0, NQ * BD), tl.cdiv(w2, BD)
     first, d = t // chunks * NQ, t % chunks * BD + r % BD
     n = first + r // BD
@@ -87,7 +119,7 @@ def forward_kernel(
     o, lse = tl.zeros((RQ, D), tl.float32), tl.full((RQ,), -float("inf"), tl.float32)
     t = tl.program_id(0) * chunks
     row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)         # [BM, D]
+    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)            # [BM, D]
     first = tl.maximum(lo - w1 + 1, 0)
     body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
     for c in range(chunks):
@@ -200,10 +232,9 @@ def rows_kernel(
 
         # The rows of a query are summed for dq, those of a position of k2 for dk2 and dv2, by products with a 0/1 matrix. The
         # barriers keep loads from coming early: beside U and W there is no room for them.
-        r, tile = tl.arange(0, BM), t // chunks
-        last = lo - Tk + Tk2 - t % chunks * BD - BD + 1                       # the oldest position of k2 that this tile can meet
-        there = (tl.arange(0, RK)[:, None] + last == at[None, :]).to(dtype)             # [RK, BM]
-        rows = tl.arange(0, RK) + last - (Tk2 - Tq) + room - piece * (tl.program_id(0) + 1)         # in this program's room
+        oldest = lo - Tk + Tk2 - t % chunks * BD - BD + 1            # position of k2 that this tile can meet
+        there = (tl.arange(0, RK)[:, None] + oldest == at[None, :]).to(dtype)                # [RK, BM]
+        rows = tl.arange(0, RK) + oldest - (Tk2 - Tq) + room - piece * (tl.program_id(0) + 1)                  # in the buffer
         mask = (rows >= 0) & (rows < room)
         do = tl.load(do_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)     # [BM, D]
         add_rows(dv2_ptr, rows, mask, tl.dot(there, (u * do).to(dtype), input_precision=PREC), D)
@@ -213,9 +244,9 @@ def rows_kernel(
         add_rows(dk2_ptr, rows, mask, tl.dot(there, (w * q).to(dtype), input_precision=PREC), D)
         tl.debug_barrier()
         k2 = tl.load(k2_ptr + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
-        mine = (tl.arange(0, RQ)[:, None] == (r // BD)[None, :]).to(dtype)                   # [RQ, BM]
+        mine = (tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]).to(dtype)    # [RQ, BM]
         dq = tl.where(t % chunks == 0, 0.0, dq) + tl.dot(mine, (w * k2).to(dtype), input_precision=PREC)
-        n = tile * NQ + tl.arange(0, RQ)
+        n = t // chunks * NQ + tl.arange(0, RQ)
         mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
         tl.store(dq_ptr + (n % g * Tq + n // g)[:, None] * D + offs_d, dq.to(dtype), mask=mask[:, None])
         row, i, at, valid, many, lo, hi = pairs(t + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
