@@ -699,7 +699,7 @@ def test_simplicial_refit_of_the_paper():
 
 
 def test_simplicial_experiment(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(simplicial, "TASK_STEPS", 2)
+    monkeypatch.setattr(simplicial, "TASKS", {name: (*task[:3], 2) for name, task in simplicial.TASKS.items()})
     monkeypatch.setattr(simplicial, "TASK_SEEDS", (1,))
     monkeypatch.setattr(simplicial, "LM_SEEDS", (1, 2))
     flags = "--data text.txt --n-layer 2 --n-embd 24 --n-head 2 --block-size 16 --batch-size 4 --eval-batches 1 --simplicial-every 2"
