@@ -136,12 +136,12 @@ def forward_kernel(
         m_i = tl.where(valid, m_i, -float("inf"))
         m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)                         # [RQ]: over the offsets
         m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
-        p = tl.exp2(m_i - tl.sum(tl.where(mine, m_q[:, None], 0.0), 0))                      # [BM]
-        l_q = tl.sum(tl.where(mine, (p * l_i)[None, :], 0.0), 1)                             # [RQ], 0 without a pair
+        p = tl.where(mine, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)         # [RQ, BM]
+        l_q = tl.sum(p, 1)                                           # [RQ], 0 without a pair
         safe = tl.where(l_q == 0.0, 1.0, l_q)
-        p /= tl.sum(tl.where(mine, safe[:, None], 0.0), 0)
+        share = tl.sum(p / safe[:, None], 0) / l_i                   # [BM]: a row's part of its query, over its own sum
         v2 = tl.load(v2_ptr + at[:, None] * D + tl.arange(0, D)[None, :], mask=valid[:, None], other=0.0)      # [BM, D]
-        part = tl.dot(mine.to(dtype), (acc * p[:, None] * v2).to(dtype), input_precision=PREC)                 # [RQ, D]
+        part = tl.dot(mine.to(dtype), (acc * share[:, None] * v2).to(dtype), input_precision=PREC)             # [RQ, D]
         lse_c = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(safe))
         m_q = tl.maximum(lse, lse_c)
         m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
