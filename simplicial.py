@@ -211,7 +211,7 @@ def match3_by_hand(x, M, f=attention):
 def most_right_of_four(h):
     """One softmax head cannot. For a fixed query its output exceeds a threshold exactly if a sum over the tokens of some h(token)
     does exceed 0: the sum of p (v - threshold), times the denominator. If {b, c} and {b', c'} match but {b, c'} and {b', c} do
-    not, h_b + h_c and h_b' + h_c' must be positive, h_b + h_c' and h_b' + h_c negative; yet both pairs of sums add up to the same.
+    not, h_b + h_c and h_b' + h_c' must be positive, h_b + h_c' and h_b' + h_c negative; yet both pairs add up to the same.
     h (N, 4) of b, c, b', c' for N heads -> the most sequences of the four that one of them gets right."""
     b, c, b2, c2 = h.unbind(1)
     return torch.stack([b + c > 0, b2 + c2 > 0, b + c2 < 0, b2 + c < 0]).sum(0).max().item()
@@ -362,8 +362,8 @@ def on_a_laptop(train, folder):
     for arm, runs in lm.items():
         mean, half = against.get(arm, (0, 0))
         bpb, speed = (statistics.mean(r[key] for r in runs) for key in ("bpb", "tokens_per_s"))
-        print(f"{arm:34} {bpb:.4f} bits/byte, {mean:+.4f} +- {half:.4f} against the baseline, {runs[0]['parameters']:,} parameters, "
-              f"{speed:,.0f} tokens/s")
+        print(f"{arm:34} {bpb:.4f} bits/byte, {mean:+.4f} +- {half:.4f} against the baseline, "
+              f"{runs[0]['parameters']:,} parameters, {speed:,.0f} tokens/s")
     exponents = refit()
     for task, arms in exponents.items():
         print(f"paper's Table 2, {task:9} exponents of softmax and 2-simplicial, three sizes {arms['softmax'][0]:.4f} "

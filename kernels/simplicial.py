@@ -296,7 +296,7 @@ def columns_kernel(
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
 
 
-# Rows of a tile, keys of a block, warps, stages. Hopper's fill the registers; narrower heads take those of 64.
+# Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads under 64 take those of 64.
 HOPPER = {("forward", 128): (128, 64, 8, 2), ("rows", 128): (64, 32, 8, 2), ("columns", 128): (64, 64, 8, 2),
           ("forward", 64): (128, 64, 8, 3), ("rows", 64): (128, 64, 8, 2), ("columns", 64): (64, 128, 8, 2)}
 OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
@@ -331,10 +331,10 @@ def precision(q):
 
 
 def launch(kernel, programs, cfg, q, k, w2, tensors, numbers):
-    rows, block, warps, stages = cfg
+    rows, block, warps, stages, *registers = cfg
     NQ, BD = shape_of_tile(w2, rows)
     kernel[programs(NQ, block)](*tensors, *numbers, q.shape[1] // k.shape[1], q.shape[3], NQ, BD, block, precision(q),
-                                num_warps=warps, num_stages=stages)
+                                num_warps=warps, num_stages=stages, maxnreg=registers[0] if registers else None)
 
 
 def forward(q, k, v, k2, v2, w1, w2, cfg=None):
