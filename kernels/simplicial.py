@@ -111,7 +111,7 @@ def forward_kernel(
     k2_ptr += bh * Tk2 * D
     v2_ptr += bh * Tk2 * D
     BM: tl.constexpr = NQ * BD
-    RQ: tl.constexpr = max(NQ, 16)                                   # the least that a product takes
+    RQ: tl.constexpr = NQ if NQ > 16 else 16                         # the least that a product takes
     factor = tl.cast(scale, tl.float32) * LOG2E
     dtype = q_ptr.dtype.element_ty
     mine = tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]                    # [RQ, BM]: rows of a query
@@ -206,8 +206,9 @@ def rows_kernel(
     dk2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
     dv2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
     BM: tl.constexpr = NQ * BD
-    RQ: tl.constexpr = max(NQ, 16)
-    RK: tl.constexpr = max(2 * BD, 2 * NQ, 16)                       # at least the NQ + BD - 1 positions of k2 in a tile
+    RQ: tl.constexpr = NQ if NQ > 16 else 16
+    MORE: tl.constexpr = BD if BD > NQ else NQ
+    RK: tl.constexpr = 2 * MORE if MORE > 8 else 16                  # at least the NQ + BD - 1 positions of k2 in a tile
     scale = tl.cast(scale, tl.float32)
     dtype = q_ptr.dtype.element_ty
     offs_d = tl.arange(0, D)[None, :]
