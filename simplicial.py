@@ -378,7 +378,7 @@ def on_a_laptop(train, folder):
 
 FULL_SIZES = {"S": "--n-layer 4 --n-embd 256 --n-head 4", "M": "--n-layer 8 --n-embd 512 --n-head 8",
               "L": "--n-layer 12 --n-embd 768 --n-head 12"}
-FULL_FLAGS = "--data python --block-size 1024 --batch-size 32 --steps 300 --eval-every 300 --simplicial-every 4 --no-compile"
+FULL_FLAGS = "--data python --block-size 1024 --batch-size 32 --steps 200 --eval-every 1000 --simplicial-every 4 --no-compile"
 FULL_ARMS, FULL_SEEDS = ("softmax, global", "softmax, window", "2-simplicial"), (1, 2, 3)
 FULL_WINDOWS = {"softmax, window": "--w1 128", "2-simplicial": "--w1 128 --w2 16"}
 

@@ -727,6 +727,11 @@ def test_simplicial_trains(tiny, capsys):
     one, plain = (sample.main(["--max-tokens", "30", "--device", "cpu", *more])["text"] for more in ([], ["--no-cache"]))
     assert one == plain
     refused(capsys, [*tiny, "--attn", "simplicial", "--simplicial-every", "0"], "--simplicial-every is 0", "at least 1")
+    refused(capsys, [*tiny, "--attn", "simplicial", "--w2", "0"], "--w2 is 0", "at least 1 position")
+    state = torch.load("out/tiny-simplicial/ckpt.pt", weights_only=True)
+    state["config"]["model"]["attn_args"]["w1"] = "9"
+    torch.save(state, "out/tiny-simplicial/ckpt.pt")
+    refused(capsys, ["--init", "out/tiny-simplicial", "--device", "cpu"], "--w1 is '9'", script=sample)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

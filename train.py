@@ -352,6 +352,9 @@ class Attention(nn.Module):
         self.names, options = signature(attention)
         options, self.head_dim = {k: cfg.attn_args.get(k, default) for k, default in options.items()}, cfg.head_dim
         self.attention, windows = partial(attention, **options), getattr(attention, "windows", {})
+        for name in windows.values():
+            if type(options[name]) is not int or options[name] < 1:
+                fail(f"--{name.replace('_', '-')} is {options[name]!r}; a window holds at least 1 position, the query's own")
         self.windows = [options.get(windows.get(name)) for name in self.names[1:]]           # None: all positions are kept
         self.rotary = getattr(attention, "rotary", ("q", "k"))
         self.logits = getattr(attention, "logits", lambda T, **_: T / 2)(cfg.block_size, **options)            # of a query, mean
