@@ -26,8 +26,10 @@ Steps, by what the compiler says for sm_90 (Triton 3.7.1); times on a GPU are st
    the loop that uses it (the next tile's is made at the end), Triton puts it into shared memory: none.
 4. Barriers in rows_kernel keep loads from coming early: at D = 128 the tile (128, 32, 8, 2) spilled 228 bytes and now 68; with
    dv2 first, after which U is no longer needed, 56. (64, 32, 8, 2) spills none.
+5. To be timed: limited to 128 registers, forward tiles of 128 rows would share a multiprocessor in twos. (128, 32, 8, 3, 128) at
+   D = 128 spills 304 bytes and (128, 64, 8, 3, 128) at D = 64 180, but none of it inside the loop over whole blocks.
 
-Registers and KB of shared memory for bf16 on sm_90, none spills: forward 254 and 100 at D = 128, 230 and 68 at D = 64; rows 255
+Registers and KB of shared memory for bf16 on sm_90, none spills: forward 254 and 100 at D = 128, 232 and 68 at D = 64; rows 255
 and 70, 255 and 68; columns 250 and 137, 210 and 81.
 """
 import torch
