@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import laser
 import pretrained
 import sample
+import simplicial
 import sonew
 import train
 
@@ -285,9 +286,10 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from kernels import laser, sonew, train
+from kernels import laser, simplicial, sonew, train
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
 JOBS = [(job, arch) for job in laser.AOT + sonew.AOT + train.AOT for arch in LIMIT]
+JOBS += [(job, arch) for *job, arches in simplicial.AOT for arch in arches]
 
 def build(n):
     (kernel, types, consts, by16, *how), arch = JOBS[n]
@@ -1062,6 +1064,326 @@ def test_sonew_without_its_data(tiny, digits, capsys, monkeypatch):
         refused(capsys, ["--mnist", bad], f"{bad} is not MNIST", script=sonew)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(capsys, ["--mnist", digits, "--full"], "without a GPU", script=sonew)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2-simplicial attention
+
+def trilinear_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=6, B=2, Tk2=None, dtype=torch.float64, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (H, Tq), (Hkv, Tk), (Hkv, Tk), (Hkv, Tk2 or Tk), (Hkv, Tk2 or Tk)
+    return [torch.randn(B, t, h, D, generator=draw).to(dtype).transpose(1, 2) for h, t in shapes]               # not contiguous
+
+
+def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
+    """-> o and lse of one query from the definition, pair by pair."""
+    g, off, off2 = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2], k2.shape[2] - q.shape[2]
+    k, v, k2, v2 = (t[b, h // g] for t in (k, v, k2, v2))
+    pairs = [(j, l) for j in range(max(0, i + off - w1 + 1), i + off + 1) for l in range(max(0, i + off2 - w2 + 1), i + off2 + 1)]
+    s = torch.stack([(q[b, h, i] * k[j] * k2[l]).sum() for j, l in pairs]) / q.shape[3] ** 0.5
+    return sum(p * v[j] * v2[l] for p, (j, l) in zip(s.softmax(0), pairs)), s.logsumexp(0)
+
+
+SIMPLICIAL_SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9), (3, 8, 1, 2, 5), (1, 8, 4, 4, 1), (8, 8, 2, 1, 3)]
+
+
+@pytest.mark.parametrize("Tq,Tk,Hkv,w1,w2", SIMPLICIAL_SHAPES)
+def test_simplicial_reference_is_the_definition(Tq, Tk, Hkv, w1, w2):
+    inputs = trilinear_inputs(Tq, Tk, Hkv=Hkv)
+    o = simplicial.reference(*inputs, w1=w1, w2=w2)
+    for b, h, i in ((0, 0, 0), (1, 3, Tq - 1), (0, 2, Tq // 2)):
+        assert torch.allclose(o[b, h, i], by_pairs(*inputs, w1, w2, b, h, i)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"])
+def test_simplicial_gradients_are_those_of_the_function(function):
+    inputs = [t.requires_grad_() for t in trilinear_inputs(3, 4, H=2, Hkv=1, D=2, B=1)]
+    assert torch.autograd.gradcheck(lambda *a: function(*a, w1=3, w2=2), inputs)
+
+
+@pytest.mark.parametrize("scores", [2 ** 25, 500], ids=["whole", "blocks"])
+@pytest.mark.parametrize("Tq,Tk,Hkv,w1,w2", [*SIMPLICIAL_SHAPES, (64, 64, 2, 20, 7), (33, 50, 1, 5, 40)])
+def test_simplicial_equals_its_reference(Tq, Tk, Hkv, w1, w2, scores, monkeypatch):
+    monkeypatch.setattr(simplicial, "SCORES", scores)
+    inputs = [t.requires_grad_() for t in trilinear_inputs(Tq, Tk, Hkv=Hkv)]
+    do = torch.randn(2, 4, Tq, 6, dtype=torch.float64)
+    ours, exact = (f(*inputs, w1=w1, w2=w2) for f in (simplicial.attention, simplicial.reference))
+    assert torch.allclose(ours, exact, atol=1e-12)
+    for name, a, b in zip(("q", "k", "v", "k2", "v2"), *(torch.autograd.grad(o, inputs, do) for o in (ours, exact))):
+        assert torch.allclose(a, b, atol=1e-11), f"gradient of {name}"
+    low = [t.detach().bfloat16() for t in inputs]
+    close("bf16", *(f(*low, w1=w1, w2=w2) for f in (simplicial.attention, simplicial.reference)),
+          simplicial.reference(*(t.double() for t in low), w1=w1, w2=w2))
+
+
+@pytest.mark.parametrize("function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"])
+def test_simplicial_closed_forms(function):
+    q, k, v, k2, v2 = trilinear_inputs(12, 12, D=6)
+    g = lambda t: t.repeat_interleave(2, 1)
+    one, equal = torch.ones_like(k), lambda a, b: torch.allclose(a, b, atol=1e-12)
+
+    def near(q, k, v, w):                                            # softmax attention through a window
+        mask = torch.ones(12, 12, dtype=torch.bool).tril() & torch.ones(12, 12, dtype=torch.bool).triu(1 - w)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    def mean(v, w):
+        return torch.stack([v[:, :, max(0, i - w + 1):i + 1].mean(2) for i in range(12)], 2)
+    o = function(q, k, v, k2, v2, w1=5, w2=3)
+    assert equal(o[:, :, 0], g(v * v2)[:, :, 0]), "a single pair"
+    assert equal(function(q, k, v, k2, v2, w1=1, w2=1), g(v * v2))
+    assert equal(function(q, k, v, one, one, w1=5, w2=3), near(q, k, v, 5)) and equal(function(q, one, one, k2, v2, w1=5, w2=3), near(q, k2, v2, 3))
+    assert equal(function(q, k, v, k2, v2, w1=5, w2=1), near(q * g(k2), k, v, 5) * g(v2)), "w2 = 1 gates"
+    assert equal(function(q * 0, k, v, k2, v2, w1=5, w2=3), g(mean(v, 5) * mean(v2, 3)))
+    assert equal(function(q, k, v, k2, v2, w1=99, w2=12), function(q, k, v, k2, v2, w1=12, w2=50)), "windows past the start"
+    half, left = one.clone(), one.clone()
+    half[..., 3:], left[..., :3] = k[..., 3:] * 0 + 1, 1
+    a, b = torch.cat([k[..., :3], one[..., 3:]], -1), torch.cat([one[..., :3], k2[..., 3:]], -1)
+    q1, q2 = torch.cat([q[..., :3], q[..., 3:] * 0], -1), torch.cat([q[..., :3] * 0, q[..., 3:]], -1)
+    assert equal(function(q, a, v, b, v2, w1=5, w2=3), near(q1, a, v, 5) * near(q2, b, v2, 3)), "additive logits: a product of two"
+    assert equal(function(q, k2, v2, k, v, w1=3, w2=5), o), "the two roles are alike"
+    c, order = torch.rand(6, dtype=torch.float64) + 0.5, torch.randperm(6)
+    assert equal(function(q, k * c, v / c, k2 / c, v2 * c, w1=5, w2=3), o)
+    assert equal(function(*(t[..., order] for t in (q, k, v, k2, v2)), w1=5, w2=3), o[..., order])
+
+
+def test_simplicial_determinant_form_knows_no_rotation():
+    q, k, v, k2, v2 = trilinear_inputs(7, 7, H=2)
+    turn, plain = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0], dict(w1=4, w2=3)
+    turn = turn * torch.linalg.det(turn)                             # in SO(3)
+    turned = [(t.unflatten(-1, (2, 3)) @ turn.T).flatten(-2) for t in (q, k, k2)]
+    o, again = (simplicial.reference(a, b, v, c, v2, **plain, determinant=True) for a, b, c in ((q, k, k2), turned))
+    assert torch.allclose(o, again, atol=1e-12)
+    o, again = (simplicial.reference(a, b, v, c, v2, **plain) for a, b, c in ((q, k, k2), turned))
+    assert (o - again).abs().max() > 0.01, "the trilinear form is another"
+    i, j, l = q[0, 1, 6], k[0, 1, 4], k2[0, 1, 5]
+    det = sum(torch.linalg.det(torch.stack([t[c:c + 3] for t in (i, j, l)])) for c in (0, 3))
+    a, b, c = simplicial.sarrus(i, j, l)
+    assert abs((a * b * c).sum() - det) < 1e-12 and len(a) == 12
+
+
+def simplicial_kernel(*inputs, w1, w2):
+    pytest.importorskip("triton")
+    from kernels.simplicial import forward
+    return forward(*(t.contiguous() for t in inputs), w1, w2, (64, 16, 4, 1) if DEVICE == "cpu" else None)[0]
+
+
+@pytest.mark.parametrize("function", [simplicial.attention, simplicial_kernel], ids=["lean", "kernel"])
+def test_simplicial_sees_its_windows_alone(function):
+    inputs = trilinear_inputs(40, 40, H=2, Hkv=1, D=16, B=1, dtype=torch.float32)
+    inputs = [t.to(DEVICE) for t in inputs]
+    before = function(*inputs, w1=9, w2=4)
+    for n, (name, w) in enumerate((("k", 9), ("v", 9), ("k2", 4), ("v2", 4)), 1):
+        changed = [t.clone() for t in inputs]
+        changed[n][:, :, 20] += 1e4
+        now = function(*changed, w1=9, w2=4)
+        same = (before == now).all(-1).all(1)[0].tolist()            # of each position, bit for bit
+        assert all(same[:20]) and all(same[20 + w:]) and not any(same[20:20 + w]), name
+
+
+def check_simplicial(Tq, Tk, H, Hkv, D, w1, w2, dtype, device, configs=None, B=2, Tk2=None, size=1.0):
+    from kernels.simplicial import attention, backward, forward
+    inputs = [t.to(device) for t in trilinear_inputs(Tq, Tk, H, Hkv, D, B, Tk2, dtype, seed=Tq * w1 + w2)]
+    inputs[0] = inputs[0] * size
+    do = torch.randn(B, D, Tq, H, generator=torch.Generator().manual_seed(1)).to(dtype).to(device).permute(0, 3, 2, 1)
+    results = []
+    for make in (torch.Tensor.double, torch.clone):
+        exact = [make(t).detach().requires_grad_() for t in inputs]
+        o = simplicial.reference(*exact, w1=w1, w2=w2)
+        results.append([o.detach(), *torch.autograd.grad(o, exact, make(do))])
+
+    def run():
+        if configs is None or device == "cuda":                      # as it is used; large tiles of float32 compile for minutes
+            given = [t.detach().requires_grad_() for t in inputs]
+            o, lse = attention(*given, w1, w2)
+            return [o.detach(), *torch.autograd.grad(o, given, do), lse]
+        given = [t.contiguous() for t in inputs]
+        o, lse = forward(*given, w1, w2, configs[0])
+        return [o, *backward(do.contiguous(), *given, o, lse, w1, w2, *configs[1:]), lse]
+    torch.use_deterministic_algorithms(True)                         # new tensors hold NaN until they are written
+    try:
+        runs = [run(), run()]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, ours, again, eager, truth in zip(("o", "dq", "dk", "dv", "dk2", "dv2"), *runs, results[1], results[0]):
+        close(name, ours, eager, truth)
+        assert torch.equal(ours, again), f"{name}: two runs differ"
+    for b, h, i in ((0, 0, 0), (B - 1, H - 1, Tq - 1), (0, H // 2, Tq // 2)):
+        truth = by_pairs(*(t.cpu().double() for t in inputs), w1, w2, b, h, i)[1]
+        assert abs(runs[0][6][b, h, i].item() - truth) < (1e-4 if dtype == torch.float32 else 2e-2) * max(1, abs(truth)), "a natural logarithm"
+    if min(w1, Tk) == min(w2, Tk2 or Tk) == 1:
+        assert not any(runs[0][n].any() for n in (1, 2, 4)), "a single pair has no derivative, exactly"
+
+
+SIMPLICIAL_CASES = [(1, 1, 1, 1, 16, 1, 1), (17, 17, 2, 2, 16, 1, 1), (17, 17, 6, 2, 16, 3, 8), (40, 40, 2, 1, 32, 12, 33),
+                    (64, 64, 1, 1, 32, 64, 5), (34, 34, 1, 1, 16, 34, 33), (127, 127, 1, 1, 16, 64, 3), (3, 90, 4, 1, 32, 40, 20),
+                    (30, 70, 2, 1, 16, 5, 40), (65, 65, 1, 1, 64, 50, 1)]
+
+
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", SIMPLICIAL_CASES)
+def test_simplicial_kernels(Tq, Tk, H, Hkv, D, w1, w2):
+    pytest.importorskip("triton")
+    check_simplicial(Tq, Tk, H, Hkv, D, w1, w2, torch.float32, DEVICE, [(128, 32, 4, 1)] * 3, B=1)
+
+
+@pytest.mark.parametrize("dtype,size", [(torch.float16, 1.0), (torch.float16, 4.0), (torch.float32, 30.0)], ids=str)
+def test_simplicial_kernels_at_large_logits(dtype, size):
+    pytest.importorskip("triton")
+    check_simplicial(24, 24, 2, 1, 16, 16, 7, dtype, DEVICE, [(64, 32, 4, 1)] * 3, B=1, size=size)
+
+
+def test_simplicial_kernels_over_long_windows():
+    pytest.importorskip("triton")
+    check_simplicial(300, 300, 1, 1, 16, 512, 8, torch.float32, DEVICE, [(128, 64, 4, 1)] * 3, B=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_simplicial_kernels_on_random_shapes(seed):
+    pytest.importorskip("triton")
+    draw = random.Random(seed)
+    Tq, Hkv, g = draw.randint(1, 25), draw.randint(1, 2), draw.choice([1, 2, 3, 5])
+    Tk, Tk2 = Tq + draw.choice([0, 0, 7, 30]), Tq + draw.choice([0, 0, 3, 20])
+    configs = [(2 ** draw.randint(5, 7), 2 ** draw.randint(4, 6), 4, 1) for _ in range(3)]
+    check_simplicial(Tq, Tk, g * Hkv, Hkv, 16, draw.randint(1, 40), draw.randint(1, 40), torch.float32, DEVICE, configs, B=1, Tk2=Tk2)
+
+
+def test_simplicial_op_is_sound():
+    pytest.importorskip("triton")
+    from kernels.simplicial import WIDTHS, attention, simplicial_op, sizes
+    inputs = [t.to(DEVICE).contiguous().requires_grad_() for t in trilinear_inputs(5, 5, H=2, Hkv=1, D=16, B=1, dtype=torch.float32)]
+    torch.library.opcheck(simplicial_op, (*inputs, 4, 3), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    compiled = torch.compile(lambda *a: attention(*a, 4, 3)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), attention(*inputs, 4, 3)[0]) and 16 in WIDTHS
+    check_simplicial(7, 9, 4, 2, 16, 4, 3, torch.float32, DEVICE)
+    with pytest.raises(ValueError, match="too many for one call"):
+        big = torch.empty(1, 64, 2 ** 20, 128, device="meta")
+        sizes(big, big[:, :1], big[:, :1], 4, 3)
+
+
+@gpu
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", [*SIMPLICIAL_CASES, (300, 300, 2, 2, 128, 512, 32), (300, 300, 16, 1, 128, 32, 512),
+                                                 (529, 529, 4, 2, 64, 512, 32), (1, 600, 64, 1, 128, 512, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_simplicial_kernels_on_the_gpu(Tq, Tk, H, Hkv, D, w1, w2, dtype):
+    check_simplicial(Tq, Tk, H, Hkv, D, w1, w2, dtype, "cuda")
+
+
+@gpu
+def test_simplicial_compiles_without_a_break_on_the_gpu():
+    inputs = [t.to("cuda", torch.bfloat16).requires_grad_() for t in trilinear_inputs(200, 200, D=64)]
+    both = [f(*inputs, w1=64, w2=8) for f in (simplicial.attention, torch.compile(simplicial.attention, fullgraph=True))]
+    a, b = (torch.autograd.grad(o, inputs, torch.ones_like(o)) for o in both)
+    assert torch.equal(*both) and all(map(torch.equal, a, b))
+
+
+def test_simplicial_refuses_what_does_not_fit():
+    q, k, v, k2, v2 = trilinear_inputs()
+    for change, part in ((dict(k=k[..., :4]), "do not fit"), (dict(v2=v2[:, :1]), "do not fit"), (dict(k2=k2[:, :, :5], v2=v2[:, :, :5]), "not the last of 5"),
+                         (dict(w1=0), "at least 1"), (dict(w2=-3), "at least 1")):
+        with pytest.raises(ValueError, match=part):
+            simplicial.attention(**{**dict(q=q, k=k, v=v, k2=k2, v2=v2, w1=5, w2=3), **change})
+
+
+SIMPLICIAL_GPT = dict(attn="simplicial", attn_args=dict(w1=5, w2=3), simplicial_every=2, n_layer=4, n_kv_head=2)
+
+
+def test_simplicial_decodes_as_it_prefills():
+    q, k, v, k2, v2 = trilinear_inputs(20, 20, dtype=torch.float32)
+    whole = simplicial.attention(q, k, v, k2, v2, w1=7, w2=3)
+    cut = lambda t, a, b, w: t[:, :, max(0, a + 1 - w):b]            # what a query from a on can see
+    parts = [simplicial.attention(q[:, :, a:b], *(cut(t, a, b, 7) for t in (k, v)), *(cut(t, a, b, 3) for t in (k2, v2)), w1=7, w2=3)
+             for a, b in ((0, 12), (12, 19), (19, 20))]
+    assert torch.allclose(whole, torch.cat(parts, 2), atol=1e-5)
+    model = small_gpt(**SIMPLICIAL_GPT)
+    cached, plain = (list(train.generate(model, [5, 6, 7], 40, seed=3, cached=c)) for c in (True, False))
+    assert cached == plain and len(set(cached)) > 3
+
+
+def test_simplicial_state_does_not_grow():
+    model, ids = small_gpt(torch.float64, **SIMPLICIAL_GPT, block_size=64), torch.randint(64, (1, 40))
+    cache = [train.Cache(64) for _ in model.layers]
+    for a, b in ((0, 9), (9, 12), (12, 13), (13, 14), (14, 21), *((t, t + 1) for t in range(21, 40))):         # in ones and in some
+        logits = model(ids[:, a:b], cache=cache)[0, -1]
+        assert torch.allclose(logits, model(ids[:, :b])[0, -1], atol=1e-9), f"positions {a} to {b}"
+    assert [[t.shape[2] for t in c.kept] for c in cache] == [[64, 64], [5, 5, 3, 3]] * 2
+
+
+def test_simplicial_layers_of_the_gpt():
+    model = small_gpt(torch.float64, **SIMPLICIAL_GPT)
+    assert [len(layer.self_attn.names) for layer in model.layers] == [3, 5, 3, 5]
+    layer, x = model.layers[1].self_attn, torch.randn(1, 9, 32, dtype=torch.float64)
+    q, k, v, k2, v2 = (getattr(layer, f"{n}_proj")(x).unflatten(-1, (-1, 8)).transpose(1, 2) for n in layer.names)
+    y = simplicial.reference(q, k, v, k2, v2, w1=5, w2=3).transpose(1, 2).flatten(2)
+    assert torch.allclose(layer(x, *train.rotary(0, 9, 8, 1e4, x.device)), layer.o_proj(y), atol=1e-10), "nothing is turned"
+    flops = train.flops_per_token(model) - train.flops_per_token(small_gpt(**{**SIMPLICIAL_GPT, "simplicial_every": 5}))
+    projections, logits = 2 * 2 * 32 * 2 * 8, (1 + 4 + 9 + 12 + 12 * 15) / 16                # of two layers; of a query
+    assert flops == 6 * projections + 12 * 2 * 32 * (logits - 16 / 2)
+    changed = torch.randint(64, (1, 16))
+    ids, changed[0, 9] = changed.clone(), (changed[0, 9] + 1) % 64
+    assert torch.equal(model(ids)[:, :9], model(changed)[:, :9])
+
+
+def test_match3_by_hand():
+    draw = torch.Generator().manual_seed(0)
+    for M, T in ((16, 6), (64, 12), (997, 30)):
+        x = torch.randint(M, (32, T), generator=draw)
+        truth = simplicial.match3(x, M)
+        assert torch.equal(simplicial.match3_by_hand(x, M), truth) and 0 < truth.float().mean() < 1
+        assert torch.equal(simplicial.match3_by_hand(x, M, simplicial.reference), truth)
+    assert simplicial.most_right_of_four(torch.randn(10000, 4, generator=draw)) == 3
+    assert simplicial.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == [False, True, True, True]         # 2 + 2 + 2
+
+
+def test_simplicial_tasks_are_what_they_say():
+    draw = torch.Generator().manual_seed(0)
+    x, y = simplicial.match3_task(256, 20, 7, draw)
+    assert torch.equal(simplicial.match3(x[..., 0], 20)[:, -1].long(), y) and 0.49 < y.float().mean() < 0.51
+    near = (x[:, :-1, None, 0] + x[:, None, :-1, 0] + x[:, -1:, None, 0]) % 20 == 1
+    assert near.flatten(1).any(1)[y == 0].all(), "near misses"
+    x, y = simplicial.composition_task(64, 5, draw)
+    for tokens, answer in zip(x.tolist(), y.tolist()):
+        tables = {(table, key): value for table, key, value in tokens[:-1]}
+        assert len(tables) == 10 and answer == tables[1, tables[0, tokens[-1][1]]]
+
+
+def test_simplicial_refit_of_the_paper():
+    exponents = simplicial.refit()
+    assert abs(exponents["GSM8k"]["softmax"][0] - 0.1311) < 1e-4 and abs(exponents["MBPP"]["2-simplicial"][0] - 0.1702) < 1e-4
+    assert all(exponents[t]["2-simplicial"][1] < exponents[t]["softmax"][1] for t in ("MMLU", "MBPP")), "half rests on the smallest size"
+
+
+def test_simplicial_experiment(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(simplicial, "TASKS", {name: (*task[:3], 2) for name, task in simplicial.TASKS.items()})
+    monkeypatch.setattr(simplicial, "TASK_SEEDS", (1,))
+    monkeypatch.setattr(simplicial, "LM_SEEDS", (1, 2))
+    flags = "--data text.txt --n-layer 2 --n-embd 24 --n-head 2 --block-size 16 --batch-size 4 --eval-batches 1 --simplicial-every 2"
+    monkeypatch.setattr(simplicial, "LM_FLAGS", f"{flags} --steps 3")
+    result = simplicial.main(["--out", "shown"])
+    assert {p.name for p in Path("shown").iterdir()} == {"simplicial-cpu.json", "simplicial-cpu.png"}
+    for runs in result["tasks"].values():
+        assert len({r["parameters"] for arm in runs.values() for r in arm}) == 1, "equal parameters"
+    assert len(result["language_model"]) == 7 and "against the baseline" in capsys.readouterr().out
+    monkeypatch.setattr(simplicial, "FULL_FLAGS", f"{flags} --steps 3 --device cpu")
+    monkeypatch.setattr(simplicial, "FULL_SEEDS", (1,))
+    monkeypatch.setattr(simplicial, "FULL_SIZES", {"S": "--n-hidden 32", "M": "--n-hidden 64", "L": "--n-hidden 128"})
+    full = simplicial.on_a_gpu(train, Path("full"))
+    low, high = full["fits"]["2-simplicial"]["interval_95"]
+    assert low <= full["fits"]["2-simplicial"]["a"] <= high
+    if not torch.cuda.is_available():
+        refused(capsys, ["--full"], "for a GPU", script=simplicial)
+
+
+def test_simplicial_trains(tiny, capsys):
+    run = train.main([*tiny, "--attn", "simplicial", "--simplicial-every", "2", "--w1", "8", "--w2", "4"])
+    assert run["out"] == "out/tiny-simplicial" and float(rows(run["out"])[-1][2]) < float(rows(run["out"])[1][2]) - 0.5
+    assert train.load_checkpoint(Path(run["out"]))["config"]["model"]["attn_args"] == {"w1": 8, "w2": 4}
+    one, plain = (sample.main(["--max-tokens", "30", "--device", "cpu", *more])["text"] for more in ([], ["--no-cache"]))
+    assert one == plain
+    refused(capsys, [*tiny, "--attn", "simplicial", "--simplicial-every", "0"], "--simplicial-every is 0", "at least 1")
+    refused(capsys, [*tiny, "--attn", "simplicial", "--w2", "0"], "--w2 is 0", "at least 1 position")
+    state = torch.load("out/tiny-simplicial/ckpt.pt", weights_only=True)
+    state["config"]["model"]["attn_args"]["w1"] = "9"
+    torch.save(state, "out/tiny-simplicial/ckpt.pt")
+    refused(capsys, ["--init", "out/tiny-simplicial", "--device", "cpu"], "--w1 is '9'", script=sample)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ class GPTConfig:
     norm_eps: float = option(1e-5, "added to the mean square in RMSNorm")
     attn: str = option("softmax", "softmax, or a module with a function attention(q, k, v): laser, simplicial, mine")
     attn_args: dict = field(default_factory=dict)                    # that function's keyword options, each a flag
+    simplicial_every: int = option(1, "every n-th layer takes --attn (simplicial's paper: 4), the others softmax")
 
     def __post_init__(self):
         check(self)
@@ -336,19 +337,28 @@ def softmax_attention(q, k, v):
 
 
 class Cache:
-    """One layer's keys, values and whatever else its attention takes, for the positions seen so far; allocated once."""
+    """One layer's keys, values and whatever else its attention takes, for the positions seen so far; allocated once. Of what is
+    only seen through a window of w positions the last w are kept, position t at t % w."""
     def __init__(self, size):
         self.size, self.length, self.kept = size, 0, None
 
-    def extend(self, *new):                                          # each (B, Hkv, T, D) -> each (B, Hkv, length, D)
-        self.kept = self.kept or [t.new_empty(*t.shape[:2], self.size, t.shape[3]) for t in new]
-        start, self.length = self.length, self.length + new[0].shape[2]
-        for old, t in zip(self.kept, new):
-            old[:, :, start:self.length] = t
-        return [old[:, :, :self.length] for old in self.kept]
+    def extend(self, windows, *new):                                 # each (B, Hkv, T, D) -> each (B, Hkv, at most length, D)
+        sizes = [min(w or self.size, self.size) for w in windows]
+        self.kept = self.kept or [t.new_empty(*t.shape[:2], w, t.shape[3]) for t, w in zip(new, sizes)]
+        start, T, seen = self.length, new[0].shape[2], []
+        self.length += T
+        for old, t, w in zip(self.kept, new, sizes):
+            if T == 1:                                               # one query sees all that is kept, so the order is free
+                old[:, :, start % w] = t[:, :, 0]
+                seen.append(old[:, :, :min(self.length, w)])
+                continue
+            before, after = (torch.arange(max(0, end - w), end, device=t.device) % w for end in (start, self.length))
+            seen.append(torch.cat([old[:, :, before], t], 2))        # in order
+            old[:, :, after] = seen[-1][:, :, -len(after):]
+        return seen
 
-    def attend(self, attention, q, *new):                            # q (B, H, T, D) -> (B, H, T, D)
-        return attention(q, *self.extend(*new))
+    def attend(self, attention, windows, q, *new):                   # q (B, H, T, D) -> (B, H, T, D)
+        return attention(q, *self.extend(windows, *new))
 
 
 class FixedCache:
@@ -357,7 +367,7 @@ class FixedCache:
     def __init__(self, size, length):
         self.size, self.length, self.kept = size, length, None
 
-    def attend(self, attention, q, k, v):
+    def attend(self, attention, windows, q, k, v):
         """A prompt, from the start of the text, goes through `attention`; a single token looks at all that has been kept."""
         if self.kept is None:
             self.kept = [t.new_zeros(*t.shape[:2], self.size, t.shape[3]) for t in (k, v)]
@@ -376,8 +386,15 @@ class Attention(nn.Module):
     """Projections around a plain function, one for each positional parameter: q k v, or q k v k2 v2 for simplicial."""
     def __init__(self, cfg, attention):
         super().__init__()
-        self.names, self.head_dim = signature(attention)[0], cfg.head_dim
-        self.attention = partial(attention, **cfg.attn_args)
+        self.names, options = signature(attention)
+        options, self.head_dim = {k: cfg.attn_args.get(k, default) for k, default in options.items()}, cfg.head_dim
+        self.attention, windows = partial(attention, **options), getattr(attention, "windows", {})
+        for name in windows.values():
+            if type(options[name]) is not int or options[name] < 1:
+                fail(f"--{name.replace('_', '-')} is {options[name]!r}; a window holds at least 1 position, the query's own")
+        self.windows = [options.get(windows.get(name)) for name in self.names[1:]]           # None: all positions are kept
+        self.rotary = getattr(attention, "rotary", ("q", "k"))
+        self.logits = getattr(attention, "logits", lambda T, **_: T / 2)(cfg.block_size, **options)            # of a query, mean
         for name in self.names:
             heads = cfg.n_head if name == "q" else cfg.n_kv_head
             self.add_module(f"{name}_proj", Linear(cfg.n_embd, heads * cfg.head_dim, cfg.qkv_bias))
@@ -386,9 +403,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         q, k, *more = (getattr(self, f"{n}_proj")(x).unflatten(-1, (-1, self.head_dim)) for n in self.names)   # (B, T, H, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, *kv = (t.transpose(1, 2) for t in (q, k, *more))                                  # (B, H, T, D), (B, Hkv, T, D)
-        y = cache.attend(self.attention, q, *kv) if cache else self.attention(q, *kv)        # (B, H, T, D)
+        heads = zip(self.names, (self.q_norm(q), self.k_norm(k), *more))
+        heads = [rotate(t, cos, sin) if name in self.rotary else t for name, t in heads]
+        q, *kv = (t.transpose(1, 2) for t in heads)                                          # (B, H, T, D), (B, Hkv, T, D)
+        y = cache.attend(self.attention, self.windows, q, *kv) if cache else self.attention(q, *kv)          # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                     # (B, T, C)
 
 
@@ -420,7 +438,8 @@ class GPT(nn.Module):
         self.cfg, self.dtype = cfg, dtype
         attention = attention or plug(cfg.attn, "attention")
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Layer(cfg, attention) for _ in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Layer(cfg, softmax_attention if n % cfg.simplicial_every else attention)
+                                    for n in range(1, cfg.n_layer + 1))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = None if cfg.tied else Linear(cfg.n_embd, cfg.vocab_size)
 
@@ -1076,10 +1095,10 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S":
 
 
 def flops_per_token(model):
-    """Forward and backward, only what the method needs: 6 for each weight in a product, 6 T H D a layer for the attention."""
+    """Forward and backward, only what the method needs: 6 for each weight in a product, 12 H D for each logit of a query."""
     c, matrices = model.cfg, sum(p.numel() for p in model.parameters() if p.dim() > 1)
     looked_up = 0 if c.tied else model.embed_tokens.weight.numel()
-    return 6 * (matrices - looked_up) + 6 * c.n_layer * c.block_size * c.n_head * c.head_dim
+    return 6 * (matrices - looked_up) + 12 * sum(layer.self_attn.logits for layer in model.layers) * c.n_head * c.head_dim
 
 
 def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):

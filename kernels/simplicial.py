@@ -1,0 +1,439 @@
+"""2-simplicial attention, forward and backward: pairs of a query and an offset are the rows of a tile.
+
+Row (i, d) has the query a_id = q_i * k2_{i-d} / sqrt(D) and attends to (k, v) through the window w1. Nothing of size (T, w1, w2)
+or (T, w2, D) leaves the chip; all sums are float32.
+
+    forward_kernel   online softmax of each row, then, with p_id the share of row d in all pairs of i,
+                     o_i = sum_d p_id * (row's result) * v2_{i-d}                        lse_i: natural logarithm, over all pairs
+    rows_kernel      P = exp(S - lse_i)   dP = (do_i * v2_{i-d}) . v_j   dS = P (dP - delta_i)   U = P V   W = dS K
+                     dq_i = sum_d W_id * k2_{i-d}      dk2_k = sum_i W_{i,i-k} * q_i      dv2_k = sum_i U_{i,i-k} * do_i
+    columns_kernel   dk_j = sum_id dS a_id             dv_j = sum_id P (do_i * v2_{i-d})
+
+Roles change places when w2 > w1, so that rows take the shorter window. Sums over the rows of a tile are products with a 0/1
+matrix. No atomics: a program of rows_kernel owns PIECE positions and adds to a float32 buffer of its own, which reaches into the
+pieces before its own as far as w2 does; the buffers are added up in order. Two runs give the same bits.
+
+Grid: (tiles of queries | pieces | blocks of keys, KV heads). A tile takes queries position by position, the g heads of a KV
+group side by side, so that neither g = 1 nor g = 64 wastes rows. Work, in units of B H T w1 w2 D: 4 forward, 16 backward (S and
+dP are computed in both kernels; a single pass, 12, would need atomics). Backward memory: 2 (1 + ceil((w2 - 1) / PIECE)) float32
+tensors like k2.
+
+Steps, by what the compiler says for sm_90 (Triton 3.7.1); times on a GPU are still to come:
+1. Keys in blocks of 64 from the window's old end: the 515 keys of four positions take 9 blocks, an eighth of the work is void.
+2. Whole blocks end at the last position, and what is left at the old end is taken 16 keys at a time: 8 blocks and a small one.
+   Blocks are whole, so their loads need no mask; scores are masked in the last block and the small ones alone.
+3. A row operand computed in place stays in registers: 20 bytes spilled forward and 60 in rows_kernel at D = 128. Carried around
+   the loop that uses it (the next tile's is made at the end), Triton puts it into shared memory: none.
+4. Barriers in rows_kernel keep loads from coming early: at D = 128 the tile (128, 32, 8, 2) spilled 228 bytes and now 68; with
+   dv2 first, after which U is no longer needed, 56. (64, 32, 8, 2) spills none.
+5. To be timed: limited to 128 registers, forward tiles of 128 rows would share a multiprocessor in twos. (128, 32, 8, 3, 128) at
+   D = 128 spills 304 bytes and (128, 64, 8, 3, 128) at D = 64 180, but none of it inside the loop over whole blocks.
+
+Registers and KB of shared memory for bf16 on sm_90, none spills: forward 254 and 100 at D = 128, 232 and 68 at D = 64; rows 255
+and 70, 255 and 68; columns 250 and 137, 210 and 81.
+"""
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+NUMBERS = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"]           # a cache changes some with each token: compile once
+PIECE = 64                                                           # positions whose k2 and v2 one program gathers
+HEAD = tl.constexpr(16)                                              # keys of a block at the left edge of a window
+
+
+@triton.jit
+def pairs(t, g: tl.constexpr, Tq, Tk, Tk2, w1, w2, NQ: tl.constexpr, BD: tl.constexpr):
+    """Tile t: NQ queries with BD offsets each. -> [NQ * BD] each: the row of q, its position among k, that of the offset among
+    k2, whether there is such a pair, and whether the query sees several (of a single one P = 1 and dS must be 0, without
+    rounding); the first and the last position of the tile."""
+    r, chunks = tl.arange(0, NQ * BD), tl.cdiv(w2, BD)
+    first, d = t // chunks * NQ, t % chunks * BD + r % BD
+    n = first + r // BD
+    i = tl.minimum(n // g, Tq - 1)                                   # rows past the end repeat the last position
+    i, i2 = i + Tk - Tq, i + Tk2 - Tq
+    lo, hi = tl.minimum(first // g, Tq - 1), tl.minimum((first + NQ - 1) // g, Tq - 1)
+    valid = (n < Tq * g) & (d < w2) & (d <= i2)
+    many = valid & (tl.minimum(i, w1 - 1) + tl.minimum(i2, w2 - 1) > 0)
+    return n % g * Tq + n // g, i, i2 - d, valid, many, lo + Tk - Tq, hi + Tk - Tq
+
+
+@triton.jit
+def product(x_ptr, y_ptr, row, k, valid, factor, D: tl.constexpr):
+    """factor * x[row] * y[k], rounded once to the dtype of x; 0 where the pair does not exist. [BM, D]"""
+    offs_d, mask = tl.arange(0, D)[None, :], valid[:, None]
+    x = tl.load(x_ptr + row[:, None] * D + offs_d, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + k[:, None] * D + offs_d, mask=mask, other=0.0).to(tl.float32)
+    return (x * factor * y).to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def keys(x_ptr, start, end, BN: tl.constexpr, D: tl.constexpr):
+    offs_n = start + tl.arange(0, BN)
+    return tl.load(x_ptr + offs_n[:, None] * D + tl.arange(0, D)[None, :], mask=(offs_n < end)[:, None], other=0.0)   # [BN, D]
+
+
+@triton.jit
+def whole_keys(x_ptr, start, BN: tl.constexpr, D: tl.constexpr):
+    return tl.load(x_ptr + (start + tl.arange(0, BN))[:, None] * D + tl.arange(0, D)[None, :])                        # [BN, D]
+
+
+@triton.jit
+def visible(i, j, w1, end):
+    return (j <= i) & (j > i - w1) & (j < end)
+
+
+@triton.jit
+def attend(acc, m_i, l_i, a, k, v, i, start, end, w1, edge, BN: tl.constexpr, PREC: tl.constexpr):
+    """One block of keys of an online softmax; `edge`: some row does not see all of it."""
+    s = tl.dot(a, tl.trans(k), input_precision=PREC)                 # [BM, BN], in units of log 2
+    if edge:
+        s = tl.where(visible(i[:, None], start + tl.arange(0, BN)[None, :], w1, end), s, -float("inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)            # a row with no key yet: any finite number will do
+    p, alpha = tl.exp2(s - m_safe[:, None]), tl.exp2(m_i - m_safe)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PREC)
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, o_ptr, lse_ptr,             # (B, H, Tq, D), (B, Hkv, Tk, D) four times, o, (B, H, Tq)
+    Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):
+    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
+    q_ptr += bh * g * Tq * D
+    o_ptr += bh * g * Tq * D
+    k_ptr += bh * Tk * D
+    v_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
+    BM: tl.constexpr = NQ * BD
+    RQ: tl.constexpr = NQ if NQ > 16 else 16                         # the least that a product takes
+    factor = tl.cast(scale, tl.float32) * LOG2E
+    dtype = q_ptr.dtype.element_ty
+    mine = tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]                    # [RQ, BM]: rows of a query
+
+    o, lse = tl.zeros((RQ, D), tl.float32), tl.full((RQ,), -float("inf"), tl.float32)
+    t = tl.program_id(0) * chunks
+    row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)            # [BM, D]
+    first = tl.maximum(lo - w1 + 1, 0)
+    body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
+    for c in range(chunks):
+        row, i, at, valid, many, lo, hi = pairs(t + c, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+        acc = tl.zeros((BM, D), tl.float32)
+        m_i, l_i = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
+        for start in tl.range(first, body, HEAD, num_stages=1):
+            k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
+            acc, m_i, l_i = attend(acc, m_i, l_i, a, k, v, i, start, body, w1, True, HEAD, PREC)
+        for start in range(body, hi + 1, BN):
+            k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
+            acc, m_i, l_i = attend(acc, m_i, l_i, a, k, v, i, start, hi + 1, w1, start + BN > lo + 1, BN, PREC)
+
+        m_i = tl.where(valid, m_i, -float("inf"))
+        m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)                         # [RQ]: over the offsets
+        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
+        p = tl.where(mine, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)         # [RQ, BM]
+        l_q = tl.sum(p, 1)                                           # [RQ], 0 without a pair
+        safe = tl.where(l_q == 0.0, 1.0, l_q)
+        share = tl.sum(p / safe[:, None], 0) / l_i                   # [BM]: a row's part of its query, over its own sum
+        v2 = tl.load(v2_ptr + at[:, None] * D + tl.arange(0, D)[None, :], mask=valid[:, None], other=0.0)      # [BM, D]
+        part = tl.dot(mine.to(dtype), (acc * share[:, None] * v2).to(dtype), input_precision=PREC)             # [RQ, D]
+        lse_c = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(safe))
+        m_q = tl.maximum(lse, lse_c)
+        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
+        before, now = tl.exp2(lse - m_q), tl.exp2(lse_c - m_q)
+        both = tl.where(before + now == 0.0, 1.0, before + now)
+        o = o * (before / both)[:, None] + part * (now / both)[:, None]
+        lse = m_q + tl.log2(both)
+        if c + 1 < chunks:
+            row, i, at, valid, many, lo, hi = pairs(t + c + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+            a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
+        else:
+            a = tl.zeros((BM, D), dtype)
+
+    n = tl.program_id(0) * NQ + tl.arange(0, RQ)
+    mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
+    row = n % g * Tq + n // g
+    tl.store(o_ptr + row[:, None] * D + tl.arange(0, D)[None, :], o.to(dtype), mask=mask[:, None])
+    tl.store(lse_ptr + bh * g * Tq + row, lse * LN2, mask=mask)
+
+
+@triton.jit
+def block_gradients(u, w, a, h, k, v, lse, delta, i, start, end, w1, edge, BN: tl.constexpr, PREC: tl.constexpr):
+    """One block of keys for a tile of rows: U += P V, W += dS K, where dS = P * (dP - delta)."""
+    p = tl.exp2(tl.dot(a, tl.trans(k), input_precision=PREC) - lse[:, None])                 # [BM, BN]
+    if edge:
+        p = tl.where(visible(i[:, None], start + tl.arange(0, BN)[None, :], w1, end), p, 0.0)
+    u = tl.dot(p.to(v.dtype), v, u, input_precision=PREC)            # [BM, D]
+    ds = p * (tl.dot(h, tl.trans(v), input_precision=PREC) - delta[:, None])
+    return u, tl.dot(ds.to(k.dtype), k, w, input_precision=PREC)
+
+
+@triton.jit
+def both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, factor, D: tl.constexpr):
+    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
+    tl.debug_barrier()                                               # or all loads come first, and registers spill
+    return a, product(do_ptr, v2_ptr, row, at, many, 1.0, D)         # with delta = 0 this makes dS = 0 for a single pair
+
+
+@triton.jit
+def add_rows(x_ptr, rows, mask, x, D: tl.constexpr):
+    ptrs = x_ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(ptrs, tl.load(ptrs, mask=mask[:, None], other=0.0) + x, mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rows_kernel(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, # as in the forward; do like q, delta like lse
+    dq_ptr, dk2_ptr, dv2_ptr,                                        # like q; (B, Hkv, pieces, room, D) twice, float32
+    Tq, Tk, Tk2, w1, w2, scale, piece, room,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):
+    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
+    q_ptr += bh * g * Tq * D
+    do_ptr += bh * g * Tq * D
+    dq_ptr += bh * g * Tq * D
+    lse_ptr += bh * g * Tq
+    delta_ptr += bh * g * Tq
+    k_ptr += bh * Tk * D
+    v_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
+    dk2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
+    dv2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
+    BM: tl.constexpr = NQ * BD
+    RQ: tl.constexpr = NQ if NQ > 16 else 16
+    MORE: tl.constexpr = BD if BD > NQ else NQ
+    RK: tl.constexpr = 2 * MORE if MORE > 8 else 16                  # at least the NQ + BD - 1 positions of k2 in a tile
+    scale = tl.cast(scale, tl.float32)
+    dtype = q_ptr.dtype.element_ty
+    offs_d = tl.arange(0, D)[None, :]
+
+    tiles = piece * g // NQ * chunks
+    t0 = tl.program_id(0) * tiles
+    row, i, at, valid, many, lo, hi = pairs(t0, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+    a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, scale * LOG2E, D)
+    dq = tl.zeros((RQ, D), tl.float32)
+    for t in range(t0, tl.minimum(t0 + tiles, tl.cdiv(Tq * g, NQ) * chunks)):
+        row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+        lse = tl.load(lse_ptr + row, mask=valid, other=float("inf")) * LOG2E                 # exp2(s - inf) = 0
+        delta = tl.load(delta_ptr + row, mask=many, other=0.0)
+        u, w = tl.zeros((BM, D), tl.float32), tl.zeros((BM, D), tl.float32)
+        body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN
+        for start in tl.range(tl.maximum(lo - w1 + 1, 0), body, HEAD, num_stages=1):
+            k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
+            u, w = block_gradients(u, w, a, h, k, v, lse, delta, i, start, body, w1, True, HEAD, PREC)
+        for start in range(body, hi + 1, BN):
+            k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
+            u, w = block_gradients(u, w, a, h, k, v, lse, delta, i, start, hi + 1, w1, start + BN > lo + 1, BN, PREC)
+
+        # The rows of a query are summed for dq, those of a position of k2 for dk2 and dv2, by products with a 0/1 matrix. The
+        # barriers keep loads from coming early: beside U and W there is no room for them.
+        oldest = lo - Tk + Tk2 - t % chunks * BD - BD + 1            # position of k2 that this tile can meet
+        there = (tl.arange(0, RK)[:, None] + oldest == at[None, :]).to(dtype)                # [RK, BM]
+        rows = tl.arange(0, RK) + oldest - (Tk2 - Tq) + room - piece * (tl.program_id(0) + 1)                  # in the buffer
+        mask = (rows >= 0) & (rows < room)
+        do = tl.load(do_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)     # [BM, D]
+        add_rows(dv2_ptr, rows, mask, tl.dot(there, (u * do).to(dtype), input_precision=PREC), D)
+        tl.debug_barrier()
+        w *= scale
+        q = tl.load(q_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
+        add_rows(dk2_ptr, rows, mask, tl.dot(there, (w * q).to(dtype), input_precision=PREC), D)
+        tl.debug_barrier()
+        k2 = tl.load(k2_ptr + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
+        mine = (tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]).to(dtype)    # [RQ, BM]
+        dq = tl.where(t % chunks == 0, 0.0, dq) + tl.dot(mine, (w * k2).to(dtype), input_precision=PREC)
+        n = t // chunks * NQ + tl.arange(0, RQ)
+        mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
+        tl.store(dq_ptr + (n % g * Tq + n // g)[:, None] * D + offs_d, dq.to(dtype), mask=mask[:, None])
+        row, i, at, valid, many, lo, hi = pairs(t + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+        a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, scale * LOG2E, D)
+        tl.debug_barrier()                                           # other threads add to these rows next
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def columns_kernel(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):
+    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
+    q_ptr += bh * g * Tq * D
+    do_ptr += bh * g * Tq * D
+    lse_ptr += bh * g * Tq
+    delta_ptr += bh * g * Tq
+    k_ptr += bh * Tk * D
+    v_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
+    dk_ptr += bh * Tk * D
+    dv_ptr += bh * Tk * D
+    start = tl.program_id(0) * BN
+    j = start + tl.arange(0, BN)
+    k, v = keys(k_ptr, start, Tk, BN, D), keys(v_ptr, start, Tk, BN, D)
+    dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
+    factor = tl.cast(scale, tl.float32) * LOG2E
+
+    oldest, newest = tl.maximum(start - (Tk - Tq), 0), tl.minimum(start + BN + w1 - 1, Tk) - (Tk - Tq)       # of the queries
+    first, last = oldest * g // NQ, tl.cdiv(tl.maximum(newest, oldest) * g, NQ)
+    for t in range(first * chunks, last * chunks):
+        row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
+        a = product(q_ptr, k2_ptr, row, at, many, factor, D)         # of a single pair P = exp2(0 - 0), and dK gets nothing
+        h = product(do_ptr, v2_ptr, row, at, valid, 1.0, D)
+        lse = tl.where(valid, tl.load(lse_ptr + row, mask=many, other=0.0) * LOG2E, float("inf"))
+        delta = tl.load(delta_ptr + row, mask=valid, other=0.0)
+        p = tl.exp2(tl.dot(k, tl.trans(a), input_precision=PREC) - lse[None, :])             # [BN, BM]
+        if (start + BN > lo + 1) | (hi - w1 >= start):
+            p = tl.where(visible(i[None, :], j[:, None], w1, Tk), p, 0.0)
+        dv = tl.dot(p.to(h.dtype), h, dv, input_precision=PREC)
+        ds = p * (tl.dot(v, tl.trans(h), input_precision=PREC) - delta[None, :])
+        dk = tl.dot(ds.to(a.dtype), a, dk, input_precision=PREC)
+    offs = j[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dk_ptr + offs, (dk * LN2).to(k.dtype), mask=(j < Tk)[:, None])
+    tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
+
+
+# Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads under 64 take those of 64.
+HOPPER = {("forward", 128): (128, 64, 8, 2), ("rows", 128): (64, 32, 8, 2), ("columns", 128): (64, 64, 8, 2),
+          ("forward", 64): (128, 64, 8, 3), ("rows", 64): (128, 64, 8, 2), ("columns", 64): (64, 128, 8, 2)}
+OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
+FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
+WIDTHS = (16, 32, 64, 128)
+
+
+def config(kernel, q):
+    if q.dtype == torch.float32:
+        return FLOAT32
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return HOPPER[kernel, max(q.shape[3], 64)] if hopper else OTHERS[kernel]
+
+
+def shape_of_tile(w2, rows):
+    """-> queries and offsets of a tile: the fewest offsets that hold w2, up to 32."""
+    offsets = min(32, rows, triton.next_power_of_2(w2))
+    return rows // offsets, offsets
+
+
+def sizes(q, k, k2, w1, w2):
+    """-> number of KV heads in all, and the run-time arguments of the kernels."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk, Tk2 = *k.shape[1:3], k2.shape[2]
+    if B * Hkv >= 2 ** 16 or max(H // Hkv * Tq, Tk, Tk2) * D >= 2 ** 31:
+        raise ValueError(f"{B * Hkv} KV heads in the batch with {H // Hkv} x {Tq} queries each are too many for one call")
+    return B * Hkv, (Tq, Tk, Tk2, min(w1, Tk), min(w2, Tk2), D ** -0.5)
+
+
+def precision(q):
+    return "ieee" if q.dtype == torch.float32 else "tf32"            # the latter says nothing to 16 bit operands
+
+
+def launch(kernel, programs, cfg, q, k, w2, tensors, numbers):
+    rows, block, warps, stages, *registers = cfg
+    NQ, BD = shape_of_tile(w2, rows)
+    kernel[programs(NQ, block)](*tensors, *numbers, q.shape[1] // k.shape[1], q.shape[3], NQ, BD, block, precision(q),
+                                num_warps=warps, num_stages=stages, maxnreg=registers[0] if registers else None)
+
+
+def forward(q, k, v, k2, v2, w1, w2, cfg=None):
+    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All tensors contiguous; cfg: see CONFIG."""
+    if w2 > w1:                                                      # the roles are symmetric: rows take the shorter window
+        k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    heads, numbers = sizes(q, k, k2, w1, w2)
+    queries = q.shape[1] // k.shape[1] * q.shape[2]
+    launch(forward_kernel, lambda NQ, block: (triton.cdiv(queries, NQ), heads), cfg or config("forward", q), q, k, w2,
+           (q, k, v, k2, v2, o, lse), numbers)
+    return o, lse
+
+
+def backward(do, q, k, v, k2, v2, o, lse, w1, w2, cfg_rows=None, cfg_columns=None):
+    """-> dq, dk, dv, dk2, dv2"""
+    if w2 > w1:
+        dq, dk2, dv2, dk, dv = backward(do, q, k2, v2, k, v, o, lse, w2, w1, cfg_rows, cfg_columns)
+        return dq, dk, dv, dk2, dv2
+    heads, numbers = sizes(q, k, k2, w1, w2)
+    Tq, Tk, Tk2, w1, w2, _ = numbers
+    delta = (do.float() * o.float()).sum(-1)                         # (B, H, Tq)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    given = q, k, v, k2, v2, do, lse, delta
+    launch(columns_kernel, lambda NQ, block: (triton.cdiv(Tk, block), heads), cfg_columns or config("columns", q), q, k, w2,
+           (*given, dk, dv), numbers)
+
+    cfg = cfg_rows or config("rows", q)
+    piece = max(PIECE, shape_of_tile(w2, cfg[0])[0])                 # positions of a program, whole tiles
+    pieces, back = triton.cdiv(Tq, piece), triton.cdiv(piece + w2 - 1, piece)
+    parts = [torch.zeros(heads, pieces, back, piece, q.shape[3], dtype=torch.float32, device=q.device) for _ in range(2)]
+    launch(rows_kernel, lambda NQ, block: (pieces, heads), cfg, q, k, w2, (*given, dq, *parts), (*numbers, piece, back * piece))
+
+    def joined(part):                                                # a program also adds to the back - 1 pieces before its own
+        whole = part.new_zeros(heads, pieces + back - 1, *part.shape[3:])
+        for b in range(back):
+            whole[:, b:b + pieces] += part[:, :, b]
+        first = (back - 1) * piece - (Tk2 - Tq)                      # the row of position 0
+        whole = whole.flatten(1, 2)[:, max(first, 0):first + Tk2]
+        return F.pad(whole, (0, 0, max(-first, 0), 0)).view(k2.shape).to(k2.dtype)           # (B, Hkv, Tk2, D)
+    return dq, dk, dv, *map(joined, parts)
+
+
+@custom_op("fivefold::simplicial", mutates_args=())
+def simplicial_op(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, k2, v2, w1, w2)
+
+
+@simplicial_op.register_fake
+def _(q, k, v, k2, v2, w1, w2):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("fivefold::simplicial_backward", mutates_args=())
+def simplicial_backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, o: Tensor, lse: Tensor,
+                           w1: int, w2: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward(do, q, k, v, k2, v2, o, lse, w1, w2)
+
+
+@simplicial_backward_op.register_fake
+def _(do, q, k, v, k2, v2, o, lse, w1, w2):
+    return tuple(map(torch.empty_like, (q, k, v, k2, v2)))
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.w1, ctx.w2 = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def differentiate(ctx, do, _):
+    return *simplicial_backward_op(do.contiguous(), *ctx.saved_tensors, ctx.w1, ctx.w2), None, None
+
+
+simplicial_op.register_autograd(differentiate, setup_context=setup_context)
+
+
+def attention(q, k, v, k2, v2, w1, w2):
+    """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all of one dtype -> o (B, H, Tq, D),
+    lse (B, H, Tq) float32 in natural logarithms, not differentiable. D must be one of WIDTHS."""
+    return simplicial_op(*(t.contiguous() for t in (q, k, v, k2, v2)), w1, w2)
+
+
+# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages,
+# architectures
+def ahead(kernel, dtype, D, cfg, arches):
+    rows, block, warps, stages = cfg
+    NQ, BD = shape_of_tile(32, rows)
+    float32 = {"lse_ptr", "delta_ptr"} | ({"dk2_ptr", "dv2_ptr"} if kernel is rows_kernel else set())
+    types = {n: "fp32" if n == "scale" else "i32" if not n.endswith("_ptr") else "*fp32" if n in float32 else f"*{dtype}"
+             for n in kernel.arg_names}
+    consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if dtype == "fp32" else "tf32")
+    return kernel, types, consts, (), warps, stages, arches
+
+
+KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
+AOT = [ahead(KERNELS[name], *more) for name in KERNELS for more in (
+    ("bf16", 128, HOPPER[name, 128], (90,)), ("bf16", 64, HOPPER[name, 64], (90,)), ("bf16", 128, OTHERS[name], (80, 100, 120)))]
+AOT += [ahead(rows_kernel, "fp32", 64, FLOAT32, (90,))]
