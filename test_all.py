@@ -995,6 +995,13 @@ def test_sonew_on_sharded_parameters(monkeypatch, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@gpu
+def test_sonew_trains_alike_on_the_gpu(tiny):
+    flags = [*(f for f in tiny if f not in ("--device", "cpu")), "--optim", "sonew", "--lr", "0.02", "--dtype", "fp32", "--no-compile"]
+    fast, cpu = (train.main([*flags, *more]) for more in (["--out", "out/fast"], ["--device", "cpu", "--out", "out/cpu"]))
+    assert abs(fast["val_loss"] - cpu["val_loss"]) < 0.05
+
+
 def test_sonew_trains_and_resumes(tiny, capsys):
     flags = [*tiny, "--optim", "sonew", "--band", "2", "--lr", "0.02"]
     train.main([*flags, "--out", "out/whole"])

@@ -319,12 +319,13 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             table, owner = upload(tuple(rows), device)
             partial = torch.empty(len(owner), 3, device=device)
             halo = torch.empty(len(owner) if overlap else 0, band + 3, 8, device=device)
-            types, begin = [TYPES[d] for d in dtypes], 0
+            types, begin, size = [TYPES[d] for d in dtypes], 0, 0
             for end in range(1, len(rows) + 1):                      # tensors begin ... end - 1 go together
-                if end == len(rows) or sum(row[5] for row in rows[begin:end + 1]) > limit and not reduce:
+                size += rows[end - 1][5]
+                if end == len(rows) or size + rows[end][5] > limit and not reduce:
                     pids = range(rows[begin][8], rows[end - 1][8] + rows[end - 1][9])
                     pieces.append((table, owner, halo, partial, pids, range(begin, end), *types, overlap, aligned))
-                    begin = end
+                    begin, size = end, 0
         for piece in pieces:
             sums(*piece)
             if not reduce:
