@@ -47,6 +47,7 @@ def laser():
             "wrapper over cuDNN": wrapper(SDPBackend.CUDNN_ATTENTION),
             "wrapper over cuDNN, compiled": torch.compile(wrapper(SDPBackend.CUDNN_ATTENTION)), "ours": ours, "ours, all in Triton": ours}
     torch._functorch.config.donated_buffer = False                   # else a compiled graph runs backward but once
+    torch.utils.deterministic.fill_uninitialized_memory = False      # asked for determinism, torch.empty would fill with NaN
     rows = []
     for B, H, T, D in LASER:
         q, k, v = (t.transpose(1, 2).requires_grad_() for t in torch.randn(3, B, T, H, D, dtype=torch.bfloat16, device="cuda"))
