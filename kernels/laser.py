@@ -52,7 +52,7 @@ WATCH = 1024                                                         # programs 
 @triton.jit
 def tile(ptr, b, h, rows, T, H, D: tl.constexpr):
     at = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    return tl.load(at, mask=(rows < T)[:, None], other=0.0)          # [rows, D]
+    return tl.load(at, mask=(rows < T)[:, None], other=0.0)                                  # [rows, D]
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def put(ptr, b, h, rows, x, T, H, D: tl.constexpr):
 
 @triton.jit
 def vector(ptr, b, h, t, T, H, D: tl.constexpr):
-    return tl.load(ptr + (b * T * H + h) * D + t * (H * D) + tl.arange(0, D)).to(tl.float32)                # [D]
+    return tl.load(ptr + (b * T * H + h) * D + t * (H * D) + tl.arange(0, D)).to(tl.float32)            # [D]
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def exp_kernel(
     low, high = tl.full((ROWS, SLICE), float("inf"), tl.float32), tl.full((ROWS, SLICE), -float("inf"), tl.float32)
     for start in range(0, T, ROWS):
         again = tl.minimum(start + offs_t, T - 1)                    # beyond the end the last row, which changes nothing
-        v = tl.load(v_ptr + again * (HKV * D) + offs_d).to(tl.float32)                        # [ROWS, SLICE]
+        v = tl.load(v_ptr + again * (HKV * D) + offs_d).to(tl.float32)                       # [ROWS, SLICE]
         low, high = tl.minimum(low, v), tl.maximum(high, tl.where(v == v, v, float("inf")))  # NaN makes the slice wide
     low, high = tl.min(low, 0), tl.max(high, 0)                                              # [SLICE]
 
@@ -127,7 +127,7 @@ def log_kernel(x_ptr, out_ptr, centre_ptr, one_ptr, H, GROUP, T, D: tl.constexpr
     """out = log(one + x) + centre"""
     bh = tl.program_id(1).to(tl.int64)
     rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), bh // GROUP * D + tl.arange(0, D)              # b Hkv + h // GROUP
-    x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)              # [ROWS, D]
+    x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)                           # [ROWS, D]
     o = log_of(x, tl.load(centre_ptr + at)[None, :], tl.load(one_ptr + at)[None, :])
     put(out_ptr, bh // H, bh % H, rows, o, T, H, D)
 
@@ -142,7 +142,7 @@ def gradient_kernel(
     bh = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     one = tl.load(one_ptr + bh // GROUP * D + tl.arange(0, D))[None, :]
-    x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)              # [ROWS, D]
+    x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)                           # [ROWS, D]
     do = tile(do_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)
     g = tl.where(is_wide(wide_ptr, bh // GROUP, SLICES), 0.0, do / (one + x)).to(g_ptr.dtype.element_ty)
     put(g_ptr, bh // H, bh % H, rows, g, T, H, D)
@@ -156,7 +156,7 @@ def scale_kernel(dv_ptr, e_ptr, one_ptr, HKV, T, D: tl.constexpr, ROWS: tl.const
     bh = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b, h = bh // HKV, bh % HKV
-    de = tile(dv_ptr, b, h, rows, T, HKV, D).to(tl.float32)          # [ROWS, D]
+    de = tile(dv_ptr, b, h, rows, T, HKV, D).to(tl.float32)                                  # [ROWS, D]
     e = tile(e_ptr, b, h, rows, T, HKV, D).to(tl.float32)
     put(dv_ptr, b, h, rows, de * (e + tl.load(one_ptr + bh * D + tl.arange(0, D))[None, :]), T, HKV, D)
 
@@ -174,7 +174,7 @@ def forward_kernel(
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     offs_m, offs_n, past = start_m + tl.arange(0, BM), tl.arange(0, BN), Tk - Tq
-    q = tile(q_ptr, b, h, offs_m, Tq, H, D)                           # [BM, D]
+    q = tile(q_ptr, b, h, offs_m, Tq, H, D)                                                  # [BM, D]
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     m_i, l_i, acc = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, D), tl.float32)
 
@@ -206,7 +206,7 @@ def backward_q_kernel(
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     offs_m, offs_n, past = start_m + tl.arange(0, BM), tl.arange(0, BN), Tk - Tq
-    q = tile(q_ptr, b, h, offs_m, Tq, H, D)                           # [BM, D]
+    q = tile(q_ptr, b, h, offs_m, Tq, H, D)                                                  # [BM, D]
     g = tile(g_ptr, b, h, offs_m, Tq, H, D)
     lse = tl.load(lse_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E  # [BM]
     delta = tl.load(delta_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=0.0)
@@ -218,7 +218,7 @@ def backward_q_kernel(
         for start in range(seen_by_all if some else 0, tl.minimum(start_m + BM + past, Tk) if some else seen_by_all, BN):
             k = tile(k_ptr, b, h // GROUP, start + offs_n, Tk, H // GROUP, D)                # [BN, D]
             e = tile(e_ptr, b, h // GROUP, start + offs_n, Tk, H // GROUP, D)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PREC) * qk_scale - lse[:, None])             # [BM, BN]
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PREC) * qk_scale - lse[:, None])         # [BM, BN]
             if some:
                 p = tl.where((start + offs_n)[None, :] <= (offs_m + past)[:, None], p, 0.0)
             ds = p * (tl.dot(g, tl.trans(e), input_precision=PREC) - delta[:, None])
@@ -238,7 +238,7 @@ def backward_kv_kernel(
     HKV = H // GROUP
     b, hkv = bh // HKV, bh % HKV
     offs_m, offs_n, past = tl.arange(0, BM), start_n + tl.arange(0, BN), Tk - Tq
-    k = tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)                         # [BN, D]
+    k = tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)                                              # [BN, D]
     e = tile(e_ptr, b, hkv, offs_n, Tk, HKV, D)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     dk, de = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
@@ -252,7 +252,7 @@ def backward_kv_kernel(
             g = tile(g_ptr, b, h, rows, Tq, H, D)
             lse = tl.load(lse_ptr + at + rows, mask=rows < Tq, other=float("inf")) * LOG2E   # inf: p = 0
             delta = tl.load(delta_ptr + at + rows, mask=rows < Tq, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PREC) * qk_scale - lse[None, :])             # [BN, BM]
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PREC) * qk_scale - lse[None, :])         # [BN, BM]
             p = tl.where(offs_n[:, None] - past <= rows[None, :], p, 0.0)
             de += tl.dot(p.to(g.dtype), g, input_precision=PREC)
             ds = p * (tl.dot(e, tl.trans(g), input_precision=PREC) - delta[None, :])
@@ -279,16 +279,16 @@ def wide_kernel(
     bh = tl.program_id(1).to(tl.int64)
     if is_wide(wide_ptr, bh // GROUP, SLICES):
         b, h, past, offs_d = bh // H, bh % H, Tk - Tq, tl.arange(0, D)
-        centre, one = tl.load(centre_ptr + bh // GROUP * D + offs_d), tl.load(one_ptr + bh // GROUP * D + offs_d)           # [D]
+        centre, one = tl.load(centre_ptr + bh // GROUP * D + offs_d), tl.load(one_ptr + bh // GROUP * D + offs_d)  # [D]
         for start_m in range(tl.program_id(0) * BM, Tq, tl.num_programs(0) * BM):
             offs_m = start_m + tl.arange(0, BM)
-            q = tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)    # [BM, D]
+            q = tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)                           # [BM, D]
             m, l = tl.full((BM, D), -3.0e38, tl.float32), tl.zeros((BM, D), tl.float32)
             for key in range(0, tl.minimum(start_m + BM + past, Tk)):
                 k = vector(k_ptr, b, h // GROUP, key, Tk, H // GROUP, D)
                 v = value(vector(e_ptr, b, h // GROUP, key, Tk, H // GROUP, D), centre, one)
                 s = tl.sum(q * k[None, :], 1) * scale                                        # [BM]
-                t = tl.where((key <= offs_m + past)[:, None], s[:, None] + v[None, :], -float("inf"))       # [BM, D]
+                t = tl.where((key <= offs_m + past)[:, None], s[:, None] + v[None, :], -float("inf"))   # [BM, D]
                 m_new = tl.maximum(m, t)
                 l, m = l * tl.exp(m - m_new) + tl.exp(t - m_new), m_new
             o = m + tl.log(l) - tl.load(lse_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=0.0)[:, None]
@@ -307,10 +307,10 @@ def wide_q_kernel(
     bh = tl.program_id(1).to(tl.int64)
     if is_wide(wide_ptr, bh // GROUP, SLICES):
         b, h, past, offs_d = bh // H, bh % H, Tk - Tq, tl.arange(0, D)
-        centre, one = tl.load(centre_ptr + bh // GROUP * D + offs_d), tl.load(one_ptr + bh // GROUP * D + offs_d)           # [D]
+        centre, one = tl.load(centre_ptr + bh // GROUP * D + offs_d), tl.load(one_ptr + bh // GROUP * D + offs_d)  # [D]
         for start_m in range(tl.program_id(0) * BM, Tq, tl.num_programs(0) * BM):
             offs_m = start_m + tl.arange(0, BM)
-            q = tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)    # [BM, D]
+            q = tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)                           # [BM, D]
             do = tile(do_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
             o = (tile(out_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
                  + tile(x_ptr, b, h, offs_m, Tq, H, D).to(tl.float32))
@@ -320,7 +320,7 @@ def wide_q_kernel(
                 k = vector(k_ptr, b, h // GROUP, key, Tk, H // GROUP, D)
                 v = value(vector(e_ptr, b, h // GROUP, key, Tk, H // GROUP, D), centre, one)
                 logp, sees = tl.sum(q * k[None, :], 1) * scale - lse, key <= offs_m + past   # [BM]
-                posterior = tl.where(sees[:, None], tl.exp(logp[:, None] + v[None, :] - o), 0.0)            # [BM, D]
+                posterior = tl.where(sees[:, None], tl.exp(logp[:, None] + v[None, :] - o), 0.0)        # [BM, D]
                 ds = tl.sum(do * (posterior - tl.where(sees, tl.exp(logp), 0.0)[:, None]), 1)
                 dq += ds[:, None] * k[None, :]
             put(dq_ptr, b, h, offs_m, dq * scale, Tq, H, D)
@@ -337,10 +337,10 @@ def wide_kv_kernel(
     if is_wide(wide_ptr, bh, SLICES):
         HKV, past, offs_d = H // GROUP, Tk - Tq, tl.arange(0, D)
         b, hkv = bh // HKV, bh % HKV
-        centre, one = tl.load(centre_ptr + bh * D + offs_d), tl.load(one_ptr + bh * D + offs_d)             # [D]
+        centre, one = tl.load(centre_ptr + bh * D + offs_d), tl.load(one_ptr + bh * D + offs_d)         # [D]
         for start_n in range(tl.program_id(0) * BN, Tk, tl.num_programs(0) * BN):
             offs_n = start_n + tl.arange(0, BN)
-            k = tile(k_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)  # [BN, D]
+            k = tile(k_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)                       # [BN, D]
             v = value(tile(e_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32), centre[None, :], one[None, :])
             dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
             for n in range(0, GROUP):
@@ -348,9 +348,9 @@ def wide_kv_kernel(
                 for row in range(tl.maximum(start_n - past, 0), Tq):
                     q, do = vector(q_ptr, b, h, row, Tq, H, D), vector(do_ptr, b, h, row, Tq, H, D)
                     o = vector(out_ptr, b, h, row, Tq, H, D) + vector(x_ptr, b, h, row, Tq, H, D)
-                    logp = tl.sum(k * q[None, :], 1) * scale - tl.load(lse_ptr + (b * H + h) * Tq + row)    # [BN]
+                    logp = tl.sum(k * q[None, :], 1) * scale - tl.load(lse_ptr + (b * H + h) * Tq + row)  # [BN]
                     sees = offs_n <= row + past
-                    posterior = tl.where(sees[:, None], tl.exp(logp[:, None] + v - o[None, :]), 0.0)        # [BN, D]
+                    posterior = tl.where(sees[:, None], tl.exp(logp[:, None] + v - o[None, :]), 0.0)    # [BN, D]
                     dv += do[None, :] * posterior
                     ds = tl.sum(do[None, :] * (posterior - tl.where(sees, tl.exp(logp), 0.0)[:, None]), 1)
                     dk += ds[:, None] * q[None, :]
