@@ -1,23 +1,27 @@
-"""Time the kernels on this GPU beside what one would use otherwise, all in one run: python kernels/bench.py
+"""Time the kernels on this GPU beside what one would use otherwise, all in one run.
 
-First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result and the median times, which
-go to results/kernels.json. Without a GPU it says what it would do.
+python kernels/bench.py                 every kernel -> results/kernels.json
+python kernels/bench.py laser sonew     some of them; what the file says of the others stays
+
+First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result and the median times.
+Without a GPU it says what it would do.
 """
 import json, sys
+from functools import partial
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path[0] = str(HERE)                                              # not kernels/, whose files are named like the papers'
 
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HERE = Path(__file__).resolve().parent.parent
-LASER = [(4, 16, 4096, 128), (4, 32, 4096, 64), (16, 12, 1024, 64)]  # B, H, T, D
-
 
 def ms(function):
-    import triton
-    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+    from triton.testing import do_bench
+    return do_bench(function, warmup=50, rep=200, return_mode="median")
 
 
 def ceilings():
@@ -25,6 +29,27 @@ def ceilings():
     x, y = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
     return {"copy_TB_per_s": 4 * a.numel() / ms(lambda: a.copy_(b)) / 1e9, "matmul_TFLOP_per_s": 2 * 8192 ** 3 / ms(lambda: x @ y) / 1e9}
 
+
+def heads(B, T, H, D, n=1):
+    """-> n tensors (B, H, T, D) of unit normals, bfloat16, (B, T, H, D) in memory as projections leave them"""
+    made = [torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2).requires_grad_() for _ in range(n)]
+    return made if n > 1 else made[0]
+
+
+def both_ways(attention, tensors):
+    """-> its output, and the times of the forward and the backward pass"""
+    o = attention(*tensors)
+    do = torch.randn_like(o)
+    return o, ms(lambda: attention(*tensors)), ms(lambda: torch.autograd.grad(o, tensors, do, retain_graph=True))
+
+
+def report(row):
+    shape = " x ".join(map(str, row["shape"]))
+    print(f"{shape:24} {row['name']:30} " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)), flush=True)
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def softmax(backend):
     def attention(q, k, v):
@@ -42,40 +67,91 @@ def wrapper(backend):
 
 
 def laser():
+    """B, H, T, D = 4, 16, 4096, 128 and two more, against softmax attention and the published wrapper around it"""
     from kernels.laser import attention as ours
     arms = {"softmax, cuDNN": softmax(SDPBackend.CUDNN_ATTENTION), "softmax, flash": softmax(SDPBackend.FLASH_ATTENTION),
             "wrapper over cuDNN": wrapper(SDPBackend.CUDNN_ATTENTION),
             "wrapper over cuDNN, compiled": torch.compile(wrapper(SDPBackend.CUDNN_ATTENTION)), "ours": ours, "ours, all in Triton": ours}
     torch._functorch.config.donated_buffer = False                   # else a compiled graph runs backward but once
     torch.utils.deterministic.fill_uninitialized_memory = False      # asked for determinism, torch.empty would fill with NaN
-    rows = []
-    for B, H, T, D in LASER:
-        q, k, v = (t.transpose(1, 2).requires_grad_() for t in torch.randn(3, B, T, H, D, dtype=torch.bfloat16, device="cuda"))
-        do = torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    for B, H, T, D in (4, 16, 4096, 128), (4, 32, 4096, 64), (16, 12, 1024, 64):
+        q, k, v = heads(B, T, H, D, 3)
         truth = F.scaled_dot_product_attention(q[:1].float(), k[:1].float(), v[:1].float().exp(), is_causal=True).log()
         for name, attention in arms.items():
             torch.use_deterministic_algorithms("Triton" in name)     # cuDNN's attention is not
-            o = attention(q, k, v)
+            o, forward, backward = both_ways(attention, (q, k, v))
             error = (o[:1] - truth).abs().max().item()
             assert name.startswith("softmax") or error < 0.05, f"{name} is off by {error}"
-            gradient = lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
-            row = {"shape": [B, H, T, D], "name": name, "forward_ms": ms(lambda: attention(q, k, v)), "backward_ms": ms(gradient),
-                   "TFLOP": 2 * B * H * T * T * D / 1e12, "error": error}
-            rows.append(row)
-            print(f"{row['shape']} {name:30} {row['forward_ms']:.3f} + {row['backward_ms']:.3f} ms, off by {error:.4f}", flush=True)
+            yield {"shape": [B, H, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "error": error}
     torch.use_deterministic_algorithms(False)
-    return rows
 
 
-def main():
+def simplicial():
+    """B, H, Hkv, T, D = 4, 64, 1, 4096, 128 and two more at the windows 512 and 32; FLOPs are 4 B H T w1 w2 D forward"""
+    from kernels.simplicial import attention
+    from simplicial import lean
+    w1, w2 = 512, 32
+    for B, H, Hkv, T, D in (4, 64, 1, 4096, 128), (2, 16, 16, 4096, 128), (2, 32, 32, 4096, 64):
+        few = [heads(1, 700, h, D) for h in (2 * H // Hkv, 2, 2, 2, 2)]                      # past both windows
+        error = (attention(*few, w1, w2)[0] - lean(*few, w1, w2)).abs().max().item()
+        assert error < 0.05, f"off by {error}"
+        tensors = [heads(B, T, h, D) for h in (H, Hkv, Hkv, Hkv, Hkv)]
+        _, forward, backward = both_ways(lambda *t: attention(*t, w1, w2)[0], tensors)
+        yield {"shape": [B, H, Hkv, T, D], "name": "ours", "forward_ms": forward, "backward_ms": backward, "error": error,
+               "forward_TFLOP_per_s": 4 * B * H * T * w1 * w2 * D / forward / 1e9, "backward_over_forward": backward / forward}
+
+
+def sonew():
+    """one step of 53 float32 matrices of 768 x 3072, 125 M parameters, against PyTorch's fused AdamW"""
+    from sonew import SONew
+    parameters = [torch.nn.Parameter(torch.randn(768, 3072, device="cuda")) for _ in range(53)]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    arms = {"AdamW, fused": partial(torch.optim.AdamW, fused=True), **{f"band {b}": partial(SONew, band=b) for b in (0, 1, 4)},
+            **{f"band {b}, bf16 state": partial(SONew, band=b, bf16_state=True) for b in (1, 4)}}
+    for name, make in arms.items():
+        optimizer = make(parameters, lr=1e-5)
+        optimizer.step()
+        yield {"shape": [53, 768, 3072], "name": name, "step_ms": ms(optimizer.step)}
+        del optimizer
+
+
+def loss():
+    """cross-entropy of 65,536 x 50,304 bfloat16 logits and its gradient, in place, against PyTorch, compiled"""
+    from kernels.train import cross_entropy
+    R, V = 65536, 50304
+    logits = torch.randn(R, V, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    target, scale = torch.randint(V, (R, 1), device="cuda"), torch.full((R, 1), 1 / R, device="cuda")
+    theirs = torch.compile(lambda z: F.cross_entropy(z, target[:, 0]))
+    truth = theirs(logits).item()
+    yield {"shape": [R, V], "name": "PyTorch, compiled", "ms": ms(lambda: torch.autograd.grad(theirs(logits), logits))}
+    logits = logits.detach()
+    ours = cross_entropy(logits, target, scale, False)[0].item()
+    assert abs(ours - truth) < 1e-3, f"off by {ours - truth}"
+    yield {"shape": [R, V], "name": "ours", "ms": ms(lambda: cross_entropy(logits, target, scale, True)), "error": abs(ours - truth)}
+
+
+KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, loss)}
+
+
+def main(names=()):
+    strange = set(names) - set(KERNELS)
+    if strange:
+        print(f"there is no kernel {', '.join(sorted(strange))} to time; there are {', '.join(KERNELS)}", file=sys.stderr)
+        sys.exit(2)
+    names = names or list(KERNELS)
     if not torch.cuda.is_available():
-        return print("There is no GPU here. On one this would check and time, at B, H, T, D =", LASER,
-                     "LASER attention beside softmax attention and the published wrapper.")
-    sys.path.insert(0, str(HERE))
+        print("There is no GPU here. On one this would check and time:")
+        return print("\n".join(f"{name:12} {KERNELS[name].__doc__}" for name in names))
     import triton
-    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, **ceilings(), "laser": laser()}
-    (HERE / "results" / "kernels.json").write_text(json.dumps(result, indent=1))
+    path = HERE / "results" / "kernels.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, **ceilings()}
+    print(f"copy {result['copy_TB_per_s']:.2f} TB/s, matrix product {result['matmul_TFLOP_per_s']:.0f} TFLOP/s", flush=True)
+    for name in names:
+        result[name] = [report(row) for row in KERNELS[name]()]
+        path.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
