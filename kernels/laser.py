@@ -118,11 +118,6 @@ def log_of(x, centre, one):
 
 
 @triton.jit
-def is_wide(wide_ptr, bh, SLICES: tl.constexpr):
-    return tl.max(tl.load(wide_ptr + bh * SLICES + tl.arange(0, SLICES)), 0) != 0
-
-
-@triton.jit
 def log_kernel(x_ptr, out_ptr, centre_ptr, one_ptr, H, GROUP, T, D: tl.constexpr, ROWS: tl.constexpr):
     """out = log(one + x) + centre"""
     bh = tl.program_id(1).to(tl.int64)
@@ -134,17 +129,17 @@ def log_kernel(x_ptr, out_ptr, centre_ptr, one_ptr, H, GROUP, T, D: tl.constexpr
 
 @triton.jit
 def gradient_kernel(
-    do_ptr, x_ptr, one_ptr, wide_ptr, g_ptr, delta_ptr,              # delta (B H, Tq)
+    do_ptr, x_ptr, one_ptr, g_ptr, delta_ptr,                        # delta (B H, Tq)
     H, GROUP, T,
-    D: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """g = do / (one + x), delta = sum_d g x: the gradient of x. Wide heads get 0; they have it from elsewhere."""
+    """g = do / (one + x), delta = sum_d g x: the gradient of x"""
     bh = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     one = tl.load(one_ptr + bh // GROUP * D + tl.arange(0, D))[None, :]
     x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)                           # [ROWS, D]
     do = tile(do_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)
-    g = tl.where(is_wide(wide_ptr, bh // GROUP, SLICES), 0.0, do / (one + x)).to(g_ptr.dtype.element_ty)
+    g = (do / (one + x)).to(g_ptr.dtype.element_ty)
     put(g_ptr, bh // H, bh % H, rows, g, T, H, D)
     delta = tl.sum(g.to(tl.float32) * x, 1)                          # of the rounded g, as the matrix products see it
     tl.store(delta_ptr + bh * T + rows, delta, mask=rows < T)
@@ -262,7 +257,13 @@ def backward_kv_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Wide heads, key by key, with a running maximum of s_ij + v_j for each row and channel. The others leave at once.
+# Wide heads, key by key, with a running maximum of s_ij + v_j for each row and channel; what was computed before is overwritten.
+# The others leave at once.
+
+@triton.jit
+def is_wide(wide_ptr, bh, SLICES: tl.constexpr):
+    return tl.max(tl.load(wide_ptr + bh * SLICES + tl.arange(0, SLICES)), 0) != 0
+
 
 @triton.jit
 def value(e, centre, one):
@@ -411,7 +412,7 @@ def backward(do: Tensor, q: Tensor, k: Tensor, out: Tensor, e: Tensor, centre: T
     sizes = H, H // Hkv, Tq, Tk, scale
     do = rows_first(do)
     g, delta = torch.empty_like(x), torch.empty_like(lse)
-    gradient_kernel[(triton.cdiv(Tq, ROWS), B * H)](do, x, one, wide, g, delta, *sizes[:3], D, D // SLICE, ROWS)
+    gradient_kernel[(triton.cdiv(Tq, ROWS), B * H)](do, x, one, g, delta, *sizes[:3], D, ROWS)
     if cudnn_takes(q, k, e):
         none = torch.empty((), dtype=torch.int64, device=q.device)   # the state of the dropout that there is not
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -483,7 +484,7 @@ def builds():
                    for kernel, (bm, bn, *how) in zip((forward_kernel, backward_q_kernel, backward_kv_kernel), blocks)]
         if name == "bf16" and D == 128:
             kernels += [(exp_kernel, dict(D=D, SLICE=SLICE, ROWS=4 * ROWS), (8,)), (log_kernel, dict(D=D, ROWS=ROWS), (4,)),
-                        (scale_kernel, dict(D=D, ROWS=ROWS), (4,)), (gradient_kernel, dict(D=D, SLICES=D // SLICE, ROWS=ROWS), (4,))]
+                        (scale_kernel, dict(D=D, ROWS=ROWS), (4,)), (gradient_kernel, dict(D=D, ROWS=ROWS), (4,))]
             kernels += [(kernel, dict(D=D, SLICES=D // SLICE, BM=ROWS), (8,)) for kernel in (wide_kernel, wide_q_kernel)]
             kernels += [(wide_kv_kernel, dict(D=D, SLICES=D // SLICE, BN=ROWS), (8,))]
         for kernel, consts, how in kernels:
