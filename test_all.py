@@ -356,6 +356,13 @@ def test_laser_equals_its_reference(Tq, Tk, Hkv, std):
         close(str(dtype), laser.attention(*low), laser.reference(*low), laser.reference(*(t.double() for t in low)))
 
 
+@pytest.mark.parametrize("function", [laser.reference, laser.attention])
+@pytest.mark.parametrize("std", [1.0, 40.0])
+def test_laser_gradient_by_differences(function, std):
+    leaves = [t.requires_grad_() for t in laser_inputs(Tq=3, Tk=5, H=2, Hkv=1, D=2, std=std)]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
 def test_laser_gradient_is_posterior_minus_prior():
     q, k, v = laser_inputs(H=2)
     s = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf).requires_grad_()
