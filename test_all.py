@@ -1368,6 +1368,69 @@ def test_peft_reads_our_adapters_and_we_read_its(tmp_path):
         assert torch.equal(again(ids), ours(ids))
 
 
+def test_lora_rite_trains_resumes_and_merges(tiny, capsys):
+    train.main([*tiny, "--out", "out/base"])
+    flags = ["--init", "out/base", *tiny[:2], *tiny[8:], "--optim", "lora_rite", "--lora-rank", "3", "--lora-alpha", "6", "--lr", "0.02"]
+    train.main([*flags, "--out", "out/whole"])
+    train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
+    train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "1"])
+    base, a, b = (train.load_checkpoint(Path(f"out/{n}"), merged=False) for n in ("base", "whole", "parts"))
+    assert same(a, b)
+    assert all(torch.equal(base["model"][n], w) for n, w in a["model"].items() if "lora" not in n), "the weights are frozen"
+    assert float(rows("out/whole")[-1][2]) < float(rows("out/whole")[1][2]) - 0.05
+    model, _ = train.load_model(Path("out/whole"))
+    q, w = model.layers[0].self_attn.q_proj.weight, {n.split("q_proj.")[1]: t for n, t in a["model"].items() if "layers.0.self_attn.q_proj" in n}
+    assert torch.allclose(q, w["weight"] + 2 * w["lora_B"] @ w["lora_A"], atol=1e-6) and (q - w["weight"]).abs().max() > 1e-4
+    loss = lambda m: m(torch.arange(64).view(4, 16), torch.arange(1, 65).view(4, 16)).item()
+    with_adapters = lora_rite.inject(train.GPT(model.cfg), 3, 6.0)
+    with_adapters.load_state_dict(a["model"])
+    assert abs(loss(model) - loss(with_adapters)) < 1e-4
+    train.main(["--init", "out/whole", *tiny[:2], *tiny[8:], "--steps", "1", "--lora-rank", "2", "--out", "out/again"])      # with AdamW
+    again = train.load_checkpoint(Path("out/again"), merged=False)["model"]
+    assert torch.equal(again["layers.0.self_attn.q_proj.weight"], q)
+    refused(capsys, [*flags, "--lora-targets", "q_proj,z"], "no linear layer is called z; there are down_proj")
+    refused(capsys, [*flags, "--lora-rank", "33"], "the rank is 33; it must be from 1 to 32")
+    refused(capsys, [*flags, "--lora-rank", "0"], "--optim lora_rite", "--lora-rank")
+    refused(capsys, ["--resume", "out/parts", "--lora-rank", "4"], "--lora-rank is 4 here but 3")
+
+
+def test_adapters_are_not_clipped_from_outside(tiny):
+    for clip in ("1e-6", "0"):
+        train.main([*tiny, "--steps", "2", "--optim", "lora_rite", "--lora-rank", "2", "--clip", clip, "--out", f"out/{clip}"])
+    a, b = (train.load_checkpoint(Path(f"out/{clip}"))["model"] for clip in ("1e-6", "0"))
+    assert same(a, b)
+
+
+def test_lora_rite_over_processes_equals_one(tiny):
+    flags = [*tiny, "--steps", "6", "--optim", "lora_rite", "--eps", "1e-4", "--lora-rank", "3", "--lr", "0.01"]
+    train.main([*flags, "--out", "out/one"])
+    torchrun(*flags, "--out", "out/ddp")
+    one, ddp = (train.load_checkpoint(Path(f"out/{n}"), merged=False)["model"] for n in ("one", "ddp"))
+    start = {n: lora_rite.start(n, t.shape, 1337) for n, t in one.items() if "lora_" in n}
+    assert far({n: one[n] for n in start}, {n: ddp[n] for n in start}) < 1e-3 * far({n: one[n] for n in start}, start)
+
+
+def test_answers_alone_count(tiny, capsys):
+    Path("x.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} is", "answer": " even" if n % 2 == 0 else " odd"}) for n in range(200)))
+    tokens = train.load_tokens("x.jsonl", train.ByteTokenizer(), Path("kept"))
+    x, y = train.windows(tokens, [0], 24, torch.device("cpu"))
+    text = bytes(x[0].tolist()).decode()
+    counted = bytes(t if t >= 0 else ord("_") for t in y[0].tolist()).decode()
+    assert re.match(r"(\d+ is (even|odd)\0)+", text) and re.fullmatch(r"(_*( even| odd)\0)*_*( \w*)?", counted), (text, counted)
+    places = train.starts_of(tokens, 24, train.ByteTokenizer(), "x.jsonl")
+    assert all(p == 0 or tokens[p - 1] == 0 for p in places) and len(places) > 190
+    assert set(train.batch_starts(1, 2, places, 50)) <= set(places)
+    flags = ["--data", "x.jsonl", *tiny[2:]]
+    run = train.main([*flags, "--block-size", "32", "--lr", "0.01", "--steps", "80", "--out", "out/answers"])
+    assert run["val_loss"] < 0.6, "digits are not foreseen, answers are"
+    assert train.bytes_per_token(tokens, train.ByteTokenizer()) == 1
+    for line in ('{"prompt": "a"}', "[]", "nonsense", '{"prompt": "a", "answer": 3}', '{"prompt": "", "answer": "b"}'):
+        Path("x.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line)
+        refused(capsys, flags, "x.jsonl, line 2", "prompt")
+    Path("x.jsonl").write_text(json.dumps({"prompt": "a" * 5000, "answer": "b"}))
+    refused(capsys, flags, "no answer begins")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2-simplicial attention
 
