@@ -15,6 +15,7 @@ import pytest
 import torch.nn.functional as F
 
 import laser
+import lora_rite
 import pretrained
 import sample
 import simplicial
@@ -1078,6 +1079,363 @@ def test_sonew_without_its_data(tiny, digits, capsys, monkeypatch):
         refused(capsys, ["--mnist", bad], f"{bad} is not MNIST", script=sonew)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(capsys, ["--mnist", digits, "--full"], "without a GPU", script=sonew)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA-RITE
+
+def low_rank(r=4, n=24, m=17, count=2, seed=0, samples=None):
+    """-> pairs (A (r, n), B (m, r)), and a loss of the products: a regression onto Z, seen through `samples` inputs if given."""
+    draw = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
+    AB, Z, X = [(rand(r, n), rand(m, r)) for _ in range(count)], [rand(m, n) for _ in range(count)], rand(n, samples or 2 * n)
+    return AB, lambda products: sum(((p - z.to(p)) @ X.to(p)).square().mean() for p, z in zip(products, Z))
+
+
+def descend(AB, loss, steps=50, lr=0.05, make=lora_rite.LoRARITE, dtype=torch.float64, scale=1.0, **options):
+    """-> the products B A after some steps with a falling learning rate, their losses, and the optimizer."""
+    ps = [torch.nn.Parameter(p.clone().to(dtype)) for pair in AB for p in pair]
+    opt = make([{"params": ps, "pair": True}], lr, **options)
+    losses = []
+    for t in range(steps):
+        opt.param_groups[0]["lr"] = lr * (1 - 0.5 * t / steps)
+        opt.zero_grad()
+        value = loss([B @ A for A, B in zip(ps[::2], ps[1::2])])
+        (value * scale).backward()
+        losses.append(value.item())
+        opt.step()
+    return [(B @ A).detach() for A, B in zip(ps[::2], ps[1::2])], losses, opt
+
+
+def apart(p, q):
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(p, q))
+
+
+RITE_OPTIONS = [dict(), dict(weight_decay=0.1), dict(escape=True), dict(clip=0.0), dict(clip=0.3, escape=True, weight_decay=0.1)]
+
+
+@pytest.mark.parametrize("options", RITE_OPTIONS, ids=str)
+@pytest.mark.parametrize("r,n,m,zero", [(4, 24, 17, False), (1, 5, 9, False), (16, 20, 33, False), (4, 24, 17, True), (3, 3, 3, True)])
+def test_lora_rite_is_the_papers_algorithm(r, n, m, zero, options):
+    AB, loss = low_rank(r, n, m)
+    AB = [(A, B * (not zero)) for A, B in AB]
+    ours, _, _ = descend(AB, loss, **options)
+    ps, states = [(A.T.clone(), B.clone()) for A, B in AB], [({}, {}) for _ in AB]
+    for t in range(50):
+        leaves = [[x.clone().requires_grad_() for x in pair] for pair in ps]
+        loss([b @ a.T for a, b in leaves]).backward()
+        quads = [(a.detach(), b.detach(), a.grad, b.grad) for a, b in leaves]
+        ps = lora_rite.reference(quads, states, t + 1, 0.05 * (1 - 0.5 * t / 50), 0.9, 0.999, 1e-6, **{"clip": 1.0, **options})
+    assert apart(ours, [b @ a.T for a, b in ps]) < 1e-11
+
+
+@pytest.mark.parametrize("options", RITE_OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["any", "scalar", "rotation", "uneven"])
+def test_lora_rite_does_not_care_how_the_product_is_factored(kind, options):
+    AB, loss = low_rank()
+    draw = torch.Generator().manual_seed(1)
+    R = torch.randn(2, 4, 4, generator=draw, dtype=torch.float64)
+    Q = torch.linalg.qr(R).Q
+    R = {"any": R, "scalar": 7.0 * torch.eye(4).double().expand(2, 4, 4), "rotation": Q,
+         "uneven": Q @ torch.diag(torch.tensor([10.0, 1.0, 0.3, 0.1]).double())}[kind]
+    turned = [(torch.linalg.solve(r, A), B @ r) for r, (A, B) in zip(R, AB)]
+    (one, losses, _), (other, _, _) = descend(AB, loss, **options), descend(turned, loss, **options)
+    assert apart(one, other) < 1e-12 and losses[-1] < 0.9 * losses[0]
+    if kind != "rotation":
+        adamw = [descend(x, loss, make=torch.optim.AdamW)[0] for x in (AB, turned)]
+        assert apart(*adamw) > 0.01, "this test could not fail"
+
+
+def test_lora_rite_counts_from_one_and_knows_no_scale():
+    """At t = 1 the preconditioned gradient is orthonormal, so the step does not depend on the size of the loss."""
+    AB, loss = low_rank()
+    steps = []
+    for scale in (1.0, 1e-3, 1e3):
+        after, _, opt = descend(AB, loss, steps=1, scale=scale, clip=0.0, eps=1e-15)
+        steps.append([p - B @ A for p, (A, B) in zip(after, AB)])
+        for p in opt.param_groups[0]["params"]:
+            s, rows = opt.state[p], p.shape[p.shape[0] == 4]
+            m = s["m"].T if p.shape[0] == 4 else s["m"]
+            assert torch.allclose(m.T @ m / rows, torch.eye(4).double(), atol=1e-9)
+    assert apart(steps[1], steps[0]) < 1e-9 and apart(steps[2], steps[0]) < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_lora_rite_trains_whatever_the_size_of_the_loss(scale):
+    AB, loss = low_rank()
+    fall = lambda **o: (lambda losses: losses[-1] / losses[0])(descend([(A, 0 * B) for A, B in AB], loss, dtype=torch.float32, scale=scale, **o)[1])
+    assert fall() < 0.8
+    if scale == 1e3:
+        assert fall(skip=1.0) == 1.0, "the released default freezes here"
+
+
+@pytest.mark.parametrize("case", ["cond 1e8", "A copies a row", "two samples", "A zero too"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_lora_rite_on_bad_factors(case, dtype):
+    AB, loss = low_rank(samples=2 if case == "two samples" else None)
+    bend = torch.diag(torch.tensor([1e8, 1.0, 1.0, 1e-4]).double())
+    change = {"cond 1e8": lambda A, B: (torch.linalg.solve(bend, A), B @ bend), "A copies a row": lambda A, B: (A[[0, 0, 1, 2]], B),
+              "two samples": lambda A, B: (A, 0 * B), "A zero too": lambda A, B: (0 * A, 0 * B)}[case]
+    after, losses, opt = descend([change(A, B) for A, B in AB], loss, dtype=dtype)
+    assert all(p.isfinite().all() for p in after) and all(v.isfinite().all() for s in opt.state.values() for v in s.values())
+    if case == "A zero too":
+        assert losses[-1] == losses[0], "no gradient ever"
+    elif dtype != torch.bfloat16 or case != "cond 1e8":              # whose entries of 1e8 are rounded to 1e6
+        assert losses[-1] < 0.95 * losses[0]
+
+
+def test_lora_rite_in_float32_follows_float64():
+    AB, loss = low_rank()
+    truth = descend(AB, loss)[0]
+    assert apart([p.double() for p in descend(AB, loss, dtype=torch.float32)[0]], truth) < 1e-5
+    bend = torch.diag(torch.tensor([1e2, 1.0, 1.0, 1e-2]).double())  # float32 Gram matrices would be off by over 1e-1
+    turned = [(torch.linalg.solve(bend, A), B @ bend) for A, B in AB]
+    assert apart([p.double() for p in descend(turned, loss, dtype=torch.float32)[0]], truth) < 2e-3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_lora_rite_skips_a_bad_gradient(bad):
+    AB, _ = low_rank(count=3)
+    ps = [torch.nn.Parameter(p.clone()) for pair in AB for p in pair]
+    opt = lora_rite.LoRARITE([{"params": ps, "pair": True}], 0.01, weight_decay=0.1)
+    for t in range(3):
+        before = [p.detach().clone() for p in ps]
+        for p in ps:
+            p.grad = torch.randn_like(p)
+        if t == 1:
+            ps[2].grad[0, 0] = bad
+        opt.step()
+        moved = [not torch.equal(p, q) for p, q in zip(ps, before)]
+        assert moved == [True, True, t != 1, True, True, True]
+    assert all(p.isfinite().all() for p in ps) and [opt.state[p]["skipped"].item() for p in ps] == [0, 0, 1, 0, 0, 0]
+
+
+def test_lora_rite_without_some_gradients():
+    """A frozen A holds still and B goes on; a pair without gradients is left alone; the undone step knows who moved."""
+    AB, loss = low_rank()
+    ps = [torch.nn.Parameter(p.clone()) for pair in AB for p in pair]
+    opt = lora_rite.LoRARITE([{"params": ps, "pair": True}], 0.05, weight_decay=0.1)
+    for t in range(4):
+        opt.zero_grad()
+        loss([ps[1] @ ps[0], ps[3] @ ps[2]]).backward()
+        missing = [[], [0], [2, 3], []][t]
+        for i in missing:
+            ps[i].grad = None
+        before = [p.detach().clone() for p in ps]
+        opt.step()
+        assert [torch.equal(p, q) for p, q in zip(ps, before)] == [i in missing for i in range(4)]
+        for A, B in ((0, 1), (2, 3)):                                # x_old = (x + lr M I^T) / shrink, with the I of the partner
+            for x, y, tall in ((A, B, lambda t: t.T), (B, A, lambda t: t)):
+                if not {A, B} <= set(missing):
+                    s = opt.state[ps[x]]
+                    undone = (tall(ps[x]) + s["lr"] * tall(s["m"]) @ opt.state[ps[y]]["I"].T) / s["shrink"]
+                    assert torch.allclose(undone, tall(before[x]), atol=1e-12)
+
+
+def test_lora_rite_batches_equal_pairs_and_their_order_is_free():
+    AB, loss = low_rank(count=3)
+    AB.append((torch.randn(4, 9).double(), torch.randn(6, 4).double()))
+    grads = [[torch.randn(2, *p.shape).double() for p in pair] for pair in AB]
+
+    def run(order, split):
+        net = {i: [torch.nn.Parameter(p.clone()) for p in AB[i]] for i in order}
+        groups = [{"params": net[i], "pair": True} for i in order] if split else [{"params": [p for i in order for p in net[i]], "pair": True}]
+        opt = lora_rite.LoRARITE(groups, 0.1)
+        for t in range(2):
+            for i in order:
+                for p, g in zip(net[i], grads[i]):
+                    p.grad = g[t].clone()
+            opt.step()
+        return [B @ A for _, (A, B) in sorted(net.items())]
+    base = run([0, 1, 2, 3], False)
+    assert apart(run([0, 1, 2, 3], True), base) < 1e-13 and apart(run([3, 1, 0, 2], False), base) < 1e-13
+
+
+def test_lora_rite_own_count_starts_with_the_first_gradient():
+    AB, loss = low_rank()
+    zero = [(A, 0 * B) for A, B in AB]
+    for own in (False, True):
+        _, _, opt = descend(zero, loss, steps=3, own_count=own)
+        assert [opt.state[p]["step"].item() for p in opt.param_groups[0]["params"][:2]] == [3 - own, 3]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(escape=True, weight_decay=0.1), dict(dtype=torch.bfloat16)], ids=str)
+def test_lora_rite_state_round_trip(options, tmp_path):
+    options, dtype = dict(options), options.get("dtype", torch.float32)
+    options.pop("dtype", None)
+    AB, _ = low_rank()
+    grads = [[torch.randn(p.shape).to(dtype) for pair in AB for p in pair] for _ in range(6)]
+    nets = [[torch.nn.Parameter(p.to(dtype).clone()) for pair in AB for p in pair] for _ in range(2)]
+    a, b = (lora_rite.LoRARITE([{"params": net, "pair": True}], 0.1, **options) for net in nets)
+
+    def go(opt, net, steps):
+        for t in steps:
+            opt.param_groups[0]["lr"] = 0.1 / (t + 1)                # the last step's is part of the state
+            for p, g in zip(net, grads[t]):
+                p.grad = g.clone()
+            opt.step()
+    go(a, nets[0], range(6))
+    go(b, nets[1], range(3))
+    torch.save(b.state_dict(), tmp_path / "state")
+    c = lora_rite.LoRARITE([{"params": nets[1], "pair": True}], 0.1)
+    c.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    go(c, nets[1], range(3, 6))
+    assert same(nets[0], nets[1]) and same(a.state_dict(), c.state_dict())
+
+
+def test_lora_rite_refuses_bad_input():
+    A, B = torch.nn.Parameter(torch.randn(4, 6)), torch.nn.Parameter(torch.randn(5, 4))
+    for options, part in ((dict(betas=(0.9, 1.0)), "betas"), (dict(eps=0.0), "eps is 0.0; it must be above 0"), (dict(lr=-1.0), "lr"),
+                          (dict(clip=math.nan), "clip"), (dict(skip=-1), "skip"), (dict(weight_decay=math.inf), "weight_decay")):
+        with pytest.raises(ValueError, match=part):
+            lora_rite.LoRARITE([{"params": [A, B], "pair": True}], **options)
+    for group, part in (({"params": [A, B]}, "in pairs"), ({"params": [A], "pair": True}, "in pairs"), ({"params": [B, A], "pair": True}, "no pair")):
+        with pytest.raises(ValueError, match=part):
+            lora_rite.LoRARITE([group])
+
+
+def adapted(rank=3, seed=0, **more):
+    """A small GPT with adapters that do something."""
+    model = lora_rite.inject(small_gpt(**more), rank, 5.0, ("q_proj", "down_proj"))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in lora_rite.adapters(model).values():
+            m.lora_B.copy_(torch.randn(m.lora_B.shape, generator=draw))
+    return model
+
+
+def test_lora_injects_freezes_and_merges():
+    plain, ids = small_gpt(), torch.randint(64, (2, 9))
+    model = lora_rite.inject(small_gpt(), 3, targets=("q_proj", r"layers\.1\.mlp\.\w+"))
+    assert list(lora_rite.adapters(model)) == ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj",
+                                               *(f"layers.1.mlp.{n}_proj" for n in ("gate", "up", "down"))]
+    assert torch.equal(model(ids), plain(ids)), "B is 0"
+    model = adapted()
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"layers.{i}.{n}.lora_{k}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj") for k in "AB"}
+    q = model.layers[0].self_attn.q_proj
+    assert torch.allclose(q(torch.eye(32)), (q.weight + 5 / 3 * q.lora_B @ q.lora_A).T, atol=1e-5)
+    model(ids, ids).backward()
+    opt = lora_rite.LoRARITE(model, 0.1)
+    opt.step()
+    with torch.no_grad():
+        y, keys = model(ids), set(plain.state_dict())
+        assert torch.allclose(lora_rite.merge(model)(ids), y, atol=1e-4) and not torch.allclose(y, plain(ids), atol=1e-2)
+    assert set(model.state_dict()) == keys and not lora_rite.adapters(model)
+
+
+@pytest.mark.parametrize("arguments,part", [((0,), "the rank is 0; it must be from 1 to 32"), ((33,), "the rank is 33"),
+                                            ((4, None, ("q_proj", "z_proj")), "no linear layer is called z_proj; there are down_proj, gate"),
+                                            ((4, None, ()), "no linear layer")], ids=str)
+def test_lora_refuses_bad_targets_and_ranks(arguments, part):
+    model = small_gpt()
+    with pytest.raises(ValueError, match=part):
+        lora_rite.inject(model, *arguments)
+    assert not lora_rite.adapters(model) and all(p.requires_grad for p in model.parameters()), "nothing was touched"
+    with pytest.raises(ValueError, match="merge them first"):
+        lora_rite.inject(adapted(), 2)
+
+
+def test_lora_adapters_on_disk(tmp_path):
+    model, ids = adapted(), torch.randint(64, (2, 9))
+    lora_rite.save(model, tmp_path / "a", "model.")
+    again = lora_rite.load(small_gpt(), tmp_path / "a", "model.")
+    assert torch.equal(model(ids), again(ids)) and sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json",
+                                                                                                         "adapter_model.safetensors"]
+    config = tmp_path / "a/adapter_config.json"
+    good = config.read_text()
+    for change, part in ((lambda c: {**c, "use_dora": True}, "use_dora"), (lambda c: {**c, "r": 4}, "is missing, or is not"),
+                         (lambda c: {}, "holds no LoRA"), (lambda c: {**c, "peft_type": "IA3"}, "IA3")):
+        config.write_text(json.dumps(change(json.loads(good))))
+        with pytest.raises(ValueError, match=part):
+            lora_rite.load(small_gpt(), tmp_path / "a", "model.")
+    config.write_text(good)
+    for folder, prefix, part in ((tmp_path / "a", "", "no linear layer of the model"), (tmp_path / "none", "", "holds no LoRA")):
+        with pytest.raises(ValueError, match=part):
+            lora_rite.load(small_gpt(), folder, prefix)
+    with pytest.raises(ValueError, match="no adapters"):
+        lora_rite.save(small_gpt(), tmp_path / "b")
+
+
+def test_peft_reads_our_adapters_and_we_read_its(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                                      intermediate_size=128, max_position_embeddings=16, tie_word_embeddings=True, rms_norm_eps=1e-5)
+    ids = torch.randint(64, (2, 9))
+    ours = adapted()
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.load_state_dict({pretrained.their_name(n): p for n, p in ours.state_dict().items() if "lora" not in n}, strict=False)
+    lora_rite.save(ours, tmp_path / "ours", "model.")
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours")
+    with torch.no_grad():
+        assert (wrapped(ids).logits - ours(ids)).abs().max() < 1e-4
+    wrapped.save_pretrained(tmp_path / "theirs")
+    again = lora_rite.load(small_gpt(), tmp_path / "theirs", "model.")
+    with torch.no_grad():
+        assert torch.equal(again(ids), ours(ids))
+
+
+def test_lora_rite_trains_resumes_and_merges(tiny, capsys):
+    train.main([*tiny, "--out", "out/base"])
+    flags = ["--init", "out/base", *tiny[:2], *tiny[8:], "--optim", "lora_rite", "--lora-rank", "3", "--lora-alpha", "6", "--lr", "0.02"]
+    train.main([*flags, "--out", "out/whole"])
+    train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
+    train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "1"])
+    base, a, b = (train.load_checkpoint(Path(f"out/{n}"), merged=False) for n in ("base", "whole", "parts"))
+    assert same(a, b)
+    assert all(torch.equal(base["model"][n], w) for n, w in a["model"].items() if "lora" not in n), "the weights are frozen"
+    assert float(rows("out/whole")[-1][2]) < float(rows("out/whole")[1][2]) - 0.05
+    model, _ = train.load_model(Path("out/whole"))
+    q, w = model.layers[0].self_attn.q_proj.weight, {n.split("q_proj.")[1]: t for n, t in a["model"].items() if "layers.0.self_attn.q_proj" in n}
+    assert torch.allclose(q, w["weight"] + 2 * w["lora_B"] @ w["lora_A"], atol=1e-6) and (q - w["weight"]).abs().max() > 1e-4
+    loss = lambda m: m(torch.arange(64).view(4, 16), torch.arange(1, 65).view(4, 16)).item()
+    with_adapters = lora_rite.inject(train.GPT(model.cfg), 3, 6.0)
+    with_adapters.load_state_dict(a["model"])
+    assert abs(loss(model) - loss(with_adapters)) < 1e-4
+    train.main(["--init", "out/whole", *tiny[:2], *tiny[8:], "--steps", "1", "--lora-rank", "2", "--out", "out/again"])      # with AdamW
+    again = train.load_checkpoint(Path("out/again"), merged=False)["model"]
+    assert torch.equal(again["layers.0.self_attn.q_proj.weight"], q)
+    refused(capsys, [*flags, "--lora-targets", "q_proj,z"], "no linear layer is called z; there are down_proj")
+    refused(capsys, [*flags, "--lora-rank", "33"], "the rank is 33; it must be from 1 to 32")
+    refused(capsys, [*flags, "--lora-rank", "0"], "--optim lora_rite", "--lora-rank")
+    refused(capsys, ["--resume", "out/parts", "--lora-rank", "4"], "--lora-rank is 4 here but 3")
+
+
+def test_adapters_are_not_clipped_from_outside(tiny):
+    for clip in ("1e-6", "0"):
+        train.main([*tiny, "--steps", "2", "--optim", "lora_rite", "--lora-rank", "2", "--clip", clip, "--out", f"out/{clip}"])
+    a, b = (train.load_checkpoint(Path(f"out/{clip}"))["model"] for clip in ("1e-6", "0"))
+    assert same(a, b)
+
+
+def test_lora_rite_over_processes_equals_one(tiny):
+    flags = [*tiny, "--steps", "6", "--optim", "lora_rite", "--eps", "1e-4", "--lora-rank", "3", "--lr", "0.01"]
+    train.main([*flags, "--out", "out/one"])
+    torchrun(*flags, "--out", "out/ddp")
+    one, ddp = (train.load_checkpoint(Path(f"out/{n}"), merged=False)["model"] for n in ("one", "ddp"))
+    start = {n: lora_rite.start(n, t.shape, 1337) for n, t in one.items() if "lora_" in n}
+    assert far({n: one[n] for n in start}, {n: ddp[n] for n in start}) < 1e-3 * far({n: one[n] for n in start}, start)
+
+
+def test_answers_alone_count(tiny, capsys):
+    Path("x.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} is", "answer": " even" if n % 2 == 0 else " odd"}) for n in range(200)))
+    tokens = train.load_tokens("x.jsonl", train.ByteTokenizer(), Path("kept"))
+    x, y = train.windows(tokens, [0], 24, torch.device("cpu"))
+    text = bytes(x[0].tolist()).decode()
+    counted = bytes(t if t >= 0 else ord("_") for t in y[0].tolist()).decode()
+    assert re.match(r"(\d+ is (even|odd)\0)+", text) and re.fullmatch(r"(_*( even| odd)\0)*_*( \w*)?", counted), (text, counted)
+    places = train.starts_of(tokens, 24, train.ByteTokenizer(), "x.jsonl")
+    assert all(p == 0 or tokens[p - 1] == 0 for p in places) and len(places) > 190
+    assert set(train.batch_starts(1, 2, places, 50)) <= set(places)
+    flags = ["--data", "x.jsonl", *tiny[2:]]
+    run = train.main([*flags, "--block-size", "32", "--lr", "0.01", "--steps", "80", "--out", "out/answers"])
+    assert run["val_loss"] < 0.6, "digits are not foreseen, answers are"
+    assert train.bytes_per_token(tokens, train.ByteTokenizer()) == 1
+    for line in ('{"prompt": "a"}', "[]", "nonsense", '{"prompt": "a", "answer": 3}', '{"prompt": "", "answer": "b"}'):
+        Path("x.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line)
+        refused(capsys, flags, "x.jsonl, line 2", "prompt")
+    Path("x.jsonl").write_text(json.dumps({"prompt": "a" * 5000, "answer": "b"}))
+    refused(capsys, flags, "no answer begins")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

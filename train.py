@@ -105,7 +105,8 @@ class GPTConfig:
 @dataclass
 class RunConfig:
     """What decides the numbers of a run, beside the shape of the model."""
-    data: str = option("stdlib", "stdlib, python (all Python source on this machine), a text file or a folder of them")
+    data: str = option("stdlib", "stdlib, python (all Python source on this machine), a text file or a folder of them, or a .jsonl "
+                       "of {prompt, answer}: each sequence begins with a prompt, and only answers count in the loss")
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, cl100k_base, ...) or the path of a .tiktoken file")
     optim: str = option("adamw", "adamw, or a module with a function optimizer(groups, lr): sonew, lora_rite, mine")
     optim_args: dict = field(default_factory=dict)                   # that function's keyword options, each a flag
@@ -114,11 +115,14 @@ class RunConfig:
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then a cosine down to a tenth")
     warmup: int = option(0, "warm-up steps; 0: a twentieth of --steps")
     weight_decay: float = option(0.1, "decay of the matrices; gains are never decayed", least=0)
-    clip: float = option(1.0, "largest norm of the whole gradient; 0: never clip", least=0)
+    clip: float = option(1.0, "largest norm of the whole gradient; 0 or adapters: never clip", least=0)
     seed: int = option(1337, "draws the weights and, with the step, each batch", least=0)
     eval_every: int = option(0, "steps between evaluations, each with a checkpoint; 0: a tenth of --steps")
     eval_batches: int = option(20, "held-out batches per evaluation, evenly spread, always the same ones")
     dtype: str = option("", "fp32 or bf16 activations, weights stay fp32 (default: bf16 on a GPU that has it)")
+    lora_rank: int = option(0, "train adapters of this rank beside the frozen weights (lora_rite.py); 0: train the weights")
+    lora_alpha: float = option(0.0, "an adapter counts alpha / rank times; 0: once", least=0)
+    lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "the layers that get adapters, by the end of their names")
     micro_batch: int = option(0, "sequences per process in one forward, the rest by accumulation; 0: all at once")
 
     def __post_init__(self):
@@ -126,6 +130,7 @@ class RunConfig:
         if self.dtype not in ("", *DTYPES):
             raise ValueError(f"--dtype {self.dtype} is unknown; give fp32 or bf16 (fp16 would need loss scaling)")
         self.warmup = self.warmup or max(1, self.steps // 20)
+        self.lora_alpha = self.lora_alpha or float(self.lora_rank)
         self.eval_every = self.eval_every or max(1, self.steps // 10)
 
 
@@ -214,7 +219,7 @@ def parse(argv):
         fail("--resume DIR writes where the run is; leave --out out")
     resuming = early.resume is not None
     origin = find_run(early.init or early.resume or early.out, resuming) if early.init or resuming else None
-    saved = load_checkpoint(origin) if origin else None
+    saved = load_checkpoint(origin, merged=not resuming) if origin else None
     model, run = (saved["config"][k] if saved else {} for k in ("model", "run"))
     may_change = MAY_CHANGE | ({"block_size"} if early.init else set())
     if early.init:                                                   # the model and its tokenizer stay, the recipe is new
@@ -717,27 +722,46 @@ def read_text(path):
     return "" if "\0" in text else text
 
 
+def read_answers(path, tokenizer):
+    """A .jsonl of {"prompt": text, "answer": text} -> an array of ids for each line; those of the prompt are kept as ~id, below 0."""
+    documents = []
+    for n, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts = row["prompt"], row["answer"]
+            if not all(isinstance(t, str) and t for t in texts):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path}, line {n}: what is needed is a JSON object with two texts, \"prompt\" and \"answer\"")
+        prompt, answer = (np.asarray(tokenizer.encode_ordinary(t), np.int32) for t in texts)
+        documents.append(np.concatenate([~prompt, answer]))
+    return documents
+
+
 def load_tokens(data, tokenizer, folder):
     """-> all tokens, a memory map. Documents are shuffled once and for all, so that the tail is a fair sample, each is followed
-    by the end-of-text token, and equal ones count once. The file is kept in `folder` and made anew when a source changes."""
-    paths = find_documents(data)
-    dtype = np.dtype(np.uint8 if tokenizer.n_vocab <= 2 ** 8 else np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32)
+    by the end-of-text token, and equal ones count once. Of a .jsonl, tokens that are no part of an answer are ~id. The file is kept in
+    `folder` and made anew when a source changes."""
+    paths, answers = find_documents(data), data.endswith(".jsonl")
+    dtype = np.dtype(np.int32 if answers else np.uint8 if tokenizer.n_vocab <= 2 ** 8 else np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32)
     stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    key = hashlib.sha256(json.dumps([stamp, tokenizer_dict(tokenizer)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([stamp, tokenizer_dict(tokenizer), answers]).encode()).hexdigest()[:16]
     cache = folder / f"{key}.{dtype.name}"
     if os.environ.get("LOCAL_RANK", "0") == "0" and not cache.exists():                      # machines may not share a disk
         with ThreadPoolExecutor() as pool:
             encode = lambda path: np.asarray(tokenizer.encode_ordinary(read_text(path)), dtype)
-            tokens = list(tqdm(pool.map(encode, paths), f"reading {data}", len(paths), unit="file", leave=False, delay=1))
+            tokens = read_answers(paths[0], tokenizer) if answers else \
+                list(tqdm(pool.map(encode, paths), f"reading {data}", len(paths), unit="file", leave=False, delay=1))
         documents = list({t.tobytes(): t for t in tokens if len(t)})
         if not documents:
             path = Path(data)
             why = "holds no text files" if not path.is_file() else "is not a text file" if path.stat().st_size else "is empty"
             fail(f"{data} {why}; what is needed is UTF-8 without NUL bytes")
-        if len(documents) < len(paths):
+        if len(documents) < len(paths) and not answers:
             print(f"skipped  {len(paths) - len(documents)} of {len(paths)} files: empty, not text, or copies of another")
         random.Random(0).shuffle(documents)
-        start, end = (np.array(ids, dtype).tobytes() for ids in (getattr(tokenizer, "start", []), [tokenizer.eot_token]))
+        start = np.array(getattr(tokenizer, "start", []), np.int64)
+        start, end = ((~start if answers else start).astype(dtype).tobytes(), np.array([tokenizer.eot_token], dtype).tobytes())
         with atomic(cache) as f:
             for document in documents:
                 f.write(start + document + end)
@@ -754,23 +778,36 @@ def split(tokens, block_size, data):
     return tokens[:-held_out], tokens[-held_out:]
 
 
+def starts_of(tokens, T, tokenizer, data):
+    """Where a window of T + 1 tokens may begin -> their number, or, for answers, the array of where a prompt does."""
+    if not (tokens < 0).any():
+        return len(tokens) - T
+    begins = np.concatenate([[0], np.flatnonzero(tokens == tokenizer.eot_token) + 1])
+    begins = begins[begins < len(tokens) - T]
+    if not any((tokens[b + 1:b + T + 1] >= 0).any() for b in begins):
+        fail(f"in {data} no answer begins within --block-size {T} tokens of its prompt; give a larger --block-size")
+    return begins
+
+
 def bytes_per_token(tokens, tokenizer):
-    """Mean length in bytes, which turns nats per token into bits per byte."""
+    """Mean length in bytes of the tokens that count, which turns nats per token into bits per byte."""
+    tokens = tokens[tokens >= 0]
     parts = np.array_split(tokens, len(tokens) // 10 ** 6 + 1)
     return sum(len(tokenizer.decode_bytes(part.tolist())) for part in parts) / len(tokens)
 
 
 def windows(tokens, starts, T, device):
-    """-> inputs and targets, (B, T) each: the T tokens from each start, and those one further on."""
+    """-> inputs and targets, (B, T) each: the T tokens from each start, and those one further on, below 0 where they do not count."""
     block = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
     block = block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block.to(device)
-    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+    return torch.where(block < 0, ~block, block)[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-def batch_starts(seed, step, n, batch_size):
-    """Where the windows of a step begin among n places: a function of (seed, step) alone. Rank r of W takes [r::W], so that a
-    run draws the same batches whatever it is spread over, and there is no position in the data to resume."""
-    return np.random.default_rng((seed, step)).integers(n, size=batch_size)
+def batch_starts(seed, step, places, batch_size):
+    """Where the windows of a step begin, among the first n places or those of an array: a function of (seed, step) alone. Rank r of W
+    takes [r::W], so that a run draws the same batches whatever it is spread over, and there is no position in the data to resume."""
+    drawn = np.random.default_rng((seed, step)).integers(np.size(places) if np.ndim(places) else places, size=batch_size)
+    return places[drawn] if np.ndim(places) else drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -809,8 +846,16 @@ def find_run(name=None, ours=False):
     return runs[-1].parent
 
 
-def load_checkpoint(folder):
-    """-> the dict that save_checkpoint wrote. Tensors, numbers, strings and containers are read, never code."""
+def add_adapters(state, run):
+    """The weights of a checkpoint, W + alpha / rank B A in place of each W that has an adapter."""
+    for name in [name for name in state if name.endswith(".lora_A")]:
+        A, B, W = state.pop(name), state.pop(name[:-1] + "B"), name.removesuffix("lora_A") + "weight"
+        state[W] = state[W] + run.lora_alpha / run.lora_rank * (B @ A)
+
+
+def load_checkpoint(folder, merged=True):
+    """-> the dict that save_checkpoint wrote, its adapters merged into the weights unless a run is to go on with them. Tensors, numbers,
+    strings and containers are read, never code."""
     path = folder / "ckpt.pt"
     if not path.is_file():
         return load_pretrained(folder)
@@ -827,6 +872,8 @@ def load_checkpoint(folder):
         tokenizer_from(saved["tokenizer"])
         if not isinstance(saved["model"], dict) or type(saved["step"]) is not int:
             raise ValueError("its model or its step is malformed")
+        if merged:
+            add_adapters(saved["model"], RunConfig(**saved["config"]["run"]))
         return saved
     except Exception as e:                                           # cut off, no checkpoint at all, or one that carries code
         why = e if type(e) is ValueError else "it is damaged, or holds more than tensors, numbers and strings"
@@ -1031,10 +1078,18 @@ def learning_rate(step, run):
     return run.lr * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
+def lora():
+    """The paper's file that has the adapters, looked up like any plug-in: it knows nothing of train.py, nor this file of it."""
+    return importlib.import_module("lora_rite")
+
+
 def build(cfg, run, args, source):
     """-> the GPT with the weights of `source`, and what the loop calls: the same, spread over the processes."""
     with torch.device("meta"):
         model = GPT(cfg, dtype=DTYPES[run.dtype])
+        if run.lora_rank:
+            with refusing():
+                lora().inject(model, run.lora_rank, run.lora_alpha, run.lora_targets.split(","))
     if args.compile:
         model.compile()
     if args.fsdp:
@@ -1047,7 +1102,9 @@ def build(cfg, run, args, source):
 
 
 def parameter_groups(model, weight_decay):
-    """Matrices are decayed, gains are not."""
+    """Matrices are decayed, gains are not. With adapters, these alone: one group A, B, A, B, ... of pairs."""
+    if any(name.endswith("lora_A") for name, _ in model.named_parameters()):
+        return [{**group, "weight_decay": weight_decay} for group in lora().pairs(model)]
     matrices, gains = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
 
@@ -1101,7 +1158,7 @@ def flops_per_token(model):
     return 6 * (matrices - looked_up) + 12 * sum(layer.self_attn.logits for layer in model.layers) * c.n_head * c.head_dim
 
 
-def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):
+def bench(model, net, optimizer, run, clip, device, out, warm_up=5, steps=20):
     """Time whole training steps on random tokens; -> dict of figures, printed too."""
     cfg, per_rank, times = model.cfg, run.batch_size // world(), []
     size = run.micro_batch or per_rank
@@ -1109,7 +1166,7 @@ def bench(model, net, optimizer, run, device, out, warm_up=5, steps=20):
     batches = [torch.randint(cfg.vocab_size, shape, device=device).unbind() for _ in range(per_rank // size)]
     for _ in tqdm(range(warm_up + steps), "bench", leave=False, disable=rank() > 0):
         begin = time.perf_counter()
-        loss, norm, *_ = take_step(model, net, optimizer, batches, run.clip)
+        loss, norm, *_ = take_step(model, net, optimizer, batches, clip)
         times.append(time.perf_counter() - begin)
     seconds, tokens = float(np.median(times[warm_up:])), run.batch_size * cfg.block_size
     figures = {"ms_per_step": 1e3 * seconds, "tokens_per_s": tokens / seconds, "tokens_per_step": tokens, "processes": world(),
@@ -1204,18 +1261,27 @@ def train(args, cfg, run, saved, stop):
             fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new "
                  f"run from its weights")
         train_tokens, val_tokens = split(tokens, cfg.block_size, run.data)
+        places = starts_of(train_tokens, cfg.block_size, tokenizer, run.data)
         bits_per_nat = 1 / (math.log(2) * bytes_per_token(val_tokens, tokenizer))
         say(f"data     {run.data}: {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out ({tokenizer.name})")
 
-    model, net = build(cfg, run, args, stored(saved["model"], "the checkpoint") if saved else fresh(cfg, run.seed))
+    source = stored(saved["model"], "the checkpoint") if saved else fresh(cfg, run.seed)
+    if run.lora_rank and args.fsdp:
+        fail("--lora-rank keeps each adapter whole; leave --fsdp out")
+    if run.lora_rank and not resuming:
+        weights = source
+        source = lambda name, shape: lora().start(name, shape, run.seed) if "lora_" in name else weights(name, shape)
+    clip = 0.0 if run.lora_rank else run.clip                        # clipped, a step would depend on how B A is factored
+    model, net = build(cfg, run, args, source)
     try:
         optimizer = plug(run.optim, "optimizer")(parameter_groups(model, run.weight_decay), run.lr, **run.optim_args)
     except ValueError as e:
         fail(f"--optim {run.optim}: {e}")
-    say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters: {cfg.n_layer} layers of width {cfg.n_embd}, "
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters{f', {trained:,} of them trained' if run.lora_rank else ''}: {cfg.n_layer} layers of width {cfg.n_embd}, "
         f"{cfg.n_head} heads, context {cfg.block_size}, {cfg.attn} attention, {run.optim} ({args.title})")
     if args.bench:
-        return bench(model, net, optimizer, run, device, args.out)
+        return bench(model, net, optimizer, run, clip, device, args.out)
 
     step = first = saved["step"] if resuming else 0
     last = min(run.steps, step + (args.stop_after or run.steps))
@@ -1242,7 +1308,7 @@ def train(args, cfg, run, saved, stop):
 
     def draw(step):
         """The micro-batches of a step for this process, in memory when the step begins."""
-        starts = batch_starts(run.seed, step, len(train_tokens) - cfg.block_size, run.batch_size)[rank()::world()]
+        starts = batch_starts(run.seed, step, places, run.batch_size)[rank()::world()]
         return [windows(train_tokens, starts[i:i + micro], cfg.block_size, device) for i in range(0, per_rank, micro)]
 
     def save():
@@ -1265,7 +1331,7 @@ def train(args, cfg, run, saved, stop):
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(int(np.random.SeedSequence((run.seed, step, rank())).generate_state(1)[0]))     # plug-ins may draw
-        loss, norm, signalled, batches = take_step(model, net, optimizer, batches, run.clip, stop.signal,
+        loss, norm, signalled, batches = take_step(model, net, optimizer, batches, clip, stop.signal,
                                                    meanwhile=lambda: draw(step + 1))
         stop.agreed = (stop.signal or signal.SIGTERM) if signalled else 0
         step += 1

@@ -1,0 +1,355 @@
+"""LoRA-RITE: an optimizer for low-rank adapters that does not care how Z = B A is factored (Yen, Si, Meng, Yu, Duvvuri, Dhillon,
+Hsieh and Kumar, ICLR 2025, arXiv 2410.20625).
+
+LoRA freezes a matrix W and trains Z = B A beside it, A (r, n) and B (m, r). (B R, R^-1 A) is the same Z for every invertible R, and
+yet Adam and LoRA+ step differently in Z for different R. LoRA-RITE takes the same step. With a = A^T, b = B, bases Ua, Ub
+of their columns, a = Ua Ra, b = Ub Rb, it measures the gradient of each factor in the basis of the other one, where R cancels but for
+a rotation, and preconditions it there with an r x r second moment. For a (and for b with the letters exchanged), at step t:
+
+    h = ga Rb^-1                        the unmagnified gradient, dL/dZ^T Ub
+    P = Ub^T Ub,old                     what moves the state into the new basis; what that loses may be kept as rho ("escape")
+    V = d2 P V P^T + (1 - d2) h^T h / n              d = beta (1 - beta^(t-1)) / (1 - beta^t)
+    M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1
+    a <- a - lr (M Rb^-T + weight_decay a)           both factors step from the old ones
+
+where h is first scaled by min(1, clip / |h|), the norm being that of all h of all pairs. A clip of the raw gradients from outside
+breaks the invariance; leave it off.
+
+No basis is kept and no QR taken here: all that is r x r follows from the Gram matrices of a, b, ga, gb, Ma, Mb, taken in float64.
+Rb is any root of b^T b (Cholesky's; the symmetric one, without the directions that are missing, when b is 0 or rank-deficient), and
+the old b is the new one with the last step undone. The released code keeps bases and takes QR and pinv for each pair; it skips
+steps with a large h by default, which freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and takes
+roots of slightly negative eigenvalues (here clamped).
+
+    python train.py --init DIR --lora-rank 16 --optim lora_rite --data x.jsonl       fine-tune with it
+"""
+import hashlib, json, math, os, re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA: W x + alpha / r B A x
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_adapter(linear, inputs, y):                                  # a forward hook: x (..., n), y = W x (..., m)
+    x, = inputs
+    return y + F.linear(F.linear(x, linear.lora_A.to(x.dtype)), linear.lora_B.to(x.dtype)) * linear.lora_scale
+
+
+def start(name, shape, seed=0):
+    """How the adapter `name` begins: A uniform, as PEFT's, from a generator of its own; B zero, so that Z = 0."""
+    if name.endswith("lora_B"):
+        return torch.zeros(shape)
+    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big"))
+    return (2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(shape[1])
+
+
+def inject(model, rank=16, alpha=None, targets=TARGETS, seed=0):
+    """Put adapters on every nn.Linear whose name ends with one of `targets` (regular expressions, whole parts of the name), in place,
+    and freeze all else; the layers get parameters lora_A (rank, n) and lora_B (m, rank). alpha: the adapter counts alpha / rank times
+    (default: once). -> the model. ValueError: a target that no layer has, a rank out of range, or adapters that are there already."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {target: {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)} for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if missing or not found:
+        ends = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"no linear layer is called {', '.join(missing) or 'nothing'}; there are {', '.join(ends)}")
+    chosen = {name: linear for name, linear in linears.items() if any(name in names for names in found.values())}
+    most, where = min((min(linear.weight.shape), name) for name, linear in chosen.items())
+    if not 1 <= rank <= most:
+        raise ValueError(f"the rank is {rank}; it must be from 1 to {most}, the smaller side of {where}")
+    if adapters(model):
+        raise ValueError("the model has adapters already; merge them first")
+    model.requires_grad_(False)
+    for name, linear in chosen.items():
+        for key, shape in (("lora_A", (rank, linear.in_features)), ("lora_B", (linear.out_features, rank))):
+            dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+            linear.register_parameter(key, nn.Parameter(start(f"{name}.{key}", shape, seed).to(linear.weight.device, dtype)))
+        linear.lora_scale = (rank if alpha is None else alpha) / rank
+        linear.lora_hook = linear.register_forward_hook(add_adapter)
+    return model
+
+
+def adapters(model):
+    """-> {name: layer} of the layers that carry an adapter."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def pairs(model):
+    """-> what an optimizer is given: one group A, B, A, B, ... in which neighbours are a pair."""
+    return [{"params": [p for m in adapters(model).values() for p in (m.lora_A, m.lora_B)], "pair": True}]
+
+
+@torch.no_grad()
+def merge(model):
+    """Add every adapter to the weights it stands beside, and take it away; all is left frozen. -> the model."""
+    for m in adapters(model).values():
+        m.weight.add_((m.lora_B @ m.lora_A * m.lora_scale).to(m.weight.dtype))
+        m.lora_hook.remove()
+        del m.lora_A, m.lora_B, m.lora_scale, m.lora_hook
+    return model
+
+
+def save(model, folder, prefix=""):
+    """Write the adapters alone, as PEFT does: adapter_model.safetensors and adapter_config.json in `folder`. prefix: what PEFT's model
+    has before our names, "model." for a train.GPT."""
+    from safetensors.torch import save_file
+    layers = adapters(model)
+    if not layers:
+        raise ValueError("the model has no adapters to save")
+    ranks, alphas = {m.lora_A.shape[0] for m in layers.values()}, {m.lora_A.shape[0] * m.lora_scale for m in layers.values()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": max(ranks), "lora_alpha": max(alphas), "lora_dropout": 0.0, "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True, "base_model_name_or_path": None, "target_modules": [prefix + n for n in layers]}
+    tensors = {f"base_model.model.{prefix}{n}.lora_{k}.weight": getattr(m, f"lora_{k}").detach().cpu().contiguous()
+               for n, m in layers.items() for k in "AB"}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".adapter.{os.getpid()}"
+    try:                                                             # each file is there whole or not at all
+        save_file(tensors, draft, {"format": "pt"})
+        os.replace(draft, folder / "adapter_model.safetensors")
+        draft.write_text(json.dumps(config, indent=1))
+        os.replace(draft, folder / "adapter_config.json")
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load(model, folder, prefix=""):
+    """Inject the adapters that `save` or PEFT wrote. ValueError: the folder holds none, or they do not fit the model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder, head = Path(folder), f"base_model.model.{prefix}"
+    try:
+        config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+        rank, alpha, kind = config["r"], config["lora_alpha"], config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise ValueError(f"{folder} holds no LoRA adapters that can be read ({type(e).__name__}: {e})") from None
+    special = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(k)]
+    if kind != "LORA" or special or config.get("bias", "none") != "none":
+        raise ValueError(f"{folder} holds adapters of a kind that is not implemented ({', '.join(special) or kind}); only plain LoRA is")
+    names = {key.removeprefix(head).rpartition(".lora_")[0] for key in tensors}
+    lost = next((n for n in sorted(names) if not isinstance(dict(model.named_modules()).get(n), nn.Linear)), None)
+    if lost is not None or not names:
+        raise ValueError(f"{folder} has an adapter for {lost or 'nothing'}, which is no linear layer of the model")
+    shapes = {f"{head}{n}.lora_{k}.weight": (rank, m.in_features) if k == "A" else (m.out_features, rank)
+              for n, m in model.named_modules() if n in names for k in "AB"}
+    wrong = next((key for key in sorted({*shapes, *tensors}) if key not in tensors or tuple(tensors[key].shape) != shapes.get(key)), None)
+    if wrong is not None:
+        raise ValueError(f"{folder}: the tensor {wrong} is missing, or is not {shapes.get(wrong, 'one of an adapter')}")
+    inject(model, rank, alpha, [re.escape(n) for n in names])
+    with torch.no_grad():
+        for n, m in adapters(model).items():
+            for k in "AB":
+                getattr(m, f"lora_{k}").copy_(tensors[f"{head}{n}.lora_{k}.weight"])
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+def decay(beta, t):                                                  # Adafactor's: 0 at t = 1, so no bias is left to correct
+    return beta * (1 - beta ** (t - 1)) / (1 - beta ** t)
+
+
+def reference(pairs, states, t, lr, beta1, beta2, eps, clip=0.0, weight_decay=0.0, escape=False):
+    """Step t = 1, 2, ... as the paper writes it, with bases by QR, for a list of pairs (a (n, r), b (m, r), ga, gb) -> [(a, b), ...].
+    states: for each pair two dicts, {} at first, changed in place. Slow; the tests run it in float64."""
+    d1, d2, work = decay(beta1, t), decay(beta2, t), []
+    for (a, b, ga, gb), (sa, sb) in zip(pairs, states):
+        (Ua, Ra), (Ub, Rb) = torch.linalg.qr(a), torch.linalg.qr(b)
+        Ia, Ib = torch.linalg.pinv(Ra), torch.linalg.pinv(Rb)                                # (r, r)
+        work += [(a, ga @ Ib, Ub, Ib, sa), (b, gb @ Ia, Ua, Ia, sb)]
+    norm, new = sum(h.square().sum() for _, h, *_ in work).sqrt(), []
+    for x, h, U, I, s in work:
+        h = h * min(1.0, clip / norm) if clip else h                                         # (rows, r)
+        P = U.T @ s.get("U", U)                                                              # (r, r)
+        V_old, rho = s.get("V", torch.zeros_like(P)), s.get("rho", 0.0)
+        V = P @ V_old @ P.T
+        if escape:
+            lost = (torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)).max().clamp(min=0)
+            rho = d2 * (rho + torch.minimum(lost, (V_old.trace() - V.trace()).clamp(min=0)))
+        V = d2 * V + (1 - d2) * h.T @ h / len(h)
+        w, Q = torch.linalg.eigh(V)
+        S = h @ Q @ torch.diag(1 / ((w.clamp(min=0) + rho).sqrt() + eps)) @ Q.T
+        M = d1 * s.get("M", torch.zeros_like(h)) @ P.T + (1 - d1) * S
+        s.update(U=U, V=V, M=M, rho=rho)
+        new.append(x - lr * (M @ I.T + weight_decay * x))
+    return list(zip(new[::2], new[1::2]))
+
+
+def inverse_root(K):
+    """Gram matrices K (N, r, r), float64 -> I (N, r, r) with I^T K I = 1 on the directions that are there: I = R^-1 of Cholesky's
+    K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 without the eigenvalues below 1e-12 of the largest; I = 0 for K = 0."""
+    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    R, info = torch.linalg.cholesky_ex(K, upper=True)
+    pivots = R.diagonal(dim1=-2, dim2=-1)
+    good = ((info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1)))[..., None, None]
+    w, Q = torch.linalg.eigh(K)
+    live = w > 1e-12 * w[..., -1:]
+    safe = Q * torch.where(live, torch.where(live, w, 1).rsqrt(), 0)[..., None, :]
+    return torch.where(good, torch.linalg.solve_triangular(torch.where(good, R, eye), eye, upper=True), safe)
+
+
+class Grams(NamedTuple):
+    """What a side of N pairs is reduced to, all float64."""
+    K: torch.Tensor                                                  # (N, r, r) x^T x
+    G: torch.Tensor                                                  # (N, r, r) g^T g
+    T: torch.Tensor                                                  # (N, r, r) x^T M, M the moment that made the last step
+    good: torch.Tensor                                               # (N) whether the gradient is finite; where not it counts as 0
+
+    @staticmethod
+    def of(x, g, M):                                                 # (N, rows, r) each
+        x, g, M = x.double(), g.double(), M.double()
+        good = g.isfinite().all(-1).all(-1)
+        g = torch.where(good[:, None, None], g, 0)
+        K, T = x.mT @ x, x.mT @ M
+        return Grams(torch.where(K.isfinite(), K, 0), g.mT @ g, torch.where(T.isfinite(), T, 0), good)
+
+
+class Small(NamedTuple):
+    """State of a side of N pairs beside the moment M (N, rows, r), float64."""
+    V: torch.Tensor                                                  # (N, r, r) second moment, in the basis of the other side
+    I: torch.Tensor                                                  # (N, r, r) inverse root of this side at the last step
+    rho: torch.Tensor                                                # (N) escaped mass
+    step: torch.Tensor                                               # (N) steps counted
+    lr: torch.Tensor                                                 # (N) learning rate of the last step, 0 if it held still
+    shrink: torch.Tensor                                             # (N) 1 - lr weight_decay of the last step
+
+
+def update(side, other, h2, I, I_other, small, small_other, c, rows, beta1, beta2, eps, escape, own_count):
+    """One side's r x r part of a step. side, other: Grams; h2 (N, r, r) = h^T h, 0 where it is skipped; I, I_other (N, r, r): inverse roots
+    now; small, small_other: Small of the last step; c (): scale of the gradient; rows: of this side's factor.
+    -> D, C (N, r, r), with which M becomes M D^T + g C; V, rho, step."""
+    column = lambda x: x[:, None, None]                                                      # (N) -> (N, 1, 1)
+    step = small.step + (h2.diagonal(dim1=-2, dim2=-1).sum(-1) > 0) if own_count else small.step + 1
+    t = step.clamp(min=1)
+    d1, d2 = decay(beta1, t), decay(beta2, t)                                                # (N)
+    undone = other.K + column(small_other.lr) * other.T @ small.I.mT                         # (N, r, r) x_now^T x_old, times shrink
+    P = I_other.mT @ undone @ small_other.I / column(small_other.shrink)
+    moved = P @ small.V @ P.mT
+    rho = small.rho
+    if escape:
+        eigenvalues = torch.linalg.eigvalsh(torch.stack([small.V, moved]))                   # (2, N, r), ascending
+        worst = (eigenvalues[0] - eigenvalues[1]).amax(-1).clamp(min=0)
+        rho = d2 * (rho + torch.minimum(worst, (eigenvalues[0] - eigenvalues[1]).sum(-1).clamp(min=0)))
+    V = column(d2) * moved + column(1 - d2) * c ** 2 * h2 / rows
+    w, Q = torch.linalg.eigh((V + V.mT) / 2)
+    inverse = Q * (1 / ((w.clamp(min=0) + rho[:, None]).sqrt() + eps))[:, None] @ Q.mT       # (V + rho)^1/2 + eps, inverted
+    return column(d1) * P, column(1 - d1) * c * I_other @ inverse, V, rho, step
+
+
+class LoRARITE(torch.optim.Optimizer):
+    """params: a model with adapters of `inject`, or groups {"params": [A, B, A, B, ...], "pair": True} with A (r, n), B (m, r).
+
+    eps           added to the root of the second moment of the unmagnified gradient, a mean over rows
+    clip          largest norm of the unmagnified gradients of all pairs; 0: never. Clip nothing outside: it would break the invariance
+    skip          a factor's gradient counts as 0 where the RMS of its unmagnified gradient is larger; 0: never (1 in the released code)
+    weight_decay  decoupled, x -= lr weight_decay x
+    escape        add what the second moment loses between bases to all its directions
+    own_count     count a factor's steps from its first gradient that is not 0 (after B = 0, A's is 0); else all steps, as released
+
+    State: a moment like the parameter in at least float32, and r x r matrices in float64. Nothing waits for the device, but torch's own
+    eigensolver does on CUDA. A factor without gradient holds still; one whose gradient is not finite does, too, for that step.
+    state[A or B]["skipped"] counts both the latter and what `skip` left out.
+    ValueError: an option out of range, a parameter without its partner, a device without float64."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, skip=0.0, weight_decay=0.0, escape=False, own_count=False):
+        super().__init__(pairs(params) if isinstance(params, nn.Module) else params,
+                         dict(lr=lr, betas=betas, eps=eps, clip=clip, skip=skip, weight_decay=weight_decay, escape=escape,
+                              own_count=own_count, pair=False))
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        g = self.param_groups[-1]
+        for name, good, want in (("betas", all(0 <= beta < 1 for beta in g["betas"]), "two numbers from 0 to below 1"),
+                                 ("eps", 0 < g["eps"] < math.inf, "above 0"),
+                                 *((n, 0 <= g[n] < math.inf, "at least 0") for n in ("lr", "clip", "skip", "weight_decay"))):
+            if not good:
+                raise ValueError(f"{name} is {g[name]}; it must be {want}")
+        if not g["pair"] or len(g["params"]) % 2:
+            raise ValueError("LoRA-RITE trains adapters in pairs A, B and nothing else; give it a model with adapters (--lora-rank)")
+        for A, B in zip(g["params"][::2], g["params"][1::2]):
+            if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+                raise ValueError(f"{tuple(A.shape)} and {tuple(B.shape)} are no pair; what is needed is A (r, n), B (m, r)")
+            if A.device.type == "mps":
+                raise ValueError("LoRA-RITE needs float64 for its r x r matrices, which mps does not have; use the CPU")
+
+    def small(self, p, rank):
+        """-> the state of p, made when it is first seen."""
+        state = self.state[p]
+        if not state:
+            number = lambda x: torch.full((), x, dtype=torch.float64, device=p.device)
+            square = lambda: torch.zeros(rank, rank, dtype=torch.float64, device=p.device)
+            state.update(m=torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format),
+                         V=square(), I=square(), rho=number(0.0), step=number(0.0), lr=number(0.0), shrink=number(1.0), skipped=number(0.0))
+        return state
+
+    def batches(self):
+        """-> [(group, [A, ...], [B, ...]), ...]: the pairs with gradients, those of equal shape together."""
+        found = {}
+        for n, group in enumerate(self.param_groups):
+            for A, B in zip(group["params"][::2], group["params"][1::2]):
+                if A.grad is not None or B.grad is not None:
+                    found.setdefault((n, A.shape, B.shape, A.dtype, B.dtype, A.device), (group, [], []))
+                    for p, kept in zip((A, B), found[n, A.shape, B.shape, A.dtype, B.dtype, A.device][1:]):
+                        kept.append(p)
+        return list(found.values())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
+        work, total = [], 0.0
+        for group, *sides in self.batches():
+            states = [[self.small(p, sides[0][0].shape[0]) for p in side] for side in sides]
+            wide = [states[k][0]["m"].dtype for k in (0, 1)]
+            tall = lambda tensors, k: torch.stack([t.mT if k == 0 else t for t in tensors]).to(wide[k])              # (N, rows, r)
+            x, M = ([tall(tensors, k) for k, tensors in enumerate(both)] for both in (sides, [[s["m"] for s in side] for side in states]))
+            g = [tall([torch.zeros_like(p) if p.grad is None else p.grad for p in side], k) for k, side in enumerate(sides)]
+            grams = [Grams.of(*three) for three in zip(x, g, M)]
+            small = [Small(*(torch.stack([s[name] for s in side]) for name in Small._fields)) for side in states]
+            I, h2, skipped = [inverse_root(side.K) for side in grams], [], []
+            for k in (0, 1):
+                h2.append(I[1 - k].mT @ grams[k].G @ I[1 - k])                               # (N, r, r)
+                trace = h2[k].diagonal(dim1=-2, dim2=-1).sum(-1)                             # (N) |h|^2
+                limit = group["skip"] ** 2 * x[k].shape[1] * x[k].shape[2] if group["skip"] else math.inf
+                skipped.append(~(grams[k].good & (trace <= limit)))
+                h2[k] = torch.where(skipped[k][:, None, None], 0, h2[k])
+                total = total + h2[k].diagonal(dim1=-2, dim2=-1).sum()
+            work.append((group, sides, states, x, g, M, grams, small, I, h2, skipped))
+        for group, sides, states, x, g, M, grams, small, I, h2, skipped in work:
+            norm = total.to(x[0].device).sqrt()
+            c = torch.where(norm > group["clip"], group["clip"] / norm, 1.0) if group["clip"] else torch.ones_like(norm)
+            options = dict(eps=group["eps"], escape=group["escape"], own_count=group["own_count"])
+            for k in (0, 1):
+                D, C, V, rho, step = update(grams[k], grams[1 - k], h2[k], I[k], I[1 - k], small[k], small[1 - k], c, x[k].shape[1],
+                                            *group["betas"], **options)
+                still = torch.tensor([p.grad is None for p in sides[k]]).to(x[k].device, non_blocking=True) | ~grams[k].good
+                lr = torch.where(still, 0.0, torch.as_tensor(group["lr"], dtype=torch.float64, device=x[k].device))           # (N)
+                shrink, kind = 1 - lr * group["weight_decay"], x[k].dtype
+                gradient = torch.where(skipped[k][:, None, None], 0, g[k])
+                m = M[k] @ D.mT.to(kind) + gradient @ C.to(kind)                             # (N, rows, r)
+                new = shrink[:, None, None].to(kind) * x[k] - m @ (lr[:, None, None] * I[1 - k].mT).to(kind)
+                kept = dict(m=m.mT if k == 0 else m, V=V, I=I[k], rho=rho, step=step, lr=lr, shrink=shrink,
+                            skipped=torch.stack([s["skipped"] for s in states[k]]) + skipped[k])
+                for name, values in kept.items():
+                    torch._foreach_copy_([s[name] for s in states[k]], list(values.unbind()))
+                torch._foreach_copy_(sides[k], list((new.mT if k == 0 else new).unbind()))
+        return loss
+
+    def load_state_dict(self, state_dict):
+        """As any optimizer's, but each tensor keeps the dtype it was saved in: torch would cast it to the parameter's."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
+            if i in state_dict["state"]:
+                self.state[p] = {k: v.detach().clone().to(p.device) for k, v in state_dict["state"][i].items()}
+
+
+def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, rite_clip=1.0, skip=0.0, escape=False, own_count=False):
+    return LoRARITE(groups, lr, (beta1, beta2), eps, clip=rite_clip, skip=skip, escape=escape, own_count=own_count)
