@@ -287,10 +287,10 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from kernels import laser, simplicial, sonew, train
+from kernels import laser, simplicial, sonew, train, ttt_context
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
 JOBS = [(job, arch) for job in laser.AOT + sonew.AOT + train.AOT for arch in LIMIT]
-JOBS += [(job, arch) for *job, arches in simplicial.AOT for arch in arches]
+JOBS += [(job, arch) for *job, arches in simplicial.AOT + ttt_context.AOT for arch in arches]
 
 def build(n):
     (kernel, types, consts, by16, *how), arch = JOBS[n]
@@ -1584,6 +1584,110 @@ def test_ttt_context_refuses_attention_that_forgets():
     model = train.GPT(train.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_head=2, attn="simplicial"))
     with pytest.raises(ValueError, match="every position"):
         ttt_context.prefill(model, torch.arange(20), 0)
+
+
+def check_span_kernel(S, H, Hkv, n, T, D, start, dtype, cfg=None, seed=0):
+    """Forward and dQ against the definition in float64, from views of a longer cache whose keys behind the last span are NaN."""
+    pytest.importorskip("triton")
+    from kernels import ttt_context as kernel
+    draw = torch.Generator().manual_seed(seed)
+    q, do, start = *(torch.randn(2, S, n, H, D, generator=draw).to(dtype).to(DEVICE).transpose(2, 3)), torch.tensor(start)
+    k, v = torch.randn(2, Hkv, T + 9, D, generator=draw).to(dtype).to(DEVICE)[:, :, :T]
+    truth, eager = ({"o": o.detach(), "dq": torch.autograd.grad(o, x, y)[0]} for x, y, o in (
+        (x, do.to(x.dtype), ttt_context.reference(x, k.to(x.dtype), v.to(x.dtype), start))
+        for x in (q.double().requires_grad_(), q.detach().requires_grad_())))
+    k[:, int(start.max()) + n:], v[:, int(start.max()) + n:] = math.nan, math.nan
+    q, do, runs = q.contiguous(), do.contiguous(), []
+    torch.use_deterministic_algorithms(True)                         # new tensors hold NaN until they are written
+    try:
+        for _ in range(2):
+            o, lse = kernel.forward(q, k, v, start, cfg)
+            runs.append({"o": o, "dq": kernel.backward(do, q, k, v, start, o, lse, cfg)})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(*runs), "two runs are equal"
+    for name in truth:
+        assert runs[0][name].dtype == dtype
+        close(f"{name}, seed {seed}", runs[0][name], eager[name], truth[name])
+
+
+SPAN_CASES = [(1, 1, 1, 1, 1, 32, [0]), (1, 4, 1, 1, 127, 32, [126]), (1, 4, 4, 33, 127, 64, [94]), (2, 8, 1, 5, 40, 32, [0, 35]),
+              (3, 6, 2, 33, 100, 16, [67, 0, 20]), (1, 2, 1, 128, 300, 128, [150]), (1, 3, 1, 17, 17, 16, [0])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SPAN_CASES, ids=str)
+def test_ttt_kernel(case, dtype):
+    check_span_kernel(*case, dtype)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ttt_kernel_on_random_shapes(seed):
+    draw = random.Random(seed)
+    S, g, Hkv, n = draw.randint(1, 3), draw.randint(1, 8), draw.choice([1, 2]), draw.randint(1, 20)
+    T = n + draw.randint(0, 90)
+    check_span_kernel(S, g * Hkv, Hkv, n, T, draw.choice([16, 32]), [draw.randint(0, T - n) for _ in range(S)],
+                      draw.choice([torch.float32, torch.float16]), (16, 16, 4, 1), seed)
+
+
+def test_ttt_kernel_pieces_agree(monkeypatch):
+    """However many programs share the keys, the sum is the same; as public function, differentiable in q alone."""
+    kernel = pytest.importorskip("kernels.ttt_context", exc_type=ModuleNotFoundError)
+    q, k, v = (torch.randn(s, device=DEVICE) for s in ((1, 4, 20, 16), (2, 500, 16), (2, 500, 16)))
+    q.requires_grad_()
+    start, counts, original = torch.tensor([470]), set(), kernel.launch
+    def spy(*args):
+        written = original(*args)
+        counts.add(len(written[0]))
+        return written
+    monkeypatch.setattr(kernel, "launch", spy)
+    truth = ttt_context.reference(q, k, v, start)
+    for block in (16, 64, 128, 256):
+        o, lse = kernel.forward(q.detach(), k, v, start, (16, block, 4, 1))
+        assert torch.allclose(o, truth, atol=1e-5)
+    o = kernel.span_attention(q, k.requires_grad_(), v, start)
+    o.square().sum().backward()
+    assert torch.allclose(q.grad, torch.autograd.grad(truth.square().sum(), q)[0], atol=1e-4) and k.grad is None
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernel, "PROCESSORS", 64)
+        assert torch.allclose(kernel.forward(q.detach(), k.detach(), v, start, (16, 16, 4, 1))[0], truth, atol=1e-5)
+        assert max(counts) >= 8, counts
+    for bad in (torch.tensor([481]), torch.tensor([-1]), torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="begin at"):
+            kernel.span_attention(q, k, v, bad)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernel.span_attention(q, k.half(), v, start)
+
+
+def test_ttt_kernel_beyond_2_to_the_31():
+    pytest.importorskip("triton")
+    from kernels.ttt_context import forward
+    memory = torch.empty(2 ** 31 + 2048, dtype=torch.float16, device=DEVICE)
+    k = memory.as_strided((2, 40, 16), (2 ** 31, 16, 1))             # reserves 4 GiB, touches a page of each head
+    k.copy_(torch.randn(2, 40, 16))
+    q, start = torch.randn(1, 2, 3, 16, device=DEVICE).half(), torch.tensor([30])
+    assert torch.allclose(forward(q, k, k, start, (16, 16, 4, 1))[0].float(), ttt_context.reference(q.float(), k.float(), k.float(), start), atol=1e-2)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*SPAN_CASES, (1, 32, 8, 128, 4101, 128, [3973]), (4, 8, 2, 100, 5000, 64, [0, 4900, 17, 2500])], ids=str)
+def test_ttt_kernel_on_the_gpu(case, dtype):
+    check_span_kernel(*case, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("shape", TTT_SHAPES[:2], ids=str)
+def test_ttt_gradient_on_the_gpu_is_that_of_the_cpu(shape):
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = small_gpt(n_embd=64, **shape).to(device)
+        ids = torch.randint(64, (60,), generator=torch.Generator().manual_seed(3)).to(device)
+        kv = ttt_context.frozen(ttt_context.prefill(model, ids, 0), 60)
+        with ttt_context.queries(model) as weights:
+            loss = ttt_context.span_loss(model, kv, ids, torch.tensor([0, 31]), 20)
+            gradients.append([g.cpu() for g in torch.autograd.grad(loss, weights)])
+    assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4 * b.abs().max().item()) for a, b in zip(*gradients))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import hashlib, itertools, math, sys, time
+import functools, hashlib, itertools, math, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,14 @@ import torch
 from tqdm import tqdm
 
 import train
-from train import DTYPES, Cache, Interrupt, LinearCrossEntropy, atomic, beginning, fail, rotary, rotate
+from train import DTYPES, Cache, Interrupt, LinearCrossEntropy, atomic, beginning, fail, rotary, rotate, softmax_attention
+
+try:
+    from kernels import ttt_context as kernel
+except ModuleNotFoundError as e:
+    if e.name != "triton":
+        raise
+    kernel = None
 
 
 def reference(q, k, v, start):
@@ -46,9 +53,18 @@ def reference(q, k, v, start):
     return (q @ k.transpose(1, 2) * q.shape[3] ** -0.5).masked_fill(unseen, -torch.inf).softmax(-1) @ v
 
 
+@functools.cache
+def degrade(reason):
+    print(f"spans take PyTorch's slower way: {reason}", file=sys.stderr)
+
+
 def attend(attention, q, k, v, start):
-    """As `reference`, with any attention function whose queries are the last of its keys: one call a span, over
-    a view of the keys up to its end."""
+    """As `reference`, with any attention function whose queries are the last of its keys: the Triton kernel for softmax on a GPU,
+    else one call a span, over a view of the keys up to its end."""
+    if q.is_cuda and getattr(attention, "func", attention) is softmax_attention and q.dtype != torch.float64:
+        if kernel and q.shape[3] in kernel.WIDTHS:
+            return kernel.span_attention(q, k, v, start)
+        degrade(f"the kernel has no heads of width {q.shape[3]}" if kernel else "there is no Triton here (pip install triton)")
     n = q.shape[2]
     return torch.cat([attention(q[s:s + 1], k[None, :, :t + n], v[None, :, :t + n]) for s, t in enumerate(start.tolist())])
 
