@@ -21,6 +21,7 @@ import sample
 import simplicial
 import sonew
 import train
+import ttt_context
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"              # where kernels run, for real or interpreted
@@ -287,10 +288,10 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from kernels import laser, simplicial, sonew, train
+from kernels import laser, simplicial, sonew, train, ttt_context
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
 JOBS = [(job, arch) for job in laser.AOT + sonew.AOT + train.AOT for arch in LIMIT]
-JOBS += [(job, arch) for *job, arches in simplicial.AOT for arch in arches]
+JOBS += [(job, arch) for *job, arches in simplicial.AOT + ttt_context.AOT for arch in arches]
 
 def build(n):
     (kernel, types, consts, by16, *how), arch = JOBS[n]
@@ -1759,6 +1760,302 @@ def test_simplicial_trains(tiny, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Query-only test-time training
+
+def long_read(dtype=torch.float64, T=60, room=8, **shape):
+    """-> a GPT, T token ids, its Cache of them and the frozen keys and values."""
+    model, ids = small_gpt(dtype, **shape).requires_grad_(False), torch.randint(64, (T,), generator=torch.Generator().manual_seed(3))
+    cache = ttt_context.prefill(model, ids, room)
+    return model, ids, cache, ttt_context.frozen(cache, T)
+
+
+def dense_loss(model, kv, ids, start, n):
+    """The same by a forward over the whole text, every attention given the keys and values kv, detached."""
+    old = [layer.self_attn.attention for layer in model.layers]
+    for layer, (k, v) in zip(model.layers, kv):
+        layer.self_attn.attention = lambda q, *_, k=k, v=v: train.softmax_attention(q, k[None].detach(), v[None].detach())
+    logits = model(ids[None])[0]                                     # (T, V)
+    for layer, attention in zip(model.layers, old):
+        layer.self_attn.attention = attention
+    rows = (start[:, None] + torch.arange(n)).flatten()
+    return F.cross_entropy(logits[rows], ids[rows + 1])
+
+
+TTT_SHAPES = [{}, dict(n_kv_head=2, qk_norm=True, tied=False), dict(n_kv_head=1, qkv_bias=True, n_layer=3)]
+
+
+@pytest.mark.parametrize("S,n,start", [(1, 1, [0]), (1, 7, [52]), (3, 5, [0, 54, 21]), (2, 59, [0, 0])], ids=str)
+@pytest.mark.parametrize("shape", TTT_SHAPES, ids=str)
+def test_ttt_loss_and_gradient_are_those_of_a_dense_forward(shape, S, n, start):
+    model, ids, _, kv = long_read(**shape)
+    start = torch.tensor(start)
+    logits = model(ids[None])[0]
+    at = (start[:, None] + torch.arange(n)).flatten()
+    assert abs(ttt_context.span_loss(model, kv, ids, start, n) - F.cross_entropy(logits[at], ids[at + 1])) < 1e-10, "before any step"
+    with ttt_context.queries(model) as weights:
+        for step in range(2):                                        # as it was read, and after W_Q has moved
+            ours, truth = (torch.autograd.grad(f(model, kv, ids, start, n), weights) for f in (ttt_context.span_loss, dense_loss))
+            for a, b in zip(ours, truth):
+                assert (a - b).abs().max() < 1e-10
+            assert n == 1 or all(a.abs().max() > 1e-6 for a in ours)                         # a single key leaves the query no choice
+            with torch.no_grad():
+                for w in weights:
+                    w.add_(torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(w), alpha=0.1)
+
+
+@pytest.mark.parametrize("g", [1, 4])
+def test_ttt_spans_see_the_keys_up_to_their_own_position(g):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(s, generator=draw, dtype=torch.float64) for s in ((3, 4, 5, 8), (4 // g, 20, 8), (4 // g, 20, 8)))
+    start = torch.tensor([0, 15, 6])
+    o = ttt_context.attend(train.softmax_attention, q, k, v, start)
+    assert torch.allclose(o, ttt_context.reference(q, k, v, start), atol=1e-12)
+    for s, h, r in ((0, 0, 0), (1, 3, 4), (2, 2, 1)):
+        seen = start[s] + r + 1
+        p = (k[h // g, :seen] @ q[s, h, r] / 8 ** 0.5).softmax(0)
+        assert torch.allclose(o[s, h, r], p @ v[h // g, :seen], atol=1e-12)
+    k[:, 9], v[:, 9] = 50, math.inf                                  # row 3 of the last span is the first to see position 9
+    changed = ttt_context.attend(train.softmax_attention, q, k, v, start)
+    assert torch.equal(changed[0], o[0]), "what lies behind the end of a span"
+    k[:, 9], v[:, 9] = 50, 50
+    changed = ttt_context.attend(train.softmax_attention, q, k, v, start)
+    assert torch.equal(changed[2, :, :3], o[2, :, :3]) and not torch.allclose(changed[2, :, 3], o[2, :, 3])
+
+
+def test_ttt_trains_the_queries_alone_and_gives_the_model_back():
+    model, ids, cache, kv = long_read(torch.float32, n_kv_head=2, qkv_bias=True)
+    model.requires_grad_(True)
+    names = [f"layers.{n}.self_attn.q_proj.weight" for n in range(2)]
+    before, kept = {k: t.clone() for k, t in model.state_dict().items()}, [t.clone() for pair in kv for t in pair]
+    places, plain, logits = [p.data_ptr() for p in model.parameters()], list(ttt_context.answer(model, cache, 60, [1, 2], 6)), model(ids[None])
+    held = ttt_context.held_out(60, 8)
+    start, runs = ttt_context.may_begin(60, 8, held), []
+    assert len(held) == 1 and len(start) and all(abs(t - h) >= 8 for t in start.tolist() for h in held.tolist())
+    for seed in (1, 1, 2):
+        with ttt_context.queries(model) as weights:
+            losses = list(ttt_context.adapt(model, weights, kv, ids, start, 5, 8, 2, 1e-2, seed))
+            changed = [k for k, t in model.state_dict().items() if not torch.equal(t, before[k])]
+            assert changed == names and len(losses) == 5 and all(p.grad is None for k, p in model.named_parameters() if k not in names)
+            runs.append((losses, [w.detach().clone() for w in weights], list(ttt_context.answer(model, cache, 60, [1, 2], 6))))
+        assert same(model.state_dict(), before) and [p.data_ptr() for p in model.parameters()] == places
+        assert all(p.requires_grad and p.grad is None for p in model.parameters()) and torch.equal(model(ids[None]), logits)
+        assert all(map(torch.equal, kept, [t for pair in kv for t in pair])), "the cache"
+        assert list(ttt_context.answer(model, cache, 60, [1, 2], 6)) == plain
+    assert same(runs[0], runs[1]) and runs[0][0] != runs[2][0]
+    with pytest.raises(KeyError), ttt_context.queries(model) as weights:
+        weights[0].data.zero_()
+        raise KeyError
+    assert same(model.state_dict(), before)
+
+
+def test_ttt_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():
+    model, ids, cache, kv = long_read(T=40)
+    asked, text = [7, 9, 3], ids.tolist() + [7, 9, 3]
+    for _ in range(6):
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    assert list(ttt_context.answer(model, cache, 40, asked, 6)) == text[43:]
+    with ttt_context.queries(model) as weights:
+        losses = list(ttt_context.adapt(model, weights, kv, ids, torch.arange(32), 3, 8, lr=0.0))
+        assert list(ttt_context.answer(model, cache, 40, asked, 6)) == text[43:] and len(losses) == 3
+
+
+def test_ttt_keeps_bfloat16_queries_in_float32():
+    model, ids, _, _ = long_read(torch.float32)
+    model = model.to(torch.bfloat16)
+    model.dtype = torch.bfloat16
+    cache, before = ttt_context.prefill(model, ids, 0), model.layers[0].self_attn.q_proj.weight.clone()
+    with ttt_context.queries(model) as weights:
+        list(ttt_context.adapt(model, weights, ttt_context.frozen(cache, 60), ids, torch.arange(50), 2, 9, lr=1e-6))
+        assert weights[0].dtype == torch.float32 and 0 < (weights[0] - before.float()).abs().max() < 1e-4
+    assert torch.equal(model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_ttt_theory():
+    draw = torch.Generator().manual_seed(0)
+    for T in (10, 100, 1000):
+        k, q, at = torch.randn(T, 16, dtype=torch.float64, generator=draw), torch.zeros(16, dtype=torch.float64, requires_grad=True), 3
+        margin = lambda q: ((k @ q / 4)[at] - torch.cat([k[:at], k[at + 1:]]).matmul(q / 4).logsumexp(0)).item()
+        loss = -(k @ q / 4).log_softmax(0)[at]
+        grad, = torch.autograd.grad(loss, q)
+        p = (k @ q.detach() / 4).softmax(0)
+        assert torch.allclose(grad, (p @ k - k[at]) / 4, atol=1e-12), "dl/dq = (mu - k*) / sqrt(D)"
+        assert margin(q.detach() - 0.1 * grad) > margin(q.detach())
+        e = 0.1                                                      # equal distractors: the bound on the margin is tight
+        z = torch.zeros(T, dtype=torch.float64)
+        z[at] = math.log((T - 1) * (1 - e) / e)
+        assert abs(z.softmax(0)[at] - (1 - e)) < 1e-12
+        z = torch.randn(T, dtype=torch.float64, generator=draw)
+        assert z.softmax(0)[at] <= 1 / (1 + (z >= z[at] - 1).sum().sub(1) * math.exp(-1)) + 1e-12, "dilution"
+
+
+@pytest.mark.parametrize("shape", TTT_SHAPES[:2], ids=str)
+def test_ttt_flops_are_those_pytorch_counts(shape, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+    model, ids, _, kv = long_read(torch.float32, T=40, **shape)
+    def dense(attention, q, k, v, start):                            # S, PV; P and S of the backward pass: dP, dQ. 8, a flash one 10
+        return ttt_context.reference(q, k, v, start)
+    monkeypatch.setattr(ttt_context, "attend", dense)
+    c, n = model.cfg, 9
+    keys, look = n * 40, c.n_layer * c.n_head * c.head_dim
+    with ttt_context.queries(model), FlopCounterMode(display=False) as counter:
+        ttt_context.span_loss(model, kv, ids, torch.tensor([20]), n).backward()
+    assert counter.get_total_flops() == ttt_context.flops_of_spans(model, n, keys) - 2 * look * keys
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids[None, :1])
+    assert abs(counter.get_total_flops() - ttt_context.flops_of_tokens(model, 0, 1)) <= 4 * look      # torch may not count attention
+    for flops in (0, 1e6, 1e8):
+        many = [ttt_context.thinking_tokens(model, T, flops) for T in (10, 1000, 10 ** 6)]
+        assert sorted(many, reverse=True) == many and all(
+            ttt_context.flops_of_tokens(model, T, m) <= flops < ttt_context.flops_of_tokens(model, T, m + 1)
+            for T, m in zip((10, 1000, 10 ** 6), many))
+
+
+def test_ttt_context_command(tiny, hf, capsys, monkeypatch):
+    flags = "--steps 3 --span 16 --max-tokens 5 --device cpu".split()
+    monkeypatch.setitem(train.PRESETS, "tiny", {**train.PRESETS["tiny"], "n_layer": 1, "n_embd": 32, "n_head": 2, "steps": 2})
+    result = ttt_context.main(["--prompt", "text.txt", *flags, "--save-queries", "w.pt", "--batch-spans", "2"])
+    words = capsys.readouterr()
+    assert "trained first" in words.err and "times the 128 tokens" in words.err and "held-out spans" in words.out
+    assert result["held_out_spans"] == 8 and result["held_out_before"] != result["held_out_after"] and result["moved"] > 0
+    saved = torch.load("w.pt", weights_only=True)
+    assert list(saved) == ["layers.0.self_attn.q_proj.weight"] and saved.popitem()[1].shape == (32, 32)
+    again = ttt_context.main(["--prompt", "text.txt", *flags, "--batch-spans", "2"])
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {k: v for k, v in result.items() if "seconds" not in k}
+    still = ttt_context.main(["--prompt", "text.txt", *flags, "--lr", "0", "--question", "Who boils?"])
+    assert still["plain"] == still["adapted"] and still["moved"] == 0 and still["held_out_before"] == still["held_out_after"]
+    assert "trained first" not in capsys.readouterr().err
+    Path("short.txt").write_text("seven wizards boil éclairs")
+    assert ttt_context.main(["--prompt", "short.txt", *flags])["held_out_spans"] == 0
+    chat = ttt_context.main(["--prompt", "text.txt", *flags, "--question", "Who?", "--init", str(hf(n_kv_head=2, qk_norm=True))])
+    assert chat["lr"] == 1e-5 and chat["context"] > 100
+
+
+def test_ttt_context_refuses(tiny, capsys, monkeypatch):
+    train.main([*tiny, "--out", "out/a", "--steps", "1"])
+    Path("empty.txt").write_text("")
+    Path("binary").write_bytes(b"\xff\x00\x01")
+    Path("short.txt").write_text("boil éclairs")
+    for flags, parts in (("--prompt none.txt", ("none.txt", "No such file")), ("--prompt empty.txt", ("empty.txt is empty",)),
+                         ("--prompt binary", ("no text", "UTF-8")), ("--prompt .", ("cannot read",)),
+                         ("--prompt short.txt", ("short.txt has 13 tokens", "128")), ("--prompt text.txt --span 0", ("--span is 0",)),
+                         ("--prompt text.txt --lr nan", ("--lr is nan",)), ("--prompt text.txt --init nowhere", ("nowhere holds no run",)),
+                         ("", ("--prompt",)), ("--prompt text.txt --batch-spans 0", ("--batch-spans",))):
+        refused(capsys, [*flags.split(), "--device", "cpu"], *parts, script=ttt_context)
+    monkeypatch.setattr(ttt_context, "free_memory", lambda device: 2 ** 20)
+    refused(capsys, ["--prompt", "text.txt", "--device", "cpu"], "tokens", "are free", "shorter", script=ttt_context)
+
+
+def test_ttt_context_refuses_attention_that_forgets():
+    model = train.GPT(train.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_head=2, attn="simplicial"))
+    with pytest.raises(ValueError, match="every position"):
+        ttt_context.prefill(model, torch.arange(20), 0)
+
+
+def check_span_kernel(S, H, Hkv, n, T, D, start, dtype, cfg=None, seed=0):
+    """Forward and dQ against the definition in float64, from views of a longer cache whose keys behind the last span are NaN."""
+    pytest.importorskip("triton")
+    from kernels import ttt_context as kernel
+    draw = torch.Generator().manual_seed(seed)
+    q, do, start = *(torch.randn(2, S, n, H, D, generator=draw).to(dtype).to(DEVICE).transpose(2, 3)), torch.tensor(start)
+    k, v = torch.randn(2, Hkv, T + 9, D, generator=draw).to(dtype).to(DEVICE)[:, :, :T]
+    truth, eager = ({"o": o.detach(), "dq": torch.autograd.grad(o, x, y)[0]} for x, y, o in (
+        (x, do.to(x.dtype), ttt_context.reference(x, k.to(x.dtype), v.to(x.dtype), start))
+        for x in (q.double().requires_grad_(), q.detach().requires_grad_())))
+    k[:, int(start.max()) + n:], v[:, int(start.max()) + n:] = math.nan, math.nan
+    q, do, runs = q.contiguous(), do.contiguous(), []
+    torch.use_deterministic_algorithms(True)                         # new tensors hold NaN until they are written
+    try:
+        for _ in range(2):
+            o, lse = kernel.forward(q, k, v, start, cfg)
+            runs.append({"o": o, "dq": kernel.backward(do, q, k, v, start, o, lse, cfg)})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(*runs), "two runs are equal"
+    for name in truth:
+        assert runs[0][name].dtype == dtype
+        close(f"{name}, seed {seed}", runs[0][name], eager[name], truth[name])
+
+
+SPAN_CASES = [(1, 1, 1, 1, 1, 32, [0]), (1, 4, 1, 1, 127, 32, [126]), (1, 4, 4, 33, 127, 64, [94]), (2, 8, 1, 5, 40, 32, [0, 35]),
+              (3, 6, 2, 33, 100, 16, [67, 0, 20]), (1, 2, 1, 128, 300, 128, [150]), (1, 3, 1, 17, 17, 16, [0])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SPAN_CASES, ids=str)
+def test_ttt_kernel(case, dtype):
+    check_span_kernel(*case, dtype)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ttt_kernel_on_random_shapes(seed):
+    draw = random.Random(seed)
+    S, g, Hkv, n = draw.randint(1, 3), draw.randint(1, 8), draw.choice([1, 2]), draw.randint(1, 20)
+    T = n + draw.randint(0, 90)
+    check_span_kernel(S, g * Hkv, Hkv, n, T, draw.choice([16, 32]), [draw.randint(0, T - n) for _ in range(S)],
+                      draw.choice([torch.float32, torch.float16]), (16, 16, 4, 1), seed)
+
+
+def test_ttt_kernel_pieces_agree(monkeypatch):
+    """However many programs share the keys, the sum is the same; as public function, differentiable in q alone."""
+    kernel = pytest.importorskip("kernels.ttt_context", exc_type=ModuleNotFoundError)
+    q, k, v = (torch.randn(s, device=DEVICE) for s in ((1, 4, 20, 16), (2, 500, 16), (2, 500, 16)))
+    q.requires_grad_()
+    start, counts, original = torch.tensor([470]), set(), kernel.launch
+    def spy(*args):
+        written = original(*args)
+        counts.add(len(written[0]))
+        return written
+    monkeypatch.setattr(kernel, "launch", spy)
+    truth = ttt_context.reference(q, k, v, start)
+    for block in (16, 64, 128, 256):
+        o, lse = kernel.forward(q.detach(), k, v, start, (16, block, 4, 1))
+        assert torch.allclose(o, truth, atol=1e-5)
+    o = kernel.span_attention(q, k.requires_grad_(), v, start)
+    o.square().sum().backward()
+    assert torch.allclose(q.grad, torch.autograd.grad(truth.square().sum(), q)[0], atol=1e-4) and k.grad is None
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernel, "PROCESSORS", 64)
+        assert torch.allclose(kernel.forward(q.detach(), k.detach(), v, start, (16, 16, 4, 1))[0], truth, atol=1e-5)
+        assert max(counts) >= 8, counts
+    for bad in (torch.tensor([481]), torch.tensor([-1]), torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="begin at"):
+            kernel.span_attention(q, k, v, bad)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernel.span_attention(q, k.half(), v, start)
+
+
+def test_ttt_kernel_beyond_2_to_the_31():
+    pytest.importorskip("triton")
+    from kernels.ttt_context import forward
+    memory = torch.empty(2 ** 31 + 2048, dtype=torch.float16, device=DEVICE)
+    k = memory.as_strided((2, 40, 16), (2 ** 31, 16, 1))             # reserves 4 GiB, touches a page of each head
+    k.copy_(torch.randn(2, 40, 16))
+    q, start = torch.randn(1, 2, 3, 16, device=DEVICE).half(), torch.tensor([30])
+    assert torch.allclose(forward(q, k, k, start, (16, 16, 4, 1))[0].float(), ttt_context.reference(q.float(), k.float(), k.float(), start), atol=1e-2)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*SPAN_CASES, (1, 32, 8, 128, 4101, 128, [3973]), (4, 8, 2, 100, 5000, 64, [0, 4900, 17, 2500])], ids=str)
+def test_ttt_kernel_on_the_gpu(case, dtype):
+    check_span_kernel(*case, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("shape", TTT_SHAPES[:2], ids=str)
+def test_ttt_gradient_on_the_gpu_is_that_of_the_cpu(shape):
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = small_gpt(n_embd=64, **shape).to(device)
+        ids = torch.randint(64, (60,), generator=torch.Generator().manual_seed(3)).to(device)
+        kv = ttt_context.frozen(ttt_context.prefill(model, ids, 0), 60)
+        with ttt_context.queries(model) as weights:
+            loss = ttt_context.span_loss(model, kv, ids, torch.tensor([0, 31]), 20)
+            gradients.append([g.cpu() for g in torch.autograd.grad(loss, weights)])
+    assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4 * b.abs().max().item()) for a, b in zip(*gradients))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data and tokenizers
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -2706,6 +3003,8 @@ def test_readme_commands_work(tiny, hf, monkeypatch):
         elif words[:2] == ["python", "sample.py"]:
             model = ["--model", "tiny", "--prompt-tokens", "5"] if "--bench" in words else []
             sample.main([*words[2:], *model, "--max-tokens", "3", "--device", "cpu"])
+        elif words[:2] == ["python", "ttt_context.py"]:
+            ttt_context.main([*words[2:], *"--max-tokens 3 --steps 2 --span 16 --device cpu".split()])
         elif words[0] == "torchrun":
             torchrun(*words[words.index("train.py") + 1:], *cut, "--data", "text.txt")
         else:

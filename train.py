@@ -500,14 +500,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         part = x.is_cuda and cross_entropy_kernel() or cross_entropy
         w, kept = weight.to(x.dtype), targets >= 0
         scale = kept / kept.sum().clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))                # (N)
-        dx, dw = (torch.zeros_like(t) if with_grad else None for t in (x, weight))
+        dx, dw = (torch.zeros_like(t) if with_grad and need else None for t, need in zip((x, weight), ctx.needs_input_grad))
         rows, loss = 2 ** (max(1, LOSS_CHUNK[x.device.type] // len(w)).bit_length() - 1), 0.0
         for i in range(0, len(x), rows):
             piece = slice(i, i + rows)
             value, dlogits = part(x[piece] @ w.T, targets[piece, None], scale[piece, None], with_grad)        # (), (R, V)
             loss = loss + value
-            if with_grad:
+            if dx is not None:
                 dx[piece] = dlogits @ w
+            if dw is not None:
                 dw += dlogits.T @ x[piece]
         ctx.save_for_backward(dx, dw)
         return loss
@@ -515,7 +516,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dw = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dw * dloss, None, None
+        return *(None if t is None else t * dloss.to(t.dtype) for t in (dx, dw)), None, None
 
 
 def adamw(groups, lr, *, beta1=0.9, beta2=0.95, eps=1e-8):
