@@ -1376,4 +1376,8 @@ def train(args, cfg, run, saved, stop):
 
 if __name__ == "__main__":
     signum = main().get("signal")
-    sys.exit(128 + signum if signum else 0)
+    status = 128 + signum if signum else 0
+    if "RANK" in os.environ:                                         # all is saved; a process has been seen to abort in its last
+        sys.stdout.flush()                                           # moments, in the threads of gloo
+        os._exit(status)
+    sys.exit(status)
