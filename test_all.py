@@ -828,7 +828,7 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
     return nets[0]
 
 
-SMALL = (32, 1, 100)                                                 # 128 elements a program, pieces of 100
+SMALL = (32, 1, 100)                                                 # 128 elements a program, pieces of up to 100
 SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 59), (1, 260)]
 
 
@@ -883,7 +883,7 @@ def test_sonew_kernel_takes_many_tensors_at_once(monkeypatch):
     pytest.importorskip("triton")
     from kernels import sonew as kernel
     launches = []
-    for name in ("halo", "statistics", "norms", "apply"):
+    for name in ("halo", "step"):
         original = getattr(kernel, f"{name}_kernel")
 
         class Counted:
@@ -891,24 +891,25 @@ def test_sonew_kernel_takes_many_tensors_at_once(monkeypatch):
                 return launches.append(name) or original[grid]
         monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
     check_sonew_kernel(monkeypatch, [(2, 4)] * 20 + [(3,)] * 20 + [(1, 4), (8,)], (32, 1, 10 ** 6), steps=1)
-    assert len(launches) == 2 * 9, "matrices, odd vectors, even vectors: three launches each, in two runs"
+    assert launches == 2 * 3 * ["step"], "matrices, odd vectors, even vectors: one launch each, in two runs"
 
 
 def test_sonew_kernel_beyond_2_to_the_31():
     pytest.importorskip("triton")
     from kernels import sonew as kernel
     memory, n = torch.empty(2 ** 31 + 256, dtype=torch.float16, device=DEVICE), 2 ** 31 + 40
-    at, tail = [memory.data_ptr() + 2 * k for k in (0, 64, 128)], memory[2 ** 31 - 24:]      # p or g, m, S_0: reserves 4 GiB, touches a page
+    at, tail = [memory.data_ptr() + 2 * k for k in (192, 0, 64, 128)], memory[2 ** 31 - 24:]   # p, g, m, S_0: reserves 4 GiB, touches a page
     tail.zero_()
     tail[24:64] = g = torch.randn(40).to(memory)
-    scalars = torch.zeros(2, device=DEVICE)
-    programs = -(-n // 128)
-    table = torch.tensor([[0, *at[:2], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 128, 0, programs, 0, at[2]]], device=DEVICE)
+    scalars, totals = torch.zeros(2, device=DEVICE), torch.tensor([4.0, 1.0, 0.0], device=DEVICE)
+    programs, count = -(-n // 128), torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
+    table = torch.tensor([[*at[:3], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 128, 0, programs, 0, -1, 0, 0, 0, at[3]]], device=DEVICE)
     partial_sums = torch.empty(2 ** 24 * 3 + 3, device=DEVICE)                               # 200 MB of address space
-    owner = torch.empty(programs, dtype=torch.int32, device=DEVICE)
-    owner[-1] = 0
-    kernel.statistics_kernel[(1,)](table, owner, owner, partial_sums, programs - 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5), 0.1, 1e-6, 1e-8,
-                                   tl_type(torch.float16), tl_type(torch.float16), 0, False, False, False, 12, 32, num_warps=1)
+    items = torch.tensor([[0, programs - 1], [-1, programs - 1]], dtype=torch.int32, device=DEVICE)            # its statistics, its update
+    fp16 = tl_type(torch.float16)
+    kernel.step_kernel[(2,)](table, items, partial_sums, partial_sums, totals, count, memory, 0, 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5),
+                             0.1, 1e-6, 1e-8, 1.0, 0.0, fp16, fp16, fp16, 0, False, True, False, False, False, 16, 32, num_warps=1)
+    assert torch.allclose(tail[216:256].float(), -2 * tail[24:64].float(), rtol=1e-2, atol=1e-3)
     assert torch.allclose(tail[88:128], g / 2) and torch.allclose(tail[152:192], g * g / 2, atol=1e-3)
     assert torch.allclose(tail[24:64].float(), g.float() / (g.float() ** 2 + 0.1), rtol=1e-2, atol=1e-3)
 

@@ -28,8 +28,9 @@ import triton.language as tl
 
 # Quads and warps a program, and parameters a piece, 32 MB of u. Compiled for sm_80, 90, 100 and 120, one quad a thread takes 40 to 48
 # registers at band 1 and 79 to 99 at band 4, no spills and 1 KB of shared memory; (256, 4), two quads, 69 and 139. Not timed yet.
-CONFIG = (256, 8, 2 ** 23)
-HEAD = tl.constexpr(11)                                              # columns of the table before the pointer to S_0, named in `step`
+CONFIG = (256, 8, 2 ** 21 + 2 ** 19)
+SLOTS = 3
+HEAD = tl.constexpr(15)                                              # columns of the table before the pointer to S_0, named in `arrange`
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 FAR = tl.constexpr(2 ** 29)                                          # no lane is as far from the end of its chain as this
 
@@ -41,15 +42,14 @@ def pointer(row_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.const
 
 
 @triton.jit
-def chunk_of(table_ptr, owner_ptr, pid, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """-> the row of the program's tensor in the table, where its chunk starts and how long it is."""
-    row_ptr = table_ptr + tl.load(owner_ptr + pid) * COLUMNS
+def chunk_of(row_ptr, chunk_index, ALIGNED: tl.constexpr):
+    """-> where a chunk of the tensor in this row of the table starts, and how long it is."""
     n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
-    start = (pid - tl.load(row_ptr + 8)) * chunk                                             # int64
+    start = chunk_index * chunk                                                              # int64
     length = tl.minimum(n - start, chunk).to(tl.int32)
     if ALIGNED:
         start, length = tl.multiple_of(start, 4), tl.multiple_of(length, 4)
-    return row_ptr, start, length
+    return start, length
 
 
 @triton.jit
@@ -61,28 +61,38 @@ def columns(x, J: tl.constexpr):                                     # [J, 4] ->
 
 
 @triton.jit
-def window(y, k: tl.constexpr, J: tl.constexpr):                     # columns k ... k + 3 of a tuple, [J, 4]
-    return tl.reshape(tl.join(tl.join(y[k], y[k + 2]), tl.join(y[k + 1], y[k + 3])), (J, 4))
+def quad_of(y, J: tl.constexpr):                                     # 4 of [J] -> [J, 4]
+    return tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (J, 4))
 
 
 @triton.jit
-def ahead(x, k: tl.constexpr, J: tl.constexpr):
-    """x[i + k] for the elements i = 4 j + phase of [J, 4], k <= 4. What lies past the last lane is not defined."""
+def ahead(x, x_next, k: tl.constexpr, J: tl.constexpr):
+    """x[i + k] for the elements i of [J, 4]; x_next[i] is x[i + 4], k <= 4."""
     if k == 0:
         return x
-    x0, x1, x2, x3 = columns(x, J)
-    j = tl.minimum(tl.arange(0, J) + 1, J - 1)
-    return window((x0, x1, x2, x3, tl.gather(x0, j, 0), tl.gather(x1, j, 0), tl.gather(x2, j, 0), tl.gather(x3, j, 0)), k, J)
+    if k == 4:
+        return x_next
+    z = columns(x, J) + columns(x_next, J)
+    return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), J)
 
 
 @triton.jit
-def behind(x, k: tl.constexpr, J: tl.constexpr):
-    """x[i - k], 0 before the first lane."""
-    x0, x1, x2, x3 = columns(x, J)
-    j, first = tl.maximum(tl.arange(0, J) - 1, 0), tl.arange(0, J) == 0
-    y0, y1 = tl.where(first, 0.0, tl.gather(x0, j, 0)), tl.where(first, 0.0, tl.gather(x1, j, 0))
-    y2, y3 = tl.where(first, 0.0, tl.gather(x2, j, 0)), tl.where(first, 0.0, tl.gather(x3, j, 0))
-    return window((y0, y1, y2, y3, x0, x1, x2, x3), 4 - k, J)
+def behind(x, BAND: tl.constexpr, J: tl.constexpr):
+    """sum_k x_k[i - k] for a tuple x_1 ... x_BAND of [J, 4]. What a lane sends to the next, four numbers, it adds up first."""
+    z, sums, before = (), (), tl.arange(0, J) - 1
+    for k in tl.static_range(BAND):
+        z = z + columns(x[k], J)
+    for phase in tl.static_range(4):
+        own, sent = tl.zeros((J,), tl.float32), tl.zeros((J,), tl.float32)
+        for k in tl.static_range(1, BAND + 1):
+            if k <= phase:
+                own += z[4 * k - 4 + phase - k]
+            else:
+                sent += z[4 * k - 4 + phase - k + 4]
+        if phase < BAND:
+            own += tl.where(before < 0, 0.0, tl.gather(sent, tl.maximum(before, 0), 0))
+        sums = sums + (own,)
+    return quad_of(sums, J)
 
 
 @triton.jit
@@ -114,17 +124,18 @@ def one_minus_power(t, log_beta):
     return tl.where(d > -0.3, series, 1 - tl.exp(d))
 
 
-@triton.jit(do_not_specialize=["pid0"])
+@triton.jit
 def halo_kernel(
-    table_ptr, owner_ptr, halo_ptr, pid0,                            # (T, COLUMNS), (P), (P, BAND + 3, 2, 4)
+    table_ptr, items_ptr, halo_ptr,                                  # (T, COLUMNS), (P, 2), (P, BAND + 3, 2, 4)
     G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    pid = tl.program_id(0) + pid0
-    row_ptr, start, length = chunk_of(table_ptr, owner_ptr, pid, COLUMNS, False)
+    pid = tl.program_id(0)
+    row_ptr, chunk_index = table_ptr + tl.load(items_ptr + 2 * pid) * COLUMNS, tl.load(items_ptr + 2 * pid + 1)
+    start, length = chunk_of(row_ptr, chunk_index, False)
     o = tl.arange(0, 8)
     i = start + tl.where(o < 4, o - 4, tl.load(row_ptr + 7) + o - 4)                         # before the chunk, after it
     there = (i >= 0) & (i < tl.load(row_ptr + 5))
-    halo_ptr += pid.to(tl.int64) * (BAND + 3) * 8
+    halo_ptr += (tl.load(row_ptr + 8) + chunk_index) * (BAND + 3) * 8
     g = tl.load(pointer(row_ptr, 1, G, False) + i, mask=there, other=0.0).to(tl.float32)
     tl.store(halo_ptr + o, g)
     for slot in tl.static_range(1, BAND + 3):
@@ -133,65 +144,104 @@ def halo_kernel(
 
 
 @triton.jit
-def read(ptr, o, own, halo_ptr, h, edge, slot: tl.constexpr, HALO: tl.constexpr):
-    x = tl.load(ptr + o, mask=own, other=0.0).to(tl.float32)                                 # [J, 4]
+def read(ptr, o, length, halo_ptr, slot: tl.constexpr, HALO: tl.constexpr, NEXT: tl.constexpr, J: tl.constexpr):
+    """Elements o of a chunk, or with NEXT the four after each, [J, 4]: those of the chunk itself from the tensor, others from its halo."""
+    at = o + 4 if NEXT else o
+    x = tl.load(ptr + at, mask=(at >= 0) & (at < length), other=0.0, eviction_policy="evict_first").to(tl.float32)
     if HALO:
-        x += tl.load(halo_ptr + slot * 8 + h, mask=edge, other=0.0)
+        lane, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
+        if NEXT:
+            x += tl.load(halo_ptr + slot * 8 + 4 + phase + 0 * lane, mask=(lane == J - 2) & (phase >= 0), other=0.0)
+        else:
+            x += tl.load(halo_ptr + slot * 8 + tl.where(lane == 0, 0, 4) + phase, mask=((lane == 0) | (lane == J - 1)) & (phase >= 0), other=0.0)
     return x
 
 
-@triton.jit(do_not_specialize=["pid0"])
-def statistics_kernel(
-    table_ptr, owner_ptr, halo_ptr, partial_ptr, pid0,               # (T, COLUMNS), (P), (P, BAND + 3, 2, 4), (P, 3)
+@triton.jit
+def to_the_end(o, chain, place, left0, HALO: tl.constexpr):
+    """How many elements there are from o to the end of its chain, itself included; the chunk begins at `place` of one."""
+    x = left0 - o
+    left = tl.where(x > 0, x, chain - (-x) % chain)
+    if HALO:                                                         # what is before the chunk may belong to earlier chains
+        left = tl.where(place + o < 0, (-(place + o) - 1) % chain + 1, left)
+    return left
+
+
+@triton.jit
+def wait(ptr, count):                                                # until a counter has come that far
+    while tl.atomic_add(ptr, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def add3(x0, x1, x2, y0, y1, y2):
+    return x0 + y0, x1 + y1, x2 + y2
+
+
+@triton.jit
+def statistics(
+    row_ptr, chunk_index, halo_ptr, partial_ptr, u_ptr, applied_ptr,
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps,                   # new = 1 - beta, rounded once
-    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr, J: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, J: tl.constexpr,
 ):
-    pid = tl.program_id(0) + pid0
-    row_ptr, start, length = chunk_of(table_ptr, owner_ptr, pid, COLUMNS, ALIGNED)
+    """m, S in place, u, and the chunk's sums."""
+    start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
     beta1, beta2, eps = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(eps, tl.float32)
     gamma, graft_eps = tl.cast(gamma, tl.float32), tl.cast(graft_eps, tl.float32)
     new1, new2 = tl.cast(new1, tl.float32), tl.cast(new2, tl.float32)
     quad, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
-    h = tl.where(quad == 0, 0, 4) + phase                                                    # [J, 4], in a slot of the halo
-    edge = ((quad == 0) | (quad == J - 1)) & (phase >= 0)
     if HALO:
         quad = quad - 1
-        halo_ptr += pid.to(tl.int64) * (BAND + 3) * 8
+        halo_ptr += (tl.load(row_ptr + 8) + chunk_index) * (BAND + 3) * 8
     o = 4 * quad + phase                                                                     # [J, 4], from the chunk's start
     own = (o >= 0) & (o < length)
 
+    # All loads come before the first store: what a lane needs of the next it reads itself, before that one changes it in place.
     g_ptr, m_ptr = pointer(row_ptr, 1, G, ALIGNED) + start, pointer(row_ptr, 2, M, ALIGNED) + start
-    g = read(g_ptr, o, own, halo_ptr, h, edge, 0, HALO)
+    g, m = read(g_ptr, o, length, halo_ptr, 0, HALO, False, J), read(m_ptr, o, length, halo_ptr, 1, HALO, False, J)
+    S_old, S_old_next = (), ()
+    for k in tl.static_range(BAND + 1):
+        S_old = S_old + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, length, halo_ptr, 2 + k, HALO, False, J),)
+    if BAND > 0:
+        g_next, m_next = read(g_ptr, o, length, halo_ptr, 0, HALO, True, J), read(m_ptr, o, length, halo_ptr, 1, HALO, True, J)
+        for k in tl.static_range(BAND):
+            S_old_next = S_old_next + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, length, halo_ptr, 2 + k, HALO, True, J),)
+        tl.debug_barrier()
+    if tl.load(row_ptr + 13) > 0:                                    # others had this place in the scratch memory
+        wait(applied_ptr + tl.load(row_ptr + 12), tl.load(row_ptr + 13))
+
     good = g * g < float("inf")                                                              # false for NaN too
     g = tl.where(good, g, 0.0)
-    m = beta1 * read(m_ptr, o, own, halo_ptr, h, edge, 1, HALO) + new1 * g
-    tl.store(m_ptr + o, m.to(M), mask=own)
-
-    if BAND > 0:                                                     # left: elements from here to the end of the chain
-        chain = tl.load(row_ptr + 6)
-        place = start % chain if HALO else tl.zeros((), tl.int64)    # where in its chain the chunk begins
-        left0, place = tl.minimum(chain - place, FAR).to(tl.int32), tl.minimum(place, FAR).to(tl.int32)
-        chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
-        at = 4 * quad if ALIGNED else o                                                      # a quad lies in one chain, if aligned
-        x = left0 - at
-        left = tl.where(x > 0, x, chain - (-x) % chain)
-        if HALO:                                                     # the quad before may belong to earlier chains
-            left = tl.where(place + at < 0, (-(place + at) - 1) % chain + 1, left)
-        if ALIGNED:
-            left = left - phase
     t = tl.load(pointer(row_ptr, 3, tl.float32, False)) + 1
     correct1, correct2 = 1 / one_minus_power(t, log_beta1), 1 / one_minus_power(t, log_beta2)
-    S = ()
+    m = beta1 * m + new1 * g
+    tl.store(m_ptr + o, m.to(M), mask=own, eviction_policy="evict_first")
+    m *= correct1
+    if BAND > 0:
+        g_next = tl.where(g_next * g_next < float("inf"), g_next, 0.0)
+        m_next = (beta1 * m_next + new1 * g_next) * correct1
+        chain = tl.load(row_ptr + 6)
+        place = start % chain if HALO else tl.zeros((), tl.int64)
+        left0, place = tl.minimum(chain - place, FAR).to(tl.int32), tl.minimum(place, FAR).to(tl.int32)
+        chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
+        if ALIGNED:                                                  # a quad lies in one chain, and only that chain counts in the next
+            left = to_the_end(4 * quad, chain, place, left0, HALO) - phase
+            left_next = left - 4
+        else:
+            left, left_next = to_the_end(o, chain, place, left0, HALO), to_the_end(o + 4, chain, place, left0, HALO)
+    S, S_next = (), ()
     for k in tl.static_range(BAND + 1):
-        S_ptr = pointer(row_ptr, HEAD + k, M, ALIGNED) + start
-        product = g * ahead(g, k, J)
+        product = g * g
         if k > 0:
-            product = tl.where(left > k, product, 0.0)
-        new = beta2 * read(S_ptr, o, own, halo_ptr, h, edge, 2 + k, HALO) + new2 * product
-        tl.store(S_ptr + o, new.to(M), mask=own)
+            product = tl.where(left > k, g * ahead(g, g_next, k, J), 0.0)
+        new = beta2 * S_old[k] + new2 * product
+        tl.store(pointer(row_ptr, HEAD + k, M, ALIGNED) + start + o, new.to(M), mask=own, eviction_policy="evict_first")
         S = S + (new * correct2,)
-    m = m * correct1
+        if k < BAND:                                                 # as far as i + BAND: past that `ahead` need not be true
+            product = g_next * g_next
+            if k > 0:
+                product = tl.where(left_next > k, g_next * ahead(g_next, g_next, k, J), 0.0)
+            S_next = S_next + ((beta2 * S_old_next[k] + new2 * product) * correct2,)
     a = m / (tl.sqrt(S[0]) + graft_eps)
 
     if PLAIN:
@@ -200,8 +250,8 @@ def statistics_kernel(
         S0, W, c, d = S[0] + eps, (), (), ()
         for p in tl.static_range(1, BAND + 1):
             for q in tl.static_range(1, p):
-                W = W + (ahead(S[p - q], q, J),)
-            W = W + (ahead(S0, p, J),)
+                W = W + (ahead(S[p - q], S_next[p - q], q, J),)
+            W = W + (ahead(S0, S_next[0] + eps, p, J),)
             c = c + (S[p],)
             d = d + (W[p * (p + 1) // 2 - 1],)
         psi, s = solve(W, c, d, S0, gamma, BAND)
@@ -209,55 +259,91 @@ def statistics_kernel(
         s = tl.where(keep, s, S0)
         w = m
         for k in tl.static_range(1, BAND + 1):
-            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, k, J)
+            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, m_next, k, J)
         w = tl.where(s > 0, w / s, 0.0)
-        u = w
-        for k in tl.static_range(1, BAND + 1):
-            u -= behind(tl.where(keep, psi[k - 1], 0.0) * w, k, J)
-    tl.store(g_ptr + o, u.to(G), mask=own)
-    partial_ptr += pid.to(tl.int64) * 3
-    tl.store(partial_ptr, tl.sum(tl.where(own, a * a, 0.0)))
-    tl.store(partial_ptr + 1, tl.sum(tl.where(own, u * u, 0.0)))
-    tl.store(partial_ptr + 2, tl.sum(tl.where(own & (good == 0), 1.0, 0.0)))
+        u, x = w, ()
+        for k in tl.static_range(BAND):
+            x = x + (tl.where(keep, psi[k], 0.0) * w,)
+        if BAND > 0:
+            u -= behind(x, BAND, J)
+    tl.store(u_ptr + start + o, u.to(G), mask=own, eviction_policy="evict_last")
+    sums = tl.sum(tl.where(own, a * a, 0.0), 1), tl.sum(tl.where(own, u * u, 0.0), 1), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 1)
+    sum_a, sum_u, bad = tl.reduce(sums, 0, add3)
+    partial_ptr += (tl.load(row_ptr + 8) + chunk_index) * 3
+    tl.store(partial_ptr, sum_a)
+    tl.store(partial_ptr + 1, sum_u)
+    tl.store(partial_ptr + 2, bad)
 
 
-@triton.jit(do_not_specialize=["tensor0"])
-def norms_kernel(table_ptr, partial_ptr, total_ptr, tensor0, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    row_ptr, offs = table_ptr + (tl.program_id(0) + tensor0) * COLUMNS, tl.arange(0, BLOCK)
-    total_ptr += tl.load(row_ptr + 10) * 3
+@triton.jit
+def norms(row_ptr, partial_ptr, total_ptr, BLOCK: tl.constexpr):
+    """|a|^2, |u|^2 and the number of bad gradients of a tensor: its programs' in their order, whoever adds them."""
+    offs = tl.arange(0, BLOCK)
     first, programs = tl.load(row_ptr + 8), tl.load(row_ptr + 9).to(tl.int32)
     for column in tl.static_range(3):
         acc = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, programs, BLOCK):
-            acc += tl.load(partial_ptr + (first + begin + offs) * 3 + column, mask=begin + offs < programs, other=0.0)
+            acc += tl.load(partial_ptr + (first + begin + offs) * 3 + column, mask=begin + offs < programs, other=0.0, cache_modifier=".cg")
         tl.store(total_ptr + column, tl.sum(acc, 0))
 
 
-@triton.jit(do_not_specialize=["pid0"])
-def apply_kernel(
-    table_ptr, owner_ptr, total_ptr, pid0,                           # (T, COLUMNS), (P), (T, 3)
-    lr, weight_decay,
-    P: tl.constexpr, G: tl.constexpr, GRAFT: tl.constexpr, LR_THERE: tl.constexpr, ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def apply(
+    row_ptr, chunk_index, total_ptr, u_ptr, lr, weight_decay,
+    P: tl.constexpr, GRAFT: tl.constexpr, LR_THERE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0) + pid0
-    row_ptr, start, length = chunk_of(table_ptr, owner_ptr, pid, COLUMNS, ALIGNED)
-    total_ptr += tl.load(row_ptr + 10) * 3
-    bad = tl.load(total_ptr + 2) > 0
+    """p -= lr (scale u + weight_decay p), or nothing if a gradient was bad."""
+    start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
+    bad = tl.load(total_ptr + 2, cache_modifier=".cg") > 0
     rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
     rate = tl.where(bad, 0.0, rate)
-    scale = tl.sqrt(tl.load(total_ptr)) / (tl.sqrt(tl.load(total_ptr + 1)) + 1e-12) if GRAFT else 1.0
+    scale = 1.0
+    if GRAFT:
+        scale = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg")) / (tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg")) + 1e-12)
     o = tl.arange(0, BLOCK)
     own = o < length
     p_ptr = pointer(row_ptr, 0, P, ALIGNED) + start
-    u = tl.load(pointer(row_ptr, 1, G, ALIGNED) + start + o, mask=own, other=0.0).to(tl.float32)
-    p = tl.load(p_ptr + o, mask=own, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + start + o, mask=own, other=0.0, cache_modifier=".cg").to(tl.float32)
+    p = tl.load(p_ptr + o, mask=own, other=0.0, eviction_policy="evict_first").to(tl.float32)
     p -= rate * (scale * u + tl.cast(weight_decay, tl.float32) * p)
-    tl.store(p_ptr + o, p.to(P), mask=own)
-    if start == 0:                                                   # one program of each tensor counts
+    tl.store(p_ptr + o, p.to(P), mask=own, eviction_policy="evict_first")
+    if chunk_index == 0:                                             # one program of each tensor counts
         step_ptr, skipped_ptr = pointer(row_ptr, 3, tl.float32, False), pointer(row_ptr, 4, tl.float32, False)
         tl.store(step_ptr, tl.load(step_ptr) + 1)
         tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(bad, 1.0, 0.0))
+
+
+@triton.jit(do_not_specialize=["item0", "tensors"])
+def step_kernel(
+    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, count_ptr, scratch_ptr,
+    item0, tensors, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps, lr, weight_decay,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, GRAFT: tl.constexpr,
+    LR_THERE: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, J: tl.constexpr,
+):
+    items_ptr += 2 * (tl.program_id(0) + item0)
+    tensor, chunk_index = tl.load(items_ptr), tl.load(items_ptr + 1)
+    applying, tensor = tensor < 0, tl.where(tensor < 0, -1 - tensor, tensor)
+    row_ptr = table_ptr + tensor * COLUMNS
+    done_ptr, ready_ptr, applied_ptr = count_ptr + tensor, count_ptr + tensors + tensor, count_ptr + 2 * tensors
+    total_ptr += tl.load(row_ptr + 10) * 3
+    offset = tl.load(row_ptr + 11)
+    u_ptr = pointer(row_ptr, 1, G, ALIGNED)
+    if offset >= 0:
+        u_ptr = scratch_ptr + (tl.multiple_of(offset, 16) if ALIGNED else offset)
+    if applying:
+        wait(ready_ptr, 1)
+        apply(row_ptr, chunk_index, total_ptr, u_ptr, lr, weight_decay, P, GRAFT, LR_THERE, ALIGNED, 4 * J)
+        if offset >= 0:
+            tl.debug_barrier()                                       # all threads have read, and
+            tl.atomic_add(applied_ptr + tl.load(row_ptr + 14), 1, sem="release")             # others may write
+    else:
+        statistics(row_ptr, chunk_index, halo_ptr, partial_ptr, u_ptr, applied_ptr, beta1, beta2, new1, new2, log_beta1, log_beta2,
+                   eps, gamma, graft_eps, G, M, BAND, PLAIN, HALO, ALIGNED, J)
+        tl.debug_barrier()
+        if tl.atomic_add(done_ptr, 1, sem="acq_rel") == tl.load(row_ptr + 9) - 1:            # the last one of its tensor
+            norms(row_ptr, partial_ptr, total_ptr, 1024)
+            tl.debug_barrier()
+            tl.atomic_xchg(ready_ptr, 1, sem="release")
 
 
 def split(n, chain, band, quads):
@@ -270,13 +356,42 @@ def split(n, chain, band, quads):
 
 
 @functools.lru_cache(64)
-def upload(rows, device):
-    """-> the table (T, COLUMNS) int64 and for each program its tensor (P) int32, on the device; gradients tend to be where they were."""
-    table = torch.tensor(rows)
-    owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), table[:, 9])
-    if device.type == "cuda":                                        # pinned, or the host would wait
-        table, owner = table.pin_memory(), owner.pin_memory()
-    return table.to(device, non_blocking=True), owner.to(device, non_blocking=True)
+def arrange(sizes, apart, limit, device):
+    """Who does what, in which order, for tensors of `sizes` (elements, elements of a chunk). -> columns 8, 9 and 11 to 14 of the table for
+    each, the items (2 P, 2) int32 on the device, P, the number of pieces and of elements of scratch memory."""
+    pieces = []                                                      # of consecutive tensors: [number of elements, them]
+    for t, (n, chunk) in enumerate(sizes):
+        n = -(-n // 16) * 16                                         # each u begins at a multiple of 16
+        if not pieces or pieces[-1][0] + n > limit:
+            pieces.append([0, []])
+        pieces[-1][0] += n
+        pieces[-1][1].append(t)
+    slot = max((size for size, _ in pieces if size <= limit), default=0)
+    more, first, segments, users = [], 0, [], []
+    for index, (size, members) in enumerate(pieces):
+        keeps, offset, programs = size <= limit and not apart, len(users) % SLOTS * slot, 0
+        before = users[-SLOTS] if keeps and len(users) >= SLOTS else (0, 0)
+        for t in members:
+            n, chunk = sizes[t]
+            more.append((first, -(-n // chunk), offset if keeps else -1, *before, index))
+            first, programs, offset = first + more[-1][1], programs + more[-1][1], offset + -(-n // 16) * 16
+        users += [(index, programs)] if keeps else []
+        segments.append(members)
+    everything, applies = [t for members in segments for t in members], [[-1 - t for t in members] for members in segments]
+    order = everything + sum(applies, []) if apart else sum((s + a for s, a in zip([*segments, []], [[], *applies])), [])
+    counts = torch.tensor([more[t if t >= 0 else -1 - t][1] for t in order])
+    index = torch.arange(2 * first) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    items = torch.stack([torch.repeat_interleave(torch.tensor(order), counts), index], 1).int()                # (2 P, 2)
+    return more, send(items, device), first, len(pieces), SLOTS * slot if users else 0
+
+
+def send(x, device):
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x      # not pinned, the host would wait
+
+
+@functools.lru_cache(64)
+def upload(rows, device):                                            # gradients tend to be where they were
+    return send(torch.tensor(rows), device)
 
 
 def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, reduce=None):
@@ -294,65 +409,57 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             continue
         arrays = [t.data_ptr() for t in (work.p, work.g, work.m, *work.S)]
         aligned = n % 4 == 0 and (band == 0 or work.chain % 4 == 0) and not any(a % 16 for a in arrays)
-        rows = jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned), [])
-        first = rows[-1][8] + rows[-1][9] if rows else 0             # 8: the tensor's first program, 9: how many, 10: its totals
-        rows.append((*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk, first, -(-n // chunk), index,
-                     *arrays[3:]))
+        row = (*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk), (index, arrays[3:])
+        jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned), []).append(row)
     totals = torch.zeros(len(works), 3, device=device)
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     lr_there = torch.is_tensor(lr) and lr.device == device
+    numbers = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs, float(eps), float(gamma), float(graft_eps),
+               lr if lr_there else float(lr), float(weight_decay))
 
-    def sums(table, owner, halo, partial, pids, tensors, P, G, M, overlap, aligned):
-        if overlap:
-            halo_kernel[(len(pids),)](table, owner, halo, pids[0], G, M, band, columns, num_warps=1)
-        statistics_kernel[(len(pids),)](table, owner, halo, partial, pids[0], float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs,
-                                        float(eps), float(gamma), float(graft_eps), G, M, band, graft == "plain", overlap, aligned, columns, quads,
-                                        num_warps=warps)
-        norms_kernel[(len(tensors),)](table, partial, totals, tensors[0], columns, 1024)
-
-    def move(table, owner, halo, partial, pids, tensors, P, G, M, overlap, aligned):
-        apply_kernel[(len(pids),)](table, owner, totals, pids[0], lr if lr_there else float(lr), float(weight_decay), P, G,
-                                   graft == "adam", lr_there, aligned, columns, 4 * quads, num_warps=warps)
     with torch.cuda.device_of(works[0].p):
-        pieces = []
-        for (*dtypes, overlap, aligned), rows in jobs.items():
-            table, owner = upload(tuple(rows), device)
-            partial = torch.empty(len(owner), 3, device=device)
-            halo = torch.empty(len(owner) if overlap else 0, band + 3, 8, device=device)
-            types, begin, size = [TYPES[d] for d in dtypes], 0, 0
-            for end in range(1, len(rows) + 1):                      # tensors begin ... end - 1 go together
-                size += rows[end - 1][5]
-                if end == len(rows) or size + rows[end][5] > limit and not reduce:
-                    pids = range(rows[begin][8], rows[end - 1][8] + rows[end - 1][9])
-                    pieces.append((table, owner, halo, partial, pids, range(begin, end), *types, overlap, aligned))
-                    begin, size = end, 0
-        for piece in pieces:
-            sums(*piece)
-            if not reduce:
-                move(*piece)
+        launches = []
+        for (*dtypes, halo, aligned), rows in jobs.items():
+            more, items, programs, pieces, scratch = arrange(tuple(head[5::2] for head, _ in rows), reduce is not None, limit, device)
+            rows = tuple((*head, first, count, index, *rest, *S) for (head, (index, S)), (first, count, *rest) in zip(rows, more))
+            table = upload(rows, device)
+            P, G, M = (TYPES[d] for d in dtypes)
+            quads_aside = torch.empty(programs if halo else 0, band + 3, 8, device=device)
+            if halo:
+                for_all = items if reduce else arrange(tuple(row[5:8:2] for row in rows), True, limit, device)[1]
+                halo_kernel[(programs,)](table, for_all, quads_aside, G, M, band, columns, num_warps=1)
+            counts = torch.zeros(2 * len(rows) + pieces, dtype=torch.int32, device=device)
+            tensors = (table, items, quads_aside, torch.empty(programs, 3, device=device), totals, counts,
+                       torch.empty(scratch, dtype=dtypes[1], device=device))
+            constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, quads)
+
+            def launch(item0, n, tensors=tensors, constants=constants, T=len(rows)):
+                step_kernel[(n,)](*tensors, item0, T, *numbers, *constants, num_warps=warps)
+            launches.append((launch, programs))
+        for launch, programs in launches:
+            launch(0, programs if reduce else 2 * programs)
         if reduce:
             reduce(totals)
-            for piece in pieces:
-                move(*piece)
+            for launch, programs in launches:
+                launch(programs, programs)
     torch.autograd.graph.increment_version([work.p for work in works])
 
 
 # What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps
 def builds():
-    types = {"table_ptr": "*i64", "owner_ptr": "*i32", **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), "pid0": "i32",
-             "tensor0": "i32", **dict.fromkeys(("beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
-                                                "weight_decay"), "fp32")}
+    types = {"table_ptr": "*i64", **dict.fromkeys(("items_ptr", "count_ptr"), "*i32"),
+             **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), **dict.fromkeys(("item0", "tensors"), "i32"),
+             **dict.fromkeys(("beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
+                              "weight_decay"), "fp32")}
     quads, warps, _ = CONFIG
     fp32, bf16 = tl.float32, tl.bfloat16
     for G, M, band, plain, halo, aligned in ((fp32, fp32, 1, False, False, True), (fp32, fp32, 4, False, False, True),
                                              (bf16, bf16, 1, False, False, True), (bf16, fp32, 4, False, True, False),
                                              (fp32, fp32, 0, True, False, True)):
-        yield (statistics_kernel, types, {"G": G, "M": M, "BAND": band, "PLAIN": plain, "HALO": halo, "ALIGNED": aligned,
-                                          "COLUMNS": HEAD.value + band + 1, "J": quads}, (), warps)
-    yield apply_kernel, types, {"P": fp32, "G": fp32, "GRAFT": True, "LR_THERE": False, "ALIGNED": True, "COLUMNS": 13,
-                                "BLOCK": 4 * quads}, (), warps
-    yield norms_kernel, types, {"COLUMNS": 13, "BLOCK": 1024}, (), 4
-    yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": 16}, (), 1
+        yield (step_kernel, types | {"scratch_ptr": "*fp32" if G == fp32 else "*bf16"},
+               {"P": G, "G": G, "M": M, "BAND": band, "PLAIN": plain, "GRAFT": not plain, "LR_THERE": False, "HALO": halo, "ALIGNED": aligned,
+                "COLUMNS": HEAD.value + band + 1, "J": quads}, (), warps)
+    yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5}, (), 1
 
 
 AOT = list(builds())
