@@ -87,16 +87,33 @@ def visible(i, j, w1, end):
 
 
 @triton.jit
-def attend(acc, m_i, l_i, a, k, v, i, start, end, w1, edge, BN: tl.constexpr, PREC: tl.constexpr):
-    """One block of keys of an online softmax; `edge`: some row does not see all of it."""
+def attend(acc, m_i, l_i, wild, a, k, v, i, start, end, w1, edge, SAFE: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
+    """One block of keys. `edge`: some row does not see all of it. SAFE: the rows that are `wild` have their maximum subtracted; to
+    the others this adds and multiplies exactly nothing."""
     s = tl.dot(a, tl.trans(k), input_precision=PREC)                 # [BM, BN], in units of log 2
     if edge:
         s = tl.where(visible(i[:, None], start + tl.arange(0, BN)[None, :], w1, end), s, -float("inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)            # a row with no key yet: any finite number will do
-    p, alpha = tl.exp2(s - m_safe[:, None]), tl.exp2(m_i - m_safe)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PREC)
-    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+    if SAFE:
+        m_new = tl.where(wild, tl.maximum(m_i, tl.max(s, 1)), 0.0)
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)        # a row with no key yet: any finite number will do
+        s -= m_safe[:, None]
+        alpha = tl.exp2(m_i - m_safe)
+        acc, l_i, m_i = acc * alpha[:, None], l_i * alpha, m_new
+    p = tl.exp2(s)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PREC), m_i, l_i + tl.sum(p, 1)
+
+
+@triton.jit
+def attend_all(k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, SAFE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
+    acc, l_i = tl.zeros((m_i.shape[0], D), tl.float32), tl.zeros_like(m_i)
+    body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
+    for start in tl.range(first, body, HEAD, num_stages=1):
+        k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
+        acc, m_i, l_i = attend(acc, m_i, l_i, wild, a, k, v, i, start, body, w1, True, SAFE, HEAD, PREC)
+    for start in range(body, hi + 1, BN):
+        k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
+        acc, m_i, l_i = attend(acc, m_i, l_i, wild, a, k, v, i, start, hi + 1, w1, start + BN > lo + 1, SAFE, BN, PREC)
+    return acc, m_i, l_i
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -117,23 +134,22 @@ def forward_kernel(
     factor = tl.cast(scale, tl.float32) * LOG2E
     dtype = q_ptr.dtype.element_ty
     mine = tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]                    # [RQ, BM]: rows of a query
+    LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0 ** -60
+    MOST: tl.constexpr = 2.0 ** 15 if dtype == tl.float16 else 2.0 ** 60
 
     o, lse = tl.zeros((RQ, D), tl.float32), tl.full((RQ,), -float("inf"), tl.float32)
     t = tl.program_id(0) * chunks
     row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
     a = product(q_ptr, k2_ptr, row, at, valid, factor, D)            # [BM, D]
     first = tl.maximum(lo - w1 + 1, 0)
-    body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
     for c in range(chunks):
         row, i, at, valid, many, lo, hi = pairs(t + c, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-        acc = tl.zeros((BM, D), tl.float32)
-        m_i, l_i = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
-        for start in tl.range(first, body, HEAD, num_stages=1):
-            k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
-            acc, m_i, l_i = attend(acc, m_i, l_i, a, k, v, i, start, body, w1, True, HEAD, PREC)
-        for start in range(body, hi + 1, BN):
-            k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
-            acc, m_i, l_i = attend(acc, m_i, l_i, a, k, v, i, start, hi + 1, w1, start + BN > lo + 1, BN, PREC)
+        m_i = tl.zeros((BM,), tl.float32)
+        acc, m_i, l_i = attend_all(k_ptr, v_ptr, m_i, valid, a, i, lo, hi, first, w1, False, D, BN, PREC)
+        wild = valid & ~((l_i > LEAST) & (l_i < MOST))
+        if tl.max(wild.to(tl.int32), 0) > 0:                         # once more, with a maximum for those rows
+            m_i = tl.where(wild, -float("inf"), 0.0)
+            acc, m_i, l_i = attend_all(k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, True, D, BN, PREC)
 
         m_i = tl.where(valid, m_i, -float("inf"))
         m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)                         # [RQ]: over the offsets
@@ -278,6 +294,7 @@ def columns_kernel(
     j = start + tl.arange(0, BN)
     k, v = keys(k_ptr, start, Tk, BN, D), keys(v_ptr, start, Tk, BN, D)
     dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
+    dk_sum, dv_sum = dk, dv
     factor = tl.cast(scale, tl.float32) * LOG2E
 
     oldest, newest = tl.maximum(start - (Tk - Tq), 0), tl.minimum(start + BN + w1 - 1, Tk) - (Tk - Tq)       # of the queries
@@ -294,7 +311,11 @@ def columns_kernel(
         dv = tl.dot(p.to(h.dtype), h, dv, input_precision=PREC)
         ds = p * (tl.dot(v, tl.trans(h), input_precision=PREC) - delta[None, :])
         dk = tl.dot(ds.to(a.dtype), a, dk, input_precision=PREC)
-    offs = j[:, None] * D + tl.arange(0, D)[None, :]
+        if PREC == "ieee":                                           # in float32 a long chain of sums would be the largest error
+            full = t % 64 == 63
+            dk_sum, dv_sum = dk_sum + tl.where(full, dk, 0.0), dv_sum + tl.where(full, dv, 0.0)
+            dk, dv = tl.where(full, 0.0, dk), tl.where(full, 0.0, dv)
+    offs, dk, dv = j[:, None] * D + tl.arange(0, D)[None, :], dk + dk_sum, dv + dv_sum
     tl.store(dk_ptr + offs, (dk * LN2).to(k.dtype), mask=(j < Tk)[:, None])
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
 
