@@ -66,13 +66,18 @@ def quad_of(y, J: tl.constexpr):                                     # 4 of [J] 
 
 
 @triton.jit
-def ahead(x, x_next, k: tl.constexpr, J: tl.constexpr):
-    """x[i + k] for the elements i of [J, 4]; x_next[i] is x[i + 4], k <= 4."""
+def ahead(x, k: tl.constexpr, FLAT: tl.constexpr, J: tl.constexpr):
+    """x[i + k] for the elements i = 4 j + phase of [J, 4], k <= 4. What lies past the last lane is not defined."""
     if k == 0:
         return x
-    if k == 4:
-        return x_next
-    z = columns(x, J) + columns(x_next, J)
+    if FLAT:
+        i = tl.minimum(tl.arange(0, 4 * J) + 4, 4 * J - 1)
+        y = columns(tl.reshape(tl.gather(tl.reshape(x, (4 * J,)), i, 0), (J, 4)), J)
+    else:
+        j, y = tl.minimum(tl.arange(0, J) + 1, J - 1), ()
+        for phase in tl.static_range(4):
+            y = y + (tl.gather(columns(x, J)[phase], j, 0),)
+    z = columns(x, J) + y
     return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), J)
 
 
@@ -144,16 +149,12 @@ def halo_kernel(
 
 
 @triton.jit
-def read(ptr, o, length, halo_ptr, slot: tl.constexpr, HALO: tl.constexpr, NEXT: tl.constexpr, J: tl.constexpr):
-    """Elements o of a chunk, or with NEXT the four after each, [J, 4]: those of the chunk itself from the tensor, others from its halo."""
-    at = o + 4 if NEXT else o
-    x = tl.load(ptr + at, mask=(at >= 0) & (at < length), other=0.0, eviction_policy="evict_first").to(tl.float32)
+def read(ptr, o, own, halo_ptr, slot: tl.constexpr, HALO: tl.constexpr, J: tl.constexpr):
+    """Elements o of a chunk, [J, 4]: its own from the tensor, others from the halo."""
+    x = tl.load(ptr + o, mask=own, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if HALO:
         lane, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
-        if NEXT:
-            x += tl.load(halo_ptr + slot * 8 + 4 + phase + 0 * lane, mask=(lane == J - 2) & (phase >= 0), other=0.0)
-        else:
-            x += tl.load(halo_ptr + slot * 8 + tl.where(lane == 0, 0, 4) + phase, mask=((lane == 0) | (lane == J - 1)) & (phase >= 0), other=0.0)
+        x += tl.load(halo_ptr + slot * 8 + tl.where(lane == 0, 0, 4) + phase, mask=((lane == 0) | (lane == J - 1)) & (phase >= 0), other=0.0)
     return x
 
 
@@ -185,6 +186,7 @@ def statistics(
     G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, J: tl.constexpr,
 ):
     """m, S in place, u, and the chunk's sums."""
+    FLAT: tl.constexpr = BAND > 1
     start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
     beta1, beta2, eps = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(eps, tl.float32)
     gamma, graft_eps = tl.cast(gamma, tl.float32), tl.cast(graft_eps, tl.float32)
@@ -196,17 +198,11 @@ def statistics(
     o = 4 * quad + phase                                                                     # [J, 4], from the chunk's start
     own = (o >= 0) & (o < length)
 
-    # All loads come before the first store: what a lane needs of the next it reads itself, before that one changes it in place.
-    g_ptr, m_ptr = pointer(row_ptr, 1, G, ALIGNED) + start, pointer(row_ptr, 2, M, ALIGNED) + start
-    g, m = read(g_ptr, o, length, halo_ptr, 0, HALO, False, J), read(m_ptr, o, length, halo_ptr, 1, HALO, False, J)
-    S_old, S_old_next = (), ()
+    m_ptr, old = pointer(row_ptr, 2, M, ALIGNED) + start, ()         # all loads come before the first store, which they would wait for
+    g = read(pointer(row_ptr, 1, G, ALIGNED) + start, o, own, halo_ptr, 0, HALO, J)
+    m = read(m_ptr, o, own, halo_ptr, 1, HALO, J)
     for k in tl.static_range(BAND + 1):
-        S_old = S_old + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, length, halo_ptr, 2 + k, HALO, False, J),)
-    if BAND > 0:
-        g_next, m_next = read(g_ptr, o, length, halo_ptr, 0, HALO, True, J), read(m_ptr, o, length, halo_ptr, 1, HALO, True, J)
-        for k in tl.static_range(BAND):
-            S_old_next = S_old_next + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, length, halo_ptr, 2 + k, HALO, True, J),)
-        tl.debug_barrier()
+        old = old + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, own, halo_ptr, 2 + k, HALO, J),)
     if tl.load(row_ptr + 13) > 0:                                    # others had this place in the scratch memory
         wait(applied_ptr + tl.load(row_ptr + 12), tl.load(row_ptr + 13))
 
@@ -218,30 +214,21 @@ def statistics(
     tl.store(m_ptr + o, m.to(M), mask=own, eviction_policy="evict_first")
     m *= correct1
     if BAND > 0:
-        g_next = tl.where(g_next * g_next < float("inf"), g_next, 0.0)
-        m_next = (beta1 * m_next + new1 * g_next) * correct1
         chain = tl.load(row_ptr + 6)
         place = start % chain if HALO else tl.zeros((), tl.int64)
         left0, place = tl.minimum(chain - place, FAR).to(tl.int32), tl.minimum(place, FAR).to(tl.int32)
         chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
-        if ALIGNED:                                                  # a quad lies in one chain, and only that chain counts in the next
-            left = to_the_end(4 * quad, chain, place, left0, HALO) - phase
-            left_next = left - 4
-        else:
-            left, left_next = to_the_end(o, chain, place, left0, HALO), to_the_end(o + 4, chain, place, left0, HALO)
-    S, S_next = (), ()
+        left = to_the_end(4 * quad if ALIGNED else o, chain, place, left0, HALO)
+        if ALIGNED:                                                  # a quad lies in one chain
+            left = left - phase
+    S = ()
     for k in tl.static_range(BAND + 1):
-        product = g * g
+        product = g * ahead(g, k, FLAT, J)
         if k > 0:
-            product = tl.where(left > k, g * ahead(g, g_next, k, J), 0.0)
-        new = beta2 * S_old[k] + new2 * product
+            product = tl.where(left > k, product, 0.0)
+        new = beta2 * old[k] + new2 * product
         tl.store(pointer(row_ptr, HEAD + k, M, ALIGNED) + start + o, new.to(M), mask=own, eviction_policy="evict_first")
         S = S + (new * correct2,)
-        if k < BAND:                                                 # as far as i + BAND: past that `ahead` need not be true
-            product = g_next * g_next
-            if k > 0:
-                product = tl.where(left_next > k, g_next * ahead(g_next, g_next, k, J), 0.0)
-            S_next = S_next + ((beta2 * S_old_next[k] + new2 * product) * correct2,)
     a = m / (tl.sqrt(S[0]) + graft_eps)
 
     if PLAIN:
@@ -250,8 +237,8 @@ def statistics(
         S0, W, c, d = S[0] + eps, (), (), ()
         for p in tl.static_range(1, BAND + 1):
             for q in tl.static_range(1, p):
-                W = W + (ahead(S[p - q], S_next[p - q], q, J),)
-            W = W + (ahead(S0, S_next[0] + eps, p, J),)
+                W = W + (ahead(S[p - q], q, FLAT, J),)
+            W = W + (ahead(S0, p, FLAT, J),)
             c = c + (S[p],)
             d = d + (W[p * (p + 1) // 2 - 1],)
         psi, s = solve(W, c, d, S0, gamma, BAND)
@@ -259,7 +246,7 @@ def statistics(
         s = tl.where(keep, s, S0)
         w = m
         for k in tl.static_range(1, BAND + 1):
-            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, m_next, k, J)
+            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, k, FLAT, J)
         w = tl.where(s > 0, w / s, 0.0)
         u, x = w, ()
         for k in tl.static_range(BAND):
