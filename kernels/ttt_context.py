@@ -252,3 +252,5 @@ def ahead(kernel, dtype, D, cfg, arches):
 AOT = [ahead(kernel, *more) for name, kernel in (("forward", span_forward_kernel), ("backward", span_backward_kernel)) for more in (
     ("bf16", 128, HOPPER[name], (90,)), ("bf16", 64, HOPPER[name], (90,)), ("bf16", 128, OTHERS[name], (80, 100, 120)),
     ("fp32", 128, FLOAT32, (90,)))]
+AOT.append((join_kernel, {"parts_ptr": "*fp32", "lses_ptr": "*fp32", "o_ptr": "*bf16", "lse_ptr": "*fp32", "rows": "i32", "pieces": "i32"},
+            dict(D=128, BM=16), (), 4, 3, (80, 90, 100, 120)))
