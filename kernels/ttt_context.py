@@ -91,7 +91,7 @@ def span_forward_kernel(
         acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, at, j + offs_n, False, PREC)
     for j in range(body, end, BN):
         k, v = tile(k_ptr, j + offs_n, j + offs_n < end, D), tile(v_ptr, j + offs_n, j + offs_n < end, D)
-        acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, tl.minimum(at, end - 1), j + offs_n, True, PREC)
+        acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, at, j + offs_n, True, PREC)
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)                          # this piece has no key for the row: 0, weighed with exp(-inf)
     lse = tl.where(l_i == 0.0, -float("inf"), (m_i + tl.log2(l_safe)) * LN2)
     tl.store(lse_ptr + out + rows, lse, mask=mask)
@@ -148,7 +148,7 @@ def span_backward_kernel(
         acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, at, j + offs_n, False, PREC)
     for j in range(body, end, BN):
         k, v = tile(k_ptr, j + offs_n, j + offs_n < end, D), tile(v_ptr, j + offs_n, j + offs_n < end, D)
-        acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, tl.minimum(at, end - 1), j + offs_n, True, PREC)
+        acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, at, j + offs_n, True, PREC)
     out = p * spans * heads * n * g + first
     tl.store(dq_ptr + (out + rows[:, None]) * D + tl.arange(0, D)[None, :], acc * scale, mask=mask[:, None])
 
