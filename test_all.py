@@ -1935,7 +1935,7 @@ def test_ttt_context_refuses(tiny, capsys, monkeypatch):
     Path("empty.txt").write_text("")
     Path("binary").write_bytes(b"\xff\x00\x01")
     Path("short.txt").write_text("boil éclairs")
-    for flags, parts in (("--prompt none.txt", ("none.txt", "No such file")), ("--prompt empty.txt", ("empty.txt is empty",)),
+    for flags, parts in (("--bench --context 9 --span 9", ("--context 9", "no token")), ("--prompt none.txt", ("none.txt", "No such file")), ("--prompt empty.txt", ("empty.txt is empty",)),
                          ("--prompt binary", ("no text", "UTF-8")), ("--prompt .", ("cannot read",)),
                          ("--prompt short.txt", ("short.txt has 13 tokens", "128")), ("--prompt text.txt --span 0", ("--span is 0",)),
                          ("--prompt text.txt --lr nan", ("--lr is nan",)), ("--prompt text.txt --init nowhere", ("nowhere holds no run",)),
@@ -1949,6 +1949,13 @@ def test_ttt_context_refuses_attention_that_forgets():
     model = train.GPT(train.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_head=2, attn="simplicial"))
     with pytest.raises(ValueError, match="every position"):
         ttt_context.prefill(model, torch.arange(20), 0)
+
+
+def test_ttt_bench(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "qwen3-4b", dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, vocab_size=64, qk_norm=True))
+    result = ttt_context.main(f"--bench --context 300 --steps 2 --span 16 --device {DEVICE} --out {tmp_path}".split())
+    assert json.loads((tmp_path / "ttt_context-bench.json").read_text()) == result and result["steps_seconds"] > 0 < result["token_ms"]
+    assert result["thinking"]["2 N k"]["tokens"] == 64 and 30 < result["thinking"]["equal FLOPs"]["tokens"] < 64
 
 
 def check_span_kernel(S, H, Hkv, n, T, D, start, dtype, cfg=None, seed=0):

@@ -26,7 +26,7 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import functools, hashlib, itertools, math, sys, time
+import functools, hashlib, itertools, json, math, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,11 +245,64 @@ def pick_run(init, device):
     return train.find_run(init)
 
 
+def note(folder, name, device, result):
+    """Write results/ttt_context-NAME.json -> what was written."""
+    gpu = device.type == "cuda"
+    result |= {"device": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads", "torch": torch.__version__}
+    with atomic(Path(folder) / f"ttt_context-{name}.json") as f:
+        f.write(json.dumps(result, indent=1).encode())
+    return result
+
+
+def timed(device, work):
+    """-> work() and the seconds until the device was done with it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - began
+
+
+def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
+    """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper sets
+    against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed, with as
+    many keys as there are half way."""
+    model = train.random_model(preset, device, dtype)
+    ids = torch.randint(model.cfg.vocab_size, (T,), generator=torch.Generator().manual_seed(0)).to(device)
+    prefill(model, ids[:n], 0)                                       # what is looked up once
+    cache, prefill_s = timed(device, lambda: prefill(model, ids, 0))
+    kv, starts, warm_up = frozen(cache, T), may_begin(T, n, held_out(T, n)), 3
+    with queries(model) as weights:
+        losses = adapt(model, weights, kv, ids, starts, warm_up + steps, n)
+        for _ in range(warm_up):
+            next(losses)
+        steps_s = timed(device, lambda: list(losses))[1]
+    flops = flops_of_spans(model, steps * n, steps * n * (T + 1) // 2)
+    rule, equal = 2 * steps * n, thinking_tokens(model, T, flops)
+    writer, token = train.Recorded(model, T + rule // 2), [0]
+    for fixed in writer.cache:
+        old = cache.pop(0).kept
+        fixed.kept = [torch.cat([t, t.new_zeros(*t.shape[:2], rule // 2, t.shape[3])], 2) for t in old]       # (1, Hkv, T + rule / 2, D)
+
+    @torch.no_grad()
+    def write(many):
+        nonlocal token
+        for _ in range(many):
+            token = [int(writer.read(token, T)[0, -1].argmax())]
+    write(warm_up)
+    token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
+    return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "prefill_seconds": prefill_s,
+            "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens, "flops": flops,
+            "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
+                         for name, many in (("2 N k", rule), ("equal FLOPs", equal))}}
+
+
 def main(argv=None):
     """Adapt to a prompt and answer, as the flags say -> dict of the answers, losses, seconds and FLOPs."""
     parser = train.Parser(description=__doc__)
     flag = parser.add_argument
-    flag("--prompt", metavar="FILE", required=True, help="the context, a text file")
+    flag("--prompt", metavar="FILE", help="the context, a text file")
     flag("--question", default="", help="what is asked about it (default: go on where it ends)")
     flag("--init", metavar="DIR", help="the run or Hugging Face folder to use (default: the newest run under out/)")
     flag("--steps", type=int, default=32, help="AdamW steps (default: 32)")
@@ -259,15 +312,27 @@ def main(argv=None):
     flag("--seed", type=int, default=1337, help="with the text, draws the spans (default: 1337)")
     flag("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
     flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer, as torch.save does")
+    flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> results/ttt_context-bench.json")
+    flag("--model", default="qwen3-4b", choices=train.PRESETS, help="shape for --bench (default: qwen3-4b)")
+    flag("--context", type=int, default=32768, help="tokens of context for --bench (default: 32768)")
+    flag("--out", default="results", help="folder for what --bench finds (default: results)")
     flag("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
     flag("--dtype", default="", choices=DTYPES, help="of the activations (default: bf16 on a GPU that has it, else fp32)")
     args = parser.parse_args(argv)
-    for name, least in (("steps", 0), ("span", 1), ("batch-spans", 1), ("seed", 0), ("max-tokens", 1), ("lr", 0)):
+    for name, least in (("steps", 0), ("span", 1), ("batch-spans", 1), ("seed", 0), ("max-tokens", 1), ("lr", 0), ("context", 1)):
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not least <= value < math.inf:
             fail(f"--{name} is {value}; it must be at least {least}")
-    text = read_prompt(args.prompt)
     device = train.pick_device(args.device)
+    if args.bench:
+        if args.context <= args.span:
+            fail(f"--context {args.context} leaves a span of {args.span} no token to foresee; give more")
+        result = bench(args.model, args.context, device, DTYPES[train.pick_dtype(device, args.dtype)[0]], args.steps, args.span)
+        print(json.dumps(result, indent=1))
+        return note(args.out, "bench", device, result)
+    if not args.prompt:
+        fail("give --prompt FILE, the text to adapt to, or --bench")
+    text = read_prompt(args.prompt)
     run = pick_run(args.init, args.device)
     model, tokenizer = train.load_model(run, device, DTYPES[train.pick_dtype(device, args.dtype)[0]])
     context, asked = tokens_of(tokenizer, text, args.question)
@@ -293,15 +358,7 @@ def main(argv=None):
 def run_on(model, tokenizer, ids, asked, args, lr, stop):
     """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
     T, n, device = len(ids), args.span, ids.device
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     ends = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
-
-    def timed(work):
-        wait()
-        began = time.perf_counter()
-        result = work()
-        wait()
-        return result, time.perf_counter() - began
 
     def reply():
         tokens = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
@@ -314,7 +371,7 @@ def run_on(model, tokenizer, ids, asked, args, lr, stop):
         with torch.no_grad():
             return sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held)
 
-    cache, prefill_s = timed(lambda: prefill(model, ids, len(asked) + args.max_tokens))
+    cache, prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
     kv, held = frozen(cache, T), held_out(T, n)
     before, plain, moved = probe(), reply(), 0.0
     with queries(model) as weights, tqdm(total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
@@ -326,7 +383,7 @@ def run_on(model, tokenizer, ids, asked, args, lr, stop):
                 bar.update()
                 if stop.signal:
                     raise SystemExit(128 + stop.signal)
-        seconds = timed(learn)[1]
+        seconds = timed(device, learn)[1]
         after, adapted = probe(), reply()
         with torch.no_grad():
             moved = math.sqrt(sum(float((w - f).square().sum()) for w, f in zip(weights, first))
