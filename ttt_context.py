@@ -23,6 +23,10 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
+    python ttt_context.py --experiment                                  below, in three minutes on two CPU cores -> results/ttt_context-cpu.*
+    python ttt_context.py --full                                        up to 32k tokens, in ten minutes on one H200 -> results/ttt_context-h200.*
+    python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
+    python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
@@ -365,7 +369,7 @@ LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
         "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=128, b=128, value=32, name=1024, turn=8, mark=1),
-        "train": (2500, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "few": 4, "steps": 32,
+        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "few": 2, "steps": 32,
         "span": 128, "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
@@ -446,10 +450,10 @@ def lesson(task, T, recipe, draw):
 
 def renamed(ids, recipe, draw):
     """ids (B, T) with other names for all things, in each sequence others: a lesson can be taken again."""
-    table, low = torch.arange(sum(recipe["sizes"].values())).repeat(len(ids), 1), 0          # (B, V)
+    table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0         # (B, V)
     for name, size in recipe["sizes"].items():
         if name not in ("turn", "mark"):                             # these mean what they are
-            table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw).argsort(1)
+            table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw, device=ids.device).argsort(1)
         low += size
     return table.gather(1, ids)
 
@@ -467,14 +471,15 @@ def raise_model(recipe, norm, seed, device, dtype):
         layer.self_attn.rotary = ()
         if i % 2 == 0:
             layer.self_attn.attention = functools.partial(shift)
-    lessons, known = (torch.stack(t) for t in zip(*(lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS))))
+    lessons, known = (torch.stack(t).to(device) for t in zip(*(lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS))))
+    draw = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
     for step in tqdm(range(steps), desc=f"seed {seed}, {NORMS[norm]}", dynamic_ncols=True, leave=False):
-        some = torch.randint(LESSONS, (batch,), generator=draw)
+        some = torch.randint(LESSONS, (batch,), generator=draw, device=device)
         ids = renamed(lessons[some], recipe, draw)                                           # (batch, T + 1)
         y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < steps // 2), -1)
-        loss = model(ids[:, :-1].to(device), y.to(device))
+        loss = model(ids[:, :-1], y)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
