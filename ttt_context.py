@@ -337,9 +337,11 @@ def vote(model, kv, asked, chains, rounds, draw):
         said = torch.cat([said, tails.repeat_interleave(chains, 0)], 1)
         for _ in range(m):
             rows, back = said.unique(dim=0, return_inverse=True)
-            p = read(model, kv, rows)[0].float().softmax(-1)
-            token = torch.cat([torch.multinomial(p[b], 1, generator=draw) for b in back.split(2 ** 14)])
-            said = torch.cat([said, token], 1)
+            p = read(model, kv, rows)[0].double().softmax(-1)                                # (rows, V)
+            upto = (p.cumsum(-1).clamp(max=1) + torch.arange(len(p), device=p.device)[:, None]).flatten()    # row r fills r to r + 1
+            u = torch.rand(len(said), generator=draw, dtype=p.dtype, device=p.device)
+            token = torch.searchsorted(upto, back + u).sub(back * p.shape[1]).clamp(0, p.shape[1] - 1)
+            said = torch.cat([said, token[:, None]], 1)
     right = 0
     for votes, truth in zip(said[:, -m:].view(Q, chains, m), answers):
         kinds, count = votes.unique(dim=0, return_counts=True)
@@ -364,8 +366,8 @@ ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature
         "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
         "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
 LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
-          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2, "lengths": (96, 768, 3072),
-          "contexts": 4, "questions": 16, "few": 2, "steps": 32, "span": 128,
+          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 24, 96), "lr": 1e-2, "lengths": (96, 768, 3072),
+          "contexts": 4, "questions": 16, "few": 1, "steps": 32, "span": 128,
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
         "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=128, b=128, value=32, name=1024, turn=8, mark=1),
