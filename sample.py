@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from train import (DTYPES, PRESETS, GPTConfig, Interrupt, Parser, atomic, beginning, export, fail, fill, find_run, generate, hollow,
-                   load_checkpoint, load_model, pick_device, pick_dtype, refusing, softmax_attention)
+from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, load_checkpoint, load_model,
+                   pick_device, pick_dtype, random_model, refusing)
 
 
 def read_prompt(text):
@@ -157,12 +157,7 @@ def main(argv=None):
         export(Path(args.export), load_checkpoint(run), run, DTYPES.get(args.dtype))
         return {}
     dtype = DTYPES[pick_dtype(device, args.dtype)[0]]
-    if run:
-        model, tokenizer = load_model(run, device, dtype, args.attn)
-    else:
-        shape = {k: v for k, v in PRESETS[args.model].items() if k in GPTConfig.__dataclass_fields__}
-        model = hollow(GPTConfig(**{"vocab_size": 50304, **shape}), softmax_attention, device, dtype)
-        fill(model, lambda name, shape: torch.randn(shape, device=device) * 0.02)
+    model, tokenizer = load_model(run, device, dtype, args.attn) if run else (random_model(args.model, device, dtype), None)
     size, recorded = model.cfg.block_size, device.type == "cuda" and args.cache and (args.attn or model.cfg.attn) == "softmax"
     if args.bench:
         compiled = device.type == "cuda" if args.compile is None else args.compile

@@ -963,6 +963,14 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
     return model, tokenizer
 
 
+def random_model(preset, device, dtype):
+    """-> a softmax GPT of a preset's shape with random weights, for timing."""
+    shape = {k: v for k, v in PRESETS[preset].items() if k in GPTConfig.__dataclass_fields__}
+    model = hollow(GPTConfig(**{"vocab_size": 50304, **shape}), softmax_attention, device, dtype)
+    fill(model, lambda name, shape: torch.randn(shape, device=device) * 0.02)
+    return model
+
+
 def load_optimizer(optimizer, state):
     """optimizer.load_state_dict for the whole state of a run, which may have been sharded otherwise or not at all."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -23,14 +23,19 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
+    python ttt_context.py --experiment                                  below, in three minutes on two CPU cores -> results/ttt_context-cpu.*
+    python ttt_context.py --full                                        up to 32k tokens, in ten minutes on one H200 -> results/ttt_context-h200.*
+    python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
+    python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import functools, hashlib, itertools, math, sys, time
+import functools, hashlib, itertools, json, math, random, statistics, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
@@ -165,24 +170,25 @@ def answer(model, cache, T, question, n, limit=None):
 # What it costs. Multiply-adds count two; norms, softmax and the embedding's look-up are left out.
 
 def weights_of(model):
-    """-> numbers in the matrices of a layer, in its W_Q, in its W_K and W_V, in the output layer."""
+    """-> numbers in the matrices of a layer, in its W_Q, in its W_K and W_V, in the output layer; heads times width of all layers
+    that attend."""
     a = model.layers[0].self_attn
     q, kv = a.q_proj.weight.numel(), a.k_proj.weight.numel() + a.v_proj.weight.numel()
-    return sum(p.numel() for p in model.layers[0].parameters() if p.dim() > 1), q, kv, model.embed_tokens.weight.numel()
+    looks = sum(getattr(layer.self_attn.attention, "func", None) is not shift for layer in model.layers) * model.cfg.n_head * model.cfg.head_dim
+    return sum(p.numel() for p in model.layers[0].parameters() if p.dim() > 1), q, kv, model.embed_tokens.weight.numel(), looks
 
 
 def flops_of_tokens(model, T, n):
     """To write n tokens after T, each of which reads all before it and itself."""
-    c, (P, _, _, head) = model.cfg, weights_of(model)
-    return n * (2 * c.n_layer * P + 2 * head) + 4 * c.n_layer * c.n_head * c.head_dim * (n * T + n * (n + 1) // 2)
+    P, _, _, head, looks = weights_of(model)
+    return n * 2 * (model.cfg.n_layer * P + head) + 4 * looks * (n * T + n * (n + 1) // 2)
 
 
 def flops_of_spans(model, tokens, keys):
     """Forward and backward of spans with so many tokens, which look at so many keys in all: in the backward pass each product once
     more, for its input, but none for the input of the first layer; W_Q's gradient; and of attention S, dP and dQ."""
-    c, (P, q, kv, head) = model.cfg, weights_of(model)
-    products = 2 * 2 * (c.n_layer * (P - kv) + head) + 2 * (c.n_layer - 1) * q
-    return tokens * products + (4 + 6) * c.n_layer * c.n_head * c.head_dim * keys
+    L, (P, q, kv, head, looks) = model.cfg.n_layer, weights_of(model)
+    return tokens * (4 * (L * (P - kv) + head) + 2 * (L - 1) * q) + (4 + 6) * looks * keys
 
 
 def thinking_tokens(model, T, flops):
@@ -245,11 +251,515 @@ def pick_run(init, device):
     return train.find_run(init)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The controls, and questions read on behind the frozen context
+
+class Sharpened(torch.nn.Module):
+    """A norm of queries (B, T, H, D) and behind it one factor for each head, which multiplies its logits."""
+    def __init__(self, norm, heads, factor, device):
+        super().__init__()
+        self.norm, self.log = norm, torch.nn.Parameter(torch.full((heads, 1), math.log(factor), device=device))
+
+    def forward(self, q):
+        return (self.norm(q) * self.log.exp()).to(q.dtype)
+
+
+@contextmanager
+def temperatures(model, factor=1.0):
+    """All is frozen but a factor for each head of each layer, behind the norm: -> [its logarithm (H, 1)]. At the end the model is as
+    it was."""
+    attentions = [layer.self_attn for layer in model.layers]
+    norms = [a.q_norm for a in attentions]
+    with queries(model) as weights:
+        for a, w in zip(attentions, weights):
+            w.requires_grad_(False)
+            a.q_norm = Sharpened(a.q_norm, model.cfg.n_head, factor, w.device)
+        try:
+            yield [a.q_norm.log for a in attentions]
+        finally:
+            for a, norm in zip(attentions, norms):
+                a.q_norm = norm
+
+
+class Behind:
+    """One layer's T frozen keys and values (Hkv, T, D) as the cache of Q tails, each read on its own behind them. What a tail's last
+    query gives to the positions in spots (Q, T), by head, is left in `mass` (Q, H)."""
+    def __init__(self, kv, spots=None):
+        self.k, self.v, self.length, self.spots, self.mass = *kv, kv[0].shape[1], spots, None
+
+    def attend(self, attention, windows, q, k, v):                   # (Q, H, n, D), (Q, Hkv, n, D) twice -> (Q, H, n, D)
+        (Q, H, n, D), Hkv = q.shape, k.shape[1]
+        if attention.func is shift:
+            old = [t[None, :, -H:].expand(Q, -1, -1, -1) for t in (self.k, self.v)]          # as far as it looks back
+            return attention(q, *(torch.cat(pair, 2) for pair in zip(old, (k, v))))
+        q = q.unflatten(1, (Hkv, -1)).transpose(0, 1) * D ** -0.5                            # (Hkv, Q, g, n, D)
+        late = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        scores = torch.cat([(q.flatten(1, 3) @ self.k.transpose(1, 2)).unflatten(1, q.shape[1:4]),
+                            (q @ k.transpose(0, 1)[:, :, None].transpose(3, 4)).masked_fill(late, -torch.inf)], -1)
+        p = scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1)               # (Hkv, Q, g, n, T + n)
+        if self.spots is not None:
+            self.mass = (p[..., -1, :self.length] * self.spots[:, None]).sum(-1).transpose(0, 1).flatten(1)
+        p = p.to(q.dtype)
+        y = (p[..., :self.length].flatten(1, 3) @ self.v).unflatten(1, q.shape[1:4]) + p[..., self.length:] @ v.transpose(0, 1)[:, :, None]
+        return y.transpose(0, 1).flatten(1, 2)                       # (Hkv, Q, g, n, D) -> (Q, H, n, D)
+
+
+@torch.no_grad()
+def read(model, kv, tails, spots=None):
+    """tails (Q, n) -> the logits after each, (Q, V), and the mass on its spots in every layer and head that attends, (Q, layers * H)."""
+    size, logits, mass = max(1, 2 ** 27 // (model.cfg.n_head * tails.shape[1] * (kv[0][0].shape[1] + 1))), [], []
+    for i in range(0, len(tails), size):
+        caches = [Behind(pair, None if spots is None else spots[i:i + size]) for pair in kv]
+        logits.append(model(tails[i:i + size], cache=caches)[:, -1])
+        mass.append(torch.cat([c.mass for c in caches if c.mass is not None], 1) if spots is not None else logits[-1][:, :0])
+    return torch.cat(logits), torch.cat(mass)
+
+
+def score(model, kv, asked):
+    """-> how many answers are right, all of their tokens the likeliest; mass on the needle as the answer begins, in the head that has
+    the most of it; the mean of its margin log(mass / (1 - mass))."""
+    tails, answers, spots = asked
+    right, mass = torch.ones(len(tails), dtype=torch.bool, device=tails.device), None
+    for j in range(answers.shape[1]):
+        logits, found = read(model, kv, torch.cat([tails, answers[:, :j]], 1), spots if j == 0 else None)
+        right, mass = right & (logits.argmax(-1) == answers[:, j]), found if j == 0 else mass
+    best = mass[:, mass.mean(0).argmax()].clamp(1e-9, 1 - 1e-6)
+    return {"accuracy": right.float().mean().item(), "mass": best.mean().item(), "margin": (best / (1 - best)).log().mean().item()}
+
+
+def vote(model, kv, asked, chains, rounds, draw):
+    """-> share of right answers by majority of so many chains. A chain writes question and answer `rounds` times, the answers drawn
+    from the model, all but the last of them notes. Equal chains are read once."""
+    tails, answers, _ = asked
+    (Q, n), m = tails.shape, answers.shape[1]
+    said = tails.new_empty(Q * chains, 0)
+    for _ in range(rounds):
+        said = torch.cat([said, tails.repeat_interleave(chains, 0)], 1)
+        for _ in range(m):
+            rows, back = said.unique(dim=0, return_inverse=True)
+            p = read(model, kv, rows)[0].double().softmax(-1)                                # (rows, V)
+            upto = (p.cumsum(-1).clamp(max=1) + torch.arange(len(p), device=p.device)[:, None]).flatten()    # row r fills r to r + 1
+            u = torch.rand(len(said), generator=draw, dtype=p.dtype, device=p.device)
+            token = torch.searchsorted(upto, back + u).sub(back * p.shape[1]).clamp(0, p.shape[1] - 1)
+            said = torch.cat([said, token[:, None]], 1)
+    right = 0
+    for votes, truth in zip(said[:, -m:].view(Q, chains, m), answers):
+        kinds, count = votes.unique(dim=0, return_counts=True)
+        right += torch.equal(kinds[count.argmax()], truth)
+    return right / Q
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment: streams of records, a model trained on short ones, questions about long ones
+
+def shift(q, k, v):
+    """Head h gives the value h + 1 positions back, whatever the query: a short convolution. It tells what stands side by side, and
+    nothing else in these models knows positions, so that length means dilution alone."""
+    (B, H, n, D), far = q.shape, q.shape[1] + q.shape[2]
+    v = v[:, :, -far:].repeat_interleave(H // v.shape[1], 1)
+    v = F.pad(v, (0, 0, far - v.shape[2], 0))                                                # (B, H, n + H, D)
+    return torch.stack([v[:, h, H - 1 - h:H - 1 - h + n] for h in range(H)], 1)
+
+
+shift.rotary = ()
+ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature": "C1", "temperature, foreign": "C8", "queries": "C3",
+        "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
+        "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
+LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
+          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2, "lengths": (96, 768, 3072),
+          "contexts": 4, "questions": 16, "few": 1, "steps": 32, "span": 128,
+          "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
+FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
+        "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=128, b=128, value=32, name=1024, turn=8, mark=1),
+        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "few": 2, "steps": 32,
+        "span": 128, "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
+SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
+
+
+def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
+    """A context of at most so many tokens -> ids (T), which of them follow from the ones before, (T) bool, and at most `asked` questions:
+    tails (Q, n), answers (Q, m) and spots (Q, T), the places that answer them.
+
+    records   a b value            a and b together decide on the value; asked are pairs that occur once
+    columns   a b value            either a (kind 1) or b (kind 2) alone does, the other means nothing, and which is not said
+    log       a b name turn value value    transaction a b: account, its count, balance before and after; of each account one
+                                   balance is not what its transaction before left. Asked: mark name -> a b of that line
+    bugs      a b name value       line a b: a name and its type; one use of each name has another. Asked: mark name -> a b"""
+    first, many, size = {}, 0, recipe["sizes"]
+    for name in size:
+        first[name], many = many, many + size[name]
+    rand = lambda high, *shape: torch.randint(high, shape, generator=draw)
+    some = lambda n, m: torch.randperm(n, generator=draw)[:m]
+    if task in ("records", "columns"):
+        R = tokens // 3
+        keys, side = keys or R // 2, size["a"]
+        if task == "records":
+            side = min(side, max(4, math.ceil(1.5 * keys ** 0.5)))
+            key = some(side * side, keys)[rand(min(keys, side * side), R)]                   # (R)
+            ia, ib = key // side, key % side
+        else:
+            kind = kind or 1 + int(rand(2))
+            ia, ib = rand(min(keys, side), R), rand(min(keys, side), R)
+            key = ia if kind == 1 else ib
+        values = rand(size["value"], int(key.max()) + 1)[key]
+        line = torch.stack([some(size["a"], side)[ia], some(size["b"], side)[ib] + first["b"], values + first["value"]], 1)   # (R, 3)
+        known = torch.zeros(R, 3, dtype=torch.bool)
+        known[:, 2] = torch.arange(R) > torch.full((int(key.max()) + 1,), R).scatter_reduce(0, key, torch.arange(R), "amin")[key]
+        once = (key.bincount()[key] == 1).nonzero()[:, 0]
+        at = once if task == "records" and len(once) else torch.arange(R)                    # few keys may all recur
+        at = at[some(len(at), asked)]
+        spots = torch.zeros(len(at), R, 3, dtype=torch.bool)
+        spots[..., 2] = key[at, None] == key
+        tails, answers = line[at, :2], line[at, 2:]
+        if task == "columns":                                        # a new pair: what means nothing is another record's
+            tails[:, 2 - kind] = line[rand(R, len(at)), 2 - kind]
+        return line.flatten(), known.flatten(), (tails, answers, spots.flatten(1))
+    turns, width = 8, 6 if task == "log" else 4
+    G = tokens // width // turns
+    group = torch.arange(G * turns)[some(G * turns, G * turns)] // turns
+    turn = torch.empty_like(group)
+    turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                       # of its group's lines, the how manyth
+    name, place = some(size["name"], G)[group] + first["name"], some(size["a"] * size["b"], G * turns)
+    a, b = place // size["b"], place % size["b"] + first["b"]
+    wrong = (1 + rand(turns - 1, G))[group] == turn                                          # (G turns)
+    after = rand(size["value"], G, turns) if task == "log" else rand(size["value"], G, 1).expand(-1, turns)
+    value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
+    more = [turn + first["turn"], value, after[group, turn] + first["value"]] if task == "log" else [value]
+    line = torch.stack([a, b, name, *more], 1)                                               # (G turns, width)
+    known = torch.zeros_like(line, dtype=torch.bool)
+    known[:, 4 if task == "log" else 3] = (turn > 0) & ~wrong
+    at = wrong.nonzero()[:, 0]
+    at = at[some(len(at), asked)]
+    spots = torch.zeros(len(at), *line.shape, dtype=torch.bool)
+    spots[torch.arange(len(at)), at] = True
+    tails = torch.stack([torch.full_like(at, first["mark"]), name[at]], 1)
+    return line.flatten(), known.flatten(), (tails, line[at, :2], spots.flatten(1))
+
+
+def lesson(task, T, recipe, draw):
+    """A sequence to train on -> T + 1 ids, which of them follow from those before: a context, and at its end questions with their
+    answers, each written up to ROUNDS times, which is how notes are taken."""
+    keys = int(torch.randint(3, T // 6, (), generator=draw))
+    ids, known, (tails, answers, _) = stream(task, T + 1 - T // 6, recipe, draw, T, keys=keys)
+    parts, marks = [ids], [known]
+    for i in itertools.cycle(range(len(tails))):
+        if sum(map(len, parts)) > T:
+            return torch.cat(parts)[:T + 1], torch.cat(marks)[:T + 1]
+        times = int(torch.randint(1, ROUNDS + 1, (), generator=draw))
+        parts.append(torch.cat([tails[i], answers[i]]).repeat(times))
+        marks.append(torch.cat([tails[i] < 0, answers[i] >= 0]).repeat(times))
+
+
+def renamed(ids, recipe, draw):
+    """ids (B, T) with other names for all things, in each sequence others: a lesson can be taken again."""
+    table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0         # (B, V)
+    for name, size in recipe["sizes"].items():
+        if name not in ("turn", "mark"):                             # these mean what they are
+            table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw, device=ids.device).argsort(1)
+        low += size
+    return table.gather(1, ids)
+
+
+def raise_model(recipe, norm, seed, device, dtype):
+    """-> a GPT whose layers take turns at `shift` and softmax attention without positions, trained on short streams of all tasks; in
+    the first half of the steps only what follows from the text counts, which is when it learns to look."""
+    (steps, batch, T), tasks = recipe["train"], recipe["tasks"]
+    cfg = train.GPTConfig(vocab_size=sum(recipe["sizes"].values()), block_size=T, qk_norm=norm, tied=False, **recipe["shape"])
+    model, draw = train.GPT(cfg, dtype=dtype).to(device), torch.Generator().manual_seed(seed)
+    ends = lambda name: (2 * cfg.n_layer) ** -0.5 if "o_proj" in name or "down_proj" in name else 1.0
+    train.fill(model, lambda name, shape: torch.ones(shape) if len(shape) == 1 else
+               torch.randn(shape, generator=draw) * (1.0 if "embed" in name else ends(name) * shape[1] ** -0.5))
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.rotary = ()
+        if i % 2 == 0:
+            layer.self_attn.attention = functools.partial(shift)
+    lessons, known = (torch.stack(t).to(device) for t in zip(*(lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS))))
+    draw = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
+    for step in tqdm(range(steps), desc=f"seed {seed}, {NORMS[norm]}", dynamic_ncols=True, leave=False):
+        some = torch.randint(LESSONS, (batch,), generator=draw, device=device)
+        ids = renamed(lessons[some], recipe, draw)                                           # (batch, T + 1)
+        y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < steps // 2), -1)
+        loss = model(ids[:, :-1], y)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+    return model.eval()
+
+
+def posed(task, recipe, device):
+    """-> ask(T, seed, c): context number c of a seed, ids (T), and what is asked of it. Contexts come in pairs; in `columns` every
+    other pair is of the other kind."""
+    def ask(T, seed, c):
+        draw = torch.Generator().manual_seed(10 ** 6 * seed + 10 * T + c)
+        ids, _, asked = stream(task, T, recipe, draw, recipe["questions"], 1 + c // 2 % 2)
+        return ids.to(device), tuple(t.to(device) for t in asked)
+    return ask
+
+
+WAYS, NORMS = {"queries": queries, "temperature": temperatures}, ("no QK-norm", "QK-norm")
+
+
+def fit(model, way, kv, ids, recipe, lr, starts=None):
+    """Train what `way` names, on random spans or on those that begin at `starts` -> its values after the steps, and the seconds. The
+    model is as before."""
+    n = min(recipe["span"], len(ids) // 2)
+    starts = torch.arange(len(ids) - n) if starts is None else starts
+    with WAYS[way](model) as weights:
+        seconds = timed(ids.device, lambda: list(adapt(model, weights, kv, ids, starts, recipe["steps"], n, lr=lr)))[1]
+        return [w.detach().clone() for w in weights], seconds
+
+
+@contextmanager
+def fitted(model, way, values):
+    with WAYS[way](model) as weights, torch.no_grad():
+        for w, value in zip(weights, values):
+            w.copy_(value)
+        yield
+
+
+def best_rates(model, ask, T, recipe):
+    """-> {way: the learning rate that answers best}, on contexts of seed 0, which are not reported; of equals the smallest."""
+    found = {way: dict.fromkeys(rates, 0.0) for way, rates in recipe["rates"].items()}
+    for c in (0, 2):
+        ids, asked = ask(T, 0, c)
+        kv = frozen(prefill(model, ids, 0), len(ids))
+        for way, rates in recipe["rates"].items():
+            for lr in rates:
+                with fitted(model, way, fit(model, way, kv, ids, recipe, lr)[0]):
+                    found[way][lr] += score(model, kv, asked)["accuracy"]
+    return {way: max(scores, key=scores.get) for way, scores in found.items()}
+
+
+def examine(model, ask, T, recipe, seed, rates, kinds):
+    """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many FLOPs,
+    or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes."""
+    rows, kept = {arm: [] for arm in ARMS}, []
+    sharper, long = max(1.0, math.log(T) / math.log(recipe["train"][2])), T == max(recipe["lengths"])
+    for c in range(recipe["contexts"]):
+        ids, asked = ask(T, seed, c)
+        n, few = min(recipe["span"], len(ids) // 2), [t[:recipe["few"]] for t in asked]
+        cache = prefill(model, ids, asked[0].shape[1] + 8)
+        kv = frozen(cache, len(ids))
+        kept.append((kv, asked, {way: fit(model, way, kv, ids, recipe, rates[way]) for way in WAYS}))
+        rows["in context"].append(score(model, kv, asked))
+        rows["no context"].append(score(model, [tuple(t[:, :0] for t in pair) for pair in kv], (*asked[:2], asked[2][:, :0])))
+        with temperatures(model, sharper):
+            rows["log T"].append(score(model, kv, asked))
+            if len(model.layers) > 2:                                # else nothing that is kept comes after an attention
+                rows["log T, read too"].append(score(model, frozen(prefill(model, ids, 0), len(ids)), asked))
+        weights, seconds = kept[-1][2]["queries"]
+        if long:
+            with fitted(model, "queries", weights):
+                rows["queries, some"].append(score(model, kv, few))
+            oracles = []
+            for i in range(len(few[0])):
+                one = [t[i:i + 1] for t in few]
+                at = int(one[2][0].nonzero()[-1])                    # the needle is a target in all of its spans
+                starts = torch.arange(max(0, at - n), min(at, len(ids) - n))
+                with fitted(model, "queries", fit(model, "queries", kv, ids, recipe, rates["queries"], starts)[0]):
+                    oracles.append(score(model, kv, one))
+            rows["queries, oracle"].append({k: sum(o[k] for o in oracles) / len(oracles) for k in oracles[0]})
+        if recipe.get("think", True):
+            draw = torch.Generator(ids.device).manual_seed(seed)
+            flops = flops_of_spans(model, recipe["steps"] * n, recipe["steps"] * n * (len(ids) + 1) // 2)
+            token_s = timed(ids.device, lambda: list(answer(model, cache, len(ids), asked[0][0].tolist(), 8)))[1] / 8
+            line = asked[0].shape[1] + asked[1].shape[1]
+            for unit, tokens in (("FLOPs", thinking_tokens(model, len(ids), flops)), ("seconds", int(seconds / token_s))):
+                for name, rounds, asking in (("vote", 1, asked), ("notes", ROUNDS, few)):
+                    chains = max(1, tokens // (rounds * line - asked[0].shape[1]))           # the question itself is read anyway
+                    rows[f"{name}, {unit}"].append({"accuracy": vote(model, kv, asking, chains, rounds, draw), "tokens": tokens,
+                                                    "seconds": seconds, "flops": flops})
+    for c, (kv, asked, _) in enumerate(kept):
+        for arm, way, whose in (("queries", "queries", c), ("queries, foreign", "queries", c ^ 1), ("queries, other kind", "queries", c ^ 2),
+                                ("temperature", "temperature", c), ("temperature, foreign", "temperature", c ^ 1)):
+            if kinds or arm != "queries, other kind":
+                with fitted(model, way, kept[whose][2][way][0]):
+                    rows[arm].append(score(model, kv, asked))
+    return {arm: {k: [round(s[k], 4) for s in found] for k in found[0]} for arm, found in rows.items() if found}
+
+
+def paired(ours, theirs, draws=2000):
+    """Accuracies by seed and context -> the mean difference and its 95% interval, seeds and, in each, contexts drawn anew."""
+    d, draw = torch.tensor(ours) - torch.tensor(theirs), torch.Generator().manual_seed(0)    # (seeds, contexts)
+    seeds = torch.randint(len(d), (draws, len(d), 1), generator=draw)
+    contexts = torch.randint(d.shape[1], (draws, *d.shape), generator=draw)
+    means = d[seeds, contexts].mean((1, 2)).sort().values
+    return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
+
+
+def experiment(recipe, models):
+    """models() yields a seed, a label, a model and {task: ask} -> what results/ttt_context-NAME.json holds; printed on the way."""
+    began, cells, rates = time.perf_counter(), {}, {}
+    for seed, label, model, tasks in models():
+        for task, ask in tasks.items():
+            for T in recipe["lengths"]:
+                key = f"{label}, {task}, {T}"
+                rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)             # found with the first seed
+                for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
+                    for what, values in found.items():
+                        cells.setdefault(key, {}).setdefault(arm, {}).setdefault(what, []).append(values)
+                print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}"
+                                                          for arm, found in cells[key].items()), flush=True)
+    less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
+                  for arm, found in arms.items() if not arm.startswith("queries, some") and not arm.startswith("notes") and arm != "queries"}
+            for key, arms in cells.items()}
+    pairs = [(m, a) for arms in cells.values() for found in arms.values() if "mass" in found
+             for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
+    ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
+    for key, arms in less.items():
+        print(f"{key}: queries less " + ", ".join(f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()))
+    return {"cells": cells, "queries_less": less, "rates": rates, "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
+            "recipe": recipe, "seeds": SEEDS, "seconds": time.perf_counter() - began}
+
+
+NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8, "questions": 4,
+           "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}, "think": False}
+PLACES = "Paris London Berlin Rome Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Sydney Boston Chicago Denver Dallas".split()
+
+
+def hidden(tokenizer, device, recipe):
+    """-> ask(T, seed, c): T tokens of the standard library's source with sentences in it that give places a number, and questions for
+    some of the numbers."""
+    size = lambda text: len(tokenizer.encode_ordinary(text))
+    places = [place for place in PLACES if size(f" {place}") == size(f" {PLACES[0]}")]       # questions of equal length
+    files = [path for path in train.find_documents("stdlib") if path.stat().st_size > 20000]
+
+    def ask(T, seed, c):
+        draw = random.Random(f"{seed} {T} {c}")
+        chosen, ids, said = draw.sample(places, min(recipe["questions"], len(places))), [], []
+        for place in chosen:
+            tail = tokenizer.encode_ordinary(f"\n# The secret number of {place} is")
+            whole = tokenizer.encode_ordinary(f"\n# The secret number of {place} is {draw.randint(10000, 99999)}")
+            said.append((tail, whole[len(tail):]))
+        room = T - len(beginning(tokenizer)) - sum(len(tail) + len(answer) for tail, answer in said)
+        while len(ids) < room:
+            ids += tokenizer.encode_ordinary(train.read_text(draw.choice(files)))
+        at, text = sorted(draw.sample(range(room), len(said))), [*beginning(tokenizer)]
+        spots, begin = torch.zeros(len(said), T, dtype=torch.bool), 0
+        for i, ((tail, answer), end) in enumerate(zip(said, at)):
+            text += ids[begin:end] + tail + answer
+            spots[i, len(text) - len(answer):len(text)] = True
+            begin = end
+        tails, answers = (torch.tensor(t, device=device) for t in zip(*said))
+        return torch.tensor(text + ids[begin:room], device=device), (tails, answers, spots.to(device))
+    return ask
+
+
+def sandbox(recipe, device, dtype):
+    for seed in SEEDS:
+        for norm in (False, True):
+            yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), {t: posed(t, recipe, device) for t in recipe["tasks"]}
+
+
+def plot(path, result):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lengths, rows = result["recipe"]["lengths"], {}
+    for key in result["cells"]:
+        label, task, T = key.split(", ")
+        rows.setdefault(label, {}).setdefault(task, []).append(result["cells"][key])
+    wide = max(map(len, rows.values())) + 1
+    figure, axes = plt.subplots(len(rows), wide, figsize=(3.6 * wide, 3.2 * len(rows) + 0.6), layout="constrained", squeeze=False)
+    mean = lambda values: statistics.mean(sum(values, []))
+    for (label, tasks), line in zip(rows.items(), axes):
+        for (task, cells), ax in zip(tasks.items(), line):
+            for arm, color in ARMS.items():
+                there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell and arm != "queries, some"]
+                ax.plot(*zip(*there) if there else ([], []), "o-" if len(there) > 1 else "D", ms=3, lw=2 if arm == "queries" else 1, color=color,
+                        ls="--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-", label=arm if there else None)
+            ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
+        first, cells = next(iter(tasks.items()))
+        for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
+            line[-1].plot([math.log(T) for T in lengths], [mean(cell[arm]["margin"]) for cell in cells], "o-", ms=3, color=ARMS[arm], label=arm)
+        line[-1].set(xlabel="log T", ylabel="log(p / (1 - p)) at the needle", title=f"margin, {first}, {label}")
+    axes[0][-2].legend(fontsize=6, ncols=2)
+    with atomic(path) as f:
+        figure.savefig(f, format="png", dpi=110)
+    plt.close(figure)
+
+
+def note(folder, name, device, result):
+    """Write results/ttt_context-NAME.json -> what was written."""
+    gpu = device.type == "cuda"
+    result |= {"device": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads", "torch": torch.__version__}
+    with atomic(Path(folder) / f"ttt_context-{name}.json") as f:
+        f.write(json.dumps(result, indent=1).encode())
+    return result
+
+
+def timed(device, work):
+    """-> work() and the seconds until the device was done with it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - began
+
+
+def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
+    """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper sets
+    against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed, with as
+    many keys as there are half way."""
+    model = train.random_model(preset, device, dtype)
+    ids = torch.randint(model.cfg.vocab_size, (T,), generator=torch.Generator().manual_seed(0)).to(device)
+    prefill(model, ids[:n], 0)                                       # what is looked up once
+    cache, prefill_s = timed(device, lambda: prefill(model, ids, 0))
+    kv, starts, warm_up = frozen(cache, T), may_begin(T, n, held_out(T, n)), 3
+    with queries(model) as weights:
+        losses = adapt(model, weights, kv, ids, starts, warm_up + steps, n)
+        for _ in range(warm_up):
+            next(losses)
+        steps_s = timed(device, lambda: list(losses))[1]
+    flops = flops_of_spans(model, steps * n, steps * n * (T + 1) // 2)
+    rule, equal = 2 * steps * n, thinking_tokens(model, T, flops)
+    writer, token = train.Recorded(model, T + rule // 2), [0]
+    for fixed in writer.cache:
+        old = cache.pop(0).kept
+        fixed.kept = [torch.cat([t, t.new_zeros(*t.shape[:2], rule // 2, t.shape[3])], 2) for t in old]       # (1, Hkv, T + rule / 2, D)
+
+    @torch.no_grad()
+    def write(many):
+        nonlocal token
+        for _ in range(many):
+            token = [int(writer.read(token, T)[0, -1].argmax())]
+    write(warm_up)
+    token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
+    return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "prefill_seconds": prefill_s,
+            "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens, "flops": flops,
+            "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
+                         for name, many in (("2 N k", rule), ("equal FLOPs", equal))}}
+
+
+def conclude(args, device, dtype):
+    """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
+    if args.full and device.type != "cuda":
+        fail("--full needs a CUDA GPU; --experiment alone takes three minutes on a CPU")
+    if args.init:
+        run = train.find_run(args.init)
+        model, tokenizer = train.load_model(run, device, dtype)
+        recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
+        if not recipe["lengths"]:
+            fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
+        models = lambda: [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})]
+    else:
+        recipe = FULL if args.full else LAPTOP
+        models = lambda: sandbox(recipe, device, dtype)
+    result = experiment(recipe, models)
+    plot(Path(args.out) / f"ttt_context-{recipe['name']}.png", result)
+    return note(args.out, recipe["name"], device, result)
+
+
 def main(argv=None):
     """Adapt to a prompt and answer, as the flags say -> dict of the answers, losses, seconds and FLOPs."""
     parser = train.Parser(description=__doc__)
     flag = parser.add_argument
-    flag("--prompt", metavar="FILE", required=True, help="the context, a text file")
+    flag("--prompt", metavar="FILE", help="the context, a text file")
     flag("--question", default="", help="what is asked about it (default: go on where it ends)")
     flag("--init", metavar="DIR", help="the run or Hugging Face folder to use (default: the newest run under out/)")
     flag("--steps", type=int, default=32, help="AdamW steps (default: 32)")
@@ -259,17 +769,35 @@ def main(argv=None):
     flag("--seed", type=int, default=1337, help="with the text, draws the spans (default: 1337)")
     flag("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
     flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer, as torch.save does")
+    flag("--experiment", action="store_true", help="train small models, ask about long contexts -> results/ttt_context-cpu.*")
+    flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, needles in real "
+         "text -> results/ttt_context-needles.*")
+    flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> results/ttt_context-bench.json")
+    flag("--model", default="qwen3-4b", choices=train.PRESETS, help="shape for --bench (default: qwen3-4b)")
+    flag("--context", type=int, default=32768, help="tokens of context for --bench (default: 32768)")
+    flag("--out", default="results", help="folder for what experiments find (default: results)")
     flag("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
     flag("--dtype", default="", choices=DTYPES, help="of the activations (default: bf16 on a GPU that has it, else fp32)")
     args = parser.parse_args(argv)
-    for name, least in (("steps", 0), ("span", 1), ("batch-spans", 1), ("seed", 0), ("max-tokens", 1), ("lr", 0)):
+    for name, least in (("steps", 0), ("span", 1), ("batch-spans", 1), ("seed", 0), ("max-tokens", 1), ("lr", 0), ("context", 1)):
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not least <= value < math.inf:
             fail(f"--{name} is {value}; it must be at least {least}")
+    device = train.pick_device(args.device if args.device or args.full or not args.experiment else "cpu")
+    dtype = DTYPES[train.pick_dtype(device, args.dtype)[0]]
+    if args.experiment or args.full:
+        return conclude(args, device, dtype)
+    if args.bench:
+        if args.context <= args.span:
+            fail(f"--context {args.context} leaves a span of {args.span} no token to foresee; give more")
+        result = bench(args.model, args.context, device, dtype, args.steps, args.span)
+        print(json.dumps(result, indent=1))
+        return note(args.out, "bench", device, result)
+    if not args.prompt:
+        fail("give --prompt FILE, the text to adapt to, or --experiment or --bench")
     text = read_prompt(args.prompt)
-    device = train.pick_device(args.device)
     run = pick_run(args.init, args.device)
-    model, tokenizer = train.load_model(run, device, DTYPES[train.pick_dtype(device, args.dtype)[0]])
+    model, tokenizer = train.load_model(run, device, dtype)
     context, asked = tokens_of(tokenizer, text, args.question)
     lr = args.lr if args.lr is not None else 1e-3 if (run / "ckpt.pt").is_file() else 1e-5
     T, n = len(context), args.span
@@ -293,15 +821,7 @@ def main(argv=None):
 def run_on(model, tokenizer, ids, asked, args, lr, stop):
     """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
     T, n, device = len(ids), args.span, ids.device
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     ends = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
-
-    def timed(work):
-        wait()
-        began = time.perf_counter()
-        result = work()
-        wait()
-        return result, time.perf_counter() - began
 
     def reply():
         tokens = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
@@ -314,7 +834,7 @@ def run_on(model, tokenizer, ids, asked, args, lr, stop):
         with torch.no_grad():
             return sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held)
 
-    cache, prefill_s = timed(lambda: prefill(model, ids, len(asked) + args.max_tokens))
+    cache, prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
     kv, held = frozen(cache, T), held_out(T, n)
     before, plain, moved = probe(), reply(), 0.0
     with queries(model) as weights, tqdm(total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
@@ -326,7 +846,7 @@ def run_on(model, tokenizer, ids, asked, args, lr, stop):
                 bar.update()
                 if stop.signal:
                     raise SystemExit(128 + stop.signal)
-        seconds = timed(learn)[1]
+        seconds = timed(device, learn)[1]
         after, adapted = probe(), reply()
         with torch.no_grad():
             moved = math.sqrt(sum(float((w - f).square().sum()) for w, f in zip(weights, first))

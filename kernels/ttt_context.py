@@ -91,7 +91,7 @@ def span_forward_kernel(
         acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, at, j + offs_n, False, PREC)
     for j in range(body, end, BN):
         k, v = tile(k_ptr, j + offs_n, j + offs_n < end, D), tile(v_ptr, j + offs_n, j + offs_n < end, D)
-        acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, tl.minimum(at, end - 1), j + offs_n, True, PREC)
+        acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, at, j + offs_n, True, PREC)
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)                          # this piece has no key for the row: 0, weighed with exp(-inf)
     lse = tl.where(l_i == 0.0, -float("inf"), (m_i + tl.log2(l_safe)) * LN2)
     tl.store(lse_ptr + out + rows, lse, mask=mask)
@@ -148,7 +148,7 @@ def span_backward_kernel(
         acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, at, j + offs_n, False, PREC)
     for j in range(body, end, BN):
         k, v = tile(k_ptr, j + offs_n, j + offs_n < end, D), tile(v_ptr, j + offs_n, j + offs_n < end, D)
-        acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, tl.minimum(at, end - 1), j + offs_n, True, PREC)
+        acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, at, j + offs_n, True, PREC)
     out = p * spans * heads * n * g + first
     tl.store(dq_ptr + (out + rows[:, None]) * D + tl.arange(0, D)[None, :], acc * scale, mask=mask[:, None])
 
@@ -252,3 +252,5 @@ def ahead(kernel, dtype, D, cfg, arches):
 AOT = [ahead(kernel, *more) for name, kernel in (("forward", span_forward_kernel), ("backward", span_backward_kernel)) for more in (
     ("bf16", 128, HOPPER[name], (90,)), ("bf16", 64, HOPPER[name], (90,)), ("bf16", 128, OTHERS[name], (80, 100, 120)),
     ("fp32", 128, FLOAT32, (90,)))]
+AOT.append((join_kernel, {"parts_ptr": "*fp32", "lses_ptr": "*fp32", "o_ptr": "*bf16", "lse_ptr": "*fp32", "rows": "i32", "pieces": "i32"},
+            dict(D=128, BM=16), (), 4, 3, (80, 90, 100, 120)))
