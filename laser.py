@@ -88,7 +88,7 @@ ARMS, SEEDS = ("softmax", "laser"), (1, 2, 3)
 LAPTOP = {"name": "laser-cpu", "steps": 150, "probes": 5, "data": "stdlib", "flags": "--model tiny --device cpu",
           "sweep": (1e-3, 2e-3, 4e-3, 8e-3), "lr": {"softmax": 2e-3, "laser": 2e-3}}         # the best of --sweep
 FULL = {"name": "laser-h200", "steps": 200, "probes": 1, "data": "python", "flags": "--model gpt2 --n-layer 14 --device cuda",
-        "sweep": (5e-4, 1e-3, 2e-3)}                                 # swept with seed 0 before the seeds are run
+        "sweep": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}                      # swept with seed 0 before the seeds are run
 
 
 def logit_gradients(model, attn, x, y):
@@ -140,7 +140,7 @@ def main(argv=None):
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():
-        train.fail("--full trains 99 M parameters twelve times and needs a CUDA GPU; leave it out for the version for a laptop")
+        train.fail("--full trains 99 M parameters fourteen times and needs a CUDA GPU; leave it out for the version for a laptop")
     began, out, recipe = time.perf_counter(), Path(args.out), FULL if args.full else LAPTOP
 
     def write(name, result):

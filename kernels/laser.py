@@ -15,8 +15,9 @@ keys the row sees. They read a flag that exp_kernel left on the device, so the h
 an earlier row in one way only: by moving c or that flag, and then by rounding.
 
 Beside the products forward moves 10 bytes an element of bfloat16 (v twice, e, x, o), backward 12; at 4.2 TB/s that is 0.08 and
-0.10 ms for the 33.5 M elements of B 4, H 16, T 4096, D 128. Times below are for those, forward + backward of kernels/bench.py,
-or of one kernel, on one H200, torch 2.11, triton 3.6. The paper's form in eager PyTorch over cuDNN: 0.80 + 1.66 ms.
+0.10 ms for the 33.5 M elements of B 4, H 16, T 4096, D 128. Times below are for those, forward + backward or of one kernel, on one
+H200, torch 2.11, triton 3.6, as the host saw them; beside the paper's form in eager PyTorch over cuDNN, 0.80 + 1.66 ms. The device
+alone, which kernels/bench.py takes now, needs 0.605 + 1.513, for the paper's form 0.762 + 1.513.
 1. Pre-pass of two kernels, range and exp: 0.76 + 1.62. Their blocks were small: 84 and 49 us, and 64 for the logarithm, since
    Kahan's expm1 and log1p divide. Series for small arguments, fewer and larger blocks: 0.69 + 1.65.
 2. One pre-pass kernel that goes over a slice of 16 channels twice: 106 us -> 80. The running range is kept for each row of a
