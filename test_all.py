@@ -3127,6 +3127,11 @@ def test_readme_commands_work(tiny, hf, monkeypatch):
             sample.main([*words[2:], *model, "--max-tokens", "3", "--device", "cpu"])
         elif words[:2] == ["python", "ttt_context.py"]:
             ttt_context.main([*words[2:], *"--max-tokens 3 --steps 2 --span 16 --device cpu".split()])
+        elif words[:2] == ["python", "lora_rite.py"]:
+            write_questions(Path(words[words.index("--tasks") + 1]))
+            small = {"device": "cpu", "steps": 1, "batch": 2, "block": 48, "ranks": (2,), "seeds": (1, 2)}
+            monkeypatch.setattr(lora_rite, "FULL", {**lora_rite.FULL, **small, "best": {2: {arm: t[0] for arm, t in lora_rite.trials(0).items()}}})
+            lora_rite.main(words[2:])
         elif words[0] == "torchrun":
             torchrun(*words[words.index("train.py") + 1:], *cut, "--data", "text.txt")
         else:
