@@ -580,6 +580,7 @@ def main(argv=None):
 
         @torch.no_grad()
         def score(model, quick=False):
+            model.float().dtype = torch.float32                      # logits of 20 are 0.125 apart in bfloat16: true would tie with false
             right = {task: accuracy(model, tokenizer, asked) for task, asked in tests.items() if not quick}
             return {"bits_per_byte": model(*test).item() * bits, **right} | ({"mean": statistics.mean(right.values())} if right else {})
         result = {"ms_per_step": step_times(train, base, recipe, recipe["ranks"][0])} if args.full else {}

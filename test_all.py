@@ -1532,7 +1532,15 @@ def test_lora_rite_answers_questions(tiny, hf, monkeypatch, capsys):
         refused(capsys, flags, "needs a CUDA GPU", script=lora_rite)
     monkeypatch.setattr(lora_rite, "FULL", {**lora_rite.FULL, "device": "cpu", "steps": 2, "batch": 2, "block": 48, "ranks": (2,), "seeds": (1, 2),
                                             "trials": {arm: points[2:4] for arm, points in lora_rite.FULL["trials"].items()}})
+    load, likelihoods, seen = train.load_model, lora_rite.likelihoods, set()
+
+    def watched(model, sequences):
+        seen.update({model.dtype, *(p.dtype for p in model.parameters())})
+        return likelihoods(model, sequences)
+    monkeypatch.setattr(lora_rite, "likelihoods", watched)
+    monkeypatch.setattr(lora_rite, "frozen", lambda train, base, recipe: load(base, dtype=torch.bfloat16))       # as on a GPU
     result = lora_rite.main(flags)
+    assert seen == {torch.float32}
     assert {p.name for p in Path("shown").iterdir()} == {"lora_rite-h200.json", "lora_rite-h200.png"}
     assert set(result["before"]) == {*lora_rite.TASKS, "mean", "bits_per_byte"} and all(len(t) == 2 for t in result["ms_per_step"].values())
     one = result["ranks"][2]["runs"]["LoRA+"][1]
