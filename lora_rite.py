@@ -21,9 +21,12 @@ the old b is the new one with the last step undone. The released code keeps base
 steps with a large h by default, which freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and takes
 roots of slightly negative eigenvalues (here clamped).
 
+    python lora_rite.py             the experiments below, on a laptop -> results/lora_rite-cpu.*
+    python lora_rite.py --sweep     how their learning rates were found
+    python lora_rite.py --full --init SMOLLM2 --tasks DIR        SmolLM2-135M and four sets of questions, on one GPU
     python train.py --init DIR --lora-rank 16 --optim lora_rite --data x.jsonl       fine-tune with it
 """
-import hashlib, json, math, os, re
+import contextlib, hashlib, io, json, math, os, re, shutil, statistics, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -353,3 +356,295 @@ class LoRARITE(torch.optim.Optimizer):
 
 def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, rite_clip=1.0, skip=0.0, escape=False, own_count=False):
     return LoRARITE(groups, lr, (beta1, beta2), eps, clip=rite_clip, skip=skip, escape=escape, own_count=own_count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments: the same frozen weights, text and steps; only the optimizer of the adapters differs
+
+def adamw(groups, lr, ratio=1.0):
+    """AdamW over the groups of `pairs`. With ratio > 1 it is LoRA+ (Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354): every B learns
+    that many times faster than every A."""
+    sides = [{"params": group["params"][k::2], "lr": lr * ratio ** k} for group in groups for k in (0, 1)]
+    return torch.optim.AdamW(sides, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
+ARMS = {"AdamW": adamw, "LoRA+": adamw, "LoRA-RITE": LoRARITE}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+def trials(low):
+    """What an arm takes beside the groups, six of it each: learning rates, AdamW's from RATES[low] on, or those of A with two ratios."""
+    return {"AdamW": [(lr,) for lr in RATES[low:low + 6]], "LoRA-RITE": [(lr,) for lr in RATES[1:]],
+            "LoRA+": [(lr, 4.0) for lr in RATES[low + 2:low + 5]] + [(lr, 16.0) for lr in RATES[low + 1:low + 4]]}
+
+
+LAPTOP = {"name": "lora_rite-cpu", "device": "cpu", "steps": 60, "batch": 8, "block": 128, "ranks": (4, 16), "seeds": (1, 2, 3, 4),
+          "base": "--model tiny --steps 300", "trials": trials(1),
+          "best": {4: {"AdamW": (1e-2,), "LoRA+": (1e-2, 4.0), "LoRA-RITE": (1e-2,)},                  # of --sweep
+                   16: {"AdamW": (1e-2,), "LoRA+": (3e-3, 16.0), "LoRA-RITE": (3e-3,)}}}
+FULL = {"name": "lora_rite-h200", "device": "cuda", "steps": 150, "batch": 64, "block": 128, "ranks": (16,), "seeds": (1, 2, 3),
+        "trials": trials(0)}
+
+
+def frozen(train, base, recipe):                                     # -> the GPT as it is before, and its tokenizer
+    device = torch.device(recipe["device"])
+    return train.load_model(base, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def finetune(train, base, text, recipe, rank, arm, point, seed):
+    """Train adapters on a text, (tokens, where windows may begin), as train.py would -> the model, and the seconds it took. point: what
+    the arm takes beside the groups."""
+    (model, _), run, began = frozen(train, base, recipe), train.RunConfig(steps=recipe["steps"], lr=1.0), time.perf_counter()
+    optimizer = ARMS[arm](pairs(inject(model, rank, seed=seed)), *point)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for step in train.tqdm(range(recipe["steps"]), f"{arm}, rank {rank}", leave=False, delay=1):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * train.learning_rate(step, run)
+        starts = train.batch_starts(seed, step, text[1], recipe["batch"])
+        batch = train.windows(text[0], starts, recipe["block"], torch.device(recipe["device"]))
+        train.take_step(model, model, optimizer, [batch], clip=0)
+    return model, time.perf_counter() - began
+
+
+def study(train, base, text, recipe, seeds, score):
+    """Each arm's trials with seed 0, unless its best is known, and its best with the seeds; score(model) is a dict of numbers ->
+    {rank: {"sweep": {arm: [(point, bits per byte), ...]}, "best": {arm: point}, "runs": {arm: [score and seconds, ...]}}}"""
+    found = {}
+    for rank in recipe["ranks"]:
+        sweep, best = {}, recipe.get("best", {}).get(rank)
+        if not best:
+            bits = lambda arm, point: score(finetune(train, base, text, recipe, rank, arm, point, 0)[0], quick=True)["bits_per_byte"]
+            sweep = {arm: [(point, bits(arm, point)) for point in points] for arm, points in recipe["trials"].items()}
+            best = {arm: min(tried, key=lambda t: t[1] if math.isfinite(t[1]) else math.inf)[0] for arm, tried in sweep.items()}
+            for arm, tried in sweep.items():
+                print(f"rank {rank:2} {arm:9} bits/byte " + "  ".join(f"{' x '.join(map('{:g}'.format, p))}: {b:.4f}" for p, b in tried))
+        runs = {arm: [] for arm in ARMS}
+        for arm, seed in ((arm, seed) for arm in ARMS for seed in seeds):
+            model, seconds = finetune(train, base, text, recipe, rank, arm, best[arm], seed)
+            runs[arm].append({**score(model), "seconds": seconds})
+        found[rank] = {"sweep": sweep, "best": best, "runs": runs}
+    return found
+
+
+def invariance(train, base, text, recipe, rank, points, steps=30):
+    """Train (A, B) and (R^-1 A, B R), which are the same products, side by side in float64 -> {arm: |Z' - Z| / |Z| over all adapters,
+    after 0, 1, ... steps}."""
+    far = {}
+    for arm, point in points.items():
+        draw = torch.Generator().manual_seed(0)
+        rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
+        both = [inject(train.load_model(base, dtype=torch.float64)[0].double(), rank) for _ in range(2)]
+        with torch.no_grad():
+            for one, other in zip(*(adapters(model).values() for model in both)):
+                R = torch.linalg.qr(rand(rank, rank))[0] * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)    # of condition 10
+                one.lora_B.copy_(0.1 * rand(*one.lora_B.shape))
+                other.lora_A.copy_(torch.linalg.solve(R, one.lora_A))
+                other.lora_B.copy_(one.lora_B @ R)
+        optimizers, far[arm] = [ARMS[arm](pairs(model), *point) for model in both], []
+        for step in range(steps + 1):
+            Z, turned = ([(m.lora_B @ m.lora_A).detach() for m in adapters(model).values()] for model in both)
+            far[arm].append((sum((z - t).square().sum() for z, t in zip(Z, turned)) / sum(z.square().sum() for z in Z)).sqrt().item())
+            starts = train.batch_starts(0, step, text[1], 2)
+            for model, optimizer in zip(both, optimizers):
+                batch = train.windows(text[0], starts, recipe["block"] // 2, torch.device("cpu"))
+                train.take_step(model, model, optimizer, [batch], clip=0)
+    return far
+
+
+def pydoc(train, folder, init, flags):
+    """-> the weights to adapt, and text for them: what Python says about its own language. The weights are those in `init`, else a tiny
+    GPT's, trained here as the flags say on the standard library without that text."""
+    from pydoc_data.topics import topics
+    library, pages, base = (folder / name for name in ("library", "pages", "base"))
+    for path in (library, pages):
+        path.mkdir()
+    for n, page in enumerate(topics.values()):
+        (pages / f"{n}.txt").write_text(page, encoding="utf-8")
+    if init:
+        return Path(init), str(pages)
+    for n, path in enumerate(train.find_documents("stdlib")):
+        if path.parent.name != "pydoc_data":
+            shutil.copy(path, library / f"{n}.py")
+    with contextlib.redirect_stdout(io.StringIO()):                  # the bar on stderr is enough
+        train.main(f"{flags} --device cpu --sample 0 --data {library} --out {base}".split())
+    return base, str(pages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions: which of its choices does the model find likeliest?
+
+TASKS = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
+# Accuracy of Adam and of LoRA-RITE in percent as others state it, with larger models that write their answers
+PUBLISHED = {"README of the released code, Gemma-2B": {"ARC-Easy": (76.43, 77.60), "ARC-Challenge": (59.55, 59.30), "openbookqa": (68.40, 69.60),
+                                                       "boolq": (62.87, 62.17), "mean": (64.40, 66.85)},             # of eight tasks
+             "Riemannion's paper, Llama-3-8B": {"mean": (87.1, 84.5)}}
+
+
+def questions(train, path):
+    """-> [(prompt, choices, number of the right one), ...] of a file in LLM-Adapters' format. The choices are taken out of the prompt: so
+    small a model foresees the text of an answer better than the number of a choice."""
+    found = []
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            body, _, labels = row["instruction"].rpartition("\n\nAnswer format: ")
+            question, *choices = re.split(r"\s*\bAnswer\d: ", body)
+            labels = labels.split("/")                               # answer1, answer2, ..., or true and false
+            if len(choices or labels) != len(labels):
+                raise ValueError(f"{len(choices)} choices for {len(labels)} labels")
+            prompt = f"Question: {question.partition('question: ')[2]}\nAnswer:"
+            found.append((prompt, [f" {choice}" for choice in choices or labels], labels.index(row["answer"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        train.fail(f"{path} does not hold questions in the format of LLM-Adapters ({type(e).__name__}: {e})")
+    return found
+
+
+@torch.no_grad()
+def likelihoods(model, sequences, most=2 ** 13):
+    """sequences: ids of a prompt and ids of an answer each -> log p(answer | prompt) of each, (N). most: tokens at a time."""
+    device, result = model.embed_tokens.weight.device, torch.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))        # alike lengths together
+    while order:
+        T = sum(map(len, sequences[order[0]]))
+        part, order = order[:max(1, most // T)], order[max(1, most // T):]
+        ids, counts = torch.zeros(2, len(part), T, dtype=torch.long)                         # (n, T) each
+        for n, (prompt, answer) in enumerate(sequences[i] for i in part):
+            end = len(prompt) + len(answer)
+            ids[n, :end], counts[n, len(prompt):end] = torch.tensor([*prompt, *answer]), 1
+        ids, counts = ids.to(device), counts.to(device)
+        logp = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)   # (n, T - 1)
+        result[part] = (logp * counts[:, 1:]).sum(1).cpu()
+    return result
+
+
+def accuracy(model, tokenizer, asked):
+    """-> the share of questions whose right choice is the one with the largest mean log p of a token."""
+    encode, start = tokenizer.encode_ordinary, getattr(tokenizer, "start", [])
+    sequences = [([*start, *encode(prompt)], [*encode(choice)]) for prompt, choices, _ in asked for choice in choices]
+    mean = likelihoods(model, sequences) / torch.tensor([len(answer) for _, answer in sequences])
+    each = mean.split([len(choices) for _, choices, _ in asked])
+    return statistics.mean(float(m.argmax() == right) for m, (*_, right) in zip(each, asked))
+
+
+def reasoning(train, folder, tasks):
+    """-> the path of a .jsonl with every training question and its answer, but for those in a test; {task: its test}."""
+    tests, lessons = ({task: questions(train, Path(tasks, task, f"{part}.json")) for task in TASKS} for part in ("test", "train"))
+    asked = {prompt for test in tests.values() for prompt, *_ in test}
+    rows = [{"prompt": prompt, "answer": choices[right]} for lesson in lessons.values() for prompt, choices, right in lesson]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["prompt"] not in asked))
+    return str(folder / "train.jsonl"), tests
+
+
+def step_times(train, base, recipe, rank):
+    """-> {optimizer: ms of a training step of train.py, twice}"""
+    flags = f"--bench --init {base} --lora-rank {rank} --batch-size {recipe['batch']} --block-size {recipe['block']} --device {recipe['device']}"
+    times = {"adamw": [], "lora_rite": []}
+    for optim in [*times] * 2:                                       # in turn
+        with contextlib.redirect_stdout(io.StringIO()):
+            times[optim].append(train.main([*flags.split(), "--optim", optim])["ms_per_step"])
+    return times
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def interval(values):
+    """Mean and half width of its 95% interval, from Student's t."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
+
+
+def main(argv=None):
+    import train                                                     # the only place that knows the GPT
+    parser = train.Parser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="on one GPU, about 8 minutes: answers to questions; needs --init and --tasks")
+    parser.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
+    parser.add_argument("--init", metavar="DIR", help="the weights to adapt (default: a tiny GPT, trained first)")
+    parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
+    parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
+    args = parser.parse_args(argv)
+    began, out, recipe = time.perf_counter(), Path(args.out), FULL if args.full else LAPTOP
+    if args.full and not (args.init and args.tasks):
+        train.fail("--full adapts pretrained weights to questions; give --init DIR, SmolLM2-135M's, and --tasks DIR")
+    if recipe["device"] == "cuda" and not torch.cuda.is_available():
+        train.fail("--full adapts 135 M parameters 27 times and needs a CUDA GPU; leave it out for the version for a laptop")
+
+    with tempfile.TemporaryDirectory() as d:
+        if args.full:
+            base, (data, tests) = Path(args.init), reasoning(train, Path(d), args.tasks)
+        else:
+            (base, data), tests = pydoc(train, Path(d), args.init, recipe["base"]), {}
+        (model, tokenizer), T = frozen(train, base, recipe), recipe["block"]
+        tokens, held_out = train.split(train.load_tokens(data, tokenizer, Path(d, ".tokens")), T, data)
+        text = tokens, train.starts_of(tokens, T, tokenizer, data)
+        test = train.windows(held_out, range(0, len(held_out) - T, T), T, torch.device(recipe["device"]))
+        bits = 1 / math.log(2) / train.bytes_per_token(held_out, tokenizer)
+
+        @torch.no_grad()
+        def score(model, quick=False):
+            model.float().dtype = torch.float32                      # logits of 20 are 0.125 apart in bfloat16: true would tie with false
+            right = {task: accuracy(model, tokenizer, asked) for task, asked in tests.items() if not quick}
+            return {"bits_per_byte": model(*test).item() * bits, **right} | ({"mean": statistics.mean(right.values())} if right else {})
+        result = {"ms_per_step": step_times(train, base, recipe, recipe["ranks"][0])} if args.full else {}
+        for optim, times in result.get("ms_per_step", {}).items():
+            print(f"{optim}: {' and '.join(map('{:.2f}'.format, times))} ms a step of train.py")
+        result["before"] = score(model)
+        result["ranks"] = study(train, base, text, {**recipe, "best": {}} if args.sweep else recipe, () if args.sweep else recipe["seeds"], score)
+        if not args.full and not args.sweep:
+            result["invariance"] = invariance(train, base, text, recipe, recipe["ranks"][0], recipe["best"][recipe["ranks"][0]])
+    machine = {"published": PUBLISHED, "gpu": torch.cuda.get_device_name() if recipe["device"] == "cuda" else None} if args.full else {}
+    result |= {"recipe": recipe, "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began, **machine}
+    for rank, found in result["ranks"].items():
+        for arm, runs in found["runs"].items():
+            for key in result["before"] if runs else ():
+                values, ours = [r[key] for r in runs], [r[key] for r in found["runs"]["LoRA-RITE"]]
+                line = f"rank {rank:2} {key:13} {arm:9} {statistics.mean(values):.4f}, before {result['before'][key]:.4f}"
+                if arm != "LoRA-RITE":
+                    mean, half = interval([r - a for r, a in zip(ours, values)])
+                    found.setdefault("difference", {}).setdefault(arm, {})[key] = mean, half
+                    line += f"; LoRA-RITE - {arm}, paired: {mean:+.4f} +- {half:.4f} (95%)"
+                print(line)
+    for arm, far in result.get("invariance", {}).items():
+        print(f"{arm:9} from turned factors: the products are {far[-1]:.1e} apart after {len(far) - 1} steps")
+    with train.atomic(out / f"{recipe['name']}{'-sweep' if args.sweep else ''}.json") as f:
+        f.write(json.dumps(result, indent=1).encode())
+    if not args.sweep:
+        draw(train, out / f"{recipe['name']}.png", result)
+    return result
+
+
+def draw(train, path, result):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    ranks, tasks = result["ranks"], [key for key in result["before"] if key != "bits_per_byte"]
+    shown = [(rank, task) for rank in ranks for task in tasks or ["bits_per_byte"]]
+    axes, names = left if tasks else right, tasks or [f"rank {rank}" for rank in ranks]
+    for n, arm in enumerate(ARMS):
+        for x, (rank, key) in enumerate(shown):
+            values = [r[key] for r in ranks[rank]["runs"][arm]]
+            axes.errorbar(x + 0.2 * n - 0.2, *interval(values), fmt="o", color=f"C{n}", capsize=3, label=None if x else arm)
+            axes.plot([x + 0.2 * n - 0.14] * len(values), values, ".", color=f"C{n}", ms=3)
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="accuracy" if tasks else "held-out bits per byte",
+             title=f"fine-tuned, {len(values)} seeds, mean and 95%")
+    for arm, far in result.get("invariance", {}).items():
+        left.semilogy(far, label=arm)
+        left.set(xlabel="step", ylabel="|Z' - Z| / |Z|", title="(A, B) and (R$^{-1}$A, B R) side by side, float64")
+    if tasks:
+        left.plot(range(len(tasks)), [result["before"][task] for task in tasks], "k_", ms=30, label="before")
+        paired = [ranks[rank]["difference"]["AdamW"][task] for rank, task in shown]
+        means, halves = ([100 * x for x in column] for column in zip(*paired))
+        right.errorbar(range(len(tasks)), means, halves, fmt="C2o", capsize=3, label="here, 95%")
+        for n, (source, rows) in enumerate(PUBLISHED.items()):
+            right.plot([tasks.index(task) + 0.15 for task in rows], [rite - adam for adam, rite in rows.values()], f"C{n + 3}x", label=source)
+        right.axhline(0, color="gray", lw=0.8)
+        right.set(xticks=range(len(names)), xticklabels=names, ylabel="points of accuracy", title="LoRA-RITE - Adam")
+    for axes in (left, right):
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=8)
+    with train.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

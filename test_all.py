@@ -1420,6 +1420,136 @@ def test_lora_rite_over_processes_equals_one(tiny):
     assert far({n: one[n] for n in start}, {n: ddp[n] for n in start}) < 1e-3 * far({n: one[n] for n in start}, start)
 
 
+def test_lora_plus_is_adamw_with_a_faster_b():
+    model = adapted()
+    for ratio, opt in ((1.0, lora_rite.adamw(lora_rite.pairs(model), 0.01)), (8.0, lora_rite.adamw(lora_rite.pairs(model), 0.01, 8.0))):
+        sides = {side: [p for n, p in model.named_parameters() if n.endswith(f"lora_{side}")] for side in "AB"}
+        for side, lr in (("A", 0.01), ("B", 0.01 * ratio)):
+            group = next(g for g in opt.param_groups if any(p is sides[side][0] for p in g["params"]))
+            assert [id(p) for p in group["params"]] == [id(p) for p in sides[side]] and group["lr"] == lr
+        before = {side: [p.detach().clone() for p in ps] for side, ps in sides.items()}
+        for p in sum(sides.values(), []):
+            p.grad = torch.ones_like(p)
+        opt.step()
+        for side, lr in (("A", 0.01), ("B", 0.01 * ratio)):              # Adam's first step is as long as its lr
+            assert all(torch.allclose(old - p, torch.full_like(p, lr), rtol=1e-3) for old, p in zip(before[side], sides[side]))
+
+
+@torch.no_grad()
+def test_likelihoods_of_answers():
+    model, draw = small_gpt(vocab_size=256), random.Random(0)
+    text = lambda least, most: [draw.randrange(256) for _ in range(draw.randint(least, most))]
+    sequences = [(text(1, 9), text(1, 6)) for _ in range(23)]
+    truth = [sum(model(torch.tensor([(prompt + answer)[:i]]))[0, -1].double().log_softmax(-1)[(prompt + answer)[i]].item()
+                 for i in range(len(prompt), len(prompt + answer))) for prompt, answer in sequences]
+    for most in (1, 40, 2 ** 13):
+        assert (lora_rite.likelihoods(model, sequences, most) - torch.tensor(truth)).abs().max() < 1e-4
+    class Tokenizer(train.ByteTokenizer):
+        start = [7]
+    asked = [("".join(map(chr, text(1, 9))), ["".join(chr(65 + c % 26) for c in text(1, 6)) for _ in range(draw.randint(2, 5))], 1) for _ in range(40)]
+    ids, right, by_sum = Tokenizer().encode_ordinary, [], []
+    for prompt, choices, n in asked:
+        whole = [[7, *ids(prompt), *ids(c)] for c in choices]
+        logs = [-F.cross_entropy(model(torch.tensor([w]))[0, -len(ids(c)) - 1:-1], torch.tensor(w[-len(ids(c)):])).item() for w, c in zip(whole, choices)]
+        right.append(logs.index(max(logs)) == n)
+        by_sum.append(max(range(len(choices)), key=lambda i: logs[i] * len(ids(choices[i]))) == n)
+    assert sum(right) != sum(by_sum) and lora_rite.accuracy(model, Tokenizer(), asked) == pytest.approx(sum(right) / 40)
+
+
+def write_questions(folder, count=12):
+    """Four sets of questions in LLM-Adapters' format, of which one in training is in a test, too."""
+    for task in lora_rite.TASKS:
+        for part in ("train", "test"):
+            rows = []
+            for n in range(count if part == "train" else 3):
+                words = [f"{part}{n}{c}" for c in "abcde"[:3 + n % 3]]
+                labels = ["true", "false"] if task == "boolq" else [f"answer{i + 1}" for i in range(len(words))]
+                options = "" if task == "boolq" else "\n\n" + " ".join(f"Answer{i + 1}: {w}" for i, w in enumerate(words))
+                name = "shared" if n == 1 and task == "ARC-Easy" else f"{task} {part} {n}"
+                rows.append({"instruction": f"Please choose the question: {name}?{options}\n\nAnswer format: {'/'.join(labels)}", "input": "",
+                             "output": f"the correct answer is {labels[1]}", "answer": labels[1]})
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            (folder / task / f"{part}.json").write_text(json.dumps(rows))
+
+
+def test_questions_and_their_lessons(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_questions(Path("tasks"))
+    found = lora_rite.questions(train, Path("tasks/ARC-Easy/test.json"))
+    assert found[2] == ("Question: ARC-Easy test 2?\nAnswer:", [f" test2{c}" for c in "abcde"], 1)
+    assert lora_rite.questions(train, Path("tasks/boolq/test.json"))[0] == ("Question: boolq test 0?\nAnswer:", [" true", " false"], 1)
+    path, tests = lora_rite.reasoning(train, tmp_path, "tasks")
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert len(rows) == 4 * 12 - 1 and not any("shared" in row["prompt"] for row in rows) and set(tests) == set(lora_rite.TASKS)
+    assert rows[0] == {"prompt": "Question: ARC-Easy train 0?\nAnswer:", "answer": " train0b"}
+    good = json.loads(Path("tasks/ARC-Easy/test.json").read_text())
+    for bad in ([{**good[0], "answer": "answer9"}], [{"input": ""}], {"a": 1}, [{**good[0], "instruction": good[0]["instruction"] + "/answer4"}]):
+        Path("bad.json").write_text(json.dumps(bad))
+        with pytest.raises(SystemExit) as e:
+            lora_rite.questions(train, Path("bad.json"))
+        assert e.value.code == 2 and "bad.json does not hold questions" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        lora_rite.questions(train, Path("nowhere.json"))
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_lora_fine_tuning_in_the_experiment_is_train_pys(tiny):
+    train.main([*tiny, "--out", "out/base", "--steps", "2"])
+    _, tokenizer = train.load_model(Path("out/base"))
+    tokens, _ = train.split(train.load_tokens("text.txt", tokenizer, Path("out/.tokens")), 16, "text.txt")
+    recipe = {"device": "cpu", "steps": 25, "batch": 4, "block": 16}
+    for arm, flags in (("AdamW", "--beta2 0.999"), ("LoRA-RITE", "--optim lora_rite")):
+        model, _ = lora_rite.finetune(train, Path("out/base"), (tokens, len(tokens) - 16), recipe, 3, arm, (0.01,), 5)
+        more = f"--init out/base --lora-rank 3 --lr 0.01 --weight-decay 0 --seed 5 --out out/{arm} {flags}".split()
+        train.main([*tiny[:2], *tiny[8:], *more, "--steps", "25"])
+        assert same(dict(model.state_dict()), dict(train.load_checkpoint(Path(f"out/{arm}"), merged=False)["model"]))
+
+
+def test_lora_rite_experiment(tiny, monkeypatch, capsys):
+    shape = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 32 --batch-size 2 --steps 3"
+    monkeypatch.setattr(lora_rite, "LAPTOP", {**lora_rite.LAPTOP, "steps": 3, "batch": 2, "block": 32, "base": shape, "seeds": (1, 2)})
+    result = lora_rite.main(["--out", "shown"])
+    assert {p.name for p in Path("shown").iterdir()} == {"lora_rite-cpu.json", "lora_rite-cpu.png"}
+    far = result["invariance"]
+    assert max(far["LoRA-RITE"]) < 1e-12 and far["AdamW"][0] < 1e-12 and min(far["AdamW"][-1], far["LoRA+"][-1]) > 1e-2
+    for rank in (4, 16):
+        runs, difference = (result["ranks"][rank][key] for key in ("runs", "difference"))
+        bits = {arm: [r["bits_per_byte"] for r in runs[arm]] for arm in runs}
+        assert all(len(b) == 2 and b[0] != b[1] and all(map(math.isfinite, b)) for b in bits.values())
+        assert difference["LoRA+"]["bits_per_byte"][0] == pytest.approx(np.mean(bits["LoRA-RITE"]) - np.mean(bits["LoRA+"]))
+    train.main([*tiny, "--out", "out/base", "--steps", "2"])
+    monkeypatch.setitem(lora_rite.LAPTOP, "ranks", (2,))
+    swept = lora_rite.main(["--init", "out/base", "--out", "shown", "--sweep"])["ranks"][2]
+    assert all(len(tried) == 6 and len(set(dict(tried).values())) == 6 for tried in swept["sweep"].values())
+    assert all(dict(tried)[swept["best"][arm]] == min(dict(tried).values()) for arm, tried in swept["sweep"].items())
+    assert "paired" in capsys.readouterr().out and Path("shown/lora_rite-cpu-sweep.json").exists()
+
+
+def test_lora_rite_answers_questions(tiny, hf, monkeypatch, capsys):
+    hf("model")
+    write_questions(Path("tasks"))
+    flags = ["--full", "--init", "model", "--tasks", "tasks", "--out", "shown"]
+    refused(capsys, flags[:3], "give --init DIR", "--tasks DIR", script=lora_rite)
+    if not torch.cuda.is_available():
+        refused(capsys, flags, "needs a CUDA GPU", script=lora_rite)
+    monkeypatch.setattr(lora_rite, "FULL", {**lora_rite.FULL, "device": "cpu", "steps": 2, "batch": 2, "block": 48, "ranks": (2,), "seeds": (1, 2),
+                                            "trials": {arm: points[2:4] for arm, points in lora_rite.FULL["trials"].items()}})
+    load, likelihoods, seen = train.load_model, lora_rite.likelihoods, set()
+
+    def watched(model, sequences):
+        seen.update({model.dtype, *(p.dtype for p in model.parameters())})
+        return likelihoods(model, sequences)
+    monkeypatch.setattr(lora_rite, "likelihoods", watched)
+    monkeypatch.setattr(lora_rite, "frozen", lambda train, base, recipe: load(base, dtype=torch.bfloat16))       # as on a GPU
+    result = lora_rite.main(flags)
+    assert seen == {torch.float32}
+    assert {p.name for p in Path("shown").iterdir()} == {"lora_rite-h200.json", "lora_rite-h200.png"}
+    assert set(result["before"]) == {*lora_rite.TASKS, "mean", "bits_per_byte"} and all(len(t) == 2 for t in result["ms_per_step"].values())
+    one = result["ranks"][2]["runs"]["LoRA+"][1]
+    assert one["mean"] == pytest.approx(sum(one[task] for task in lora_rite.TASKS) / 4) and all(0 <= one[task] <= 1 for task in lora_rite.TASKS)
+    refused(capsys, [*flags[:4], "nowhere"], "nowhere", "does not hold questions", script=lora_rite)
+
+
 def test_answers_alone_count(tiny, capsys):
     Path("x.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} is", "answer": " even" if n % 2 == 0 else " odd"}) for n in range(200)))
     tokens = train.load_tokens("x.jsonl", train.ByteTokenizer(), Path("kept"))
@@ -3175,6 +3305,11 @@ def test_readme_commands_work(tiny, hf, monkeypatch):
             sample.main([*words[2:], *model, "--max-tokens", "3", "--device", "cpu"])
         elif words[:2] == ["python", "ttt_context.py"]:
             ttt_context.main([*words[2:], *"--max-tokens 3 --steps 2 --span 16 --device cpu".split()])
+        elif words[:2] == ["python", "lora_rite.py"]:
+            write_questions(Path(words[words.index("--tasks") + 1]))
+            small = {"device": "cpu", "steps": 1, "batch": 2, "block": 48, "ranks": (2,), "seeds": (1, 2)}
+            monkeypatch.setattr(lora_rite, "FULL", {**lora_rite.FULL, **small, "best": {2: {arm: t[0] for arm, t in lora_rite.trials(0).items()}}})
+            lora_rite.main(words[2:])
         elif words[0] == "torchrun":
             torchrun(*words[words.index("train.py") + 1:], *cut, "--data", "text.txt")
         else:
