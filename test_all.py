@@ -2078,7 +2078,7 @@ def test_ttt_differences_are_paired():
 def test_ttt_experiment(tiny, hf, monkeypatch, capsys):
     monkeypatch.setattr(ttt_context, "LESSONS", 8)
     monkeypatch.setattr(ttt_context, "SEEDS", (1, 2))
-    few = dict(lengths=(200,), questions=3, few=1, steps=1, span=16)
+    few = dict(lengths=(200,), questions=3, noted=1, few=1, steps=1, span=16)
     monkeypatch.setattr(ttt_context, "LAPTOP", {**ttt_context.LAPTOP, **few, "train": (2, 4, 96), "tasks": ("columns",)})
     result = ttt_context.main(["--experiment", "--out", "shown"])
     assert {p.name for p in Path("shown").iterdir()} == {"ttt_context-cpu.json", "ttt_context-cpu.png"}
@@ -2090,7 +2090,7 @@ def test_ttt_experiment(tiny, hf, monkeypatch, capsys):
     monkeypatch.setattr(ttt_context, "LAPTOP", {**ttt_context.FULL, **few, "shape": shape, "train": (2, 4, 256), "contexts": 2, "tasks": ("bugs",)})
     monkeypatch.setattr(ttt_context, "SEEDS", (1,))
     assert "log T, read too" in ttt_context.main(["--experiment", "--out", "shown"])["cells"]["no QK-norm, bugs, 200"]
-    monkeypatch.setattr(ttt_context, "NEEDLES", {**ttt_context.NEEDLES, **few, "contexts": 2})
+    monkeypatch.setattr(ttt_context, "NEEDLES", {**ttt_context.NEEDLES, **few, "noted": 0, "contexts": 2})
     folder = hf(n_kv_head=2)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"max_position_embeddings": 64', '"max_position_embeddings": 264'))
