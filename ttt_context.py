@@ -672,14 +672,20 @@ def plot(path, result):
         for (task, cells), ax in zip(tasks.items(), line):
             for arm, color in ARMS.items():
                 there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell and arm != "queries, some"]
-                ax.plot(*zip(*there) if there else ([], []), "o-" if len(there) > 1 else "D", ms=3, lw=2 if arm == "queries" else 1, color=color,
-                        ls="--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-", label=arm if there else None)
+                how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
+                if there:
+                    ax.plot(*zip(*there), marker="o" if len(there) > 1 else "D", ms=3, lw=2 if arm == "queries" else 1, ls=how, color=color, label=arm)
             ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
         first, cells = next(iter(tasks.items()))
         for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
             line[-1].plot([math.log(T) for T in lengths], [mean(cell[arm]["margin"]) for cell in cells], "o-", ms=3, color=ARMS[arm], label=arm)
-        line[-1].set(xlabel="log T", ylabel="log(p / (1 - p)) at the needle", title=f"margin, {first}, {label}")
-    axes[0][-2].legend(fontsize=6, ncols=2)
+        line[-1].set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
+        low, high = line[-1].get_ylim()
+        mass = {p: math.log(p / (1 - p)) for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)}
+        twin = line[-1].twinx()
+        twin.set(ylim=(low, high), yticks=[z for z in mass.values() if low < z < high], yticklabels=[p for p, z in mass.items() if low < z < high],
+                 ylabel="attention p")
+    figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     with atomic(path) as f:
         figure.savefig(f, format="png", dpi=110)
     plt.close(figure)
