@@ -30,7 +30,7 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import functools, hashlib, itertools, json, math, random, statistics, sys, time
+import functools, hashlib, itertools, json, math, os, random, statistics, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -634,8 +634,8 @@ def hidden(tokenizer, device, recipe):
         draw = random.Random(f"{seed} {T} {c}")
         chosen, ids, said = draw.sample(places, min(recipe["questions"], len(places))), [], []
         for place in chosen:
-            tail = tokenizer.encode_ordinary(f"\n# The secret number of {place} is")
-            whole = tokenizer.encode_ordinary(f"\n# The secret number of {place} is {draw.randint(10000, 99999)}")
+            say = lambda number: tokenizer.encode_ordinary(f"\n# The secret number of {place} is {number}")
+            tail, whole = os.path.commonprefix([say(10000), say(90000)]), say(draw.randint(10000, 99999))
             said.append((tail, whole[len(tail):]))
         room = T - len(beginning(tokenizer)) - sum(len(tail) + len(answer) for tail, answer in said)
         while len(ids) < room:
