@@ -23,10 +23,14 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
-    python ttt_context.py --experiment                                  below, in three minutes on two CPU cores -> results/ttt_context-cpu.*
+    python ttt_context.py --experiment                                  below, in five minutes on two CPU cores -> results/ttt_context-cpu.*
     python ttt_context.py --full                                        to 32k tokens, ten minutes on one H200 -> results/ttt_context-h200.*
     python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
     python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
+
+In the experiment small models, trained on short streams, answer questions about long ones. Where length only dilutes, one fitted
+temperature a head beats trained queries, by far if a norm follows W_Q; where what to look for differs from context to context queries
+win, unless there is such a norm, and another context's queries do harm if there something else counts.
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
@@ -747,7 +751,7 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
 def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
-        fail("--full needs a CUDA GPU; --experiment alone takes three minutes on a CPU")
+        fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
     if args.init:
         run = train.find_run(args.init)
         model, tokenizer = train.load_model(run, device, dtype)
