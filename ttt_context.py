@@ -375,7 +375,7 @@ LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=
           "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
-        "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=128, b=128, value=32, name=1024, turn=8, mark=1),
+        "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
         "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "noted": 4, "few": 2, "steps": 32,
         "span": 128, "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
@@ -424,8 +424,9 @@ def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
     group = torch.arange(G * turns)[some(G * turns, G * turns)] // turns
     turn = torch.empty_like(group)
     turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                       # of its group's lines, the how manyth
-    name, place = some(size["name"], G)[group] + first["name"], some(size["a"] * size["b"], G * turns)
-    a, b = place // size["b"], place % size["b"] + first["b"]
+    side = min(size["a"], size["b"], 128)                            # more pairs than lines
+    name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
+    a, b = place // side, place % side + first["b"]
     wrong = (1 + rand(turns - 1, G))[group] == turn                                          # (G turns)
     after = rand(size["value"], G, turns) if task == "log" else rand(size["value"], G, 1).expand(-1, turns)
     value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
@@ -678,17 +679,16 @@ def plot(path, result):
                 there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell and arm != "queries, some"]
                 how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
                 if there:
-                    ax.plot(*zip(*there), marker="o" if len(there) > 1 else "D", ms=3, lw=2 if arm == "queries" else 1, ls=how, color=color, label=arm)
+                    width, marker = 2 if arm == "queries" else 1, "o" if len(there) > 1 else "D"
+                    ax.plot(*zip(*there), marker=marker, ms=3, lw=width, ls=how, color=color, label=arm)
             ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
         first, cells = next(iter(tasks.items()))
         for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
             line[-1].plot([math.log(T) for T in lengths], [mean(cell[arm]["margin"]) for cell in cells], "o-", ms=3, color=ARMS[arm], label=arm)
         line[-1].set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
-        low, high = line[-1].get_ylim()
-        mass = {p: math.log(p / (1 - p)) for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)}
-        twin = line[-1].twinx()
-        twin.set(ylim=(low, high), yticks=[z for z in mass.values() if low < z < high], yticklabels=[p for p, z in mass.items() if low < z < high],
-                 ylabel="attention p")
+        (low, high), twin = line[-1].get_ylim(), line[-1].twinx()
+        shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
+        twin.set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
     figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     with atomic(path) as f:
         figure.savefig(f, format="png", dpi=110)
