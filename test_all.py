@@ -2209,25 +2209,26 @@ def test_ttt_differences_are_paired():
 
 def test_ttt_experiment(tiny, hf, monkeypatch, capsys):
     monkeypatch.setattr(ttt_context, "LESSONS", 8)
-    monkeypatch.setattr(ttt_context, "SEEDS", (1, 2))
-    few = dict(lengths=(200,), questions=3, few=1, steps=1, span=16)
-    monkeypatch.setattr(ttt_context, "LAPTOP", {**ttt_context.LAPTOP, **few, "train": (2, 4, 96), "tasks": ("columns",)})
+    monkeypatch.setattr(ttt_context, "SEEDS", (1,))
+    few = dict(lengths=(96,), questions=2, noted=1, few=1, steps=1, span=16)
+    shape = dict(n_layer=2, n_head=2, head_dim=16, n_embd=32)
+    monkeypatch.setattr(ttt_context, "LAPTOP", {**ttt_context.LAPTOP, **few, "shape": shape, "train": (2, 4, 96), "tasks": ("columns",)})
     result = ttt_context.main(["--experiment", "--out", "shown"])
     assert {p.name for p in Path("shown").iterdir()} == {"ttt_context-cpu.json", "ttt_context-cpu.png"}
-    assert result["cells"].keys() == {f"{norm}, columns, 200" for norm in ttt_context.NORMS}
-    arms = result["cells"]["QK-norm, columns, 200"]
-    assert set(ttt_context.ARMS) - set(arms) == {"log T, read too"} and all(len(a["accuracy"]) == 2 and len(a["accuracy"][0]) == 4 for a in arms.values())
+    assert result["cells"].keys() == {f"{norm}, columns, 96" for norm in ttt_context.NORMS}
+    arms = result["cells"]["QK-norm, columns, 96"]
+    assert set(ttt_context.ARMS) - set(arms) == {"log T, read too"} and all(len(a["accuracy"]) == 1 and len(a["accuracy"][0]) == 4 for a in arms.values())
     assert "queries less in context" in capsys.readouterr().out
     shape = dict(n_layer=4, n_head=4, n_kv_head=2, head_dim=16, n_embd=32)
-    monkeypatch.setattr(ttt_context, "LAPTOP", {**ttt_context.FULL, **few, "shape": shape, "train": (2, 4, 256), "contexts": 2, "tasks": ("bugs",)})
-    monkeypatch.setattr(ttt_context, "SEEDS", (1,))
+    recipe = {**ttt_context.FULL, **few, "lengths": (200,), "shape": shape, "train": (2, 4, 256), "contexts": 2, "tasks": ("bugs",)}
+    monkeypatch.setattr(ttt_context, "LAPTOP", recipe)
     assert "log T, read too" in ttt_context.main(["--experiment", "--out", "shown"])["cells"]["no QK-norm, bugs, 200"]
-    monkeypatch.setattr(ttt_context, "NEEDLES", {**ttt_context.NEEDLES, **few, "contexts": 2})
+    monkeypatch.setattr(ttt_context, "NEEDLES", {**ttt_context.NEEDLES, **few, "lengths": (150,), "noted": 0, "contexts": 2})
     folder = hf(n_kv_head=2)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"max_position_embeddings": 64', '"max_position_embeddings": 264'))
     result = ttt_context.main(["--experiment", "--init", str(folder), "--device", "cpu", "--out", "shown"])
-    assert list(result["cells"]) == ["hf, needles, 200"] and Path("shown/ttt_context-needles.png").stat().st_size > 0
+    assert list(result["cells"]) == ["hf, needles, 150"] and Path("shown/ttt_context-needles.png").stat().st_size > 0
     (folder / "config.json").write_text(config)
     refused(capsys, ["--experiment", "--init", str(folder), "--device", "cpu"], "trained on 64 tokens", script=ttt_context)
     if not torch.cuda.is_available():

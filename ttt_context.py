@@ -23,14 +23,18 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
-    python ttt_context.py --experiment                                  below, in three minutes on two CPU cores -> results/ttt_context-cpu.*
-    python ttt_context.py --full                                        up to 32k tokens, in ten minutes on one H200 -> results/ttt_context-h200.*
+    python ttt_context.py --experiment                                  below, in five minutes on two CPU cores -> results/ttt_context-cpu.*
+    python ttt_context.py --full                                        to 32k tokens, ten minutes on one H200 -> results/ttt_context-h200.*
     python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
     python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
 
+In the experiment small models, trained on short streams, answer questions about long ones. Where length only dilutes, one fitted
+temperature a head beats trained queries, by far if a norm follows W_Q; where what to look for differs from context to context queries
+win, unless there is such a norm, and another context's queries do harm if there something else counts.
+
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import functools, hashlib, itertools, json, math, random, statistics, sys, time
+import functools, hashlib, itertools, json, math, os, random, statistics, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -362,16 +366,17 @@ def shift(q, k, v):
 
 
 shift.rotary = ()
+# What is compared, and in which colour. Some: the questions that an oracle is asked, too; kind: see `columns` below
 ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature": "C1", "temperature, foreign": "C8", "queries": "C3",
         "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
         "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
 LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
           "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2, "lengths": (96, 768, 3072),
-          "contexts": 4, "questions": 16, "few": 1, "steps": 32, "span": 128,
+          "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
-        "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=128, b=128, value=32, name=1024, turn=8, mark=1),
-        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "few": 2, "steps": 32,
+        "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
+        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "noted": 4, "few": 2, "steps": 32,
         "span": 128, "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
@@ -419,8 +424,9 @@ def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
     group = torch.arange(G * turns)[some(G * turns, G * turns)] // turns
     turn = torch.empty_like(group)
     turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                       # of its group's lines, the how manyth
-    name, place = some(size["name"], G)[group] + first["name"], some(size["a"] * size["b"], G * turns)
-    a, b = place // size["b"], place % size["b"] + first["b"]
+    side = min(size["a"], size["b"], 128)                            # more pairs than lines
+    name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
+    a, b = place // side, place % side + first["b"]
     wrong = (1 + rand(turns - 1, G))[group] == turn                                          # (G turns)
     after = rand(size["value"], G, turns) if task == "log" else rand(size["value"], G, 1).expand(-1, turns)
     value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
@@ -536,12 +542,13 @@ def best_rates(model, ask, T, recipe):
 
 def examine(model, ask, T, recipe, seed, rates, kinds):
     """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many FLOPs,
-    or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes."""
+    or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes. The first `few` questions
+    get an oracle each, the first `noted` notes; without these there is no thinking."""
     rows, kept = {arm: [] for arm in ARMS}, []
     sharper, long = max(1.0, math.log(T) / math.log(recipe["train"][2])), T == max(recipe["lengths"])
     for c in range(recipe["contexts"]):
         ids, asked = ask(T, seed, c)
-        n, few = min(recipe["span"], len(ids) // 2), [t[:recipe["few"]] for t in asked]
+        n, few, noted = min(recipe["span"], len(ids) // 2), *([t[:recipe.get(some, 0)] for t in asked] for some in ("few", "noted"))
         cache = prefill(model, ids, asked[0].shape[1] + 8)
         kv = frozen(cache, len(ids))
         kept.append((kv, asked, {way: fit(model, way, kv, ids, recipe, rates[way]) for way in WAYS}))
@@ -563,13 +570,13 @@ def examine(model, ask, T, recipe, seed, rates, kinds):
                 with fitted(model, "queries", fit(model, "queries", kv, ids, recipe, rates["queries"], starts)[0]):
                     oracles.append(score(model, kv, one))
             rows["queries, oracle"].append({k: sum(o[k] for o in oracles) / len(oracles) for k in oracles[0]})
-        if recipe.get("think", True):
+        if len(noted[0]):
             draw = torch.Generator(ids.device).manual_seed(seed)
             flops = flops_of_spans(model, recipe["steps"] * n, recipe["steps"] * n * (len(ids) + 1) // 2)
             token_s = timed(ids.device, lambda: list(answer(model, cache, len(ids), asked[0][0].tolist(), 8)))[1] / 8
             line = asked[0].shape[1] + asked[1].shape[1]
             for unit, tokens in (("FLOPs", thinking_tokens(model, len(ids), flops)), ("seconds", int(seconds / token_s))):
-                for name, rounds, asking in (("vote", 1, asked), ("notes", ROUNDS, few)):
+                for name, rounds, asking in (("vote", 1, asked), ("notes", ROUNDS, noted)):
                     chains = max(1, tokens // (rounds * line - asked[0].shape[1]))           # the question itself is read anyway
                     rows[f"{name}, {unit}"].append({"accuracy": vote(model, kv, asking, chains, rounds, draw), "tokens": tokens,
                                                     "seconds": seconds, "flops": flops})
@@ -605,19 +612,19 @@ def experiment(recipe, models):
                 print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}"
                                                           for arm, found in cells[key].items()), flush=True)
     less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
-                  for arm, found in arms.items() if not arm.startswith("queries, some") and not arm.startswith("notes") and arm != "queries"}
+                  for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
             for key, arms in cells.items()}
     pairs = [(m, a) for arms in cells.values() for found in arms.values() if "mass" in found
              for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
     ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
     for key, arms in less.items():
         print(f"{key}: queries less " + ", ".join(f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()))
-    return {"cells": cells, "queries_less": less, "rates": rates, "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
-            "recipe": recipe, "seeds": SEEDS, "seconds": time.perf_counter() - began}
+    return {"cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS, "seconds": time.perf_counter() - began,
+            "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item()}
 
 
 NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8, "questions": 4,
-           "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}, "think": False}
+           "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}}
 PLACES = "Paris London Berlin Rome Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Sydney Boston Chicago Denver Dallas".split()
 
 
@@ -632,8 +639,8 @@ def hidden(tokenizer, device, recipe):
         draw = random.Random(f"{seed} {T} {c}")
         chosen, ids, said = draw.sample(places, min(recipe["questions"], len(places))), [], []
         for place in chosen:
-            tail = tokenizer.encode_ordinary(f"\n# The secret number of {place} is")
-            whole = tokenizer.encode_ordinary(f"\n# The secret number of {place} is {draw.randint(10000, 99999)}")
+            say = lambda number: tokenizer.encode_ordinary(f"\n# The secret number of {place} is {number}")
+            tail, whole = os.path.commonprefix([say(10000), say(90000)]), say(draw.randint(10000, 99999))
             said.append((tail, whole[len(tail):]))
         room = T - len(beginning(tokenizer)) - sum(len(tail) + len(answer) for tail, answer in said)
         while len(ids) < room:
@@ -670,14 +677,19 @@ def plot(path, result):
         for (task, cells), ax in zip(tasks.items(), line):
             for arm, color in ARMS.items():
                 there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell and arm != "queries, some"]
-                ax.plot(*zip(*there) if there else ([], []), "o-" if len(there) > 1 else "D", ms=3, lw=2 if arm == "queries" else 1, color=color,
-                        ls="--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-", label=arm if there else None)
+                how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
+                if there:
+                    width, marker = 2 if arm == "queries" else 1, "o" if len(there) > 1 else "D"
+                    ax.plot(*zip(*there), marker=marker, ms=3, lw=width, ls=how, color=color, label=arm)
             ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
         first, cells = next(iter(tasks.items()))
         for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
             line[-1].plot([math.log(T) for T in lengths], [mean(cell[arm]["margin"]) for cell in cells], "o-", ms=3, color=ARMS[arm], label=arm)
-        line[-1].set(xlabel="log T", ylabel="log(p / (1 - p)) at the needle", title=f"margin, {first}, {label}")
-    axes[0][-2].legend(fontsize=6, ncols=2)
+        line[-1].set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
+        (low, high), twin = line[-1].get_ylim(), line[-1].twinx()
+        shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
+        twin.set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
+    figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     with atomic(path) as f:
         figure.savefig(f, format="png", dpi=110)
     plt.close(figure)
@@ -688,7 +700,7 @@ def note(folder, name, device, result):
     gpu = device.type == "cuda"
     result |= {"device": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads", "torch": torch.__version__}
     with atomic(Path(folder) / f"ttt_context-{name}.json") as f:
-        f.write(json.dumps(result, indent=1).encode())
+        f.write(json.dumps(result, indent=None if "cells" in result else 1).encode())        # thousands of numbers, or a few
     return result
 
 
@@ -739,7 +751,7 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
 def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
-        fail("--full needs a CUDA GPU; --experiment alone takes three minutes on a CPU")
+        fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
     if args.init:
         run = train.find_run(args.init)
         model, tokenizer = train.load_model(run, device, dtype)
