@@ -903,13 +903,13 @@ def test_sonew_kernel_beyond_2_to_the_31():
     tail.zero_()
     tail[24:64] = g = torch.randn(40).to(memory)
     scalars, totals = torch.zeros(2, device=DEVICE), torch.tensor([4.0, 1.0, 0.0], device=DEVICE)
-    programs, count = -(-n // 128), torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
-    table = torch.tensor([[*at[:3], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 128, 0, programs, 0, -1, 0, 0, 0, at[3]]], device=DEVICE)
+    programs, count = -(-n // 128), torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    table = torch.tensor([[*at[:3], scalars.data_ptr(), scalars[1:].data_ptr(), n, n, 128, 0, programs, 0, at[3]]], device=DEVICE)
     partial_sums = torch.empty(2 ** 24 * 3 + 3, device=DEVICE)                               # 200 MB of address space
     items = torch.tensor([[0, programs - 1], [-1, programs - 1]], dtype=torch.int32, device=DEVICE)            # its statistics, its update
     fp16 = tl_type(torch.float16)
-    kernel.step_kernel[(2,)](table, items, partial_sums, partial_sums, totals, count, memory, 0, 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5),
-                             0.1, 1e-6, 1e-8, 1.0, 0.0, fp16, fp16, fp16, 0, False, True, False, False, False, 16, 32, num_warps=1)
+    kernel.step_kernel[(2,)](table, items, partial_sums, partial_sums, totals, count, 0, 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5),
+                             0.1, 1e-6, 1e-8, 1.0, 0.0, fp16, fp16, fp16, 0, False, True, False, False, False, 12, 32, num_warps=1)
     assert torch.allclose(tail[216:256].float(), -2 * tail[24:64].float(), rtol=1e-2, atol=1e-3)
     assert torch.allclose(tail[88:128], g / 2) and torch.allclose(tail[152:192], g * g / 2, atol=1e-3)
     assert torch.allclose(tail[24:64].float(), g.float() / (g.float() ** 2 + 0.1), rtol=1e-2, atol=1e-3)

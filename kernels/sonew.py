@@ -28,9 +28,8 @@ import triton.language as tl
 
 # Quads and warps a program, and parameters a piece, 32 MB of u. Compiled for sm_80, 90, 100 and 120, one quad a thread takes 40 to 48
 # registers at band 1 and 79 to 99 at band 4, no spills and 1 KB of shared memory; (256, 4), two quads, 69 and 139. Not timed yet.
-CONFIG = (256, 8, 2 ** 21 + 2 ** 19)
-SLOTS = 3
-HEAD = tl.constexpr(15)                                              # columns of the table before the pointer to S_0, named in `arrange`
+CONFIG = (512, 8, 2 ** 21)
+HEAD = tl.constexpr(11)                                              # columns of the table before the pointer to S_0, named in `step`
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 FAR = tl.constexpr(2 ** 29)                                          # no lane is as far from the end of its chain as this
 
@@ -169,23 +168,17 @@ def to_the_end(o, chain, place, left0, HALO: tl.constexpr):
 
 
 @triton.jit
-def wait(ptr, count):                                                # until a counter has come that far
-    while tl.atomic_add(ptr, 0, sem="acquire") < count:
-        pass
-
-
-@triton.jit
 def add3(x0, x1, x2, y0, y1, y2):
     return x0 + y0, x1 + y1, x2 + y2
 
 
 @triton.jit
 def statistics(
-    row_ptr, chunk_index, halo_ptr, partial_ptr, u_ptr, applied_ptr,
+    row_ptr, chunk_index, halo_ptr, partial_ptr,
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps,                   # new = 1 - beta, rounded once
     G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, J: tl.constexpr,
 ):
-    """m, S in place, u, and the chunk's sums."""
+    """m, S in place, u in place of g, and the chunk's sums."""
     FLAT: tl.constexpr = BAND > 1
     start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
     beta1, beta2, eps = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(eps, tl.float32)
@@ -198,14 +191,11 @@ def statistics(
     o = 4 * quad + phase                                                                     # [J, 4], from the chunk's start
     own = (o >= 0) & (o < length)
 
-    m_ptr, old = pointer(row_ptr, 2, M, ALIGNED) + start, ()         # all loads come before the first store, which they would wait for
-    g = read(pointer(row_ptr, 1, G, ALIGNED) + start, o, own, halo_ptr, 0, HALO, J)
+    g_ptr, m_ptr, old = pointer(row_ptr, 1, G, ALIGNED) + start, pointer(row_ptr, 2, M, ALIGNED) + start, ()
+    g = read(g_ptr, o, own, halo_ptr, 0, HALO, J)
     m = read(m_ptr, o, own, halo_ptr, 1, HALO, J)
-    for k in tl.static_range(BAND + 1):
+    for k in tl.static_range(BAND + 1):                              # all loads before the first store, which they would wait for
         old = old + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, own, halo_ptr, 2 + k, HALO, J),)
-    if tl.load(row_ptr + 13) > 0:                                    # others had this place in the scratch memory
-        wait(applied_ptr + tl.load(row_ptr + 12), tl.load(row_ptr + 13))
-
     good = g * g < float("inf")                                                              # false for NaN too
     g = tl.where(good, g, 0.0)
     t = tl.load(pointer(row_ptr, 3, tl.float32, False)) + 1
@@ -253,7 +243,7 @@ def statistics(
             x = x + (tl.where(keep, psi[k], 0.0) * w,)
         if BAND > 0:
             u -= behind(x, BAND, J)
-    tl.store(u_ptr + start + o, u.to(G), mask=own, eviction_policy="evict_last")
+    tl.store(g_ptr + o, u.to(G), mask=own, eviction_policy="evict_last")
     sums = tl.sum(tl.where(own, a * a, 0.0), 1), tl.sum(tl.where(own, u * u, 0.0), 1), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 1)
     sum_a, sum_u, bad = tl.reduce(sums, 0, add3)
     partial_ptr += (tl.load(row_ptr + 8) + chunk_index) * 3
@@ -276,8 +266,8 @@ def norms(row_ptr, partial_ptr, total_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def apply(
-    row_ptr, chunk_index, total_ptr, u_ptr, lr, weight_decay,
-    P: tl.constexpr, GRAFT: tl.constexpr, LR_THERE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptr, chunk_index, total_ptr, lr, weight_decay,
+    P: tl.constexpr, G: tl.constexpr, GRAFT: tl.constexpr, LR_THERE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """p -= lr (scale u + weight_decay p), or nothing if a gradient was bad."""
     start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
@@ -290,7 +280,7 @@ def apply(
     o = tl.arange(0, BLOCK)
     own = o < length
     p_ptr = pointer(row_ptr, 0, P, ALIGNED) + start
-    u = tl.load(u_ptr + start + o, mask=own, other=0.0, cache_modifier=".cg").to(tl.float32)
+    u = tl.load(pointer(row_ptr, 1, G, ALIGNED) + start + o, mask=own, other=0.0, cache_modifier=".cg").to(tl.float32)
     p = tl.load(p_ptr + o, mask=own, other=0.0, eviction_policy="evict_first").to(tl.float32)
     p -= rate * (scale * u + tl.cast(weight_decay, tl.float32) * p)
     tl.store(p_ptr + o, p.to(P), mask=own, eviction_policy="evict_first")
@@ -302,7 +292,7 @@ def apply(
 
 @triton.jit(do_not_specialize=["item0", "tensors"])
 def step_kernel(
-    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, count_ptr, scratch_ptr,
+    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, count_ptr,
     item0, tensors, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps, lr, weight_decay,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, GRAFT: tl.constexpr,
     LR_THERE: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, J: tl.constexpr,
@@ -311,21 +301,15 @@ def step_kernel(
     tensor, chunk_index = tl.load(items_ptr), tl.load(items_ptr + 1)
     applying, tensor = tensor < 0, tl.where(tensor < 0, -1 - tensor, tensor)
     row_ptr = table_ptr + tensor * COLUMNS
-    done_ptr, ready_ptr, applied_ptr = count_ptr + tensor, count_ptr + tensors + tensor, count_ptr + 2 * tensors
+    done_ptr, ready_ptr = count_ptr + tensor, count_ptr + tensors + tensor
     total_ptr += tl.load(row_ptr + 10) * 3
-    offset = tl.load(row_ptr + 11)
-    u_ptr = pointer(row_ptr, 1, G, ALIGNED)
-    if offset >= 0:
-        u_ptr = scratch_ptr + (tl.multiple_of(offset, 16) if ALIGNED else offset)
     if applying:
-        wait(ready_ptr, 1)
-        apply(row_ptr, chunk_index, total_ptr, u_ptr, lr, weight_decay, P, GRAFT, LR_THERE, ALIGNED, 4 * J)
-        if offset >= 0:
-            tl.debug_barrier()                                       # all threads have read, and
-            tl.atomic_add(applied_ptr + tl.load(row_ptr + 14), 1, sem="release")             # others may write
+        while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:       # programs start in order: what this one waits for has begun
+            pass
+        apply(row_ptr, chunk_index, total_ptr, lr, weight_decay, P, G, GRAFT, LR_THERE, ALIGNED, 4 * J)
     else:
-        statistics(row_ptr, chunk_index, halo_ptr, partial_ptr, u_ptr, applied_ptr, beta1, beta2, new1, new2, log_beta1, log_beta2,
-                   eps, gamma, graft_eps, G, M, BAND, PLAIN, HALO, ALIGNED, J)
+        statistics(row_ptr, chunk_index, halo_ptr, partial_ptr, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps,
+                   G, M, BAND, PLAIN, HALO, ALIGNED, J)
         tl.debug_barrier()
         if tl.atomic_add(done_ptr, 1, sem="acq_rel") == tl.load(row_ptr + 9) - 1:            # the last one of its tensor
             norms(row_ptr, partial_ptr, total_ptr, 1024)
@@ -344,32 +328,23 @@ def split(n, chain, band, quads):
 
 @functools.lru_cache(64)
 def arrange(sizes, apart, limit, device):
-    """Who does what, in which order, for tensors of `sizes` (elements, elements of a chunk). -> columns 8, 9 and 11 to 14 of the table for
-    each, the items (2 P, 2) int32 on the device, P, the number of pieces and of elements of scratch memory."""
-    pieces = []                                                      # of consecutive tensors: [number of elements, them]
-    for t, (n, chunk) in enumerate(sizes):
-        n = -(-n // 16) * 16                                         # each u begins at a multiple of 16
-        if not pieces or pieces[-1][0] + n > limit:
-            pieces.append([0, []])
-        pieces[-1][0] += n
-        pieces[-1][1].append(t)
-    slot = max((size for size, _ in pieces if size <= limit), default=0)
-    more, first, segments, users = [], 0, [], []
-    for index, (size, members) in enumerate(pieces):
-        keeps, offset, programs = size <= limit and not apart, len(users) % SLOTS * slot, 0
-        before = users[-SLOTS] if keeps and len(users) >= SLOTS else (0, 0)
-        for t in members:
-            n, chunk = sizes[t]
-            more.append((first, -(-n // chunk), offset if keeps else -1, *before, index))
-            first, programs, offset = first + more[-1][1], programs + more[-1][1], offset + -(-n // 16) * 16
-        users += [(index, programs)] if keeps else []
-        segments.append(members)
-    everything, applies = [t for members in segments for t in members], [[-1 - t for t in members] for members in segments]
-    order = everything + sum(applies, []) if apart else sum((s + a for s, a in zip([*segments, []], [[], *applies])), [])
-    counts = torch.tensor([more[t if t >= 0 else -1 - t][1] for t in order])
-    index = torch.arange(2 * first) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    items = torch.stack([torch.repeat_interleave(torch.tensor(order), counts), index], 1).int()                # (2 P, 2)
-    return more, send(items, device), first, len(pieces), SLOTS * slot if users else 0
+    """-> the first program of each tensor and how many it has, for tensors of `sizes` (elements, elements of a chunk); all programs; and who
+    does what, in which order, (2 P, 2) int32 on the device: a tensor and the chunk of which to take the statistics, or, as -1 - tensor, to
+    apply u to. Updates come one piece later than statistics; `apart` all come last."""
+    counts, pieces, size = [-(-n // chunk) for n, chunk in sizes], [[]], 0
+    for t, (n, _) in enumerate(sizes):
+        if pieces[-1] and size + n > limit:
+            pieces, size = [*pieces, []], 0
+        pieces[-1].append(t)
+        size += n
+    updates = [[-1 - t for t in piece] for piece in pieces]
+    if apart:
+        pieces, updates = [sum(pieces, []), []], [sum(updates, [])]
+    order = sum((s + u for s, u in zip([*pieces, []], [[], *updates])), [])
+    long = torch.tensor([counts[t if t >= 0 else -1 - t] for t in order])
+    chunks = torch.arange(long.sum()) - torch.repeat_interleave(long.cumsum(0) - long, long)
+    items = torch.stack([torch.repeat_interleave(torch.tensor(order), long), chunks], 1).int()
+    return [(sum(counts[:t]), count) for t, count in enumerate(counts)], sum(counts), send(items, device)
 
 
 def send(x, device):
@@ -396,6 +371,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             continue
         arrays = [t.data_ptr() for t in (work.p, work.g, work.m, *work.S)]
         aligned = n % 4 == 0 and (band == 0 or work.chain % 4 == 0) and not any(a % 16 for a in arrays)
+        # 8: the tensor's first program, 9: how many, 10: its totals, come between the two
         row = (*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk), (index, arrays[3:])
         jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned), []).append(row)
     totals = torch.zeros(len(works), 3, device=device)
@@ -407,17 +383,15 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
     with torch.cuda.device_of(works[0].p):
         launches = []
         for (*dtypes, halo, aligned), rows in jobs.items():
-            more, items, programs, pieces, scratch = arrange(tuple(head[5::2] for head, _ in rows), reduce is not None, limit, device)
-            rows = tuple((*head, first, count, index, *rest, *S) for (head, (index, S)), (first, count, *rest) in zip(rows, more))
-            table = upload(rows, device)
+            sizes = tuple(head[5::2] for head, _ in rows)
+            places, programs, items = arrange(sizes, reduce is not None, limit, device)
+            table = upload(tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places)), device)
             P, G, M = (TYPES[d] for d in dtypes)
-            quads_aside = torch.empty(programs if halo else 0, band + 3, 8, device=device)
+            aside = torch.empty(programs if halo else 0, band + 3, 8, device=device)
             if halo:
-                for_all = items if reduce else arrange(tuple(row[5:8:2] for row in rows), True, limit, device)[1]
-                halo_kernel[(programs,)](table, for_all, quads_aside, G, M, band, columns, num_warps=1)
-            counts = torch.zeros(2 * len(rows) + pieces, dtype=torch.int32, device=device)
-            tensors = (table, items, quads_aside, torch.empty(programs, 3, device=device), totals, counts,
-                       torch.empty(scratch, dtype=dtypes[1], device=device))
+                halo_kernel[(programs,)](table, arrange(sizes, True, limit, device)[2], aside, G, M, band, columns, num_warps=1)
+            tensors = (table, items, aside, torch.empty(programs, 3, device=device), totals,
+                       torch.zeros(2 * len(rows), dtype=torch.int32, device=device))
             constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, quads)
 
             def launch(item0, n, tensors=tensors, constants=constants, T=len(rows)):
@@ -443,7 +417,7 @@ def builds():
     for G, M, band, plain, halo, aligned in ((fp32, fp32, 1, False, False, True), (fp32, fp32, 4, False, False, True),
                                              (bf16, bf16, 1, False, False, True), (bf16, fp32, 4, False, True, False),
                                              (fp32, fp32, 0, True, False, True)):
-        yield (step_kernel, types | {"scratch_ptr": "*fp32" if G == fp32 else "*bf16"},
+        yield (step_kernel, types,
                {"P": G, "G": G, "M": M, "BAND": band, "PLAIN": plain, "GRAFT": not plain, "LR_THERE": False, "HALO": halo, "ALIGNED": aligned,
                 "COLUMNS": HEAD.value + band + 1, "J": quads}, (), warps)
     yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5}, (), 1
