@@ -829,7 +829,7 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
     return nets[0]
 
 
-SMALL = (32, 1, 100)                                                 # 128 elements a program, pieces of up to 100
+SMALL = (32, 1, 2, 1, 100)                                           # 2 x 128 elements a program, pieces of up to 100
 SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 59), (1, 260)]
 
 
@@ -848,13 +848,13 @@ def test_sonew_kernel_on_random_shapes(seed, monkeypatch):
     draw = random.Random(seed)
     shapes = [draw.choice([(draw.randint(1, 300),), (draw.randint(1, 6), draw.randint(1, 80)), (draw.randint(1, 40), draw.randint(1, 6))])
               for _ in range(2)]
-    check_sonew_kernel(monkeypatch, shapes, (2 ** draw.randint(5, 7), 1, draw.randint(1, 500)), steps=1, seed=seed, band=draw.randint(0, 4),
+    check_sonew_kernel(monkeypatch, shapes, (2 ** draw.randint(5, 7), 1, draw.randint(1, 3), 1, draw.randint(1, 500)), steps=1, seed=seed, band=draw.randint(0, 4),
                        chain=draw.choice(["row", "flat"]), graft=draw.choice(["adam", "none"]))
 
 
 def test_sonew_kernel_does_not_depend_on_its_blocks(monkeypatch):
     pytest.importorskip("triton")
-    one, other = (check_sonew_kernel(monkeypatch, [(2, 201), (1, 260), (127,)], (quads, 1, 10 ** 6), band=2, chain="flat", graft="none")
+    one, other = (check_sonew_kernel(monkeypatch, [(2, 201), (1, 260), (127,)], (quads, 1, 1, 1, 10 ** 6), band=2, chain="flat", graft="none")
                   for quads in (32, 128))
     assert all(torch.equal(p, q) for p, q in zip(one, other))
 
@@ -891,7 +891,7 @@ def test_sonew_kernel_takes_many_tensors_at_once(monkeypatch):
             def __getitem__(self, grid, original=original, name=name):
                 return launches.append(name) or original[grid]
         monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
-    check_sonew_kernel(monkeypatch, [(2, 4)] * 20 + [(3,)] * 20 + [(1, 4), (8,)], (32, 1, 10 ** 6), steps=1)
+    check_sonew_kernel(monkeypatch, [(2, 4)] * 20 + [(3,)] * 20 + [(1, 4), (8,)], (32, 1, 2, 1, 10 ** 6), steps=1)
     assert launches == 2 * 3 * ["step"], "matrices, odd vectors, even vectors: one launch each, in two runs"
 
 
@@ -909,7 +909,7 @@ def test_sonew_kernel_beyond_2_to_the_31():
     items = torch.tensor([[0, programs - 1], [-1, programs - 1]], dtype=torch.int32, device=DEVICE)            # its statistics, its update
     fp16 = tl_type(torch.float16)
     kernel.step_kernel[(2,)](table, items, partial_sums, partial_sums, totals, count, 0, 1, 0.5, 0.5, 0.5, 0.5, math.log(0.5), math.log(0.5),
-                             0.1, 1e-6, 1e-8, 1.0, 0.0, fp16, fp16, fp16, 0, False, True, False, False, False, 12, 32, num_warps=1)
+                             0.1, 1e-6, 1e-8, 1.0, 0.0, fp16, fp16, fp16, 0, False, True, False, False, False, 12, 32, 1, 1, num_warps=1)
     assert torch.allclose(tail[216:256].float(), -2 * tail[24:64].float(), rtol=1e-2, atol=1e-3)
     assert torch.allclose(tail[88:128], g / 2) and torch.allclose(tail[152:192], g * g / 2, atol=1e-3)
     assert torch.allclose(tail[24:64].float(), g.float() / (g.float() ** 2 + 0.1), rtol=1e-2, atol=1e-3)

@@ -1,22 +1,30 @@
 """SONew's step over many tensors at once: statistics, L D L^T m, the graft's norms, the update.
 
 Lanes hold quads of 4 consecutive elements, so that of "the element k further on" (k <= 4) 4 - k are in the same thread, and the rest
-come by tl.gather of one number per lane through shared memory; every array is read from memory once, 16 bytes a lane.
+come by tl.gather through shared memory; every array is read from memory once, 16 bytes a lane.
 
-Grid: one program per chunk of up to 4 * quads elements of one tensor; a table of pointers and sizes lets one launch serve all tensors
-of a dtype. Chunks end with chains where these fit (chain="row", length a multiple of 4): no program then needs another's elements.
-Otherwise chunks overlap by a quad on either side. As state is updated in place, a neighbour could find it new already: a first launch
-copies those quads aside. Sums for the norms are kept per program and added in their order, without atomics: two runs are equal.
+Chunks are up to 4 * quads elements of one tensor; a table of pointers and sizes lets one launch serve all tensors of a dtype. Chunks end
+with chains where these fit (chain="row", length a multiple of 4): none then needs another's elements. Otherwise they overlap by a quad
+on either side. As state is updated in place, a neighbour could find it new already: a first launch copies those quads aside.
 
 1. halo_kernel (only where chunks overlap): g, m, S of the quads on both sides of each chunk.
-2. statistics_kernel: m, S in place, u in place of the gradient, and per program |a|^2, |u|^2, the number of bad gradients.
-3. norms_kernel: their sums per tensor.
-4. apply_kernel: p -= lr (scale u + wd p); nothing if a gradient was bad.
+2. step_kernel, a program per run of chunks. Half of the programs
+   take the statistics: m, S in place, u in place of the gradient, and the sums |a|^2, |u|^2, the number of bad gradients; the last
+   program of a tensor to finish adds those of all, in their order, so that two runs are equal. The other half
+   apply u: p -= lr (scale u + wd p), nothing if a gradient was bad; they come a little later and wait for that. Programs start in the
+   order of their numbers, so that one only waits for what has begun, and L2 still holds u.
 
-Bytes per fp32 parameter at band b: (2) reads g, m, S_0..S_b and writes m, S, u, 8 b + 24; (4) reads u, p and writes p, 12: in all 8 b + 36,
-44 tridiagonal, 68 at b = 4, against 28 of AdamW. Tensors are taken in pieces small enough for the L2 to keep u from (2) to (4), which
-saves up to 4 of them, and (3) and the table are noise: 12 bytes a program. At the 4.22 TB/s that a copy reaches on an H200, 125 M
-parameters take 1.30 ms (b = 1) and 2.01 ms (b = 4), AdamW 0.83; with m and S in bfloat16 they are 4 b + 28, 0.95 and 1.30 ms.
+Bytes per fp32 parameter at band b: statistics read g, m, S_0..S_b and write m, S, u, 8 b + 24; the update reads u, p and writes p, 12:
+in all 8 b + 36, 44 tridiagonal, 68 at b = 4, against 28 of AdamW; up to 4 of them stay in L2. At the 4.25 TB/s that a copy reaches on an
+H200, 125 M parameters take 1.30 ms (b = 1) and 2.00 ms (b = 4), AdamW 0.82; with m and S in bfloat16 they are 4 b + 28, 0.94 and 1.29 ms.
+
+Steps, 53 matrices of 768 x 3072 on one H200 (torch 2.11, triton 3.6), where PyTorch's fused AdamW takes 1.01 ms:
+1. Statistics, norms and update as three launches over all tensors: 1.64 ms at b = 1, 3.19 at b = 4, 1.56 at b = 0. The same in pieces
+   that fit L2: 80 us of host time a piece, up to 4.4 ms.
+2. One launch, all loads before the first store: b = 0 1.19 ms, but b = 1 1.74 and b = 4 3.07: each program now ends by waiting until its
+   stores are seen by all, which small chunks pay for most. Keeping u in scratch memory that never leaves L2 gained nothing: 1.84.
+   Reading what a lane needs of the next a second time, from L1, in place of gathers: no difference.
+3. Runs of chunks, loads of the next ahead of time by the compiler: to be timed.
 Limits: band 0 to 4, float32, float16 and bfloat16 parameters, float32 or bfloat16 state; arithmetic is float32.
 """
 import functools
@@ -26,9 +34,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Quads and warps a program, and parameters a piece, 32 MB of u. Compiled for sm_80, 90, 100 and 120, one quad a thread takes 40 to 48
-# registers at band 1 and 79 to 99 at band 4, no spills and 1 KB of shared memory; (256, 4), two quads, 69 and 139. Not timed yet.
-CONFIG = (512, 8, 2 ** 21)
+# Quads of a chunk, warps, chunks of a run, stages of its pipeline, and how many parameters' statistics come between two tensors' updates.
+# Compiled for sm_80, 90, 100 and 120 this takes 52 registers at band 1 and spills none.
+CONFIG = (256, 8, 8, 2, 2 ** 21)
 HEAD = tl.constexpr(11)                                              # columns of the table before the pointer to S_0, named in `step`
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 FAR = tl.constexpr(2 ** 29)                                          # no lane is as far from the end of its chain as this
@@ -41,9 +49,8 @@ def pointer(row_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.const
 
 
 @triton.jit
-def chunk_of(row_ptr, chunk_index, ALIGNED: tl.constexpr):
-    """-> where a chunk of the tensor in this row of the table starts, and how long it is."""
-    n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
+def place_of(chunk_index, chunk, n, ALIGNED: tl.constexpr):
+    """-> where a chunk of a tensor of n elements starts, and how long it is."""
     start = chunk_index * chunk                                                              # int64
     length = tl.minimum(n - start, chunk).to(tl.int32)
     if ALIGNED:
@@ -130,16 +137,16 @@ def one_minus_power(t, log_beta):
 
 @triton.jit
 def halo_kernel(
-    table_ptr, items_ptr, halo_ptr,                                  # (T, COLUMNS), (P, 2), (P, BAND + 3, 2, 4)
-    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
+    table_ptr, items_ptr, halo_ptr,                                  # (T, COLUMNS), (P, 2), (P RUN, BAND + 3, 2, 4)
+    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    row_ptr, chunk_index = table_ptr + tl.load(items_ptr + 2 * pid) * COLUMNS, tl.load(items_ptr + 2 * pid + 1)
-    start, length = chunk_of(row_ptr, chunk_index, False)
+    item, sub = items_ptr + tl.program_id(0) // RUN * 2, tl.program_id(0) % RUN
+    row_ptr, run = table_ptr + tl.load(item) * COLUMNS, tl.load(item + 1)
+    n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
     o = tl.arange(0, 8)
-    i = start + tl.where(o < 4, o - 4, tl.load(row_ptr + 7) + o - 4)                         # before the chunk, after it
-    there = (i >= 0) & (i < tl.load(row_ptr + 5))
-    halo_ptr += (tl.load(row_ptr + 8) + chunk_index) * (BAND + 3) * 8
+    i = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)                    # before the chunk, after it
+    there = (i >= 0) & (i < n)
+    halo_ptr += ((tl.load(row_ptr + 8) + run) * RUN + sub) * (BAND + 3) * 8
     g = tl.load(pointer(row_ptr, 1, G, False) + i, mask=there, other=0.0).to(tl.float32)
     tl.store(halo_ptr + o, g)
     for slot in tl.static_range(1, BAND + 3):
@@ -174,37 +181,31 @@ def add3(x0, x1, x2, y0, y1, y2):
 
 @triton.jit
 def statistics(
-    row_ptr, chunk_index, halo_ptr, partial_ptr,
-    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps,                   # new = 1 - beta, rounded once
+    g_ptr, m_ptr, S_ptr, start, length, chain, halo_ptr, correct1, correct2,
+    beta1, beta2, new1, new2, eps, gamma, graft_eps,                 # new = 1 - beta, rounded once
     G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, J: tl.constexpr,
 ):
-    """m, S in place, u in place of g, and the chunk's sums."""
+    """m, S in place, u in place of g, for one chunk. -> |a|^2, |u|^2 and the number of bad gradients of each lane, [J]."""
     FLAT: tl.constexpr = BAND > 1
-    start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
-    beta1, beta2, eps = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(eps, tl.float32)
-    gamma, graft_eps = tl.cast(gamma, tl.float32), tl.cast(graft_eps, tl.float32)
-    new1, new2 = tl.cast(new1, tl.float32), tl.cast(new2, tl.float32)
     quad, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
     if HALO:
         quad = quad - 1
-        halo_ptr += (tl.load(row_ptr + 8) + chunk_index) * (BAND + 3) * 8
     o = 4 * quad + phase                                                                     # [J, 4], from the chunk's start
     own = (o >= 0) & (o < length)
 
-    g_ptr, m_ptr, old = pointer(row_ptr, 1, G, ALIGNED) + start, pointer(row_ptr, 2, M, ALIGNED) + start, ()
+    g_ptr += start
+    m_ptr += start
     g = read(g_ptr, o, own, halo_ptr, 0, HALO, J)
     m = read(m_ptr, o, own, halo_ptr, 1, HALO, J)
+    old = ()
     for k in tl.static_range(BAND + 1):                              # all loads before the first store, which they would wait for
-        old = old + (read(pointer(row_ptr, HEAD + k, M, ALIGNED) + start, o, own, halo_ptr, 2 + k, HALO, J),)
+        old = old + (read(S_ptr[k] + start, o, own, halo_ptr, 2 + k, HALO, J),)
     good = g * g < float("inf")                                                              # false for NaN too
     g = tl.where(good, g, 0.0)
-    t = tl.load(pointer(row_ptr, 3, tl.float32, False)) + 1
-    correct1, correct2 = 1 / one_minus_power(t, log_beta1), 1 / one_minus_power(t, log_beta2)
     m = beta1 * m + new1 * g
     tl.store(m_ptr + o, m.to(M), mask=own, eviction_policy="evict_first")
     m *= correct1
     if BAND > 0:
-        chain = tl.load(row_ptr + 6)
         place = start % chain if HALO else tl.zeros((), tl.int64)
         left0, place = tl.minimum(chain - place, FAR).to(tl.int32), tl.minimum(place, FAR).to(tl.int32)
         chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
@@ -217,7 +218,7 @@ def statistics(
         if k > 0:
             product = tl.where(left > k, product, 0.0)
         new = beta2 * old[k] + new2 * product
-        tl.store(pointer(row_ptr, HEAD + k, M, ALIGNED) + start + o, new.to(M), mask=own, eviction_policy="evict_first")
+        tl.store(S_ptr[k] + start + o, new.to(M), mask=own, eviction_policy="evict_first")
         S = S + (new * correct2,)
     a = m / (tl.sqrt(S[0]) + graft_eps)
 
@@ -244,12 +245,7 @@ def statistics(
         if BAND > 0:
             u -= behind(x, BAND, J)
     tl.store(g_ptr + o, u.to(G), mask=own, eviction_policy="evict_last")
-    sums = tl.sum(tl.where(own, a * a, 0.0), 1), tl.sum(tl.where(own, u * u, 0.0), 1), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 1)
-    sum_a, sum_u, bad = tl.reduce(sums, 0, add3)
-    partial_ptr += (tl.load(row_ptr + 8) + chunk_index) * 3
-    tl.store(partial_ptr, sum_a)
-    tl.store(partial_ptr + 1, sum_u)
-    tl.store(partial_ptr + 2, bad)
+    return tl.sum(tl.where(own, a * a, 0.0), 1), tl.sum(tl.where(own, u * u, 0.0), 1), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 1)
 
 
 @triton.jit
@@ -265,29 +261,14 @@ def norms(row_ptr, partial_ptr, total_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def apply(
-    row_ptr, chunk_index, total_ptr, lr, weight_decay,
-    P: tl.constexpr, G: tl.constexpr, GRAFT: tl.constexpr, LR_THERE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """p -= lr (scale u + weight_decay p), or nothing if a gradient was bad."""
-    start, length = chunk_of(row_ptr, chunk_index, ALIGNED)
-    bad = tl.load(total_ptr + 2, cache_modifier=".cg") > 0
-    rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
-    rate = tl.where(bad, 0.0, rate)
-    scale = 1.0
-    if GRAFT:
-        scale = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg")) / (tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg")) + 1e-12)
+def apply(p_ptr, u_ptr, start, length, rate, scale, weight_decay, P: tl.constexpr, BLOCK: tl.constexpr):
+    """p -= rate (scale u + weight_decay p), for one chunk."""
     o = tl.arange(0, BLOCK)
     own = o < length
-    p_ptr = pointer(row_ptr, 0, P, ALIGNED) + start
-    u = tl.load(pointer(row_ptr, 1, G, ALIGNED) + start + o, mask=own, other=0.0, cache_modifier=".cg").to(tl.float32)
-    p = tl.load(p_ptr + o, mask=own, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    p -= rate * (scale * u + tl.cast(weight_decay, tl.float32) * p)
-    tl.store(p_ptr + o, p.to(P), mask=own, eviction_policy="evict_first")
-    if chunk_index == 0:                                             # one program of each tensor counts
-        step_ptr, skipped_ptr = pointer(row_ptr, 3, tl.float32, False), pointer(row_ptr, 4, tl.float32, False)
-        tl.store(step_ptr, tl.load(step_ptr) + 1)
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(bad, 1.0, 0.0))
+    u = tl.load(u_ptr + start + o, mask=own, other=0.0, cache_modifier=".cg").to(tl.float32)
+    p = tl.load(p_ptr + start + o, mask=own, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    p -= rate * (scale * u + weight_decay * p)
+    tl.store(p_ptr + start + o, p.to(P), mask=own, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["item0", "tensors"])
@@ -296,20 +277,52 @@ def step_kernel(
     item0, tensors, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps, lr, weight_decay,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, GRAFT: tl.constexpr,
     LR_THERE: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, J: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
 ):
     items_ptr += 2 * (tl.program_id(0) + item0)
-    tensor, chunk_index = tl.load(items_ptr), tl.load(items_ptr + 1)
+    tensor, run = tl.load(items_ptr), tl.load(items_ptr + 1)
     applying, tensor = tensor < 0, tl.where(tensor < 0, -1 - tensor, tensor)
     row_ptr = table_ptr + tensor * COLUMNS
     done_ptr, ready_ptr = count_ptr + tensor, count_ptr + tensors + tensor
     total_ptr += tl.load(row_ptr + 10) * 3
+    n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
+    last = tl.minimum((run + 1) * RUN, tl.cdiv(n, chunk).to(tl.int32))
+    g_ptr, step_ptr = pointer(row_ptr, 1, G, ALIGNED), pointer(row_ptr, 3, tl.float32, False)
     if applying:
+        p_ptr, skipped_ptr = pointer(row_ptr, 0, P, ALIGNED), pointer(row_ptr, 4, tl.float32, False)
         while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:       # programs start in order: what this one waits for has begun
             pass
-        apply(row_ptr, chunk_index, total_ptr, lr, weight_decay, P, G, GRAFT, LR_THERE, ALIGNED, 4 * J)
+        refused = tl.load(total_ptr + 2, cache_modifier=".cg") > 0
+        rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
+        rate, scale = tl.where(refused, 0.0, rate), tl.cast(1.0, tl.float32)
+        if GRAFT:
+            scale = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg")) / (tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg")) + 1e-12)
+        for c in tl.range(run * RUN, last, num_stages=STAGES):
+            start, length = place_of(c, chunk, n, ALIGNED)
+            apply(p_ptr, g_ptr, start, length, rate, scale, tl.cast(weight_decay, tl.float32), P, 4 * J)
+        if run == 0:                                                 # one program of each tensor counts
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
+            tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(refused, 1.0, 0.0))
     else:
-        statistics(row_ptr, chunk_index, halo_ptr, partial_ptr, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps,
-                   G, M, BAND, PLAIN, HALO, ALIGNED, J)
+        m_ptr, S_ptr = pointer(row_ptr, 2, M, ALIGNED), ()
+        for k in tl.static_range(BAND + 1):
+            S_ptr = S_ptr + (pointer(row_ptr, HEAD + k, M, ALIGNED),)
+        t, chain, first = tl.load(step_ptr) + 1, tl.load(row_ptr + 6), tl.load(row_ptr + 8)
+        correct1, correct2 = 1 / one_minus_power(t, log_beta1), 1 / one_minus_power(t, log_beta2)
+        sum_a, sum_u, bad = tl.zeros((J,), tl.float32), tl.zeros((J,), tl.float32), tl.zeros((J,), tl.float32)
+        for c in tl.range(run * RUN, last, num_stages=STAGES):
+            start, length = place_of(c, chunk, n, ALIGNED)
+            halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
+            aa, uu, b = statistics(g_ptr, m_ptr, S_ptr, start, length, chain, halo, correct1, correct2,
+                                   tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(new1, tl.float32),
+                                   tl.cast(new2, tl.float32), tl.cast(eps, tl.float32), tl.cast(gamma, tl.float32),
+                                   tl.cast(graft_eps, tl.float32), G, M, BAND, PLAIN, HALO, ALIGNED, J)
+            sum_a, sum_u, bad = sum_a + aa, sum_u + uu, bad + b
+        partial = partial_ptr + (first + run) * 3
+        all_a, all_u, all_bad = tl.reduce((sum_a, sum_u, bad), 0, add3)
+        tl.store(partial, all_a)
+        tl.store(partial + 1, all_u)
+        tl.store(partial + 2, all_bad)
         tl.debug_barrier()
         if tl.atomic_add(done_ptr, 1, sem="acq_rel") == tl.load(row_ptr + 9) - 1:            # the last one of its tensor
             norms(row_ptr, partial_ptr, total_ptr, 1024)
@@ -327,11 +340,11 @@ def split(n, chain, band, quads):
 
 
 @functools.lru_cache(64)
-def arrange(sizes, apart, limit, device):
+def arrange(sizes, apart, run, limit, device):
     """-> the first program of each tensor and how many it has, for tensors of `sizes` (elements, elements of a chunk); all programs; and who
     does what, in which order, (2 P, 2) int32 on the device: a tensor and the chunk of which to take the statistics, or, as -1 - tensor, to
     apply u to. Updates come one piece later than statistics; `apart` all come last."""
-    counts, pieces, size = [-(-n // chunk) for n, chunk in sizes], [[]], 0
+    counts, pieces, size = [-(-n // (chunk * run)) for n, chunk in sizes], [[]], 0
     for t, (n, _) in enumerate(sizes):
         if pieces[-1] and size + n > limit:
             pieces, size = [*pieces, []], 0
@@ -360,7 +373,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
     """One step for a list of works: p, g of one shape, m and S (list of band + 1) too, all contiguous on one device, step and skipped ()
     float32, chain the length of a chain. graft "adam", "none", or "plain": Adam's step, S_0 alone. lr: a number, or a tensor () there.
     reduce(totals) may sum (T, 3) over processes that hold other rows of the same tensors, given in the same order."""
-    quads, warps, limit = CONFIG
+    quads, warps, run, stages, limit = CONFIG
     assert quads >= 32 * warps, "with fewer lanes than threads, some threads would read what others have overwritten"
     device, band = works[0].p.device, len(works[0].S) - 1
     columns, jobs = HEAD.value + band + 1, {}
@@ -384,15 +397,15 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
         launches = []
         for (*dtypes, halo, aligned), rows in jobs.items():
             sizes = tuple(head[5::2] for head, _ in rows)
-            places, programs, items = arrange(sizes, reduce is not None, limit, device)
+            places, programs, items = arrange(sizes, reduce is not None, run, limit, device)
             table = upload(tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places)), device)
             P, G, M = (TYPES[d] for d in dtypes)
-            aside = torch.empty(programs if halo else 0, band + 3, 8, device=device)
+            aside = torch.empty(programs * run if halo else 0, band + 3, 8, device=device)
             if halo:
-                halo_kernel[(programs,)](table, arrange(sizes, True, limit, device)[2], aside, G, M, band, columns, num_warps=1)
+                halo_kernel[(programs * run,)](table, arrange(sizes, True, run, limit, device)[2], aside, G, M, band, columns, run, num_warps=1)
             tensors = (table, items, aside, torch.empty(programs, 3, device=device), totals,
                        torch.zeros(2 * len(rows), dtype=torch.int32, device=device))
-            constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, quads)
+            constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, quads, run, stages)
 
             def launch(item0, n, tensors=tensors, constants=constants, T=len(rows)):
                 step_kernel[(n,)](*tensors, item0, T, *numbers, *constants, num_warps=warps)
@@ -412,15 +425,15 @@ def builds():
              **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), **dict.fromkeys(("item0", "tensors"), "i32"),
              **dict.fromkeys(("beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
                               "weight_decay"), "fp32")}
-    quads, warps, _ = CONFIG
+    quads, warps, run, stages, _ = CONFIG
     fp32, bf16 = tl.float32, tl.bfloat16
     for G, M, band, plain, halo, aligned in ((fp32, fp32, 1, False, False, True), (fp32, fp32, 4, False, False, True),
                                              (bf16, bf16, 1, False, False, True), (bf16, fp32, 4, False, True, False),
                                              (fp32, fp32, 0, True, False, True)):
         yield (step_kernel, types,
                {"P": G, "G": G, "M": M, "BAND": band, "PLAIN": plain, "GRAFT": not plain, "LR_THERE": False, "HALO": halo, "ALIGNED": aligned,
-                "COLUMNS": HEAD.value + band + 1, "J": quads}, (), warps)
-    yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5}, (), 1
+                "COLUMNS": HEAD.value + band + 1, "J": quads, "RUN": run, "STAGES": stages}, (), warps)
+    yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5, "RUN": run}, (), 1
 
 
 AOT = list(builds())
