@@ -598,8 +598,9 @@ def paired(ours, theirs, draws=2000):
     return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
 
 
-def experiment(recipe, models):
-    """models() yields a seed, a label, a model and {task: ask} -> what results/ttt_context-NAME.json holds; printed on the way."""
+def experiment(recipe, models, keep):
+    """models() yields a seed, a label, a model and {task: ask} -> what results/ttt_context-NAME.json holds, given to keep() after each
+    model; printed on the way."""
     began, cells, rates = time.perf_counter(), {}, {}
     for seed, label, model, tasks in models():
         for task, ask in tasks.items():
@@ -611,16 +612,18 @@ def experiment(recipe, models):
                         cells.setdefault(key, {}).setdefault(arm, {}).setdefault(what, []).append(values)
                 print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}"
                                                           for arm, found in cells[key].items()), flush=True)
-    less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
-                  for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
-            for key, arms in cells.items()}
-    pairs = [(m, a) for arms in cells.values() for found in arms.values() if "mass" in found
-             for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
-    ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
+        less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
+                      for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
+                for key, arms in cells.items()}
+        pairs = [(m, a) for arms in cells.values() for found in arms.values() if "mass" in found
+                 for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
+        ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
+        result = keep({"cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
+                       "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
+                       "seconds": time.perf_counter() - began})
     for key, arms in less.items():
         print(f"{key}: queries less " + ", ".join(f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()))
-    return {"cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS, "seconds": time.perf_counter() - began,
-            "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item()}
+    return result
 
 
 NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8, "questions": 4,
@@ -762,9 +765,9 @@ def conclude(args, device, dtype):
     else:
         recipe = FULL if args.full else LAPTOP
         models = lambda: sandbox(recipe, device, dtype)
-    result = experiment(recipe, models)
+    result = experiment(recipe, models, lambda result: note(args.out, recipe["name"], device, result))
     plot(Path(args.out) / f"ttt_context-{recipe['name']}.png", result)
-    return note(args.out, recipe["name"], device, result)
+    return result
 
 
 def main(argv=None):
