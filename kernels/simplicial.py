@@ -18,19 +18,21 @@ group side by side, so that neither g = 1 nor g = 64 wastes rows. Work, in units
 dP are computed in both kernels; a single pass, 12, would need atomics). Backward memory: 2 (1 + ceil((w2 - 1) / PIECE)) float32
 tensors like k2.
 
-Steps, by what the compiler says for sm_90 (Triton 3.7.1); times on a GPU are still to come:
+Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16, D = 128, g = 64 | D = 128, g = 1 | D = 64, g = 1:
 1. Keys in blocks of 64 from the window's old end: the 515 keys of four positions take 9 blocks, an eighth of the work is void.
 2. Whole blocks end at the last position, and what is left at the old end is taken 16 keys at a time: 8 blocks and a small one.
    Blocks are whole, so their loads need no mask; scores are masked in the last block and the small ones alone.
-3. A row operand computed in place stays in registers: 20 bytes spilled forward and 60 in rows_kernel at D = 128. Carried around
-   the loop that uses it (the next tile's is made at the end), Triton puts it into shared memory: none.
-4. Barriers in rows_kernel keep loads from coming early: at D = 128 the tile (128, 32, 8, 2) spilled 228 bytes and now 68; with
-   dv2 first, after which U is no longer needed, 56. (64, 32, 8, 2) spills none.
-5. To be timed: limited to 128 registers, forward tiles of 128 rows would share a multiprocessor in twos. (128, 32, 8, 3, 128) at
-   D = 128 spills 304 bytes and (128, 64, 8, 3, 128) at D = 64 180, but none of it inside the loop over whole blocks.
-
-Registers and KB of shared memory for bf16 on sm_90, none spills: forward 254 and 100 at D = 128, 232 and 68 at D = 64; rows 255
-and 70, 255 and 68; columns 250 and 137, 210 and 81.
+3. A row operand computed in place stays in registers, 20 bytes spill. Carried around the loop that uses it (the next tile's is made
+   at the end), Triton puts it into shared memory: none.                             forward 345 | 317 | 226 without spills
+4. exp2 without a running maximum, 200 instructions a block of keys where there were 350; a tile with a row out of range is done
+   once more, with one: no row depends on another, to the bit.                                          342 | 321 | 266
+   Less than it should be: tiles of 64 rows read 5.5 TB/s of keys from L2, and of 128 rows only one fits a multiprocessor. Held to
+   128 registers two do, and spill outside the loop over whole blocks: 368 | 354 | 264. Keys by TMA: 378 | 350 | 317, not adopted yet.
+   The next block's scores ahead of this one's use: Triton waits for them at once.
+5. rows_kernel: of tiles that spill nothing only (64, 32, 8, 2) was left at D = 128, at 159 | 153 | -, for 8 warps share 64 rows
+   badly. With positions computed anew after the loop (128, 32, 8, 3) spills 4 bytes in place of 196:   340 | 304 | 288 (then 196)
+6. columns_kernel without a pipeline, in small tiles: two or three share a multiprocessor.              254 | 274 | 254
+   So the backward pass takes more than four times the forward's time, of 3 that were asked for.
 """
 import torch
 import torch.nn.functional as F
@@ -221,8 +223,6 @@ def rows_kernel(
     v_ptr += bh * Tk * D
     k2_ptr += bh * Tk2 * D
     v2_ptr += bh * Tk2 * D
-    dk2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
-    dv2_ptr += (bh * tl.num_programs(0) + tl.program_id(0)) * room * D
     BM: tl.constexpr = NQ * BD
     RQ: tl.constexpr = NQ if NQ > 16 else 16
     MORE: tl.constexpr = BD if BD > NQ else NQ
@@ -249,22 +249,25 @@ def rows_kernel(
             k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
             u, w = block_gradients(u, w, a, h, k, v, lse, delta, i, start, hi + 1, w1, start + BN > lo + 1, BN, PREC)
 
-        # The rows of a query are summed for dq, those of a position of k2 for dk2 and dv2, by products with a 0/1 matrix. The
-        # barriers keep loads from coming early: beside U and W there is no room for them.
+        # The rows of a query are summed for dq, those of a position of k2 for dk2 and dv2, by products with a 0/1 matrix. Beside U and
+        # W there is no room: the barriers keep loads from coming early, and what depends on w1 > 0, which is always so, the compiler
+        # cannot take from before the loop, so it comes anew.
+        row, i, at, valid, many, lo, hi = pairs(tl.where(w1 > 0, t, 0), g, Tq, Tk, Tk2, w1, w2, NQ, BD)
         oldest = lo - Tk + Tk2 - t % chunks * BD - BD + 1            # position of k2 that this tile can meet
         there = (tl.arange(0, RK)[:, None] + oldest == at[None, :]).to(dtype)                # [RK, BM]
+        tl.debug_barrier()
         rows = tl.arange(0, RK) + oldest - (Tk2 - Tq) + room - piece * (tl.program_id(0) + 1)                  # in the buffer
         mask = (rows >= 0) & (rows < room)
         do = tl.load(do_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)     # [BM, D]
-        add_rows(dv2_ptr, rows, mask, tl.dot(there, (u * do).to(dtype), input_precision=PREC), D)
+        own = (tl.where(w1 > 0, bh, 0) * tl.num_programs(0) + tl.program_id(0)) * room * D
+        add_rows(dv2_ptr + own, rows, mask, tl.dot(there, (u * do).to(dtype), input_precision=PREC), D)
         tl.debug_barrier()
-        w *= scale
         q = tl.load(q_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
-        add_rows(dk2_ptr, rows, mask, tl.dot(there, (w * q).to(dtype), input_precision=PREC), D)
+        add_rows(dk2_ptr + own, rows, mask, tl.dot(there, (w * q).to(dtype), input_precision=PREC) * scale, D)
         tl.debug_barrier()
         k2 = tl.load(k2_ptr + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
         mine = (tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]).to(dtype)    # [RQ, BM]
-        dq = tl.where(t % chunks == 0, 0.0, dq) + tl.dot(mine, (w * k2).to(dtype), input_precision=PREC)
+        dq = tl.where(t % chunks == 0, 0.0, dq) + tl.dot(mine, (w * k2).to(dtype), input_precision=PREC) * scale
         n = t // chunks * NQ + tl.arange(0, RQ)
         mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
         tl.store(dq_ptr + (n % g * Tq + n // g)[:, None] * D + offs_d, dq.to(dtype), mask=mask[:, None])
@@ -321,8 +324,8 @@ def columns_kernel(
 
 
 # Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads under 64 take those of 64.
-HOPPER = {("forward", 128): (128, 64, 8, 2), ("rows", 128): (64, 32, 8, 2), ("columns", 128): (64, 64, 8, 2),
-          ("forward", 64): (128, 64, 8, 3), ("rows", 64): (128, 64, 8, 2), ("columns", 64): (64, 128, 8, 2)}
+HOPPER = {("forward", 128): (64, 32, 4, 3), ("rows", 128): (128, 32, 8, 3), ("columns", 128): (32, 64, 4, 1),
+          ("forward", 64): (64, 32, 4, 4, 168), ("rows", 64): (64, 64, 4, 3), ("columns", 64): (32, 64, 4, 1)}
 OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
 FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
 WIDTHS = (16, 32, 64, 128)
@@ -442,16 +445,16 @@ def attention(q, k, v, k2, v2, w1, w2):
     return simplicial_op(*(t.contiguous() for t in (q, k, v, k2, v2)), w1, w2)
 
 
-# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages,
-# architectures
+# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages, most
+# registers, architectures
 def ahead(kernel, dtype, D, cfg, arches):
-    rows, block, warps, stages = cfg
+    rows, block, *how = cfg
     NQ, BD = shape_of_tile(32, rows)
     float32 = {"lse_ptr", "delta_ptr"} | ({"dk2_ptr", "dv2_ptr"} if kernel is rows_kernel else set())
     types = {n: "fp32" if n == "scale" else "i32" if not n.endswith("_ptr") else "*fp32" if n in float32 else f"*{dtype}"
              for n in kernel.arg_names}
     consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if dtype == "fp32" else "tf32")
-    return kernel, types, consts, (), warps, stages, arches
+    return kernel, types, consts, (), *how, arches
 
 
 KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
