@@ -116,6 +116,29 @@ def sonew():
         del optimizer
 
 
+def lora_rite():
+    """one step for 72 pairs of 2048 x 16 and 16 x 2048 in float32, and 48 of 768, against PyTorch's fused AdamW on the same factors"""
+    from lora_rite import LoRARITE
+    for pairs, d, r in (72, 2048, 16), (48, 768, 16):
+        parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for _ in range(pairs) for shape in ((r, d), (d, r))]
+        start = [p.detach().clone() for p in parameters]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        eager, ours = LoRARITE([{"params": parameters, "pair": True}]), LoRARITE([{"params": parameters, "pair": True}])
+        eager.fits = lambda A, B: False
+        after = []
+        for optimizer in (eager, ours):
+            for p, x in zip(parameters, start):
+                p.data.copy_(x)
+            optimizer.step()
+            after.append([p.detach().clone() for p in parameters])
+        error = max((a - b).abs().max().item() for a, b in zip(*after))
+        assert error < 1e-5, f"off by {error}"
+        arms = {"AdamW, fused": torch.optim.AdamW(parameters, fused=True), "eager": eager, "ours": ours}
+        for name, optimizer in arms.items():
+            yield {"shape": [pairs, d, r], "name": name, "step_ms": ms(optimizer.step), **({"error": error} if name == "ours" else {})}
+
+
 def loss():
     """cross-entropy of 65,536 x 50,304 bfloat16 logits and its gradient, in place, against PyTorch, compiled"""
     from kernels.train import cross_entropy
@@ -131,7 +154,7 @@ def loss():
     yield {"shape": [R, V], "name": "ours", "ms": ms(lambda: cross_entropy(logits, target, scale, True)), "error": abs(ours - truth)}
 
 
-KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, loss)}
+KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, loss)}
 
 
 def main(names=()):
