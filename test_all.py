@@ -1162,6 +1162,17 @@ def test_lora_rite_counts_from_one_and_knows_no_scale():
     assert apart(steps[1], steps[0]) < 1e-9 and apart(steps[2], steps[0]) < 1e-9
 
 
+def test_lora_rite_from_a_tiny_b_explodes():
+    """A trap of the algorithm that the docstring warns of."""
+    AB, loss = low_rank()
+    moved = {}
+    for size in (0.0, 1.0, 1e-4, 1e-8):
+        start = [(A, B * size) for A, B in AB]
+        after, _, _ = descend(start, loss, steps=1)
+        moved[size] = (after[0] - start[0][1] @ start[0][0]).norm().item()
+    assert max(moved[0.0], moved[1.0]) < 1 and moved[1e-4] > 50 and 9e3 < moved[1e-8] / moved[1e-4] < 1.1e4, moved
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_lora_rite_trains_whatever_the_size_of_the_loss(scale):
     AB, loss = low_rank()
