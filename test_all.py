@@ -1421,6 +1421,16 @@ def test_lora_rite_kernel_over_twelve_decades():
     assert torch.allclose(m @ m.T / n, (Q * (w.sqrt() / (w.sqrt() + 1e-6)) ** 2 @ Q.T).to(m), atol=0.05), "g is rounded to float32"
 
 
+def test_lora_rite_kernel_turns_by_equal_angles():
+    """Where diagonals are equal to the last bit, the sign of a rounding error decides whether an angle is 45 degrees or -45: it must be
+    the same for both rows of a pair. These gradients are among the few of signs alone that show it."""
+    pytest.importorskip("triton")
+    signs = [[1, -1, -1, -1, -1, -1, -1, -1], [1, -1, 1, -1, -1, -1, -1, 1], [-1, -1, 1, 1, 1, 1, -1, 1], [-1, -1, -1, -1, 1, -1, -1, -1]]
+    AB, grads = [(torch.ones(8, 4), torch.eye(20, 8))], [[torch.tensor(signs).float().T, torch.zeros(20, 8)]]
+    (ps, opt), (qs, eager) = (rite_run(make, AB, grads, torch.float32, clip=0.0) for make in (FusedRite, EagerRite))
+    assert torch.allclose(opt.state[ps[0]]["m"], eager.state[qs[0]]["m"], atol=0.5), "1e5, where float32 times 1 / eps gives 0.1"
+
+
 def test_lora_rite_kernel_takes_all_pairs_at_once(monkeypatch):
     pytest.importorskip("triton")
     from kernels import lora_rite as kernel
