@@ -201,6 +201,7 @@ def inverse_root(K_ptr, I_ptr, buffer_ptr, size, RANK: tl.constexpr, ROUNDS: tl.
         W = tl.where(i == n, w[None, :], W - tl.where(i > n, (column * scale)[:, None] * w[None, :], 0.0))
     tl.store(whole(I_ptr, R), tl.trans(W))
     if (least > 1e-7 * most) == 0:
+        tl.debug_barrier()                                           # other threads write the same places below
         w, Q = eigen(tl.load(whole(K_ptr, R)), ROUNDS, R)
         live = w > 1e-12 * tl.max(w, 0)
         w = tl.where(live, tl.rsqrt(tl.where(live, w, 1.0)), 0.0)
