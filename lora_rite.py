@@ -21,18 +21,33 @@ the old b is the new one with the last step undone. The released code keeps base
 steps with a large h by default, which freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and takes
 roots of slightly negative eigenvalues (here clamped).
 
+Start with B = 0, or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A is lr M Rb^-T, as large as B is small;
+times the step in B, which is not small, it is a step in Z that grows as lr^2 / |B|. On the tests' regression (lr 0.05, Z of norm 20) the
+first step moves Z by 0.4 from B = 0 and by 0.8 from unit normals, but by 78 from these times 1e-4 (the loss goes from 44 to 916) and by
+8e5 from these times 1e-8. This is the algorithm's, whoever computes it; clip, which bounds gradients and not steps, does not prevent it.
+
+On a GPU kernels/lora_rite.py takes the same step for all pairs in four launches, elsewhere PyTorch does.
+
     python lora_rite.py             the experiments below, on a laptop -> results/lora_rite-cpu.*
     python lora_rite.py --sweep     how their learning rates were found
     python lora_rite.py --full --init SMOLLM2 --tasks DIR        SmolLM2-135M and four sets of questions, on one GPU
     python train.py --init DIR --lora-rank 16 --optim lora_rite --data x.jsonl       fine-tune with it
 """
-import contextlib, hashlib, io, json, math, os, re, shutil, statistics, tempfile, time
+import contextlib, hashlib, io, json, math, os, re, shutil, statistics, sys, tempfile, time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    from kernels import lora_rite as kernel
+except ModuleNotFoundError as e:
+    if (e.name or "").partition(".")[0] != "triton":
+        raise
+    kernel = None                                                    # no Triton on this machine
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA: W x + alpha / r B A x
@@ -188,14 +203,14 @@ def reference(pairs, states, t, lr, beta1, beta2, eps, clip=0.0, weight_decay=0.
 
 def inverse_root(K):
     """Gram matrices K (N, r, r), float64 -> I (N, r, r) with I^T K I = 1 on the directions that are there: I = R^-1 of Cholesky's
-    K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 without the eigenvalues below 1e-12 of the largest; I = 0 for K = 0."""
+    K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 Q^T without the eigenvalues below 1e-12 of the largest; I = 0 for K = 0."""
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
     pivots = R.diagonal(dim1=-2, dim2=-1)
     good = ((info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1)))[..., None, None]
     w, Q = torch.linalg.eigh(K)
     live = w > 1e-12 * w[..., -1:]
-    safe = Q * torch.where(live, torch.where(live, w, 1).rsqrt(), 0)[..., None, :]
+    safe = Q * torch.where(live, torch.where(live, w, 1).rsqrt(), 0)[..., None, :] @ Q.mT
     return torch.where(good, torch.linalg.solve_triangular(torch.where(good, R, eye), eye, upper=True), safe)
 
 
@@ -247,6 +262,11 @@ def update(side, other, h2, I, I_other, small, small_other, c, rows, beta1, beta
     return column(d1) * P, column(1 - d1) * c * I_other @ inverse, V, rho, step
 
 
+@cache
+def warn_slow():
+    print("there is no Triton here, so LoRA-RITE takes PyTorch's slower way (pip install triton)", file=sys.stderr)
+
+
 class LoRARITE(torch.optim.Optimizer):
     """params: a model with adapters of `inject`, or groups {"params": [A, B, A, B, ...], "pair": True} with A (r, n), B (m, r).
 
@@ -257,8 +277,8 @@ class LoRARITE(torch.optim.Optimizer):
     escape        add what the second moment loses between bases to all its directions
     own_count     count a factor's steps from its first gradient that is not 0 (after B = 0, A's is 0); else all steps, as released
 
-    State: a moment like the parameter in at least float32, and r x r matrices in float64. Nothing waits for the device, but torch's own
-    eigensolver does on CUDA. A factor without gradient holds still; one whose gradient is not finite does, too, for that step.
+    State: a moment like the parameter in at least float32, and r x r matrices in float64. The kernel takes contiguous pairs in float32,
+    float16 and bfloat16 up to rank 64 on CUDA and never waits for the device; elsewhere torch's own eigensolver does. A factor without gradient holds still; one whose gradient is not finite does, too, for that step.
     state[A or B]["skipped"] counts both the latter and what `skip` left out.
     ValueError: an option out of range, a parameter without its partner, a device without float64."""
 
@@ -284,48 +304,71 @@ class LoRARITE(torch.optim.Optimizer):
                 raise ValueError("LoRA-RITE needs float64 for its r x r matrices, which mps does not have; use the CPU")
 
     def small(self, p, rank):
-        """-> the state of p, made when it is first seen."""
+        """-> the state of p, made when it is first seen. What is r x r lies together with its five numbers, as the kernel wants it."""
         state = self.state[p]
         if not state:
-            number = lambda x: torch.full((), x, dtype=torch.float64, device=p.device)
-            square = lambda: torch.zeros(rank, rank, dtype=torch.float64, device=p.device)
+            numbers = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
+            V, I = numbers[:-5].view(2, rank, rank)
             state.update(m=torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format),
-                         V=square(), I=square(), rho=number(0.0), step=number(0.0), lr=number(0.0), shrink=number(1.0), skipped=number(0.0))
+                         V=V, I=I, **dict(zip(("rho", "step", "lr", "shrink", "skipped"), numbers[-5:])))
+            state["shrink"].fill_(1)
         return state
 
+    @staticmethod
+    def fits(A, B):                                                  # is it a pair for the kernel?
+        return kernel and A.is_cuda and kernel.takes(A, B)
+
     def batches(self):
-        """-> [(group, [A, ...], [B, ...]), ...]: the pairs with gradients, those of equal shape together."""
+        """-> [(fused, group, [A, ...], [B, ...]), ...]: the pairs with gradients; those of one rank together for the kernel, else those
+        of equal shape."""
         found = {}
         for n, group in enumerate(self.param_groups):
             for A, B in zip(group["params"][::2], group["params"][1::2]):
                 if A.grad is not None or B.grad is not None:
-                    found.setdefault((n, A.shape, B.shape, A.dtype, B.dtype, A.device), (group, [], []))
-                    for p, kept in zip((A, B), found[n, A.shape, B.shape, A.dtype, B.dtype, A.device][1:]):
+                    fused = self.fits(A, B)
+                    key = (n, A.shape[0], A.dtype, A.device) if fused else (n, A.shape, B.shape, A.dtype, B.dtype, A.device)
+                    _, _, *sides = found.setdefault(key, (fused, group, [], []))
+                    for p, kept in zip((A, B), sides):
                         kept.append(p)
         return list(found.values())
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = torch.enable_grad()(closure)() if closure else None
-        work, total = [], 0.0
-        for group, *sides in self.batches():
-            states = [[self.small(p, sides[0][0].shape[0]) for p in side] for side in sides]
-            wide = [states[k][0]["m"].dtype for k in (0, 1)]
-            tall = lambda tensors, k: torch.stack([t.mT if k == 0 else t for t in tensors]).to(wide[k])              # (N, rows, r)
-            x, M = ([tall(tensors, k) for k, tensors in enumerate(both)] for both in (sides, [[s["m"] for s in side] for side in states]))
-            g = [tall([torch.zeros_like(p) if p.grad is None else p.grad for p in side], k) for k, side in enumerate(sides)]
-            grams = [Grams.of(*three) for three in zip(x, g, M)]
-            small = [Small(*(torch.stack([s[name] for s in side]) for name in Small._fields)) for side in states]
-            I, h2, skipped = [inverse_root(side.K) for side in grams], [], []
-            for k in (0, 1):
-                h2.append(I[1 - k].mT @ grams[k].G @ I[1 - k])                               # (N, r, r)
-                trace = h2[k].diagonal(dim1=-2, dim2=-1).sum(-1)                             # (N) |h|^2
-                limit = group["skip"] ** 2 * x[k].shape[1] * x[k].shape[2] if group["skip"] else math.inf
-                skipped.append(~(grams[k].good & (trace <= limit)))
-                h2[k] = torch.where(skipped[k][:, None, None], 0, h2[k])
-                total = total + h2[k].diagonal(dim1=-2, dim2=-1).sum()
-            work.append((group, sides, states, x, g, M, grams, small, I, h2, skipped))
-        for group, sides, states, x, g, M, grams, small, I, h2, skipped in work:
+        work = [(self.fused if fused else self.eager)(group, *sides) for fused, group, *sides in self.batches()]
+        total = sum(part for part, _ in work)                        # |h|^2 over all pairs
+        for _, finish in work:
+            finish(total)
+        return loss
+
+    def fused(self, group, *sides):
+        """What `eager` does, with the same numbers."""
+        rank = sides[0][0].shape[0]
+        of = lambda p, state: kernel.Side(p, p.grad if p.grad is None else p.grad.contiguous(), state["m"], state["V"])
+        return kernel.measure([of(p, self.small(p, rank)) for pair in zip(*sides) for p in pair], group["skip"], *group["betas"],
+                              *(group[name] for name in ("eps", "clip", "weight_decay", "lr", "escape", "own_count")))
+
+    def eager(self, group, *sides):
+        """The first half of a step for pairs of equal shape -> their |h|^2 (), and a function that is given its sum over all pairs and does
+        the second half."""
+        if sides[0][0].is_cuda and not kernel:
+            warn_slow()
+        states = [[self.small(p, sides[0][0].shape[0]) for p in side] for side in sides]
+        wide = [states[k][0]["m"].dtype for k in (0, 1)]
+        tall = lambda tensors, k: torch.stack([t.mT if k == 0 else t for t in tensors]).to(wide[k])                  # (N, rows, r)
+        x, M = ([tall(tensors, k) for k, tensors in enumerate(both)] for both in (sides, [[s["m"] for s in side] for side in states]))
+        g = [tall([torch.zeros_like(p) if p.grad is None else p.grad for p in side], k) for k, side in enumerate(sides)]
+        grams = [Grams.of(*three) for three in zip(x, g, M)]
+        small = [Small(*(torch.stack([s[name] for s in side]) for name in Small._fields)) for side in states]
+        I, h2, skipped = [inverse_root(side.K) for side in grams], [], []
+        for k in (0, 1):
+            h2.append(I[1 - k].mT @ grams[k].G @ I[1 - k])                                   # (N, r, r)
+            trace = h2[k].diagonal(dim1=-2, dim2=-1).sum(-1)                                 # (N) |h|^2
+            limit = group["skip"] ** 2 * x[k].shape[1] * x[k].shape[2] if group["skip"] else math.inf
+            skipped.append(~(grams[k].good & (trace <= limit)))
+            h2[k] = torch.where(skipped[k][:, None, None], 0, h2[k])
+
+        def finish(total):
             norm = total.to(x[0].device).sqrt()
             c = torch.where(norm > group["clip"], group["clip"] / norm, 1.0) if group["clip"] else torch.ones_like(norm)
             options = dict(eps=group["eps"], escape=group["escape"], own_count=group["own_count"])
@@ -343,7 +386,7 @@ class LoRARITE(torch.optim.Optimizer):
                 for name, values in kept.items():
                     torch._foreach_copy_([s[name] for s in states[k]], list(values.unbind()))
                 torch._foreach_copy_(sides[k], list((new.mT if k == 0 else new).unbind()))
-        return loss
+        return sum(part.diagonal(dim1=-2, dim2=-1).sum() for part in h2), finish
 
     def load_state_dict(self, state_dict):
         """As any optimizer's, but each tensor keeps the dtype it was saved in: torch would cast it to the parameter's."""
@@ -351,7 +394,11 @@ class LoRARITE(torch.optim.Optimizer):
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
             if i in state_dict["state"]:
-                self.state[p] = {k: v.detach().clone().to(p.device) for k, v in state_dict["state"][i].items()}
+                state = state_dict["state"][i]
+                self.state[p] = {}
+                for name, kept in self.small(p, len(state["V"])).items():
+                    kept.copy_(state[name])
+                self.state[p]["m"] = state["m"].detach().clone().to(p.device)
 
 
 def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, rite_clip=1.0, skip=0.0, escape=False, own_count=False):

@@ -34,12 +34,17 @@ def ms(function, repeats=50):
         return statistics.median(start.elapsed_time(end) for start, end in events)
     l2 = torch.empty(2 ** 28, dtype=torch.int8, device="cuda")
     median(5, 0)                                                     # compile, warm up
+    return median(repeats, int(2e6 * 1.5 * host_ms(function)))
+
+
+def host_ms(function):
+    """Milliseconds that the host takes to ask for a call."""
     began = time.perf_counter()
     for _ in range(5):
         function()
-    host = (time.perf_counter() - began) / 5
+    took = (time.perf_counter() - began) / 5
     torch.cuda.synchronize()
-    return median(repeats, int(2e9 * 1.5 * host))
+    return 1e3 * took
 
 
 def ceilings():
@@ -130,8 +135,32 @@ def sonew():
     for name, make in arms.items():
         optimizer = make(parameters, lr=1e-5)
         optimizer.step()
-        yield {"shape": [53, 768, 3072], "name": name, "step_ms": ms(optimizer.step)}
+        yield {"shape": [53, 768, 3072], "name": name, "step_ms": ms(optimizer.step), "host_ms": host_ms(optimizer.step)}
         del optimizer
+
+
+def lora_rite():
+    """one step for 72 pairs of 2048 x 16 and 16 x 2048 in float32, and 48 of 768, against PyTorch's fused AdamW on the same factors"""
+    from lora_rite import LoRARITE
+    for pairs, d, r in (72, 2048, 16), (48, 768, 16):
+        parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for _ in range(pairs) for shape in ((r, d), (d, r))]
+        start = [p.detach().clone() for p in parameters]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        eager, ours = LoRARITE([{"params": parameters, "pair": True}]), LoRARITE([{"params": parameters, "pair": True}])
+        eager.fits = lambda A, B: False
+        after = []
+        for optimizer in (eager, ours):
+            for p, x in zip(parameters, start):
+                p.data.copy_(x)
+            optimizer.step()
+            after.append([p.detach().clone() for p in parameters])
+        error = max((a - b).abs().max().item() for a, b in zip(*after))
+        assert error < 1e-5, f"off by {error}"
+        arms = {"AdamW, fused": torch.optim.AdamW(parameters, fused=True), "eager": eager, "ours": ours}
+        for name, optimizer in arms.items():
+            yield {"shape": [pairs, d, r], "name": name, "step_ms": ms(optimizer.step), "host_ms": host_ms(optimizer.step),
+                   **({"error": error} if name == "ours" else {})}
 
 
 def loss():
@@ -181,7 +210,7 @@ def ttt_context():
                    "forward_TFLOP_per_s": 4 * n * H * T * D / forward / 1e9, "backward_TFLOP_per_s": 6 * n * H * T * D / backward / 1e9}
 
 
-KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, loss, ttt_context)}
+KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, loss, ttt_context)}
 
 
 def main(names=()):
