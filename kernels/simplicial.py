@@ -25,10 +25,11 @@ Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16, D = 128,
 3. A row operand computed in place stays in registers, 20 bytes spill. Carried around the loop that uses it (the next tile's is made
    at the end), Triton puts it into shared memory: none.                             forward 345 | 317 | 226 without spills
 4. exp2 without a running maximum, 200 instructions a block of keys where there were 350; a tile with a row out of range is done
-   once more, with one: no row depends on another, to the bit.                                          342 | 321 | 266
+   once more, with one: no row depends on another, to the bit.                                          342 | 321 | 277
    Less than it should be: tiles of 64 rows read 5.5 TB/s of keys from L2, and of 128 rows only one fits a multiprocessor. Held to
-   128 registers two do, and spill outside the loop over whole blocks: 368 | 354 | 264. Keys by TMA: 378 | 350 | 317, not adopted yet.
-   The next block's scores ahead of this one's use: Triton waits for them at once.
+   128 registers two do, and spill 300 bytes: 368 | 354 | 264. The next block's scores ahead of this one's use: Triton waits at once.
+   Whole blocks by TMA need fewer registers; at D = 64 three tiles share a multiprocessor and spill 44 bytes, outside the loops:
+                                                                                                         376 | 350 | 317
 5. rows_kernel: of tiles that spill nothing only (64, 32, 8, 2) was left at D = 128, at 159 | 153 | -, for 8 warps share 64 rows
    badly. With positions computed anew after the loop (128, 32, 8, 3) spills 4 bytes in place of 196:   340 | 304 | 288 (then 196)
 6. columns_kernel without a pipeline, in small tiles: two or three share a multiprocessor.              254 | 274 | 254
@@ -40,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 NUMBERS = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"]           # a cache changes some with each token: compile once
@@ -106,27 +108,28 @@ def attend(acc, m_i, l_i, wild, a, k, v, i, start, end, w1, edge, SAFE: tl.const
 
 
 @triton.jit
-def attend_all(k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, SAFE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
+def attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, SAFE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
     acc, l_i = tl.zeros((m_i.shape[0], D), tl.float32), tl.zeros_like(m_i)
     body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
     for start in tl.range(first, body, HEAD, num_stages=1):
         k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
         acc, m_i, l_i = attend(acc, m_i, l_i, wild, a, k, v, i, start, body, w1, True, SAFE, HEAD, PREC)
     for start in range(body, hi + 1, BN):
-        k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
+        k, v = k_blocks.load([row0 + start, 0]), v_blocks.load([row0 + start, 0])
         acc, m_i, l_i = attend(acc, m_i, l_i, wild, a, k, v, i, start, hi + 1, w1, start + BN > lo + 1, SAFE, BN, PREC)
     return acc, m_i, l_i
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, o_ptr, lse_ptr,             # (B, H, Tq, D), (B, Hkv, Tk, D) four times, o, (B, H, Tq)
+    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,             # (B, H, Tq, D), (B, Hkv, Tk, D) four times, o, (B, H, Tq)
     Tq, Tk, Tk2, w1, w2, scale,
     g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
     q_ptr += bh * g * Tq * D
     o_ptr += bh * g * Tq * D
+    row0 = (bh * Tk).to(tl.int32)
     k_ptr += bh * Tk * D
     v_ptr += bh * Tk * D
     k2_ptr += bh * Tk2 * D
@@ -147,11 +150,11 @@ def forward_kernel(
     for c in range(chunks):
         row, i, at, valid, many, lo, hi = pairs(t + c, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
         m_i = tl.zeros((BM,), tl.float32)
-        acc, m_i, l_i = attend_all(k_ptr, v_ptr, m_i, valid, a, i, lo, hi, first, w1, False, D, BN, PREC)
+        acc, m_i, l_i = attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, valid, a, i, lo, hi, first, w1, False, D, BN, PREC)
         wild = valid & ~((l_i > LEAST) & (l_i < MOST))
         if tl.max(wild.to(tl.int32), 0) > 0:                         # once more, with a maximum for those rows
             m_i = tl.where(wild, -float("inf"), 0.0)
-            acc, m_i, l_i = attend_all(k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, True, D, BN, PREC)
+            acc, m_i, l_i = attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, True, D, BN, PREC)
 
         m_i = tl.where(valid, m_i, -float("inf"))
         m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)                         # [RQ]: over the offsets
@@ -324,8 +327,8 @@ def columns_kernel(
 
 
 # Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads under 64 take those of 64.
-HOPPER = {("forward", 128): (64, 32, 4, 3), ("rows", 128): (128, 32, 8, 3), ("columns", 128): (32, 64, 4, 1),
-          ("forward", 64): (64, 32, 4, 4, 168), ("rows", 64): (64, 64, 4, 3), ("columns", 64): (32, 64, 4, 1)}
+HOPPER = {("forward", 128): (64, 64, 4, 2), ("rows", 128): (128, 32, 8, 3), ("columns", 128): (32, 64, 4, 1),
+          ("forward", 64): (64, 64, 4, 3, 168), ("rows", 64): (64, 64, 4, 3), ("columns", 64): (32, 64, 4, 1)}
 OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
 FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
 WIDTHS = (16, 32, 64, 128)
@@ -348,7 +351,7 @@ def sizes(q, k, k2, w1, w2):
     """-> number of KV heads in all, and the run-time arguments of the kernels."""
     B, H, Tq, D = q.shape
     Hkv, Tk, Tk2 = *k.shape[1:3], k2.shape[2]
-    if B * Hkv >= 2 ** 16 or max(H // Hkv * Tq, Tk, Tk2) * D >= 2 ** 31:
+    if B * Hkv >= 2 ** 16 or max(H // Hkv * Tq, Tk, Tk2) * D >= 2 ** 31 or B * Hkv * max(Tk, Tk2) >= 2 ** 31:
         raise ValueError(f"{B * Hkv} KV heads in the batch with {H // Hkv} x {Tq} queries each are too many for one call")
     return B * Hkv, (Tq, Tk, Tk2, min(w1, Tk), min(w2, Tk2), D ** -0.5)
 
@@ -371,8 +374,10 @@ def forward(q, k, v, k2, v2, w1, w2, cfg=None):
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     heads, numbers = sizes(q, k, k2, w1, w2)
     queries = q.shape[1] // k.shape[1] * q.shape[2]
-    launch(forward_kernel, lambda NQ, block: (triton.cdiv(queries, NQ), heads), cfg or config("forward", q), q, k, w2,
-           (q, k, v, k2, v2, o, lse), numbers)
+    cfg = cfg or config("forward", q)
+    k, v = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (k, v))                     # as TMA wants them
+    blocks = [TensorDescriptor.from_tensor(t.flatten(0, 2), [cfg[1], t.shape[3]]) for t in (k, v)]             # (B Hkv Tk, D) each
+    launch(forward_kernel, lambda NQ, block: (triton.cdiv(queries, NQ), heads), cfg, q, k, w2, (q, k, v, *blocks, k2, v2, o, lse), numbers)
     return o, lse
 
 
@@ -451,8 +456,8 @@ def ahead(kernel, dtype, D, cfg, arches):
     rows, block, *how = cfg
     NQ, BD = shape_of_tile(32, rows)
     float32 = {"lse_ptr", "delta_ptr"} | ({"dk2_ptr", "dv2_ptr"} if kernel is rows_kernel else set())
-    types = {n: "fp32" if n == "scale" else "i32" if not n.endswith("_ptr") else "*fp32" if n in float32 else f"*{dtype}"
-             for n in kernel.arg_names}
+    types = {n: "fp32" if n == "scale" else f"tensordesc<{dtype}[{block}, {D}]>" if n.endswith("_blocks") else
+             "i32" if not n.endswith("_ptr") else "*fp32" if n in float32 else f"*{dtype}" for n in kernel.arg_names}
     consts = dict(g=1, D=D, NQ=NQ, BD=BD, BN=block, PREC="ieee" if dtype == "fp32" else "tf32")
     return kernel, types, consts, (), *how, arches
 
