@@ -364,6 +364,9 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x      # not pinned, the host would wait
 
 
+recorded = []                                                        # what CUDA graphs read, which must outlive the caches
+
+
 @functools.lru_cache(64)
 def upload(rows, device):                                            # gradients tend to be where they were
     return send(torch.tensor(rows), device)
@@ -399,6 +402,8 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             sizes = tuple(head[5::2] for head, _ in rows)
             places, programs, items = arrange(sizes, reduce is not None, run, limit, device)
             table = upload(tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places)), device)
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                recorded.append((table, items))
             P, G, M = (TYPES[d] for d in dtypes)
             aside = torch.empty(programs * run if halo else 0, band + 3, 8, device=device)
             if halo:
