@@ -3,7 +3,7 @@
 Anything after the name goes to pytest. Without a GPU the kernels run in Triton's interpreter, and what needs a GPU is
 listed as skipped. The order is that of the files: the model, the kernel, runs on disk, bad input, processes, the house.
 """
-import ast, base64, csv, hashlib, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
+import ast, base64, csv, hashlib, importlib.util, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -3550,6 +3550,10 @@ def test_ci_runs_the_readmes_test_command():
 
 
 if __name__ == "__main__":
+    spread = []
+    if not sys.argv[1:] and DEVICE == "cpu" and importlib.util.find_spec("xdist"):           # the whole suite: a process a core
+        os.environ["OMP_NUM_THREADS"] = "1"
+        spread = ["-n", str(os.cpu_count()), "--dist", "worksteal"]
     sys.exit(pytest.main([__file__, "-rs", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider",
                           "-W", "ignore::RuntimeWarning:triton.runtime.interpreter",         # lanes that a where drops
-                          "-o", "markers=gpu: needs a GPU", *sys.argv[1:]]))
+                          "-o", "markers=gpu: needs a GPU", *spread, *sys.argv[1:]]))
