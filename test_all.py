@@ -292,8 +292,8 @@ from triton.compiler import ASTSource
 from kernels import laser, lora_rite, simplicial, sonew, train, ttt_context
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
 UNIT = r"(?:mma\\.sync|wgmma\\.mma_async|tcgen05\\.mma)\\S*(?<!f64)\\s"   # a matrix unit, but those of float64 round as others do
-JOBS = [(job, arch) for job in laser.AOT + lora_rite.AOT + sonew.AOT + train.AOT for arch in LIMIT]
-JOBS += [(job, arch) for *job, arches in simplicial.AOT + ttt_context.AOT for arch in arches]
+JOBS = [(job, arch) for job in lora_rite.AOT + sonew.AOT + train.AOT for arch in LIMIT]
+JOBS += [(job, arch) for *job, arches in laser.AOT + simplicial.AOT + ttt_context.AOT for arch in arches]
 
 def build(n):
     (kernel, types, consts, by16, *how), arch = JOBS[n]
@@ -324,8 +324,7 @@ def test_kernels_build_for_four_gpus():
     assert len(rows) >= 100, out.stderr
     for name, chip, consts, registers, spill, shared, limit, tensor_core, tf32 in rows:
         print(name, chip, consts, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
-        passes = "ROUNDS" not in consts                              # r x r work sees no array of any length
-        assert spill <= (48 if chip == "sm_90a" and passes else 128) and shared <= limit
+        assert spill <= (128 if "ROUNDS" in consts else 48) and shared <= limit, "r x r work is small and may spill more"
         assert tensor_core > 0 if "tf32" in consts else tensor_core == 0 and not tf32, "float32 means float32"
 
 

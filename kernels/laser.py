@@ -26,7 +26,7 @@ alone, which kernels/bench.py takes now, needs 0.605 + 1.513, for the paper's fo
    47 -> 68 us. Undone. Apart, with at most 1024 programs in all, they take 3 to 6 us to leave.
 4. At B 16, H 12, T 1024, D 64 the host is the limit: without strides as arguments (the memory is (B, T, H, D), as projections
    leave it) and with an autograd.Function in place of an operator, together, 0.35 + 0.40 -> 0.21 + 0.34.
-All in Triton: forward tiles of 64 x 64, 4 warps, 0.70 ms -> 0.61 with the logarithm outside; (128, 64) 0.82, (128, 128) 0.92.
+All in Triton, on an H200: forward tiles of 64 x 64, 4 warps, 0.70 ms -> 0.61 with the logarithm outside; (128, 64) 0.82, (128, 128) 0.92.
 dk, dv: 32 x 128 is the fastest that spills no register, 1.50 ms; 64 x 64 with 4 warps spills 256 bytes and takes 1.06.
 """
 import torch
@@ -36,9 +36,10 @@ from torch import Tensor
 
 RANGE = tl.constexpr(64.0)                                           # widest channel of v that one reference serves
 LOG2E = tl.constexpr(1.4426950408889634)
-# For each dtype and D: rows of q, rows of k, warps, stages of forward_kernel, backward_q_kernel, backward_kv_kernel
+# For each dtype and D: rows of q, rows of k, warps, stages of forward_kernel, backward_q_kernel, backward_kv_kernel. None spills.
+HOPPER = {128: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2)), 64: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2))}
 CONFIG = {
-    torch.bfloat16: {128: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2)), 64: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2))},
+    torch.bfloat16: {128: ((64, 32, 4, 3), (64, 32, 4, 2), (32, 64, 8, 2)), 64: ((64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 2))},
     torch.float16: {128: ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2))},
     torch.float32: {128: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2))},
 }
@@ -372,9 +373,13 @@ def watch(rows, heads):
     return max(1, min(WATCH // heads, triton.cdiv(rows, ROWS))), heads
 
 
-def config(dtype, D):
-    by_width = CONFIG[dtype]
+def config(dtype, D, hopper):
+    by_width = HOPPER if hopper and dtype == torch.bfloat16 else CONFIG[dtype]
     return by_width.get(64 if D < 128 else 128, by_width[128]), "ieee" if dtype == torch.float32 else "tf32"
+
+
+def on_hopper(q):
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def cudnn_takes(q, k, e):
@@ -401,7 +406,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
         x, lse = rows_first(x), lse.view(B, H, Tq)
     else:
         x, lse = torch.empty_like(q, dtype=e.dtype), torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-        ((bm, bn, warps, stages), *_), prec = config(q.dtype, D)
+        ((bm, bn, warps, stages), *_), prec = config(q.dtype, D, on_hopper(q))
         forward_kernel[(triton.cdiv(Tq, bm), B * H)](q, k, e, x, lse, *sizes, D, bm, bn, prec, num_warps=warps, num_stages=stages)
     log_kernel[(triton.cdiv(Tq, ROWS), B * H)](x, out, centre, one, H, H // Hkv, Tq, D, ROWS)
     wide_kernel[watch(Tq, B * H)](q, k, e, centre, one, wide, x, out, lse, *sizes, D, D // SLICE, ROWS, num_warps=8)
@@ -422,7 +427,7 @@ def backward(do: Tensor, q: Tensor, k: Tensor, out: Tensor, e: Tensor, centre: T
         dq, dk, dv = map(rows_first, (dq, dk, dv))
     else:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(e)
-        (_, (bm, bn, warps, stages), (km, kn, kv_warps, kv_stages)), prec = config(q.dtype, D)
+        (_, (bm, bn, warps, stages), (km, kn, kv_warps, kv_stages)), prec = config(q.dtype, D, on_hopper(q))
         backward_q_kernel[(triton.cdiv(Tq, bm), B * H)](
             q, k, e, g, lse, delta, dq, *sizes, D, bm, bn, prec, num_warps=warps, num_stages=stages)
         backward_kv_kernel[(triton.cdiv(Tk, kn), B * Hkv)](
@@ -477,11 +482,14 @@ def attention(q, k, v):
 
 
 def builds():
-    """What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages"""
+    """What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages,
+    architectures"""
     inner = dict.fromkeys(("lse", "delta", "centre", "one"), "fp32") | {"wide": "i32"}
-    for name, dtype, D in (("bf16", torch.bfloat16, 128), ("bf16", torch.bfloat16, 64), ("fp16", torch.float16, 128), ("fp32", torch.float32, 128)):
+    every, others = (80, 90, 100, 120), (80, 100, 120)
+    for name, dtype, D, arches in (("bf16", torch.bfloat16, 128, (90,)), ("bf16", torch.bfloat16, 128, others), ("bf16", torch.bfloat16, 64, (90,)),
+                                   ("bf16", torch.bfloat16, 64, others), ("fp16", torch.float16, 128, every), ("fp32", torch.float32, 128, every)):
         inner |= dict.fromkeys(("x", "e", "g", "de", "dv"), "bf16" if name == "bf16" else "fp32")
-        blocks, prec = config(dtype, D)
+        blocks, prec = config(dtype, D, arches == (90,))
         kernels = [(kernel, dict(D=D, BM=bm, BN=bn, PREC=prec), how)
                    for kernel, (bm, bn, *how) in zip((forward_kernel, backward_q_kernel, backward_kv_kernel), blocks)]
         if name == "bf16" and D == 128:
@@ -492,7 +500,7 @@ def builds():
         for kernel, consts, how in kernels:
             types = {n: "*" + inner.get(n[:-4], name) if n.endswith("_ptr") else "fp32" if n == "scale" else "i32"
                      for n in kernel.arg_names}
-            yield kernel, types, consts, (), *how
+            yield kernel, types, consts, (), *how, arches
 
 
 AOT = list(builds())
