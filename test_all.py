@@ -2117,8 +2117,7 @@ def test_simplicial_trains(tiny, capsys):
 def long_read(dtype=torch.float64, T=60, room=8, **shape):
     """-> a GPT, T token ids, its Cache of them and the frozen keys and values."""
     model, ids = small_gpt(dtype, **shape).requires_grad_(False), torch.randint(64, (T,), generator=torch.Generator().manual_seed(3))
-    cache = ttt_context.prefill(model, ids, room)
-    return model, ids, cache, ttt_context.frozen(cache, T)
+    return model, ids, *ttt_context.prefill(model, ids, room)
 
 
 def dense_loss(model, kv, ids, start, n):
@@ -2180,8 +2179,7 @@ def test_ttt_trains_the_queries_alone_and_gives_the_model_back():
     names = [f"layers.{n}.self_attn.q_proj.weight" for n in range(2)]
     before, kept = {k: t.clone() for k, t in model.state_dict().items()}, [t.clone() for pair in kv for t in pair]
     places, plain, logits = [p.data_ptr() for p in model.parameters()], list(ttt_context.answer(model, cache, 60, [1, 2], 6)), model(ids[None])
-    held = ttt_context.held_out(60, 8)
-    start, runs = ttt_context.may_begin(60, 8, held), []
+    (held, start), runs = ttt_context.spans(60, 8), []
     assert len(held) == 1 and len(start) and all(abs(t - h) >= 8 for t in start.tolist() for h in held.tolist())
     for seed in (1, 1, 2):
         with ttt_context.queries(model) as weights:
@@ -2215,9 +2213,9 @@ def test_ttt_keeps_bfloat16_queries_in_float32():
     model, ids, _, _ = long_read(torch.float32)
     model = model.to(torch.bfloat16)
     model.dtype = torch.bfloat16
-    cache, before = ttt_context.prefill(model, ids, 0), model.layers[0].self_attn.q_proj.weight.clone()
+    (_, kv), before = ttt_context.prefill(model, ids), model.layers[0].self_attn.q_proj.weight.clone()
     with ttt_context.queries(model) as weights:
-        list(ttt_context.adapt(model, weights, ttt_context.frozen(cache, 60), ids, torch.arange(50), 2, 9, lr=1e-6))
+        list(ttt_context.adapt(model, weights, kv, ids, torch.arange(50), 2, 9, lr=1e-6))
         assert weights[0].dtype == torch.float32 and 0 < (weights[0] - before.float()).abs().max() < 1e-4
     assert torch.equal(model.layers[0].self_attn.q_proj.weight, before)
 
@@ -2300,7 +2298,7 @@ def test_ttt_context_refuses(tiny, capsys, monkeypatch):
 def test_ttt_context_refuses_attention_that_forgets():
     model = train.GPT(train.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_head=2, attn="simplicial"))
     with pytest.raises(ValueError, match="every position"):
-        ttt_context.prefill(model, torch.arange(20), 0)
+        ttt_context.prefill(model, torch.arange(20))
 
 
 def test_ttt_reads_on_as_a_plain_forward_does():
@@ -2569,7 +2567,7 @@ def test_ttt_gradient_on_the_gpu_is_that_of_the_cpu(shape):
     for device in ("cpu", "cuda"):
         model = small_gpt(n_embd=64, **shape).to(device)
         ids = torch.randint(64, (60,), generator=torch.Generator().manual_seed(3)).to(device)
-        kv = ttt_context.frozen(ttt_context.prefill(model, ids, 0), 60)
+        _, kv = ttt_context.prefill(model, ids)
         with ttt_context.queries(model) as weights:
             loss = ttt_context.span_loss(model, kv, ids, torch.tensor([0, 31]), 20)
             gradients.append([g.cpu() for g in torch.autograd.grad(loss, weights)])

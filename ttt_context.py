@@ -34,8 +34,8 @@ win, unless there is such a norm, and another context's queries do harm if there
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import functools, hashlib, itertools, json, math, os, random, statistics, sys, time
-from contextlib import contextmanager
+import bisect, functools, hashlib, itertools, json, math, os, random, re, statistics, sys, time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from train import DTYPES, Cache, Interrupt, LinearCrossEntropy, atomic, beginning, fail, rotary, rotate, softmax_attention
+from train import DTYPES, Cache, Interrupt, LinearCrossEntropy, atomic, beginning, fail, rotary, rotate, softmax_attention, timed
 
 try:
     from kernels import ttt_context as kernel
@@ -79,20 +79,16 @@ def attend(attention, q, k, v, start):
 
 
 @torch.no_grad()
-def prefill(model, ids, room):
-    """Read ids (T) -> one Cache a layer, with room for as many tokens more."""
+def prefill(model, ids, room=0):
+    """Read ids (T) -> for each layer its Cache, with room for as many tokens more, and a view of what it holds: T keys and values,
+    (Hkv, T, D) each."""
     for layer in model.layers:
         if layer.self_attn.names != ["q", "k", "v"] or any(layer.self_attn.windows):
             raise ValueError(f"{model.cfg.attn} attention does not keep a key and a value of every position, which is what the "
                              f"queries are trained against; use a model with softmax attention")
     cache = [Cache(len(ids) + room) for _ in model.layers]
     model(ids[None], cache=cache)
-    return cache
-
-
-def frozen(cache, T):
-    """-> for each layer a view of its first T keys and values, (Hkv, T, D) each."""
-    return [tuple(t[0, :, :T] for t in layer.kept) for layer in cache]
+    return cache, [tuple(t[0, :, :len(ids)] for t in layer.kept) for layer in cache]
 
 
 def span_loss(model, kv, ids, start, n):
@@ -131,31 +127,28 @@ def queries(model):
             p.requires_grad_(trained)
 
 
-def held_out(T, n, most=8):
-    """-> starts of the spans not trained on, evenly spread over T tokens, an eighth of them at most; one, if there is room for any."""
+def spans(T, n, most=8):
+    """-> starts (M) of the spans of n that are held out, evenly spread over T tokens, an eighth of them at most; one, if there is room
+    for any; and every start of a span whose targets exist and are none of those held out."""
     many = min(most, max((T - 1) // (8 * n), T > 3 * n))
-    return torch.tensor([round((i + 0.5) / many * (T - 1 - n)) for i in range(many)], dtype=torch.int64)
-
-
-def may_begin(T, n, held):
-    """-> every start of a span of n whose targets exist and are none of those held out."""
+    held = torch.tensor([round((i + 0.5) / many * (T - 1 - n)) for i in range(many)], dtype=torch.int64)
     start = torch.arange(T - n)
-    return start[((start[:, None] - held).abs() >= n).all(1)]
+    return held, start[((start[:, None] - held).abs() >= n).all(1)]
 
 
-def adapt(model, weights, kv, ids, starts, steps=32, n=128, batch=1, lr=1e-5, seed=0, loss=span_loss):
+def adapt(model, weights, kv, ids, starts, steps=32, n=128, batch=1, lr=1e-5, seed=0):
     """Train `weights` on random spans, `batch` of them a step, that begin at one of `starts`; yields the loss of each step, which is
     that before it. Equal seeds and texts give equal steps."""
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     digest = hashlib.sha256(f"{seed}/{ids.tolist()}".encode()).digest()                      # no context shares its draws
     draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     for _ in range(steps):
-        value = loss(model, kv, ids, starts[torch.randint(len(starts), (batch,), generator=draw)], n)
+        loss = span_loss(model, kv, ids, starts[torch.randint(len(starts), (batch,), generator=draw)], n)
         optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        yield value.item()
+        yield loss.item()
 
 
 @torch.no_grad()
@@ -197,50 +190,31 @@ def flops_of_spans(model, tokens, keys):
 
 def thinking_tokens(model, T, flops):
     """-> how many tokens could be written after T for at most so many FLOPs."""
-    low, high = 0, int(flops // flops_of_tokens(model, T, 1)) + 1
-    while high - low > 1:
-        mid = (low + high) // 2
-        low, high = (mid, high) if flops_of_tokens(model, T, mid) <= flops else (low, mid)
-    return low
+    most = int(flops // flops_of_tokens(model, T, 1))                # each later token costs more than the first
+    return bisect.bisect_right(range(1, most + 1), flops, key=lambda n: flops_of_tokens(model, T, n))
 
 
 def free_memory(device):
-    """-> bytes that can be had, or None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """-> bytes that can be had, infinitely many where that is not known."""
     meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-
-
-def memory_of(cfg, T, dtype):
-    """-> bytes to read T tokens: keys and values of all layers, one layer's once more, and what its MLP makes of them."""
-    kept = 2 * (cfg.n_layer + 1) * cfg.n_kv_head * cfg.head_dim
-    return (kept + 3 * cfg.n_hidden + 4 * cfg.n_embd) * T * dtype.itemsize
+    if device.type == "cpu" and meminfo.exists():
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-def read_prompt(path):
-    text = train.read_text(Path(path))
-    if not text:
-        fail(f"{path} is {'no text: what is needed is UTF-8 without NUL bytes' if Path(path).stat().st_size else 'empty'}")
-    return text
-
 
 def tokens_of(tokenizer, prompt, question):
     """-> ids of the context and of what is asked: as one message, where there is a chat template; else as text that goes on, and
     without a question the last token of the prompt asks."""
     if question and hasattr(tokenizer, "chat"):
         try:
-            say = lambda text: tokenizer.chat([{"role": "user", "content": text}])
-            both, alone = say(f"{prompt}\n\n{question}"), say(f"{prompt}\n\n")
-            same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(both, alone))))
+            both, alone = (tokenizer.chat([{"role": "user", "content": f"{prompt}\n\n{asked}"}]) for asked in (question, ""))
+            same = len(os.path.commonprefix([both, alone]))
             return both[:same], both[same:]
         except ValueError:                                           # there is none after all
             pass
-    context, asked = ([int(i) for i in tokenizer.encode_ordinary(text)] for text in (prompt, question or ""))
+    context, asked = ([int(i) for i in tokenizer.encode_ordinary(text)] for text in (prompt, question))
     context = [*beginning(tokenizer), *context]
     return (context, asked) if asked else (context[:-1], context[-1:])
 
@@ -258,31 +232,18 @@ def pick_run(init, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The controls, and questions read on behind the frozen context
 
-class Sharpened(torch.nn.Module):
-    """A norm of queries (B, T, H, D) and behind it one factor for each head, which multiplies its logits."""
-    def __init__(self, norm, heads, factor, device):
-        super().__init__()
-        self.norm, self.log = norm, torch.nn.Parameter(torch.full((heads, 1), math.log(factor), device=device))
-
-    def forward(self, q):
-        return (self.norm(q) * self.log.exp()).to(q.dtype)
-
-
 @contextmanager
 def temperatures(model, factor=1.0):
-    """All is frozen but a factor for each head of each layer, behind the norm: -> [its logarithm (H, 1)]. At the end the model is as
-    it was."""
-    attentions = [layer.self_attn for layer in model.layers]
-    norms = [a.q_norm for a in attentions]
-    with queries(model) as weights:
-        for a, w in zip(attentions, weights):
+    """All is frozen but a factor for each head of each layer, which multiplies its logits, behind the norm: -> [its logarithm (H, 1)]. At
+    the end the model is as it was."""
+    with queries(model) as weights, ExitStack() as hooks:
+        logs = []
+        for layer, w in zip(model.layers, weights):
             w.requires_grad_(False)
-            a.q_norm = Sharpened(a.q_norm, model.cfg.n_head, factor, w.device)
-        try:
-            yield [a.q_norm.log for a in attentions]
-        finally:
-            for a, norm in zip(attentions, norms):
-                a.q_norm = norm
+            logs.append(log := torch.full((model.cfg.n_head, 1), math.log(factor), device=w.device, requires_grad=True))
+            sharpen = lambda norm, x, q, log=log: (q * log.exp()).to(q.dtype)                # q (B, T, H, D)
+            hooks.enter_context(layer.self_attn.q_norm.register_forward_hook(sharpen))
+        yield logs
 
 
 class Behind:
@@ -496,14 +457,12 @@ def raise_model(recipe, norm, seed, device, dtype):
     return model.eval()
 
 
-def posed(task, recipe, device):
-    """-> ask(T, seed, c): context number c of a seed, ids (T), and what is asked of it. Contexts come in pairs; in `columns` every
-    other pair is of the other kind."""
-    def ask(T, seed, c):
-        draw = torch.Generator().manual_seed(10 ** 6 * seed + 10 * T + c)
-        ids, _, asked = stream(task, T, recipe, draw, recipe["questions"], 1 + c // 2 % 2)
-        return ids.to(device), tuple(t.to(device) for t in asked)
-    return ask
+def posed(task, recipe, device, T, seed, c):
+    """-> context number c of a seed, ids (T), and what is asked of it. Contexts come in pairs; in `columns` every other pair is of the
+    other kind."""
+    draw = torch.Generator().manual_seed(10 ** 6 * seed + 10 * T + c)
+    ids, _, asked = stream(task, T, recipe, draw, recipe["questions"], 1 + c // 2 % 2)
+    return ids.to(device), tuple(t.to(device) for t in asked)
 
 
 WAYS, NORMS = {"queries": queries, "temperature": temperatures}, ("no QK-norm", "QK-norm")
@@ -532,11 +491,11 @@ def best_rates(model, ask, T, recipe):
     found = {way: dict.fromkeys(rates, 0.0) for way, rates in recipe["rates"].items()}
     for c in (0, 2):
         ids, asked = ask(T, 0, c)
-        kv = frozen(prefill(model, ids, 0), len(ids))
-        for way, rates in recipe["rates"].items():
-            for lr in rates:
+        _, kv = prefill(model, ids)
+        for way, scores in found.items():
+            for lr in scores:
                 with fitted(model, way, fit(model, way, kv, ids, recipe, lr)[0]):
-                    found[way][lr] += score(model, kv, asked)["accuracy"]
+                    scores[lr] += score(model, kv, asked)["accuracy"]
     return {way: max(scores, key=scores.get) for way, scores in found.items()}
 
 
@@ -544,35 +503,33 @@ def examine(model, ask, T, recipe, seed, rates, kinds):
     """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many FLOPs,
     or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes. The first `few` questions
     get an oracle each, the first `noted` notes; without these there is no thinking."""
-    rows, kept = {arm: [] for arm in ARMS}, []
-    sharper, long = max(1.0, math.log(T) / math.log(recipe["train"][2])), T == max(recipe["lengths"])
+    rows, kept, steps = {arm: [] for arm in ARMS}, [], recipe["steps"]
     for c in range(recipe["contexts"]):
         ids, asked = ask(T, seed, c)
         n, few, noted = min(recipe["span"], len(ids) // 2), *([t[:recipe.get(some, 0)] for t in asked] for some in ("few", "noted"))
-        cache = prefill(model, ids, asked[0].shape[1] + 8)
-        kv = frozen(cache, len(ids))
-        kept.append((kv, asked, {way: fit(model, way, kv, ids, recipe, rates[way]) for way in WAYS}))
+        cache, kv = prefill(model, ids, asked[0].shape[1] + 8)
+        trained = {way: fit(model, way, kv, ids, recipe, rates[way]) for way in WAYS}
+        kept.append((kv, asked, trained))
         rows["in context"].append(score(model, kv, asked))
         rows["no context"].append(score(model, [tuple(t[:, :0] for t in pair) for pair in kv], (*asked[:2], asked[2][:, :0])))
-        with temperatures(model, sharper):
+        with temperatures(model, max(1.0, math.log(T) / math.log(recipe["train"][2]))):
             rows["log T"].append(score(model, kv, asked))
             if len(model.layers) > 2:                                # else nothing that is kept comes after an attention
-                rows["log T, read too"].append(score(model, frozen(prefill(model, ids, 0), len(ids)), asked))
-        weights, seconds = kept[-1][2]["queries"]
-        if long:
+                rows["log T, read too"].append(score(model, prefill(model, ids)[1], asked))
+        weights, seconds = trained["queries"]
+        if T == max(recipe["lengths"]):
             with fitted(model, "queries", weights):
                 rows["queries, some"].append(score(model, kv, few))
             oracles = []
-            for i in range(len(few[0])):
-                one = [t[i:i + 1] for t in few]
+            for one in zip(*(t.split(1) for t in few)):
                 at = int(one[2][0].nonzero()[-1])                    # the needle is a target in all of its spans
                 starts = torch.arange(max(0, at - n), min(at, len(ids) - n))
                 with fitted(model, "queries", fit(model, "queries", kv, ids, recipe, rates["queries"], starts)[0]):
                     oracles.append(score(model, kv, one))
-            rows["queries, oracle"].append({k: sum(o[k] for o in oracles) / len(oracles) for k in oracles[0]})
+            rows["queries, oracle"].append({k: statistics.fmean(o[k] for o in oracles) for k in oracles[0]})
         if len(noted[0]):
             draw = torch.Generator(ids.device).manual_seed(seed)
-            flops = flops_of_spans(model, recipe["steps"] * n, recipe["steps"] * n * (len(ids) + 1) // 2)
+            flops = flops_of_spans(model, steps * n, steps * n * (len(ids) + 1) // 2)
             token_s = timed(ids.device, lambda: list(answer(model, cache, len(ids), asked[0][0].tolist(), 8)))[1] / 8
             line = asked[0].shape[1] + asked[1].shape[1]
             for unit, tokens in (("FLOPs", thinking_tokens(model, len(ids), flops)), ("seconds", int(seconds / token_s))):
@@ -580,12 +537,12 @@ def examine(model, ask, T, recipe, seed, rates, kinds):
                     chains = max(1, tokens // (rounds * line - asked[0].shape[1]))           # the question itself is read anyway
                     rows[f"{name}, {unit}"].append({"accuracy": vote(model, kv, asking, chains, rounds, draw), "tokens": tokens,
                                                     "seconds": seconds, "flops": flops})
+    others = {"": 0, ", foreign": 1, **({", other kind": 2} if kinds else {})}
     for c, (kv, asked, _) in enumerate(kept):
-        for arm, way, whose in (("queries", "queries", c), ("queries, foreign", "queries", c ^ 1), ("queries, other kind", "queries", c ^ 2),
-                                ("temperature", "temperature", c), ("temperature, foreign", "temperature", c ^ 1)):
-            if kinds or arm != "queries, other kind":
-                with fitted(model, way, kept[whose][2][way][0]):
-                    rows[arm].append(score(model, kv, asked))
+        for way, (whose, other) in itertools.product(WAYS, others.items()):
+            if way + whose in rows:
+                with fitted(model, way, kept[c ^ other][2][way][0]):
+                    rows[way + whose].append(score(model, kv, asked))
     return {arm: {k: [round(s[k], 4) for s in found] for k in found[0]} for arm, found in rows.items() if found}
 
 
@@ -598,31 +555,32 @@ def paired(ours, theirs, draws=2000):
     return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
 
 
-def experiment(recipe, models, keep):
-    """models() yields a seed, a label, a model and {task: ask} -> what results/ttt_context-NAME.json holds, given to keep() after each
-    model; printed on the way."""
+def experiment(recipe, models, device, folder):
+    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> what is in
+    results/ttt_context-NAME.json, written after each model; printed on the way, and drawn."""
     began, cells, rates = time.perf_counter(), {}, {}
-    for seed, label, model, tasks in models():
-        for task, ask in tasks.items():
-            for T in recipe["lengths"]:
-                key = f"{label}, {task}, {T}"
-                rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)             # found with the first seed
-                for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
-                    for what, values in found.items():
-                        cells.setdefault(key, {}).setdefault(arm, {}).setdefault(what, []).append(values)
-                print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}"
-                                                          for arm, found in cells[key].items()), flush=True)
+    for seed, label, model, tasks in models:
+        for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
+            key = f"{label}, {task}, {T}"
+            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)                 # found with the first seed
+            cell = cells.setdefault(key, {})
+            for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
+                for what, values in found.items():
+                    cell.setdefault(arm, {}).setdefault(what, []).append(values)
+            print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()),
+                  flush=True)
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
                 for key, arms in cells.items()}
         pairs = [(m, a) for arms in cells.values() for found in arms.values() if "mass" in found
                  for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
         ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
-        result = keep({"cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
-                       "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
-                       "seconds": time.perf_counter() - began})
+        result = note(folder, recipe["name"], device, {
+            "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
+            "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(), "seconds": time.perf_counter() - began})
     for key, arms in less.items():
         print(f"{key}: queries less " + ", ".join(f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()))
+    plot(Path(folder) / f"ttt_context-{recipe['name']}.png", result)
     return result
 
 
@@ -662,7 +620,8 @@ def hidden(tokenizer, device, recipe):
 def sandbox(recipe, device, dtype):
     for seed in SEEDS:
         for norm in (False, True):
-            yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), {t: posed(t, recipe, device) for t in recipe["tasks"]}
+            yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), {t: functools.partial(posed, t, recipe, device)
+                                                                                for t in recipe["tasks"]}
 
 
 def plot(path, result):
@@ -707,36 +666,25 @@ def note(folder, name, device, result):
     return result
 
 
-def timed(device, work):
-    """-> work() and the seconds until the device was done with it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    result = work()
-    wait()
-    return result, time.perf_counter() - began
-
-
-def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
+def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3):
     """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper sets
     against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed, with as
     many keys as there are half way."""
-    model = train.random_model(preset, device, dtype)
+    model, rule = train.random_model(preset, device, dtype), 2 * steps * n
     ids = torch.randint(model.cfg.vocab_size, (T,), generator=torch.Generator().manual_seed(0)).to(device)
-    prefill(model, ids[:n], 0)                                       # what is looked up once
-    cache, prefill_s = timed(device, lambda: prefill(model, ids, 0))
-    kv, starts, warm_up = frozen(cache, T), may_begin(T, n, held_out(T, n)), 3
+    prefill(model, ids[:n])                                          # what is looked up once
+    (cache, kv), prefill_s = timed(device, lambda: prefill(model, ids, rule // 2))
     with queries(model) as weights:
-        losses = adapt(model, weights, kv, ids, starts, warm_up + steps, n)
+        losses = adapt(model, weights, kv, ids, spans(T, n)[1], warm_up + steps, n)
         for _ in range(warm_up):
             next(losses)
         steps_s = timed(device, lambda: list(losses))[1]
     flops = flops_of_spans(model, steps * n, steps * n * (T + 1) // 2)
-    rule, equal = 2 * steps * n, thinking_tokens(model, T, flops)
     writer, token = train.Recorded(model, T + rule // 2), [0]
-    for fixed in writer.cache:
-        old = cache.pop(0).kept
-        fixed.kept = [torch.cat([t, t.new_zeros(*t.shape[:2], rule // 2, t.shape[3])], 2) for t in old]       # (1, Hkv, T + rule / 2, D)
+    for fixed, layer in zip(writer.cache, cache):
+        fixed.kept = layer.kept                                      # (1, Hkv, T + rule / 2, D) each
+        for t in fixed.kept:
+            t[:, :, T:] = 0                                          # times no attention; what memory held might be NaN
 
     @torch.no_grad()
     def write(many):
@@ -745,29 +693,26 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
             token = [int(writer.read(token, T)[0, -1].argmax())]
     write(warm_up)
     token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
+    thinking = {"2 N k": rule, "equal FLOPs": thinking_tokens(model, T, flops)}
     return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "prefill_seconds": prefill_s,
             "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens, "flops": flops,
             "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
-                         for name, many in (("2 N k", rule), ("equal FLOPs", equal))}}
+                         for name, many in thinking.items()}}
 
 
 def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
-    if args.init:
-        run = train.find_run(args.init)
-        model, tokenizer = train.load_model(run, device, dtype)
-        recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
-        if not recipe["lengths"]:
-            fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
-        models = lambda: [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})]
-    else:
+    if not args.init:
         recipe = FULL if args.full else LAPTOP
-        models = lambda: sandbox(recipe, device, dtype)
-    result = experiment(recipe, models, lambda result: note(args.out, recipe["name"], device, result))
-    plot(Path(args.out) / f"ttt_context-{recipe['name']}.png", result)
-    return result
+        return experiment(recipe, sandbox(recipe, device, dtype), device, args.out)
+    run = train.find_run(args.init)
+    model, tokenizer = train.load_model(run, device, dtype)
+    recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
+    if not recipe["lengths"]:
+        fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
+    return experiment(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})], device, args.out)
 
 
 def main(argv=None):
@@ -810,7 +755,9 @@ def main(argv=None):
         return note(args.out, "bench", device, result)
     if not args.prompt:
         fail("give --prompt FILE, the text to adapt to, or --experiment or --bench")
-    text = read_prompt(args.prompt)
+    text = train.read_text(Path(args.prompt))
+    if not text:
+        fail(f"{args.prompt} is {'no text: what is needed is UTF-8 without NUL bytes' if Path(args.prompt).stat().st_size else 'empty'}")
     run = pick_run(args.init, args.device)
     model, tokenizer = train.load_model(run, device, dtype)
     context, asked = tokens_of(tokenizer, text, args.question)
@@ -818,8 +765,10 @@ def main(argv=None):
     T, n = len(context), args.span
     if T <= n:
         fail(f"{args.prompt} has {T} tokens, and a span takes {n} and one to foresee; give a longer text or a smaller --span")
-    need, free = memory_of(model.cfg, T + len(asked) + args.max_tokens, model.dtype), free_memory(device)
-    if free is not None and need > free:
+    c, free = model.cfg, free_memory(device)                         # keys and values, one layer's once more, and what its MLP makes of them
+    a_token = 2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd
+    need = a_token * (T + len(asked) + args.max_tokens) * model.dtype.itemsize
+    if need > free:
         fail(f"{args.prompt} has {T} tokens, to read them takes {need / 2 ** 30:.1f} GB and {free / 2 ** 30:.1f} GB are free; "
              f"give a shorter text")
     print(f"{run} on {device}: {T:,} tokens of context, {len(asked)} to ask", file=sys.stderr)
@@ -835,52 +784,45 @@ def main(argv=None):
 
 def run_on(model, tokenizer, ids, asked, args, lr, stop):
     """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
-    T, n, device = len(ids), args.span, ids.device
-    ends = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
+    T, n, device, tokens = len(ids), args.span, ids.device, args.steps * args.batch_spans * args.span
+    ends, (held, starts) = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}, spans(T, n)
+    (cache, kv), prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
 
-    def reply():
-        tokens = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
-        kept = list(itertools.takewhile(lambda token: token not in ends and not stop.signal, tokens))
-        return tokenizer.decode_bytes(kept).decode(errors="replace")
+    @torch.no_grad()
+    def examined():
+        """-> the loss on the spans held out, if there are any, and an answer."""
+        loss = sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held) if len(held) else None
+        reply = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
+        kept = list(itertools.takewhile(lambda token: token not in ends and not stop.signal, reply))
+        return loss, tokenizer.decode_bytes(kept).decode(errors="replace")
 
-    def probe():
-        if not len(held):
-            return None
-        with torch.no_grad():
-            return sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held)
-
-    cache, prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
-    kv, held = frozen(cache, T), held_out(T, n)
-    before, plain, moved = probe(), reply(), 0.0
-    with queries(model) as weights, tqdm(total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
-        first = [w.detach().clone() for w in weights]
-
-        def learn():
-            for loss in adapt(model, weights, kv, ids, may_begin(T, n, held), args.steps, n, args.batch_spans, lr, args.seed):
+    def learn():
+        steps = adapt(model, weights, kv, ids, starts, args.steps, n, args.batch_spans, lr, args.seed)
+        with tqdm(steps, total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
+            for loss in bar:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update()
                 if stop.signal:
                     raise SystemExit(128 + stop.signal)
+
+    before, plain = examined()
+    with queries(model) as weights:
+        first = [w.detach().clone() for w in weights]
         seconds = timed(device, learn)[1]
-        after, adapted = probe(), reply()
-        with torch.no_grad():
-            moved = math.sqrt(sum(float((w - f).square().sum()) for w, f in zip(weights, first))
-                              / sum(float(f.square().sum()) for f in first))
+        after, adapted = examined()
+        squares = lambda tensors: sum(float(t.detach().square().sum()) for t in tensors)
+        moved = math.sqrt(squares(w - f for w, f in zip(weights, first)) / squares(first))
         if args.save_queries:
             with atomic(Path(args.save_queries)) as f:
                 torch.save({f"layers.{i}.self_attn.q_proj.weight": w.detach().cpu() for i, w in enumerate(weights)}, f)
-    tokens = args.steps * args.batch_spans * n
-    keys = tokens * (T + 1) // 2                                     # in the mean a token of a random span looks at half of them
-    flops = flops_of_spans(model, tokens, keys)
-    result = {"plain": plain, "adapted": adapted, "held_out_before": before, "held_out_after": after, "held_out_spans": len(held),
-              "context": T, "prefill_seconds": prefill_s, "seconds": seconds, "flops": flops,
-              "thinking_tokens": thinking_tokens(model, T + len(asked), flops), "moved": moved, "lr": lr}
+    flops = flops_of_spans(model, tokens, tokens * (T + 1) // 2)     # in the mean a token of a random span looks at half of the keys
+    thinking = thinking_tokens(model, T + len(asked), flops)
     print(f"--- as it is\n{plain}\n--- with queries trained on this prompt\n{adapted}\n---")
     print("held-out spans: none, the prompt is shorter than three spans" if before is None else
           f"loss on {len(held)} held-out spans: {before:.4f} before, {after:.4f} after, {after - before:+.4f} nats/token")
     print(f"{args.steps} steps in {seconds:.2f} s after a prefill of {prefill_s:.2f} s; W_Q moved by {100 * moved:.2f}%; as many FLOPs "
-          f"({flops:.3g}) as {result['thinking_tokens']:,} tokens of thinking")
-    return result
+          f"({flops:.3g}) as {thinking:,} tokens of thinking")
+    return {"plain": plain, "adapted": adapted, "held_out_before": before, "held_out_after": after, "held_out_spans": len(held),
+            "context": T, "prefill_seconds": prefill_s, "seconds": seconds, "flops": flops, "thinking_tokens": thinking, "moved": moved, "lr": lr}
 
 
 if __name__ == "__main__":
