@@ -167,25 +167,25 @@ def answer(model, cache, T, question, n, limit=None):
 # What it costs. Multiply-adds count two; norms, softmax and the embedding's look-up are left out.
 
 def weights_of(model):
-    """-> numbers in the matrices of a layer, in its W_Q, in its W_K and W_V, in the output layer; heads times width of all layers
+    """-> numbers in all matrices that a token passes, in the W_K and W_V of all layers, in one W_Q; heads times width of all layers
     that attend."""
-    a = model.layers[0].self_attn
-    q, kv = a.q_proj.weight.numel(), a.k_proj.weight.numel() + a.v_proj.weight.numel()
-    looks = sum(getattr(layer.self_attn.attention, "func", None) is not shift for layer in model.layers) * model.cfg.n_head * model.cfg.head_dim
-    return sum(p.numel() for p in model.layers[0].parameters() if p.dim() > 1), q, kv, model.embed_tokens.weight.numel(), looks
+    c, a = model.cfg, model.layers[0].self_attn
+    every = model.embed_tokens.weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
+    kv, q = c.n_layer * (a.k_proj.weight.numel() + a.v_proj.weight.numel()), a.q_proj.weight.numel()
+    return every, kv, q, c.n_head * c.head_dim * sum(layer.self_attn.attention.func is not shift for layer in model.layers)
 
 
 def flops_of_tokens(model, T, n):
     """To write n tokens after T, each of which reads all before it and itself."""
-    P, _, _, head, looks = weights_of(model)
-    return n * 2 * (model.cfg.n_layer * P + head) + 4 * looks * (n * T + n * (n + 1) // 2)
+    every, _, _, looks = weights_of(model)
+    return n * 2 * every + 4 * looks * (n * T + n * (n + 1) // 2)
 
 
-def flops_of_spans(model, tokens, keys):
-    """Forward and backward of spans with so many tokens, which look at so many keys in all: in the backward pass each product once
-    more, for its input, but none for the input of the first layer; W_Q's gradient; and of attention S, dP and dQ."""
-    L, (P, q, kv, head, looks) = model.cfg.n_layer, weights_of(model)
-    return tokens * (4 * (L * (P - kv) + head) + 2 * (L - 1) * q) + (4 + 6) * looks * keys
+def flops_of_spans(model, tokens, T):
+    """Forward and backward of so many tokens in spans of a text of T, half of which a token sees in the mean: in the backward pass
+    each product once more, for its input, but none for the input of the first layer; W_Q's gradient; of attention S, dP and dQ."""
+    every, kv, q, looks = weights_of(model)
+    return tokens * (4 * (every - kv) + 2 * (model.cfg.n_layer - 1) * q) + (4 + 6) * looks * (tokens * (T + 1) // 2)
 
 
 def thinking_tokens(model, T, flops):
@@ -229,13 +229,87 @@ def pick_run(init, device):
     return train.find_run(init)
 
 
+def command(args, device, dtype):
+    """Read --prompt and what else there must be, refuse what cannot work, and run."""
+    text = train.read_text(Path(args.prompt))
+    if not text:
+        none = "no text: what is needed is UTF-8 without NUL bytes"
+        fail(f"{args.prompt} is {none if Path(args.prompt).stat().st_size else 'empty'}")
+    run = pick_run(args.init, args.device)
+    model, tokenizer = train.load_model(run, device, dtype)
+    context, asked = tokens_of(tokenizer, text, args.question)
+    lr = args.lr if args.lr is not None else 1e-3 if (run / "ckpt.pt").is_file() else 1e-5
+    T, n = len(context), args.span
+    if T <= n:
+        fail(f"{args.prompt} has {T} tokens, and a span takes {n} and one to foresee; give a longer text or a smaller --span")
+    c, free = model.cfg, free_memory(device)                         # needed: keys and values, one layer's once more, and its MLP
+    one = (2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd) * model.dtype.itemsize
+    need = one * (T + len(asked) + args.max_tokens)
+    if need > free:
+        fail(f"{args.prompt} has {T} tokens, to read them takes {need / 2 ** 30:.1f} GB and {free / 2 ** 30:.1f} GB are free; "
+             f"give a shorter text")
+    print(f"{run} on {device}: {T:,} tokens of context, {len(asked)} to ask", file=sys.stderr)
+    if T + len(asked) > c.block_size:
+        far = (T + len(asked)) / c.block_size
+        print(f"that is {far:.1f} times the {c.block_size:,} tokens the model was trained on", file=sys.stderr)
+    try:
+        with train.refusing(), Interrupt() as stop:
+            return run_on(model, tokenizer, torch.tensor(context, device=device), asked, args, lr, stop)
+    except torch.OutOfMemoryError:
+        fail("the GPU has too little memory; give a shorter text, or smaller --span and --batch-spans")
+
+
+def run_on(model, tokenizer, ids, asked, args, lr, stop):
+    """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
+    T, n, device, tokens = len(ids), args.span, ids.device, args.steps * args.batch_spans * args.span
+    ends, (held, starts) = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}, spans(T, n)
+    (cache, kv), prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
+
+    @torch.no_grad()
+    def examined():
+        """-> the loss on the spans held out, if there are any, and an answer."""
+        loss = sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held) if len(held) else None
+        reply = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
+        kept = list(itertools.takewhile(lambda token: token not in ends and not stop.signal, reply))
+        return loss, tokenizer.decode_bytes(kept).decode(errors="replace")
+
+    def learn():
+        steps = adapt(model, weights, kv, ids, starts, args.steps, n, args.batch_spans, lr, args.seed)
+        with tqdm(steps, total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
+            for loss in bar:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                if stop.signal:
+                    raise SystemExit(128 + stop.signal)
+
+    before, plain = examined()
+    with queries(model) as weights:
+        first = [w.detach().clone() for w in weights]
+        seconds = timed(device, learn)[1]
+        after, adapted = examined()
+        squares = lambda tensors: sum(float(t.detach().square().sum()) for t in tensors)
+        moved = math.sqrt(squares(w - f for w, f in zip(weights, first)) / squares(first))
+        if args.save_queries:
+            with atomic(Path(args.save_queries)) as f:
+                torch.save({f"layers.{i}.self_attn.q_proj.weight": w.detach().cpu() for i, w in enumerate(weights)}, f)
+    flops = flops_of_spans(model, tokens, T)
+    thinking = thinking_tokens(model, T + len(asked), flops)
+    print(f"--- as it is\n{plain}\n--- with queries trained on this prompt\n{adapted}\n---")
+    print("held-out spans: none, the prompt is shorter than three spans" if before is None else
+          f"loss on {len(held)} held-out spans: {before:.4f} before, {after:.4f} after, {after - before:+.4f} nats/token")
+    print(f"{args.steps} steps in {seconds:.2f} s after a prefill of {prefill_s:.2f} s; W_Q moved by {100 * moved:.2f}%; as many "
+          f"FLOPs ({flops:.3g}) as {thinking:,} tokens of thinking")
+    return {"plain": plain, "adapted": adapted, "held_out_before": before, "held_out_after": after, "held_out_spans": len(held),
+            "context": T, "prefill_seconds": prefill_s, "seconds": seconds, "flops": flops, "thinking_tokens": thinking,
+            "moved": moved, "lr": lr}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The controls, and questions read on behind the frozen context
 
 @contextmanager
 def temperatures(model, factor=1.0):
-    """All is frozen but a factor for each head of each layer, which multiplies its logits, behind the norm: -> [its logarithm (H, 1)]. At
-    the end the model is as it was."""
+    """All is frozen but a factor for each head of each layer, which multiplies its queries behind the norm: -> [its logarithm (H, 1)].
+    At the end the model is as it was."""
     with queries(model) as weights, ExitStack() as hooks:
         logs = []
         for layer, w in zip(model.layers, weights):
@@ -265,30 +339,31 @@ class Behind:
         if self.spots is not None:
             self.mass = (p[..., -1, :self.length] * self.spots[:, None]).sum(-1).transpose(0, 1).flatten(1)
         p = p.to(q.dtype)
-        y = (p[..., :self.length].flatten(1, 3) @ self.v).unflatten(1, q.shape[1:4]) + p[..., self.length:] @ v.transpose(0, 1)[:, :, None]
+        old = (p[..., :self.length].flatten(1, 3) @ self.v).unflatten(1, q.shape[1:4])
+        y = old + p[..., self.length:] @ v.transpose(0, 1)[:, :, None]
         return y.transpose(0, 1).flatten(1, 2)                       # (Hkv, Q, g, n, D) -> (Q, H, n, D)
 
 
 @torch.no_grad()
 def read(model, kv, tails, spots=None):
-    """tails (Q, n) -> the logits after each, (Q, V), and the mass on its spots in every layer and head that attends, (Q, layers * H)."""
+    """tails (Q, n) -> the logits after each, (Q, V), and on spots (Q, T), if given, the mass in every layer and head that attends,
+    (Q, L H)."""
     size, logits, mass = max(1, 2 ** 27 // (model.cfg.n_head * tails.shape[1] * (kv[0][0].shape[1] + 1))), [], []
     for i in range(0, len(tails), size):
         caches = [Behind(pair, None if spots is None else spots[i:i + size]) for pair in kv]
         logits.append(model(tails[i:i + size], cache=caches)[:, -1])
-        mass.append(torch.cat([c.mass for c in caches if c.mass is not None], 1) if spots is not None else logits[-1][:, :0])
-    return torch.cat(logits), torch.cat(mass)
+        if spots is not None:
+            mass.append(torch.cat([c.mass for c in caches if c.mass is not None], 1))
+    return torch.cat(logits), torch.cat(mass) if mass else None
 
 
 def score(model, kv, asked):
     """-> how many answers are right, all of their tokens the likeliest; mass on the needle as the answer begins, in the head that has
     the most of it; the mean of its margin log(mass / (1 - mass))."""
     tails, answers, spots = asked
-    right, mass = torch.ones(len(tails), dtype=torch.bool, device=tails.device), None
-    for j in range(answers.shape[1]):
-        logits, found = read(model, kv, torch.cat([tails, answers[:, :j]], 1), spots if j == 0 else None)
-        right, mass = right & (logits.argmax(-1) == answers[:, j]), found if j == 0 else mass
-    best = mass[:, mass.mean(0).argmax()].clamp(1e-9, 1 - 1e-6)
+    logits, mass = zip(*(read(model, kv, torch.cat([tails, answers[:, :j]], 1), spots) for j in range(answers.shape[1])))
+    right = (torch.stack(logits, 1).argmax(-1) == answers).all(1)                            # (Q, m, V) -> (Q)
+    best = mass[0][:, mass[0].mean(0).argmax()].clamp(1e-9, 1 - 1e-6)                        # (Q, L H) -> (Q)
     return {"accuracy": right.float().mean().item(), "mass": best.mean().item(), "margin": (best / (1 - best)).log().mean().item()}
 
 
@@ -296,7 +371,7 @@ def vote(model, kv, asked, chains, rounds, draw):
     """-> share of right answers by majority of so many chains. A chain writes question and answer `rounds` times, the answers drawn
     from the model, all but the last of them notes. Equal chains are read once."""
     tails, answers, _ = asked
-    (Q, n), m = tails.shape, answers.shape[1]
+    Q, m = answers.shape
     said = tails.new_empty(Q * chains, 0)
     for _ in range(rounds):
         said = torch.cat([said, tails.repeat_interleave(chains, 0)], 1)
@@ -326,37 +401,35 @@ def shift(q, k, v):
     return torch.stack([v[:, h, H - 1 - h:H - 1 - h + n] for h in range(H)], 1)
 
 
-shift.rotary = ()
 # What is compared, and in which colour. Some: the questions that an oracle is asked, too; kind: see `columns` below
 ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature": "C1", "temperature, foreign": "C8", "queries": "C3",
         "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
         "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
 LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
-          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2, "lengths": (96, 768, 3072),
-          "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
+          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2,
+          "lengths": (96, 768, 3072), "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
-FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
+FULL = {**LAPTOP, "name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
         "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
-        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "noted": 4, "few": 2, "steps": 32,
-        "span": 128, "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
+        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
+        "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
 
 def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
-    """A context of at most so many tokens -> ids (T), which of them follow from the ones before, (T) bool, and at most `asked` questions:
-    tails (Q, n), answers (Q, m) and spots (Q, T), the places that answer them.
+    """A context of at most so many tokens -> ids (T), which of them follow from the ones before, (T) bool, and at most `asked`
+    questions: tails (Q, n), answers (Q, m) and spots (Q, T), the places that answer them.
 
     records   a b value            a and b together decide on the value; asked are pairs that occur once
     columns   a b value            either a (kind 1) or b (kind 2) alone does, the other means nothing, and which is not said
     log       a b name turn value value    transaction a b: account, its count, balance before and after; of each account one
                                    balance is not what its transaction before left. Asked: mark name -> a b of that line
     bugs      a b name value       line a b: a name and its type; one use of each name has another. Asked: mark name -> a b"""
-    first, many, size = {}, 0, recipe["sizes"]
-    for name in size:
-        first[name], many = many, many + size[name]
+    size, pairs = recipe["sizes"], task in ("records", "columns")
+    first = dict(zip(size, itertools.accumulate(size.values(), initial=0)))
     rand = lambda high, *shape: torch.randint(high, shape, generator=draw)
     some = lambda n, m: torch.randperm(n, generator=draw)[:m]
-    if task in ("records", "columns"):
+    if pairs:
         R = tokens // 3
         keys, side = keys or R // 2, size["a"]
         if task == "records":
@@ -369,38 +442,36 @@ def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
             key = ia if kind == 1 else ib
         values = rand(size["value"], int(key.max()) + 1)[key]
         line = torch.stack([some(size["a"], side)[ia], some(size["b"], side)[ib] + first["b"], values + first["value"]], 1)   # (R, 3)
-        known = torch.zeros(R, 3, dtype=torch.bool)
-        known[:, 2] = torch.arange(R) > torch.full((int(key.max()) + 1,), R).scatter_reduce(0, key, torch.arange(R), "amin")[key]
-        once = (key.bincount()[key] == 1).nonzero()[:, 0]
-        at = once if task == "records" and len(once) else torch.arange(R)                    # few keys may all recur
-        at = at[some(len(at), asked)]
-        spots = torch.zeros(len(at), R, 3, dtype=torch.bool)
+        follows = torch.arange(R) > torch.full((int(key.max()) + 1,), R).scatter_reduce(0, key, torch.arange(R), "amin")[key]
+        at = (key.bincount()[key] == 1).nonzero()[:, 0]
+        if task == "columns" or not len(at):                         # few keys may all recur
+            at = torch.arange(R)
+    else:
+        turns, log = 8, task == "log"
+        G = tokens // (6 if log else 4) // turns
+        group = some(G * turns, G * turns) // turns                                          # (G turns)
+        turn = torch.empty_like(group)
+        turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                   # of its group's lines, the how manyth
+        side = min(size["a"], size["b"], 128)                        # more pairs than lines
+        name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
+        wrong = (1 + rand(turns - 1, G))[group] == turn
+        after = rand(size["value"], G, turns) if log else rand(size["value"], G, 1).expand(-1, turns)
+        value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
+        more = [turn + first["turn"], value, after[group, turn] + first["value"]] if log else [value]
+        line = torch.stack([place // side, place % side + first["b"], name, *more], 1)       # (G turns, 6 or 4)
+        follows, at = (turn > 0) & ~wrong, wrong.nonzero()[:, 0]
+    at = at[some(len(at), asked)]                                                            # (Q)
+    known, spots = torch.zeros_like(line, dtype=torch.bool), torch.zeros(len(at), *line.shape, dtype=torch.bool)
+    known[:, {"log": 4, "bugs": 3}.get(task, 2)] = follows
+    if pairs:
         spots[..., 2] = key[at, None] == key
         tails, answers = line[at, :2], line[at, 2:]
         if task == "columns":                                        # a new pair: what means nothing is another record's
             tails[:, 2 - kind] = line[rand(R, len(at)), 2 - kind]
-        return line.flatten(), known.flatten(), (tails, answers, spots.flatten(1))
-    turns, width = 8, 6 if task == "log" else 4
-    G = tokens // width // turns
-    group = torch.arange(G * turns)[some(G * turns, G * turns)] // turns
-    turn = torch.empty_like(group)
-    turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                       # of its group's lines, the how manyth
-    side = min(size["a"], size["b"], 128)                            # more pairs than lines
-    name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
-    a, b = place // side, place % side + first["b"]
-    wrong = (1 + rand(turns - 1, G))[group] == turn                                          # (G turns)
-    after = rand(size["value"], G, turns) if task == "log" else rand(size["value"], G, 1).expand(-1, turns)
-    value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
-    more = [turn + first["turn"], value, after[group, turn] + first["value"]] if task == "log" else [value]
-    line = torch.stack([a, b, name, *more], 1)                                               # (G turns, width)
-    known = torch.zeros_like(line, dtype=torch.bool)
-    known[:, 4 if task == "log" else 3] = (turn > 0) & ~wrong
-    at = wrong.nonzero()[:, 0]
-    at = at[some(len(at), asked)]
-    spots = torch.zeros(len(at), *line.shape, dtype=torch.bool)
-    spots[torch.arange(len(at)), at] = True
-    tails = torch.stack([torch.full_like(at, first["mark"]), name[at]], 1)
-    return line.flatten(), known.flatten(), (tails, line[at, :2], spots.flatten(1))
+    else:
+        spots[torch.arange(len(at)), at] = True
+        tails, answers = torch.stack([torch.full_like(at, first["mark"]), name[at]], 1), line[at, :2]
+    return line.flatten(), known.flatten(), (tails, answers, spots.flatten(1))
 
 
 def lesson(task, T, recipe, draw):
@@ -419,7 +490,7 @@ def lesson(task, T, recipe, draw):
 
 def renamed(ids, recipe, draw):
     """ids (B, T) with other names for all things, in each sequence others: a lesson can be taken again."""
-    table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0         # (B, V)
+    table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0       # (B, V)
     for name, size in recipe["sizes"].items():
         if name not in ("turn", "mark"):                             # these mean what they are
             table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw, device=ids.device).argsort(1)
@@ -440,7 +511,8 @@ def raise_model(recipe, norm, seed, device, dtype):
         layer.self_attn.rotary = ()
         if i % 2 == 0:
             layer.self_attn.attention = functools.partial(shift)
-    lessons, known = (torch.stack(t).to(device) for t in zip(*(lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS))))
+    lessons = [lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS)]
+    lessons, known = (torch.stack(t).to(device) for t in zip(*lessons))                      # (LESSONS, T + 1) each
     draw = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
@@ -500,10 +572,10 @@ def best_rates(model, ask, T, recipe):
 
 
 def examine(model, ask, T, recipe, seed, rates, kinds):
-    """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many FLOPs,
-    or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes. The first `few` questions
-    get an oracle each, the first `noted` notes; without these there is no thinking."""
-    rows, kept, steps = {arm: [] for arm in ARMS}, [], recipe["steps"]
+    """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many
+    FLOPs, or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes. The first
+    `few` questions get an oracle each, the first `noted` notes; without these there is no thinking."""
+    rows, kept = {arm: [] for arm in ARMS}, []
     for c in range(recipe["contexts"]):
         ids, asked = ask(T, seed, c)
         n, few, noted = min(recipe["span"], len(ids) // 2), *([t[:recipe.get(some, 0)] for t in asked] for some in ("few", "noted"))
@@ -529,7 +601,7 @@ def examine(model, ask, T, recipe, seed, rates, kinds):
             rows["queries, oracle"].append({k: statistics.fmean(o[k] for o in oracles) for k in oracles[0]})
         if len(noted[0]):
             draw = torch.Generator(ids.device).manual_seed(seed)
-            flops = flops_of_spans(model, steps * n, steps * n * (len(ids) + 1) // 2)
+            flops = flops_of_spans(model, recipe["steps"] * n, len(ids))
             token_s = timed(ids.device, lambda: list(answer(model, cache, len(ids), asked[0][0].tolist(), 8)))[1] / 8
             line = asked[0].shape[1] + asked[1].shape[1]
             for unit, tokens in (("FLOPs", thinking_tokens(model, len(ids), flops)), ("seconds", int(seconds / token_s))):
@@ -567,8 +639,8 @@ def experiment(recipe, models, device, folder):
             for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
                 for what, values in found.items():
                     cell.setdefault(arm, {}).setdefault(what, []).append(values)
-            print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()),
-                  flush=True)
+            right = [f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()]
+            print(f"seed {seed}, {key}: {', '.join(right)}", flush=True)
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
                 for key, arms in cells.items()}
@@ -579,14 +651,16 @@ def experiment(recipe, models, device, folder):
             "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
             "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(), "seconds": time.perf_counter() - began})
     for key, arms in less.items():
-        print(f"{key}: queries less " + ", ".join(f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()))
+        found = [f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()]
+        print(f"{key}: queries less {', '.join(found)}")
     plot(Path(folder) / f"ttt_context-{recipe['name']}.png", result)
     return result
 
 
-NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8, "questions": 4,
-           "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}}
-PLACES = "Paris London Berlin Rome Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Sydney Boston Chicago Denver Dallas".split()
+NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8,
+           "questions": 4, "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}}
+PLACES = ("Paris London Berlin Rome Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Sydney Boston Chicago Denver "
+          "Dallas").split()
 
 
 def hidden(tokenizer, device, recipe):
@@ -618,10 +692,10 @@ def hidden(tokenizer, device, recipe):
 
 
 def sandbox(recipe, device, dtype):
-    for seed in SEEDS:
-        for norm in (False, True):
-            yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), {t: functools.partial(posed, t, recipe, device)
-                                                                                for t in recipe["tasks"]}
+    """-> what `experiment` asks for: a model for each seed, without and with QK-norm, and the questions of every task."""
+    tasks = {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
+    for seed, norm in itertools.product(SEEDS, (False, True)):
+        yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), tasks
 
 
 def plot(path, result):
@@ -629,28 +703,28 @@ def plot(path, result):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lengths, rows = result["recipe"]["lengths"], {}
-    for key in result["cells"]:
-        label, task, T = key.split(", ")
-        rows.setdefault(label, {}).setdefault(task, []).append(result["cells"][key])
+    for key, cell in result["cells"].items():
+        label, task, _ = key.split(", ")
+        rows.setdefault(label, {}).setdefault(task, []).append(cell)
     wide = max(map(len, rows.values())) + 1
     figure, axes = plt.subplots(len(rows), wide, figsize=(3.6 * wide, 3.2 * len(rows) + 0.6), layout="constrained", squeeze=False)
     mean = lambda values: statistics.mean(sum(values, []))
     for (label, tasks), line in zip(rows.items(), axes):
         for (task, cells), ax in zip(tasks.items(), line):
             for arm, color in ARMS.items():
-                there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell and arm != "queries, some"]
-                how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
-                if there:
-                    width, marker = 2 if arm == "queries" else 1, "o" if len(there) > 1 else "D"
-                    ax.plot(*zip(*there), marker=marker, ms=3, lw=width, ls=how, color=color, label=arm)
+                there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell]
+                if there and arm != "queries, some":
+                    how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
+                    ax.plot(*zip(*there), how, marker="oD"[len(there) < 2], ms=3, lw=1 + (arm == "queries"), color=color, label=arm)
             ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
-        first, cells = next(iter(tasks.items()))
+        (first, cells), ax = next(iter(tasks.items())), line[-1]
         for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
-            line[-1].plot([math.log(T) for T in lengths], [mean(cell[arm]["margin"]) for cell in cells], "o-", ms=3, color=ARMS[arm], label=arm)
-        line[-1].set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
-        (low, high), twin = line[-1].get_ylim(), line[-1].twinx()
+            margins = [mean(cell[arm]["margin"]) for cell in cells]
+            ax.plot([math.log(T) for T in lengths], margins, "o-", ms=3, color=ARMS[arm], label=arm)
+        ax.set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
+        low, high = ax.get_ylim()
         shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
-        twin.set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
+        ax.twinx().set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
     figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     with atomic(path) as f:
         figure.savefig(f, format="png", dpi=110)
@@ -667,9 +741,9 @@ def note(folder, name, device, result):
 
 
 def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3):
-    """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper sets
-    against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed, with as
-    many keys as there are half way."""
+    """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper
+    sets against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed,
+    with as many keys as there are half way."""
     model, rule = train.random_model(preset, device, dtype), 2 * steps * n
     ids = torch.randint(model.cfg.vocab_size, (T,), generator=torch.Generator().manual_seed(0)).to(device)
     prefill(model, ids[:n])                                          # what is looked up once
@@ -679,7 +753,7 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
         for _ in range(warm_up):
             next(losses)
         steps_s = timed(device, lambda: list(losses))[1]
-    flops = flops_of_spans(model, steps * n, steps * n * (T + 1) // 2)
+    flops = flops_of_spans(model, steps * n, T)
     writer, token = train.Recorded(model, T + rule // 2), [0]
     for fixed, layer in zip(writer.cache, cache):
         fixed.kept = layer.kept                                      # (1, Hkv, T + rule / 2, D) each
@@ -694,9 +768,9 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
     write(warm_up)
     token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
     thinking = {"2 N k": rule, "equal FLOPs": thinking_tokens(model, T, flops)}
-    return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "prefill_seconds": prefill_s,
-            "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens, "flops": flops,
-            "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
+    return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."),
+            "prefill_seconds": prefill_s, "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens,
+            "flops": flops, "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
                          for name, many in thinking.items()}}
 
 
@@ -730,9 +804,10 @@ def main(argv=None):
     flag("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
     flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer, as torch.save does")
     flag("--experiment", action="store_true", help="train small models, ask about long contexts -> results/ttt_context-cpu.*")
-    flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, needles in real "
-         "text -> results/ttt_context-needles.*")
-    flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> results/ttt_context-bench.json")
+    flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, "
+         "needles in real text -> results/ttt_context-needles.*")
+    flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> "
+         "results/ttt_context-bench.json")
     flag("--model", default="qwen3-4b", choices=train.PRESETS, help="shape for --bench (default: qwen3-4b)")
     flag("--context", type=int, default=32768, help="tokens of context for --bench (default: 32768)")
     flag("--out", default="results", help="folder for what experiments find (default: results)")
@@ -755,74 +830,7 @@ def main(argv=None):
         return note(args.out, "bench", device, result)
     if not args.prompt:
         fail("give --prompt FILE, the text to adapt to, or --experiment or --bench")
-    text = train.read_text(Path(args.prompt))
-    if not text:
-        fail(f"{args.prompt} is {'no text: what is needed is UTF-8 without NUL bytes' if Path(args.prompt).stat().st_size else 'empty'}")
-    run = pick_run(args.init, args.device)
-    model, tokenizer = train.load_model(run, device, dtype)
-    context, asked = tokens_of(tokenizer, text, args.question)
-    lr = args.lr if args.lr is not None else 1e-3 if (run / "ckpt.pt").is_file() else 1e-5
-    T, n = len(context), args.span
-    if T <= n:
-        fail(f"{args.prompt} has {T} tokens, and a span takes {n} and one to foresee; give a longer text or a smaller --span")
-    c, free = model.cfg, free_memory(device)                         # keys and values, one layer's once more, and what its MLP makes of them
-    a_token = 2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd
-    need = a_token * (T + len(asked) + args.max_tokens) * model.dtype.itemsize
-    if need > free:
-        fail(f"{args.prompt} has {T} tokens, to read them takes {need / 2 ** 30:.1f} GB and {free / 2 ** 30:.1f} GB are free; "
-             f"give a shorter text")
-    print(f"{run} on {device}: {T:,} tokens of context, {len(asked)} to ask", file=sys.stderr)
-    if T + len(asked) > model.cfg.block_size:
-        print(f"that is {(T + len(asked)) / model.cfg.block_size:.1f} times the {model.cfg.block_size:,} tokens the model was "
-              f"trained on", file=sys.stderr)
-    try:
-        with train.refusing(), Interrupt() as stop:
-            return run_on(model, tokenizer, torch.tensor(context, device=device), asked, args, lr, stop)
-    except torch.OutOfMemoryError:
-        fail("the GPU has too little memory; give a shorter text, or smaller --span and --batch-spans")
-
-
-def run_on(model, tokenizer, ids, asked, args, lr, stop):
-    """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
-    T, n, device, tokens = len(ids), args.span, ids.device, args.steps * args.batch_spans * args.span
-    ends, (held, starts) = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}, spans(T, n)
-    (cache, kv), prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
-
-    @torch.no_grad()
-    def examined():
-        """-> the loss on the spans held out, if there are any, and an answer."""
-        loss = sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held) if len(held) else None
-        reply = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
-        kept = list(itertools.takewhile(lambda token: token not in ends and not stop.signal, reply))
-        return loss, tokenizer.decode_bytes(kept).decode(errors="replace")
-
-    def learn():
-        steps = adapt(model, weights, kv, ids, starts, args.steps, n, args.batch_spans, lr, args.seed)
-        with tqdm(steps, total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
-            for loss in bar:
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                if stop.signal:
-                    raise SystemExit(128 + stop.signal)
-
-    before, plain = examined()
-    with queries(model) as weights:
-        first = [w.detach().clone() for w in weights]
-        seconds = timed(device, learn)[1]
-        after, adapted = examined()
-        squares = lambda tensors: sum(float(t.detach().square().sum()) for t in tensors)
-        moved = math.sqrt(squares(w - f for w, f in zip(weights, first)) / squares(first))
-        if args.save_queries:
-            with atomic(Path(args.save_queries)) as f:
-                torch.save({f"layers.{i}.self_attn.q_proj.weight": w.detach().cpu() for i, w in enumerate(weights)}, f)
-    flops = flops_of_spans(model, tokens, tokens * (T + 1) // 2)     # in the mean a token of a random span looks at half of the keys
-    thinking = thinking_tokens(model, T + len(asked), flops)
-    print(f"--- as it is\n{plain}\n--- with queries trained on this prompt\n{adapted}\n---")
-    print("held-out spans: none, the prompt is shorter than three spans" if before is None else
-          f"loss on {len(held)} held-out spans: {before:.4f} before, {after:.4f} after, {after - before:+.4f} nats/token")
-    print(f"{args.steps} steps in {seconds:.2f} s after a prefill of {prefill_s:.2f} s; W_Q moved by {100 * moved:.2f}%; as many FLOPs "
-          f"({flops:.3g}) as {thinking:,} tokens of thinking")
-    return {"plain": plain, "adapted": adapted, "held_out_before": before, "held_out_after": after, "held_out_spans": len(held),
-            "context": T, "prefill_seconds": prefill_s, "seconds": seconds, "flops": flops, "thinking_tokens": thinking, "moved": moved, "lr": lr}
+    return command(args, device, dtype)
 
 
 if __name__ == "__main__":
