@@ -2310,10 +2310,13 @@ def test_ttt_reads_on_as_a_plain_forward_does():
         assert torch.allclose(logits, model(torch.cat([ids, tail])[None])[0, -1], atol=1e-10)
     floor = ttt_context.read(model, [tuple(t[:, :0] for t in pair) for pair in kv], tails)[0]
     assert torch.allclose(floor, model(tails)[:, -1], atol=1e-10), "no context at all"
-    answers = torch.stack([model(torch.cat([ids, tail])[None])[0, -1:].argmax(-1) for tail in tails])
-    spots = torch.ones(2, 40, dtype=torch.bool)
-    assert ttt_context.score(model, kv, (tails, answers, spots))["accuracy"] == 1
-    assert ttt_context.score(model, kv, (tails, answers + torch.tensor([[0], [1]]), spots))["accuracy"] == 0.5
+    cache, _ = ttt_context.prefill(model, ids, 8)
+    answers = torch.tensor([list(ttt_context.answer(model, cache, 40, tail, 2)) for tail in tails.tolist()])
+    spots = torch.arange(40) % 3 == torch.tensor([[0], [1]])
+    found, mass = ttt_context.score(model, kv, (tails, answers, spots)), ttt_context.read(model, kv, tails, spots)[1]
+    assert found["accuracy"] == 1 and mass.shape == (2, 8) and abs(found["mass"] - mass.mean(0).max()) < 1e-12, "the best of all heads"
+    for wrong in ([[0, 0], [1, 0]], [[0, 0], [0, 1]]):
+        assert ttt_context.score(model, kv, (tails, answers + torch.tensor(wrong), spots))["accuracy"] == 0.5, "one token of one answer"
 
 
 def test_ttt_mass_is_that_of_the_softmax():
