@@ -2159,17 +2159,17 @@ def test_ttt_spans_see_the_keys_up_to_their_own_position(g):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(s, generator=draw, dtype=torch.float64) for s in ((3, 4, 5, 8), (4 // g, 20, 8), (4 // g, 20, 8)))
     start = torch.tensor([0, 15, 6])
-    o = ttt_context.attend(train.softmax_attention, q, k, v, start)
+    o = ttt_context.attend(partial(train.softmax_attention), q, k, v, start)
     assert torch.allclose(o, ttt_context.reference(q, k, v, start), atol=1e-12)
     for s, h, r in ((0, 0, 0), (1, 3, 4), (2, 2, 1)):
         seen = start[s] + r + 1
         p = (k[h // g, :seen] @ q[s, h, r] / 8 ** 0.5).softmax(0)
         assert torch.allclose(o[s, h, r], p @ v[h // g, :seen], atol=1e-12)
     k[:, 9], v[:, 9] = 50, math.inf                                  # row 3 of the last span is the first to see position 9
-    changed = ttt_context.attend(train.softmax_attention, q, k, v, start)
+    changed = ttt_context.attend(partial(train.softmax_attention), q, k, v, start)
     assert torch.equal(changed[0], o[0]), "what lies behind the end of a span"
     k[:, 9], v[:, 9] = 50, 50
-    changed = ttt_context.attend(train.softmax_attention, q, k, v, start)
+    changed = ttt_context.attend(partial(train.softmax_attention), q, k, v, start)
     assert torch.equal(changed[2, :, :3], o[2, :, :3]) and not torch.allclose(changed[2, :, 3], o[2, :, 3])
 
 

@@ -68,9 +68,9 @@ def degrade(reason):
 
 
 def attend(attention, q, k, v, start):
-    """As `reference`, with any attention function whose queries are the last of its keys: the Triton kernel for softmax on a GPU,
-    else one call a span, over a view of the keys up to its end."""
-    if q.is_cuda and getattr(attention, "func", attention) is softmax_attention and q.dtype != torch.float64:
+    """As `reference`, with any attention, a partial of a function whose queries are the last of its keys: the Triton kernel for
+    softmax on a GPU, else one call a span, over a view of the keys up to its end."""
+    if q.is_cuda and attention.func is softmax_attention and q.dtype != torch.float64:
         if kernel and q.shape[3] in kernel.WIDTHS:
             return kernel.span_attention(q, k, v, start)
         degrade(f"the kernel has no heads of width {q.shape[3]}" if kernel else "there is no Triton here (pip install triton)")
@@ -172,7 +172,7 @@ def weights_of(model):
     c, a = model.cfg, model.layers[0].self_attn
     every = model.embed_tokens.weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
     kv, q = c.n_layer * (a.k_proj.weight.numel() + a.v_proj.weight.numel()), a.q_proj.weight.numel()
-    return every, kv, q, c.n_head * c.head_dim * sum(layer.self_attn.attention.func is not shift for layer in model.layers)
+    return every, kv, q, c.n_head * c.head_dim * sum(layer.self_attn.logits > 0 for layer in model.layers)
 
 
 def flops_of_tokens(model, T, n):
@@ -203,6 +203,7 @@ def free_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 def tokens_of(tokenizer, prompt, question):
     """-> ids of the context and of what is asked: as one message, where there is a chat template; else as text that goes on, and
@@ -510,7 +511,7 @@ def raise_model(recipe, norm, seed, device, dtype):
     for i, layer in enumerate(model.layers):
         layer.self_attn.rotary = ()
         if i % 2 == 0:
-            layer.self_attn.attention = functools.partial(shift)
+            layer.self_attn.attention, layer.self_attn.logits = functools.partial(shift), 0
     lessons = [lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS)]
     lessons, known = (torch.stack(t).to(device) for t in zip(*lessons))                      # (LESSONS, T + 1) each
     draw = torch.Generator(device).manual_seed(seed)
