@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, load_checkpoint, load_model,
-                   pick_device, pick_dtype, random_model, refusing)
+                   pick_device, pick_dtype, random_model, refusing, timed)
 
 
 def read_prompt(text):
@@ -62,17 +62,7 @@ def score(model, tokenizer, text, most=1024):
 def bandwidth(device, size=2 ** 28):
     """-> bytes a second that a copy reads and writes, the best of ten."""
     a, b = (torch.zeros(size if device.type == "cpu" else 8 * size, dtype=torch.uint8, device=device) for _ in range(2))
-    return max(2 * len(a) / seconds(device, lambda: a.copy_(b)) for _ in range(10))
-
-
-def seconds(device, work):
-    """How long work() takes until the device is done with it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
+    return max(2 * len(a) / timed(device, lambda: a.copy_(b))[1] for _ in range(10))
 
 
 def bench(model, name, compiled, prompt, n, warm_up=5):
@@ -94,7 +84,7 @@ def bench(model, name, compiled, prompt, n, warm_up=5):
         if way == "compiled":
             torch._inductor.config.coordinate_descent_tuning = True  # products with one row as reductions, tuned: near the floor
             model.compile()
-        first = [seconds(device, lambda: next(generate(model, ids, 1, 0, recorded=way != "plain"))) for _ in range(warm_up)]
+        first = [timed(device, lambda: next(generate(model, ids, 1, 0, recorded=way != "plain")))[1] for _ in range(warm_up)]
         tokens, times = generate(model, ids, warm_up + n, 0, recorded=way != "plain"), []
         for _ in range(warm_up + n):
             began = time.perf_counter()

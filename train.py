@@ -1160,6 +1160,16 @@ def evaluate(net, tokens, cfg, run, device, stop):
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}   # bf16 FLOP/s
 
 
+def timed(device, work):
+    """-> work() and the seconds until the device was done with it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - began
+
+
 def flops_per_token(model):
     """Forward and backward, only what the method needs: 6 for each weight in a product, 12 H D for each logit of a query."""
     c, matrices = model.cfg, sum(p.numel() for p in model.parameters() if p.dim() > 1)

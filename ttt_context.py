@@ -34,8 +34,8 @@ win, unless there is such a norm, and another context's queries do harm if there
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import functools, hashlib, itertools, json, math, os, random, statistics, sys, time
-from contextlib import contextmanager
+import bisect, functools, hashlib, itertools, json, math, os, random, re, statistics, sys, time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from train import DTYPES, Cache, Interrupt, LinearCrossEntropy, atomic, beginning, fail, rotary, rotate, softmax_attention
+from train import DTYPES, Cache, Interrupt, LinearCrossEntropy, atomic, beginning, fail, rotary, rotate, softmax_attention, timed
 
 try:
     from kernels import ttt_context as kernel
@@ -68,9 +68,9 @@ def degrade(reason):
 
 
 def attend(attention, q, k, v, start):
-    """As `reference`, with any attention function whose queries are the last of its keys: the Triton kernel for softmax on a GPU,
-    else one call a span, over a view of the keys up to its end."""
-    if q.is_cuda and getattr(attention, "func", attention) is softmax_attention and q.dtype != torch.float64:
+    """As `reference`, with any attention, a partial of a function whose queries are the last of its keys: the Triton kernel for
+    softmax on a GPU, else one call a span, over a view of the keys up to its end."""
+    if q.is_cuda and attention.func is softmax_attention and q.dtype != torch.float64:
         if kernel and q.shape[3] in kernel.WIDTHS:
             return kernel.span_attention(q, k, v, start)
         degrade(f"the kernel has no heads of width {q.shape[3]}" if kernel else "there is no Triton here (pip install triton)")
@@ -79,20 +79,16 @@ def attend(attention, q, k, v, start):
 
 
 @torch.no_grad()
-def prefill(model, ids, room):
-    """Read ids (T) -> one Cache a layer, with room for as many tokens more."""
+def prefill(model, ids, room=0):
+    """Read ids (T) -> for each layer its Cache, with room for as many tokens more, and a view of what it holds: T keys and values,
+    (Hkv, T, D) each."""
     for layer in model.layers:
         if layer.self_attn.names != ["q", "k", "v"] or any(layer.self_attn.windows):
             raise ValueError(f"{model.cfg.attn} attention does not keep a key and a value of every position, which is what the "
                              f"queries are trained against; use a model with softmax attention")
     cache = [Cache(len(ids) + room) for _ in model.layers]
     model(ids[None], cache=cache)
-    return cache
-
-
-def frozen(cache, T):
-    """-> for each layer a view of its first T keys and values, (Hkv, T, D) each."""
-    return [tuple(t[0, :, :T] for t in layer.kept) for layer in cache]
+    return cache, [tuple(t[0, :, :len(ids)] for t in layer.kept) for layer in cache]
 
 
 def span_loss(model, kv, ids, start, n):
@@ -131,31 +127,28 @@ def queries(model):
             p.requires_grad_(trained)
 
 
-def held_out(T, n, most=8):
-    """-> starts of the spans not trained on, evenly spread over T tokens, an eighth of them at most; one, if there is room for any."""
+def spans(T, n, most=8):
+    """-> starts (M) of the spans of n that are held out, evenly spread over T tokens, an eighth of them at most; one, if there is room
+    for any; and every start of a span whose targets exist and are none of those held out."""
     many = min(most, max((T - 1) // (8 * n), T > 3 * n))
-    return torch.tensor([round((i + 0.5) / many * (T - 1 - n)) for i in range(many)], dtype=torch.int64)
-
-
-def may_begin(T, n, held):
-    """-> every start of a span of n whose targets exist and are none of those held out."""
+    held = torch.tensor([round((i + 0.5) / many * (T - 1 - n)) for i in range(many)], dtype=torch.int64)
     start = torch.arange(T - n)
-    return start[((start[:, None] - held).abs() >= n).all(1)]
+    return held, start[((start[:, None] - held).abs() >= n).all(1)]
 
 
-def adapt(model, weights, kv, ids, starts, steps=32, n=128, batch=1, lr=1e-5, seed=0, loss=span_loss):
+def adapt(model, weights, kv, ids, starts, steps=32, n=128, batch=1, lr=1e-5, seed=0):
     """Train `weights` on random spans, `batch` of them a step, that begin at one of `starts`; yields the loss of each step, which is
     that before it. Equal seeds and texts give equal steps."""
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     digest = hashlib.sha256(f"{seed}/{ids.tolist()}".encode()).digest()                      # no context shares its draws
     draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     for _ in range(steps):
-        value = loss(model, kv, ids, starts[torch.randint(len(starts), (batch,), generator=draw)], n)
+        loss = span_loss(model, kv, ids, starts[torch.randint(len(starts), (batch,), generator=draw)], n)
         optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        yield value.item()
+        yield loss.item()
 
 
 @torch.no_grad()
@@ -174,73 +167,55 @@ def answer(model, cache, T, question, n, limit=None):
 # What it costs. Multiply-adds count two; norms, softmax and the embedding's look-up are left out.
 
 def weights_of(model):
-    """-> numbers in the matrices of a layer, in its W_Q, in its W_K and W_V, in the output layer; heads times width of all layers
+    """-> numbers in all matrices that a token passes, in the W_K and W_V of all layers, in one W_Q; heads times width of all layers
     that attend."""
-    a = model.layers[0].self_attn
-    q, kv = a.q_proj.weight.numel(), a.k_proj.weight.numel() + a.v_proj.weight.numel()
-    looks = sum(getattr(layer.self_attn.attention, "func", None) is not shift for layer in model.layers) * model.cfg.n_head * model.cfg.head_dim
-    return sum(p.numel() for p in model.layers[0].parameters() if p.dim() > 1), q, kv, model.embed_tokens.weight.numel(), looks
+    c, a = model.cfg, model.layers[0].self_attn
+    every = model.embed_tokens.weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
+    kv, q = c.n_layer * (a.k_proj.weight.numel() + a.v_proj.weight.numel()), a.q_proj.weight.numel()
+    return every, kv, q, c.n_head * c.head_dim * sum(layer.self_attn.logits > 0 for layer in model.layers)
 
 
 def flops_of_tokens(model, T, n):
     """To write n tokens after T, each of which reads all before it and itself."""
-    P, _, _, head, looks = weights_of(model)
-    return n * 2 * (model.cfg.n_layer * P + head) + 4 * looks * (n * T + n * (n + 1) // 2)
+    every, _, _, looks = weights_of(model)
+    return n * 2 * every + 4 * looks * (n * T + n * (n + 1) // 2)
 
 
-def flops_of_spans(model, tokens, keys):
-    """Forward and backward of spans with so many tokens, which look at so many keys in all: in the backward pass each product once
-    more, for its input, but none for the input of the first layer; W_Q's gradient; and of attention S, dP and dQ."""
-    L, (P, q, kv, head, looks) = model.cfg.n_layer, weights_of(model)
-    return tokens * (4 * (L * (P - kv) + head) + 2 * (L - 1) * q) + (4 + 6) * looks * keys
+def flops_of_spans(model, tokens, T):
+    """Forward and backward of so many tokens in spans of a text of T, half of which a token sees in the mean: in the backward pass
+    each product once more, for its input, but none for the input of the first layer; W_Q's gradient; of attention S, dP and dQ."""
+    every, kv, q, looks = weights_of(model)
+    return tokens * (4 * (every - kv) + 2 * (model.cfg.n_layer - 1) * q) + (4 + 6) * looks * (tokens * (T + 1) // 2)
 
 
 def thinking_tokens(model, T, flops):
     """-> how many tokens could be written after T for at most so many FLOPs."""
-    low, high = 0, int(flops // flops_of_tokens(model, T, 1)) + 1
-    while high - low > 1:
-        mid = (low + high) // 2
-        low, high = (mid, high) if flops_of_tokens(model, T, mid) <= flops else (low, mid)
-    return low
+    most = int(flops // flops_of_tokens(model, T, 1))                # each later token costs more than the first
+    return bisect.bisect_right(range(1, most + 1), flops, key=lambda n: flops_of_tokens(model, T, n))
 
 
 def free_memory(device):
-    """-> bytes that can be had, or None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """-> bytes that can be had, infinitely many where that is not known."""
     meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-
-
-def memory_of(cfg, T, dtype):
-    """-> bytes to read T tokens: keys and values of all layers, one layer's once more, and what its MLP makes of them."""
-    kept = 2 * (cfg.n_layer + 1) * cfg.n_kv_head * cfg.head_dim
-    return (kept + 3 * cfg.n_hidden + 4 * cfg.n_embd) * T * dtype.itemsize
+    if device.type == "cpu" and meminfo.exists():
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-def read_prompt(path):
-    text = train.read_text(Path(path))
-    if not text:
-        fail(f"{path} is {'no text: what is needed is UTF-8 without NUL bytes' if Path(path).stat().st_size else 'empty'}")
-    return text
-
+# The command
 
 def tokens_of(tokenizer, prompt, question):
     """-> ids of the context and of what is asked: as one message, where there is a chat template; else as text that goes on, and
     without a question the last token of the prompt asks."""
     if question and hasattr(tokenizer, "chat"):
         try:
-            say = lambda text: tokenizer.chat([{"role": "user", "content": text}])
-            both, alone = say(f"{prompt}\n\n{question}"), say(f"{prompt}\n\n")
-            same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(both, alone))))
+            both, alone = (tokenizer.chat([{"role": "user", "content": f"{prompt}\n\n{asked}"}]) for asked in (question, ""))
+            same = len(os.path.commonprefix([both, alone]))
             return both[:same], both[same:]
         except ValueError:                                           # there is none after all
             pass
-    context, asked = ([int(i) for i in tokenizer.encode_ordinary(text)] for text in (prompt, question or ""))
+    context, asked = ([int(i) for i in tokenizer.encode_ordinary(text)] for text in (prompt, question))
     context = [*beginning(tokenizer), *context]
     return (context, asked) if asked else (context[:-1], context[-1:])
 
@@ -255,34 +230,95 @@ def pick_run(init, device):
     return train.find_run(init)
 
 
+def command(args, device, dtype):
+    """Read --prompt and what else there must be, refuse what cannot work, and run."""
+    text = train.read_text(Path(args.prompt))
+    if not text:
+        none = "no text: what is needed is UTF-8 without NUL bytes"
+        fail(f"{args.prompt} is {none if Path(args.prompt).stat().st_size else 'empty'}")
+    run = pick_run(args.init, args.device)
+    model, tokenizer = train.load_model(run, device, dtype)
+    context, asked = tokens_of(tokenizer, text, args.question)
+    lr = args.lr if args.lr is not None else 1e-3 if (run / "ckpt.pt").is_file() else 1e-5
+    T, n = len(context), args.span
+    if T <= n:
+        fail(f"{args.prompt} has {T} tokens, and a span takes {n} and one to foresee; give a longer text or a smaller --span")
+    c, free = model.cfg, free_memory(device)                         # needed: keys and values, one layer's once more, and its MLP
+    one = (2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd) * model.dtype.itemsize
+    need = one * (T + len(asked) + args.max_tokens)
+    if need > free:
+        fail(f"{args.prompt} has {T} tokens, to read them takes {need / 2 ** 30:.1f} GB and {free / 2 ** 30:.1f} GB are free; "
+             f"give a shorter text")
+    print(f"{run} on {device}: {T:,} tokens of context, {len(asked)} to ask", file=sys.stderr)
+    if T + len(asked) > c.block_size:
+        far = (T + len(asked)) / c.block_size
+        print(f"that is {far:.1f} times the {c.block_size:,} tokens the model was trained on", file=sys.stderr)
+    try:
+        with train.refusing(), Interrupt() as stop:
+            return run_on(model, tokenizer, torch.tensor(context, device=device), asked, args, lr, stop)
+    except torch.OutOfMemoryError:
+        fail("the GPU has too little memory; give a shorter text, or smaller --span and --batch-spans")
+
+
+def run_on(model, tokenizer, ids, asked, args, lr, stop):
+    """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
+    T, n, device, tokens = len(ids), args.span, ids.device, args.steps * args.batch_spans * args.span
+    ends, (held, starts) = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}, spans(T, n)
+    (cache, kv), prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
+
+    @torch.no_grad()
+    def examined():
+        """-> the loss on the spans held out, if there are any, and an answer."""
+        loss = sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held) if len(held) else None
+        reply = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
+        kept = list(itertools.takewhile(lambda token: token not in ends and not stop.signal, reply))
+        return loss, tokenizer.decode_bytes(kept).decode(errors="replace")
+
+    def learn():
+        steps = adapt(model, weights, kv, ids, starts, args.steps, n, args.batch_spans, lr, args.seed)
+        with tqdm(steps, total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
+            for loss in bar:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                if stop.signal:
+                    raise SystemExit(128 + stop.signal)
+
+    before, plain = examined()
+    with queries(model) as weights:
+        first = [w.detach().clone() for w in weights]
+        seconds = timed(device, learn)[1]
+        after, adapted = examined()
+        squares = lambda tensors: sum(float(t.detach().square().sum()) for t in tensors)
+        moved = math.sqrt(squares(w - f for w, f in zip(weights, first)) / squares(first))
+        if args.save_queries:
+            with atomic(Path(args.save_queries)) as f:
+                torch.save({f"layers.{i}.self_attn.q_proj.weight": w.detach().cpu() for i, w in enumerate(weights)}, f)
+    flops = flops_of_spans(model, tokens, T)
+    thinking = thinking_tokens(model, T + len(asked), flops)
+    print(f"--- as it is\n{plain}\n--- with queries trained on this prompt\n{adapted}\n---")
+    print("held-out spans: none, the prompt is shorter than three spans" if before is None else
+          f"loss on {len(held)} held-out spans: {before:.4f} before, {after:.4f} after, {after - before:+.4f} nats/token")
+    print(f"{args.steps} steps in {seconds:.2f} s after a prefill of {prefill_s:.2f} s; W_Q moved by {100 * moved:.2f}%; as many "
+          f"FLOPs ({flops:.3g}) as {thinking:,} tokens of thinking")
+    return {"plain": plain, "adapted": adapted, "held_out_before": before, "held_out_after": after, "held_out_spans": len(held),
+            "context": T, "prefill_seconds": prefill_s, "seconds": seconds, "flops": flops, "thinking_tokens": thinking,
+            "moved": moved, "lr": lr}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The controls, and questions read on behind the frozen context
 
-class Sharpened(torch.nn.Module):
-    """A norm of queries (B, T, H, D) and behind it one factor for each head, which multiplies its logits."""
-    def __init__(self, norm, heads, factor, device):
-        super().__init__()
-        self.norm, self.log = norm, torch.nn.Parameter(torch.full((heads, 1), math.log(factor), device=device))
-
-    def forward(self, q):
-        return (self.norm(q) * self.log.exp()).to(q.dtype)
-
-
 @contextmanager
 def temperatures(model, factor=1.0):
-    """All is frozen but a factor for each head of each layer, behind the norm: -> [its logarithm (H, 1)]. At the end the model is as
-    it was."""
-    attentions = [layer.self_attn for layer in model.layers]
-    norms = [a.q_norm for a in attentions]
-    with queries(model) as weights:
-        for a, w in zip(attentions, weights):
+    """All is frozen but a factor for each head of each layer, which multiplies its queries behind the norm: -> [its logarithm (H, 1)].
+    At the end the model is as it was."""
+    with queries(model) as weights, ExitStack() as hooks:
+        logs = []
+        for layer, w in zip(model.layers, weights):
             w.requires_grad_(False)
-            a.q_norm = Sharpened(a.q_norm, model.cfg.n_head, factor, w.device)
-        try:
-            yield [a.q_norm.log for a in attentions]
-        finally:
-            for a, norm in zip(attentions, norms):
-                a.q_norm = norm
+            logs.append(log := torch.full((model.cfg.n_head, 1), math.log(factor), device=w.device, requires_grad=True))
+            sharpen = lambda norm, x, q, log=log: (q * log.exp()).to(q.dtype)                # q (B, T, H, D)
+            hooks.enter_context(layer.self_attn.q_norm.register_forward_hook(sharpen))
+        yield logs
 
 
 class Behind:
@@ -304,30 +340,31 @@ class Behind:
         if self.spots is not None:
             self.mass = (p[..., -1, :self.length] * self.spots[:, None]).sum(-1).transpose(0, 1).flatten(1)
         p = p.to(q.dtype)
-        y = (p[..., :self.length].flatten(1, 3) @ self.v).unflatten(1, q.shape[1:4]) + p[..., self.length:] @ v.transpose(0, 1)[:, :, None]
+        old = (p[..., :self.length].flatten(1, 3) @ self.v).unflatten(1, q.shape[1:4])
+        y = old + p[..., self.length:] @ v.transpose(0, 1)[:, :, None]
         return y.transpose(0, 1).flatten(1, 2)                       # (Hkv, Q, g, n, D) -> (Q, H, n, D)
 
 
 @torch.no_grad()
 def read(model, kv, tails, spots=None):
-    """tails (Q, n) -> the logits after each, (Q, V), and the mass on its spots in every layer and head that attends, (Q, layers * H)."""
+    """tails (Q, n) -> the logits after each, (Q, V), and on spots (Q, T), if given, the mass in every layer and head that attends,
+    (Q, L H)."""
     size, logits, mass = max(1, 2 ** 27 // (model.cfg.n_head * tails.shape[1] * (kv[0][0].shape[1] + 1))), [], []
     for i in range(0, len(tails), size):
         caches = [Behind(pair, None if spots is None else spots[i:i + size]) for pair in kv]
         logits.append(model(tails[i:i + size], cache=caches)[:, -1])
-        mass.append(torch.cat([c.mass for c in caches if c.mass is not None], 1) if spots is not None else logits[-1][:, :0])
-    return torch.cat(logits), torch.cat(mass)
+        if spots is not None:
+            mass.append(torch.cat([c.mass for c in caches if c.mass is not None], 1))
+    return torch.cat(logits), torch.cat(mass) if mass else None
 
 
 def score(model, kv, asked):
     """-> how many answers are right, all of their tokens the likeliest; mass on the needle as the answer begins, in the head that has
     the most of it; the mean of its margin log(mass / (1 - mass))."""
     tails, answers, spots = asked
-    right, mass = torch.ones(len(tails), dtype=torch.bool, device=tails.device), None
-    for j in range(answers.shape[1]):
-        logits, found = read(model, kv, torch.cat([tails, answers[:, :j]], 1), spots if j == 0 else None)
-        right, mass = right & (logits.argmax(-1) == answers[:, j]), found if j == 0 else mass
-    best = mass[:, mass.mean(0).argmax()].clamp(1e-9, 1 - 1e-6)
+    logits, mass = zip(*(read(model, kv, torch.cat([tails, answers[:, :j]], 1), spots) for j in range(answers.shape[1])))
+    right = (torch.stack(logits, 1).argmax(-1) == answers).all(1)                            # (Q, m, V) -> (Q)
+    best = mass[0][:, mass[0].mean(0).argmax()].clamp(1e-9, 1 - 1e-6)                        # (Q, L H) -> (Q)
     return {"accuracy": right.float().mean().item(), "mass": best.mean().item(), "margin": (best / (1 - best)).log().mean().item()}
 
 
@@ -335,7 +372,7 @@ def vote(model, kv, asked, chains, rounds, draw):
     """-> share of right answers by majority of so many chains. A chain writes question and answer `rounds` times, the answers drawn
     from the model, all but the last of them notes. Equal chains are read once."""
     tails, answers, _ = asked
-    (Q, n), m = tails.shape, answers.shape[1]
+    Q, m = answers.shape
     said = tails.new_empty(Q * chains, 0)
     for _ in range(rounds):
         said = torch.cat([said, tails.repeat_interleave(chains, 0)], 1)
@@ -365,37 +402,35 @@ def shift(q, k, v):
     return torch.stack([v[:, h, H - 1 - h:H - 1 - h + n] for h in range(H)], 1)
 
 
-shift.rotary = ()
 # What is compared, and in which colour. Some: the questions that an oracle is asked, too; kind: see `columns` below
 ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature": "C1", "temperature, foreign": "C8", "queries": "C3",
         "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
         "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
 LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
-          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2, "lengths": (96, 768, 3072),
-          "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
+          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2,
+          "lengths": (96, 768, 3072), "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
-FULL = {"name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
+FULL = {**LAPTOP, "name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
         "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
-        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "contexts": 4, "questions": 32, "noted": 4, "few": 2, "steps": 32,
-        "span": 128, "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
+        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
+        "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
 
 def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
-    """A context of at most so many tokens -> ids (T), which of them follow from the ones before, (T) bool, and at most `asked` questions:
-    tails (Q, n), answers (Q, m) and spots (Q, T), the places that answer them.
+    """A context of at most so many tokens -> ids (T), which of them follow from the ones before, (T) bool, and at most `asked`
+    questions: tails (Q, n), answers (Q, m) and spots (Q, T), the places that answer them.
 
     records   a b value            a and b together decide on the value; asked are pairs that occur once
     columns   a b value            either a (kind 1) or b (kind 2) alone does, the other means nothing, and which is not said
     log       a b name turn value value    transaction a b: account, its count, balance before and after; of each account one
                                    balance is not what its transaction before left. Asked: mark name -> a b of that line
     bugs      a b name value       line a b: a name and its type; one use of each name has another. Asked: mark name -> a b"""
-    first, many, size = {}, 0, recipe["sizes"]
-    for name in size:
-        first[name], many = many, many + size[name]
+    size, pairs = recipe["sizes"], task in ("records", "columns")
+    first = dict(zip(size, itertools.accumulate(size.values(), initial=0)))
     rand = lambda high, *shape: torch.randint(high, shape, generator=draw)
     some = lambda n, m: torch.randperm(n, generator=draw)[:m]
-    if task in ("records", "columns"):
+    if pairs:
         R = tokens // 3
         keys, side = keys or R // 2, size["a"]
         if task == "records":
@@ -408,38 +443,36 @@ def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
             key = ia if kind == 1 else ib
         values = rand(size["value"], int(key.max()) + 1)[key]
         line = torch.stack([some(size["a"], side)[ia], some(size["b"], side)[ib] + first["b"], values + first["value"]], 1)   # (R, 3)
-        known = torch.zeros(R, 3, dtype=torch.bool)
-        known[:, 2] = torch.arange(R) > torch.full((int(key.max()) + 1,), R).scatter_reduce(0, key, torch.arange(R), "amin")[key]
-        once = (key.bincount()[key] == 1).nonzero()[:, 0]
-        at = once if task == "records" and len(once) else torch.arange(R)                    # few keys may all recur
-        at = at[some(len(at), asked)]
-        spots = torch.zeros(len(at), R, 3, dtype=torch.bool)
+        follows = torch.arange(R) > torch.full((int(key.max()) + 1,), R).scatter_reduce(0, key, torch.arange(R), "amin")[key]
+        at = (key.bincount()[key] == 1).nonzero()[:, 0]
+        if task == "columns" or not len(at):                         # few keys may all recur
+            at = torch.arange(R)
+    else:
+        turns, log = 8, task == "log"
+        G = tokens // (6 if log else 4) // turns
+        group = some(G * turns, G * turns) // turns                                          # (G turns)
+        turn = torch.empty_like(group)
+        turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                   # of its group's lines, the how manyth
+        side = min(size["a"], size["b"], 128)                        # more pairs than lines
+        name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
+        wrong = (1 + rand(turns - 1, G))[group] == turn
+        after = rand(size["value"], G, turns) if log else rand(size["value"], G, 1).expand(-1, turns)
+        value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
+        more = [turn + first["turn"], value, after[group, turn] + first["value"]] if log else [value]
+        line = torch.stack([place // side, place % side + first["b"], name, *more], 1)       # (G turns, 6 or 4)
+        follows, at = (turn > 0) & ~wrong, wrong.nonzero()[:, 0]
+    at = at[some(len(at), asked)]                                                            # (Q)
+    known, spots = torch.zeros_like(line, dtype=torch.bool), torch.zeros(len(at), *line.shape, dtype=torch.bool)
+    known[:, {"log": 4, "bugs": 3}.get(task, 2)] = follows
+    if pairs:
         spots[..., 2] = key[at, None] == key
         tails, answers = line[at, :2], line[at, 2:]
         if task == "columns":                                        # a new pair: what means nothing is another record's
             tails[:, 2 - kind] = line[rand(R, len(at)), 2 - kind]
-        return line.flatten(), known.flatten(), (tails, answers, spots.flatten(1))
-    turns, width = 8, 6 if task == "log" else 4
-    G = tokens // width // turns
-    group = torch.arange(G * turns)[some(G * turns, G * turns)] // turns
-    turn = torch.empty_like(group)
-    turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                       # of its group's lines, the how manyth
-    side = min(size["a"], size["b"], 128)                            # more pairs than lines
-    name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
-    a, b = place // side, place % side + first["b"]
-    wrong = (1 + rand(turns - 1, G))[group] == turn                                          # (G turns)
-    after = rand(size["value"], G, turns) if task == "log" else rand(size["value"], G, 1).expand(-1, turns)
-    value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
-    more = [turn + first["turn"], value, after[group, turn] + first["value"]] if task == "log" else [value]
-    line = torch.stack([a, b, name, *more], 1)                                               # (G turns, width)
-    known = torch.zeros_like(line, dtype=torch.bool)
-    known[:, 4 if task == "log" else 3] = (turn > 0) & ~wrong
-    at = wrong.nonzero()[:, 0]
-    at = at[some(len(at), asked)]
-    spots = torch.zeros(len(at), *line.shape, dtype=torch.bool)
-    spots[torch.arange(len(at)), at] = True
-    tails = torch.stack([torch.full_like(at, first["mark"]), name[at]], 1)
-    return line.flatten(), known.flatten(), (tails, line[at, :2], spots.flatten(1))
+    else:
+        spots[torch.arange(len(at)), at] = True
+        tails, answers = torch.stack([torch.full_like(at, first["mark"]), name[at]], 1), line[at, :2]
+    return line.flatten(), known.flatten(), (tails, answers, spots.flatten(1))
 
 
 def lesson(task, T, recipe, draw):
@@ -458,7 +491,7 @@ def lesson(task, T, recipe, draw):
 
 def renamed(ids, recipe, draw):
     """ids (B, T) with other names for all things, in each sequence others: a lesson can be taken again."""
-    table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0         # (B, V)
+    table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0       # (B, V)
     for name, size in recipe["sizes"].items():
         if name not in ("turn", "mark"):                             # these mean what they are
             table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw, device=ids.device).argsort(1)
@@ -478,8 +511,9 @@ def raise_model(recipe, norm, seed, device, dtype):
     for i, layer in enumerate(model.layers):
         layer.self_attn.rotary = ()
         if i % 2 == 0:
-            layer.self_attn.attention = functools.partial(shift)
-    lessons, known = (torch.stack(t).to(device) for t in zip(*(lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS))))
+            layer.self_attn.attention, layer.self_attn.logits = functools.partial(shift), 0
+    lessons = [lesson(tasks[i % len(tasks)], T, recipe, draw) for i in range(LESSONS)]
+    lessons, known = (torch.stack(t).to(device) for t in zip(*lessons))                      # (LESSONS, T + 1) each
     draw = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
@@ -496,14 +530,12 @@ def raise_model(recipe, norm, seed, device, dtype):
     return model.eval()
 
 
-def posed(task, recipe, device):
-    """-> ask(T, seed, c): context number c of a seed, ids (T), and what is asked of it. Contexts come in pairs; in `columns` every
-    other pair is of the other kind."""
-    def ask(T, seed, c):
-        draw = torch.Generator().manual_seed(10 ** 6 * seed + 10 * T + c)
-        ids, _, asked = stream(task, T, recipe, draw, recipe["questions"], 1 + c // 2 % 2)
-        return ids.to(device), tuple(t.to(device) for t in asked)
-    return ask
+def posed(task, recipe, device, T, seed, c):
+    """-> context number c of a seed, ids (T), and what is asked of it. Contexts come in pairs; in `columns` every other pair is of the
+    other kind."""
+    draw = torch.Generator().manual_seed(10 ** 6 * seed + 10 * T + c)
+    ids, _, asked = stream(task, T, recipe, draw, recipe["questions"], 1 + c // 2 % 2)
+    return ids.to(device), tuple(t.to(device) for t in asked)
 
 
 WAYS, NORMS = {"queries": queries, "temperature": temperatures}, ("no QK-norm", "QK-norm")
@@ -532,47 +564,45 @@ def best_rates(model, ask, T, recipe):
     found = {way: dict.fromkeys(rates, 0.0) for way, rates in recipe["rates"].items()}
     for c in (0, 2):
         ids, asked = ask(T, 0, c)
-        kv = frozen(prefill(model, ids, 0), len(ids))
-        for way, rates in recipe["rates"].items():
-            for lr in rates:
+        _, kv = prefill(model, ids)
+        for way, scores in found.items():
+            for lr in scores:
                 with fitted(model, way, fit(model, way, kv, ids, recipe, lr)[0]):
-                    found[way][lr] += score(model, kv, asked)["accuracy"]
+                    scores[lr] += score(model, kv, asked)["accuracy"]
     return {way: max(scores, key=scores.get) for way, scores in found.items()}
 
 
 def examine(model, ask, T, recipe, seed, rates, kinds):
-    """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many FLOPs,
-    or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes. The first `few` questions
-    get an oracle each, the first `noted` notes; without these there is no thinking."""
+    """-> {arm: a score for each context}. Foreign is another context of the same kind, if there are kinds. Thinking gets as many
+    FLOPs, or seconds, as the steps on the queries took; FLOPs count what the method needs, seconds what this code takes. The first
+    `few` questions get an oracle each, the first `noted` notes; without these there is no thinking."""
     rows, kept = {arm: [] for arm in ARMS}, []
-    sharper, long = max(1.0, math.log(T) / math.log(recipe["train"][2])), T == max(recipe["lengths"])
     for c in range(recipe["contexts"]):
         ids, asked = ask(T, seed, c)
         n, few, noted = min(recipe["span"], len(ids) // 2), *([t[:recipe.get(some, 0)] for t in asked] for some in ("few", "noted"))
-        cache = prefill(model, ids, asked[0].shape[1] + 8)
-        kv = frozen(cache, len(ids))
-        kept.append((kv, asked, {way: fit(model, way, kv, ids, recipe, rates[way]) for way in WAYS}))
+        cache, kv = prefill(model, ids, asked[0].shape[1] + 8)
+        trained = {way: fit(model, way, kv, ids, recipe, rates[way]) for way in WAYS}
+        kept.append((kv, asked, trained))
         rows["in context"].append(score(model, kv, asked))
         rows["no context"].append(score(model, [tuple(t[:, :0] for t in pair) for pair in kv], (*asked[:2], asked[2][:, :0])))
-        with temperatures(model, sharper):
+        with temperatures(model, max(1.0, math.log(T) / math.log(recipe["train"][2]))):
             rows["log T"].append(score(model, kv, asked))
             if len(model.layers) > 2:                                # else nothing that is kept comes after an attention
-                rows["log T, read too"].append(score(model, frozen(prefill(model, ids, 0), len(ids)), asked))
-        weights, seconds = kept[-1][2]["queries"]
-        if long:
+                rows["log T, read too"].append(score(model, prefill(model, ids)[1], asked))
+        weights, seconds = trained["queries"]
+        if T == max(recipe["lengths"]):
             with fitted(model, "queries", weights):
                 rows["queries, some"].append(score(model, kv, few))
             oracles = []
-            for i in range(len(few[0])):
-                one = [t[i:i + 1] for t in few]
+            for one in zip(*(t.split(1) for t in few)):
                 at = int(one[2][0].nonzero()[-1])                    # the needle is a target in all of its spans
                 starts = torch.arange(max(0, at - n), min(at, len(ids) - n))
                 with fitted(model, "queries", fit(model, "queries", kv, ids, recipe, rates["queries"], starts)[0]):
                     oracles.append(score(model, kv, one))
-            rows["queries, oracle"].append({k: sum(o[k] for o in oracles) / len(oracles) for k in oracles[0]})
+            rows["queries, oracle"].append({k: statistics.fmean(o[k] for o in oracles) for k in oracles[0]})
         if len(noted[0]):
             draw = torch.Generator(ids.device).manual_seed(seed)
-            flops = flops_of_spans(model, recipe["steps"] * n, recipe["steps"] * n * (len(ids) + 1) // 2)
+            flops = flops_of_spans(model, recipe["steps"] * n, len(ids))
             token_s = timed(ids.device, lambda: list(answer(model, cache, len(ids), asked[0][0].tolist(), 8)))[1] / 8
             line = asked[0].shape[1] + asked[1].shape[1]
             for unit, tokens in (("FLOPs", thinking_tokens(model, len(ids), flops)), ("seconds", int(seconds / token_s))):
@@ -580,12 +610,12 @@ def examine(model, ask, T, recipe, seed, rates, kinds):
                     chains = max(1, tokens // (rounds * line - asked[0].shape[1]))           # the question itself is read anyway
                     rows[f"{name}, {unit}"].append({"accuracy": vote(model, kv, asking, chains, rounds, draw), "tokens": tokens,
                                                     "seconds": seconds, "flops": flops})
+    others = {"": 0, ", foreign": 1, **({", other kind": 2} if kinds else {})}
     for c, (kv, asked, _) in enumerate(kept):
-        for arm, way, whose in (("queries", "queries", c), ("queries, foreign", "queries", c ^ 1), ("queries, other kind", "queries", c ^ 2),
-                                ("temperature", "temperature", c), ("temperature, foreign", "temperature", c ^ 1)):
-            if kinds or arm != "queries, other kind":
-                with fitted(model, way, kept[whose][2][way][0]):
-                    rows[arm].append(score(model, kv, asked))
+        for way, (whose, other) in itertools.product(WAYS, others.items()):
+            if way + whose in rows:
+                with fitted(model, way, kept[c ^ other][2][way][0]):
+                    rows[way + whose].append(score(model, kv, asked))
     return {arm: {k: [round(s[k], 4) for s in found] for k in found[0]} for arm, found in rows.items() if found}
 
 
@@ -598,37 +628,40 @@ def paired(ours, theirs, draws=2000):
     return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
 
 
-def experiment(recipe, models, keep):
-    """models() yields a seed, a label, a model and {task: ask} -> what results/ttt_context-NAME.json holds, given to keep() after each
-    model; printed on the way."""
+def experiment(recipe, models, device, folder):
+    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> what is in
+    results/ttt_context-NAME.json, written after each model; printed on the way, and drawn."""
     began, cells, rates = time.perf_counter(), {}, {}
-    for seed, label, model, tasks in models():
-        for task, ask in tasks.items():
-            for T in recipe["lengths"]:
-                key = f"{label}, {task}, {T}"
-                rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)             # found with the first seed
-                for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
-                    for what, values in found.items():
-                        cells.setdefault(key, {}).setdefault(arm, {}).setdefault(what, []).append(values)
-                print(f"seed {seed}, {key}: " + ", ".join(f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}"
-                                                          for arm, found in cells[key].items()), flush=True)
+    for seed, label, model, tasks in models:
+        for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
+            key = f"{label}, {task}, {T}"
+            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)                 # found with the first seed
+            cell = cells.setdefault(key, {})
+            for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
+                for what, values in found.items():
+                    cell.setdefault(arm, {}).setdefault(what, []).append(values)
+            right = [f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()]
+            print(f"seed {seed}, {key}: {', '.join(right)}", flush=True)
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
                 for key, arms in cells.items()}
         pairs = [(m, a) for arms in cells.values() for found in arms.values() if "mass" in found
                  for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
         ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
-        result = keep({"cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
-                       "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
-                       "seconds": time.perf_counter() - began})
+        result = note(folder, recipe["name"], device, {
+            "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
+            "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(), "seconds": time.perf_counter() - began})
     for key, arms in less.items():
-        print(f"{key}: queries less " + ", ".join(f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()))
+        found = [f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()]
+        print(f"{key}: queries less {', '.join(found)}")
+    plot(Path(folder) / f"ttt_context-{recipe['name']}.png", result)
     return result
 
 
-NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8, "questions": 4,
-           "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}}
-PLACES = "Paris London Berlin Rome Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Sydney Boston Chicago Denver Dallas".split()
+NEEDLES = {"name": "needles", "tasks": ("needles",), "train": (0, 0, 1024), "lengths": (1024, 4096, 8000), "contexts": 8,
+           "questions": 4, "few": 1, "steps": 32, "span": 128, "rates": {"queries": (1e-5, 1e-4, 1e-3), "temperature": (1e-2, 3e-2)}}
+PLACES = ("Paris London Berlin Rome Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Sydney Boston Chicago Denver "
+          "Dallas").split()
 
 
 def hidden(tokenizer, device, recipe):
@@ -660,9 +693,10 @@ def hidden(tokenizer, device, recipe):
 
 
 def sandbox(recipe, device, dtype):
-    for seed in SEEDS:
-        for norm in (False, True):
-            yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), {t: posed(t, recipe, device) for t in recipe["tasks"]}
+    """-> what `experiment` asks for: a model for each seed, without and with QK-norm, and the questions of every task."""
+    tasks = {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
+    for seed, norm in itertools.product(SEEDS, (False, True)):
+        yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), tasks
 
 
 def plot(path, result):
@@ -670,28 +704,28 @@ def plot(path, result):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lengths, rows = result["recipe"]["lengths"], {}
-    for key in result["cells"]:
-        label, task, T = key.split(", ")
-        rows.setdefault(label, {}).setdefault(task, []).append(result["cells"][key])
+    for key, cell in result["cells"].items():
+        label, task, _ = key.split(", ")
+        rows.setdefault(label, {}).setdefault(task, []).append(cell)
     wide = max(map(len, rows.values())) + 1
     figure, axes = plt.subplots(len(rows), wide, figsize=(3.6 * wide, 3.2 * len(rows) + 0.6), layout="constrained", squeeze=False)
     mean = lambda values: statistics.mean(sum(values, []))
     for (label, tasks), line in zip(rows.items(), axes):
         for (task, cells), ax in zip(tasks.items(), line):
             for arm, color in ARMS.items():
-                there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell and arm != "queries, some"]
-                how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
-                if there:
-                    width, marker = 2 if arm == "queries" else 1, "o" if len(there) > 1 else "D"
-                    ax.plot(*zip(*there), marker=marker, ms=3, lw=width, ls=how, color=color, label=arm)
+                there = [(T, mean(cell[arm]["accuracy"])) for T, cell in zip(lengths, cells) if arm in cell]
+                if there and arm != "queries, some":
+                    how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
+                    ax.plot(*zip(*there), how, marker="oD"[len(there) < 2], ms=3, lw=1 + (arm == "queries"), color=color, label=arm)
             ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
-        first, cells = next(iter(tasks.items()))
+        (first, cells), ax = next(iter(tasks.items())), line[-1]
         for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
-            line[-1].plot([math.log(T) for T in lengths], [mean(cell[arm]["margin"]) for cell in cells], "o-", ms=3, color=ARMS[arm], label=arm)
-        line[-1].set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
-        (low, high), twin = line[-1].get_ylim(), line[-1].twinx()
+            margins = [mean(cell[arm]["margin"]) for cell in cells]
+            ax.plot([math.log(T) for T in lengths], margins, "o-", ms=3, color=ARMS[arm], label=arm)
+        ax.set(xlabel="log T", ylabel="margin log(p / (1 - p)), mean", title=f"at the needle, {first}, {label}")
+        low, high = ax.get_ylim()
         shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
-        twin.set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
+        ax.twinx().set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
     figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     with atomic(path) as f:
         figure.savefig(f, format="png", dpi=110)
@@ -707,36 +741,25 @@ def note(folder, name, device, result):
     return result
 
 
-def timed(device, work):
-    """-> work() and the seconds until the device was done with it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    result = work()
-    wait()
-    return result, time.perf_counter() - began
-
-
-def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
-    """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper sets
-    against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed, with as
-    many keys as there are half way."""
-    model = train.random_model(preset, device, dtype)
+def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3):
+    """Seconds to read T random tokens with random weights of this shape, for the steps, and to write as many tokens as the paper
+    sets against them (2 steps n) and as cost equal FLOPs, by train.Recorded, a CUDA graph a token: `timed_tokens` of them are timed,
+    with as many keys as there are half way."""
+    model, rule = train.random_model(preset, device, dtype), 2 * steps * n
     ids = torch.randint(model.cfg.vocab_size, (T,), generator=torch.Generator().manual_seed(0)).to(device)
-    prefill(model, ids[:n], 0)                                       # what is looked up once
-    cache, prefill_s = timed(device, lambda: prefill(model, ids, 0))
-    kv, starts, warm_up = frozen(cache, T), may_begin(T, n, held_out(T, n)), 3
+    prefill(model, ids[:n])                                          # what is looked up once
+    (cache, kv), prefill_s = timed(device, lambda: prefill(model, ids, rule // 2))
     with queries(model) as weights:
-        losses = adapt(model, weights, kv, ids, starts, warm_up + steps, n)
+        losses = adapt(model, weights, kv, ids, spans(T, n)[1], warm_up + steps, n)
         for _ in range(warm_up):
             next(losses)
         steps_s = timed(device, lambda: list(losses))[1]
-    flops = flops_of_spans(model, steps * n, steps * n * (T + 1) // 2)
-    rule, equal = 2 * steps * n, thinking_tokens(model, T, flops)
+    flops = flops_of_spans(model, steps * n, T)
     writer, token = train.Recorded(model, T + rule // 2), [0]
-    for fixed in writer.cache:
-        old = cache.pop(0).kept
-        fixed.kept = [torch.cat([t, t.new_zeros(*t.shape[:2], rule // 2, t.shape[3])], 2) for t in old]       # (1, Hkv, T + rule / 2, D)
+    for fixed, layer in zip(writer.cache, cache):
+        fixed.kept = layer.kept                                      # (1, Hkv, T + rule / 2, D) each
+        for t in fixed.kept:
+            t[:, :, T:] = 0                                          # times no attention; what memory held might be NaN
 
     @torch.no_grad()
     def write(many):
@@ -745,29 +768,26 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64):
             token = [int(writer.read(token, T)[0, -1].argmax())]
     write(warm_up)
     token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
-    return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."), "prefill_seconds": prefill_s,
-            "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens, "flops": flops,
-            "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
-                         for name, many in (("2 N k", rule), ("equal FLOPs", equal))}}
+    thinking = {"2 N k": rule, "equal FLOPs": thinking_tokens(model, T, flops)}
+    return {"model": preset, "context": T, "span": n, "steps": steps, "dtype": str(dtype).removeprefix("torch."),
+            "prefill_seconds": prefill_s, "steps_seconds": steps_s, "token_ms": 1e3 * token_s, "tokens_timed": timed_tokens,
+            "flops": flops, "thinking": {name: {"tokens": many, "seconds": many * token_s, "over_steps": many * token_s / steps_s}
+                         for name, many in thinking.items()}}
 
 
 def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
-    if args.init:
-        run = train.find_run(args.init)
-        model, tokenizer = train.load_model(run, device, dtype)
-        recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
-        if not recipe["lengths"]:
-            fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
-        models = lambda: [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})]
-    else:
+    if not args.init:
         recipe = FULL if args.full else LAPTOP
-        models = lambda: sandbox(recipe, device, dtype)
-    result = experiment(recipe, models, lambda result: note(args.out, recipe["name"], device, result))
-    plot(Path(args.out) / f"ttt_context-{recipe['name']}.png", result)
-    return result
+        return experiment(recipe, sandbox(recipe, device, dtype), device, args.out)
+    run = train.find_run(args.init)
+    model, tokenizer = train.load_model(run, device, dtype)
+    recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
+    if not recipe["lengths"]:
+        fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
+    return experiment(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})], device, args.out)
 
 
 def main(argv=None):
@@ -785,9 +805,10 @@ def main(argv=None):
     flag("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
     flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer, as torch.save does")
     flag("--experiment", action="store_true", help="train small models, ask about long contexts -> results/ttt_context-cpu.*")
-    flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, needles in real "
-         "text -> results/ttt_context-needles.*")
-    flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> results/ttt_context-bench.json")
+    flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, "
+         "needles in real text -> results/ttt_context-needles.*")
+    flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> "
+         "results/ttt_context-bench.json")
     flag("--model", default="qwen3-4b", choices=train.PRESETS, help="shape for --bench (default: qwen3-4b)")
     flag("--context", type=int, default=32768, help="tokens of context for --bench (default: 32768)")
     flag("--out", default="results", help="folder for what experiments find (default: results)")
@@ -810,77 +831,7 @@ def main(argv=None):
         return note(args.out, "bench", device, result)
     if not args.prompt:
         fail("give --prompt FILE, the text to adapt to, or --experiment or --bench")
-    text = read_prompt(args.prompt)
-    run = pick_run(args.init, args.device)
-    model, tokenizer = train.load_model(run, device, dtype)
-    context, asked = tokens_of(tokenizer, text, args.question)
-    lr = args.lr if args.lr is not None else 1e-3 if (run / "ckpt.pt").is_file() else 1e-5
-    T, n = len(context), args.span
-    if T <= n:
-        fail(f"{args.prompt} has {T} tokens, and a span takes {n} and one to foresee; give a longer text or a smaller --span")
-    need, free = memory_of(model.cfg, T + len(asked) + args.max_tokens, model.dtype), free_memory(device)
-    if free is not None and need > free:
-        fail(f"{args.prompt} has {T} tokens, to read them takes {need / 2 ** 30:.1f} GB and {free / 2 ** 30:.1f} GB are free; "
-             f"give a shorter text")
-    print(f"{run} on {device}: {T:,} tokens of context, {len(asked)} to ask", file=sys.stderr)
-    if T + len(asked) > model.cfg.block_size:
-        print(f"that is {(T + len(asked)) / model.cfg.block_size:.1f} times the {model.cfg.block_size:,} tokens the model was "
-              f"trained on", file=sys.stderr)
-    try:
-        with train.refusing(), Interrupt() as stop:
-            return run_on(model, tokenizer, torch.tensor(context, device=device), asked, args, lr, stop)
-    except torch.OutOfMemoryError:
-        fail("the GPU has too little memory; give a shorter text, or smaller --span and --batch-spans")
-
-
-def run_on(model, tokenizer, ids, asked, args, lr, stop):
-    """Prefill, answer, adapt, answer again; all is printed. ids (T) and asked are token ids."""
-    T, n, device = len(ids), args.span, ids.device
-    ends = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
-
-    def reply():
-        tokens = answer(model, cache, T, asked, args.max_tokens, tokenizer.n_vocab)
-        kept = list(itertools.takewhile(lambda token: token not in ends and not stop.signal, tokens))
-        return tokenizer.decode_bytes(kept).decode(errors="replace")
-
-    def probe():
-        if not len(held):
-            return None
-        with torch.no_grad():
-            return sum(span_loss(model, kv, ids, t[None], n).item() for t in held) / len(held)
-
-    cache, prefill_s = timed(device, lambda: prefill(model, ids, len(asked) + args.max_tokens))
-    kv, held = frozen(cache, T), held_out(T, n)
-    before, plain, moved = probe(), reply(), 0.0
-    with queries(model) as weights, tqdm(total=args.steps, unit="step", desc="adapting", dynamic_ncols=True) as bar:
-        first = [w.detach().clone() for w in weights]
-
-        def learn():
-            for loss in adapt(model, weights, kv, ids, may_begin(T, n, held), args.steps, n, args.batch_spans, lr, args.seed):
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update()
-                if stop.signal:
-                    raise SystemExit(128 + stop.signal)
-        seconds = timed(device, learn)[1]
-        after, adapted = probe(), reply()
-        with torch.no_grad():
-            moved = math.sqrt(sum(float((w - f).square().sum()) for w, f in zip(weights, first))
-                              / sum(float(f.square().sum()) for f in first))
-        if args.save_queries:
-            with atomic(Path(args.save_queries)) as f:
-                torch.save({f"layers.{i}.self_attn.q_proj.weight": w.detach().cpu() for i, w in enumerate(weights)}, f)
-    tokens = args.steps * args.batch_spans * n
-    keys = tokens * (T + 1) // 2                                     # in the mean a token of a random span looks at half of them
-    flops = flops_of_spans(model, tokens, keys)
-    result = {"plain": plain, "adapted": adapted, "held_out_before": before, "held_out_after": after, "held_out_spans": len(held),
-              "context": T, "prefill_seconds": prefill_s, "seconds": seconds, "flops": flops,
-              "thinking_tokens": thinking_tokens(model, T + len(asked), flops), "moved": moved, "lr": lr}
-    print(f"--- as it is\n{plain}\n--- with queries trained on this prompt\n{adapted}\n---")
-    print("held-out spans: none, the prompt is shorter than three spans" if before is None else
-          f"loss on {len(held)} held-out spans: {before:.4f} before, {after:.4f} after, {after - before:+.4f} nats/token")
-    print(f"{args.steps} steps in {seconds:.2f} s after a prefill of {prefill_s:.2f} s; W_Q moved by {100 * moved:.2f}%; as many FLOPs "
-          f"({flops:.3g}) as {result['thinking_tokens']:,} tokens of thinking")
-    return result
+    return command(args, device, dtype)
 
 
 if __name__ == "__main__":
