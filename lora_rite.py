@@ -303,15 +303,20 @@ class LoRARITE(torch.optim.Optimizer):
             if A.device.type == "mps":
                 raise ValueError("LoRA-RITE needs float64 for its r x r matrices, which mps does not have; use the CPU")
 
-    def small(self, p, rank):
-        """-> the state of p, made when it is first seen. What is r x r lies together with its five numbers, as the kernel wants it."""
-        state = self.state[p]
-        if not state:
-            numbers = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
+    def small(self, p, rank, saved=None):
+        """-> the state of p, made when it is first seen, and anew where p or the state was cast or moved. The kernel is given addresses: it
+        wants all that is r x r together with the five numbers. saved: what to take instead of what there is."""
+        state, size = self.state[p], 16 * rank * rank                # bytes of V and I
+        if saved or not state or state["skipped"].data_ptr() - state["V"].data_ptr() != size + 32 \
+                or (m := state["m"]).element_size() != max(4, p.element_size()) or m.device != p.device:
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            old, numbers = dict(saved or state), torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
             V, I = numbers[:-5].view(2, rank, rank)
-            state.update(m=torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format),
-                         V=V, I=I, **dict(zip(("rho", "step", "lr", "shrink", "skipped"), numbers[-5:])))
+            state.update(m=torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format), V=V, I=I,
+                         **dict(zip(("rho", "step", "lr", "shrink", "skipped"), numbers[-5:])))
             state["shrink"].fill_(1)
+            for name, tensor in old.items():
+                state[name].copy_(tensor)
         return state
 
     @staticmethod
@@ -389,16 +394,12 @@ class LoRARITE(torch.optim.Optimizer):
         return sum(part.diagonal(dim1=-2, dim2=-1).sum() for part in h2), finish
 
     def load_state_dict(self, state_dict):
-        """As any optimizer's, but each tensor keeps the dtype it was saved in: torch would cast it to the parameter's."""
+        """As any optimizer's, but torch would cast float64 to the parameter's dtype."""
         super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            if i in state_dict["state"]:
-                state = state_dict["state"][i]
-                self.state[p] = {}
-                for name, kept in self.small(p, len(state["V"])).items():
-                    kept.copy_(state[name])
-                self.state[p]["m"] = state["m"].detach().clone().to(p.device)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"])):
+            if saved := state_dict["state"].get(i):
+                self.small(p, len(saved["V"]), saved)
 
 
 def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, rite_clip=1.0, skip=0.0, escape=False, own_count=False):

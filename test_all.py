@@ -3,7 +3,7 @@
 Anything after the name goes to pytest. Without a GPU the kernels run in Triton's interpreter, and what needs a GPU is
 listed as skipped. The order is that of the files: the model, the kernel, runs on disk, bad input, processes, the house.
 """
-import ast, base64, csv, hashlib, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
+import ast, base64, copy, csv, hashlib, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -1296,6 +1296,31 @@ def test_lora_rite_state_round_trip(options, tmp_path):
     c.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     go(c, nets[1], range(3, 6))
     assert same(nets[0], nets[1]) and same(a.state_dict(), c.state_dict())
+
+
+@pytest.mark.parametrize("what", ["loaded", "parameters", "state"])
+def test_lora_rite_state_follows_its_parameters(what):
+    """The kernel is given addresses: a state saved with other dtypes, parameters that are cast, tensors that are moved one by one."""
+    pytest.importorskip("triton")
+    AB, grads = rite_problem([(3, 20, 12)], 2, torch.float32)
+    ps, opt = rite_run(EagerRite, AB, grads[:1], torch.float32 if what == "state" else torch.float64, "cpu", escape=True, weight_decay=0.1)
+    if what == "parameters":
+        for p in ps:
+            p.data = p.data.float()
+    elif what == "state":
+        for state in opt.state.values():
+            state.update({k: v.clone() for k, v in state.items()})
+    elif what == "loaded":
+        saved, ps = opt.state_dict(), [torch.nn.Parameter(p.detach().float()) for p in ps]
+        opt = EagerRite([{"params": ps, "pair": True}])
+        opt.load_state_dict(saved)
+    go_on = copy.deepcopy((ps, opt))
+    for (qs, o), fits in (((ps, opt), FusedRite.fits), (go_on, EagerRite.fits)):
+        for q, g in zip(qs, grads[1]):
+            q.data, q.grad = q.data.to(DEVICE), g.to(DEVICE)
+        o.fits = fits
+        o.step()
+    assert apart(ps, go_on[0]) < 1e-6 and all(opt.state[p]["m"].dtype == torch.float32 for p in ps)
 
 
 def test_lora_rite_refuses_bad_input():
