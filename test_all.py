@@ -3,7 +3,7 @@
 Anything after the name goes to pytest. Without a GPU the kernels run in Triton's interpreter, and what needs a GPU is
 listed as skipped. The order is that of the files: the model, the kernel, runs on disk, bad input, processes, the house.
 """
-import ast, base64, copy, csv, hashlib, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
+import ast, base64, copy, csv, hashlib, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time, weakref
 from functools import partial
 from pathlib import Path
 
@@ -1474,6 +1474,25 @@ def test_lora_rite_kernel_takes_all_pairs_at_once(monkeypatch):
     assert launches == [("grams", 9), ("roots", 6), ("moments", 6), ("apply", 9)]
 
 
+def test_lora_rite_kernel_keeps_the_tables_of_a_graph(monkeypatch):
+    """A graph reads at each replay what was uploaded when it was recorded; until then, the memory that its own uploads go to is empty."""
+    pytest.importorskip("triton")
+    from kernels import lora_rite as kernel
+    monkeypatch.setattr(kernel, "TABLES", {})
+    monkeypatch.setattr(kernel, "RECORDED", [])
+    rows = [((n, 0, 0, 0, 1, 0, 1), (n, 0, 0, 0, 1, 1, 2)) for n in range(99)]
+    kept = [weakref.ref(kernel.tables(rows[0], torch.device("cpu"))[0])]
+    monkeypatch.setattr(kernel, "recording", lambda device: True)
+    kept += [weakref.ref(kernel.tables(rows[n], torch.device("cpu"))[0]) for n in (0, 1)]
+    monkeypatch.setattr(kernel, "recording", lambda device: False)
+    fresh = weakref.ref(kernel.tables(rows[1], torch.device("cpu"))[0])
+    assert kept[0]() is kept[1]() and fresh() is not kept[2]()
+    for row in rows:
+        table, owner = kernel.tables(row, torch.device("cpu"))
+        assert table.tolist() == [list(side) for side in row] and owner.tolist() == [0, 1, 1]
+    assert len(kernel.TABLES) == 64 and all(table() is not None for table in kept) and fresh() is None
+
+
 def test_lora_rite_kernel_and_pytorch_side_by_side():
     """Pairs that the kernel does not take share the norm with those it takes; an lr may be a tensor; state goes from one to the other."""
     pytest.importorskip("triton")
@@ -1524,6 +1543,7 @@ def test_lora_rite_kernel_repeats_itself_and_never_waits():
 
 @gpu
 def test_lora_rite_in_a_cuda_graph():
+    from kernels import lora_rite as kernel
     AB, grads = rite_problem([(16, 200, 300)], 8, torch.float32)
     nets = [[torch.nn.Parameter(p.cuda()) for pair in AB for p in pair] for _ in range(2)]
     a, b = (lora_rite.LoRARITE([{"params": ps, "pair": True}], 0.05) for ps in nets)
@@ -1538,6 +1558,8 @@ def test_lora_rite_in_a_cuda_graph():
         if t == 3:
             with torch.cuda.graph(graph):
                 a.step()
+            for n in range(70):                                      # would take the place of a table that had been freed
+                kernel.tables(((n, 0, 0, 0, 1, 0, 1),) * 2, nets[0][0].device)
         a.step() if t < 3 else graph.replay()
     assert same(*nets) and a.state[nets[0][0]]["step"] == 8
 
