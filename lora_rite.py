@@ -73,7 +73,10 @@ def inject(model, rank=16, alpha=None, targets=TARGETS, seed=0):
     and freeze all else; the layers get parameters lora_A (rank, n) and lora_B (m, rank). alpha: the adapter counts alpha / rank times
     (default: once). -> the model. ValueError: a target that no layer has, a rank out of range, or adapters that are there already."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {target: {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)} for target in targets}
+    try:
+        found = {target: {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)} for target in targets}
+    except re.error as e:
+        raise ValueError(f"the targets {', '.join(targets)} are not all regular expressions ({e})") from None
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
         ends = sorted({name.rpartition(".")[2] for name in linears})
@@ -214,49 +217,59 @@ def inverse_root(K):
     return torch.where(good, torch.linalg.solve_triangular(torch.where(good, R, eye), eye, upper=True), safe)
 
 
-class Grams(NamedTuple):
-    """What a side of N pairs is reduced to, all float64."""
+def trace(x):                                                        # (N, r, r) -> (N)
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def column(x):                                                       # (N) -> (N, 1, 1)
+    return x[:, None, None]
+
+
+class Side(NamedTuple):
+    """One side of N pairs: what a step reads, sums over rows, what the last step left. All but the first three in float64."""
+    x: torch.Tensor                                                  # (N, rows, r) factors, A transposed or B as it is
+    g: torch.Tensor                                                  # (N, rows, r) gradients
+    M: torch.Tensor                                                  # (N, rows, r) the moments that made the last step
+    good: torch.Tensor                                               # (N) whether g and its squares are finite; where not it counts as 0
+    still: torch.Tensor                                              # (N) whether x holds still: g is missing, or not good
     K: torch.Tensor                                                  # (N, r, r) x^T x
     G: torch.Tensor                                                  # (N, r, r) g^T g
-    T: torch.Tensor                                                  # (N, r, r) x^T M, M the moment that made the last step
-    good: torch.Tensor                                               # (N) whether the gradient is finite; where not it counts as 0
-
-    @staticmethod
-    def of(x, g, M):                                                 # (N, rows, r) each
-        x, g, M = x.double(), g.double(), M.double()
-        good = g.isfinite().all(-1).all(-1)
-        g = torch.where(good[:, None, None], g, 0)
-        K, T = x.mT @ x, x.mT @ M
-        return Grams(torch.where(K.isfinite(), K, 0), g.mT @ g, torch.where(T.isfinite(), T, 0), good)
-
-
-class Small(NamedTuple):
-    """State of a side of N pairs beside the moment M (N, rows, r), float64."""
+    T: torch.Tensor                                                  # (N, r, r) x^T M
     V: torch.Tensor                                                  # (N, r, r) second moment, in the basis of the other side
-    I: torch.Tensor                                                  # (N, r, r) inverse root of this side at the last step
+    I: torch.Tensor                                                  # (N, r, r) inverse root of K at the last step
     rho: torch.Tensor                                                # (N) escaped mass
     step: torch.Tensor                                               # (N) steps counted
     lr: torch.Tensor                                                 # (N) learning rate of the last step, 0 if it held still
     shrink: torch.Tensor                                             # (N) 1 - lr weight_decay of the last step
+    skipped: torch.Tensor                                            # (N) gradients left out
+
+    @staticmethod
+    def of(ps, states, A):
+        """Of parameters of one shape and their states; A: they are As."""
+        tall = lambda tensors: torch.stack([t.mT if A else t for t in tensors]).to(states[0]["m"].dtype)                     # (N, rows, r)
+        x, M = tall(ps), tall([s["m"] for s in states])
+        g = tall([torch.zeros_like(p) if p.grad is None else p.grad for p in ps])
+        K, G, T = (a.double().mT @ b.double() for a, b in ((x, x), (g, g), (x, M)))          # (N, r, r)
+        good = G.isfinite().all(-1).all(-1)
+        still = ~good | torch.tensor([p.grad is None for p in ps]).to(x.device, non_blocking=True)
+        K, G, T = (torch.where(fine, sums, 0) for fine, sums in ((K.isfinite(), K), (column(good), G), (T.isfinite(), T)))
+        return Side(x, g, M, good, still, K, G, T, *(torch.stack([s[name] for s in states]) for name in Side._fields[8:]))
 
 
-def update(side, other, h2, I, I_other, small, small_other, c, rows, beta1, beta2, eps, escape, own_count):
-    """One side's r x r part of a step. side, other: Grams; h2 (N, r, r) = h^T h, 0 where it is skipped; I, I_other (N, r, r): inverse roots
-    now; small, small_other: Small of the last step; c (): scale of the gradient; rows: of this side's factor.
-    -> D, C (N, r, r), with which M becomes M D^T + g C; V, rho, step."""
-    column = lambda x: x[:, None, None]                                                      # (N) -> (N, 1, 1)
-    step = small.step + (h2.diagonal(dim1=-2, dim2=-1).sum(-1) > 0) if own_count else small.step + 1
+def update(side, other, I_other, h2, c, beta1, beta2, eps, escape, own_count):
+    """A Side's r x r part of a step, given its partner, whose inverse root is now I_other (N, r, r); h2 (N, r, r) = h^T h, 0 where it is
+    skipped; c (): scale of the gradient. -> D, C (N, r, r), with which M becomes M D^T + g C; V, rho, step."""
+    step = side.step + (trace(h2) > 0) if own_count else side.step + 1
     t = step.clamp(min=1)
     d1, d2 = decay(beta1, t), decay(beta2, t)                                                # (N)
-    undone = other.K + column(small_other.lr) * other.T @ small.I.mT                         # (N, r, r) x_now^T x_old, times shrink
-    P = I_other.mT @ undone @ small_other.I / column(small_other.shrink)
-    moved = P @ small.V @ P.mT
-    rho = small.rho
+    undone = other.K + column(other.lr) * other.T @ side.I.mT                                # (N, r, r) x_now^T x_old, times shrink
+    P = I_other.mT @ undone @ other.I / column(other.shrink)
+    moved, rho = P @ side.V @ P.mT, side.rho
     if escape:
-        eigenvalues = torch.linalg.eigvalsh(torch.stack([small.V, moved]))                   # (2, N, r), ascending
-        worst = (eigenvalues[0] - eigenvalues[1]).amax(-1).clamp(min=0)
-        rho = d2 * (rho + torch.minimum(worst, (eigenvalues[0] - eigenvalues[1]).sum(-1).clamp(min=0)))
-    V = column(d2) * moved + column(1 - d2) * c ** 2 * h2 / rows
+        before, after = torch.linalg.eigvalsh(torch.stack([side.V, moved]))                  # (N, r) each, ascending
+        lost = before - after
+        rho = d2 * (rho + torch.minimum(lost.amax(-1).clamp(min=0), lost.sum(-1).clamp(min=0)))
+    V = column(d2) * moved + column(1 - d2) * c ** 2 * h2 / side.x.shape[1]
     w, Q = torch.linalg.eigh((V + V.mT) / 2)
     inverse = Q * (1 / ((w.clamp(min=0) + rho[:, None]).sqrt() + eps))[:, None] @ Q.mT       # (V + rho)^1/2 + eps, inverted
     return column(d1) * P, column(1 - d1) * c * I_other @ inverse, V, rho, step
@@ -278,8 +291,9 @@ class LoRARITE(torch.optim.Optimizer):
     own_count     count a factor's steps from its first gradient that is not 0 (after B = 0, A's is 0); else all steps, as released
 
     State: a moment like the parameter in at least float32, and r x r matrices in float64. The kernel takes contiguous pairs in float32,
-    float16 and bfloat16 up to rank 64 on CUDA and never waits for the device; elsewhere torch's own eigensolver does. A factor without gradient holds still; one whose gradient is not finite does, too, for that step.
-    state[A or B]["skipped"] counts both the latter and what `skip` left out.
+    float16 and bfloat16 up to rank 64 on CUDA and never waits for the device; elsewhere torch's own eigensolver does. A factor without
+    gradient holds still; one whose gradient or its square is not finite does, too, for that step. state[A or B]["skipped"] counts both
+    the latter and what `skip` left out.
     ValueError: an option out of range, a parameter without its partner, a device without float64."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, skip=0.0, weight_decay=0.0, escape=False, own_count=False):
@@ -341,7 +355,7 @@ class LoRARITE(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = torch.enable_grad()(closure)() if closure else None
         work = [(self.fused if fused else self.eager)(group, *sides) for fused, group, *sides in self.batches()]
-        total = sum(part for part, _ in work)                        # |h|^2 over all pairs
+        total = sum(part.to(work[0][0].device) for part, _ in work)  # |h|^2 over all pairs
         for _, finish in work:
             finish(total)
         return loss
@@ -353,45 +367,36 @@ class LoRARITE(torch.optim.Optimizer):
         return kernel.measure([of(p, self.small(p, rank)) for pair in zip(*sides) for p in pair], group["skip"], *group["betas"],
                               *(group[name] for name in ("eps", "clip", "weight_decay", "lr", "escape", "own_count")))
 
-    def eager(self, group, *sides):
+    def eager(self, group, *factors):
         """The first half of a step for pairs of equal shape -> their |h|^2 (), and a function that is given its sum over all pairs and does
         the second half."""
-        if sides[0][0].is_cuda and not kernel:
+        if factors[0][0].is_cuda and not kernel:
             warn_slow()
-        states = [[self.small(p, sides[0][0].shape[0]) for p in side] for side in sides]
-        wide = [states[k][0]["m"].dtype for k in (0, 1)]
-        tall = lambda tensors, k: torch.stack([t.mT if k == 0 else t for t in tensors]).to(wide[k])                  # (N, rows, r)
-        x, M = ([tall(tensors, k) for k, tensors in enumerate(both)] for both in (sides, [[s["m"] for s in side] for side in states]))
-        g = [tall([torch.zeros_like(p) if p.grad is None else p.grad for p in side], k) for k, side in enumerate(sides)]
-        grams = [Grams.of(*three) for three in zip(x, g, M)]
-        small = [Small(*(torch.stack([s[name] for s in side]) for name in Small._fields)) for side in states]
-        I, h2, skipped = [inverse_root(side.K) for side in grams], [], []
-        for k in (0, 1):
-            h2.append(I[1 - k].mT @ grams[k].G @ I[1 - k])                                   # (N, r, r)
-            trace = h2[k].diagonal(dim1=-2, dim2=-1).sum(-1)                                 # (N) |h|^2
-            limit = group["skip"] ** 2 * x[k].shape[1] * x[k].shape[2] if group["skip"] else math.inf
-            skipped.append(~(grams[k].good & (trace <= limit)))
-            h2[k] = torch.where(skipped[k][:, None, None], 0, h2[k])
+        states = [[self.small(p, factors[0][0].shape[0]) for p in ps] for ps in factors]
+        sides = [Side.of(ps, s, A=k == 0) for k, (ps, s) in enumerate(zip(factors, states))]
+        roots, h2, skipped = [inverse_root(side.K) for side in sides], [], []
+        for side, I in zip(sides, roots[::-1]):
+            h2.append(I.mT @ side.G @ I)                                                     # (N, r, r)
+            limit = group["skip"] ** 2 * side.x[0].numel() if group["skip"] else math.inf
+            skipped.append(~(side.good & (trace(h2[-1]) <= limit)))
+            h2[-1] = torch.where(column(skipped[-1]), 0, h2[-1])
 
         def finish(total):
-            norm = total.to(x[0].device).sqrt()
+            norm = total.to(roots[0].device).sqrt()
             c = torch.where(norm > group["clip"], group["clip"] / norm, 1.0) if group["clip"] else torch.ones_like(norm)
-            options = dict(eps=group["eps"], escape=group["escape"], own_count=group["own_count"])
-            for k in (0, 1):
-                D, C, V, rho, step = update(grams[k], grams[1 - k], h2[k], I[k], I[1 - k], small[k], small[1 - k], c, x[k].shape[1],
-                                            *group["betas"], **options)
-                still = torch.tensor([p.grad is None for p in sides[k]]).to(x[k].device, non_blocking=True) | ~grams[k].good
-                lr = torch.where(still, 0.0, torch.as_tensor(group["lr"], dtype=torch.float64, device=x[k].device))           # (N)
-                shrink, kind = 1 - lr * group["weight_decay"], x[k].dtype
-                gradient = torch.where(skipped[k][:, None, None], 0, g[k])
-                m = M[k] @ D.mT.to(kind) + gradient @ C.to(kind)                             # (N, rows, r)
-                new = shrink[:, None, None].to(kind) * x[k] - m @ (lr[:, None, None] * I[1 - k].mT).to(kind)
-                kept = dict(m=m.mT if k == 0 else m, V=V, I=I[k], rho=rho, step=step, lr=lr, shrink=shrink,
-                            skipped=torch.stack([s["skipped"] for s in states[k]]) + skipped[k])
+            for k, side in enumerate(sides):
+                I, kind = roots[1 - k], side.x.dtype
+                D, C, V, rho, step = update(side, sides[1 - k], I, h2[k], c, *group["betas"],
+                                            *(group[name] for name in ("eps", "escape", "own_count")))
+                lr = torch.where(side.still, 0.0, torch.as_tensor(group["lr"], dtype=torch.float64, device=I.device))        # (N)
+                shrink, g = 1 - lr * group["weight_decay"], torch.where(column(skipped[k]), 0, side.g)
+                m = side.M @ D.mT.to(kind) + g @ C.to(kind)                                  # (N, rows, r)
+                x = column(shrink).to(kind) * side.x - m @ (column(lr) * I.mT).to(kind)
+                kept = dict(m=m if k else m.mT, V=V, I=roots[k], rho=rho, step=step, lr=lr, shrink=shrink, skipped=side.skipped + skipped[k])
                 for name, values in kept.items():
                     torch._foreach_copy_([s[name] for s in states[k]], list(values.unbind()))
-                torch._foreach_copy_(sides[k], list((new.mT if k == 0 else new).unbind()))
-        return sum(part.diagonal(dim1=-2, dim2=-1).sum() for part in h2), finish
+                torch._foreach_copy_(factors[k], list((x if k else x.mT).unbind()))
+        return sum(trace(part).sum() for part in h2), finish
 
     def load_state_dict(self, state_dict):
         """As any optimizer's, but torch would cast float64 to the parameter's dtype."""

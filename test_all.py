@@ -1208,7 +1208,7 @@ def test_lora_rite_in_float32_follows_float64():
     assert apart([p.double() for p in descend(turned, loss, dtype=torch.float32)[0]], truth) < 2e-3
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
 def test_lora_rite_skips_a_bad_gradient(bad):
     AB, _ = low_rank(count=3)
     ps = [torch.nn.Parameter(p.clone()) for pair in AB for p in pair]
@@ -1542,6 +1542,24 @@ def test_lora_rite_kernel_repeats_itself_and_never_waits():
 
 
 @gpu
+def test_lora_rite_over_two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    AB, grads = rite_problem([(4, 30, 20), (4, 12, 40)], 3, torch.float32)
+
+    def go(second, make):
+        ps = [torch.nn.Parameter(p.to(device, copy=True)) for pair, device in zip(AB, ("cuda:0", second)) for p in pair]
+        opt = make([{"params": ps, "pair": True}], 0.05, clip=0.3)
+        for gs in grads:
+            for p, g in zip(ps, gs):
+                p.grad = g.to(p.device)
+            opt.step()
+        return [p.detach().cpu() for p in ps]
+    for make in FusedRite, EagerRite:
+        assert apart(go("cuda:1", make), go("cuda:0", make)) < 1e-5
+
+
+@gpu
 def test_lora_rite_in_a_cuda_graph():
     from kernels import lora_rite as kernel
     AB, grads = rite_problem([(16, 200, 300)], 8, torch.float32)
@@ -1596,7 +1614,7 @@ def test_lora_injects_freezes_and_merges():
 
 @pytest.mark.parametrize("arguments,part", [((0,), "the rank is 0; it must be from 1 to 32"), ((33,), "the rank is 33"),
                                             ((4, None, ("q_proj", "z_proj")), "no linear layer is called z_proj; there are down_proj, gate"),
-                                            ((4, None, ()), "no linear layer")], ids=str)
+                                            ((4, None, ()), "no linear layer"), ((4, None, ("q_proj", "(")), "regular")], ids=str)
 def test_lora_refuses_bad_targets_and_ranks(arguments, part):
     model = small_gpt()
     with pytest.raises(ValueError, match=part):

@@ -408,6 +408,7 @@ def measure(sides, skip, beta1, beta2, eps, clip, weight_decay, lr, escape, own_
 
     def finish(total):
         move, there = torch.empty(S, 3, R, R, device=device), torch.is_tensor(lr) and lr.device == device
+        total = total.to(device)
         logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
         with torch.cuda.device_of(x):
             moments_kernel[(S,)](table, small, number, total, move, R, 0.0 if there else float(lr), *logs, float(eps), float(clip) or math.inf,
