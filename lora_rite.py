@@ -117,6 +117,10 @@ def merge(model):
     return model
 
 
+def peft_names(layers, prefix):                                      # -> {PEFT's name: (our layer's, lora_A or lora_B)}
+    return {f"base_model.model.{prefix}{n}.{key}.weight": (n, key) for n in layers for key in ("lora_A", "lora_B")}
+
+
 def save(model, folder, prefix=""):
     """Write the adapters alone, as PEFT does: adapter_model.safetensors and adapter_config.json in `folder`. prefix: what PEFT's model
     has before our names, "model." for a train.GPT."""
@@ -124,50 +128,44 @@ def save(model, folder, prefix=""):
     layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
-    ranks, alphas = {m.lora_A.shape[0] for m in layers.values()}, {m.lora_A.shape[0] * m.lora_scale for m in layers.values()}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": max(ranks), "lora_alpha": max(alphas), "lora_dropout": 0.0, "bias": "none",
+    rank, scale = max((m.lora_A.shape[0], m.lora_scale) for m in layers.values())            # all are alike
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank * scale, "lora_dropout": 0.0, "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True, "base_model_name_or_path": None, "target_modules": [prefix + n for n in layers]}
-    tensors = {f"base_model.model.{prefix}{n}.lora_{k}.weight": getattr(m, f"lora_{k}").detach().cpu().contiguous()
-               for n, m in layers.items() for k in "AB"}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".adapter.{os.getpid()}"
-    try:                                                             # each file is there whole or not at all
-        save_file(tensors, draft, {"format": "pt"})
-        os.replace(draft, folder / "adapter_model.safetensors")
-        draft.write_text(json.dumps(config, indent=1))
-        os.replace(draft, folder / "adapter_config.json")
-    finally:
-        draft.unlink(missing_ok=True)
+    tensors = {name: getattr(layers[n], key).detach().cpu().contiguous() for name, (n, key) in peft_names(layers, prefix).items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as d:               # each file is there whole or not at all
+        save_file(tensors, Path(d, "adapter_model.safetensors"), {"format": "pt"})
+        Path(d, "adapter_config.json").write_text(json.dumps(config, indent=1))
+        for path in Path(d).iterdir():
+            os.replace(path, Path(folder, path.name))
 
 
 def load(model, folder, prefix=""):
     """Inject the adapters that `save` or PEFT wrote. ValueError: the folder holds none, or they do not fit the model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    folder, head = Path(folder), f"base_model.model.{prefix}"
     try:
-        config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+        config, tensors = json.loads(Path(folder, "adapter_config.json").read_text()), load_file(Path(folder, "adapter_model.safetensors"))
         rank, alpha, kind = config["r"], config["lora_alpha"], config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ValueError(f"{folder} holds no LoRA adapters that can be read ({type(e).__name__}: {e})") from None
     special = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(k)]
     if kind != "LORA" or special or config.get("bias", "none") != "none":
         raise ValueError(f"{folder} holds adapters of a kind that is not implemented ({', '.join(special) or kind}); only plain LoRA is")
-    names = {key.removeprefix(head).rpartition(".lora_")[0] for key in tensors}
-    lost = next((n for n in sorted(names) if not isinstance(dict(model.named_modules()).get(n), nn.Linear)), None)
-    if lost is not None or not names:
-        raise ValueError(f"{folder} has an adapter for {lost or 'nothing'}, which is no linear layer of the model")
-    shapes = {f"{head}{n}.lora_{k}.weight": (rank, m.in_features) if k == "A" else (m.out_features, rank)
-              for n, m in model.named_modules() if n in names for k in "AB"}
-    wrong = next((key for key in sorted({*shapes, *tensors}) if key not in tensors or tuple(tensors[key].shape) != shapes.get(key)), None)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {name.removeprefix(f"base_model.model.{prefix}").rpartition(".lora_")[0] for name in tensors}
+    lost = sorted(layers - linears.keys())
+    if lost or not layers:
+        raise ValueError(f"{folder} has an adapter for {lost[0] if lost and lost[0] else 'nothing'}, which is no linear layer of the model")
+    names = peft_names(layers, prefix)
+    shapes = {name: (rank, linears[n].in_features) if key == "lora_A" else (linears[n].out_features, rank) for name, (n, key) in names.items()}
+    wrong = next((name for name in sorted({*shapes, *tensors}) if name not in tensors or tuple(tensors[name].shape) != shapes.get(name)), None)
     if wrong is not None:
         raise ValueError(f"{folder}: the tensor {wrong} is missing, or is not {shapes.get(wrong, 'one of an adapter')}")
-    inject(model, rank, alpha, [re.escape(n) for n in names])
+    inject(model, rank, alpha, [re.escape(n) for n in layers])
     with torch.no_grad():
-        for n, m in adapters(model).items():
-            for k in "AB":
-                getattr(m, f"lora_{k}").copy_(tensors[f"{head}{n}.lora_{k}.weight"])
+        for name, (n, key) in names.items():
+            getattr(linears[n], key).copy_(tensors[name])
     return model
 
 
