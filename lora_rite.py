@@ -336,41 +336,42 @@ class LoRARITE(torch.optim.Optimizer):
         return kernel and A.is_cuda and kernel.takes(A, B)
 
     def batches(self):
-        """-> [(fused, group, [A, ...], [B, ...]), ...]: the pairs with gradients; those of one rank together for the kernel, else those
-        of equal shape."""
+        """-> [(fused, group, [(A, B), ...]), ...]: the pairs with gradients; those of one rank together for the kernel, else those of
+        equal shape."""
         found = {}
         for n, group in enumerate(self.param_groups):
             for A, B in zip(group["params"][::2], group["params"][1::2]):
                 if A.grad is not None or B.grad is not None:
                     fused = self.fits(A, B)
                     key = (n, A.shape[0], A.dtype, A.device) if fused else (n, A.shape, B.shape, A.dtype, B.dtype, A.device)
-                    _, _, *sides = found.setdefault(key, (fused, group, [], []))
-                    for p, kept in zip((A, B), sides):
-                        kept.append(p)
+                    found.setdefault(key, (fused, group, []))[2].append((A, B))
         return list(found.values())
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = torch.enable_grad()(closure)() if closure else None
-        work = [(self.fused if fused else self.eager)(group, *sides) for fused, group, *sides in self.batches()]
+        work = [(self.fused if fused else self.eager)(group, pairs) for fused, group, pairs in self.batches()]
         total = sum(part.to(work[0][0].device) for part, _ in work)  # |h|^2 over all pairs
         for _, finish in work:
             finish(total)
         return loss
 
-    def fused(self, group, *sides):
+    def fused(self, group, pairs):
         """What `eager` does, with the same numbers."""
-        rank = sides[0][0].shape[0]
-        of = lambda p, state: kernel.Side(p, p.grad if p.grad is None else p.grad.contiguous(), state["m"], state["V"])
-        return kernel.measure([of(p, self.small(p, rank)) for pair in zip(*sides) for p in pair], group["skip"], *group["betas"],
+        sides, rank = [], pairs[0][0].shape[0]
+        for p in (p for pair in pairs for p in pair):
+            state = self.small(p, rank)
+            sides.append(kernel.Side(p, p.grad if p.grad is None else p.grad.contiguous(), state["m"], state["V"]))
+        return kernel.measure(sides, group["skip"], *group["betas"],
                               *(group[name] for name in ("eps", "clip", "weight_decay", "lr", "escape", "own_count")))
 
-    def eager(self, group, *factors):
+    def eager(self, group, pairs):
         """The first half of a step for pairs of equal shape -> their |h|^2 (), and a function that is given its sum over all pairs and does
         the second half."""
-        if factors[0][0].is_cuda and not kernel:
+        if pairs[0][0].is_cuda and not kernel:
             warn_slow()
-        states = [[self.small(p, factors[0][0].shape[0]) for p in ps] for ps in factors]
+        factors, rank = list(zip(*pairs)), pairs[0][0].shape[0]      # (A, A, ...), (B, B, ...)
+        states = [[self.small(p, rank) for p in ps] for ps in factors]
         sides = [Side.of(ps, s, A=k == 0) for k, (ps, s) in enumerate(zip(factors, states))]
         roots, h2, skipped = [inverse_root(side.K) for side in sides], [], []
         for side, I in zip(sides, roots[::-1]):
