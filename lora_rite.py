@@ -111,7 +111,7 @@ def pairs(model):
 def merge(model):
     """Add every adapter to the weights it stands beside, and take it away; all is left frozen. -> the model."""
     for m in adapters(model).values():
-        m.weight.add_((m.lora_B @ m.lora_A * m.lora_scale).to(m.weight.dtype))
+        m.weight.copy_(m.weight + m.lora_B @ m.lora_A * m.lora_scale)                        # rounded once
         m.lora_hook.remove()
         del m.lora_A, m.lora_B, m.lora_scale, m.lora_hook
     return model

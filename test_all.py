@@ -1610,6 +1610,13 @@ def test_lora_injects_freezes_and_merges():
         y, keys = model(ids), set(plain.state_dict())
         assert torch.allclose(lora_rite.merge(model)(ids), y, atol=1e-4) and not torch.allclose(y, plain(ids), atol=1e-2)
     assert set(model.state_dict()) == keys and not lora_rite.adapters(model)
+    half = adapted().bfloat16()
+    for m in lora_rite.adapters(half).values():
+        m.lora_A.data, m.lora_B.data = m.lora_A.data.float(), m.lora_B.data.float()
+    wanted = [(m.weight.float() + m.lora_B @ m.lora_A * m.lora_scale).bfloat16() for m in lora_rite.adapters(half).values()]
+    merged = [m.weight for m in lora_rite.adapters(half).values()]
+    lora_rite.merge(half)
+    assert all(torch.equal(w, m) for w, m in zip(wanted, merged)), "rounded once"
 
 
 @pytest.mark.parametrize("arguments,part", [((0,), "the rank is 0; it must be from 1 to 32"), ((33,), "the rank is 33"),
