@@ -224,11 +224,11 @@ def column(x):                                                       # (N) -> (N
 
 
 class Side(NamedTuple):
-    """One side of N pairs: what a step reads, sums over rows, what the last step left. All but the first three in float64."""
+    """One side of N pairs: what a step reads, sums over rows, what the last step left. All but x, g, M in float64."""
     x: torch.Tensor                                                  # (N, rows, r) factors, A transposed or B as it is
     g: torch.Tensor                                                  # (N, rows, r) gradients
     M: torch.Tensor                                                  # (N, rows, r) the moments that made the last step
-    good: torch.Tensor                                               # (N) whether g and its squares are finite; where not it counts as 0
+    good: torch.Tensor                                               # (N) whether g^2 is finite; where not, g counts as 0
     still: torch.Tensor                                              # (N) whether x holds still: g is missing, or not good
     K: torch.Tensor                                                  # (N, r, r) x^T x
     G: torch.Tensor                                                  # (N, r, r) g^T g
@@ -237,7 +237,7 @@ class Side(NamedTuple):
     I: torch.Tensor                                                  # (N, r, r) inverse root of K at the last step
     rho: torch.Tensor                                                # (N) escaped mass
     step: torch.Tensor                                               # (N) steps counted
-    lr: torch.Tensor                                                 # (N) learning rate of the last step, 0 if it held still
+    lr: torch.Tensor                                                 # (N) of the last step, 0 if x held still
     shrink: torch.Tensor                                             # (N) 1 - lr weight_decay of the last step
     skipped: torch.Tensor                                            # (N) gradients left out
 
@@ -470,10 +470,8 @@ def study(train, base, text, recipe, seeds, score):
             best = {arm: min(tried, key=lambda t: t[1] if math.isfinite(t[1]) else math.inf)[0] for arm, tried in sweep.items()}
             for arm, tried in sweep.items():
                 print(f"rank {rank:2} {arm:9} bits/byte " + "  ".join(f"{' x '.join(map('{:g}'.format, p))}: {b:.4f}" for p, b in tried))
-        runs = {arm: [] for arm in ARMS}
-        for arm, seed in ((arm, seed) for arm in ARMS for seed in seeds):
-            model, seconds = finetune(train, base, text, recipe, rank, arm, best[arm], seed)
-            runs[arm].append({**score(model), "seconds": seconds})
+        again = lambda model, seconds: {**score(model), "seconds": seconds}
+        runs = {arm: [again(*finetune(train, base, text, recipe, rank, arm, best[arm], seed)) for seed in seeds] for arm in ARMS}
         found[rank] = {"sweep": sweep, "best": best, "runs": runs}
     return found
 
@@ -486,19 +484,16 @@ def invariance(train, base, text, recipe, rank, points, steps=30):
         draw = torch.Generator().manual_seed(0)
         rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
         both = [inject(train.load_model(base, dtype=torch.float64)[0].double(), rank) for _ in range(2)]
-        with torch.no_grad():
-            for one, other in zip(*(adapters(model).values() for model in both)):
-                R = torch.linalg.qr(rand(rank, rank))[0] * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)    # of condition 10
-                one.lora_B.copy_(0.1 * rand(*one.lora_B.shape))
-                other.lora_A.copy_(torch.linalg.solve(R, one.lora_A))
-                other.lora_B.copy_(one.lora_B @ R)
+        for one, other in zip(*(adapters(model).values() for model in both)):
+            R = torch.linalg.qr(rand(rank, rank))[0] * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)        # of condition 10
+            one.lora_B.data = 0.1 * rand(*one.lora_B.shape)
+            other.lora_A.data, other.lora_B.data = torch.linalg.solve(R, one.lora_A.data), one.lora_B.data @ R
         optimizers, far[arm] = [ARMS[arm](pairs(model), *point) for model in both], []
         for step in range(steps + 1):
             Z, turned = ([(m.lora_B @ m.lora_A).detach() for m in adapters(model).values()] for model in both)
             far[arm].append((sum((z - t).square().sum() for z, t in zip(Z, turned)) / sum(z.square().sum() for z in Z)).sqrt().item())
-            starts = train.batch_starts(0, step, text[1], 2)
+            batch = train.windows(text[0], train.batch_starts(0, step, text[1], 2), recipe["block"] // 2, torch.device("cpu"))
             for model, optimizer in zip(both, optimizers):
-                batch = train.windows(text[0], starts, recipe["block"] // 2, torch.device("cpu"))
                 train.take_step(model, model, optimizer, [batch], clip=0)
     return far
 
@@ -508,12 +503,12 @@ def pydoc(train, folder, init, flags):
     GPT's, trained here as the flags say on the standard library without that text."""
     from pydoc_data.topics import topics
     library, pages, base = (folder / name for name in ("library", "pages", "base"))
-    for path in (library, pages):
-        path.mkdir()
+    pages.mkdir()
     for n, page in enumerate(topics.values()):
         (pages / f"{n}.txt").write_text(page, encoding="utf-8")
     if init:
         return Path(init), str(pages)
+    library.mkdir()
     for n, path in enumerate(train.find_documents("stdlib")):
         if path.parent.name != "pydoc_data":
             shutil.copy(path, library / f"{n}.py")
@@ -590,8 +585,8 @@ def step_times(train, base, recipe, rank):
     """-> {optimizer: ms of a training step of train.py, twice}"""
     flags = f"--bench --init {base} --lora-rank {rank} --batch-size {recipe['batch']} --block-size {recipe['block']} --device {recipe['device']}"
     times = {"adamw": [], "lora_rite": []}
-    for optim in [*times] * 2:                                       # in turn
-        with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
+        for optim in [*times] * 2:                                   # in turn
             times[optim].append(train.main([*flags.split(), "--optim", optim])["ms_per_step"])
     return times
 
@@ -600,7 +595,7 @@ def step_times(train, base, recipe, rank):
 
 def interval(values):
     """Mean and half width of its 95% interval, from Student's t."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    t = {2: 12.706, 3: 4.303, 4: 3.182}[len(values)]
     return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -647,7 +642,7 @@ def main(argv=None):
     for rank, found in result["ranks"].items():
         for arm, runs in found["runs"].items():
             for key in result["before"] if runs else ():
-                values, ours = [r[key] for r in runs], [r[key] for r in found["runs"]["LoRA-RITE"]]
+                values, ours = ([r[key] for r in found["runs"][a]] for a in (arm, "LoRA-RITE"))
                 line = f"rank {rank:2} {key:13} {arm:9} {statistics.mean(values):.4f}, before {result['before'][key]:.4f}"
                 if arm != "LoRA-RITE":
                     mean, half = interval([r - a for r, a in zip(ours, values)])
