@@ -73,7 +73,10 @@ def inject(model, rank=16, alpha=None, targets=TARGETS, seed=0):
     and freeze all else; the layers get parameters lora_A (rank, n) and lora_B (m, rank). alpha: the adapter counts alpha / rank times
     (default: once). -> the model. ValueError: a target that no layer has, a rank out of range, or adapters that are there already."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {target: {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)} for target in targets}
+    try:
+        found = {target: {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)} for target in targets}
+    except re.error as e:
+        raise ValueError(f"the targets {', '.join(targets)} are not all regular expressions ({e})") from None
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
         ends = sorted({name.rpartition(".")[2] for name in linears})
@@ -108,10 +111,14 @@ def pairs(model):
 def merge(model):
     """Add every adapter to the weights it stands beside, and take it away; all is left frozen. -> the model."""
     for m in adapters(model).values():
-        m.weight.add_((m.lora_B @ m.lora_A * m.lora_scale).to(m.weight.dtype))
+        m.weight.copy_(m.weight + m.lora_B @ m.lora_A * m.lora_scale)                        # rounded once
         m.lora_hook.remove()
         del m.lora_A, m.lora_B, m.lora_scale, m.lora_hook
     return model
+
+
+def peft_names(layers, prefix):                                      # -> {PEFT's name: (our layer's, lora_A or lora_B)}
+    return {f"base_model.model.{prefix}{n}.{key}.weight": (n, key) for n in layers for key in ("lora_A", "lora_B")}
 
 
 def save(model, folder, prefix=""):
@@ -121,50 +128,44 @@ def save(model, folder, prefix=""):
     layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
-    ranks, alphas = {m.lora_A.shape[0] for m in layers.values()}, {m.lora_A.shape[0] * m.lora_scale for m in layers.values()}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": max(ranks), "lora_alpha": max(alphas), "lora_dropout": 0.0, "bias": "none",
+    rank, scale = max((m.lora_A.shape[0], m.lora_scale) for m in layers.values())            # all are alike
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank * scale, "lora_dropout": 0.0, "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True, "base_model_name_or_path": None, "target_modules": [prefix + n for n in layers]}
-    tensors = {f"base_model.model.{prefix}{n}.lora_{k}.weight": getattr(m, f"lora_{k}").detach().cpu().contiguous()
-               for n, m in layers.items() for k in "AB"}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".adapter.{os.getpid()}"
-    try:                                                             # each file is there whole or not at all
-        save_file(tensors, draft, {"format": "pt"})
-        os.replace(draft, folder / "adapter_model.safetensors")
-        draft.write_text(json.dumps(config, indent=1))
-        os.replace(draft, folder / "adapter_config.json")
-    finally:
-        draft.unlink(missing_ok=True)
+    tensors = {name: getattr(layers[n], key).detach().cpu().contiguous() for name, (n, key) in peft_names(layers, prefix).items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as d:               # each file is there whole or not at all
+        save_file(tensors, Path(d, "adapter_model.safetensors"), {"format": "pt"})
+        Path(d, "adapter_config.json").write_text(json.dumps(config, indent=1))
+        for path in Path(d).iterdir():
+            os.replace(path, Path(folder, path.name))
 
 
 def load(model, folder, prefix=""):
     """Inject the adapters that `save` or PEFT wrote. ValueError: the folder holds none, or they do not fit the model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    folder, head = Path(folder), f"base_model.model.{prefix}"
     try:
-        config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+        config, tensors = json.loads(Path(folder, "adapter_config.json").read_text()), load_file(Path(folder, "adapter_model.safetensors"))
         rank, alpha, kind = config["r"], config["lora_alpha"], config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ValueError(f"{folder} holds no LoRA adapters that can be read ({type(e).__name__}: {e})") from None
     special = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(k)]
     if kind != "LORA" or special or config.get("bias", "none") != "none":
         raise ValueError(f"{folder} holds adapters of a kind that is not implemented ({', '.join(special) or kind}); only plain LoRA is")
-    names = {key.removeprefix(head).rpartition(".lora_")[0] for key in tensors}
-    lost = next((n for n in sorted(names) if not isinstance(dict(model.named_modules()).get(n), nn.Linear)), None)
-    if lost is not None or not names:
-        raise ValueError(f"{folder} has an adapter for {lost or 'nothing'}, which is no linear layer of the model")
-    shapes = {f"{head}{n}.lora_{k}.weight": (rank, m.in_features) if k == "A" else (m.out_features, rank)
-              for n, m in model.named_modules() if n in names for k in "AB"}
-    wrong = next((key for key in sorted({*shapes, *tensors}) if key not in tensors or tuple(tensors[key].shape) != shapes.get(key)), None)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {name.removeprefix(f"base_model.model.{prefix}").rpartition(".lora_")[0] for name in tensors}
+    lost = sorted(layers - linears.keys())
+    if lost or not layers:
+        raise ValueError(f"{folder} has an adapter for {lost[0] if lost and lost[0] else 'nothing'}, which is no linear layer of the model")
+    names = peft_names(layers, prefix)
+    shapes = {name: (rank, linears[n].in_features) if key == "lora_A" else (linears[n].out_features, rank) for name, (n, key) in names.items()}
+    wrong = next((name for name in sorted({*shapes, *tensors}) if name not in tensors or tuple(tensors[name].shape) != shapes.get(name)), None)
     if wrong is not None:
         raise ValueError(f"{folder}: the tensor {wrong} is missing, or is not {shapes.get(wrong, 'one of an adapter')}")
-    inject(model, rank, alpha, [re.escape(n) for n in names])
+    inject(model, rank, alpha, [re.escape(n) for n in layers])
     with torch.no_grad():
-        for n, m in adapters(model).items():
-            for k in "AB":
-                getattr(m, f"lora_{k}").copy_(tensors[f"{head}{n}.lora_{k}.weight"])
+        for name, (n, key) in names.items():
+            getattr(linears[n], key).copy_(tensors[name])
     return model
 
 
@@ -214,49 +215,59 @@ def inverse_root(K):
     return torch.where(good, torch.linalg.solve_triangular(torch.where(good, R, eye), eye, upper=True), safe)
 
 
-class Grams(NamedTuple):
-    """What a side of N pairs is reduced to, all float64."""
+def trace(x):                                                        # (N, r, r) -> (N)
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def column(x):                                                       # (N) -> (N, 1, 1)
+    return x[:, None, None]
+
+
+class Side(NamedTuple):
+    """One side of N pairs: what a step reads, sums over rows, what the last step left. All but x, g, M in float64."""
+    x: torch.Tensor                                                  # (N, rows, r) factors, A transposed or B as it is
+    g: torch.Tensor                                                  # (N, rows, r) gradients
+    M: torch.Tensor                                                  # (N, rows, r) the moments that made the last step
+    good: torch.Tensor                                               # (N) whether g^2 is finite; where not, g counts as 0
+    still: torch.Tensor                                              # (N) whether x holds still: g is missing, or not good
     K: torch.Tensor                                                  # (N, r, r) x^T x
     G: torch.Tensor                                                  # (N, r, r) g^T g
-    T: torch.Tensor                                                  # (N, r, r) x^T M, M the moment that made the last step
-    good: torch.Tensor                                               # (N) whether the gradient is finite; where not it counts as 0
-
-    @staticmethod
-    def of(x, g, M):                                                 # (N, rows, r) each
-        x, g, M = x.double(), g.double(), M.double()
-        good = g.isfinite().all(-1).all(-1)
-        g = torch.where(good[:, None, None], g, 0)
-        K, T = x.mT @ x, x.mT @ M
-        return Grams(torch.where(K.isfinite(), K, 0), g.mT @ g, torch.where(T.isfinite(), T, 0), good)
-
-
-class Small(NamedTuple):
-    """State of a side of N pairs beside the moment M (N, rows, r), float64."""
+    T: torch.Tensor                                                  # (N, r, r) x^T M
     V: torch.Tensor                                                  # (N, r, r) second moment, in the basis of the other side
-    I: torch.Tensor                                                  # (N, r, r) inverse root of this side at the last step
+    I: torch.Tensor                                                  # (N, r, r) inverse root of K at the last step
     rho: torch.Tensor                                                # (N) escaped mass
     step: torch.Tensor                                               # (N) steps counted
-    lr: torch.Tensor                                                 # (N) learning rate of the last step, 0 if it held still
+    lr: torch.Tensor                                                 # (N) of the last step, 0 if x held still
     shrink: torch.Tensor                                             # (N) 1 - lr weight_decay of the last step
+    skipped: torch.Tensor                                            # (N) gradients left out
+
+    @staticmethod
+    def of(ps, states, A):
+        """Of parameters of one shape and their states; A: they are As."""
+        tall = lambda tensors: torch.stack([t.mT if A else t for t in tensors]).to(states[0]["m"].dtype)                     # (N, rows, r)
+        x, M = tall(ps), tall([s["m"] for s in states])
+        g = tall([torch.zeros_like(p) if p.grad is None else p.grad for p in ps])
+        K, G, T = (a.double().mT @ b.double() for a, b in ((x, x), (g, g), (x, M)))          # (N, r, r)
+        good = G.isfinite().all(-1).all(-1)
+        still = ~good | torch.tensor([p.grad is None for p in ps]).to(x.device, non_blocking=True)
+        K, G, T = (torch.where(fine, sums, 0) for fine, sums in ((K.isfinite(), K), (column(good), G), (T.isfinite(), T)))
+        return Side(x, g, M, good, still, K, G, T, *(torch.stack([s[name] for s in states]) for name in Side._fields[8:]))
 
 
-def update(side, other, h2, I, I_other, small, small_other, c, rows, beta1, beta2, eps, escape, own_count):
-    """One side's r x r part of a step. side, other: Grams; h2 (N, r, r) = h^T h, 0 where it is skipped; I, I_other (N, r, r): inverse roots
-    now; small, small_other: Small of the last step; c (): scale of the gradient; rows: of this side's factor.
-    -> D, C (N, r, r), with which M becomes M D^T + g C; V, rho, step."""
-    column = lambda x: x[:, None, None]                                                      # (N) -> (N, 1, 1)
-    step = small.step + (h2.diagonal(dim1=-2, dim2=-1).sum(-1) > 0) if own_count else small.step + 1
+def update(side, other, I_other, h2, c, beta1, beta2, eps, escape, own_count):
+    """A Side's r x r part of a step, given its partner, whose inverse root is now I_other (N, r, r); h2 (N, r, r) = h^T h, 0 where it is
+    skipped; c (): scale of the gradient. -> D, C (N, r, r), with which M becomes M D^T + g C; V, rho, step."""
+    step = side.step + (trace(h2) > 0) if own_count else side.step + 1
     t = step.clamp(min=1)
     d1, d2 = decay(beta1, t), decay(beta2, t)                                                # (N)
-    undone = other.K + column(small_other.lr) * other.T @ small.I.mT                         # (N, r, r) x_now^T x_old, times shrink
-    P = I_other.mT @ undone @ small_other.I / column(small_other.shrink)
-    moved = P @ small.V @ P.mT
-    rho = small.rho
+    undone = other.K + column(other.lr) * other.T @ side.I.mT                                # (N, r, r) x_now^T x_old, times shrink
+    P = I_other.mT @ undone @ other.I / column(other.shrink)
+    moved, rho = P @ side.V @ P.mT, side.rho
     if escape:
-        eigenvalues = torch.linalg.eigvalsh(torch.stack([small.V, moved]))                   # (2, N, r), ascending
-        worst = (eigenvalues[0] - eigenvalues[1]).amax(-1).clamp(min=0)
-        rho = d2 * (rho + torch.minimum(worst, (eigenvalues[0] - eigenvalues[1]).sum(-1).clamp(min=0)))
-    V = column(d2) * moved + column(1 - d2) * c ** 2 * h2 / rows
+        before, after = torch.linalg.eigvalsh(torch.stack([side.V, moved]))                  # (N, r) each, ascending
+        lost = before - after
+        rho = d2 * (rho + torch.minimum(lost.amax(-1).clamp(min=0), lost.sum(-1).clamp(min=0)))
+    V = column(d2) * moved + column(1 - d2) * c ** 2 * h2 / side.x.shape[1]
     w, Q = torch.linalg.eigh((V + V.mT) / 2)
     inverse = Q * (1 / ((w.clamp(min=0) + rho[:, None]).sqrt() + eps))[:, None] @ Q.mT       # (V + rho)^1/2 + eps, inverted
     return column(d1) * P, column(1 - d1) * c * I_other @ inverse, V, rho, step
@@ -278,8 +289,9 @@ class LoRARITE(torch.optim.Optimizer):
     own_count     count a factor's steps from its first gradient that is not 0 (after B = 0, A's is 0); else all steps, as released
 
     State: a moment like the parameter in at least float32, and r x r matrices in float64. The kernel takes contiguous pairs in float32,
-    float16 and bfloat16 up to rank 64 on CUDA and never waits for the device; elsewhere torch's own eigensolver does. A factor without gradient holds still; one whose gradient is not finite does, too, for that step.
-    state[A or B]["skipped"] counts both the latter and what `skip` left out.
+    float16 and bfloat16 up to rank 64 on CUDA and never waits for the device; elsewhere torch's own eigensolver does. A factor without
+    gradient holds still; one whose gradient or its square is not finite does, too, for that step. state[A or B]["skipped"] counts both
+    the latter and what `skip` left out.
     ValueError: an option out of range, a parameter without its partner, a device without float64."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, skip=0.0, weight_decay=0.0, escape=False, own_count=False):
@@ -303,15 +315,20 @@ class LoRARITE(torch.optim.Optimizer):
             if A.device.type == "mps":
                 raise ValueError("LoRA-RITE needs float64 for its r x r matrices, which mps does not have; use the CPU")
 
-    def small(self, p, rank):
-        """-> the state of p, made when it is first seen. What is r x r lies together with its five numbers, as the kernel wants it."""
-        state = self.state[p]
-        if not state:
-            numbers = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
+    def small(self, p, rank, saved=None):
+        """-> the state of p, made when it is first seen, and anew where p or the state was cast or moved. The kernel is given addresses: it
+        wants all that is r x r together with the five numbers. saved: what to take instead of what there is."""
+        state, size = self.state[p], 16 * rank * rank                # bytes of V and I
+        if saved or not state or state["skipped"].data_ptr() - state["V"].data_ptr() != size + 32 \
+                or (m := state["m"]).element_size() != max(4, p.element_size()) or m.device != p.device:
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            old, numbers = dict(saved or state), torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
             V, I = numbers[:-5].view(2, rank, rank)
-            state.update(m=torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format),
-                         V=V, I=I, **dict(zip(("rho", "step", "lr", "shrink", "skipped"), numbers[-5:])))
+            state.update(m=torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format), V=V, I=I,
+                         **dict(zip(("rho", "step", "lr", "shrink", "skipped"), numbers[-5:])))
             state["shrink"].fill_(1)
+            for name, tensor in old.items():
+                state[name].copy_(tensor)
         return state
 
     @staticmethod
@@ -319,86 +336,74 @@ class LoRARITE(torch.optim.Optimizer):
         return kernel and A.is_cuda and kernel.takes(A, B)
 
     def batches(self):
-        """-> [(fused, group, [A, ...], [B, ...]), ...]: the pairs with gradients; those of one rank together for the kernel, else those
-        of equal shape."""
+        """-> [(fused, group, [(A, B), ...]), ...]: the pairs with gradients; those of one rank together for the kernel, else those of
+        equal shape."""
         found = {}
         for n, group in enumerate(self.param_groups):
             for A, B in zip(group["params"][::2], group["params"][1::2]):
                 if A.grad is not None or B.grad is not None:
                     fused = self.fits(A, B)
                     key = (n, A.shape[0], A.dtype, A.device) if fused else (n, A.shape, B.shape, A.dtype, B.dtype, A.device)
-                    _, _, *sides = found.setdefault(key, (fused, group, [], []))
-                    for p, kept in zip((A, B), sides):
-                        kept.append(p)
+                    found.setdefault(key, (fused, group, []))[2].append((A, B))
         return list(found.values())
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = torch.enable_grad()(closure)() if closure else None
-        work = [(self.fused if fused else self.eager)(group, *sides) for fused, group, *sides in self.batches()]
-        total = sum(part for part, _ in work)                        # |h|^2 over all pairs
+        work = [(self.fused if fused else self.eager)(group, pairs) for fused, group, pairs in self.batches()]
+        total = sum(part.to(work[0][0].device) for part, _ in work)  # |h|^2 over all pairs
         for _, finish in work:
             finish(total)
         return loss
 
-    def fused(self, group, *sides):
+    def fused(self, group, pairs):
         """What `eager` does, with the same numbers."""
-        rank = sides[0][0].shape[0]
-        of = lambda p, state: kernel.Side(p, p.grad if p.grad is None else p.grad.contiguous(), state["m"], state["V"])
-        return kernel.measure([of(p, self.small(p, rank)) for pair in zip(*sides) for p in pair], group["skip"], *group["betas"],
+        sides, rank = [], pairs[0][0].shape[0]
+        for p in (p for pair in pairs for p in pair):
+            state = self.small(p, rank)
+            sides.append(kernel.Side(p, p.grad if p.grad is None else p.grad.contiguous(), state["m"], state["V"]))
+        return kernel.measure(sides, group["skip"], *group["betas"],
                               *(group[name] for name in ("eps", "clip", "weight_decay", "lr", "escape", "own_count")))
 
-    def eager(self, group, *sides):
+    def eager(self, group, pairs):
         """The first half of a step for pairs of equal shape -> their |h|^2 (), and a function that is given its sum over all pairs and does
         the second half."""
-        if sides[0][0].is_cuda and not kernel:
+        if pairs[0][0].is_cuda and not kernel:
             warn_slow()
-        states = [[self.small(p, sides[0][0].shape[0]) for p in side] for side in sides]
-        wide = [states[k][0]["m"].dtype for k in (0, 1)]
-        tall = lambda tensors, k: torch.stack([t.mT if k == 0 else t for t in tensors]).to(wide[k])                  # (N, rows, r)
-        x, M = ([tall(tensors, k) for k, tensors in enumerate(both)] for both in (sides, [[s["m"] for s in side] for side in states]))
-        g = [tall([torch.zeros_like(p) if p.grad is None else p.grad for p in side], k) for k, side in enumerate(sides)]
-        grams = [Grams.of(*three) for three in zip(x, g, M)]
-        small = [Small(*(torch.stack([s[name] for s in side]) for name in Small._fields)) for side in states]
-        I, h2, skipped = [inverse_root(side.K) for side in grams], [], []
-        for k in (0, 1):
-            h2.append(I[1 - k].mT @ grams[k].G @ I[1 - k])                                   # (N, r, r)
-            trace = h2[k].diagonal(dim1=-2, dim2=-1).sum(-1)                                 # (N) |h|^2
-            limit = group["skip"] ** 2 * x[k].shape[1] * x[k].shape[2] if group["skip"] else math.inf
-            skipped.append(~(grams[k].good & (trace <= limit)))
-            h2[k] = torch.where(skipped[k][:, None, None], 0, h2[k])
+        factors, rank = list(zip(*pairs)), pairs[0][0].shape[0]      # (A, A, ...), (B, B, ...)
+        states = [[self.small(p, rank) for p in ps] for ps in factors]
+        sides = [Side.of(ps, s, A=k == 0) for k, (ps, s) in enumerate(zip(factors, states))]
+        roots, h2, skipped = [inverse_root(side.K) for side in sides], [], []
+        for side, I in zip(sides, roots[::-1]):
+            h2.append(I.mT @ side.G @ I)                                                     # (N, r, r)
+            limit = group["skip"] ** 2 * side.x[0].numel() if group["skip"] else math.inf
+            skipped.append(~(side.good & (trace(h2[-1]) <= limit)))
+            h2[-1] = torch.where(column(skipped[-1]), 0, h2[-1])
 
         def finish(total):
-            norm = total.to(x[0].device).sqrt()
+            norm = total.to(roots[0].device).sqrt()
             c = torch.where(norm > group["clip"], group["clip"] / norm, 1.0) if group["clip"] else torch.ones_like(norm)
-            options = dict(eps=group["eps"], escape=group["escape"], own_count=group["own_count"])
-            for k in (0, 1):
-                D, C, V, rho, step = update(grams[k], grams[1 - k], h2[k], I[k], I[1 - k], small[k], small[1 - k], c, x[k].shape[1],
-                                            *group["betas"], **options)
-                still = torch.tensor([p.grad is None for p in sides[k]]).to(x[k].device, non_blocking=True) | ~grams[k].good
-                lr = torch.where(still, 0.0, torch.as_tensor(group["lr"], dtype=torch.float64, device=x[k].device))           # (N)
-                shrink, kind = 1 - lr * group["weight_decay"], x[k].dtype
-                gradient = torch.where(skipped[k][:, None, None], 0, g[k])
-                m = M[k] @ D.mT.to(kind) + gradient @ C.to(kind)                             # (N, rows, r)
-                new = shrink[:, None, None].to(kind) * x[k] - m @ (lr[:, None, None] * I[1 - k].mT).to(kind)
-                kept = dict(m=m.mT if k == 0 else m, V=V, I=I[k], rho=rho, step=step, lr=lr, shrink=shrink,
-                            skipped=torch.stack([s["skipped"] for s in states[k]]) + skipped[k])
+            for k, side in enumerate(sides):
+                I, kind = roots[1 - k], side.x.dtype
+                D, C, V, rho, step = update(side, sides[1 - k], I, h2[k], c, *group["betas"],
+                                            *(group[name] for name in ("eps", "escape", "own_count")))
+                lr = torch.where(side.still, 0.0, torch.as_tensor(group["lr"], dtype=torch.float64, device=I.device))        # (N)
+                shrink, g = 1 - lr * group["weight_decay"], torch.where(column(skipped[k]), 0, side.g)
+                m = side.M @ D.mT.to(kind) + g @ C.to(kind)                                  # (N, rows, r)
+                x = column(shrink).to(kind) * side.x - m @ (column(lr) * I.mT).to(kind)
+                kept = dict(m=m if k else m.mT, V=V, I=roots[k], rho=rho, step=step, lr=lr, shrink=shrink, skipped=side.skipped + skipped[k])
                 for name, values in kept.items():
                     torch._foreach_copy_([s[name] for s in states[k]], list(values.unbind()))
-                torch._foreach_copy_(sides[k], list((new.mT if k == 0 else new).unbind()))
-        return sum(part.diagonal(dim1=-2, dim2=-1).sum() for part in h2), finish
+                torch._foreach_copy_(factors[k], list((x if k else x.mT).unbind()))
+        return sum(trace(part).sum() for part in h2), finish
 
     def load_state_dict(self, state_dict):
-        """As any optimizer's, but each tensor keeps the dtype it was saved in: torch would cast it to the parameter's."""
+        """As any optimizer's, but torch would cast float64 to the parameter's dtype."""
         super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
-            if i in state_dict["state"]:
-                state = state_dict["state"][i]
-                self.state[p] = {}
-                for name, kept in self.small(p, len(state["V"])).items():
-                    kept.copy_(state[name])
-                self.state[p]["m"] = state["m"].detach().clone().to(p.device)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"])):
+            if saved := state_dict["state"].get(i):
+                self.small(p, len(saved["V"]), saved)
 
 
 def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, rite_clip=1.0, skip=0.0, escape=False, own_count=False):
@@ -465,10 +470,8 @@ def study(train, base, text, recipe, seeds, score):
             best = {arm: min(tried, key=lambda t: t[1] if math.isfinite(t[1]) else math.inf)[0] for arm, tried in sweep.items()}
             for arm, tried in sweep.items():
                 print(f"rank {rank:2} {arm:9} bits/byte " + "  ".join(f"{' x '.join(map('{:g}'.format, p))}: {b:.4f}" for p, b in tried))
-        runs = {arm: [] for arm in ARMS}
-        for arm, seed in ((arm, seed) for arm in ARMS for seed in seeds):
-            model, seconds = finetune(train, base, text, recipe, rank, arm, best[arm], seed)
-            runs[arm].append({**score(model), "seconds": seconds})
+        again = lambda model, seconds: {**score(model), "seconds": seconds}
+        runs = {arm: [again(*finetune(train, base, text, recipe, rank, arm, best[arm], seed)) for seed in seeds] for arm in ARMS}
         found[rank] = {"sweep": sweep, "best": best, "runs": runs}
     return found
 
@@ -481,19 +484,16 @@ def invariance(train, base, text, recipe, rank, points, steps=30):
         draw = torch.Generator().manual_seed(0)
         rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
         both = [inject(train.load_model(base, dtype=torch.float64)[0].double(), rank) for _ in range(2)]
-        with torch.no_grad():
-            for one, other in zip(*(adapters(model).values() for model in both)):
-                R = torch.linalg.qr(rand(rank, rank))[0] * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)    # of condition 10
-                one.lora_B.copy_(0.1 * rand(*one.lora_B.shape))
-                other.lora_A.copy_(torch.linalg.solve(R, one.lora_A))
-                other.lora_B.copy_(one.lora_B @ R)
+        for one, other in zip(*(adapters(model).values() for model in both)):
+            R = torch.linalg.qr(rand(rank, rank))[0] * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)        # of condition 10
+            one.lora_B.data = 0.1 * rand(*one.lora_B.shape)
+            other.lora_A.data, other.lora_B.data = torch.linalg.solve(R, one.lora_A.data), one.lora_B.data @ R
         optimizers, far[arm] = [ARMS[arm](pairs(model), *point) for model in both], []
         for step in range(steps + 1):
             Z, turned = ([(m.lora_B @ m.lora_A).detach() for m in adapters(model).values()] for model in both)
             far[arm].append((sum((z - t).square().sum() for z, t in zip(Z, turned)) / sum(z.square().sum() for z in Z)).sqrt().item())
-            starts = train.batch_starts(0, step, text[1], 2)
+            batch = train.windows(text[0], train.batch_starts(0, step, text[1], 2), recipe["block"] // 2, torch.device("cpu"))
             for model, optimizer in zip(both, optimizers):
-                batch = train.windows(text[0], starts, recipe["block"] // 2, torch.device("cpu"))
                 train.take_step(model, model, optimizer, [batch], clip=0)
     return far
 
@@ -503,12 +503,12 @@ def pydoc(train, folder, init, flags):
     GPT's, trained here as the flags say on the standard library without that text."""
     from pydoc_data.topics import topics
     library, pages, base = (folder / name for name in ("library", "pages", "base"))
-    for path in (library, pages):
-        path.mkdir()
+    pages.mkdir()
     for n, page in enumerate(topics.values()):
         (pages / f"{n}.txt").write_text(page, encoding="utf-8")
     if init:
         return Path(init), str(pages)
+    library.mkdir()
     for n, path in enumerate(train.find_documents("stdlib")):
         if path.parent.name != "pydoc_data":
             shutil.copy(path, library / f"{n}.py")
@@ -585,8 +585,8 @@ def step_times(train, base, recipe, rank):
     """-> {optimizer: ms of a training step of train.py, twice}"""
     flags = f"--bench --init {base} --lora-rank {rank} --batch-size {recipe['batch']} --block-size {recipe['block']} --device {recipe['device']}"
     times = {"adamw": [], "lora_rite": []}
-    for optim in [*times] * 2:                                       # in turn
-        with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
+        for optim in [*times] * 2:                                   # in turn
             times[optim].append(train.main([*flags.split(), "--optim", optim])["ms_per_step"])
     return times
 
@@ -595,7 +595,7 @@ def step_times(train, base, recipe, rank):
 
 def interval(values):
     """Mean and half width of its 95% interval, from Student's t."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    t = {2: 12.706, 3: 4.303, 4: 3.182}[len(values)]
     return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -642,7 +642,7 @@ def main(argv=None):
     for rank, found in result["ranks"].items():
         for arm, runs in found["runs"].items():
             for key in result["before"] if runs else ():
-                values, ours = [r[key] for r in runs], [r[key] for r in found["runs"]["LoRA-RITE"]]
+                values, ours = ([r[key] for r in found["runs"][a]] for a in (arm, "LoRA-RITE"))
                 line = f"rank {rank:2} {key:13} {arm:9} {statistics.mean(values):.4f}, before {result['before'][key]:.4f}"
                 if arm != "LoRA-RITE":
                     mean, half = interval([r - a for r, a in zip(ours, values)])

@@ -3,7 +3,7 @@
 Anything after the name goes to pytest. Without a GPU the kernels run in Triton's interpreter, and what needs a GPU is
 listed as skipped. The order is that of the files: the model, the kernel, runs on disk, bad input, processes, the house.
 """
-import ast, base64, csv, hashlib, importlib.util, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time
+import ast, base64, copy, csv, hashlib, importlib.util, json, math, os, random, re, resource, shlex, signal, subprocess, sys, time, weakref
 from functools import partial
 from pathlib import Path
 
@@ -1211,7 +1211,7 @@ def test_lora_rite_in_float32_follows_float64():
     assert apart([p.double() for p in descend(turned, loss, dtype=torch.float32)[0]], truth) < 2e-3
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
 def test_lora_rite_skips_a_bad_gradient(bad):
     AB, _ = low_rank(count=3)
     ps = [torch.nn.Parameter(p.clone()) for pair in AB for p in pair]
@@ -1299,6 +1299,31 @@ def test_lora_rite_state_round_trip(options, tmp_path):
     c.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     go(c, nets[1], range(3, 6))
     assert same(nets[0], nets[1]) and same(a.state_dict(), c.state_dict())
+
+
+@pytest.mark.parametrize("what", ["loaded", "parameters", "state"])
+def test_lora_rite_state_follows_its_parameters(what):
+    """The kernel is given addresses: a state saved with other dtypes, parameters that are cast, tensors that are moved one by one."""
+    pytest.importorskip("triton")
+    AB, grads = rite_problem([(3, 20, 12)], 2, torch.float32)
+    ps, opt = rite_run(EagerRite, AB, grads[:1], torch.float32 if what == "state" else torch.float64, "cpu", escape=True, weight_decay=0.1)
+    if what == "parameters":
+        for p in ps:
+            p.data = p.data.float()
+    elif what == "state":
+        for state in opt.state.values():
+            state.update({k: v.clone() for k, v in state.items()})
+    elif what == "loaded":
+        saved, ps = opt.state_dict(), [torch.nn.Parameter(p.detach().float()) for p in ps]
+        opt = EagerRite([{"params": ps, "pair": True}])
+        opt.load_state_dict(saved)
+    go_on = copy.deepcopy((ps, opt))
+    for (qs, o), fits in (((ps, opt), FusedRite.fits), (go_on, EagerRite.fits)):
+        for q, g in zip(qs, grads[1]):
+            q.data, q.grad = q.data.to(DEVICE), g.to(DEVICE)
+        o.fits = fits
+        o.step()
+    assert apart(ps, go_on[0]) < 1e-6 and all(opt.state[p]["m"].dtype == torch.float32 for p in ps)
 
 
 def test_lora_rite_refuses_bad_input():
@@ -1452,6 +1477,25 @@ def test_lora_rite_kernel_takes_all_pairs_at_once(monkeypatch):
     assert launches == [("grams", 9), ("roots", 6), ("moments", 6), ("apply", 9)]
 
 
+def test_lora_rite_kernel_keeps_the_tables_of_a_graph(monkeypatch):
+    """A graph reads at each replay what was uploaded when it was recorded; until then, the memory that its own uploads go to is empty."""
+    pytest.importorskip("triton")
+    from kernels import lora_rite as kernel
+    monkeypatch.setattr(kernel, "TABLES", {})
+    monkeypatch.setattr(kernel, "RECORDED", [])
+    rows = [((n, 0, 0, 0, 1, 0, 1), (n, 0, 0, 0, 1, 1, 2)) for n in range(99)]
+    kept = [weakref.ref(kernel.tables(rows[0], torch.device("cpu"))[0])]
+    monkeypatch.setattr(kernel, "recording", lambda device: True)
+    kept += [weakref.ref(kernel.tables(rows[n], torch.device("cpu"))[0]) for n in (0, 1)]
+    monkeypatch.setattr(kernel, "recording", lambda device: False)
+    fresh = weakref.ref(kernel.tables(rows[1], torch.device("cpu"))[0])
+    assert kept[0]() is kept[1]() and fresh() is not kept[2]()
+    for row in rows:
+        table, owner = kernel.tables(row, torch.device("cpu"))
+        assert table.tolist() == [list(side) for side in row] and owner.tolist() == [0, 1, 1]
+    assert len(kernel.TABLES) == 64 and all(table() is not None for table in kept) and fresh() is None
+
+
 def test_lora_rite_kernel_and_pytorch_side_by_side():
     """Pairs that the kernel does not take share the norm with those it takes; an lr may be a tensor; state goes from one to the other."""
     pytest.importorskip("triton")
@@ -1501,7 +1545,26 @@ def test_lora_rite_kernel_repeats_itself_and_never_waits():
 
 
 @gpu
+def test_lora_rite_over_two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    AB, grads = rite_problem([(4, 30, 20), (4, 12, 40)], 3, torch.float32)
+
+    def go(second, make):
+        ps = [torch.nn.Parameter(p.to(device, copy=True)) for pair, device in zip(AB, ("cuda:0", second)) for p in pair]
+        opt = make([{"params": ps, "pair": True}], 0.05, clip=0.3)
+        for gs in grads:
+            for p, g in zip(ps, gs):
+                p.grad = g.to(p.device)
+            opt.step()
+        return [p.detach().cpu() for p in ps]
+    for make in FusedRite, EagerRite:
+        assert apart(go("cuda:1", make), go("cuda:0", make)) < 1e-5
+
+
+@gpu
 def test_lora_rite_in_a_cuda_graph():
+    from kernels import lora_rite as kernel
     AB, grads = rite_problem([(16, 200, 300)], 8, torch.float32)
     nets = [[torch.nn.Parameter(p.cuda()) for pair in AB for p in pair] for _ in range(2)]
     a, b = (lora_rite.LoRARITE([{"params": ps, "pair": True}], 0.05) for ps in nets)
@@ -1516,6 +1579,8 @@ def test_lora_rite_in_a_cuda_graph():
         if t == 3:
             with torch.cuda.graph(graph):
                 a.step()
+            for n in range(70):                                      # would take the place of a table that had been freed
+                kernel.tables(((n, 0, 0, 0, 1, 0, 1),) * 2, nets[0][0].device)
         a.step() if t < 3 else graph.replay()
     assert same(*nets) and a.state[nets[0][0]]["step"] == 8
 
@@ -1548,11 +1613,18 @@ def test_lora_injects_freezes_and_merges():
         y, keys = model(ids), set(plain.state_dict())
         assert torch.allclose(lora_rite.merge(model)(ids), y, atol=1e-4) and not torch.allclose(y, plain(ids), atol=1e-2)
     assert set(model.state_dict()) == keys and not lora_rite.adapters(model)
+    half = adapted().bfloat16()
+    for m in lora_rite.adapters(half).values():
+        m.lora_A.data, m.lora_B.data = m.lora_A.data.float(), m.lora_B.data.float()
+    wanted = [(m.weight.float() + m.lora_B @ m.lora_A * m.lora_scale).bfloat16() for m in lora_rite.adapters(half).values()]
+    merged = [m.weight for m in lora_rite.adapters(half).values()]
+    lora_rite.merge(half)
+    assert all(torch.equal(w, m) for w, m in zip(wanted, merged)), "rounded once"
 
 
 @pytest.mark.parametrize("arguments,part", [((0,), "the rank is 0; it must be from 1 to 32"), ((33,), "the rank is 33"),
                                             ((4, None, ("q_proj", "z_proj")), "no linear layer is called z_proj; there are down_proj, gate"),
-                                            ((4, None, ()), "no linear layer")], ids=str)
+                                            ((4, None, ()), "no linear layer"), ((4, None, ("q_proj", "(")), "regular")], ids=str)
 def test_lora_refuses_bad_targets_and_ranks(arguments, part):
     model = small_gpt()
     with pytest.raises(ValueError, match=part):

@@ -20,7 +20,6 @@ against 28 of AdamW. At the 4.22 TB/s that a copy reaches on an H200, 72 pairs o
 What counts are launches and the r x r work, whose programs all run side by side: a sweep at r = 16 is 15 rounds one after another.
 Limits: r up to 64; float32, float16 and bfloat16 parameters, float32 moments; a factor has fewer than 2^31 elements.
 """
-import functools
 import math
 from typing import NamedTuple
 
@@ -354,17 +353,33 @@ class Side(NamedTuple):
 
 
 def takes(A, B):
-    return A.dtype == B.dtype and A.dtype in TYPES and A.shape[0] <= max(CONFIG) and A.is_contiguous() and B.is_contiguous()
+    return A.dtype == B.dtype and A.dtype in TYPES and A.shape[0] <= 64 and A.is_contiguous() and B.is_contiguous()
 
 
-@functools.lru_cache(64)
-def upload(rows, device):
-    """-> the table (S, COLUMNS) int64 and for each program its side (P) int32, on the device; gradients tend to be where they were."""
-    table = torch.tensor(rows)
-    owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), table[:, 6])
-    if device.type == "cuda":                                        # pinned, or the host would wait
-        table, owner = table.pin_memory(), owner.pin_memory()
-    return table.to(device, non_blocking=True), owner.to(device, non_blocking=True)
+TABLES, RECORDED = {}, []                                            # of late, as gradients tend to be where they were; of CUDA graphs
+
+
+def recording(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def tables(rows, device):
+    """-> the table (S, COLUMNS) int64 and for each program its side (P) int32, on the device. What a graph copies and reads at each replay
+    is never freed, and until it is replayed, nothing has been copied."""
+    found = TABLES.get((rows, device))
+    if not found:
+        table = torch.tensor(rows)
+        host = table, torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), table[:, 6])
+        if device.type == "cuda":                                    # pinned, or the host would wait
+            host = [t.pin_memory() for t in host]
+        found = *(t.to(device, non_blocking=True) for t in host), host
+        if not recording(device):
+            TABLES[rows, device] = found
+            if len(TABLES) > 64:
+                del TABLES[next(iter(TABLES))]
+    if recording(device):
+        RECORDED.append(found)
+    return found[:2]
 
 
 def measure(sides, skip, beta1, beta2, eps, clip, weight_decay, lr, escape, own_count):
@@ -381,7 +396,7 @@ def measure(sides, skip, beta1, beta2, eps, clip, weight_decay, lr, escape, own_
         row = x.data_ptr(), 0 if g is None else g.data_ptr(), m.data_ptr(), state.data_ptr(), length, first, programs
         rows.append(row)
         first, bits = first + programs, bits | row[0] | row[1] | row[2] | length
-    table, owner = upload(tuple(rows), device)
+    table, owner = tables(tuple(rows), device)
     S, common = len(rows), dict(X=X, ALIGNED=bits % 16 == 0, RANK=rank, R=R, BLOCK=block, CHUNK=chunk, num_warps=warps)
     solve = dict(RANK=rank, ROUNDS=triton.next_power_of_2(rank), R=R, num_warps=small_warps, num_stages=1)
     partial = torch.empty(first, 3, R, R, dtype=torch.float64, device=device)
@@ -393,6 +408,7 @@ def measure(sides, skip, beta1, beta2, eps, clip, weight_decay, lr, escape, own_
 
     def finish(total):
         move, there = torch.empty(S, 3, R, R, device=device), torch.is_tensor(lr) and lr.device == device
+        total = total.to(device)
         logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
         with torch.cuda.device_of(x):
             moments_kernel[(S,)](table, small, number, total, move, R, 0.0 if there else float(lr), *logs, float(eps), float(clip) or math.inf,
