@@ -340,9 +340,9 @@ def split(n, chain, band, quads):
 
 
 @functools.lru_cache(64)
-def arrange(sizes, apart, run, limit, device):
+def arrange(sizes, apart, run, limit):
     """-> the first program of each tensor and how many it has, for tensors of `sizes` (elements, elements of a chunk); all programs; and who
-    does what, in which order, (2 P, 2) int32 on the device: a tensor and the chunk of which to take the statistics, or, as -1 - tensor, to
+    does what, in which order, (2 P, 2) int32: a tensor and the chunk of which to take the statistics, or, as -1 - tensor, to
     apply u to. Updates come one piece later than statistics; `apart` all come last."""
     counts, pieces, size = [-(-n // (chunk * run)) for n, chunk in sizes], [[]], 0
     for t, (n, _) in enumerate(sizes):
@@ -357,19 +357,27 @@ def arrange(sizes, apart, run, limit, device):
     long = torch.tensor([counts[t if t >= 0 else -1 - t] for t in order])
     chunks = torch.arange(long.sum()) - torch.repeat_interleave(long.cumsum(0) - long, long)
     items = torch.stack([torch.repeat_interleave(torch.tensor(order), long), chunks], 1).int()
-    return [(sum(counts[:t]), count) for t, count in enumerate(counts)], sum(counts), send(items, device)
+    return [(sum(counts[:t]), count) for t, count in enumerate(counts)], sum(counts), items
 
 
-def send(x, device):
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x      # not pinned, the host would wait
+TABLES, RECORDED = {}, []                                            # of late, as gradients tend to be where they were; of CUDA graphs
 
 
-recorded = []                                                        # what CUDA graphs read, which must outlive the caches
-
-
-@functools.lru_cache(64)
-def upload(rows, device):                                            # gradients tend to be where they were
-    return send(torch.tensor(rows), device)
+def there(key, make, device):
+    """-> make() on the device, or what it was with the same key of late. What a CUDA graph copies and reads at each replay is never freed,
+    and until it is replayed, nothing has been copied."""
+    recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    found = TABLES.get((key, device))
+    if not found:
+        host = make().pin_memory() if device.type == "cuda" else make()                      # not pinned, the host would wait
+        found = host.to(device, non_blocking=True), host
+        if not recording:
+            TABLES[key, device] = found
+            if len(TABLES) > 128:
+                del TABLES[next(iter(TABLES))]
+    if recording:
+        RECORDED.append(found)
+    return found[0]
 
 
 def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, reduce=None):
@@ -400,14 +408,17 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
         launches = []
         for (*dtypes, halo, aligned), rows in jobs.items():
             sizes = tuple(head[5::2] for head, _ in rows)
-            places, programs, items = arrange(sizes, reduce is not None, run, limit, device)
-            table = upload(tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places)), device)
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                recorded.append((table, items))
+            how = sizes, reduce is not None, run, limit
+            places, programs, order = arrange(*how)
+            items = there(how, lambda: order, device)
+            rows = tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places))
+            table = there(rows, lambda: torch.tensor(rows), device)
             P, G, M = (TYPES[d] for d in dtypes)
             aside = torch.empty(programs * run if halo else 0, band + 3, 8, device=device)
             if halo:
-                halo_kernel[(programs * run,)](table, arrange(sizes, True, run, limit, device)[2], aside, G, M, band, columns, run, num_warps=1)
+                apart = sizes, True, run, limit
+                statistics_alone = there(apart, lambda: arrange(*apart)[2], device)
+                halo_kernel[(programs * run,)](table, statistics_alone, aside, G, M, band, columns, run, num_warps=1)
             tensors = (table, items, aside, torch.empty(programs, 3, device=device), totals,
                        torch.zeros(2 * len(rows), dtype=torch.int32, device=device))
             constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, quads, run, stages)
