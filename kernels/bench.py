@@ -105,7 +105,8 @@ def laser():
             o, forward, backward = both_ways(attention, (q, k, v))
             error = (o[:1] - truth).abs().max().item()
             assert name.startswith("softmax") or error < 0.05, f"{name} is off by {error}"
-            yield {"shape": [B, H, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "error": error}
+            host = host_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), torch.empty_like(o)))
+            yield {"shape": [B, H, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "host_ms": host, "error": error}
     torch.use_deterministic_algorithms(False)
 
 

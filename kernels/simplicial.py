@@ -18,7 +18,8 @@ group side by side, so that neither g = 1 nor g = 64 wastes rows. Work, in units
 dP are computed in both kernels; a single pass, 12, would need atomics). Backward memory: 2 (1 + ceil((w2 - 1) / PIECE)) float32
 tensors like k2.
 
-Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16, D = 128, g = 64 | D = 128, g = 1 | D = 64, g = 1:
+Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16, D = 128, g = 64 | D = 128, g = 1 | D = 64, g = 1. They are of
+variants side by side; what the file is now kernels/bench.py has yet to time.
 1. Keys in blocks of 64 from the window's old end: the 515 keys of four positions take 9 blocks, an eighth of the work is void.
 2. Whole blocks end at the last position, and what is left at the old end is taken 16 keys at a time: 8 blocks and a small one.
    Blocks are whole, so their loads need no mask; scores are masked in the last block and the small ones alone.
@@ -108,7 +109,8 @@ def attend(acc, m_i, l_i, wild, a, k, v, i, start, end, w1, edge, SAFE: tl.const
 
 
 @triton.jit
-def attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1, SAFE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
+def attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1,
+               SAFE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr):
     acc, l_i = tl.zeros((m_i.shape[0], D), tl.float32), tl.zeros_like(m_i)
     body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN                # as many whole blocks as the last position sees
     for start in tl.range(first, body, HEAD, num_stages=1):
@@ -122,7 +124,8 @@ def attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,             # (B, H, Tq, D), (B, Hkv, Tk, D) four times, o, (B, H, Tq)
+    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr,         # (B, H, Tq, D), (B, Hkv, Tk, D) twice, as descriptors, k2, v2
+    o_ptr, lse_ptr,                                                  # like q, (B, H, Tq)
     Tq, Tk, Tk2, w1, w2, scale,
     g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
@@ -139,6 +142,7 @@ def forward_kernel(
     factor = tl.cast(scale, tl.float32) * LOG2E
     dtype = q_ptr.dtype.element_ty
     mine = tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]                    # [RQ, BM]: rows of a query
+    # The sum of a row's exp2(s) within which no maximum is needed: values up to 2^67 cannot overflow, in float16 P is a number.
     LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0 ** -60
     MOST: tl.constexpr = 2.0 ** 15 if dtype == tl.float16 else 2.0 ** 60
 

@@ -8,17 +8,17 @@ with chains where these fit (chain="row", length a multiple of 4): none then nee
 on either side. As state is updated in place, a neighbour could find it new already: a first launch copies those quads aside.
 
 1. halo_kernel (only where chunks overlap): g, m, S of the quads on both sides of each chunk.
-2. step_kernel, a program per run of chunks. Half of the programs
-   take the statistics: m, S in place, u in place of the gradient, and the sums |a|^2, |u|^2, the number of bad gradients; the last
-   program of a tensor to finish adds those of all, in their order, so that two runs are equal. The other half
-   apply u: p -= lr (scale u + wd p), nothing if a gradient was bad; they come a little later and wait for that. Programs start in the
-   order of their numbers, so that one only waits for what has begun, and L2 still holds u.
+2. step_kernel, a program per run of chunks. Half of the programs take the statistics: m, S in place, u in place of the gradient, and the
+   sums |a|^2, |u|^2, the number of bad gradients; the last program of a tensor to finish adds those of all, in their order, so that two
+   runs are equal. The other half apply u: p -= lr (scale u + wd p), nothing if a gradient was bad; they come a little later and wait for
+   that. Programs start in the order of their numbers, so that one only waits for what has begun, and L2 still holds u.
 
 Bytes per fp32 parameter at band b: statistics read g, m, S_0..S_b and write m, S, u, 8 b + 24; the update reads u, p and writes p, 12:
 in all 8 b + 36, 44 tridiagonal, 68 at b = 4, against 28 of AdamW; up to 4 of them stay in L2. At the 4.25 TB/s that a copy reaches on an
 H200, 125 M parameters take 1.30 ms (b = 1) and 2.00 ms (b = 4), AdamW 0.82; with m and S in bfloat16 they are 4 b + 28, 0.94 and 1.29 ms.
 
-Steps, 53 matrices of 768 x 3072 on one H200 (torch 2.11, triton 3.6), where PyTorch's fused AdamW takes 1.01 ms:
+Steps, 53 matrices of 768 x 3072 on one H200 (torch 2.11, triton 3.6), where PyTorch's fused AdamW takes 1.01 ms; earlier versions of
+this file side by side, what it is now kernels/bench.py has yet to time:
 1. Statistics, norms and update as three launches over all tensors: 1.64 ms at b = 1, 3.19 at b = 4, 1.56 at b = 0. The same in pieces
    that fit L2: 80 us of host time a piece, up to 4.4 ms.
 2. One launch, all loads before the first store: b = 0 1.19 ms, but b = 1 1.74 and b = 4 3.07: each program now ends by waiting until its
