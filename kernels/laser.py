@@ -302,13 +302,12 @@ def wide_kernel(
 
 
 @triton.jit
-def wide_q_kernel(
-    q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr,
+def wide_q(
+    bh, q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr,
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
 ):
     """ds = sum_d do (b - p), posterior minus prior, with b = p exp(v - o)"""
-    bh = tl.program_id(1).to(tl.int64)
     if is_wide(wide_ptr, bh // GROUP, SLICES):
         b, h, past, offs_d = bh // H, bh % H, Tk - Tq, tl.arange(0, D)
         centre, one = tl.load(centre_ptr + bh // GROUP * D + offs_d), tl.load(one_ptr + bh // GROUP * D + offs_d)  # [D]
@@ -331,13 +330,12 @@ def wide_q_kernel(
 
 
 @triton.jit
-def wide_kv_kernel(
-    q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr,
+def wide_kv(
+    bh, q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr,
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, SLICES: tl.constexpr, BN: tl.constexpr,
 ):
     """dv = sum_i do b"""
-    bh = tl.program_id(1).to(tl.int64)
     if is_wide(wide_ptr, bh, SLICES):
         HKV, past, offs_d = H // GROUP, Tk - Tq, tl.arange(0, D)
         b, hkv = bh // HKV, bh % HKV
@@ -360,6 +358,21 @@ def wide_kv_kernel(
                     dk += ds[:, None] * q[None, :]
             put(dk_ptr, b, hkv, offs_n, dk * scale, Tk, HKV, D)
             put(dv_ptr, b, hkv, offs_n, dv, Tk, HKV, D)
+
+
+@triton.jit
+def wide_gradients_kernel(
+    q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,
+    BH, H, GROUP, Tq, Tk, scale,
+    D: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr,
+):
+    bh = tl.program_id(1).to(tl.int64)                               # heads of q, then heads of k
+    if bh < BH:
+        wide_q(bh, q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr,
+               H, GROUP, Tq, Tk, scale, D, SLICES, ROWS)
+    else:
+        wide_kv(bh - BH, q_ptr, k_ptr, e_ptr, centre_ptr, one_ptr, wide_ptr, x_ptr, out_ptr, lse_ptr, do_ptr, dk_ptr, dv_ptr,
+                H, GROUP, Tq, Tk, scale, D, SLICES, ROWS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,9 +446,8 @@ def backward(do: Tensor, q: Tensor, k: Tensor, out: Tensor, e: Tensor, centre: T
         backward_kv_kernel[(triton.cdiv(Tk, kn), B * Hkv)](
             q, k, e, g, lse, delta, dk, dv, *sizes, D, km, kn, prec, num_warps=kv_warps, num_stages=kv_stages)
     scale_kernel[(triton.cdiv(Tk, ROWS), B * Hkv)](dv, e, one, Hkv, Tk, D, ROWS)
-    exact = q, k, e, centre, one, wide, x, out, lse, do
-    wide_q_kernel[watch(Tq, B * H)](*exact, dq, *sizes, D, D // SLICE, ROWS, num_warps=8)
-    wide_kv_kernel[watch(Tk, B * Hkv)](*exact, dk, dv, *sizes, D, D // SLICE, ROWS, num_warps=8)
+    wide_gradients_kernel[watch(Tk, B * (H + Hkv))](
+        q, k, e, centre, one, wide, x, out, lse, do, dq, dk, dv, B * H, *sizes, D, D // SLICE, ROWS, num_warps=8)
     return dq, dk, dv.to(q.dtype)
 
 
@@ -446,10 +458,14 @@ def keep(ctx, inputs, output):
 
 
 class Laser(torch.autograd.Function):
-    forward, setup_context = staticmethod(forward), staticmethod(keep)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = forward(*inputs)
+        keep(ctx, inputs, output)
+        return output[0]                                             # the host does less for one than for seven
 
     @staticmethod
-    def backward(ctx, do, *_):
+    def backward(ctx, do):
         return *backward(do, *ctx.saved_tensors, ctx.scale), None
 
 
@@ -477,8 +493,8 @@ def attention(q, k, v):
     assert D <= 128 and H % Hkv == 0 and Tq <= Tk and k.shape == v.shape and q.dtype == k.dtype == v.dtype
     assert B * H < 2 ** 16 and Tk * H * width < 2 ** 31, "the grid and a batch must fit 16 and 31 bits"
     q, k, v = (rows_first(torch.nn.functional.pad(t, (0, width - D)) if width > D else t) for t in (q, k, v))
-    function = laser if torch.compiler.is_compiling() else Laser.apply
-    return function(q, k, v, D ** -0.5)[0][..., :D]
+    out = laser(q, k, v, D ** -0.5)[0] if torch.compiler.is_compiling() else Laser.apply(q, k, v, D ** -0.5)
+    return out if width == D else out[..., :D]
 
 
 def builds():
@@ -495,8 +511,8 @@ def builds():
         if name == "bf16" and D == 128:
             kernels += [(exp_kernel, dict(D=D, SLICE=SLICE, ROWS=4 * ROWS), (8,)), (log_kernel, dict(D=D, ROWS=ROWS), (4,)),
                         (scale_kernel, dict(D=D, ROWS=ROWS), (4,)), (gradient_kernel, dict(D=D, ROWS=ROWS), (4,))]
-            kernels += [(kernel, dict(D=D, SLICES=D // SLICE, BM=ROWS), (8,)) for kernel in (wide_kernel, wide_q_kernel)]
-            kernels += [(wide_kv_kernel, dict(D=D, SLICES=D // SLICE, BN=ROWS), (8,))]
+            kernels += [(wide_kernel, dict(D=D, SLICES=D // SLICE, BM=ROWS), (8,)),
+                        (wide_gradients_kernel, dict(D=D, SLICES=D // SLICE, ROWS=ROWS), (8,))]
         for kernel, consts, how in kernels:
             types = {n: "*" + inner.get(n[:-4], name) if n.endswith("_ptr") else "fp32" if n == "scale" else "i32"
                      for n in kernel.arg_names}
