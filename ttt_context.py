@@ -675,7 +675,7 @@ def hidden(tokenizer, device, recipe):
         draw = random.Random(f"{seed} {T} {c}")
         chosen, ids, said = draw.sample(places, min(recipe["questions"], len(places))), [], []
         for place in chosen:
-            say = lambda number: tokenizer.encode_ordinary(f"\n# The secret number of {place} is {number}")
+            say = lambda number: [*map(int, tokenizer.encode_ordinary(f"\n# The secret number of {place} is {number}"))]
             tail, whole = os.path.commonprefix([say(10000), say(90000)]), say(draw.randint(10000, 99999))
             said.append((tail, whole[len(tail):]))
         room = T - len(beginning(tokenizer)) - sum(len(tail) + len(answer) for tail, answer in said)
