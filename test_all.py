@@ -3560,10 +3560,23 @@ def test_importing_does_nothing(name):
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
 
 
-def test_kernel_benchmark_without_a_gpu():
-    if DEVICE == "cpu":
-        out = subprocess.run([sys.executable, HERE / "kernels/bench.py"], capture_output=True, text=True)
-        assert out.returncode == 0 and all(name in out.stdout for name in ("no GPU", "laser", "simplicial", "sonew", "loss", "lora_rite", "ttt_context")), out.stderr
+def test_kernel_benchmark_without_a_gpu(tmp_path, monkeypatch, capsys):
+    bench = importlib.import_module("kernels.bench")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "results").mkdir()
+    bench.main()                                                     # nothing to draw
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("no GPU", *bench.KERNELS)) and max(map(len, said.splitlines())) < 80
+    result = json.loads((HERE / "results/kernels.json").read_text())
+    (tmp_path / "results/kernels.json").write_text(json.dumps(result))
+    bench.main(["laser"])
+    assert (tmp_path / "results/kernels.png").read_bytes()[:4] == b"\x89PNG"
+    row = bench.with_floor({"forward_ms": 1.0, "backward_ms": 3.0, "GFLOP": result["matmul_TFLOP_per_s"]}, result)
+    assert (row["floor_ms"], row["of_floor"]) == (1.0, 0.25)
+    assert bench.with_floor({"step_ms": 2.0, "GB": result["copy_TB_per_s"]}, result)["of_floor"] == 0.5
+    assert bench.report("laser", result["laser"], result) == result["laser"]
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
     out = subprocess.run([sys.executable, HERE / "kernels/bench.py", "lasr"], capture_output=True, text=True)
     assert out.returncode == 2 and "no kernel lasr" in out.stderr and "Traceback" not in out.stderr
 
