@@ -779,6 +779,7 @@ def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
+    train.writable(args.out)
     if not args.init:
         recipe = FULL if args.full else LAPTOP
         return experiment(recipe, sandbox(recipe, device, dtype), device, args.out)
@@ -835,4 +836,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    train.leave(main)
