@@ -133,8 +133,9 @@ def train_arm(train, folder, recipe, attn, seed, lr, probe=False):
 def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the version for one H200: 99 M parameters, all Python source here")
-    parser.add_argument("--sweep", action="store_true", help="the laptop's learning rates, one seed, both arms alike")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="the version for one H200: 99 M parameters, all Python source here")
+    which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, one seed, both arms alike")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():

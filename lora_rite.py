@@ -600,8 +600,9 @@ def interval(values):
 def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="on one GPU, about 8 minutes: answers to questions; needs --init and --tasks")
-    parser.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="on one GPU, about 8 minutes: answers to questions; needs --init and --tasks")
+    which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
     parser.add_argument("--init", metavar="DIR", help="the weights to adapt (default: a tiny GPT, trained first)")
     parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")

@@ -128,7 +128,7 @@ def main(argv=None):
     flag("--export", metavar="DIR", help="write the weights as a Hugging Face folder and end; --dtype converts them")
     flag("--score", metavar="FILE", help="say how well the model foresees this text, and end")
     flag("--bench", action="store_true", help="time a prompt of random tokens and --max-tokens more, and end")
-    flag("--model", choices=PRESETS, help="for --bench: this shape with random weights, in place of --init")
+    flag("--model", choices=PRESETS, metavar="NAME", help="for --bench: this shape, as in train.py, with random weights, in place of --init")
     flag("--prompt-tokens", type=int, default=512, help="for --bench: length of the prompt (default: 512)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="for --bench: time torch.compile, too (default: on CUDA)")
     flag("--out", metavar="FILE", help="write the text, the score or the figures there, as JSON")

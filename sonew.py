@@ -466,8 +466,9 @@ def sweep(arms, images, shape, points):
 def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="seed 0 at 12 settings for each optimizer")
-    parser.add_argument("--full", action="store_true", help="on one GPU, about 10 minutes: the whole protocol, then the language model")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sweep", action="store_true", help="seed 0 at 12 settings for each optimizer")
+    which.add_argument("--full", action="store_true", help="on one GPU, about 10 minutes: the whole protocol, then the language model")
     parser.add_argument("--mnist", metavar="FILE", help="mnist.npz (default: out/mnist.npz, fetched if there is a network)")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)

@@ -3592,6 +3592,15 @@ def test_importing_does_nothing(name):
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("script", [train, sample, laser, simplicial, sonew, lora_rite, ttt_context], ids=lambda m: m.__name__)
+def test_help_fits_a_narrow_terminal(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 15 and not [line for line in lines if len(line) > 80]
+
+
 def test_kernel_benchmark_without_a_gpu(tmp_path, monkeypatch, capsys):
     bench = importlib.import_module("kernels.bench")
     monkeypatch.setattr(bench, "HERE", tmp_path)
@@ -3609,6 +3618,8 @@ def test_kernel_benchmark_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert bench.with_floor({"step_ms": 2.0, "GB": result["copy_TB_per_s"]}, result)["of_floor"] == 0.5
     assert bench.report("laser", result["laser"], result) == result["laser"]
     assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+    bench.main(["--help"])
+    assert "every kernel -> results/kernels.json" in capsys.readouterr().out
     out = subprocess.run([sys.executable, HERE / "kernels/bench.py", "lasr"], capture_output=True, text=True)
     assert out.returncode == 2 and "no kernel lasr" in out.stderr and "Traceback" not in out.stderr
 

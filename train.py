@@ -16,7 +16,7 @@ talks to it. Exit status: 0 done, 1 the loss was not finite, 2 bad input (one
 sentence says what), 128 + signal when stopped (the run is saved first).
 """
 import argparse, base64, csv, difflib, functools, hashlib, importlib, inspect, io, itertools, json, math, os, random, re, signal, sys
-import sysconfig, tempfile, time
+import shutil, sysconfig, tempfile, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -185,8 +185,14 @@ def signature(function):
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, **more):
+    def __init__(self, description="", **more):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        width, wrapped = shutil.get_terminal_size().columns, []
+        for block in description.split("\n\n"):                      # prose is filled anew; commands and equations keep their lines
+            lines = block.splitlines() if re.search("(?m)^(  |python )", block) else [" ".join(block.split())]
+            wrapped.append("\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8 if line[:1] == " " else "", break_long_words=False)
+                                     for line in lines))
+        self.description = "\n\n".join(wrapped)
 
     def error(self, message):
         fail(f"{message} (--help lists every flag)")
@@ -227,7 +233,7 @@ def parse(argv):
 
     parser = Parser(description=__doc__)
     call = parser.add_argument_group("this call (free to differ on --resume)")
-    call.add_argument("--model", choices=PRESETS, help="a model with a recipe (default: tiny on a CPU, small on a GPU)")
+    call.add_argument("--model", choices=PRESETS, metavar="NAME", help=f"a model with a recipe, of {', '.join(PRESETS)} (default: tiny on a CPU, small on a GPU)")
     call.add_argument("--out", metavar="DIR", help="where the run writes (default: a new folder out/MODEL-ATTN)")
     call.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with a run (default: --out, or the newest)")
     call.add_argument("--init", metavar="DIR", help="start a new run from the weights of the run or Hugging Face folder in DIR")

@@ -810,7 +810,7 @@ def main(argv=None):
          "needles in real text -> results/ttt_context-needles.*")
     flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> "
          "results/ttt_context-bench.json")
-    flag("--model", default="qwen3-4b", choices=train.PRESETS, help="shape for --bench (default: qwen3-4b)")
+    flag("--model", default="qwen3-4b", choices=train.PRESETS, metavar="NAME", help="shape for --bench, as in train.py (default: qwen3-4b)")
     flag("--context", type=int, default=32768, help="tokens of context for --bench (default: 32768)")
     flag("--out", default="results", help="folder for what experiments find (default: results)")
     flag("--device", help="cpu, cuda, mps (default: a GPU if there is one)")

@@ -289,6 +289,8 @@ KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, loss, tt
 
 
 def main(names=()):
+    if set(names) & {"-h", "--help"}:
+        return print(__doc__)
     strange = set(names) - set(KERNELS)
     if strange:
         print(f"there is no kernel {', '.join(sorted(strange))} to time; there are {', '.join(KERNELS)}", file=sys.stderr)
