@@ -292,8 +292,8 @@ from triton.compiler import ASTSource
 from kernels import laser, lora_rite, simplicial, sonew, train, ttt_context
 LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}                        # KB of shared memory one block may use
 UNIT = r"(?:mma\\.sync|wgmma\\.mma_async|tcgen05\\.mma)\\S*(?<!f64)\\s"   # a matrix unit, but those of float64 round as others do
-JOBS = [(job, arch) for job in lora_rite.AOT + sonew.AOT + train.AOT for arch in LIMIT]
-JOBS += [(job, arch) for *job, arches in laser.AOT + simplicial.AOT + ttt_context.AOT for arch in arches]
+JOBS = [(job, arch) for job in lora_rite.AOT + train.AOT for arch in LIMIT]
+JOBS += [(job, arch) for *job, arches in laser.AOT + simplicial.AOT + sonew.AOT + ttt_context.AOT for arch in arches]
 
 def build(n):
     (kernel, types, consts, by16, *how), arch = JOBS[n]
@@ -318,13 +318,15 @@ with ProcessPoolExecutor(os.cpu_count()) as pool:
 
 def test_kernels_build_for_four_gpus():
     pytest.importorskip("triton")
+    from kernels.simplicial import SPILLED                           # measured: those tiles are faster than what spills nothing
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", BUILD], cwd=HERE, env=env, capture_output=True, text=True)
     rows = [json.loads(line) for line in out.stdout.splitlines()]
     assert len(rows) >= 100, out.stderr
     for name, chip, consts, registers, spill, shared, limit, tensor_core, tf32 in rows:
         print(name, chip, consts, f"{registers} registers, {spill} bytes spilled, {shared} bytes shared")
-        assert spill <= (128 if "ROUNDS" in consts else 48) and shared <= limit, "r x r work is small and may spill more"
+        most = SPILLED if name in ("forward_kernel", "rows_kernel", "columns_kernel") and chip == "sm_90a" and "'BD'" in consts else 48
+        assert spill <= (128 if "ROUNDS" in consts else most) and shared <= limit, "r x r work is small and may spill more"
         assert tensor_core > 0 if "tf32" in consts else tensor_core == 0 and not tf32, "float32 means float32"
 
 
@@ -797,7 +799,7 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
     """The kernel against PyTorch in the same dtype and in float64, on the same gradients; eps keeps all well-conditioned. Two runs of the
     kernel must be equal. -> its parameters"""
     from kernels import sonew as kernel
-    monkeypatch.setattr(kernel, "CONFIG", config)
+    monkeypatch.setattr(kernel, "CONFIG", dict.fromkeys(range(5), config) if isinstance(config, tuple) else config)
     options = {**dict(lr=0.1, eps=0.1, weight_decay=0.1), **options}
     draw, kinds = torch.Generator().manual_seed(seed), (Fused, Fused, sonew.SONew, sonew.SONew)
     values = [torch.randn(s, generator=draw) for s in shapes]
@@ -829,7 +831,7 @@ def check_sonew_kernel(monkeypatch, shapes, config, device=DEVICE, steps=2, dtyp
     return nets[0]
 
 
-SMALL = (32, 1, 2, 1, 100)                                           # 2 x 128 elements a program, pieces of up to 100
+SMALL = (1, 1, 2, 1, 3, None)                                        # 2 x 120 elements a program, updates three programs later
 SONEW_SHAPES = [(5, 8), (0, 4), (7,), (), (1, 1), (1, 3), (2, 3, 4), (3, 59), (1, 260)]
 
 
@@ -848,21 +850,21 @@ def test_sonew_kernel_on_random_shapes(seed, monkeypatch):
     draw = random.Random(seed)
     shapes = [draw.choice([(draw.randint(1, 300),), (draw.randint(1, 6), draw.randint(1, 80)), (draw.randint(1, 40), draw.randint(1, 6))])
               for _ in range(2)]
-    check_sonew_kernel(monkeypatch, shapes, (2 ** draw.randint(5, 7), 1, draw.randint(1, 3), 1, draw.randint(1, 500)), steps=1, seed=seed, band=draw.randint(0, 4),
+    check_sonew_kernel(monkeypatch, shapes, (2 ** draw.randint(0, 2), 1, draw.randint(1, 3), 1, draw.randint(0, 9), None), steps=1, seed=seed, band=draw.randint(0, 4),
                        chain=draw.choice(["row", "flat"]), graft=draw.choice(["adam", "none"]))
 
 
 def test_sonew_kernel_does_not_depend_on_its_blocks(monkeypatch):
     pytest.importorskip("triton")
-    one, other = (check_sonew_kernel(monkeypatch, [(2, 201), (1, 260), (127,)], (quads, 1, 1, 1, 10 ** 6), band=2, chain="flat", graft="none")
-                  for quads in (32, 128))
+    one, other = (check_sonew_kernel(monkeypatch, [(2, 201), (1, 260), (127,)], (lines, 1, 1, 1, 5, None), band=2, chain="flat", graft="none")
+                  for lines in (1, 4))
     assert all(torch.equal(p, q) for p, q in zip(one, other))
 
 
 def test_sonew_kernel_on_bad_gradients(monkeypatch):
     pytest.importorskip("triton")
     from kernels import sonew as kernel
-    monkeypatch.setattr(kernel, "CONFIG", SMALL)
+    monkeypatch.setattr(kernel, "CONFIG", dict.fromkeys(range(5), SMALL))
     for bad in (math.nan, -math.inf, 1e30):
         nets = [[torch.nn.Parameter(torch.ones(s, device=DEVICE)) for s in ((3, 100), (4, 4), (5,))] for _ in range(2)]
         opts = [kind(net, 0.1, band=2, chain="flat") for kind, net in zip((Fused, sonew.SONew), nets)]
@@ -891,7 +893,7 @@ def test_sonew_kernel_takes_many_tensors_at_once(monkeypatch):
             def __getitem__(self, grid, original=original, name=name):
                 return launches.append(name) or original[grid]
         monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
-    check_sonew_kernel(monkeypatch, [(2, 4)] * 20 + [(3,)] * 20 + [(1, 4), (8,)], (32, 1, 2, 1, 10 ** 6), steps=1)
+    check_sonew_kernel(monkeypatch, [(2, 4)] * 20 + [(3,)] * 20 + [(1, 4), (8,)], (1, 1, 2, 1, 5, None), steps=1)
     assert launches == 2 * 3 * ["step"], "matrices, odd vectors, even vectors: one launch each, in two runs"
 
 
@@ -981,7 +983,7 @@ def test_sonew_on_sharded_parameters(monkeypatch, tmp_path):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
     pytest.importorskip("triton")
     from kernels import sonew as kernel
-    monkeypatch.setattr(kernel, "CONFIG", SMALL)
+    monkeypatch.setattr(kernel, "CONFIG", dict.fromkeys(range(5), SMALL))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
