@@ -34,7 +34,7 @@ win, unless there is such a norm, and another context's queries do harm if there
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import bisect, functools, hashlib, itertools, json, math, os, random, re, statistics, sys, time
+import bisect, functools, hashlib, itertools, json, math, multiprocessing, os, random, re, statistics, sys, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -412,7 +412,7 @@ LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {**LAPTOP, "name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
         "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
-        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
+        "train": (1000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
         "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
@@ -628,20 +628,46 @@ def paired(ours, theirs, draws=2000):
     return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
 
 
-def experiment(recipe, models, device, folder):
-    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> what is in
-    results/ttt_context-NAME.json, written after each model; printed on the way, and drawn."""
-    began, cells, rates = time.perf_counter(), {}, {}
+def examined(recipe, models):
+    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> after each of them what there is so
+    far: {"LABEL, TASK, T": {arm: {score: [contexts, for each seed]}}}, and the learning rates, found with the first seed."""
+    cells, rates = {}, {}
     for seed, label, model, tasks in models:
         for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
             key = f"{label}, {task}, {T}"
-            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)                 # found with the first seed
+            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)
             cell = cells.setdefault(key, {})
             for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
                 for what, values in found.items():
                     cell.setdefault(arm, {}).setdefault(what, []).append(values)
             right = [f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()]
             print(f"seed {seed}, {key}: {', '.join(right)}", flush=True)
+        yield cells, rates
+
+
+def one_seed(recipe, device, dtype, seed):
+    *_, found = examined(recipe, sandbox(recipe, device, dtype, [seed]))
+    return found
+
+
+def side_by_side(recipe, device, dtype):
+    """`examined`, a process for each seed: steps on small models wait for the host, three at a time on one GPU take little longer than
+    one. Each seed finds its own learning rates."""
+    cells, rates = {}, {}
+    with multiprocessing.get_context("spawn").Pool(len(SEEDS)) as pool:
+        for seed, found in zip(SEEDS, pool.imap(functools.partial(one_seed, recipe, device, dtype), SEEDS)):
+            for key, arms in found[0].items():
+                for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
+                    for what, values in scores.items():
+                        cell.setdefault(arm, {}).setdefault(what, []).extend(values)
+            rates |= {f"seed {seed}, {key}": rate for key, rate in found[1].items()}
+            yield cells, rates
+
+
+def experiment(recipe, found, device, folder):
+    """found: see `examined` -> what is in results/ttt_context-NAME.json, written after each model; told and drawn."""
+    began = time.perf_counter()
+    for cells, rates in found:
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
                 for key, arms in cells.items()}
@@ -692,10 +718,10 @@ def hidden(tokenizer, device, recipe):
     return ask
 
 
-def sandbox(recipe, device, dtype):
-    """-> what `experiment` asks for: a model for each seed, without and with QK-norm, and the questions of every task."""
+def sandbox(recipe, device, dtype, seeds):
+    """-> what `examined` asks for: a model for each seed, without and with QK-norm, and the questions of every task."""
     tasks = {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
-    for seed, norm in itertools.product(SEEDS, (False, True)):
+    for seed, norm in itertools.product(seeds, (False, True)):
         yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), tasks
 
 
@@ -780,14 +806,14 @@ def conclude(args, device, dtype):
     if args.full and device.type != "cuda":
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
     if not args.init:
-        recipe = FULL if args.full else LAPTOP
-        return experiment(recipe, sandbox(recipe, device, dtype), device, args.out)
+        found = side_by_side(FULL, device, dtype) if args.full else examined(LAPTOP, sandbox(LAPTOP, device, dtype, SEEDS))
+        return experiment(FULL if args.full else LAPTOP, found, device, args.out)
     run = train.find_run(args.init)
     model, tokenizer = train.load_model(run, device, dtype)
     recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
     if not recipe["lengths"]:
         fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
-    return experiment(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})], device, args.out)
+    return experiment(recipe, examined(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})]), device, args.out)
 
 
 def main(argv=None):
