@@ -3562,12 +3562,102 @@ def test_importing_does_nothing(name):
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
 
 
-def test_kernel_benchmark_without_a_gpu():
-    if DEVICE == "cpu":
-        out = subprocess.run([sys.executable, HERE / "kernels/bench.py"], capture_output=True, text=True)
-        assert out.returncode == 0 and all(name in out.stdout for name in ("no GPU", "laser", "simplicial", "sonew", "loss", "lora_rite", "ttt_context")), out.stderr
+def test_kernel_benchmark_without_a_gpu(tmp_path, monkeypatch, capsys):
+    bench = importlib.import_module("kernels.bench")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "results").mkdir()
+    bench.main()                                                     # nothing to draw
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("no GPU", *bench.KERNELS)) and max(map(len, said.splitlines())) < 80
+    result = json.loads((HERE / "results/kernels.json").read_text())
+    (tmp_path / "results/kernels.json").write_text(json.dumps(result))
+    bench.main(["laser"])
+    assert (tmp_path / "results/kernels.png").read_bytes()[:4] == b"\x89PNG"
+    row = bench.with_floor({"forward_ms": 1.0, "backward_ms": 3.0, "GFLOP": result["matmul_TFLOP_per_s"]}, result)
+    assert (row["floor_ms"], row["of_floor"]) == (1.0, 0.25)
+    assert bench.with_floor({"step_ms": 2.0, "GB": result["copy_TB_per_s"]}, result)["of_floor"] == 0.5
+    assert bench.report("laser", result["laser"], result) == result["laser"]
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
     out = subprocess.run([sys.executable, HERE / "kernels/bench.py", "lasr"], capture_output=True, text=True)
     assert out.returncode == 2 and "no kernel lasr" in out.stderr and "Traceback" not in out.stderr
+
+
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+(?:e-?\d+)?|e-?\d+|(?=%| (?:s|ms|nats|tokens|tokens/s|TFLOP/s)\b))")
+
+
+class Keys(dict):
+    __getattr__ = dict.__getitem__                                   # runs.Adam for runs["Adam"]
+
+
+def pick(rows, key):
+    return [row[key] for row in rows]
+
+
+def paired(ours, theirs):
+    """The mean of the differences and half of its 95% interval, Student's t"""
+    less = [a - b for a, b in zip(ours, theirs)]
+    return np.mean(less), {3: 4.303, 4: 3.182}[len(less)] * np.std(less, ddof=1) / len(less) ** 0.5
+
+
+def against(rows, shape, peer):
+    """A row of the README's table of kernels: ms of the peer, ms of ours, their ratio, ours of the floor in %, error"""
+    here = {row["name"]: row for row in rows if row["shape"] == shape}
+    ours, theirs = (sum(v for k, v in here[name].items() if k in ("forward_ms", "backward_ms", "step_ms")) for name in ("ours", peer))
+    return theirs, ours, ours / theirs, 100 * here["ours"]["floor_ms"] / ours, here["ours"]["error"]
+
+
+def readme_numbers(readme):
+    """-> (the number as printed, what it should be, whence), in order. Behind what it vouches for stands a comment whose lines name a file in
+    results/ and, for each number of the text since the last comment, an expression over the file's keys; `paper` and `here` vouch for
+    what is stated by others, and for a setting."""
+    *told, (rest, _) = zip(*[iter(re.split(r"<!--(.*?)-->", readme + "<!---->", flags=re.S)[:-1])] * 2)
+    for text, comment in told:
+        expected = []
+        for line in re.split(r"\n(?=\S)", comment.strip()):
+            name, expressions = re.fullmatch(r"(?s)(?:([\w/-]+): )?(.*)", line).groups()
+            keys = json.loads((HERE / f"results/{name}.json").read_text(), object_hook=Keys) if name else {}
+            known = dict(mean=np.mean, stdev=partial(np.std, ddof=1), pick=pick, paired=paired, against=against, paper=None, here=None)
+            expected += [(x, name) for x in eval(f"[{expressions}]", {**known, **keys})]
+        text = re.sub(r"(?s)```.*?```|`[^`\n]*`|\]\([^)]*\)|\d{4}\.\d{5}|95%", " ", text)
+        printed = NUMBER.findall(text)
+        first = next(((p, *e) for p, e in zip(printed, expected) if not says(p, e[0])), "the last")
+        assert len(printed) == len(expected), f"{len(printed)} numbers, but {len(expected)} in their comment; look near {first}"
+        yield from ((p, *e) for p, e in zip(printed, expected))
+    assert not NUMBER.findall(re.sub(r"\d{4}\.\d{5}", "", rest)), "numbers behind the last comment"
+
+
+def says(printed, value):
+    """Is the number as printed the value, rounded? A string, such as a version, begins with it."""
+    if value is None or isinstance(value, str):
+        return value is None or re.match(re.escape(printed) + r"(?!\d)", value)
+    digits, _, exponent = printed.replace(",", "").partition("e")
+    zeros = len(digits) - len(digits.rstrip("0")) if "," in printed and "." not in digits else 0       # 567,000 is three digits
+    unit = 10.0 ** (int(exponent or 0) + zeros - len(digits.partition(".")[2]))
+    return abs(float(printed.replace(",", "")) - value) <= unit * (0.5 + 1e-6)
+
+
+def test_readme_says_what_the_results_say():
+    readme = (HERE / "README.md").read_text()
+    wrong = [f"README: {p}; results/{name}.json: {value}" for p, value, name in readme_numbers(readme) if not says(p, value)]
+    counted = {name: (HERE / name).read_text().count("\n") for name, _ in re.findall(r"\[`([\w/]+\.py)`\]\(\S+\) (\d+)", readme)}
+    wrong += [f"README: {name} has {lines} lines; it has {counted[name]}" for name, lines in re.findall(r"\[`([\w/]+\.py)`\]\(\S+\) (\d+)", readme)
+              if int(lines) != counted[name]]
+    assert len(counted) >= 10 and not wrong, "\n".join(wrong)
+    linked = {target for target in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in target}
+    assert not [target for target in linked if not (HERE / target).exists()]
+    unnamed = [p for p in map(str, (f.relative_to(HERE) for f in HERE.glob("results/**/*.json"))) if p not in linked and p[8:-5] + ": " not in readme]
+    assert not unnamed, f"nothing on the page is from {unnamed}"
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"(?m)^#+ (.*)", readme)}
+    assert set(re.findall(r"\]\(#(.*?)\)", readme)) <= headings
+
+
+@pytest.mark.parametrize("printed, value", [("3.145", 3.1441), ("-0.046", 0.046), ("567,000", 567600), ("79 s"[:2], 79.6), ("8e-15", 8.6e-15),
+                                            ("2.11", "2.1.1"), ("2.1", "2.11")], ids=str)
+def test_readme_numbers_can_be_wrong(printed, value):
+    assert not says(printed, value)
+    right = {"3.145": 3.1447, "-0.046": -0.0459, "567,000": 567086.9, "79": 78.55, "8e-15": 8.1e-15, "2.11": "2.11.0+cu130", "2.1": "2.1.2"}
+    assert says(printed, right[printed])
 
 
 def readme_commands():

@@ -1,22 +1,26 @@
 """Time the kernels on this GPU beside what one would use otherwise, all in one run.
 
-python kernels/bench.py                 every kernel -> results/kernels.json
+python kernels/bench.py                 every kernel -> results/kernels.json, results/kernels.png
 python kernels/bench.py laser sonew     some of them; what the file says of the others stays
 
-First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result and the median times.
-Without a GPU it says what it would do.
+First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result and the median times. The floor of a
+row is what its method cannot do without, FLOPs or bytes, at its ceiling. Without a GPU it says what it would do and draws what there is.
+
+Peers are PyTorch's own. FlexAttention is one for spans over a frozen cache; it changes logits, not values, so LASER over it is the paper's
+form again, and it knows no logits of three factors.
 """
-import json, statistics, sys, time
-from functools import partial
+import json, statistics, sys, textwrap, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path[0] = str(HERE)                                              # not kernels/, whose files are named like the papers'
+if __name__ == "__main__":
+    sys.path[0] = str(HERE)                                          # not kernels/, whose files are named like the papers'
 
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 
 def ms(function, repeats=50):
@@ -66,10 +70,65 @@ def both_ways(attention, tensors):
     return o, ms(lambda: attention(*tensors)), ms(lambda: torch.autograd.grad(o, tensors, do, retain_graph=True))
 
 
-def report(row):
-    shape = " x ".join(map(str, row["shape"]))
-    print(f"{shape:24} {row['name']:30} " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)), flush=True)
-    return row
+def total_ms(row):
+    return sum(row[way] for way in ("forward_ms", "backward_ms", "step_ms") if way in row)
+
+
+def with_floor(row, result):
+    """The row, with how much of its time the method's FLOPs (GFLOP) or bytes (GB) take at the ceilings."""
+    floor = row["GFLOP"] / result["matmul_TFLOP_per_s"] if "GFLOP" in row else row["GB"] / result["copy_TB_per_s"]
+    return row | {"floor_ms": floor, "of_floor": floor / total_ms(row)}
+
+
+def size(row):
+    return " x ".join(map(str, row["shape"]))
+
+
+def report(name, rows, result):
+    """Print the rows as they come, a line for each shape and one for each arm of it -> list of them"""
+    done = []
+    for row in rows:
+        row = with_floor(row, result)
+        if not done or row["shape"] != done[-1]["shape"]:
+            print(f"{name} {size(row)}")
+        times = " + ".join(f"{row[way]:.3f}" for way in ("forward_ms", "backward_ms", "step_ms") if way in row)
+        print(f"  {row['name']:29}{times:>14} ms {row['of_floor']:4.0%} of floor"
+              + (f"  error {row['error']:.1e}" if row["name"].startswith(("ours", "band")) and "error" in row else ""), flush=True)
+        done.append(row)
+    return done
+
+
+def draw(result, path):
+    """The time of every row in units of its floor, a panel for each kernel."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = [name for name in KERNELS if name in result]
+    figure, axes = plt.subplots(len(names), 1, figsize=(9, 1 + 0.55 * len(names) + 0.19 * sum(len(result[n]) for n in names)), squeeze=False,
+                                layout="constrained", height_ratios=[len(result[n]) + 2 for n in names])
+    for name, ax in zip(names, axes[:, 0]):
+        rows = result[name]
+        ours = ["C3" if row["name"].startswith(("ours", "band")) else "C7" for row in rows]
+        bars = ax.barh(range(len(rows)), [1 / row["of_floor"] for row in rows], color=ours)
+        ax.bar_label(bars, [f"{total_ms(row):.3g} ms" for row in rows], padding=3, fontsize=7)
+        first = [n for n, row in enumerate(rows) if not n or row["shape"] != rows[n - 1]["shape"]]
+        ax.set_yticks(range(len(rows)), [(f"{size(row)}:  " if n in first else "") + row["name"] for n, row in enumerate(rows)], fontsize=7)
+        for n in first[1:]:
+            ax.axhline(n - 0.5, color="0.8", lw=0.8)
+        ax.axvline(1, color="k", lw=0.8)
+        ax.margins(x=0.1)
+        ax.invert_yaxis()
+        ax.set_title(f"{name}: " + ("all passes of a step" if "step_ms" in rows[0] else "forward + backward"), fontsize=9)
+    axes[-1, 0].set_xlabel(f"time / floor (line: the ceiling), {result['gpu']}; red: ours")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def timed_step(name, shape, optimizer, bytes_per_parameter, **more):
+    optimizer.step()                                                 # makes its state
+    parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return {"shape": shape, "name": name, "step_ms": ms(optimizer.step), "host_ms": host_ms(optimizer.step),
+            "GB": bytes_per_parameter * parameters / 1e9, **more}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +154,6 @@ def laser():
     arms = {"softmax, cuDNN": softmax(SDPBackend.CUDNN_ATTENTION), "softmax, flash": softmax(SDPBackend.FLASH_ATTENTION),
             "wrapper over cuDNN": wrapper(SDPBackend.CUDNN_ATTENTION),
             "wrapper over cuDNN, compiled": torch.compile(wrapper(SDPBackend.CUDNN_ATTENTION)), "ours": ours, "ours, all in Triton": ours}
-    torch._functorch.config.donated_buffer = False                   # else a compiled graph runs backward but once
     torch.utils.deterministic.fill_uninitialized_memory = False      # asked for determinism, torch.empty would fill with NaN
     for B, H, T, D in (4, 16, 4096, 128), (4, 32, 4096, 64), (16, 12, 1024, 64):
         q, k, v = heads(B, T, H, D, 3)
@@ -106,7 +164,8 @@ def laser():
             error = (o[:1] - truth).abs().max().item()
             assert name.startswith("softmax") or error < 0.05, f"{name} is off by {error}"
             host = host_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), torch.empty_like(o)))
-            yield {"shape": [B, H, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "host_ms": host, "error": error}
+            yield {"shape": [B, H, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "host_ms": host, "error": error,
+                   "GFLOP": 7 * B * H * T * T * D / 1e9}             # 2 products forward and 5 backward, of half the pairs each
     torch.use_deterministic_algorithms(False)
 
 
@@ -122,22 +181,38 @@ def simplicial():
         tensors = [heads(B, T, h, D) for h in (H, Hkv, Hkv, Hkv, Hkv)]
         _, forward, backward = both_ways(lambda *t: attention(*t, w1, w2)[0], tensors)
         yield {"shape": [B, H, Hkv, T, D], "name": "ours", "forward_ms": forward, "backward_ms": backward, "error": error,
+               "GFLOP": 16 * B * H * T * w1 * w2 * D / 1e9,          # a backward pass of 12; ours, without atomics, takes 16
                "forward_TFLOP_per_s": 4 * B * H * T * w1 * w2 * D / forward / 1e9, "backward_over_forward": backward / forward}
 
 
 def sonew():
     """one step of 53 float32 matrices of 768 x 3072, 125 M parameters, against PyTorch's fused AdamW"""
     from sonew import SONew
+
+    def error(**options):
+        """Our step, of statistics of 20 gradients, against that of eager PyTorch, in units of its length"""
+        moved = []
+        for fits in SONew.fits, lambda p: False:
+            torch.manual_seed(0)
+            p = torch.nn.Parameter(torch.zeros(768, 3072, device="cuda"))
+            optimizer = SONew([p], lr=0.0, **options)
+            optimizer.fits = fits
+            for step in range(20):
+                optimizer.param_groups[0]["lr"] = float(step == 19)
+                p.grad = torch.randn_like(p)
+                optimizer.step()
+            moved.append(p.detach())
+        return ((moved[0] - moved[1]).norm() / moved[1].norm()).item()
+
     parameters = [torch.nn.Parameter(torch.randn(768, 3072, device="cuda")) for _ in range(53)]
     for p in parameters:
         p.grad = torch.randn_like(p)
-    arms = {"AdamW, fused": partial(torch.optim.AdamW, fused=True), **{f"band {b}": partial(SONew, band=b) for b in (0, 1, 4)},
-            **{f"band {b}, bf16 state": partial(SONew, band=b, bf16_state=True) for b in (1, 4)}}
-    for name, make in arms.items():
-        optimizer = make(parameters, lr=1e-5)
-        optimizer.step()
-        yield {"shape": [53, 768, 3072], "name": name, "step_ms": ms(optimizer.step), "host_ms": host_ms(optimizer.step)}
-        del optimizer
+    yield timed_step("AdamW, fused", [53, 768, 3072], torch.optim.AdamW(parameters, lr=1e-5, fused=True), 28)
+    for band, bf16_state in (0, False), (1, False), (4, False), (1, True), (4, True):
+        off = error(band=band, bf16_state=bf16_state)
+        assert off < 0.01, f"band {band} is off by {off}"
+        yield timed_step(f"band {band}" + ", bf16 state" * bf16_state, [53, 768, 3072], SONew(parameters, lr=1e-5, band=band, bf16_state=bf16_state),
+                         4 * band + 28 if bf16_state else 8 * band + 36, error=off)
 
 
 def lora_rite():
@@ -158,10 +233,9 @@ def lora_rite():
             after.append([p.detach().clone() for p in parameters])
         error = max((a - b).abs().max().item() for a, b in zip(*after))
         assert error < 1e-5, f"off by {error}"
-        arms = {"AdamW, fused": torch.optim.AdamW(parameters, fused=True), "eager": eager, "ours": ours}
-        for name, optimizer in arms.items():
-            yield {"shape": [pairs, d, r], "name": name, "step_ms": ms(optimizer.step), "host_ms": host_ms(optimizer.step),
-                   **({"error": error} if name == "ours" else {})}
+        yield timed_step("AdamW, fused", [pairs, d, r], torch.optim.AdamW(parameters, fused=True), 28)
+        yield timed_step("eager", [pairs, d, r], eager, 32)
+        yield timed_step("ours", [pairs, d, r], ours, 32, error=error)
 
 
 def loss():
@@ -170,13 +244,13 @@ def loss():
     R, V = 65536, 50304
     logits = torch.randn(R, V, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     target, scale = torch.randint(V, (R, 1), device="cuda"), torch.full((R, 1), 1 / R, device="cuda")
-    theirs = torch.compile(lambda z: F.cross_entropy(z, target[:, 0]))
-    truth = theirs(logits).item()
-    yield {"shape": [R, V], "name": "PyTorch, compiled", "ms": ms(lambda: torch.autograd.grad(theirs(logits), logits))}
+    theirs = torch.compile(lambda z: F.cross_entropy(z.float(), target[:, 0]))               # else its mean is rounded to bfloat16
+    truth, need = theirs(logits).item(), {"GB": 4 * R * V / 1e9}     # a logit read and its gradient written, 2 bytes each
+    yield {"shape": [R, V], "name": "PyTorch, compiled", "step_ms": ms(lambda: torch.autograd.grad(theirs(logits), logits)), **need}
     logits = logits.detach()
     ours = cross_entropy(logits, target, scale, False)[0].item()
     assert abs(ours - truth) < 1e-3, f"off by {ours - truth}"
-    yield {"shape": [R, V], "name": "ours", "ms": ms(lambda: cross_entropy(logits, target, scale, True)), "error": abs(ours - truth)}
+    yield {"shape": [R, V], "name": "ours", "step_ms": ms(lambda: cross_entropy(logits, target, scale, True)), "error": abs(ours - truth), **need}
 
 
 def every_key(backend):
@@ -192,7 +266,7 @@ def ttt_context():
     attention with keys and values detached; exact FLOPs are 4 and 6 times queries * heads * keys * D, forward and backward"""
     from kernels.ttt_context import span_attention
     from ttt_context import reference
-    H, Hkv, n, D = 32, 8, 128, 128
+    H, Hkv, n, D, flex = 32, 8, 128, 128, torch.compile(flex_attention, dynamic=False)
     for T in 131072, 32768:
         q, start = torch.randn(1, H, n, D, dtype=torch.bfloat16, device="cuda", requires_grad=True), torch.tensor([T - n])
         k, v = torch.randn(2, 1, Hkv, T, D, dtype=torch.bfloat16, device="cuda")
@@ -201,14 +275,14 @@ def ttt_context():
         truth = o.detach(), *torch.autograd.grad(o, wide, do.float())
         del o
         arms = {"softmax, cuDNN": every_key(SDPBackend.CUDNN_ATTENTION), "softmax, flash": every_key(SDPBackend.FLASH_ATTENTION),
-                "ours": lambda q, k, v: span_attention(q, k[0], v[0], start)}
+                "FlexAttention": lambda q, k, v: flex(q, k, v, enable_gqa=True), "ours": lambda q, k, v: span_attention(q, k[0], v[0], start)}
         for name, attention in arms.items():
             o, forward, backward = both_ways(lambda q: attention(q, k, v), (q,))
             got = o.detach(), *torch.autograd.grad(o, q, do)
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, truth))
             assert name != "ours" or error < 0.02, f"off by {error}"
             yield {"shape": [1, H, Hkv, n, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "error": error,
-                   "forward_TFLOP_per_s": 4 * n * H * T * D / forward / 1e9, "backward_TFLOP_per_s": 6 * n * H * T * D / backward / 1e9}
+                   "GFLOP": 10 * n * H * T * D / 1e9, "forward_TFLOP_per_s": 4 * n * H * T * D / forward / 1e9, "backward_TFLOP_per_s": 6 * n * H * T * D / backward / 1e9}
 
 
 KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, loss, ttt_context)}
@@ -220,18 +294,27 @@ def main(names=()):
         print(f"there is no kernel {', '.join(sorted(strange))} to time; there are {', '.join(KERNELS)}", file=sys.stderr)
         sys.exit(2)
     names = names or list(KERNELS)
-    if not torch.cuda.is_available():
-        print("There is no GPU here. On one this would check and time:")
-        return print("\n".join(f"{name:12} {KERNELS[name].__doc__}" for name in names))
-    import triton
     path = HERE / "results" / "kernels.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, **ceilings()}
-    print(f"copy {result['copy_TB_per_s']:.2f} TB/s, matrix product {result['matmul_TFLOP_per_s']:.0f} TFLOP/s", flush=True)
-    for name in names:
-        result[name] = [report(row) for row in KERNELS[name]()]
-        path.write_text(json.dumps(result, indent=1))
+    if torch.cuda.is_available():
+        import triton
+        result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, **ceilings()}
+        print(f"copy {result['copy_TB_per_s']:.2f} TB/s, matrix product {result['matmul_TFLOP_per_s']:.0f} TFLOP/s", flush=True)
+        torch._functorch.config.donated_buffer = False               # else a compiled graph runs backward but once
+        for name in names:
+            result[name] = report(name, KERNELS[name](), result)
+            path.write_text(json.dumps(result, indent=1))
+    else:
+        print("There is no GPU here. On one this would check and time:")
+        for name in names:
+            print(textwrap.fill(f"{name:12} {' '.join(KERNELS[name].__doc__.split())}", 79, subsequent_indent=" " * 13))
+    if set(result) & set(KERNELS):
+        draw(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except OSError as e:
+        print(f"{e.filename}: {e.strerror}", file=sys.stderr)
+        sys.exit(2)
