@@ -3600,11 +3600,11 @@ def paired(ours, theirs):
     return np.mean(less), {3: 4.303, 4: 3.182}[len(less)] * np.std(less, ddof=1) / len(less) ** 0.5
 
 
-def against(rows, shape, peer):
-    """A row of the README's table of kernels: ms of the peer, ms of ours, their ratio, ours of the floor in %, error"""
+def against(rows, shape, peer, arm="ours"):
+    """A row of the README's table of kernels: ms of the peer, ms of ours, their ratio, ours of the floor in %, its error if there is one"""
     here = {row["name"]: row for row in rows if row["shape"] == shape}
-    ours, theirs = (sum(v for k, v in here[name].items() if k in ("forward_ms", "backward_ms", "step_ms")) for name in ("ours", peer))
-    return theirs, ours, ours / theirs, 100 * here["ours"]["floor_ms"] / ours, here["ours"]["error"]
+    ours, theirs = (sum(v for k, v in here[name].items() if k in ("forward_ms", "backward_ms", "step_ms")) for name in (arm, peer))
+    return theirs, ours, ours / theirs, 100 * here[arm]["floor_ms"] / ours, *([here[arm]["error"]] if "error" in here[arm] else [])
 
 
 def readme_numbers(readme):
