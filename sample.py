@@ -21,6 +21,8 @@ import torch
 from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, load_checkpoint, load_model,
                    pick_device, pick_dtype, random_model, refusing, timed)
 
+PLAIN = 32               # tokens that --bench times without a recording, each some 50 ms
+
 
 def read_prompt(text):
     """--prompt -> text; @file is that file's content."""
@@ -81,12 +83,13 @@ def bench(model, name, compiled, prompt, n, warm_up=5):
     figures = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "parameters": sum(p.numel() for p in model.parameters()),
                "prompt": prompt, "tokens": n, "bytes_per_token": weights + kept, "copy_gb_per_s": speed / 1e9, "floor_ms": 1e3 * floor}
     for way in ways:
+        many = warm_up + (min(n, PLAIN) if way == "plain" else n)
         if way == "compiled":
             torch._inductor.config.coordinate_descent_tuning = True  # products with one row as reductions, tuned: near the floor
             model.compile()
         first = [timed(device, lambda: next(generate(model, ids, 1, 0, recorded=way != "plain")))[1] for _ in range(warm_up)]
-        tokens, times = generate(model, ids, warm_up + n, 0, recorded=way != "plain"), []
-        for _ in range(warm_up + n):
+        tokens, times = generate(model, ids, many, 0, recorded=way != "plain"), []
+        for _ in range(many):
             began = time.perf_counter()
             next(tokens)
             times.append(time.perf_counter() - began)
