@@ -11,7 +11,8 @@ python sample.py --bench --model qwen3-4b   time prompt and tokens, random weigh
 
 The text streams to stdout, all else goes to stderr. Kept keys and values make a
 token cost one position; --no-cache reads the whole context for each, to the same
-tokens. On a GPU the step of softmax attention is recorded once and replayed.
+tokens. On a GPU the step of softmax attention takes kernels of its own, is recorded
+once and replayed.
 """
 import argparse, codecs, json, math, os, shlex, statistics, sys, time
 from pathlib import Path
@@ -68,8 +69,9 @@ def bandwidth(device, size=2 ** 28):
 
 
 def bench(model, name, compiled, prompt, n, warm_up=5):
-    """Time a prompt of random tokens and n tokens after it, one sequence, the likeliest token each; -> dict of figures. The floor
-    of a token is the time to read every weight it needs and the keys and values before it, at the speed of a copy."""
+    """Time a prompt of random tokens and n tokens after it, one sequence, the likeliest token each; -> dict of figures. plain: operator
+    by operator, at most PLAIN tokens; recorded: as main does it; compiled: the same, the kernels those of torch.compile. The floor of a
+    token is the time to read every weight it needs and the keys and values before it, at the speed of a copy."""
     c, device = model.cfg, model.embed_tokens.weight.device
     if prompt + warm_up + n > c.block_size:
         fail(f"--prompt-tokens {prompt} and --max-tokens {n}, with {warm_up} to warm up, are more than the context of {c.block_size}")
@@ -133,7 +135,7 @@ def main(argv=None):
     flag("--bench", action="store_true", help="time a prompt of random tokens and --max-tokens more, and end")
     flag("--model", choices=PRESETS, help="for --bench: this shape with random weights, in place of --init")
     flag("--prompt-tokens", type=int, default=512, help="for --bench: length of the prompt (default: 512)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="for --bench: time torch.compile, too (default: on CUDA)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="for --bench: time torch.compile, too (default: no)")
     flag("--out", metavar="FILE", help="write the text, the score or the figures there, as JSON")
     args = parser.parse_args(argv)
     for name, good in (("max-tokens", args.max_tokens > 0), ("temperature", args.temperature >= 0), ("top-k", args.top_k >= 0),
@@ -153,8 +155,7 @@ def main(argv=None):
     model, tokenizer = load_model(run, device, dtype, args.attn) if run else (random_model(args.model, device, dtype), None)
     size, recorded = model.cfg.block_size, device.type == "cuda" and args.cache and (args.attn or model.cfg.attn) == "softmax"
     if args.bench:
-        compiled = device.type == "cuda" if args.compile is None else args.compile
-        figures = bench(model, run.name if run else args.model, compiled, args.prompt_tokens, args.max_tokens)
+        figures = bench(model, run.name if run else args.model, args.compile, args.prompt_tokens, args.max_tokens)
         print(json.dumps(figures, indent=1))
         return note(args.out, device, figures)
     if args.score:

@@ -367,7 +367,7 @@ def test_a_step_of_kernels_equals_the_models(shape, monkeypatch):
     from kernels import decode
     model = small_gpt(head_dim=16, **shape)
     expected = list(train.generate(model, [5, 6, 7], 20, temperature=0))                     # past the end of the context
-    monkeypatch.setattr(decode, "PRODUCT", (64, 64, 4))
+    monkeypatch.setattr(decode, "FEW", (64, 64, 4))
     monkeypatch.setattr(train, "kernels_for", lambda model: decode)
     assert list(train.generate(model, [5, 6, 7], 20, temperature=0, recorded=True)) == expected
 
@@ -3651,7 +3651,7 @@ def test_a_step_of_kernels_in_bf16_follows_fp32(shape):
 @gpu
 def test_decoding_bench_on_the_gpu(monkeypatch):
     monkeypatch.setitem(train.PRESETS, "tiny", dict(n_layer=2, n_embd=256, n_head=4, vocab_size=1024))
-    figures = sample.main("--bench --model tiny --max-tokens 20 --prompt-tokens 30".split())
+    figures = sample.main("--bench --compile --model tiny --max-tokens 20 --prompt-tokens 30".split())
     assert figures["dtype"] == "bfloat16" and all(figures[way]["tokens_per_s"] > 0 for way in ("plain", "recorded", "compiled"))
     assert figures["compiled"]["token_ms"] < figures["plain"]["token_ms"]
 

@@ -1,20 +1,35 @@
 """One token through a Llama or Qwen3 layer: products of matrices with one row, and attention of one query over all that is kept.
 
-At batch 1 every weight is read once for two FLOPs, so time is bytes over bandwidth plus what each launch costs. Five launches a layer:
+At batch 1 every weight is read once for two FLOPs, so time is bytes over bandwidth plus what each launch costs: six a layer.
 
     project_kernel    q, k, v (or the logits) = W RMSNorm(x) + b     the norm rides along: W (g x) / rms(x), one pass over x
     attend_kernel     QK-norm and rotary positions of q and k, k and v into the cache, online softmax over one piece of the keys
     join_kernel       o = sum_p exp(lse_p - lse) o_p
-    swiglu_kernel     silu(G n) * (U n), n = RMSNorm(x)              a row of G and the same row of U lie in one tile
-    add_kernel        x += W y                                       after attention and after the SwiGLU
+    add_kernel        x += W o
+    swiglu_kernel     h = silu(G n) * (U n), n = RMSNorm(x)          a row of G and the same row of U lie in one tile
+    add_kernel        x += W h
 
 Grid: a product gives each program some rows of W, which it reads from end to end: no sums between programs, two runs give the same
-bits. Attention: (piece of the keys, KV head), the g queries of a KV head and its new key are the rows of one tile, padded to 16 for
-the matrix unit; pieces behind the position of the token do nothing, so that the grid is that of the whole cache and can be recorded.
+bits. Attention: (piece of the keys, KV head); the g queries of a KV head and its new key are the rows of one tile, padded to 16 for
+the matrix unit. Pieces behind the position of the token do nothing, so that the grid is that of the whole cache and can be recorded.
 Programs begin before the kernel ahead has ended (programmatic dependent launch, from Hopper on): each fetches its first weights or
 keys, which do not depend on it, and only then waits for its result.
 
-Limits: head_dim in WIDTHS, fewer than 2**31 numbers in a cache; float32, float16 and bfloat16, sums in float32.
+A token after 512, bf16, ms on one H200 (torch 2.11, triton 3.6), the host included, and the share of it in which the weights could
+be read at the speed of a copy:                                                       Qwen3-4B      SmolLM2-135M
+1. PyTorch's operators in a CUDA graph: scores of one query through cuBLAS            8.69  22%
+2. Layers compiled, in a CUDA graph; with Inductor's coordinate descent 4.41          5.19  37%
+3. These kernels, 4 rows and 512 columns with 4 warps, 32 keys, without early start   2.94  65%     0.568  11%
+4. With early start                                                                   2.83  68%     0.513  13%
+5. As 4 with 64 keys a block and 4 warps                                              2.81  68%     0.481  13%
+6. As 4 with 64 keys a block and 8 warps                                              2.77  69%     0.515  13%
+7. As 4 with 2 rows and 1024 columns                                                  2.77  69%     0.432  15%
+8. As 7, but 4 rows and 256 columns with 1 warp from 8192 rows on, which alone take 27 us instead of 30 (SwiGLU) and 179 instead of
+   218 (logits), and the blocks of 6 for heads of 128, of 5 for narrower ones. Kept; the sum of these is not timed yet.
+SmolLM2 needs 64 us to read and 180 launches a token, each of which takes over a microsecond however little it does: a small model
+would have to run in one kernel that stays, with barriers of its own.
+
+Limits: head_dim in WIDTHS, fewer than 2**31 numbers in a cache's head; float32, float16 and bfloat16, sums in float32.
 """
 import torch
 import triton
@@ -23,9 +38,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 WIDTHS = (16, 32, 64, 128, 256)
-PRODUCT = (4, 512, 4)                                                # rows of a program, columns of a tile, warps
-ATTEND = (32, 4)                                                     # keys of a block, warps
-PROGRAMS = 264                                                       # of attention: two for each multiprocessor of an H200
+FEW, MANY = (2, 1024, 4), (4, 256, 1)                                # rows of a program, columns of a tile, warps: for a matrix of
+ROWS = 8192                                                          # fewer than so many rows, where latency counts, and for others
+PROGRAMS, PIECES = 264, 64                                           # of attention: two for each multiprocessor of an H200; of the keys,
+                                                                     # at most, as join_kernel holds one number of each at a time
 
 
 @triton.jit
@@ -183,14 +199,19 @@ def join_kernel(
 
 def early(x):
     """-> launch options for programs that begin before the kernel ahead has ended, where the GPU knows how."""
-    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    pdl = bool(x.is_cuda and torch.version.cuda) and torch.cuda.get_device_capability(x.device)[0] >= 9
     return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
 
 
 def tiles(n, cfg):
     """-> the grid for n rows and the options that say how they are shared out."""
-    rows, columns, warps = cfg or PRODUCT
+    rows, columns, warps = cfg or (FEW if n < ROWS else MANY)
     return (triton.cdiv(n, rows),), {"BR": rows, "BK": columns, "num_warps": warps}
+
+
+def blocks(D, dtype):
+    """-> keys of a block of attention, warps"""
+    return (16 if dtype == torch.float32 else 64, 8 if D >= 128 else 4)
 
 
 def project(x, gain, eps, weights, biases=None, cfg=None):
@@ -219,9 +240,10 @@ def add(x, y, weight, cfg=None):
 def attend(heads, gains, eps, angles, length, k, v, cfg=None):
     """heads (H + 2 Hkv, D) float32: what `project` gives; gains: (D) each for q and k, or None; angles: cos and sin, (size, D / 2) each;
     length (1): the position of the token; k and v (Hkv, size, D), to which it is added -> (H D) like k"""
-    (Hkv, size, D), (block, warps) = k.shape, cfg or ATTEND
+    (Hkv, size, D), (block, warps) = k.shape, cfg or blocks(k.shape[2], k.dtype)
+    assert k.is_contiguous() and v.is_contiguous()
     H = len(heads) // D - 2 * Hkv
-    piece = triton.cdiv(size, block * max(1, PROGRAMS // Hkv)) * block
+    piece = triton.cdiv(size, block * min(PIECES, max(1, PROGRAMS // Hkv))) * block
     pieces, g = triton.cdiv(size, piece), H // Hkv
     parts, lse = heads.new_empty(pieces, H, D), heads.new_empty(pieces, H)
     o = k.new_empty(H * D)
@@ -244,11 +266,11 @@ def ahead(kernel, consts, warps, arches, dtype="bf16"):
 
 AOT = []
 for arches in ((90, 100, 120), (80,)):
-    rows, columns, warps = PRODUCT
-    for C in (576, 2560):
+    for (rows, columns, warps), C in ((FEW, 576), (FEW, 9728), (MANY, 2560)):
         how = {"C": C, "BR": rows, "BK": columns}
         AOT += [ahead(project_kernel, {**how, "BIAS": C == 576}, warps, arches), ahead(swiglu_kernel, how, warps, arches),
                 ahead(add_kernel, how, warps, arches)]
-    AOT += [ahead(attend_kernel, dict(g=4, R=16, D=D, BN=ATTEND[0], NORM=D == 128, PREC="ieee" if dtype == "fp32" else "tf32"), ATTEND[1],
-                  arches, dtype) for dtype, D in (("bf16", 64), ("bf16", 128), ("fp32", 64))]
+    for D, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
+        (block, warps), (name, prec) = blocks(D, dtype), ("fp32", "ieee") if dtype == torch.float32 else ("bf16", "tf32")
+        AOT.append(ahead(attend_kernel, dict(g=4, R=16, D=D, BN=block, NORM=D == 128, PREC=prec), warps, arches, name))
     AOT.append(ahead(join_kernel, {"D": 128, "P": 64}, 4, arches))
