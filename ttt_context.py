@@ -781,7 +781,7 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
             next(losses)
         steps_s = timed(device, lambda: list(losses))[1]
     flops = flops_of_spans(model, steps * n, T)
-    writer, token = train.Recorded(model, T + rule // 2), [0]
+    writer = train.Recorded(model, T + rule // 2)
     for fixed, layer in zip(writer.cache, cache):
         fixed.kept = layer.kept                                      # (1, Hkv, T + rule / 2, D) each
         for t in fixed.kept:
@@ -789,9 +789,9 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
 
     @torch.no_grad()
     def write(many):
-        nonlocal token
         for _ in range(many):
-            token = [int(writer.read(token, T)[0, -1].argmax())]
+            writer.length.fill_(T)
+            writer.next(ahead=True)
     write(warm_up)
     token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
     thinking = {"2 N k": rule, "equal FLOPs": thinking_tokens(model, T, flops)}
