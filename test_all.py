@@ -3680,6 +3680,22 @@ def test_who_imports_whom():
             assert not everywhere & {"test_all"} and not everywhere & {"sample", "ttt_context"}, path
 
 
+def test_an_experiment_remembers_its_runs(tmp_path):
+    asked = []
+
+    def work(x):
+        asked.append(x)
+        if x == "broken":
+            raise KeyboardInterrupt
+        return {"loss": 0.1 + 0.2, "curve": [1, None]}
+    for key in (["a", 1], ["a", 1], ["a", 2], ["a", 1]):
+        assert train.remembered(tmp_path / "kept", key, lambda: work(key)) == {"loss": 0.1 + 0.2, "curve": [1, None]}
+    assert asked == [["a", 1], ["a", 2]]
+    with pytest.raises(KeyboardInterrupt):
+        train.remembered(tmp_path / "kept", "b", lambda: work("broken"))
+    assert len(list((tmp_path / "kept").iterdir())) == 2, "nothing of a run cut short"
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in HERE.glob("*.py")))
 def test_importing_does_nothing(name):
     code = f"import sys, {name}, torch; assert not torch.cuda.is_initialized() and not {{'matplotlib', 'transformers'}} & set(sys.modules)"

@@ -905,6 +905,17 @@ def atomic(path):
         raise
 
 
+def remembered(folder, key, work):
+    """-> work(), plain data, or what it was when it was last asked for with this key, which names all it depends on: an experiment of
+    many runs that is cut short goes on where it stopped. Who is done with them removes the folder."""
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
+    if not path.exists():
+        result = work()
+        with atomic(path) as f:
+            f.write(json.dumps({"key": key, "result": result}, indent=1).encode())
+    return json.loads(path.read_text())["result"]
+
+
 def find_run(name=None, ours=False):
     """A folder with weights: the one named, a run's or, unless it must be `ours`, a Hugging Face one; else the newest run's under
     out/."""

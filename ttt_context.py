@@ -24,7 +24,7 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
     python ttt_context.py --experiment                                  below, in five minutes on two CPU cores -> results/ttt_context-cpu.*
-    python ttt_context.py --full                                        to 32k tokens, ten minutes on one H200 -> results/ttt_context-h200.*
+    python ttt_context.py --full                                        to 32k tokens on one GPU -> results/ttt_context-h200.*
     python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
     python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
 
@@ -34,7 +34,7 @@ win, unless there is such a norm, and another context's queries do harm if there
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import bisect, functools, hashlib, itertools, json, math, multiprocessing, os, random, re, statistics, sys, time
+import bisect, functools, hashlib, itertools, json, math, multiprocessing, os, random, re, shutil, statistics, sys, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -499,11 +499,11 @@ def renamed(ids, recipe, draw):
     return table.gather(1, ids)
 
 
-def raise_model(recipe, norm, seed, device, dtype):
+def raise_model(recipe, label, seed, device, dtype):
     """-> a GPT whose layers take turns at `shift` and softmax attention without positions, trained on short streams of all tasks; in
     the first half of the steps only what follows from the text counts, which is when it learns to look."""
     (steps, batch, T), tasks = recipe["train"], recipe["tasks"]
-    cfg = train.GPTConfig(vocab_size=sum(recipe["sizes"].values()), block_size=T, qk_norm=norm, tied=False, **recipe["shape"])
+    cfg = train.GPTConfig(vocab_size=sum(recipe["sizes"].values()), block_size=T, qk_norm=label == NORMS[1], tied=False, **recipe["shape"])
     model, draw = train.GPT(cfg, dtype=dtype).to(device), torch.Generator().manual_seed(seed)
     ends = lambda name: (2 * cfg.n_layer) ** -0.5 if "o_proj" in name or "down_proj" in name else 1.0
     train.fill(model, lambda name, shape: torch.ones(shape) if len(shape) == 1 else
@@ -517,7 +517,7 @@ def raise_model(recipe, norm, seed, device, dtype):
     draw = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
-    for step in tqdm(range(steps), desc=f"seed {seed}, {NORMS[norm]}", dynamic_ncols=True, leave=False):
+    for step in tqdm(range(steps), desc=f"seed {seed}, {label}", dynamic_ncols=True, leave=False):
         some = torch.randint(LESSONS, (batch,), generator=draw, device=device)
         ids = renamed(lessons[some], recipe, draw)                                           # (batch, T + 1)
         y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < steps // 2), -1)
@@ -645,23 +645,27 @@ def examined(recipe, models):
         yield cells, rates
 
 
-def one_seed(recipe, device, dtype, seed):
-    *_, found = examined(recipe, sandbox(recipe, device, dtype, [seed]))
-    return found
+KEPT = "out/ttt_context-full"                                        # what models of --full have answered, until all have
+
+
+def one_model(recipe, device, dtype, which):
+    work = lambda: list(examined(recipe, sandbox(recipe, device, dtype, [which])))[-1]
+    return train.remembered(KEPT, [recipe, str(device), str(dtype), which], work)
 
 
 def side_by_side(recipe, device, dtype):
-    """`examined`, a process for each seed: steps on small models wait for the host, three at a time on one GPU take little longer than
-    one. Each seed finds its own learning rates."""
-    cells, rates = {}, {}
-    with multiprocessing.get_context("spawn").Pool(len(SEEDS)) as pool:
-        for seed, found in zip(SEEDS, pool.imap(functools.partial(one_seed, recipe, device, dtype), SEEDS)):
+    """`examined`, three processes at a time, a model each: steps on small models wait for the host, three on one GPU take little longer
+    than one. Each model finds its own learning rates."""
+    cells, rates, models = {}, {}, list(itertools.product(SEEDS, NORMS))
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        for which, found in zip(models, pool.imap(functools.partial(one_model, recipe, device, dtype), models)):
             for key, arms in found[0].items():
                 for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
                     for what, values in scores.items():
                         cell.setdefault(arm, {}).setdefault(what, []).extend(values)
-            rates |= {f"seed {seed}, {key}": rate for key, rate in found[1].items()}
+            rates |= {f"seed {which[0]}, {key}": rate for key, rate in found[1].items()}
             yield cells, rates
+    shutil.rmtree(KEPT, ignore_errors=True)
 
 
 def experiment(recipe, found, device, folder):
@@ -718,11 +722,11 @@ def hidden(tokenizer, device, recipe):
     return ask
 
 
-def sandbox(recipe, device, dtype, seeds):
-    """-> what `examined` asks for: a model for each seed, without and with QK-norm, and the questions of every task."""
+def sandbox(recipe, device, dtype, which):
+    """-> what `examined` asks for: a model for each seed and name of NORMS in `which`, and the questions of every task."""
     tasks = {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
-    for seed, norm in itertools.product(seeds, (False, True)):
-        yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), tasks
+    for seed, label in which:
+        yield seed, label, raise_model(recipe, label, seed, device, dtype), tasks
 
 
 def plot(path, result):
@@ -806,8 +810,10 @@ def conclude(args, device, dtype):
     if args.full and device.type != "cuda":
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
     if not args.init:
-        found = side_by_side(FULL, device, dtype) if args.full else examined(LAPTOP, sandbox(LAPTOP, device, dtype, SEEDS))
-        return experiment(FULL if args.full else LAPTOP, found, device, args.out)
+        if args.full:
+            return experiment(FULL, side_by_side(FULL, device, dtype), device, args.out)
+        models = sandbox(LAPTOP, device, dtype, itertools.product(SEEDS, NORMS))
+        return experiment(LAPTOP, examined(LAPTOP, models), device, args.out)
     run = train.find_run(args.init)
     model, tokenizer = train.load_model(run, device, dtype)
     recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
@@ -832,7 +838,7 @@ def main(argv=None):
     flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer, as torch.save does")
     flag("--experiment", action="store_true", help="train small models, ask about long contexts -> results/ttt_context-cpu.*")
     flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, "
-         "needles in real text -> results/ttt_context-needles.*")
+         "needles in real text -> results/ttt_context-needles.*; cut short, it goes on where it stopped")
     flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> "
          "results/ttt_context-bench.json")
     flag("--model", default="qwen3-4b", choices=train.PRESETS, help="shape for --bench (default: qwen3-4b)")
