@@ -21,7 +21,7 @@ attention over exp(v).
     python laser.py --full          99 M parameters, learning rates swept, in seven minutes on one H200 -> results/laser-h200.*
     python train.py --attn laser    train with it
 """
-import contextlib, functools, io, json, math, shutil, statistics, sys, tempfile, time
+import functools, json, math, shutil, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -116,9 +116,7 @@ def train_arm(train, folder, recipe, attn, seed, lr, probe=False):
     segment = steps // recipe["probes"] if probe else steps
     for step in range(0, steps, segment):                            # stopping to look and going on changes nothing
         first = ["--resume"] if step else new.split()
-        with contextlib.redirect_stdout(io.StringIO()):              # the bar on stderr is enough
-            run = train.main([*first, str(folder), "--stop-after", str(segment), "--sample", "0",
-                              "--device", recipe["flags"].split()[-1]])
+        run, _ = train.part([*first, str(folder), "--stop-after", str(segment), "--sample", "0", "--device", recipe["flags"].split()[-1]])
         seconds = time.perf_counter() - began
         if probe:
             device = torch.device(recipe["flags"].split()[-1])
@@ -141,7 +139,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():
         train.fail("--full trains 99 M parameters fourteen times and needs a CUDA GPU; leave it out for the version for a laptop")
-    began, out, recipe = time.perf_counter(), Path(args.out), FULL if args.full else LAPTOP
+    began, out, recipe = time.perf_counter(), train.writable(args.out), FULL if args.full else LAPTOP
 
     def write(name, result):
         with train.atomic(out / name) as f:
@@ -203,4 +201,5 @@ def draw(train, path, result):
 
 
 if __name__ == "__main__":
-    main()
+    import train
+    train.leave(main)

@@ -33,7 +33,7 @@ On a GPU kernels/lora_rite.py takes the same step for all pairs in four launches
     python lora_rite.py --full --init SMOLLM2 --tasks DIR        SmolLM2-135M and four sets of questions, on one GPU
     python train.py --init DIR --lora-rank 16 --optim lora_rite --data x.jsonl       fine-tune with it
 """
-import contextlib, hashlib, io, json, math, os, re, shutil, statistics, sys, tempfile, time
+import hashlib, json, math, os, re, shutil, statistics, sys, tempfile, time
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -518,8 +518,7 @@ def pydoc(train, folder, init, flags):
     for n, path in enumerate(train.find_documents("stdlib")):
         if path.parent.name != "pydoc_data":
             shutil.copy(path, library / f"{n}.py")
-    with contextlib.redirect_stdout(io.StringIO()):                  # the bar on stderr is enough
-        train.main(f"{flags} --device cpu --sample 0 --data {library} --out {base}".split())
+    train.part(f"{flags} --device cpu --sample 0 --data {library} --out {base}".split())
     return base, str(pages)
 
 
@@ -591,9 +590,8 @@ def step_times(train, base, recipe, rank):
     """-> {optimizer: ms of a training step of train.py, twice}"""
     flags = f"--bench --init {base} --lora-rank {rank} --batch-size {recipe['batch']} --block-size {recipe['block']} --device {recipe['device']}"
     times = {"adamw": [], "lora_rite": []}
-    with contextlib.redirect_stdout(io.StringIO()):
-        for optim in [*times] * 2:                                   # in turn
-            times[optim].append(train.main([*flags.split(), "--optim", optim])["ms_per_step"])
+    for optim in [*times] * 2:                                       # in turn
+        times[optim].append(train.part([*flags.split(), "--optim", optim])[0]["ms_per_step"])
     return times
 
 
@@ -614,7 +612,7 @@ def main(argv=None):
     parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
-    began, out, recipe = time.perf_counter(), Path(args.out), FULL if args.full else LAPTOP
+    began, out, recipe = time.perf_counter(), train.writable(args.out), FULL if args.full else LAPTOP
     if args.full and not (args.init and args.tasks):
         train.fail("--full adapts pretrained weights to questions; give --init DIR, SmolLM2-135M's, and --tasks DIR")
     if recipe["device"] == "cuda" and not torch.cuda.is_available():
@@ -701,4 +699,5 @@ def draw(train, path, result):
 
 
 if __name__ == "__main__":
-    main()
+    import train
+    train.leave(main)

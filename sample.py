@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, load_checkpoint, load_model,
+from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, leave, load_checkpoint, load_model,
                    pick_device, pick_dtype, random_model, refusing, timed)
 
 PLAIN = 32               # tokens that --bench times without a recording, each some 50 ms
@@ -195,9 +195,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        signum = main().get("signal")
-    except BrokenPipeError:                                          # the reader, head for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signum = 0
-    sys.exit(128 + signum if signum else 0)
+    leave(main)

@@ -26,7 +26,7 @@ difference that three seeds resolve, so neither is built in.
     python simplicial.py --full           the fit of losses to sizes, on one GPU -> results/simplicial-gpu.*
     python train.py --attn simplicial --simplicial-every 4 --w1 512 --w2 32
 """
-import contextlib, functools, io, json, math, random, re, shutil, statistics, sys, tempfile, time
+import functools, json, math, random, re, shutil, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -328,9 +328,8 @@ def train_lm(train, folder, arm, seed, flags):
     """-> held-out bits per byte and loss, tokens per second, parameters."""
     name, more = LM_ARMS[arm]
     train.BUILTIN["attention"] |= {f.__name__: f for f in (local, product, offset, turned)}
-    with contextlib.redirect_stdout(io.StringIO()) as said:          # the bar on stderr is enough
-        run = train.main(f"{flags} {more} --attn {name} --seed {seed} --sample 0".split() + ["--out", str(folder)])
-    parameters = int(re.search(r"model +([\d,]+) parameters", said.getvalue())[1].replace(",", ""))
+    run, said = train.part(f"{flags} {more} --attn {name} --seed {seed} --sample 0".split() + ["--out", str(folder)])
+    parameters = int(re.search(r"model +([\d,]+) parameters", said)[1].replace(",", ""))
     return {"bpb": run["val_bpb"], "loss": run["val_loss"], "tokens_per_s": run["tokens_per_s"], "parameters": parameters}
 
 
@@ -448,7 +447,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():
         train.fail("--full is for a GPU, and there is none here; without it the experiment takes three minutes on a CPU")
-    began, out, name = time.perf_counter(), Path(args.out), "simplicial-gpu" if args.full else "simplicial-cpu"
+    began, out, name = time.perf_counter(), train.writable(args.out), "simplicial-gpu" if args.full else "simplicial-cpu"
     with tempfile.TemporaryDirectory() as d:
         result = (on_a_gpu if args.full else on_a_laptop)(train, Path(d))
     device = torch.cuda.get_device_name() if args.full else f"{torch.get_num_threads()} CPU threads"
@@ -468,4 +467,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    import train
+    train.leave(main)

@@ -441,7 +441,7 @@ def language_model(train, folder):
     for name, rates in (("adamw", (2.5e-4, 5e-4, 1e-3)), ("sonew", (3e-4, 1e-3, 3e-3))):
         for lr in rates:
             out = folder / f"{name}-{lr}"
-            result = train.main(f"--model small --optim {name} --lr {lr} --steps 300 --eval-every 25 --sample 1 --out {out}".split())
+            result, _ = train.part(f"--model small --optim {name} --lr {lr} --steps 300 --eval-every 25 --sample 1 --out {out}".split())
             rows = train.Log(out / "log.csv", 300).rows
             runs[f"{name} {lr}"] = {"curve": {int(r["step"]): float(r["val_bpb"]) for r in rows if r["val_bpb"]},
                                     "bits_per_byte": result["val_bpb"], "steps_per_s": result["tokens_per_s"] / 64 / 512}
@@ -471,7 +471,9 @@ def main(argv=None):
     parser.add_argument("--mnist", metavar="FILE", help="mnist.npz (default: out/mnist.npz, fetched if there is a network)")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
-    began, out, name = time.perf_counter(), Path(args.out), "sonew-h200" if args.full else "sonew-cpu"
+    if args.full and not torch.cuda.is_available():
+        train.fail("--full takes hours without a GPU; leave it out for the experiment of two minutes")
+    began, out, name = time.perf_counter(), train.writable(args.out), "sonew-h200" if args.full else "sonew-cpu"
     images = load_mnist(train, args.mnist)
     soap_there = not args.full and importlib.util.find_spec("pytorch_optimizer")             # its steps cannot be recorded
     arms = [arm for arm in ARMS if arm != "SOAP" or soap_there]
@@ -489,8 +491,6 @@ def main(argv=None):
     problem, C, inverses = logdet(images)
     shape, settings, extra = (WIDTHS, BATCH, STEPS), {arm: ARMS[arm][3] for arm in arms}, {}
     if args.full:
-        if not torch.cuda.is_available():
-            train.fail("--full takes hours without a GPU; leave it out for the experiment of two minutes")
         machine["device"], images = torch.cuda.get_device_name(), [x.cuda() for x in images]
         random = np.random.default_rng(0)
         drawn = lambda arm: [[float(10 ** random.uniform(math.log10(min(v)) - 0.5, math.log10(max(v)) + 0.5)) if max(v) < 0.5
@@ -554,4 +554,5 @@ def draw(train, path, result, C, inverses):
 
 
 if __name__ == "__main__":
-    main()
+    import train
+    train.leave(main)

@@ -3426,7 +3426,7 @@ def test_smollm2():
 # Bad input
 
 @pytest.mark.parametrize("flags,parts", [
-    ("--steps 0", ["--steps is 0", "at least 1"]), ("--lr -1", ["--lr is -1.0", "above 0"]), ("--lr nan", ["--lr is nan"]),
+    ("--steps 0", ["--steps is 0", "at least 1"]), ("--lr -1", ["--lr is -1.0", "above 0"]), ("--lr nan", ["--lr is nan", "above 0"]),
     ("--steps many", ["--steps", "invalid int value: 'many'"]), ("--stepps 3", ["unrecognized arguments: --stepps"]),
     ("--n-head 5", ["--n-embd 32 is no multiple of --n-head 5"]), ("--n-kv-head 3 --n-head 4", ["does not divide"]),
     ("--head-dim 3", ["odd"]), ("--dtype fp16", ["fp32 or bf16"]), ("--device tpu", ["tpu", "leave --device out"]),
@@ -3538,6 +3538,38 @@ def test_sampling_stops_on_a_signal(tiny, monkeypatch):
     monkeypatch.setattr(sample, "generate", interrupted)
     out = sample.main(["--max-tokens", "200", "--device", "cpu"])
     assert out["signal"] == signal.SIGINT and len(out["text"]) < 10
+
+
+@pytest.mark.parametrize("script, flags", [(laser, []), (laser, ["--sweep"]), (simplicial, []), (sonew, []), (lora_rite, []),
+                                           (ttt_context, ["--experiment"])], ids=range(6))
+def test_experiments_try_their_folder_before_they_work(tiny, capsys, script, flags):
+    for where in "text.txt", "text.txt/deep":
+        refused(capsys, [*flags, "--out", where], f"cannot write in {where}", "another folder", script=script)
+
+
+def test_an_experiment_told_to_stop_stops(tiny, monkeypatch):
+    take_step = train.take_step
+
+    def told(*args, **more):
+        signal.raise_signal(signal.SIGINT)
+        return take_step(*args, **more)
+    monkeypatch.setattr(train, "take_step", told)
+    with pytest.raises(KeyboardInterrupt) as e:
+        train.part([*tiny, "--out", "out/part"])
+    assert e.value.args == (signal.SIGINT,) and train.load_checkpoint(Path("out/part"))["step"] == 1
+
+
+@pytest.mark.parametrize("what, status, says", [
+    (lambda: None, 0, ""), (lambda: {"loss": 1.0}, 0, ""), (lambda: {"signal": signal.SIGTERM}, 143, ""), (lambda: train.fail("no"), 2, "no"),
+    (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped"), (lambda: signal.raise_signal(signal.SIGTERM), 143, "stopped")], ids=range(6))
+def test_how_scripts_end(capsys, what, status, says):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as e:
+            train.leave(what)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert e.value.code == status and bool(says) == bool(words := capsys.readouterr().err) and says in words
 
 
 def test_bench(tiny):

@@ -15,10 +15,10 @@ A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png; sample.p
 talks to it. Exit status: 0 done, 1 the loss was not finite, 2 bad input (one
 sentence says what), 128 + signal when stopped (the run is saved first).
 """
-import argparse, base64, csv, difflib, functools, hashlib, importlib, inspect, itertools, json, math, os, random, re, signal, sys
-import sysconfig, time
+import argparse, base64, csv, difflib, functools, hashlib, importlib, inspect, io, itertools, json, math, os, random, re, signal, sys
+import sysconfig, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -268,7 +268,7 @@ def parse(argv):
         options, kept = signature(plugs[key])[1], old.get(f"{key}_args", {})
         for k, new in given.items():
             before = {**old, **kept}.get(k, new)
-            if before != new and k not in may_change:
+            if before != new and new == new and k not in may_change: # NaN is refused below
                 fail(f"--{k.replace('_', '-')} is {new} here but {before} in {origin}; leave it out, or start a new run")
         recipe = {k: saved["config"]["run"].get(k, v) if saved else v for k, v in PRESETS[args.model].items()}
         values = {**recipe, **old, **given, f"{key}_args": {k: given.get(k, kept.get(k, v)) for k, v in options.items()}}
@@ -282,6 +282,8 @@ def parse(argv):
 def pick_device(name):
     """--device -> torch.device, tried once; under torchrun each process takes the GPU of its local rank."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        fail(f"there is no device {name!r}; give cpu, cuda, cuda:1 or mps, or leave --device out")
     try:
         device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
         torch.empty(1, device=device)
@@ -916,6 +918,16 @@ def remembered(folder, key, work):
     return json.loads(path.read_text())["result"]
 
 
+def writable(folder):
+    """-> the folder that an experiment writes at its end, tried at its beginning, before there is work to lose."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        fail(f"cannot write in {folder} ({e.strerror}); give --out another folder")
+    return Path(folder)
+
+
 def find_run(name=None, ours=False):
     """A folder with weights: the one named, a run's or, unless it must be `ours`, a Hugging Face one; else the newest run's under
     out/."""
@@ -1474,10 +1486,34 @@ def train(args, cfg, run, saved, stop):
     return {**result, "step": step, "out": str(out), "signal": stop.now}
 
 
-if __name__ == "__main__":
-    signum = main().get("signal")
+def part(argv):
+    """main(argv) as part of an experiment -> its result, what it said. Told to stop, it takes the experiment with it."""
+    with redirect_stdout(io.StringIO()) as said:                     # the bar on stderr is enough
+        result = main(argv)
+    if result.get("signal"):
+        raise KeyboardInterrupt(result["signal"])
+    return result, said.getvalue()
+
+
+def leave(main):
+    """Run a script's main and end with status 0, or 128 + signal where one told it to stop, in whatever it was doing."""
+    def told(signum, frame):
+        raise KeyboardInterrupt(signum)
+    signal.signal(signal.SIGTERM, told)
+    try:
+        signum = (main() or {}).get("signal")
+    except KeyboardInterrupt as e:
+        signum = e.args[0] if e.args else signal.SIGINT
+        print(f"\n{Path(sys.argv[0]).name}: stopped before its end", file=sys.stderr)
+    except BrokenPipeError:                                          # the reader, head for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signum = 0
     status = 128 + signum if signum else 0
     if "RANK" in os.environ:                                         # all is saved; a process has been seen to abort in its last
         sys.stdout.flush()                                           # moments, in the threads of gloo
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    leave(main)

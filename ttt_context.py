@@ -809,6 +809,7 @@ def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
+    train.writable(args.out)
     if not args.init:
         if args.full:
             return experiment(FULL, side_by_side(FULL, device, dtype), device, args.out)
@@ -867,4 +868,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    train.leave(main)
