@@ -438,6 +438,9 @@ FULL = {"name": "lora_rite-h200", "device": "cuda", "steps": 150, "batch": 64, "
         "trials": trials(0)}
 
 
+KEPT = "out/lora_rite-full"                                          # runs of --full that are done, until all are
+
+
 def frozen(train, base, recipe):                                     # -> the GPT as it is before, and its tokenizer
     device = torch.device(recipe["device"])
     return train.load_model(base, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -461,17 +464,20 @@ def finetune(train, base, text, recipe, rank, arm, point, seed):
 def study(train, base, text, recipe, seeds, score):
     """Each arm's trials with seed 0, unless its best is known, and its best with the seeds; score(model) is a dict of numbers ->
     {rank: {"sweep": {arm: [(point, bits per byte), ...]}, "best": {arm: point}, "runs": {arm: [score and seconds, ...]}}}"""
-    found = {}
+    found, settings = {}, [str(base), *(recipe[k] for k in ("device", "steps", "batch", "block"))]
+    kept = lambda key, work: train.remembered(KEPT, settings + key, work) if recipe["name"] == FULL["name"] else work()
     for rank in recipe["ranks"]:
         sweep, best = {}, recipe.get("best", {}).get(rank)
         if not best:
-            bits = lambda arm, point: score(finetune(train, base, text, recipe, rank, arm, point, 0)[0], quick=True)["bits_per_byte"]
+            bits = lambda arm, point: kept([rank, arm, point, 0], lambda: score(
+                finetune(train, base, text, recipe, rank, arm, point, 0)[0], quick=True)["bits_per_byte"])
             sweep = {arm: [(point, bits(arm, point)) for point in points] for arm, points in recipe["trials"].items()}
             best = {arm: min(tried, key=lambda t: t[1] if math.isfinite(t[1]) else math.inf)[0] for arm, tried in sweep.items()}
             for arm, tried in sweep.items():
                 print(f"rank {rank:2} {arm:9} bits/byte " + "  ".join(f"{' x '.join(map('{:g}'.format, p))}: {b:.4f}" for p, b in tried))
         again = lambda model, seconds: {**score(model), "seconds": seconds}
-        runs = {arm: [again(*finetune(train, base, text, recipe, rank, arm, best[arm], seed)) for seed in seeds] for arm in ARMS}
+        runs = {arm: [kept([rank, arm, best[arm], seed], lambda: again(*finetune(train, base, text, recipe, rank, arm, best[arm], seed)))
+                      for seed in seeds] for arm in ARMS}
         found[rank] = {"sweep": sweep, "best": best, "runs": runs}
     return found
 
@@ -601,7 +607,7 @@ def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--full", action="store_true", help="on one GPU, about 8 minutes: answers to questions; needs --init and --tasks")
+    which.add_argument("--full", action="store_true", help="on one GPU: answers to questions; needs --init and --tasks; cut short, it goes on where it stopped")
     which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
     parser.add_argument("--init", metavar="DIR", help="the weights to adapt (default: a tiny GPT, trained first)")
     parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
@@ -654,6 +660,7 @@ def main(argv=None):
         f.write(json.dumps(result, indent=1).encode())
     if not args.sweep:
         draw(train, out / f"{recipe['name']}.png", result)
+        shutil.rmtree(KEPT, ignore_errors=True)
     return result
 
 

@@ -11,7 +11,8 @@ python sample.py --bench --model qwen3-4b   time prompt and tokens, random weigh
 
 The text streams to stdout, all else goes to stderr. Kept keys and values make a
 token cost one position; --no-cache reads the whole context for each, to the same
-tokens. On a GPU the step of softmax attention is recorded once and replayed.
+tokens. On a GPU the step of softmax attention takes kernels of its own, is recorded
+once and replayed.
 """
 import argparse, codecs, json, math, os, shlex, statistics, sys, time
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 
 from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, leave, load_checkpoint, load_model,
                    pick_device, pick_dtype, random_model, refusing, timed)
+
+PLAIN = 32               # tokens that --bench times without a recording, each some 50 ms
 
 
 def read_prompt(text):
@@ -66,8 +69,9 @@ def bandwidth(device, size=2 ** 28):
 
 
 def bench(model, name, compiled, prompt, n, warm_up=5):
-    """Time a prompt of random tokens and n tokens after it, one sequence, the likeliest token each; -> dict of figures. The floor
-    of a token is the time to read every weight it needs and the keys and values before it, at the speed of a copy."""
+    """Time a prompt of random tokens and n tokens after it, one sequence, the likeliest token each; -> dict of figures. plain: operator
+    by operator, at most PLAIN tokens; recorded: as main does it; compiled: the same, the kernels those of torch.compile. The floor of a
+    token is the time to read every weight it needs and the keys and values before it, at the speed of a copy."""
     c, device = model.cfg, model.embed_tokens.weight.device
     if prompt + warm_up + n > c.block_size:
         fail(f"--prompt-tokens {prompt} and --max-tokens {n}, with {warm_up} to warm up, are more than the context of {c.block_size}")
@@ -81,12 +85,13 @@ def bench(model, name, compiled, prompt, n, warm_up=5):
     figures = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "parameters": sum(p.numel() for p in model.parameters()),
                "prompt": prompt, "tokens": n, "bytes_per_token": weights + kept, "copy_gb_per_s": speed / 1e9, "floor_ms": 1e3 * floor}
     for way in ways:
+        many = warm_up + (min(n, PLAIN) if way == "plain" else n)
         if way == "compiled":
             torch._inductor.config.coordinate_descent_tuning = True  # products with one row as reductions, tuned: near the floor
             model.compile()
         first = [timed(device, lambda: next(generate(model, ids, 1, 0, recorded=way != "plain")))[1] for _ in range(warm_up)]
-        tokens, times = generate(model, ids, warm_up + n, 0, recorded=way != "plain"), []
-        for _ in range(warm_up + n):
+        tokens, times = generate(model, ids, many, 0, recorded=way != "plain"), []
+        for _ in range(many):
             began = time.perf_counter()
             next(tokens)
             times.append(time.perf_counter() - began)
@@ -130,7 +135,7 @@ def main(argv=None):
     flag("--bench", action="store_true", help="time a prompt of random tokens and --max-tokens more, and end")
     flag("--model", choices=PRESETS, metavar="NAME", help="for --bench: this shape, as in train.py, with random weights, in place of --init")
     flag("--prompt-tokens", type=int, default=512, help="for --bench: length of the prompt (default: 512)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="for --bench: time torch.compile, too (default: on CUDA)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="for --bench: time torch.compile, too (default: no)")
     flag("--out", metavar="FILE", help="write the text, the score or the figures there, as JSON")
     args = parser.parse_args(argv)
     for name, good in (("max-tokens", args.max_tokens > 0), ("temperature", args.temperature >= 0), ("top-k", args.top_k >= 0),
@@ -150,8 +155,7 @@ def main(argv=None):
     model, tokenizer = load_model(run, device, dtype, args.attn) if run else (random_model(args.model, device, dtype), None)
     size, recorded = model.cfg.block_size, device.type == "cuda" and args.cache and (args.attn or model.cfg.attn) == "softmax"
     if args.bench:
-        compiled = device.type == "cuda" if args.compile is None else args.compile
-        figures = bench(model, run.name if run else args.model, compiled, args.prompt_tokens, args.max_tokens)
+        figures = bench(model, run.name if run else args.model, args.compile, args.prompt_tokens, args.max_tokens)
         print(json.dumps(figures, indent=1))
         return note(args.out, device, figures)
     if args.score:

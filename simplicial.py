@@ -26,7 +26,7 @@ difference that three seeds resolve, so neither is built in.
     python simplicial.py --full           the fit of losses to sizes, on one GPU -> results/simplicial-gpu.*
     python train.py --attn simplicial --simplicial-every 4 --w1 512 --w2 32
 """
-import functools, json, math, random, re, statistics, sys, tempfile, time
+import functools, json, math, random, re, shutil, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -379,14 +379,21 @@ FULL_SIZES = {"S": "--n-layer 4 --n-embd 256 --n-head 4", "M": "--n-layer 8 --n-
               "L": "--n-layer 12 --n-embd 768 --n-head 12"}
 FULL_FLAGS = "--data python --block-size 1024 --batch-size 32 --steps 200 --eval-every 1000 --simplicial-every 4 --no-compile"
 FULL_ARMS, FULL_SEEDS = ("softmax, global", "softmax, window", "2-simplicial"), (1, 2, 3)
+KEPT = "out/simplicial-full"                                         # runs done, until all are
 FULL_WINDOWS = {"softmax, window": "--w1 128", "2-simplicial": "--w1 128 --w2 16"}
 
 
 def on_a_gpu(train, folder):
     """-> what results/simplicial-gpu.json holds: three sizes, equal tokens, the fit and its interval by drawing seeds anew."""
     LM_ARMS.update({arm: (LM_ARMS[arm][0], more) for arm, more in FULL_WINDOWS.items()})
-    runs = {arm: {size: [train_lm(train, folder / f"{arm}-{size}-{s}", arm, s, f"{FULL_FLAGS} {shape}") for s in FULL_SEEDS]
-                  for size, shape in FULL_SIZES.items()} for arm in FULL_ARMS}
+
+    def one(arm, size, seed):
+        flags = f"{FULL_FLAGS} {FULL_SIZES[size]}"
+        run = train.remembered(KEPT, [arm, LM_ARMS[arm], flags, seed],
+                               lambda: train_lm(train, folder / f"{arm}-{size}-{seed}", arm, seed, flags))
+        print(f"{arm}, {size}, seed {seed}: {run['loss']:.4f} nats per token", flush=True)
+        return run
+    runs = {arm: {size: [one(arm, size, s) for s in FULL_SEEDS] for size in FULL_SIZES} for arm in FULL_ARMS}
     draw, fits = random.Random(0), {}
     for arm, sizes in runs.items():
         counts = [r[0]["parameters"] for r in sizes.values()]
@@ -435,7 +442,7 @@ def draw_gpu(axes, result):
 def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="three sizes of model and the fit, on a GPU")
+    parser.add_argument("--full", action="store_true", help="three sizes of model and the fit, on a GPU; cut short, it goes on where it stopped")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():
@@ -455,6 +462,7 @@ def main(argv=None):
     with train.atomic(out / f"{name}.png") as f:
         figure.savefig(f, format="png", dpi=120)
     plt.close(figure)
+    shutil.rmtree(KEPT, ignore_errors=True)
     return result
 
 

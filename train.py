@@ -559,36 +559,102 @@ def shard_like(p, tensor):
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
-class Recorded:
-    """A softmax GPT that reads on from a FixedCache: a prompt as it comes, each later token by replaying a CUDA graph of the first
-    one, which costs one launch instead of hundreds. Elsewhere the same step runs unrecorded."""
-    def __init__(self, model, size):
-        self.model, device = model, model.embed_tokens.weight.device
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.cache, self.graph = [FixedCache(size, self.length) for _ in model.layers], None
+@functools.cache
+def decode_kernels():
+    """kernels/decode.py, or None where there is no Triton."""
+    try:
+        from kernels import decode
+        return decode
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
+        print("there is no Triton here, so a token takes PyTorch's slower way (pip install triton)", file=sys.stderr)
 
-    def read(self, ids, start):
-        """ids at the positions start, start + 1, ... -> the logits after them, (1, 1, V); they last until the next call."""
-        self.length.fill_(start)
-        if start == 0:
-            with torch.compiler.set_stance("force_eager"):           # each length of a prompt would be compiled anew
-                return self.model(torch.tensor([ids], device=self.token.device), cache=self.cache)
-        self.token.fill_(*ids)
+
+def kernels_for(model):
+    """-> the kernels for a step of this softmax GPT, or None: they need a GPU, matrices in the dtype of the activations and heads of
+    one of their widths. Who has compiled the model wants it to run so."""
+    weight, compiled = model.embed_tokens.weight, model.norm._compiled_call_impl
+    kernels = weight.is_cuda and weight.dtype == model.dtype and not compiled and decode_kernels()
+    return kernels if kernels and model.cfg.head_dim in kernels.WIDTHS else None
+
+
+class Recorded:
+    """A softmax GPT that writes on from a FixedCache: a prompt is read as it comes, each later token is a replay of a CUDA graph of
+    one step, which costs one launch instead of hundreds. The step takes the token before and its position from the device and leaves
+    the next ones there, so that a step can begin before the host knows the token. Elsewhere the same step runs unrecorded.
+    pick: logits (V) -> the token; generator: what it draws from, if it does."""
+    def __init__(self, model, size, pick=torch.argmax, generator=None):
+        self.model, self.pick, self.generator, device = model, pick, generator, model.embed_tokens.weight.device
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)                       # the position of `token`
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.cache = [FixedCache(size, self.length) for _ in model.layers]
+        self.graph = self.coming = None
+        self.kernels, self.angles = kernels_for(model), rotary(0, size, model.cfg.head_dim, model.cfg.rope_theta, device)
+
+    def read(self, ids):
+        """-> the token after a prompt"""
+        self.length.zero_()
+        with torch.compiler.set_stance("force_eager"):               # each length of a prompt would be compiled anew
+            logits = self.model(torch.tensor([ids], device=self.token.device), cache=self.cache)
+        self.token.fill_(self.pick(logits[0, -1]))
+        self.length.fill_(len(ids))
+        return int(self.token)
+
+    def logits(self):
+        """-> (V) float32, those after `token`"""
+        if not self.kernels:
+            return self.model(self.token, cache=self.cache)[0, -1]
+        model, eps = self.model, self.model.cfg.norm_eps
+        x = model.embed_tokens.weight.index_select(0, self.token[0])[0]                      # (C)
+        for layer, cache in zip(model.layers, self.cache):
+            a, m = layer.self_attn, layer.mlp
+            projections, gains = (a.q_proj, a.k_proj, a.v_proj), (a.q_norm.weight, a.k_norm.weight) if model.cfg.qk_norm else None
+            heads = self.kernels.project(x, layer.input_layernorm.weight, eps, [p.weight for p in projections],
+                                         [p.bias for p in projections] if model.cfg.qkv_bias else None)
+            y = self.kernels.attend(heads, gains, eps, self.angles, self.length, *(t[0] for t in cache.kept))
+            self.kernels.add(x, y, a.o_proj.weight)
+            hidden = self.kernels.swiglu(x, layer.post_attention_layernorm.weight, eps, m.gate_proj.weight, m.up_proj.weight)
+            self.kernels.add(x, hidden, m.down_proj.weight)
+        return self.kernels.project(x, model.norm.weight, eps, [(model.lm_head or model.embed_tokens).weight])
+
+    def step(self):
+        self.token.copy_(self.pick(self.logits()))
+        self.length += 1
+
+    def record(self):
+        token, at, state = self.token.clone(), self.length.clone(), self.generator and self.generator.get_state()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):                               # what is compiled or tuned must be so before the recording
+            for _ in range(3):
+                self.step()
+                self.token.copy_(token)
+                self.length.copy_(at)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        if self.generator:
+            self.generator.set_state(state)
+            self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def launch(self):
+        """Begin a step; -> its token, on the way."""
         if not self.token.is_cuda:
-            return self.model(self.token, cache=self.cache)
-        if not self.graph:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):                           # what is compiled or tuned must be so before the recording
-                for _ in range(3):
-                    self.model(self.token, cache=self.cache)
-            torch.cuda.current_stream().wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.model(self.token, cache=self.cache)
-        self.graph.replay()
-        return self.logits
+            self.step()
+        else:
+            if not self.graph:
+                self.record()
+            self.graph.replay()
+        return OnTheWay(self.token)
+
+    def next(self, ahead=False):
+        """-> the token after the last one. ahead: the one after it is wanted, too, and there is room: begin it now, so that the GPU
+        does not wait for the host."""
+        coming = self.coming or self.launch()
+        self.coming = self.launch() if ahead and self.token.is_cuda else None
+        return coming.read()[0][0]
 
 
 @torch.no_grad()
@@ -599,30 +665,35 @@ def generate(model, ids, n, temperature=1.0, top_k=0, top_p=1.0, seed=0, limit=N
     softmax attention, replays a step (see Recorded)."""
     device, size = model.embed_tokens.weight.device, model.cfg.block_size
     generator = torch.Generator(device).manual_seed(seed)
-    window, cache = list(ids)[-size:], None
-    room, start = min(size, len(window) + n), 0                      # a context of 40960 need not be allocated for an answer
-    record = Recorded(model, room) if recorded else None
-    for _ in range(n):
+    window, cache, start = list(ids)[-size:], None, 0
+    room = min(size, len(window) + n - 1)                            # a context of 40960 need not be allocated for an answer
+
+    def pick(logits):                                                # (V) -> the token; never waits for a device, to be recorded
+        logits = logits[:limit]
+        if temperature == 0:
+            return logits.argmax()
+        logits = logits / temperature
+        if 0 < top_k < len(logits):
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        if top_p < 1:
+            p, order = logits.softmax(-1).sort(descending=True)
+            improbable = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, p.cumsum(-1) - p >= top_p)
+            logits = logits.masked_fill(improbable, -torch.inf)                              # the first always stays
+        p = logits.softmax(-1)
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax()          # drawn as torch.multinomial does it
+
+    record = Recorded(model, room, pick, None if temperature == 0 else generator) if recorded else None
+    for left in reversed(range(n)):
         if len(window) > size:
             window, cache, start = window[-max(1, size // 2):], None, 0
-        if recorded:
-            logits = record.read(window[start:], start)
-        else:
+        if not recorded:
             cache = cache or ([Cache(room) for _ in model.layers] if cached else None)
-            logits = model(torch.tensor([window[start:]], device=device), cache=cache)
-        logits, start = logits[0, -1, :limit], len(window) if recorded or cached else 0     # (V,)
-        if temperature == 0:
-            token = logits.argmax()
+            token = int(pick(model(torch.tensor([window[start:]], device=device), cache=cache)[0, -1]))
         else:
-            logits = logits / temperature
-            if 0 < top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            if top_p < 1:
-                p, order = logits.softmax(-1).sort(descending=True)
-                logits[order[p.cumsum(-1) - p >= top_p]] = -torch.inf                        # the first always stays
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        window.append(int(token))
-        yield window[-1]
+            token = record.next(ahead=left and len(window) < size) if start else record.read(window)
+        start = len(window) if recorded or cached else 0
+        window.append(token)
+        yield token
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,6 +911,17 @@ def atomic(path):
         if isinstance(cause, OSError):
             fail(f"cannot write {path} ({cause.strerror}); what was there is untouched")
         raise
+
+
+def remembered(folder, key, work):
+    """-> work(), plain data, or what it was when it was last asked for with this key, which names all it depends on: an experiment of
+    many runs that is cut short goes on where it stopped. Who is done with them removes the folder."""
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
+    if not path.exists():
+        result = work()
+        with atomic(path) as f:
+            f.write(json.dumps({"key": key, "result": result}, indent=1).encode())
+    return json.loads(path.read_text())["result"]
 
 
 def writable(folder):

@@ -24,7 +24,7 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
     python ttt_context.py --experiment                                  below, in five minutes on two CPU cores -> results/ttt_context-cpu.*
-    python ttt_context.py --full                                        to 32k tokens, ten minutes on one H200 -> results/ttt_context-h200.*
+    python ttt_context.py --full                                        to 32k tokens on one GPU -> results/ttt_context-h200.*
     python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
     python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
 
@@ -34,7 +34,7 @@ win, unless there is such a norm, and another context's queries do harm if there
 
 The model is afterwards what it was, bit for bit. Exit status 2: bad input, one sentence says what.
 """
-import bisect, functools, hashlib, itertools, json, math, os, random, re, statistics, sys, time
+import bisect, functools, hashlib, itertools, json, math, multiprocessing, os, random, re, shutil, statistics, sys, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -412,7 +412,7 @@ LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {**LAPTOP, "name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
         "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
-        "train": (2000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
+        "train": (1000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
         "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
@@ -499,11 +499,11 @@ def renamed(ids, recipe, draw):
     return table.gather(1, ids)
 
 
-def raise_model(recipe, norm, seed, device, dtype):
+def raise_model(recipe, label, seed, device, dtype):
     """-> a GPT whose layers take turns at `shift` and softmax attention without positions, trained on short streams of all tasks; in
     the first half of the steps only what follows from the text counts, which is when it learns to look."""
     (steps, batch, T), tasks = recipe["train"], recipe["tasks"]
-    cfg = train.GPTConfig(vocab_size=sum(recipe["sizes"].values()), block_size=T, qk_norm=norm, tied=False, **recipe["shape"])
+    cfg = train.GPTConfig(vocab_size=sum(recipe["sizes"].values()), block_size=T, qk_norm=label == NORMS[1], tied=False, **recipe["shape"])
     model, draw = train.GPT(cfg, dtype=dtype).to(device), torch.Generator().manual_seed(seed)
     ends = lambda name: (2 * cfg.n_layer) ** -0.5 if "o_proj" in name or "down_proj" in name else 1.0
     train.fill(model, lambda name, shape: torch.ones(shape) if len(shape) == 1 else
@@ -517,7 +517,7 @@ def raise_model(recipe, norm, seed, device, dtype):
     draw = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
-    for step in tqdm(range(steps), desc=f"seed {seed}, {NORMS[norm]}", dynamic_ncols=True, leave=False):
+    for step in tqdm(range(steps), desc=f"seed {seed}, {label}", dynamic_ncols=True, leave=False):
         some = torch.randint(LESSONS, (batch,), generator=draw, device=device)
         ids = renamed(lessons[some], recipe, draw)                                           # (batch, T + 1)
         y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < steps // 2), -1)
@@ -628,20 +628,50 @@ def paired(ours, theirs, draws=2000):
     return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
 
 
-def experiment(recipe, models, device, folder):
-    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> what is in
-    results/ttt_context-NAME.json, written after each model; printed on the way, and drawn."""
-    began, cells, rates = time.perf_counter(), {}, {}
+def examined(recipe, models):
+    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> after each of them what there is so
+    far: {"LABEL, TASK, T": {arm: {score: [contexts, for each seed]}}}, and the learning rates, found with the first seed."""
+    cells, rates = {}, {}
     for seed, label, model, tasks in models:
         for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
             key = f"{label}, {task}, {T}"
-            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)                 # found with the first seed
+            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)
             cell = cells.setdefault(key, {})
             for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
                 for what, values in found.items():
                     cell.setdefault(arm, {}).setdefault(what, []).append(values)
             right = [f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()]
             print(f"seed {seed}, {key}: {', '.join(right)}", flush=True)
+        yield cells, rates
+
+
+KEPT = "out/ttt_context-full"                                        # what models of --full have answered, until all have
+
+
+def one_model(recipe, device, dtype, which):
+    work = lambda: list(examined(recipe, sandbox(recipe, device, dtype, [which])))[-1]
+    return train.remembered(KEPT, [recipe, str(device), str(dtype), which], work)
+
+
+def side_by_side(recipe, device, dtype):
+    """`examined`, three processes at a time, a model each: steps on small models wait for the host, three on one GPU take little longer
+    than one. Each model finds its own learning rates."""
+    cells, rates, models = {}, {}, list(itertools.product(SEEDS, NORMS))
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        for which, found in zip(models, pool.imap(functools.partial(one_model, recipe, device, dtype), models)):
+            for key, arms in found[0].items():
+                for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
+                    for what, values in scores.items():
+                        cell.setdefault(arm, {}).setdefault(what, []).extend(values)
+            rates |= {f"seed {which[0]}, {key}": rate for key, rate in found[1].items()}
+            yield cells, rates
+    shutil.rmtree(KEPT, ignore_errors=True)
+
+
+def experiment(recipe, found, device, folder):
+    """found: see `examined` -> what is in results/ttt_context-NAME.json, written after each model; told and drawn."""
+    began = time.perf_counter()
+    for cells, rates in found:
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
                 for key, arms in cells.items()}
@@ -692,11 +722,11 @@ def hidden(tokenizer, device, recipe):
     return ask
 
 
-def sandbox(recipe, device, dtype):
-    """-> what `experiment` asks for: a model for each seed, without and with QK-norm, and the questions of every task."""
+def sandbox(recipe, device, dtype, which):
+    """-> what `examined` asks for: a model for each seed and name of NORMS in `which`, and the questions of every task."""
     tasks = {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
-    for seed, norm in itertools.product(SEEDS, (False, True)):
-        yield seed, NORMS[norm], raise_model(recipe, norm, seed, device, dtype), tasks
+    for seed, label in which:
+        yield seed, label, raise_model(recipe, label, seed, device, dtype), tasks
 
 
 def plot(path, result):
@@ -755,7 +785,7 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
             next(losses)
         steps_s = timed(device, lambda: list(losses))[1]
     flops = flops_of_spans(model, steps * n, T)
-    writer, token = train.Recorded(model, T + rule // 2), [0]
+    writer = train.Recorded(model, T + rule // 2)
     for fixed, layer in zip(writer.cache, cache):
         fixed.kept = layer.kept                                      # (1, Hkv, T + rule / 2, D) each
         for t in fixed.kept:
@@ -763,9 +793,9 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
 
     @torch.no_grad()
     def write(many):
-        nonlocal token
         for _ in range(many):
-            token = [int(writer.read(token, T)[0, -1].argmax())]
+            writer.length.fill_(T)
+            writer.next(ahead=True)
     write(warm_up)
     token_s = timed(device, lambda: write(timed_tokens))[1] / timed_tokens
     thinking = {"2 N k": rule, "equal FLOPs": thinking_tokens(model, T, flops)}
@@ -781,14 +811,16 @@ def conclude(args, device, dtype):
         fail("--full needs a CUDA GPU; --experiment alone takes five minutes on a CPU")
     train.writable(args.out)
     if not args.init:
-        recipe = FULL if args.full else LAPTOP
-        return experiment(recipe, sandbox(recipe, device, dtype), device, args.out)
+        if args.full:
+            return experiment(FULL, side_by_side(FULL, device, dtype), device, args.out)
+        models = sandbox(LAPTOP, device, dtype, itertools.product(SEEDS, NORMS))
+        return experiment(LAPTOP, examined(LAPTOP, models), device, args.out)
     run = train.find_run(args.init)
     model, tokenizer = train.load_model(run, device, dtype)
     recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
     if not recipe["lengths"]:
         fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
-    return experiment(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})], device, args.out)
+    return experiment(recipe, examined(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})]), device, args.out)
 
 
 def main(argv=None):
@@ -807,7 +839,7 @@ def main(argv=None):
     flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer, as torch.save does")
     flag("--experiment", action="store_true", help="train small models, ask about long contexts -> results/ttt_context-cpu.*")
     flag("--full", action="store_true", help="the same at 32k tokens on one GPU -> results/ttt_context-h200.*; with --init DIR, "
-         "needles in real text -> results/ttt_context-needles.*")
+         "needles in real text -> results/ttt_context-needles.*; cut short, it goes on where it stopped")
     flag("--bench", action="store_true", help="time the steps beside tokens of thinking, with random weights -> "
          "results/ttt_context-bench.json")
     flag("--model", default="qwen3-4b", choices=train.PRESETS, metavar="NAME", help="shape for --bench, as in train.py (default: qwen3-4b)")

@@ -221,18 +221,16 @@ def lora_rite():
     for pairs, d, r in (72, 2048, 16), (48, 768, 16):
         parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for _ in range(pairs) for shape in ((r, d), (d, r))]
         start = [p.detach().clone() for p in parameters]
-        for p in parameters:
-            p.grad = torch.randn_like(p)
-        eager, ours = LoRARITE([{"params": parameters, "pair": True}]), LoRARITE([{"params": parameters, "pair": True}])
+        eager, ours = (LoRARITE([{"params": parameters, "pair": True}], lr=1e3) for _ in range(2))               # so large that it is seen in x
         eager.fits = lambda A, B: False
-        after = []
+        moved = []
         for optimizer in (eager, ours):
             for p, x in zip(parameters, start):
                 p.data.copy_(x)
             optimizer.step()
-            after.append([p.detach().clone() for p in parameters])
-        error = max((a - b).abs().max().item() for a, b in zip(*after))
-        assert error < 1e-5, f"off by {error}"
+            moved.append(torch.cat([(p.detach() - x).flatten() for p, x in zip(parameters, start)]))
+        error = ((moved[1] - moved[0]).norm() / moved[0].norm()).item()
+        assert error < 1e-3, f"off by {error} of the step"
         yield timed_step("AdamW, fused", [pairs, d, r], torch.optim.AdamW(parameters, fused=True), 28)
         yield timed_step("eager", [pairs, d, r], eager, 32)
         yield timed_step("ours", [pairs, d, r], ours, 32, error=error)
@@ -282,7 +280,8 @@ def ttt_context():
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, truth))
             assert name != "ours" or error < 0.02, f"off by {error}"
             yield {"shape": [1, H, Hkv, n, T, D], "name": name, "forward_ms": forward, "backward_ms": backward, "error": error,
-                   "GFLOP": 10 * n * H * T * D / 1e9, "forward_TFLOP_per_s": 4 * n * H * T * D / forward / 1e9, "backward_TFLOP_per_s": 6 * n * H * T * D / backward / 1e9}
+                   "GFLOP": 10 * n * H * T * D / 1e9, "forward_TFLOP_per_s": 4 * n * H * T * D / forward / 1e9,
+                   "backward_TFLOP_per_s": 6 * n * H * T * D / backward / 1e9}
 
 
 KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, loss, ttt_context)}

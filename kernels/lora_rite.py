@@ -17,7 +17,8 @@ Q is made symmetric, so that it depends on the matrix alone.
 
 Bytes per fp32 parameter: (1) reads x, g, M, 12; (4) does and writes x, M, 20; in all 32, and 3 for the partial sums at r = 16, 32 and 64,
 against 28 of AdamW. At the 4.22 TB/s that a copy reaches on an H200, 72 pairs of 2048 x 16 and back, 4.72 M parameters, take 0.04 ms.
-What counts are launches and the r x r work, whose programs all run side by side: a sweep at r = 16 is 15 rounds one after another.
+What counts are launches and the r x r work, whose programs all run side by side: a sweep at r = 16 is 15 rounds one after another. On one
+H200 (torch 2.11, triton 3.6) that step takes 0.209 ms, and 0.160 for 48 pairs of 768 x 16; fused AdamW 0.103 and 0.039, eager 10 and 12.
 Limits: r up to 64; float32, float16 and bfloat16 parameters, float32 moments; a factor has fewer than 2^31 elements.
 """
 import math
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 
 # For a rank of up to: rows a tile, rows a program, warps for passes over rows, warps for r x r work. Compiled for sm_80, 90, 100 and 120
-# passes spill nothing on sm_90, r x r work up to 12 bytes there, with escape at r = 64 up to 92. Not timed yet.
+# passes spill nothing on sm_90, r x r work up to 12 bytes there, with escape at r = 64 up to 92.
 CONFIG = {16: (32, 256, 2, 1), 32: (32, 512, 8, 4), 64: (16, 1024, 8, 16)}
 COLUMNS = tl.constexpr(7)                                            # of the table: pointers to x, g (or 0), M, state; rows, first program, programs
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -19,7 +19,7 @@ dP are computed in both kernels; a single pass, 12, would need atomics). Backwar
 tensors like k2.
 
 Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16, D = 128, g = 64 | D = 128, g = 1 | D = 64, g = 1. They are of
-variants side by side; what the file is now kernels/bench.py has yet to time.
+variants side by side; what the file is now stands in results/kernels.json.
 1. Keys in blocks of 64 from the window's old end: the 515 keys of four positions take 9 blocks, an eighth of the work is void.
 2. Whole blocks end at the last position, and what is left at the old end is taken 16 keys at a time: 8 blocks and a small one.
    Blocks are whole, so their loads need no mask; scores are masked in the last block and the small ones alone.
@@ -34,7 +34,10 @@ variants side by side; what the file is now kernels/bench.py has yet to time.
 5. rows_kernel: of tiles that spill nothing only (64, 32, 8, 2) was left at D = 128, at 159 | 153 | -, for 8 warps share 64 rows
    badly. With positions computed anew after the loop (128, 32, 8, 3) spills 4 bytes in place of 196:   340 | 304 | 288 (then 196)
 6. columns_kernel without a pipeline, in small tiles: two or three share a multiprocessor.              254 | 274 | 254
-   So the backward pass takes more than four times the forward's time, of 3 that were asked for.
+7. Tiles of 128 rows with 4 warps, so that two share a multiprocessor and each key is fetched half as often: 255 registers, 390 bytes
+   spilled, and faster all the same than tiles that spill nothing:                                      387 | 368 | 328 forward
+   Larger tiles for columns_kernel, and for rows_kernel at D = 64, likewise: backward in all 119 | 14.4 | 15.7 ms before, now, in
+   results/kernels.json, 112 | 14.0 | 14.0. That is still 4 to 5 times the forward's time, of 3 that were asked for.
 """
 import torch
 import torch.nn.functional as F
@@ -330,9 +333,11 @@ def columns_kernel(
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
 
 
-# Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads under 64 take those of 64.
-HOPPER = {("forward", 128): (64, 64, 4, 2), ("rows", 128): (128, 32, 8, 3), ("columns", 128): (32, 64, 4, 1),
-          ("forward", 64): (64, 64, 4, 3, 168), ("rows", 64): (64, 64, 4, 3), ("columns", 64): (32, 64, 4, 1)}
+# Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads under 64 take those of 64. Chosen by
+# time on one H200, with bytes spilled where that was faster (step 7), up to SPILLED.
+SPILLED = 400
+HOPPER = {("forward", 128): (128, 32, 4, 3), ("rows", 128): (128, 32, 8, 3), ("columns", 128): (64, 128, 8, 1),
+          ("forward", 64): (128, 64, 4, 3, 168), ("rows", 64): (128, 32, 4, 3), ("columns", 64): (128, 64, 4, 1)}
 OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
 FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
 WIDTHS = (16, 32, 64, 128)

@@ -1,30 +1,40 @@
 """SONew's step over many tensors at once: statistics, L D L^T m, the graft's norms, the update.
 
-Lanes hold quads of 4 consecutive elements, so that of "the element k further on" (k <= 4) 4 - k are in the same thread, and the rest
-come by tl.gather through shared memory; every array is read from memory once, 16 bytes a lane.
+A chunk of a tensor is a tile of lines of 32 lanes, a quad of 4 consecutive elements a lane, so that what an element needs of the next
+k <= 4 is in its own thread or one lane further on: a shuffle within a warp. The first and the last lane of a line are for that alone,
+the lines overlap by two quads, and a barrier stands between what is read and what is written.
 
-Chunks are up to 4 * quads elements of one tensor; a table of pointers and sizes lets one launch serve all tensors of a dtype. Chunks end
-with chains where these fit (chain="row", length a multiple of 4): none then needs another's elements. Otherwise they overlap by a quad
-on either side. As state is updated in place, a neighbour could find it new already: a first launch copies those quads aside.
+A table of pointers and sizes lets one launch serve all tensors of a dtype. Chunks end with chains where these fit (chain="row", length a
+multiple of 4): none then needs another's elements. Otherwise a first launch copies the quads on either side of each chunk aside: as
+state is updated in place, a neighbour could find it new already.
 
-1. halo_kernel (only where chunks overlap): g, m, S of the quads on both sides of each chunk.
+1. halo_kernel (only where chains are longer than chunks): g, m, S of those quads.
 2. step_kernel, a program per run of chunks. Half of the programs take the statistics: m, S in place, u in place of the gradient, and the
    sums |a|^2, |u|^2, the number of bad gradients; the last program of a tensor to finish adds those of all, in their order, so that two
-   runs are equal. The other half apply u: p -= lr (scale u + wd p), nothing if a gradient was bad; they come a little later and wait for
-   that. Programs start in the order of their numbers, so that one only waits for what has begun, and L2 still holds u.
+   runs are equal. The other half apply u: p -= lr (scale u + wd p), nothing if a gradient was bad; they come a little later, between
+   the statistics of the next tensors, and wait for that. Programs start in the order of their numbers, so that one only waits for what
+   has begun, and L2 still holds some of u.
 
 Bytes per fp32 parameter at band b: statistics read g, m, S_0..S_b and write m, S, u, 8 b + 24; the update reads u, p and writes p, 12:
 in all 8 b + 36, 44 tridiagonal, 68 at b = 4, against 28 of AdamW; up to 4 of them stay in L2. At the 4.25 TB/s that a copy reaches on an
 H200, 125 M parameters take 1.30 ms (b = 1) and 2.00 ms (b = 4), AdamW 0.82; with m and S in bfloat16 they are 4 b + 28, 0.94 and 1.29 ms.
 
-Steps, 53 matrices of 768 x 3072 on one H200 (torch 2.11, triton 3.6), where PyTorch's fused AdamW takes 1.01 ms; earlier versions of
-this file side by side, what it is now kernels/bench.py has yet to time:
-1. Statistics, norms and update as three launches over all tensors: 1.64 ms at b = 1, 3.19 at b = 4, 1.56 at b = 0. The same in pieces
-   that fit L2: 80 us of host time a piece, up to 4.4 ms.
-2. One launch, all loads before the first store: b = 0 1.19 ms, but b = 1 1.74 and b = 4 3.07: each program now ends by waiting until its
-   stores are seen by all, which small chunks pay for most. Keeping u in scratch memory that never leaves L2 gained nothing: 1.84.
-   Reading what a lane needs of the next a second time, from L1, in place of gathers: no difference.
-3. Runs of chunks, loads of the next ahead of time by the compiler: to be timed.
+Steps, 53 matrices of 768 x 3072 on one H200 (torch 2.11, triton 3.6), where PyTorch's fused AdamW takes 1.01 ms; versions side by side,
+what the file is now stands in results/kernels.json.                                                       b = 0, 1, 4, in ms
+1. Statistics, norms and update as three launches over all tensors.                                        1.56 | 1.64 | 3.19
+2. One launch, all loads before the first store: each program ends by waiting until its stores are seen
+   by all, which small chunks pay for most. u in scratch memory that never leaves L2 gained nothing.       1.19 | 1.74 | 3.07
+3. Runs of 8 chunks, loads by Triton's pipeline: with two stages it asks for the next chunk only after
+   this one's work, and 99 registers leave room for two programs on a multiprocessor, 16 warps of 64:
+   bound by latency, memory at 2.8 TB/s.                                                                   1.09 | 1.96 | 4.33
+4. At most 64 registers (80 at b = 4), halos read through one pointer in place of two loads, updates
+   1,024 programs after their statistics.                                                                  1.09 | 1.59 | 2.63
+5. Neighbours by shuffles within a warp, lines that overlap, one barrier a chunk where there were seven
+   exchanges through shared memory; the halos of a run copied by one program.                              1.11 | 1.62 | 2.41
+6. At b = 1 two quads a thread, 4 warps, 96 registers: more loads in flight. Three or more quads a
+   thread, shorter runs (1.51 for runs of 2: each ends by waiting), later or earlier updates, none of
+   which leaves more of u in L2, gained nothing.                                                           1.11 | 1.41 | 2.37
+   At 44 bytes a parameter that is 93% of the copy's speed, at b = 4 (68 bytes) 86%.
 Limits: band 0 to 4, float32, float16 and bfloat16 parameters, float32 or bfloat16 state; arithmetic is float32.
 """
 import functools
@@ -34,9 +44,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Quads of a chunk, warps, chunks of a run, stages of its pipeline, and how many parameters' statistics come between two tensors' updates.
-# Compiled for sm_80, 90, 100 and 120 this takes 52 registers at band 1 and spills none.
-CONFIG = (256, 8, 8, 2, 2 ** 21)
+# By band: lines of a chunk, warps, chunks of a run, stages of a pipeline, after how many programs a tensor's updates follow its
+# statistics, and the most registers of a thread on Hopper, where all of this was timed
+CONFIG = {0: (8, 8, 8, 1, 1024, 48), 1: (8, 4, 8, 1, 1024, 96), **dict.fromkeys((2, 3, 4), (4, 4, 16, 1, 1024, 96))}
 HEAD = tl.constexpr(11)                                              # columns of the table before the pointer to S_0, named in `step`
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 FAR = tl.constexpr(2 ** 29)                                          # no lane is as far from the end of its chain as this
@@ -59,51 +69,52 @@ def place_of(chunk_index, chunk, n, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def columns(x, J: tl.constexpr):                                     # [J, 4] -> 4 of [J], within each thread
-    even, odd = tl.split(tl.reshape(x, (J, 2, 2)))
+def columns(x, LINES: tl.constexpr):                                     # [32, LINES, 4] -> 4 of [32, LINES], within each thread
+    even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
 
 
 @triton.jit
-def quad_of(y, J: tl.constexpr):                                     # 4 of [J] -> [J, 4]
-    return tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (J, 4))
+def quad_of(y, LINES: tl.constexpr):                                     # 4 of [32, LINES] -> [32, LINES, 4]
+    return tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (32, LINES, 4))
 
 
 @triton.jit
-def ahead(x, k: tl.constexpr, FLAT: tl.constexpr, J: tl.constexpr):
-    """x[i + k] for the elements i = 4 j + phase of [J, 4], k <= 4. What lies past the last lane is not defined."""
+def shuffled(x, by: tl.constexpr, LINES: tl.constexpr):                  # x of the lane `by` further on, of [32, LINES]; at the end its own
+    lane = tl.minimum(tl.maximum(tl.arange(0, 32) + by, 0), 31)
+    return tl.gather(x, tl.broadcast_to(lane[:, None], (32, LINES)), 0)
+
+
+@triton.jit
+def ahead(x, k: tl.constexpr, LINES: tl.constexpr):
+    """x[i + k] for the elements i = 4 lane + phase of each row of [32, LINES, 4], k <= 4. What lies past the last lane is not defined."""
     if k == 0:
         return x
-    if FLAT:
-        i = tl.minimum(tl.arange(0, 4 * J) + 4, 4 * J - 1)
-        y = columns(tl.reshape(tl.gather(tl.reshape(x, (4 * J,)), i, 0), (J, 4)), J)
-    else:
-        j, y = tl.minimum(tl.arange(0, J) + 1, J - 1), ()
-        for phase in tl.static_range(4):
-            y = y + (tl.gather(columns(x, J)[phase], j, 0),)
-    z = columns(x, J) + y
-    return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), J)
+    z = columns(x, LINES)
+    for phase in tl.static_range(4):
+        z = z + (shuffled(z[phase], 1, LINES),)
+    return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), LINES)
 
 
 @triton.jit
-def behind(x, BAND: tl.constexpr, J: tl.constexpr):
-    """sum_k x_k[i - k] for a tuple x_1 ... x_BAND of [J, 4]. What a lane sends to the next, four numbers, it adds up first."""
-    z, sums, before = (), (), tl.arange(0, J) - 1
+def behind(x, BAND: tl.constexpr, LINES: tl.constexpr):
+    """sum_k x_k[i - k] for a tuple x_1 ... x_BAND of [32, LINES, 4]. What a lane sends to the next, four numbers, it adds up first."""
+    z, sums = (), ()
     for k in tl.static_range(BAND):
-        z = z + columns(x[k], J)
+        z = z + columns(x[k], LINES)
     for phase in tl.static_range(4):
-        own, sent = tl.zeros((J,), tl.float32), tl.zeros((J,), tl.float32)
+        own, sent = tl.zeros((32, LINES), tl.float32), tl.zeros((32, LINES), tl.float32)
         for k in tl.static_range(1, BAND + 1):
             if k <= phase:
                 own += z[4 * k - 4 + phase - k]
             else:
                 sent += z[4 * k - 4 + phase - k + 4]
         if phase < BAND:
-            own += tl.where(before < 0, 0.0, tl.gather(sent, tl.maximum(before, 0), 0))
+            own += shuffled(sent, -1, LINES)
         sums = sums + (own,)
-    return quad_of(sums, J)
+    return quad_of(sums, LINES)
 
 
 @triton.jit
@@ -137,41 +148,40 @@ def one_minus_power(t, log_beta):
 
 @triton.jit
 def halo_kernel(
-    table_ptr, items_ptr, halo_ptr,                                  # (T, COLUMNS), (P, 2), (P RUN, BAND + 3, 2, 4)
+    table_ptr, items_ptr, halo_ptr,                                  # (T, COLUMNS), (P, 2), (P RUN, BAND + 3, 2, 4) of G and M
     G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):
-    item, sub = items_ptr + tl.program_id(0) // RUN * 2, tl.program_id(0) % RUN
+    item = items_ptr + tl.program_id(0) * 2
     row_ptr, run = table_ptr + tl.load(item) * COLUMNS, tl.load(item + 1)
     n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
-    o = tl.arange(0, 8)
-    i = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)                    # before the chunk, after it
+    sub, o = tl.arange(0, RUN)[:, None], tl.arange(0, 8)[None, :]
+    i = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)                    # [RUN, 8]: before the chunks, after them
     there = (i >= 0) & (i < n)
     halo_ptr += ((tl.load(row_ptr + 8) + run) * RUN + sub) * (BAND + 3) * 8
-    g = tl.load(pointer(row_ptr, 1, G, False) + i, mask=there, other=0.0).to(tl.float32)
-    tl.store(halo_ptr + o, g)
-    for slot in tl.static_range(1, BAND + 3):
-        x = tl.load(pointer(row_ptr, 2 if slot == 1 else HEAD + slot - 2, M, False) + i, mask=there, other=0.0).to(tl.float32)
-        tl.store(halo_ptr + slot * 8 + o, x)
+    for slot in tl.static_range(BAND + 3):
+        ptr = pointer(row_ptr, 1, G, False) if slot == 0 else pointer(row_ptr, 2 if slot == 1 else HEAD + slot - 2, M, False)
+        tl.store((halo_ptr + slot * 8).to(ptr.dtype) + o, tl.load(ptr + i, mask=there, other=0.0))
 
 
 @triton.jit
-def read(ptr, o, own, halo_ptr, slot: tl.constexpr, HALO: tl.constexpr, J: tl.constexpr):
-    """Elements o of a chunk, [J, 4]: its own from the tensor, others from the halo."""
-    x = tl.load(ptr + o, mask=own, other=0.0, eviction_policy="evict_first").to(tl.float32)
+def read(ptr, quad, mask, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements of a chunk, [32, LINES, 4], by their quads, [32, LINES, 1]; with HALO those before and after the chunk come from it."""
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2                        # bytes of a quad
+    ptrs = ptr + 4 * quad
     if HALO:
-        lane, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
-        x += tl.load(halo_ptr + slot * 8 + tl.where(lane == 0, 0, 4) + phase, mask=((lane == 0) | (lane == J - 1)) & (phase >= 0), other=0.0)
-    return x
+        aside = (halo_ptr + slot * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
+        ptrs = tl.where((quad < 0) | (4 * quad >= chunk), aside, ptrs)
+    if ALIGNED:
+        ptrs = tl.multiple_of(ptrs, (SIZE, SIZE, SIZE))
+    return tl.load(ptrs + tl.arange(0, 4)[None, None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
-def to_the_end(o, chain, place, left0, HALO: tl.constexpr):
+def to_the_end(o, chain, place, left0):
     """How many elements there are from o to the end of its chain, itself included; the chunk begins at `place` of one."""
     x = left0 - o
     left = tl.where(x > 0, x, chain - (-x) % chain)
-    if HALO:                                                         # what is before the chunk may belong to earlier chains
-        left = tl.where(place + o < 0, (-(place + o) - 1) % chain + 1, left)
-    return left
+    return tl.where(place + o < 0, (-(place + o) - 1) % chain + 1, left)                     # before the chunk there may be earlier chains
 
 
 @triton.jit
@@ -181,25 +191,29 @@ def add3(x0, x1, x2, y0, y1, y2):
 
 @triton.jit
 def statistics(
-    g_ptr, m_ptr, S_ptr, start, length, chain, halo_ptr, correct1, correct2,
+    g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo_ptr, correct1, correct2,
     beta1, beta2, new1, new2, eps, gamma, graft_eps,                 # new = 1 - beta, rounded once
-    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, J: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr,
+    LINES: tl.constexpr,
 ):
-    """m, S in place, u in place of g, for one chunk. -> |a|^2, |u|^2 and the number of bad gradients of each lane, [J]."""
-    FLAT: tl.constexpr = BAND > 1
-    quad, phase = tl.arange(0, J)[:, None], tl.arange(0, 4)[None, :]
-    if HALO:
-        quad = quad - 1
-    o = 4 * quad + phase                                                                     # [J, 4], from the chunk's start
-    own = (o >= 0) & (o < length)
+    """m, S in place, u in place of g, for one chunk. -> |a|^2, |u|^2 and the number of bad gradients of each lane, [32, LINES]."""
+    EDGE: tl.constexpr = 1 if BAND > 0 else 0                        # the first and the last lane of a row are its neighbours'
+    lane, phase = tl.arange(0, 32)[:, None, None], tl.arange(0, 4)[None, None, :]
+    quad = tl.arange(0, LINES)[None, :, None] * (32 - 2 * EDGE) + lane - EDGE                    # [32, LINES, 1]
+    o = 4 * quad + phase                                             # [32, LINES, 4], from the chunk's start
+    there = (o >= 0) & (o < length)
+    own = there & (lane >= EDGE) & (lane < 32 - EDGE)
+    mask = there | (quad < 0) | (o >= chunk) if HALO else there
 
     g_ptr += start
     m_ptr += start
-    g = read(g_ptr, o, own, halo_ptr, 0, HALO, J)
-    m = read(m_ptr, o, own, halo_ptr, 1, HALO, J)
+    g = read(g_ptr, quad, mask, halo_ptr, 0, chunk, HALO, ALIGNED)
+    m = read(m_ptr, quad, mask, halo_ptr, 1, chunk, HALO, ALIGNED)
     old = ()
-    for k in tl.static_range(BAND + 1):                              # all loads before the first store, which they would wait for
-        old = old + (read(S_ptr[k] + start, o, own, halo_ptr, 2 + k, HALO, J),)
+    for k in tl.static_range(BAND + 1):
+        old = old + (read(S_ptr[k] + start, quad, mask, halo_ptr, 2 + k, chunk, HALO, ALIGNED),)
+    if BAND > 0:
+        tl.debug_barrier()                                           # a row's neighbours write what it has read
     good = g * g < float("inf")                                                              # false for NaN too
     g = tl.where(good, g, 0.0)
     m = beta1 * m + new1 * g
@@ -209,12 +223,12 @@ def statistics(
         place = start % chain if HALO else tl.zeros((), tl.int64)
         left0, place = tl.minimum(chain - place, FAR).to(tl.int32), tl.minimum(place, FAR).to(tl.int32)
         chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
-        left = to_the_end(4 * quad if ALIGNED else o, chain, place, left0, HALO)
+        left = to_the_end(4 * quad if ALIGNED else o, chain, place, left0)
         if ALIGNED:                                                  # a quad lies in one chain
             left = left - phase
     S = ()
     for k in tl.static_range(BAND + 1):
-        product = g * ahead(g, k, FLAT, J)
+        product = g * ahead(g, k, LINES)
         if k > 0:
             product = tl.where(left > k, product, 0.0)
         new = beta2 * old[k] + new2 * product
@@ -228,8 +242,8 @@ def statistics(
         S0, W, c, d = S[0] + eps, (), (), ()
         for p in tl.static_range(1, BAND + 1):
             for q in tl.static_range(1, p):
-                W = W + (ahead(S[p - q], q, FLAT, J),)
-            W = W + (ahead(S0, p, FLAT, J),)
+                W = W + (ahead(S[p - q], q, LINES),)
+            W = W + (ahead(S0, p, LINES),)
             c = c + (S[p],)
             d = d + (W[p * (p + 1) // 2 - 1],)
         psi, s = solve(W, c, d, S0, gamma, BAND)
@@ -237,15 +251,15 @@ def statistics(
         s = tl.where(keep, s, S0)
         w = m
         for k in tl.static_range(1, BAND + 1):
-            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, k, FLAT, J)
+            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, k, LINES)
         w = tl.where(s > 0, w / s, 0.0)
         u, x = w, ()
         for k in tl.static_range(BAND):
             x = x + (tl.where(keep, psi[k], 0.0) * w,)
         if BAND > 0:
-            u -= behind(x, BAND, J)
+            u -= behind(x, BAND, LINES)
     tl.store(g_ptr + o, u.to(G), mask=own, eviction_policy="evict_last")
-    return tl.sum(tl.where(own, a * a, 0.0), 1), tl.sum(tl.where(own, u * u, 0.0), 1), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 1)
+    return tl.sum(tl.where(own, a * a, 0.0), 2), tl.sum(tl.where(own, u * u, 0.0), 2), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 2)
 
 
 @triton.jit
@@ -276,7 +290,7 @@ def step_kernel(
     table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, count_ptr,
     item0, tensors, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps, lr, weight_decay,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, GRAFT: tl.constexpr,
-    LR_THERE: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, J: tl.constexpr,
+    LR_THERE: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
     RUN: tl.constexpr, STAGES: tl.constexpr,
 ):
     items_ptr += 2 * (tl.program_id(0) + item0)
@@ -299,7 +313,7 @@ def step_kernel(
             scale = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg")) / (tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg")) + 1e-12)
         for c in tl.range(run * RUN, last, num_stages=STAGES):
             start, length = place_of(c, chunk, n, ALIGNED)
-            apply(p_ptr, g_ptr, start, length, rate, scale, tl.cast(weight_decay, tl.float32), P, 4 * J)
+            apply(p_ptr, g_ptr, start, length, rate, scale, tl.cast(weight_decay, tl.float32), P, 128 * LINES)
         if run == 0:                                                 # one program of each tensor counts
             tl.store(step_ptr, tl.load(step_ptr) + 1)
             tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(refused, 1.0, 0.0))
@@ -309,17 +323,17 @@ def step_kernel(
             S_ptr = S_ptr + (pointer(row_ptr, HEAD + k, M, ALIGNED),)
         t, chain, first = tl.load(step_ptr) + 1, tl.load(row_ptr + 6), tl.load(row_ptr + 8)
         correct1, correct2 = 1 / one_minus_power(t, log_beta1), 1 / one_minus_power(t, log_beta2)
-        sum_a, sum_u, bad = tl.zeros((J,), tl.float32), tl.zeros((J,), tl.float32), tl.zeros((J,), tl.float32)
+        sum_a, sum_u, bad = tl.zeros((32, LINES), tl.float32), tl.zeros((32, LINES), tl.float32), tl.zeros((32, LINES), tl.float32)
         for c in tl.range(run * RUN, last, num_stages=STAGES):
             start, length = place_of(c, chunk, n, ALIGNED)
             halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
-            aa, uu, b = statistics(g_ptr, m_ptr, S_ptr, start, length, chain, halo, correct1, correct2,
+            aa, uu, b = statistics(g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo, correct1, correct2,
                                    tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(new1, tl.float32),
                                    tl.cast(new2, tl.float32), tl.cast(eps, tl.float32), tl.cast(gamma, tl.float32),
-                                   tl.cast(graft_eps, tl.float32), G, M, BAND, PLAIN, HALO, ALIGNED, J)
+                                   tl.cast(graft_eps, tl.float32), G, M, BAND, PLAIN, HALO, ALIGNED, LINES)
             sum_a, sum_u, bad = sum_a + aa, sum_u + uu, bad + b
         partial = partial_ptr + (first + run) * 3
-        all_a, all_u, all_bad = tl.reduce((sum_a, sum_u, bad), 0, add3)
+        all_a, all_u, all_bad = tl.reduce(tl.reduce((sum_a, sum_u, bad), 1, add3), 0, add3)
         tl.store(partial, all_a)
         tl.store(partial + 1, all_u)
         tl.store(partial + 2, all_bad)
@@ -330,34 +344,29 @@ def step_kernel(
             tl.atomic_xchg(ready_ptr, 1, sem="release")
 
 
-def split(n, chain, band, quads):
-    """-> how many elements of a tensor of n a program takes, and whether programs overlap."""
-    if band == 0 or n <= 4 * quads:
-        return 4 * quads, False
-    if chain <= 4 * quads and chain % 4 == 0:
-        return 4 * quads // chain * chain, False
-    return 4 * (quads - 2), True
+def split(n, chain, band, lines):
+    """-> how many elements of a tensor of n a chunk takes, and whether chunks need a halo."""
+    most = 4 * lines * (30 if band else 32)
+    if band == 0 or n <= most:
+        return most, False
+    if chain <= most and chain % 4 == 0:
+        return most // chain * chain, False
+    return most, True
 
 
 @functools.lru_cache(64)
-def arrange(sizes, apart, run, limit):
-    """-> the first program of each tensor and how many it has, for tensors of `sizes` (elements, elements of a chunk); all programs; and who
-    does what, in which order, (2 P, 2) int32: a tensor and the chunk of which to take the statistics, or, as -1 - tensor, to
-    apply u to. Updates come one piece later than statistics; `apart` all come last."""
-    counts, pieces, size = [-(-n // (chunk * run)) for n, chunk in sizes], [[]], 0
-    for t, (n, _) in enumerate(sizes):
-        if pieces[-1] and size + n > limit:
-            pieces, size = [*pieces, []], 0
-        pieces[-1].append(t)
-        size += n
-    updates = [[-1 - t for t in piece] for piece in pieces]
-    if apart:
-        pieces, updates = [sum(pieces, []), []], [sum(updates, [])]
-    order = sum((s + u for s, u in zip([*pieces, []], [[], *updates])), [])
-    long = torch.tensor([counts[t if t >= 0 else -1 - t] for t in order])
-    chunks = torch.arange(long.sum()) - torch.repeat_interleave(long.cumsum(0) - long, long)
-    items = torch.stack([torch.repeat_interleave(torch.tensor(order), long), chunks], 1).int()
-    return [(sum(counts[:t]), count) for t, count in enumerate(counts)], sum(counts), items
+def arrange(sizes, apart, run, lag):
+    """-> the first program of each tensor and how many it has, for tensors of `sizes` (elements, elements of a chunk); all programs; and
+    who does what, in which order, (2 P, 2) int32: a tensor and the run of which to take the statistics, or, as -1 - tensor, to
+    apply u to. A tensor's updates begin `lag` programs after the last of its statistics, each between two of later tensors; `apart` all
+    come last."""
+    counts = torch.tensor([-(-n // (chunk * run)) for n, chunk in sizes])
+    ends, P = counts.cumsum(0), int(counts.sum())
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)                       # (P,)
+    part = torch.arange(P) - (ends - counts)[tensor]
+    when = torch.cat([torch.arange(P), ends[tensor] + (P if apart else lag) + part])
+    items = torch.stack([torch.cat([tensor, -1 - tensor]), part.repeat(2)], 1)[when.argsort(stable=True)].int()
+    return list(zip((ends - counts).tolist(), counts.tolist())), P, items
 
 
 TABLES, RECORDED = {}, []                                            # of late, as gradients tend to be where they were; of CUDA graphs
@@ -384,12 +393,12 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
     """One step for a list of works: p, g of one shape, m and S (list of band + 1) too, all contiguous on one device, step and skipped ()
     float32, chain the length of a chain. graft "adam", "none", or "plain": Adam's step, S_0 alone. lr: a number, or a tensor () there.
     reduce(totals) may sum (T, 3) over processes that hold other rows of the same tensors, given in the same order."""
-    quads, warps, run, stages, limit = CONFIG
-    assert quads >= 32 * warps, "with fewer lanes than threads, some threads would read what others have overwritten"
     device, band = works[0].p.device, len(works[0].S) - 1
+    lines, warps, run, stages, lag, registers = CONFIG[band]
+    assert lines >= warps, "with fewer lanes than threads, some threads would read what others have overwritten"
     columns, jobs = HEAD.value + band + 1, {}
     for index, work in enumerate(works):
-        n, (chunk, halo) = work.p.numel(), split(work.p.numel(), work.chain, band, quads)
+        n, (chunk, halo) = work.p.numel(), split(work.p.numel(), work.chain, band, lines)
         if n == 0:                                                   # a shard without rows
             work.step.add_(1)
             continue
@@ -398,7 +407,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
         # 8: the tensor's first program, 9: how many, 10: its totals, come between the two
         row = (*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk), (index, arrays[3:])
         jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned), []).append(row)
-    totals = torch.zeros(len(works), 3, device=device)
+    totals, hopper = torch.zeros(len(works), 3, device=device), device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     lr_there = torch.is_tensor(lr) and lr.device == device
     numbers = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs, float(eps), float(gamma), float(graft_eps),
@@ -408,7 +417,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
         launches = []
         for (*dtypes, halo, aligned), rows in jobs.items():
             sizes = tuple(head[5::2] for head, _ in rows)
-            how = sizes, reduce is not None, run, limit
+            how = sizes, reduce is not None, run, lag
             places, programs, order = arrange(*how)
             items = there(how, lambda: order, device)
             rows = tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places))
@@ -416,15 +425,15 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
             P, G, M = (TYPES[d] for d in dtypes)
             aside = torch.empty(programs * run if halo else 0, band + 3, 8, device=device)
             if halo:
-                apart = sizes, True, run, limit
+                apart = sizes, True, run, lag
                 statistics_alone = there(apart, lambda: arrange(*apart)[2], device)
-                halo_kernel[(programs * run,)](table, statistics_alone, aside, G, M, band, columns, run, num_warps=1)
+                halo_kernel[(programs,)](table, statistics_alone, aside, G, M, band, columns, run, num_warps=1)
             tensors = (table, items, aside, torch.empty(programs, 3, device=device), totals,
                        torch.zeros(2 * len(rows), dtype=torch.int32, device=device))
-            constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, quads, run, stages)
+            constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, lines, run, stages)
 
-            def launch(item0, n, tensors=tensors, constants=constants, T=len(rows)):
-                step_kernel[(n,)](*tensors, item0, T, *numbers, *constants, num_warps=warps)
+            def launch(item0, n, tensors=tensors, constants=constants, T=len(rows), most=registers if aligned and hopper else None):
+                step_kernel[(n,)](*tensors, item0, T, *numbers, *constants, num_warps=warps, maxnreg=most)
             launches.append((launch, programs))
         for launch, programs in launches:
             launch(0, programs if reduce else 2 * programs)
@@ -435,21 +444,24 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
     torch.autograd.graph.increment_version([work.p for work in works])
 
 
-# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps
+# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages, most
+# registers, architectures
 def builds():
     types = {"table_ptr": "*i64", **dict.fromkeys(("items_ptr", "count_ptr"), "*i32"),
              **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), **dict.fromkeys(("item0", "tensors"), "i32"),
              **dict.fromkeys(("beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
                               "weight_decay"), "fp32")}
-    quads, warps, run, stages, _ = CONFIG
     fp32, bf16 = tl.float32, tl.bfloat16
-    for G, M, band, plain, halo, aligned in ((fp32, fp32, 1, False, False, True), (fp32, fp32, 4, False, False, True),
+    for G, M, band, plain, halo, aligned in ((fp32, fp32, 1, False, True, True), (fp32, fp32, 4, False, True, True),
                                              (bf16, bf16, 1, False, False, True), (bf16, fp32, 4, False, True, False),
                                              (fp32, fp32, 0, True, False, True)):
-        yield (step_kernel, types,
-               {"P": G, "G": G, "M": M, "BAND": band, "PLAIN": plain, "GRAFT": not plain, "LR_THERE": False, "HALO": halo, "ALIGNED": aligned,
-                "COLUMNS": HEAD.value + band + 1, "J": quads, "RUN": run, "STAGES": stages}, (), warps)
-    yield halo_kernel, types, {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5, "RUN": run}, (), 1
+        lines, warps, run, stages, _, registers = CONFIG[band]
+        constants = {"P": G, "G": G, "M": M, "BAND": band, "PLAIN": plain, "GRAFT": not plain, "LR_THERE": False, "HALO": halo,
+                     "ALIGNED": aligned, "COLUMNS": HEAD.value + band + 1, "LINES": lines, "RUN": run, "STAGES": stages}
+        for most, arches in ((registers if aligned else None, (90,)), (None, (80, 100, 120))):
+            yield step_kernel, types, constants, (), warps, 3, most, arches
+    constants = {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5, "RUN": CONFIG[4][2]}
+    yield halo_kernel, types, constants, (), 1, 3, None, (80, 90, 100, 120)
 
 
 AOT = list(builds())
