@@ -160,8 +160,8 @@ def main(argv=None):
 
     bpb = {a: [r[0] for r in runs[a]] for a in ARMS}
     difference = [b - a for a, b in zip(bpb["softmax"], bpb["laser"])]
-    half = 4.303 * statistics.stdev(difference) / len(SEEDS) ** 0.5  # Student's t, 95%, 2 degrees of freedom
-    result = {"bits_per_byte": bpb, "difference": statistics.mean(difference), "half_width_95": half, "seeds": SEEDS,
+    mean, half = train.interval(difference)
+    result = {"bits_per_byte": bpb, "difference": mean, "half_width_95": half, "seeds": SEEDS,
               "steps": recipe["steps"], "flags": recipe["flags"], "data": recipe["data"], "lr": lrs, "sweep": sweep,
               "run_seconds": {a: [r[1] for r in runs[a]] for a in ARMS}, "gradients": {a: runs[a][0][2] for a in ARMS},
               "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began,
@@ -178,10 +178,7 @@ def main(argv=None):
 
 
 def draw(train, path, result):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, (left, right) = train.figure((9, 4), 1, 2)
     for attn, style in (("softmax", "--"), ("laser", "-")):
         steps, layers = list(result["gradients"][attn]), list(zip(*result["gradients"][attn].values()))
         if len(steps) == 1:
@@ -196,9 +193,7 @@ def draw(train, path, result):
     right.set(xticks=[0, 1], xticklabels=["softmax", "laser"], xlim=(-0.5, 1.5), ylabel="held-out bits per byte",
               title=f"difference {result['difference']:+.4f} +- {result['half_width_95']:.4f} (95%)")
     right.legend(fontsize=8)
-    with train.atomic(path) as f:
-        figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
+    train.keep(figure, path)
 
 
 if __name__ == "__main__":

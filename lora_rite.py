@@ -597,12 +597,6 @@ def step_times(train, base, recipe, rank):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def interval(values):
-    """Mean and half width of its 95% interval, from Student's t."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182}[len(values)]
-    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
-
-
 def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
@@ -650,7 +644,7 @@ def main(argv=None):
                 values, ours = ([r[key] for r in found["runs"][a]] for a in (arm, "LoRA-RITE"))
                 line = f"rank {rank:2} {key:13} {arm:9} {statistics.mean(values):.4f}, before {result['before'][key]:.4f}"
                 if arm != "LoRA-RITE":
-                    mean, half = interval([r - a for r, a in zip(ours, values)])
+                    mean, half = train.interval([r - a for r, a in zip(ours, values)])
                     found.setdefault("difference", {}).setdefault(arm, {})[key] = mean, half
                     line += f"; LoRA-RITE - {arm}, paired: {mean:+.4f} +- {half:.4f} (95%)"
                 print(line)
@@ -665,17 +659,14 @@ def main(argv=None):
 
 
 def draw(train, path, result):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = train.figure((10, 4), 1, 2)
     ranks, tasks = result["ranks"], [key for key in result["before"] if key != "bits_per_byte"]
     shown = [(rank, task) for rank in ranks for task in tasks or ["bits_per_byte"]]
     axes, names = left if tasks else right, tasks or [f"rank {rank}" for rank in ranks]
     for n, arm in enumerate(ARMS):
         for x, (rank, key) in enumerate(shown):
             values = [r[key] for r in ranks[rank]["runs"][arm]]
-            axes.errorbar(x + 0.2 * n - 0.2, *interval(values), fmt="o", color=f"C{n}", capsize=3, label=None if x else arm)
+            axes.errorbar(x + 0.2 * n - 0.2, *train.interval(values), fmt="o", color=f"C{n}", capsize=3, label=None if x else arm)
             axes.plot([x + 0.2 * n - 0.14] * len(values), values, ".", color=f"C{n}", ms=3)
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="accuracy" if tasks else "held-out bits per byte",
              title=f"fine-tuned, {len(values)} seeds, mean and 95%")
@@ -694,9 +685,7 @@ def draw(train, path, result):
     for axes in (left, right):
         axes.tick_params(labelsize=8)
         axes.legend(fontsize=8)
-    with train.atomic(path) as f:
-        figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
+    train.keep(figure, path)
 
 
 if __name__ == "__main__":

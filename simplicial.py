@@ -333,12 +333,6 @@ def train_lm(train, folder, arm, seed, flags):
     return {"bpb": run["val_bpb"], "loss": run["val_loss"], "tokens_per_s": run["tokens_per_s"], "parameters": parameters}
 
 
-def interval(values):
-    """Mean and half width of its 95% interval, from Student's t."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
-    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
-
-
 def on_a_laptop(train, folder):
     """-> what results/simplicial-cpu.json holds, printed on the way."""
     draw = torch.Generator().manual_seed(0)
@@ -358,7 +352,7 @@ def on_a_laptop(train, folder):
 
     flags = f"{LM_FLAGS} --device cpu --eval-every 1000"
     lm = {arm: [train_lm(train, folder / f"{arm}-{s}", arm, s, flags) for s in LM_SEEDS] for arm in LM_ARMS}
-    against = {arm: interval([a["bpb"] - b["bpb"] for a, b in zip(lm[arm], lm[BASELINE])]) for arm in lm if arm != BASELINE}
+    against = {arm: train.interval([a["bpb"] - b["bpb"] for a, b in zip(lm[arm], lm[BASELINE])]) for arm in lm if arm != BASELINE}
     for arm, runs in lm.items():
         mean, half = against.get(arm, (0, 0))
         bpb, speed = (statistics.mean(r[key] for r in runs) for key in ("bpb", "tokens_per_s"))
@@ -454,14 +448,9 @@ def main(argv=None):
     result |= {"device": device, "torch": torch.__version__, "seconds": time.perf_counter() - began}
     with train.atomic(out / f"{name}.json") as f:
         f.write(json.dumps(result, indent=1).encode())
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = train.figure((10, 4), 1, 2)
     (draw_gpu if args.full else draw_laptop)(axes, result)
-    with train.atomic(out / f"{name}.png") as f:
-        figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
+    train.keep(figure, out / f"{name}.png")
     shutil.rmtree(KEPT, ignore_errors=True)
     return result
 

@@ -511,8 +511,7 @@ def main(argv=None):
         extra["language_model"] = language_model(train, Path("out") / f"sonew-{time.time_ns()}")
     paired = {}                                                      # mean and half the width of the 95% interval (Student's t)
     for arm in (a for a in arms if "band" in a and a != "SONew, band 1"):
-        difference = [a["test"] - b["test"] for a, b in zip(runs["SONew, band 1"], runs[arm])]
-        paired[arm] = statistics.mean(difference), 4.303 * statistics.stdev(difference) / len(SEEDS) ** 0.5
+        paired[arm] = train.interval([a["test"] - b["test"] for a, b in zip(runs["SONew, band 1"], runs[arm])])
         print(f"band 1 less {arm}, paired, test: {paired[arm][0]:+.1f} +- {paired[arm][1]:.1f} (95%)")
     result = {"logdet": problem, "runs": runs, "band_1_less": paired, "settings": settings, "shape": shape, "seeds": SEEDS, **extra}
     write(f"{name}.json", result)
@@ -524,10 +523,7 @@ def main(argv=None):
 
 
 def draw(train, path, result, C, inverses):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), layout="constrained")
+    figure, axes = train.figure((12, 7.4), 2, 3)
     size = C.diagonal().sqrt()
     shown = [("statistics $E[g g^T]$, as correlations", C)]
     shown += [(f"$X^{{-1}}$, band {b}; X is the oracle's to {result['logdet']['from_oracle'][b]:.0e}", inverses[b]) for b in (1, 4)]
@@ -549,9 +545,7 @@ def draw(train, path, result, C, inverses):
     middle.legend(fontsize=7)
     right.set(xlabel="test cross-entropy, nats per image", yticks=[-n for n in range(len(result["runs"]))], yticklabels=list(result["runs"]),
               title=f"{len(result['seeds'])} seeds, mean and deviation")
-    with train.atomic(path) as f:
-        figure.savefig(f, format="png", dpi=110)
-    plt.close(figure)
+    train.keep(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ talks to it. Exit status: 0 done, 1 the loss was not finite, 2 bad input (one
 sentence says what), 128 + signal when stopped (the run is saved first).
 """
 import argparse, base64, csv, difflib, functools, hashlib, importlib, inspect, io, itertools, json, math, os, random, re, signal, sys
-import shutil, sysconfig, tempfile, textwrap, time
+import shutil, statistics, sysconfig, tempfile, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -924,6 +924,24 @@ def remembered(folder, key, work):
     return json.loads(path.read_text())["result"]
 
 
+def figure(size, *grid, **more):
+    """-> a figure of so many inches and its axes, as plt.subplots makes them, but without pyplot's list of open ones"""
+    from matplotlib.figure import Figure
+    picture = Figure(size, layout="constrained")
+    return picture, picture.subplots(*grid, **more)
+
+
+def keep(picture, path, dpi=120):
+    with atomic(path) as f:
+        picture.savefig(f, format="png", dpi=dpi)
+
+
+def interval(values):
+    """Mean and half the width of its 95% interval, from Student's t."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
+
+
 def writable(folder):
     """-> the folder that an experiment writes at its end, tried at its beginning, before there is work to lose."""
     try:
@@ -1097,10 +1115,7 @@ class Log:
 
     def plot(self, path, title, bits_per_nat):
         """loss.png: the loss of each training batch and the held-out loss, in bits per byte."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        picture, axes = figure((7, 4))
         steps, losses = [int(r["step"]) for r in self.rows], [float(r["loss"]) * bits_per_nat for r in self.rows]
         axes.plot(steps, losses, lw=0.5, label="training batch")
         tested = [(int(r["step"]), float(r["val_bpb"])) for r in self.rows if r.get("val_bpb")]
@@ -1108,9 +1123,7 @@ class Log:
         axes.set(xlabel="step", ylabel="bits per byte", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
-        with atomic(path) as f:
-            figure.savefig(f, format="png", dpi=120)
-        plt.close(figure)
+        keep(picture, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

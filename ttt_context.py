@@ -730,15 +730,12 @@ def sandbox(recipe, device, dtype, which):
 
 
 def plot(path, result):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lengths, rows = result["recipe"]["lengths"], {}
     for key, cell in result["cells"].items():
         label, task, _ = key.split(", ")
         rows.setdefault(label, {}).setdefault(task, []).append(cell)
     wide = max(map(len, rows.values())) + 1
-    figure, axes = plt.subplots(len(rows), wide, figsize=(3.6 * wide, 3.2 * len(rows) + 0.6), layout="constrained", squeeze=False)
+    figure, axes = train.figure((3.6 * wide, 3.2 * len(rows) + 0.6), len(rows), wide, squeeze=False)
     mean = lambda values: statistics.mean(sum(values, []))
     for (label, tasks), line in zip(rows.items(), axes):
         for (task, cells), ax in zip(tasks.items(), line):
@@ -757,9 +754,7 @@ def plot(path, result):
         shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
         ax.twinx().set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
     figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
-    with atomic(path) as f:
-        figure.savefig(f, format="png", dpi=110)
-    plt.close(figure)
+    train.keep(figure, path, dpi=110)
 
 
 def note(folder, name, device, result):
