@@ -464,7 +464,7 @@ def finetune(train, base, text, recipe, rank, arm, point, seed):
 def study(train, base, text, recipe, seeds, score):
     """Each arm's trials with seed 0, unless its best is known, and its best with the seeds; score(model) is a dict of numbers ->
     {rank: {"sweep": {arm: [(point, bits per byte), ...]}, "best": {arm: point}, "runs": {arm: [score and seconds, ...]}}}"""
-    found, settings = {}, [str(base), *(recipe[k] for k in ("device", "steps", "batch", "block"))]
+    found, settings = {}, [str(base), len(text[0]), *(recipe[k] for k in ("device", "steps", "batch", "block"))]
     kept = lambda key, work: train.remembered(KEPT, settings + key, work) if recipe["name"] == FULL["name"] else work()
     for rank in recipe["ranks"]:
         sweep, best = {}, recipe.get("best", {}).get(rank)
@@ -601,7 +601,8 @@ def main(argv=None):
     import train                                                     # the only place that knows the GPT
     parser = train.Parser(description=__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--full", action="store_true", help="on one GPU: answers to questions; needs --init and --tasks; cut short, it goes on where it stopped")
+    which.add_argument("--full", action="store_true", help="on one GPU: answers to questions; needs --init and --tasks; "
+                       "cut short, it goes on where it stopped")
     which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
     parser.add_argument("--init", metavar="DIR", help="the weights to adapt (default: a tiny GPT, trained first)")
     parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
@@ -654,6 +655,7 @@ def main(argv=None):
         f.write(json.dumps(result, indent=1).encode())
     if not args.sweep:
         draw(train, out / f"{recipe['name']}.png", result)
+    if args.full:
         shutil.rmtree(KEPT, ignore_errors=True)
     return result
 

@@ -451,7 +451,8 @@ def main(argv=None):
     figure, axes = train.figure((10, 4), 1, 2)
     (draw_gpu if args.full else draw_laptop)(axes, result)
     train.keep(figure, out / f"{name}.png")
-    shutil.rmtree(KEPT, ignore_errors=True)
+    if args.full:
+        shutil.rmtree(KEPT, ignore_errors=True)
     return result
 
 
