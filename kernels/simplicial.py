@@ -37,8 +37,14 @@ variants side by side; what the file is now stands in results/kernels.json.
 7. Tiles of 128 rows with 4 warps, so that two share a multiprocessor and each key is fetched half as often: 255 registers, 390 bytes
    spilled, and faster all the same than tiles that spill nothing:                                      387 | 368 | 328 forward
    Larger tiles for columns_kernel, and for rows_kernel at D = 64, likewise: backward in all 119 | 14.4 | 15.7 ms before, now, in
-   results/kernels.json, 112 | 14.0 | 14.0. That is still 4 to 5 times the forward's time, of 3 that were asked for.
+   results/kernels.json, 111 | 14.0 | 14.0.
+8. hopper_kernel, the forward pass in Gluon, where its loader has the keys of the next blocks in shared memory before they are asked
+   for and exponentials run beside products (predicted 480 to 560 | 450 to 530 | 380 to 450), here, in results/kernels.json:
+                                                                                    492 | 479 | 391, 489 | 452 | 355
+   The backward pass, which is still Triton's, therefore takes 6.2 | 5.7 | 4.5 times the forward's time, of 3 that were asked for.
 """
+import warnings
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -46,6 +52,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:                                                                 # Triton's own level below, experimental: all works without it
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SharedDescriptor
+except (ImportError, AttributeError):
+    gluon = None
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 NUMBERS = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"]           # a cache changes some with each token: compile once
@@ -125,13 +139,12 @@ def attend_all(k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, 
     return acc, m_i, l_i
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr,         # (B, H, Tq, D), (B, Hkv, Tk, D) twice, as descriptors, k2, v2
-    o_ptr, lse_ptr,                                                  # like q, (B, H, Tq)
-    Tq, Tk, Tk2, w1, w2, scale,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+@triton.jit
+def forward_tile(
+    tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, AGAIN: tl.constexpr,
 ):
+    """The results of NQ queries; with AGAIN only of those whose lse is infinite so far."""
     bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
     q_ptr += bh * g * Tq * D
     o_ptr += bh * g * Tq * D
@@ -150,7 +163,7 @@ def forward_kernel(
     MOST: tl.constexpr = 2.0 ** 15 if dtype == tl.float16 else 2.0 ** 60
 
     o, lse = tl.zeros((RQ, D), tl.float32), tl.full((RQ,), -float("inf"), tl.float32)
-    t = tl.program_id(0) * chunks
+    t = tile * chunks
     row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
     a = product(q_ptr, k2_ptr, row, at, valid, factor, D)            # [BM, D]
     first = tl.maximum(lo - w1 + 1, 0)
@@ -185,11 +198,255 @@ def forward_kernel(
         else:
             a = tl.zeros((BM, D), dtype)
 
-    n = tl.program_id(0) * NQ + tl.arange(0, RQ)
+    n = tile * NQ + tl.arange(0, RQ)
     mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
     row = n % g * Tq + n // g
+    if AGAIN:
+        mask &= tl.load(lse_ptr + bh * g * Tq + row, mask=mask, other=0.0) == float("inf")
     tl.store(o_ptr + row[:, None] * D + tl.arange(0, D)[None, :], o.to(dtype), mask=mask[:, None])
     tl.store(lse_ptr + bh * g * Tq + row, lse * LN2, mask=mask)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr,         # (B, H, Tq, D), (B, Hkv, Tk, D) twice, as descriptors, k2, v2
+    o_ptr, lse_ptr,                                                  # like q, (B, H, Tq)
+    Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):
+    forward_tile(tl.program_id(0), q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, Tq, Tk, Tk2, w1, w2, scale,
+                 g, D, NQ, BD, BN, PREC, False)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def repair_kernel(
+    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, Tq, Tk, Tk2, w1, w2, scale,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+):
+    """What hopper_kernel has left with an infinite lse. A program looks through the queries of 32 tiles, which mostly is all."""
+    first = tl.program_id(0) * 32
+    n = first * NQ + tl.arange(0, 32 * NQ)
+    to = tl.program_id(1).to(tl.int64) * g * Tq + n % g * Tq + n // g
+    left = tl.load(lse_ptr + to, mask=n < g * Tq, other=0.0) == float("inf")
+    if tl.max(left.to(tl.int32), 0) > 0:
+        for tile in range(first, first + 32):
+            if tl.max((left & (n // NQ == tile)).to(tl.int32), 0) > 0:
+                forward_tile(tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, Tq, Tk, Tk2, w1, w2, scale,
+                             g, D, NQ, BD, BN, PREC, True)
+
+
+# The forward pass once more, for Hopper alone, in Gluon. A program stays on its multiprocessor and goes from tile to tile. Four warps, the
+# loader, make row operands and fetch blocks of keys by TMA into a ring of stages; NC times four others, the consumers, take the 64 rows
+# of NQ queries each. A consumer issues the scores of a block and then the product of the block before with its values, and takes the
+# exponentials of the former while the latter runs. Barriers in shared memory: `full` of keys, values and row operands, then `empty`.
+by_hand = gluon.jit if gluon else triton.jit                         # without Gluon nothing calls these functions
+
+
+@by_hand
+def span(t, g: tl.constexpr, Tq, Tk, w1, NQ: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr):
+    """Tile t of NQ queries: the position where its blocks start, their number and where the small block before them starts. As above
+    they end at the last position, and up to 16 keys at the old end are a small block's; more are one more block's."""
+    lo = gl.minimum(t * NQ // g, Tq - 1) + Tk - Tq
+    hi = gl.minimum((t * NQ + NQ - 1) // g, Tq - 1) + Tk - Tq
+    count = gl.maximum(gl.minimum(w1, hi + 1), 0) // BN
+    rest = hi + 1 - count * BN - gl.maximum(lo - w1 + 1, 0)
+    few = (rest > 0) & (rest <= HEAD) & (count > 0) & SMALL
+    small = gl.where(few, hi + 1 - count * BN - HEAD, -HEAD)         # before position 0 all is 0 and hidden
+    count += (((rest > 0) & (few == 0)) | (count == 0)).to(gl.int32)
+    return hi + 1 - count * BN, count, small
+
+
+@by_hand
+def rows_of(t, r, g: tl.constexpr, Tq, Tk, Tk2, w2, NQ: tl.constexpr, BD: tl.constexpr):
+    """As pairs() above, for rows r of group t of 64: the row of q, its position among k, among k2, whether there is such a pair."""
+    n = t * NQ + r // BD
+    i = gl.minimum(n // g, Tq - 1)
+    d, i2 = r % BD, i + Tk2 - Tq
+    return n % g * Tq + n // g, i + Tk - Tq, i2 - d, (n < Tq * g) & (d < w2) & (d <= i2)
+
+
+@by_hand
+def load_block(c, bh, start, size: tl.constexpr, descs, stages, full, empty, D: tl.constexpr, ST: tl.constexpr):
+    for n in gl.static_range(2):                                     # keys, values
+        mbarrier.wait(empty[n].index(c % ST), (c // ST & 1) ^ 1)
+        mbarrier.expect(full[n].index(c % ST), size * D * 2)
+        stage = stages[n].index(c % ST)
+        tma.async_copy_global_to_shared(descs[n], [bh, start, 0], full[n].index(c % ST), stage.slice(0, size, 1))
+
+
+@by_hand
+def loader(q_ptr, k2_ptr, blocks, smalls, stages, rows, full, empty, numbers, scale, g: tl.constexpr, D: tl.constexpr,
+           NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ST: tl.constexpr, SMALL: tl.constexpr, NC: tl.constexpr):
+    Tq, Tk, Tk2, w1, w2, tiles, heads = numbers
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    c, phase = 0, 1
+    for tile in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
+        bh, t = tile // tiles, tile % tiles
+        q, k2 = q_ptr + bh.to(gl.int64) * g * Tq * D, k2_ptr + bh.to(gl.int64) * Tk2 * D
+        offs_d = gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
+        for w in gl.static_range(NC):
+            mbarrier.wait(empty[2].index(w), phase)
+            for part in gl.static_range(2):                          # all 64 at once would take too many registers
+                r = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, L))
+                row, i, at, valid = rows_of(t * NC + w, r, g, Tq, Tk, Tk2, w2, NQ, BD)
+                x = gl.load(q + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0).to(gl.float32)             # [32, D]
+                y = gl.load(k2 + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0).to(gl.float32)
+                rows.index(w).slice(part * 32, 32).store((x * (scale * LOG2E) * y).to(q_ptr.dtype.element_ty))
+            mbarrier.arrive(full[2].index(w), count=1)
+        phase ^= 1
+        start, count, small = span(t, g, Tq, Tk, w1, NC * NQ, BN, SMALL)
+        if SMALL:
+            load_block(c, bh, small, HEAD, smalls, stages, full, empty, D, ST)
+            c += 1
+        for b in range(count):
+            load_block(c, bh, start + b * BN, BN, blocks, stages, full, empty, D, ST)
+            c += 1
+
+
+@by_hand
+def scores(a, stages, c, full, size: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, ST: tl.constexpr):
+    """Begins A K^T of the block in stage c. [64, size]"""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, size, 16])
+    mbarrier.wait(full[0].index(c % ST), c // ST & 1)
+    k = stages[0].index(c % ST).reshape([BN, D]).slice(0, size)      # [size, D]
+    a = gl.convert_layout(a, gl.DotOperandLayout(0, L, 2), assert_trivial=True)
+    return warpgroup_mma(a, k.permute([1, 0]), gl.zeros([64, size], gl.float32, L), use_acc=False, is_async=True)
+
+
+@by_hand
+def exponentials(s, i, start, w1, edge: tl.constexpr):
+    """exp2 of scores, 0 where hidden, and their sums."""
+    if edge:
+        i = gl.convert_layout(i, gl.SliceLayout(1, s.type.layout))[:, None]
+        j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+        s = gl.where((j <= i) & (j > gl.maximum(i - w1, -1)), s, -float("inf"))
+    p = gl.exp2(s)
+    return p, gl.sum(p, 1)
+
+
+@by_hand
+def step(a, p, acc, l, i, c, start, w1, stages, full, empty, BN: tl.constexpr, D: tl.constexpr, ST: tl.constexpr, edge: tl.constexpr):
+    """Block c + 1, and the product of p, of block c, with its values."""
+    before, c = c % ST, c + 1
+    s = scores(a, stages, c, full, BN, BN, D, ST)
+    acc = warpgroup_mma(p, stages[1].index(before).reshape([BN, D]), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(empty[0].index(c % ST), count=1)
+    more, sums = exponentials(s, i, start, w1, edge)
+    mbarrier.wait(full[1].index(c % ST), c // ST & 1)                # waited for here, so that no exponential slips behind the next wait
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    mbarrier.arrive(empty[1].index(before), count=1)
+    return gl.convert_layout(more.to(p.dtype), p.type.layout), acc, l + sums, c
+
+
+@by_hand
+def consumer(v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, w: tl.constexpr, g: tl.constexpr, D: tl.constexpr,
+             NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ST: tl.constexpr, SMALL: tl.constexpr, NC: tl.constexpr):
+    Tq, Tk, Tk2, w1, w2, tiles, heads = numbers
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])                # of scores and of the result
+    R: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, R, 2)
+    Q: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
+    dtype: gl.constexpr = o_ptr.dtype.element_ty
+    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0 ** -60 # as in forward_kernel
+    MOST: gl.constexpr = 2.0 ** 15 if dtype == gl.float16 else 2.0 ** 60
+    c, phase = 0, 0
+    for tile in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
+        bh, t = tile // tiles, tile % tiles
+        start, count, small = span(t, g, Tq, Tk, w1, NC * NQ, BN, SMALL)
+        row, i, at, valid = rows_of(t * NC + w, gl.arange(0, 64, gl.SliceLayout(1, S)), g, Tq, Tk, Tk2, w2, NQ, BD)
+        mbarrier.wait(full[2].index(w), phase)
+        a = rows.index(w).load(gl.DotOperandLayout(0, S, 2))         # [64, D], in registers
+        mbarrier.arrive(empty[2].index(w), count=1)
+        phase ^= 1
+        acc = gl.zeros([64, D], gl.float32, R)
+        if SMALL:
+            head = scores(a, stages, c, full, HEAD, BN, D, ST)
+            before, c = c, c + 1
+            s = scores(a, stages, c, full, BN, BN, D, ST)
+            head = warpgroup_mma_wait(1, deps=[head])
+            mbarrier.arrive(empty[0].index(before % ST), count=1)
+            p, l = exponentials(head, i, small, w1, True)
+            l = gl.convert_layout(l, gl.SliceLayout(1, S))
+            p = gl.convert_layout(p.to(dtype), P)
+            mbarrier.wait(full[1].index(before % ST), before // ST & 1)
+            acc = warpgroup_mma(p, stages[1].index(before % ST).reshape([BN, D]).slice(0, HEAD), acc, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            mbarrier.arrive(empty[0].index(c % ST), count=1)
+            more, sums = exponentials(s, i, start, w1, True)
+            l += sums
+            mbarrier.wait(full[1].index(c % ST), c // ST & 1)
+            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            mbarrier.arrive(empty[1].index(before % ST), count=1)
+        else:
+            s = warpgroup_mma_wait(0, deps=[scores(a, stages, c, full, BN, BN, D, ST)])
+            mbarrier.arrive(empty[0].index(c % ST), count=1)
+            more, l = exponentials(s, i, start, w1, True)
+            mbarrier.wait(full[1].index(c % ST), c // ST & 1)
+        p = gl.convert_layout(more.to(dtype), P)
+        for b in range(1, count - 1):                                # what all rows see
+            p, acc, l, c = step(a, p, acc, l, i, c, start + b * BN, w1, stages, full, empty, BN, D, ST, False)
+        if count > 1:
+            p, acc, l, c = step(a, p, acc, l, i, c, start + (count - 1) * BN, w1, stages, full, empty, BN, D, ST, True)
+        acc = warpgroup_mma(p, stages[1].index(c % ST).reshape([BN, D]), acc, is_async=True)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+        mbarrier.arrive(empty[1].index(c % ST), count=1)
+        c += 1
+
+        # No maximum: the rows of a query can be added as they are. A query with a row out of range is left to repair_kernel.
+        row, i, at, valid = rows_of(t * NC + w, gl.arange(0, 64, gl.SliceLayout(1, R)), g, Tq, Tk, Tk2, w2, NQ, BD)
+        v2 = v2_ptr + bh.to(gl.int64) * Tk2 * D + at[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, R))[None, :]
+        acc *= gl.load(v2, mask=valid[:, None], other=0.0).to(gl.float32)
+        l = gl.convert_layout(l, gl.SliceLayout(1, R))
+        l = gl.where(valid, gl.where((l > LEAST) & (l < MOST), l, float("nan")), 0.0)
+        o = gl.convert_layout(gl.sum(acc.reshape([NQ, BD, D]), 1), Q)                        # [NQ, D]
+        l = gl.convert_layout(gl.sum(l.reshape([NQ, BD]), 1), gl.SliceLayout(1, Q))
+        lse = gl.where(l == l, gl.where(l > 0.0, gl.log2(l) * LN2, -float("inf")), float("inf"))
+        n = (t * NC + w) * NQ + gl.arange(0, NQ, gl.SliceLayout(1, Q))
+        to = bh.to(gl.int64) * g * Tq + n % g * Tq + n // g
+        gl.store(lse_ptr + to, lse, mask=n < g * Tq)
+        o = (o / gl.where(l > 0.0, l, 1.0)[:, None]).to(dtype)
+        gl.store(o_ptr + to[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, Q))[None, :], o, mask=(n < g * Tq)[:, None])
+
+
+@(gluon.jit(do_not_specialize=[*NUMBERS, "tiles", "heads"]) if gluon else triton.jit)
+def hopper_kernel(
+    q_ptr, k_blocks, v_blocks, k_small, v_small, k2_ptr, v2_ptr,     # as in forward_kernel; descriptors of (B Hkv, Tk, D)
+    o_ptr, lse_ptr,
+    Tq, Tk, Tk2, w1, w2, scale, tiles, heads,
+    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ST: tl.constexpr, SMALL: tl.constexpr,
+    NC: tl.constexpr, MANY: tl.constexpr, FEW: tl.constexpr,         # registers of a consumer's thread and of a loader's
+):
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    stages = (gl.allocate_shared_memory(dtype, [ST, 1, BN, D], k_blocks.layout), gl.allocate_shared_memory(dtype, [ST, 1, BN, D], v_blocks.layout))
+    rows = gl.allocate_shared_memory(dtype, [NC, 64, D], gl.NVMMASharedLayout(128, 16))
+    full = (gl.allocate_shared_memory(gl.int64, [ST, 1], B), gl.allocate_shared_memory(gl.int64, [ST, 1], B),
+            gl.allocate_shared_memory(gl.int64, [NC, 1], B))
+    empty = (gl.allocate_shared_memory(gl.int64, [ST, 1], B), gl.allocate_shared_memory(gl.int64, [ST, 1], B),
+             gl.allocate_shared_memory(gl.int64, [NC, 1], B))
+    for s in gl.static_range(ST):
+        for n in gl.static_range(2):
+            mbarrier.init(full[n].index(s), count=1)
+            mbarrier.init(empty[n].index(s), count=NC)
+    for w in gl.static_range(NC):
+        mbarrier.init(full[2].index(w), count=1)
+        mbarrier.init(empty[2].index(w), count=1)
+    numbers = (gl.to_tensor(Tq), gl.to_tensor(Tk), gl.to_tensor(Tk2), gl.to_tensor(w1), gl.to_tensor(w2), gl.to_tensor(tiles), gl.to_tensor(heads))
+    scale = gl.cast(gl.to_tensor(scale), gl.float32)
+    if NC == 2:
+        gl.warp_specialize([
+            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 0, g, D, NQ, BD, BN, ST, SMALL, NC)),
+            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 1, g, D, NQ, BD, BN, ST, SMALL, NC)),
+            (loader, (q_ptr, k2_ptr, (k_blocks, v_blocks), (k_small, v_small), stages, rows, full, empty, numbers, scale,
+                      g, D, NQ, BD, BN, ST, SMALL, NC))], [4, 4], [MANY, FEW])
+    else:
+        gl.warp_specialize([
+            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 0, g, D, NQ, BD, BN, ST, SMALL, NC)),
+            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 1, g, D, NQ, BD, BN, ST, SMALL, NC)),
+            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 2, g, D, NQ, BD, BN, ST, SMALL, NC)),
+            (loader, (q_ptr, k2_ptr, (k_blocks, v_blocks), (k_small, v_small), stages, rows, full, empty, numbers, scale,
+                      g, D, NQ, BD, BN, ST, SMALL, NC))], [4, 4, 4], [MANY, MANY, FEW])
 
 
 @triton.jit
@@ -338,6 +595,7 @@ def columns_kernel(
 SPILLED = 400
 HOPPER = {("forward", 128): (128, 32, 4, 3), ("rows", 128): (128, 32, 8, 3), ("columns", 128): (64, 128, 8, 1),
           ("forward", 64): (128, 64, 4, 3, 168), ("rows", 64): (128, 32, 4, 3), ("columns", 64): (128, 64, 4, 1)}
+BY_HAND = {128: (64, 5, 2, 208, 88), 64: (64, 8, 3, 152, 56)}        # of hopper_kernel: keys, stages, consumers, registers of a thread
 OTHERS = {"forward": (64, 32, 8, 2), "rows": (32, 32, 8, 2), "columns": (32, 64, 8, 1)}      # untimed; fit 99 KB and do not spill
 FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
 WIDTHS = (16, 32, 64, 128)
@@ -376,17 +634,50 @@ def launch(kernel, programs, cfg, q, k, w2, tensors, numbers):
                                 num_warps=warps, num_stages=stages, maxnreg=registers[0] if registers else None)
 
 
+def hopper_arguments(q, g, w1, w2):
+    """-> what launches hopper_kernel, None where forward_kernel has to do. At most 16 keys next to the oldest whole block, or the whole
+    of one more, may be hidden from some rows of a tile, so windows of some lengths are not for it."""
+    if not gluon or q.dtype == torch.float32 or q.shape[3] not in BY_HAND or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return None
+    block, ST, NC, *registers = BY_HAND[q.shape[3]]
+    NQ, BD = shape_of_tile(w2, 64)
+    tile = NC * NQ
+    spread = 0 if g % tile == 0 else (tile - 2) // g + 1             # positions of a tile after its first, at most
+    oldest = w1 % block + spread                                     # keys before the whole blocks
+    if w2 > BD or BD < 16 or oldest > block:
+        return None
+    return tile, block, (g, q.shape[3], NQ, BD, block, ST, 0 < oldest <= HEAD.value, NC, *registers)
+
+
+def launch_hopper(how, heads, numbers, q, k, v, k2, v2, o, lse):
+    tile, block, consts = how
+    tiles = triton.cdiv(consts[0] * q.shape[2], tile)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    blocks = [SharedDescriptor.from_tensor(t.flatten(0, 1), [1, n, t.shape[3]], layout) for n in (block, HEAD.value) for t in (k, v)]
+    programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, tiles * heads)
+    hopper_kernel[programs,](q, *blocks, k2, v2, o, lse, *numbers, tiles, heads, *consts, num_warps=4)
+
+
 def forward(q, k, v, k2, v2, w1, w2, cfg=None):
-    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All tensors contiguous; cfg: see CONFIG."""
+    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All tensors contiguous; cfg: see CONFIG, for forward_kernel."""
     if w2 > w1:                                                      # the roles are symmetric: rows take the shorter window
         k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     heads, numbers = sizes(q, k, k2, w1, w2)
-    queries = q.shape[1] // k.shape[1] * q.shape[2]
-    cfg = cfg or config("forward", q)
+    g = q.shape[1] // k.shape[1]
     k, v = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (k, v))                     # as TMA wants them
+    kernel, tiles, how = forward_kernel, 1, hopper_arguments(q, g, *numbers[3:5]) if q.is_cuda and not cfg else None
+    if how:
+        try:
+            launch_hopper(how, heads, numbers, q, k, v, k2, v2, o, lse)
+            kernel, tiles = repair_kernel, 32
+        except Exception as error:                                   # of a Triton with another Gluon; those of the GPU come later
+            warnings.warn(f"the kernel for Hopper does not build, the plain one runs in its place: {error!r:.300}")
+            BY_HAND.clear()
+    cfg = cfg or config("forward", q)
     blocks = [TensorDescriptor.from_tensor(t.flatten(0, 2), [cfg[1], t.shape[3]]) for t in (k, v)]             # (B Hkv Tk, D) each
-    launch(forward_kernel, lambda NQ, block: (triton.cdiv(queries, NQ), heads), cfg, q, k, w2, (q, k, v, *blocks, k2, v2, o, lse), numbers)
+    launch(kernel, lambda NQ, block: (triton.cdiv(g * q.shape[2], NQ * tiles), heads), cfg, q, k, w2,
+           (q, k, v, *blocks, k2, v2, o, lse), numbers)
     return o, lse
 
 
@@ -475,3 +766,15 @@ KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_ke
 AOT = [ahead(KERNELS[name], *more) for name in KERNELS for more in (
     ("bf16", 128, HOPPER[name, 128], (90,)), ("bf16", 64, HOPPER[name, 64], (90,)), ("bf16", 128, OTHERS[name], (80, 100, 120)))]
 AOT += [ahead(rows_kernel, "fp32", 64, FLOAT32, (90,))]
+
+
+def ahead_by_hand(D):
+    block, ST, NC, *registers = BY_HAND[D]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    tiles = {f"{x}_{n}": f"tensordesc<bf16[1, {size}, {D}],{layout!r}>" for n, size in (("blocks", block), ("small", HEAD.value)) for x in "kv"}
+    types = {n: tiles.get(n) or ("*fp32" if n == "lse_ptr" else "*bf16" if n.endswith("_ptr") else "fp32" if n == "scale" else "i32")
+             for n in hopper_kernel.arg_names}
+    return hopper_kernel, types, (dict(zip(hopper_kernel.arg_names[-10:], (1, D, 2, 32, block, ST, True, NC, *registers)))), (), 4, 1, None, (90,)
+
+
+AOT += [ahead_by_hand(D) for D in BY_HAND] if gluon else []
