@@ -20,6 +20,8 @@ FLOPs 4 forward and 6 backward times rows * keys * D, where a stock backward tak
 1. As described: 0.628 + 1.007 ms, beside 0.850 forward (flash) and 2.468 backward (cuDNN) of stock attention. At 32,768 keys
    0.307 + 0.313: of the former half is not arithmetic. `start` was copied from memory that is not pinned, so the host waited.
 2. `start` pinned: 0.571 + 0.961, and 0.160 + 0.265 at 32,768.
+3. Nine tiles forward and eleven backward side by side, as bench.py times them: 128 keys a block forward 0.556 for 0.572, a third stage
+   backward 0.656 for 0.949, for with two a product waits for its keys. Kept; results/kernels.json is from before.
 Limits: D in WIDTHS; a head of K has fewer than 2**31 numbers; float32, float16 and bfloat16, sums in float32.
 """
 import torch
@@ -30,8 +32,8 @@ from torch.library import custom_op
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 WIDTHS = (16, 32, 64, 128)
-# Rows of a tile, keys of a block, warps, stages, by what the compiler says: no spills on sm_90, at most 99 KB on sm_120
-HOPPER = {"forward": (128, 64, 8, 3), "backward": (128, 64, 8, 2)}
+# Rows of a tile, keys of a block, warps, stages. HOPPER's are the fastest of 20 (step 3), without spills; OTHERS', untimed, fit 99 KB
+HOPPER = {"forward": (128, 128, 8, 3), "backward": (128, 64, 8, 3)}
 OTHERS = {"forward": (64, 32, 8, 2), "backward": (32, 32, 8, 2)}
 FLOAT32 = (16, 16, 8, 1)                                             # no tensor cores: larger tiles spill
 PROCESSORS = 4                                                       # in the interpreter, to have pieces to join
