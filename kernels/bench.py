@@ -220,6 +220,8 @@ def lora_rite():
     from lora_rite import LoRARITE
     for pairs, d, r in (72, 2048, 16), (48, 768, 16):
         parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for _ in range(pairs) for shape in ((r, d), (d, r))]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
         start = [p.detach().clone() for p in parameters]
         eager, ours = (LoRARITE([{"params": parameters, "pair": True}], lr=1e3) for _ in range(2))               # so large that it is seen in x
         eager.fits = lambda A, B: False
