@@ -23,7 +23,7 @@ begins as plain attention through the window w1. In the experiment neither that 
 difference that three seeds resolve, so neither is built in.
 
     python simplicial.py                  the experiments below, in 200 s on two CPU cores -> results/simplicial-cpu.*
-    python simplicial.py --full           the fit of losses to sizes, on one GPU -> results/simplicial-gpu.*
+    python simplicial.py --full           the fit of losses to sizes, on one GPU -> results/simplicial-h200.*
     python train.py --attn simplicial --simplicial-every 4 --w1 512 --w2 32
 """
 import functools, json, math, random, re, shutil, statistics, sys, tempfile, time
@@ -369,8 +369,8 @@ def on_a_laptop(train, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # The law of scaling, on a GPU
 
-FULL_SIZES = {"S": "--n-layer 4 --n-embd 256 --n-head 4", "M": "--n-layer 8 --n-embd 512 --n-head 8",
-              "L": "--n-layer 12 --n-embd 768 --n-head 12"}
+FULL_SIZES = {"S": "--n-layer 4 --n-embd 128 --n-head 2 --lr 2e-3", "M": "--n-layer 4 --n-embd 256 --n-head 4 --lr 1e-3",
+              "L": "--n-layer 8 --n-embd 512 --n-head 8 --lr 5e-4"}       # at one rate for all the wider model ends behind the narrower
 FULL_FLAGS = "--data python --block-size 1024 --batch-size 32 --steps 200 --eval-every 1000 --simplicial-every 4 --no-compile"
 FULL_ARMS, FULL_SEEDS = ("softmax, global", "softmax, window", "2-simplicial"), (1, 2, 3)
 KEPT = "out/simplicial-full"                                         # runs done, until all are
@@ -378,7 +378,7 @@ FULL_WINDOWS = {"softmax, window": "--w1 128", "2-simplicial": "--w1 128 --w2 16
 
 
 def on_a_gpu(train, folder):
-    """-> what results/simplicial-gpu.json holds: three sizes, equal tokens, the fit and its interval by drawing seeds anew."""
+    """-> what results/simplicial-h200.json holds: three sizes, equal tokens, the fit and its interval by drawing seeds anew."""
     LM_ARMS.update({arm: (LM_ARMS[arm][0], more) for arm, more in FULL_WINDOWS.items()})
 
     def one(arm, size, seed):
@@ -441,7 +441,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():
         train.fail("--full is for a GPU, and there is none here; without it the experiment takes three minutes on a CPU")
-    began, out, name = time.perf_counter(), train.writable(args.out), "simplicial-gpu" if args.full else "simplicial-cpu"
+    began, out, name = time.perf_counter(), train.writable(args.out), "simplicial-h200" if args.full else "simplicial-cpu"
     with tempfile.TemporaryDirectory() as d:
         result = (on_a_gpu if args.full else on_a_laptop)(train, Path(d))
     device = torch.cuda.get_device_name() if args.full else f"{torch.get_num_threads()} CPU threads"
