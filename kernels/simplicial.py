@@ -5,6 +5,7 @@ or (T, w2, D) leaves the chip; all sums are float32.
 
     forward_kernel   online softmax of each row, then, with p_id the share of row d in all pairs of i,
                      o_i = sum_d p_id * (row's result) * v2_{i-d}                        lse_i: natural logarithm, over all pairs
+    hopper_kernel    the same in Gluon, for 16 bits and most windows on Hopper; queries with a row out of range it leaves to repair_kernel
     rows_kernel      P = exp(S - lse_i)   dP = (do_i * v2_{i-d}) . v_j   dS = P (dP - delta_i)   U = P V   W = dS K
                      dq_i = sum_d W_id * k2_{i-d}      dk2_k = sum_i W_{i,i-k} * q_i      dv2_k = sum_i U_{i,i-k} * do_i
     columns_kernel   dk_j = sum_id dS a_id             dv_j = sum_id P (do_i * v2_{i-d})
@@ -649,17 +650,20 @@ def hopper_arguments(q, g, w1, w2):
     return tile, block, (g, q.shape[3], NQ, BD, block, ST, 0 < oldest <= HEAD.value, NC, *registers)
 
 
+def layout_of_keys():
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
 def launch_hopper(how, heads, numbers, q, k, v, k2, v2, o, lse):
     tile, block, consts = how
     tiles = triton.cdiv(consts[0] * q.shape[2], tile)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    blocks = [SharedDescriptor.from_tensor(t.flatten(0, 1), [1, n, t.shape[3]], layout) for n in (block, HEAD.value) for t in (k, v)]
+    blocks = [SharedDescriptor.from_tensor(t.flatten(0, 1), [1, n, t.shape[3]], layout_of_keys()) for n in (block, HEAD.value) for t in (k, v)]
     programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, tiles * heads)
     hopper_kernel[programs,](q, *blocks, k2, v2, o, lse, *numbers, tiles, heads, *consts, num_warps=4)
 
 
 def forward(q, k, v, k2, v2, w1, w2, cfg=None):
-    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All tensors contiguous; cfg: see CONFIG, for forward_kernel."""
+    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All tensors contiguous; cfg: see HOPPER, for forward_kernel."""
     if w2 > w1:                                                      # the roles are symmetric: rows take the shorter window
         k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -770,11 +774,11 @@ AOT += [ahead(rows_kernel, "fp32", 64, FLOAT32, (90,))]
 
 def ahead_by_hand(D):
     block, ST, NC, *registers = BY_HAND[D]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    tiles = {f"{x}_{n}": f"tensordesc<bf16[1, {size}, {D}],{layout!r}>" for n, size in (("blocks", block), ("small", HEAD.value)) for x in "kv"}
+    tiles = {f"{x}_{n}": f"tensordesc<bf16[1, {size}, {D}],{layout_of_keys()!r}>" for n, size in (("blocks", block), ("small", HEAD.value)) for x in "kv"}
     types = {n: tiles.get(n) or ("*fp32" if n == "lse_ptr" else "*bf16" if n.endswith("_ptr") else "fp32" if n == "scale" else "i32")
              for n in hopper_kernel.arg_names}
-    return hopper_kernel, types, (dict(zip(hopper_kernel.arg_names[-10:], (1, D, 2, 32, block, ST, True, NC, *registers)))), (), 4, 1, None, (90,)
+    consts = dict(zip(hopper_kernel.arg_names[-10:], (1, D, 2, 32, block, ST, True, NC, *registers)))
+    return hopper_kernel, types, consts, (), 4, 1, None, (90,)
 
 
 AOT += [ahead_by_hand(D) for D in BY_HAND] if gluon else []
