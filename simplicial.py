@@ -370,7 +370,7 @@ def on_a_laptop(train, folder):
 # The law of scaling, on a GPU
 
 FULL_SIZES = {"S": "--n-layer 4 --n-embd 128 --n-head 2 --lr 2e-3", "M": "--n-layer 4 --n-embd 256 --n-head 4 --lr 1e-3",
-              "L": "--n-layer 8 --n-embd 512 --n-head 8 --lr 5e-4"}       # at one rate for all the wider model ends behind the narrower
+              "L": "--n-layer 8 --n-embd 512 --n-head 8 --lr 5e-4"}       # the wider the model, the lower its rate
 FULL_FLAGS = "--data python --block-size 1024 --batch-size 32 --steps 200 --eval-every 1000 --simplicial-every 4 --no-compile"
 FULL_ARMS, FULL_SEEDS = ("softmax, global", "softmax, window", "2-simplicial"), (1, 2, 3)
 KEPT = "out/simplicial-full"                                         # runs done, until all are
@@ -397,7 +397,7 @@ def on_a_gpu(train, folder):
         fits[arm] = {"a": a, "b": b, "interval_95": [again[50], again[-51]]}
         table = ", ".join(f"{n / 1e6:.1f} M: {statistics.mean(one):.4f}" for n, one in zip(counts, losses))
         print(f"{arm:20} {table}; a = {a:.4f} ({again[50]:.4f} to {again[-51]:.4f}), b = {b:.4f}")
-    return {"runs": runs, "fits": fits, "flags": FULL_FLAGS, "windows": FULL_WINDOWS, "table2_exponents": refit()}
+    return {"runs": runs, "fits": fits, "sizes": FULL_SIZES, "flags": FULL_FLAGS, "windows": FULL_WINDOWS, "table2_exponents": refit()}
 
 
 def draw_laptop(axes, result):
