@@ -2563,9 +2563,9 @@ def test_ttt_temperature_and_what_a_norm_takes_away(norm):
 
 
 def lines_of(task, kind=1, tokens=600, asked=12):
-    recipe = {"sizes": dict(a=16, b=16, value=4, name=32, turn=8, mark=1)}
+    recipe = {"sizes": dict(a=16, b=16, value=4, mark=1, page=16, line=16, name=64, turn=4, state=2, kind=4)}
     ids, known, asked = ttt_context.stream(task, tokens, recipe, torch.Generator().manual_seed(kind), asked, kind)
-    width = {"log": 6, "bugs": 4}.get(task, 3)
+    width = {"log": 7, "bugs": 4}.get(task, 3)
     return ids.view(-1, width).tolist(), known.view(-1, width).tolist(), [t.tolist() for t in asked], asked[2].view(len(asked[2]), -1, width)
 
 
@@ -2586,20 +2586,21 @@ def test_ttt_records_are_what_they_say(task, kind):
 @pytest.mark.parametrize("task", ["log", "bugs"])
 def test_ttt_logs_and_bugs_are_what_they_say(task):
     lines, known, (tails, answers, _), spots = lines_of(task)
-    last, count, wrong = {}, {}, {}
+    last, count, wrong, (mark, page, line, person, turns, state, kind) = {}, {}, {}, (32 + 4 + n for n in (0, 1, 17, 33, 97, 101, 103))
     for (a, b, name, *rest), marks in zip(lines, known):
-        turn, told, left = rest if task == "log" else (None, *rest, None)
         n = count[name] = count.get(name, 0) + 1
-        assert turn in (None, 16 + 16 + 4 + 32 + n - 1)
-        if n > 1 and told != last[name]:
-            assert name not in wrong and not any(marks)
+        assert page <= a < line <= b < person <= name < turns and kind <= rest[-1] < kind + 4
+        odd = rest[1] == state + 1 if task == "log" else n > 1 and rest[0] != last[name]
+        if task == "log":
+            assert rest[0] == turns + n - 1 and rest[1] in (state, state + 1) and (n == 1 or rest[2] == last[name]) and (not odd or rest[2] == rest[3])
+        if odd:
+            assert name not in wrong and n > 1
             wrong[name] = [a, b]
-        assert (True in marks) == (n > 1 and wrong.get(name) != [a, b])
-        last[name] = left if task == "log" else last.get(name, told)
-    assert len({(a, b) for a, b, *_ in lines}) == len(lines) and set(count.values()) == {8} and set(wrong) == set(count)
-    for (mark, name), answer, at in zip(tails, answers, spots):
-        assert mark == 16 + 16 + 4 + 32 + 8 and answer == wrong[name]
-        assert [lines[i][:2] for i in at.any(1).nonzero()[:, 0]] == [answer]
+        assert marks == [i == {"log": 5, "bugs": 3}[task] and n > 1 and (task == "log" or not odd) for i in range(len(marks))]
+        last[name] = rest[-1] if task == "log" else last.get(name, rest[0])
+    assert len({(a, b) for a, b, *_ in lines}) == len(lines) and set(count.values()) == {4} and set(wrong) == set(count)
+    for tail, answer, at in zip(tails, answers, spots):
+        assert tail[0] == mark and answer == wrong[tail[1]] and [lines[i][:2] for i in at.any(1).nonzero()[:, 0]] == [answer]
 
 
 def test_ttt_lessons_end_in_notes_and_are_taken_under_other_names():
@@ -2612,7 +2613,7 @@ def test_ttt_lessons_end_in_notes_and_are_taken_under_other_names():
         low = 0
         for name, size in recipe["sizes"].items():
             inside = (ids >= low) & (ids < low + size)
-            assert torch.equal(inside, (other >= low) & (other < low + size)) and (name not in ("turn", "mark") or torch.equal(ids[inside], other[inside]))
+            assert torch.equal(inside, (other >= low) & (other < low + size)) and (name not in ("turn", "state", "mark") or torch.equal(ids[inside], other[inside]))
             low += size
 
 

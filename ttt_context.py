@@ -407,12 +407,13 @@ ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature
         "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
         "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
 LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
-          "sizes": dict(a=256, b=256, value=16, name=0, turn=0, mark=1), "train": (300, 32, 96), "lr": 1e-2,
+          "sizes": dict(a=256, b=256, value=16, mark=1), "train": (300, 32, 96), "asks": 6, "looks": 0.5, "lr": 1e-2,
           "lengths": (96, 768, 3072), "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
           "rates": {"queries": (1e-3, 3e-3, 1e-2), "temperature": (3e-2, 1e-1)}}
 FULL = {**LAPTOP, "name": "h200", "shape": dict(n_layer=4, n_head=8, n_kv_head=2, head_dim=64, n_embd=256),
-        "tasks": ("records", "columns", "log", "bugs"), "sizes": dict(a=4096, b=4096, value=32, name=1024, turn=8, mark=1),
-        "train": (1000, 64, 512), "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
+        "tasks": ("records", "columns", "log", "bugs"),
+        "sizes": dict(a=4096, b=4096, value=32, mark=1, page=128, line=128, name=2048, turn=4, state=2, kind=8),
+        "train": (2000, 64, 512), "asks": 2, "looks": 0.8, "lr": 2e-3, "lengths": (512, 4096, 32768), "questions": 32,
         "rates": {"queries": (3e-4, 1e-3, 3e-3), "temperature": (3e-2, 1e-1)}}
 SEEDS, ROUNDS, LESSONS = (1, 2, 3), 3, 2048
 
@@ -423,9 +424,9 @@ def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
 
     records   a b value            a and b together decide on the value; asked are pairs that occur once
     columns   a b value            either a (kind 1) or b (kind 2) alone does, the other means nothing, and which is not said
-    log       a b name turn value value    transaction a b: account, its count, balance before and after; of each account one
-                                   balance is not what its transaction before left. Asked: mark name -> a b of that line
-    bugs      a b name value       line a b: a name and its type; one use of each name has another. Asked: mark name -> a b"""
+    log       page line name turn state value value    of an account: the how manyth transaction, booked or refused, balance before
+                                   and after; one of each is refused. Asked: mark name -> page line of it
+    bugs      page line name value    a name and its type; one use of each name has another. Asked: mark name -> page line"""
     size, pairs = recipe["sizes"], task in ("records", "columns")
     first = dict(zip(size, itertools.accumulate(size.values(), initial=0)))
     rand = lambda high, *shape: torch.randint(high, shape, generator=draw)
@@ -448,22 +449,25 @@ def stream(task, tokens, recipe, draw, asked, kind=None, keys=None):
         if task == "columns" or not len(at):                         # few keys may all recur
             at = torch.arange(R)
     else:
-        turns, log = 8, task == "log"
-        G = tokens // (6 if log else 4) // turns
+        turns, log = size["turn"], task == "log"
+        G = tokens // (7 if log else 4) // turns
         group = some(G * turns, G * turns) // turns                                          # (G turns)
         turn = torch.empty_like(group)
         turn[group.argsort(stable=True)] = torch.arange(G * turns) % turns                   # of its group's lines, the how manyth
-        side = min(size["a"], size["b"], 128)                        # more pairs than lines
-        name, place = some(size["name"], G)[group] + first["name"], some(side * side, G * turns)
-        wrong = (1 + rand(turns - 1, G))[group] == turn
-        after = rand(size["value"], G, turns) if log else rand(size["value"], G, 1).expand(-1, turns)
-        value = (after[group, turn - 1] + wrong * (1 + rand(size["value"] - 1, G * turns))) % size["value"] + first["value"]
-        more = [turn + first["turn"], value, after[group, turn] + first["value"]] if log else [value]
-        line = torch.stack([place // side, place % side + first["b"], name, *more], 1)       # (G turns, 6 or 4)
-        follows, at = (turn > 0) & ~wrong, wrong.nonzero()[:, 0]
+        side = size["line"]                                          # more pairs than lines
+        name, place = some(size["name"], G)[group] + first["name"], some(size["page"] * side, G * turns)
+        odd = 1 + rand(turns - 1, G)
+        wrong, kind = odd[group] == turn, rand(size["kind"], G, turns) + first["kind"]
+        if log:
+            after = kind.scatter(1, odd[:, None], kind.gather(1, odd[:, None] - 1))          # (G, turns): refused, it is as before
+            more = turn + first["turn"], wrong + first["state"], after[group, turn - 1], after[group, turn]
+        else:
+            more = (kind[group, 0] - first["kind"] + wrong * (1 + rand(size["kind"] - 1, G * turns))) % size["kind"] + first["kind"],
+        line = torch.stack([place // side + first["page"], place % side + first["line"], name, *more], 1)    # (G turns, 7 or 4)
+        follows, at = (turn > 0) & (log | ~wrong), wrong.nonzero()[:, 0]
     at = at[some(len(at), asked)]                                                            # (Q)
     known, spots = torch.zeros_like(line, dtype=torch.bool), torch.zeros(len(at), *line.shape, dtype=torch.bool)
-    known[:, {"log": 4, "bugs": 3}.get(task, 2)] = follows
+    known[:, {"log": 5, "bugs": 3}.get(task, 2)] = follows
     if pairs:
         spots[..., 2] = key[at, None] == key
         tails, answers = line[at, :2], line[at, 2:]
@@ -479,7 +483,7 @@ def lesson(task, T, recipe, draw):
     """A sequence to train on -> T + 1 ids, which of them follow from those before: a context, and at its end questions with their
     answers, each written up to ROUNDS times, which is how notes are taken."""
     keys = int(torch.randint(3, T // 6, (), generator=draw))
-    ids, known, (tails, answers, _) = stream(task, T + 1 - T // 6, recipe, draw, T, keys=keys)
+    ids, known, (tails, answers, _) = stream(task, T + 1 - T // recipe["asks"], recipe, draw, T, keys=keys)
     parts, marks = [ids], [known]
     for i in itertools.cycle(range(len(tails))):
         if sum(map(len, parts)) > T:
@@ -493,7 +497,7 @@ def renamed(ids, recipe, draw):
     """ids (B, T) with other names for all things, in each sequence others: a lesson can be taken again."""
     table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0       # (B, V)
     for name, size in recipe["sizes"].items():
-        if name not in ("turn", "mark"):                             # these mean what they are
+        if name not in ("turn", "state", "mark"):                           # these mean what they are
             table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw, device=ids.device).argsort(1)
         low += size
     return table.gather(1, ids)
@@ -520,7 +524,7 @@ def raise_model(recipe, label, seed, device, dtype):
     for step in tqdm(range(steps), desc=f"seed {seed}, {label}", dynamic_ncols=True, leave=False):
         some = torch.randint(LESSONS, (batch,), generator=draw, device=device)
         ids = renamed(lessons[some], recipe, draw)                                           # (batch, T + 1)
-        y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < steps // 2), -1)
+        y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < recipe["looks"] * steps), -1)
         loss = model(ids[:, :-1], y)
         optimizer.zero_grad()
         loss.backward()
@@ -670,7 +674,7 @@ def side_by_side(recipe, device, dtype):
 
 def experiment(recipe, found, device, folder):
     """found: see `examined` -> what is in results/ttt_context-NAME.json, written after each model; told and drawn."""
-    began = time.perf_counter()
+    began = None if recipe is FULL and Path(KEPT).exists() else time.perf_counter()          # what was kept took its time, too
     for cells, rates in found:
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
@@ -680,7 +684,8 @@ def experiment(recipe, found, device, folder):
         ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
         result = note(folder, recipe["name"], device, {
             "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
-            "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(), "seconds": time.perf_counter() - began})
+            "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
+            "seconds": began and time.perf_counter() - began})
     for key, arms in less.items():
         found = [f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()]
         print(f"{key}: queries less {', '.join(found)}")
@@ -753,7 +758,8 @@ def plot(path, result):
         low, high = ax.get_ylim()
         shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
         ax.twinx().set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
-    figure.legend(*axes[0][-2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    arms = {arm: line for ax in axes[:, :-1].flat for line, arm in zip(*ax.get_legend_handles_labels())}
+    figure.legend(arms.values(), arms, loc="outside lower center", ncols=7, fontsize=8)
     train.keep(figure, path, dpi=110)
 
 
