@@ -112,7 +112,7 @@ def update(g, m, S, t, beta1, beta2, eps, gamma, graft_eps):
 class Work(NamedTuple):
     """A parameter's part in a step: what is on this device, contiguous."""
     p: torch.Tensor
-    g: torch.Tensor                                                  # its gradient; the kernel leaves u in its place
+    g: torch.Tensor                                                  # its gradient; the kernel may leave u in its place
     m: torch.Tensor
     S: list                                                          # b+1 statistics
     step: torch.Tensor                                               # (), float32 on the device: nothing waits for it
@@ -155,7 +155,7 @@ class SONew(torch.optim.Optimizer):
     bf16_state    keep momentum and statistics in bfloat16; else float32 (float64 for float64 parameters)
 
     Nothing waits for the device. A gradient that is not finite, or whose square is not, counts as 0 in the statistics and holds its
-    tensor still for that step, which state["skipped"] counts. On CUDA .grad holds u after the step.
+    tensor still for that step, which state["skipped"] counts. On CUDA .grad may hold u after the step.
     ValueError: an option out of range, or a parameter sharded other than by rows."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, *, band=1, gamma=1e-6, graft="adam", graft_eps=1e-8, chain="row",

@@ -212,7 +212,7 @@ def sonew():
         off = error(band=band, bf16_state=bf16_state)
         assert off < 0.01, f"band {band} is off by {off}"
         yield timed_step(f"band {band}" + ", bf16 state" * bf16_state, [53, 768, 3072], SONew(parameters, lr=1e-5, band=band, bf16_state=bf16_state),
-                         4 * band + 28 if bf16_state else 8 * band + 36, error=off)
+                         4 * band + 20 if bf16_state else 8 * band + 28, error=off)
 
 
 def lora_rite():

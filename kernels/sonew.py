@@ -14,16 +14,19 @@ state is updated in place, a neighbour could find it new already.
    runs are equal. The other half apply u: p -= lr (scale u + wd p), nothing if a gradient was bad; they come a little later, between
    the statistics of the next tensors, and wait for that. Programs start in the order of their numbers, so that one only waits for what
    has begun, and L2 still holds some of u.
+   Or, on Hopper and for tensors that fit, ring_kernel, the same in Gluon, where u stays in shared memory until it is applied: as many
+   programs as run at once, each of which takes run after run and applies the one before the last before it takes another. Its gradient
+   is left as it was.
 
-Bytes per fp32 parameter at band b: statistics read g, m, S_0..S_b and write m, S, u, 8 b + 24; the update reads u, p and writes p, 12:
-in all 8 b + 36, 44 tridiagonal, 68 at b = 4, against 28 of AdamW; up to 4 of them stay in L2. At the 4.25 TB/s that a copy reaches on an
-H200, 125 M parameters take 1.30 ms (b = 1) and 2.00 ms (b = 4), AdamW 0.82; with m and S in bfloat16 they are 4 b + 28, 0.94 and 1.29 ms.
+Bytes per fp32 parameter at band b: statistics read g, m, S_0..S_b and write m, S_0..S_b, the update reads and writes p: 8 b + 28, 36
+tridiagonal, 60 at b = 4, as many as AdamW's 28 at b = 0. A u that goes through memory is 8 more. At the 4.25 TB/s that a copy reaches on
+an H200, 125 M parameters take 1.06 ms (b = 1) and 1.77 ms (b = 4); with m and S in bfloat16 they are 4 b + 20, 0.71 and 1.06 ms.
 
 Steps, 53 matrices of 768 x 3072 on one H200 (torch 2.11, triton 3.6), where PyTorch's fused AdamW takes 1.01 ms; versions side by side,
 what the file is now stands in results/kernels.json.                                                       b = 0, 1, 4, in ms
 1. Statistics, norms and update as three launches over all tensors.                                        1.56 | 1.64 | 3.19
 2. One launch, all loads before the first store: each program ends by waiting until its stores are seen
-   by all, which small chunks pay for most. u in scratch memory that never leaves L2 gained nothing.       1.19 | 1.74 | 3.07
+   by all, which small chunks pay for most.                                                                1.19 | 1.74 | 3.07
 3. Runs of 8 chunks, loads by Triton's pipeline: with two stages it asks for the next chunk only after
    this one's work, and 99 registers leave room for two programs on a multiprocessor, 16 warps of 64:
    bound by latency, memory at 2.8 TB/s.                                                                   1.09 | 1.96 | 4.33
@@ -31,10 +34,18 @@ what the file is now stands in results/kernels.json.                            
    1,024 programs after their statistics.                                                                  1.09 | 1.59 | 2.63
 5. Neighbours by shuffles within a warp, lines that overlap, one barrier a chunk where there were seven
    exchanges through shared memory; the halos of a run copied by one program.                              1.11 | 1.62 | 2.41
-6. At b = 1 two quads a thread, 4 warps, 96 registers: more loads in flight. Four quads a thread, runs of 2
-   (1.51: each ends by waiting), updates earlier or later gained nothing; with all of them last, when L2
-   surely holds no u, it takes 1.46.                                                                       1.11 | 1.41 | 2.37
-   At 44 bytes a parameter that is 93% of the copy's speed, at b = 4 (68 bytes) 86%.
+6. At b = 1 two quads a thread, 4 warps, 96 registers: more loads in flight.                               1.11 | 1.42 | 2.37
+   That is 93% of the copy's speed, so that bytes have to go. A step that leaves u out (and is wrong) takes
+   1.20 at b = 1; u in 8 MB of scratch memory that stay in L2 1.26, but 31 MB are on their way, and from
+   24 MB on nothing is gained.
+7. u in shared memory, chunks dealt out in turn to as many programs as run at once: each has the same
+   share, and the slowest multiprocessor decides.                                                          1.15 | 1.50 | 2.88
+   With the next chunk copied to shared memory (cp.async) meanwhile: 1.74 at b = 1.
+8. Runs of chunks from a counter, to whoever is free.                                                      0.98 | 1.37 | 2.59
+9. All parameters of a run asked for at once, and before it waits for the norms; at b = 0 and 4 fewer
+   programs with more registers.                                                                           0.89 | 1.23 | 2.16
+   Loads of one float are faster than of four, 1.23 against 1.32 at b = 1 (in step 6 1.42 against 1.59): overlapping quads are not
+   aligned to the sectors of 32 bytes, of which a load of four takes too many at a time, or so we think.
 Limits: band 0 to 4, float32, float16 and bfloat16 parameters, float32 or bfloat16 state; arithmetic is float32.
 """
 import functools
@@ -44,12 +55,21 @@ import torch
 import triton
 import triton.language as tl
 
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+except ImportError:                                                  # an older Triton
+    gluon = None
+
 # By band: lines of a chunk, warps, chunks of a run, stages of a pipeline, after how many programs a tensor's updates follow its
 # statistics, and the most registers of a thread on Hopper, where all of this was timed
 CONFIG = {0: (8, 8, 8, 1, 1024, 48), 1: (8, 4, 8, 1, 1024, 96), **dict.fromkeys((2, 3, 4), (4, 4, 16, 1, 1024, 96))}
+# ring_kernel's: programs of a multiprocessor, registers, chunks of a run, of which each program keeps two
+RING = {0: (4, 64, 5), 1: (5, 96, 4), **dict.fromkeys((2, 3, 4), (4, 128, 10))}
 HEAD = tl.constexpr(11)                                              # columns of the table before the pointer to S_0, named in `step`
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 FAR = tl.constexpr(2 ** 29)                                          # no lane is as far from the end of its chain as this
+by_hand = gluon.jit if gluon else triton.jit                         # without Gluon nothing calls these functions
 
 
 @triton.jit
@@ -77,44 +97,49 @@ def columns(x, LINES: tl.constexpr):                                     # [32, 
 
 
 @triton.jit
-def quad_of(y, LINES: tl.constexpr):                                     # 4 of [32, LINES] -> [32, LINES, 4]
-    return tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (32, LINES, 4))
+def quad_of(y, LINES: tl.constexpr, L: tl.constexpr):                    # 4 of [32, LINES] -> [32, LINES, 4]; L: its layout, or Triton's
+    x = tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (32, LINES, 4))
+    return x if L is None else gl.convert_layout(x, L, assert_trivial=True)
 
 
 @triton.jit
-def shuffled(x, by: tl.constexpr, LINES: tl.constexpr):                  # x of the lane `by` further on, of [32, LINES]; at the end its own
-    lane = tl.minimum(tl.maximum(tl.arange(0, 32) + by, 0), 31)
-    return tl.gather(x, tl.broadcast_to(lane[:, None], (32, LINES)), 0)
+def shuffled(x, lane, by: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):     # x of the lane `by` further on, of [32, LINES]; at the end its own
+    lane = tl.minimum(tl.maximum(lane + by, 0), 31)
+    lane = tl.broadcast_to(lane[:, None], (32, LINES))
+    return tl.gather(x, lane if L is None else gl.convert_layout(lane, x.type.layout, assert_trivial=True), 0)
 
 
 @triton.jit
-def ahead(x, k: tl.constexpr, LINES: tl.constexpr):
+def ahead(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """x[i + k] for the elements i = 4 lane + phase of each row of [32, LINES, 4], k <= 4. What lies past the last lane is not defined."""
     if k == 0:
         return x
     z = columns(x, LINES)
     for phase in tl.static_range(4):
-        z = z + (shuffled(z[phase], 1, LINES),)
-    return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), LINES)
+        z = z + (shuffled(z[phase], lane, 1, LINES, L),)
+    return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), LINES, L)
 
 
 @triton.jit
-def behind(x, BAND: tl.constexpr, LINES: tl.constexpr):
+def behind(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """sum_k x_k[i - k] for a tuple x_1 ... x_BAND of [32, LINES, 4]. What a lane sends to the next, four numbers, it adds up first."""
     z, sums = (), ()
     for k in tl.static_range(BAND):
         z = z + columns(x[k], LINES)
     for phase in tl.static_range(4):
-        own, sent = tl.zeros((32, LINES), tl.float32), tl.zeros((32, LINES), tl.float32)
-        for k in tl.static_range(1, BAND + 1):
-            if k <= phase:
-                own += z[4 * k - 4 + phase - k]
-            else:
-                sent += z[4 * k - 4 + phase - k + 4]
         if phase < BAND:
-            own += shuffled(sent, -1, LINES)
-        sums = sums + (own,)
-    return quad_of(sums, LINES)
+            total = z[4 * phase + 3]                                 # k = phase + 1
+            for k in tl.static_range(phase + 2, BAND + 1):
+                total += z[3 * k + phase]
+            total = shuffled(total, lane, -1, LINES, L)
+            for k in tl.static_range(1, phase + 1):
+                total += z[3 * k + phase - 4]
+        else:
+            total = z[phase - 1]
+            for k in tl.static_range(2, BAND + 1):
+                total += z[3 * k + phase - 4]
+        sums = sums + (total,)
+    return quad_of(sums, LINES, L)
 
 
 @triton.jit
@@ -154,18 +179,18 @@ def halo_kernel(
     item = items_ptr + tl.program_id(0) * 2
     row_ptr, run = table_ptr + tl.load(item) * COLUMNS, tl.load(item + 1)
     n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
-    sub, o = tl.arange(0, RUN)[:, None], tl.arange(0, 8)[None, :]
+    sub, o = tl.arange(0, triton.next_power_of_2(RUN))[:, None], tl.arange(0, 8)[None, :]
     i = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)                    # [RUN, 8]: before the chunks, after them
-    there = (i >= 0) & (i < n)
+    there = (i >= 0) & (i < n) & (sub < RUN)
     halo_ptr += ((tl.load(row_ptr + 8) + run) * RUN + sub) * (BAND + 3) * 8
     for slot in tl.static_range(BAND + 3):
         ptr = pointer(row_ptr, 1, G, False) if slot == 0 else pointer(row_ptr, 2 if slot == 1 else HEAD + slot - 2, M, False)
-        tl.store((halo_ptr + slot * 8).to(ptr.dtype) + o, tl.load(ptr + i, mask=there, other=0.0))
+        tl.store((halo_ptr + slot * 8).to(ptr.dtype) + o, tl.load(ptr + i, mask=there, other=0.0), mask=sub < RUN)
 
 
 @triton.jit
-def read(ptr, quad, mask, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements of a chunk, [32, LINES, 4], by their quads, [32, LINES, 1]; with HALO those before and after the chunk come from it."""
+def places(ptr, quad, phase, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers [32, LINES, 4] to a chunk's quads [32, LINES, 1]; with HALO to what was put aside, where they come before or after it."""
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2                        # bytes of a quad
     ptrs = ptr + 4 * quad
     if HALO:
@@ -173,7 +198,7 @@ def read(ptr, quad, mask, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexp
         ptrs = tl.where((quad < 0) | (4 * quad >= chunk), aside, ptrs)
     if ALIGNED:
         ptrs = tl.multiple_of(ptrs, (SIZE, SIZE, SIZE))
-    return tl.load(ptrs + tl.arange(0, 4)[None, None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return ptrs + phase
 
 
 @triton.jit
@@ -190,37 +215,41 @@ def add3(x0, x1, x2, y0, y1, y2):
 
 
 @triton.jit
-def statistics(
-    g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo_ptr, correct1, correct2,
-    beta1, beta2, new1, new2, eps, gamma, graft_eps,                 # new = 1 - beta, rounded once
-    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr,
-    LINES: tl.constexpr,
-):
-    """m, S in place, u in place of g, for one chunk. -> |a|^2, |u|^2 and the number of bad gradients of each lane, [32, LINES]."""
+def tile(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
+    """index: lane, line, phase, counted from 0 -> quads [32, LINES, 1]; offsets from the chunk's start, which of them to read and which
+    to write, [32, LINES, 4]."""
     EDGE: tl.constexpr = 1 if BAND > 0 else 0                        # the first and the last lane of a row are its neighbours'
-    lane, phase = tl.arange(0, 32)[:, None, None], tl.arange(0, 4)[None, None, :]
-    quad = tl.arange(0, LINES)[None, :, None] * (32 - 2 * EDGE) + lane - EDGE                    # [32, LINES, 1]
-    o = 4 * quad + phase                                             # [32, LINES, 4], from the chunk's start
+    lane = index[0][:, None, None]
+    quad = index[1][None, :, None] * (32 - 2 * EDGE) + lane - EDGE
+    o = 4 * quad + index[2][None, None, :]
     there = (o >= 0) & (o < length)
-    own = there & (lane >= EDGE) & (lane < 32 - EDGE)
-    mask = there | (quad < 0) | (o >= chunk) if HALO else there
+    return quad, o, there | (quad < 0) | (o >= chunk) if HALO else there, there & (lane >= EDGE) & (lane < 32 - EDGE)
 
-    g_ptr += start
-    m_ptr += start
-    g = read(g_ptr, quad, mask, halo_ptr, 0, chunk, HALO, ALIGNED)
-    m = read(m_ptr, quad, mask, halo_ptr, 1, chunk, HALO, ALIGNED)
+
+@triton.jit
+def statistics(
+    index, g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo_ptr, correct1, correct2,
+    beta1, beta2, new1, new2, eps, gamma, graft_eps,                 # new = 1 - beta, rounded once
+    M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr,
+    L: tl.constexpr,
+):
+    """m, S in place for one chunk -> u [32, LINES, 4]; |a|^2, |u|^2 and the number of bad gradients of each lane, [32, LINES]."""
+    lane, phase = index[0], index[2][None, None, :]
+    quad, o, reads, own = tile(index, length, chunk, BAND, HALO)
+    g = tl.load(places(g_ptr + start, quad, phase, halo_ptr, 0, chunk, HALO, ALIGNED), mask=reads, other=0.0).to(tl.float32)
+    m = tl.load(places(m_ptr + start, quad, phase, halo_ptr, 1, chunk, HALO, ALIGNED), mask=reads, other=0.0).to(tl.float32)
     old = ()
     for k in tl.static_range(BAND + 1):
-        old = old + (read(S_ptr[k] + start, quad, mask, halo_ptr, 2 + k, chunk, HALO, ALIGNED),)
+        old = old + (tl.load(places(S_ptr[k] + start, quad, phase, halo_ptr, 2 + k, chunk, HALO, ALIGNED), mask=reads, other=0.0).to(tl.float32),)
     if BAND > 0:
         tl.debug_barrier()                                           # a row's neighbours write what it has read
     good = g * g < float("inf")                                                              # false for NaN too
     g = tl.where(good, g, 0.0)
     m = beta1 * m + new1 * g
-    tl.store(m_ptr + o, m.to(M), mask=own, eviction_policy="evict_first")
+    tl.store(m_ptr + start + o, m.to(M), mask=own, eviction_policy="evict_first")
     m *= correct1
     if BAND > 0:
-        place = start % chain if HALO else tl.zeros((), tl.int64)
+        place = start % chain if HALO else start * 0
         left0, place = tl.minimum(chain - place, FAR).to(tl.int32), tl.minimum(place, FAR).to(tl.int32)
         chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
         left = to_the_end(4 * quad if ALIGNED else o, chain, place, left0)
@@ -228,7 +257,7 @@ def statistics(
             left = left - phase
     S = ()
     for k in tl.static_range(BAND + 1):
-        product = g * ahead(g, k, LINES)
+        product = g * ahead(g, lane, k, LINES, L)
         if k > 0:
             product = tl.where(left > k, product, 0.0)
         new = beta2 * old[k] + new2 * product
@@ -242,8 +271,8 @@ def statistics(
         S0, W, c, d = S[0] + eps, (), (), ()
         for p in tl.static_range(1, BAND + 1):
             for q in tl.static_range(1, p):
-                W = W + (ahead(S[p - q], q, LINES),)
-            W = W + (ahead(S0, p, LINES),)
+                W = W + (ahead(S[p - q], lane, q, LINES, L),)
+            W = W + (ahead(S0, lane, p, LINES, L),)
             c = c + (S[p],)
             d = d + (W[p * (p + 1) // 2 - 1],)
         psi, s = solve(W, c, d, S0, gamma, BAND)
@@ -251,27 +280,59 @@ def statistics(
         s = tl.where(keep, s, S0)
         w = m
         for k in tl.static_range(1, BAND + 1):
-            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, k, LINES)
+            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, lane, k, LINES, L)
         w = tl.where(s > 0, w / s, 0.0)
         u, x = w, ()
         for k in tl.static_range(BAND):
             x = x + (tl.where(keep, psi[k], 0.0) * w,)
         if BAND > 0:
-            u -= behind(x, BAND, LINES)
-    tl.store(g_ptr + o, u.to(G), mask=own, eviction_policy="evict_last")
-    return tl.sum(tl.where(own, a * a, 0.0), 2), tl.sum(tl.where(own, u * u, 0.0), 2), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 2)
+            u -= behind(x, lane, BAND, LINES, L)
+    return u, tl.sum(tl.where(own, a * a, 0.0), 2), tl.sum(tl.where(own, u * u, 0.0), 2), tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 2)
 
 
 @triton.jit
-def norms(row_ptr, partial_ptr, total_ptr, BLOCK: tl.constexpr):
-    """|a|^2, |u|^2 and the number of bad gradients of a tensor: its programs' in their order, whoever adds them."""
-    offs = tl.arange(0, BLOCK)
-    first, programs = tl.load(row_ptr + 8), tl.load(row_ptr + 9).to(tl.int32)
+def norms(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
+    """|a|^2, |u|^2 and the number of bad gradients of a tensor: its programs' in their order, whoever adds them. offs: [BLOCK], from 0"""
     for column in tl.static_range(3):
-        acc = tl.zeros((BLOCK,), tl.float32)
-        for begin in range(0, programs, BLOCK):
-            acc += tl.load(partial_ptr + (first + begin + offs) * 3 + column, mask=begin + offs < programs, other=0.0, cache_modifier=".cg")
+        acc = tl.load(partial_ptr + offs * 3 + column, mask=offs < programs, other=0.0, cache_modifier=".cg")
+        for begin in range(BLOCK, programs, BLOCK):
+            acc += tl.load(partial_ptr + (begin + offs) * 3 + column, mask=begin + offs < programs, other=0.0, cache_modifier=".cg")
         tl.store(total_ptr + column, tl.sum(acc, 0))
+
+
+@triton.jit
+def awaited(ready_ptr, total_ptr, lr, LR_THERE: tl.constexpr, GRAFT: tl.constexpr):
+    """-> the learning rate and the scale of u, once a tensor's norms are there; the rate is 0 if a gradient was bad."""
+    while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:
+        pass
+    rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
+    rate, scale = tl.where(tl.load(total_ptr + 2, cache_modifier=".cg") > 0, 0.0, rate), tl.cast(1.0, tl.float32)
+    if GRAFT:
+        scale = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg")) / (tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg")) + 1e-12)
+    return rate, scale
+
+
+@triton.jit
+def publish(offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, BLOCK: tl.constexpr):
+    """Leave a program's sums; who is the last of its tensor to do so adds all. -> was it this one?"""
+    sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
+    for column in tl.static_range(3):
+        tl.store(own_ptr + column, sums[column])
+    tl.debug_barrier()
+    last = tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        norms(offs, partial_ptr, programs, total_ptr, BLOCK)
+        tl.debug_barrier()
+        tl.atomic_xchg(ready_ptr, 1, sem="release")
+    return last
+
+
+@triton.jit
+def count(row_ptr, total_ptr):                                           # one program of each tensor does
+    for column in tl.static_range(2):                                    # steps; steps that bad gradients spoiled
+        ptr = pointer(row_ptr, 3 + column, tl.float32, False)
+        one = tl.where(tl.load(total_ptr + 2, cache_modifier=".cg") > 0, 1.0, 0.0) if column else 1.0
+        tl.store(ptr, tl.load(ptr) + one)
 
 
 @triton.jit
@@ -302,46 +363,108 @@ def step_kernel(
     n, chunk = tl.load(row_ptr + 5), tl.load(row_ptr + 7)
     last = tl.minimum((run + 1) * RUN, tl.cdiv(n, chunk).to(tl.int32))
     g_ptr, step_ptr = pointer(row_ptr, 1, G, ALIGNED), pointer(row_ptr, 3, tl.float32, False)
-    if applying:
-        p_ptr, skipped_ptr = pointer(row_ptr, 0, P, ALIGNED), pointer(row_ptr, 4, tl.float32, False)
-        while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:       # programs start in order: what this one waits for has begun
-            pass
-        refused = tl.load(total_ptr + 2, cache_modifier=".cg") > 0
-        rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
-        rate, scale = tl.where(refused, 0.0, rate), tl.cast(1.0, tl.float32)
-        if GRAFT:
-            scale = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg")) / (tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg")) + 1e-12)
+    if applying:                                                     # programs start in order: what this one waits for has begun
+        p_ptr = pointer(row_ptr, 0, P, ALIGNED)
+        rate, scale = awaited(ready_ptr, total_ptr, lr, LR_THERE, GRAFT)
         for c in tl.range(run * RUN, last, num_stages=STAGES):
             start, length = place_of(c, chunk, n, ALIGNED)
             apply(p_ptr, g_ptr, start, length, rate, scale, tl.cast(weight_decay, tl.float32), P, 128 * LINES)
-        if run == 0:                                                 # one program of each tensor counts
-            tl.store(step_ptr, tl.load(step_ptr) + 1)
-            tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(refused, 1.0, 0.0))
+        if run == 0:
+            count(row_ptr, total_ptr)
     else:
-        m_ptr, S_ptr = pointer(row_ptr, 2, M, ALIGNED), ()
+        index, m_ptr, S_ptr = (tl.arange(0, 32), tl.arange(0, LINES), tl.arange(0, 4)), pointer(row_ptr, 2, M, ALIGNED), ()
         for k in tl.static_range(BAND + 1):
             S_ptr = S_ptr + (pointer(row_ptr, HEAD + k, M, ALIGNED),)
-        t, chain, first = tl.load(step_ptr) + 1, tl.load(row_ptr + 6), tl.load(row_ptr + 8)
+        t, chain, first, programs = tl.load(step_ptr) + 1, tl.load(row_ptr + 6), tl.load(row_ptr + 8), tl.load(row_ptr + 9).to(tl.int32)
         correct1, correct2 = 1 / one_minus_power(t, log_beta1), 1 / one_minus_power(t, log_beta2)
         sum_a, sum_u, bad = tl.zeros((32, LINES), tl.float32), tl.zeros((32, LINES), tl.float32), tl.zeros((32, LINES), tl.float32)
         for c in tl.range(run * RUN, last, num_stages=STAGES):
             start, length = place_of(c, chunk, n, ALIGNED)
             halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
-            aa, uu, b = statistics(g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo, correct1, correct2,
-                                   tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(new1, tl.float32),
-                                   tl.cast(new2, tl.float32), tl.cast(eps, tl.float32), tl.cast(gamma, tl.float32),
-                                   tl.cast(graft_eps, tl.float32), G, M, BAND, PLAIN, HALO, ALIGNED, LINES)
+            _, o, _, own = tile(index, length, chunk, BAND, HALO)
+            u, aa, uu, b = statistics(index, g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo, correct1, correct2,
+                                      tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32), tl.cast(new1, tl.float32),
+                                      tl.cast(new2, tl.float32), tl.cast(eps, tl.float32), tl.cast(gamma, tl.float32),
+                                      tl.cast(graft_eps, tl.float32), M, BAND, PLAIN, HALO, ALIGNED, LINES, None)
+            tl.store(g_ptr + start + o, u.to(G), mask=own, eviction_policy="evict_last")
             sum_a, sum_u, bad = sum_a + aa, sum_u + uu, bad + b
-        partial = partial_ptr + (first + run) * 3
-        all_a, all_u, all_bad = tl.reduce(tl.reduce((sum_a, sum_u, bad), 1, add3), 0, add3)
-        tl.store(partial, all_a)
-        tl.store(partial + 1, all_u)
-        tl.store(partial + 2, all_bad)
-        tl.debug_barrier()
-        if tl.atomic_add(done_ptr, 1, sem="acq_rel") == tl.load(row_ptr + 9) - 1:            # the last one of its tensor
-            norms(row_ptr, partial_ptr, total_ptr, 1024)
-            tl.debug_barrier()
-            tl.atomic_xchg(ready_ptr, 1, sem="release")
+        partial_ptr += first * 3
+        publish(tl.arange(0, 1024), (sum_a, sum_u, bad), partial_ptr + run * 3, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, 1024)
+
+
+@by_hand
+def settle(index, ring, slot, table_ptr, item_ptr, total_ptr, ready_ptr, lr, weight_decay, P: tl.constexpr, GRAFT: tl.constexpr,
+           LR_THERE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr, L: tl.constexpr):
+    """Apply the u of a run, which lie in the ring from `slot` on, once the norms of its tensor are there."""
+    tensor, run = gl.load(item_ptr), gl.load(item_ptr + 1)
+    row_ptr = table_ptr + tensor * COLUMNS
+    p_ptr, n, chunk, p = pointer(row_ptr, 0, P, True), gl.load(row_ptr + 5), gl.load(row_ptr + 7), ()
+    for k in gl.static_range(RUN):                                   # all at once, and while it waits
+        start, length = place_of(run * RUN + k, chunk, n, True)
+        _, o, _, own = tile(index, length, chunk, BAND, False)
+        p = p + (gl.load(p_ptr + start + o, mask=own, other=0.0, eviction_policy="evict_first"),)
+    rate, scale = awaited(ready_ptr + tensor, total_ptr + gl.load(row_ptr + 10) * 3, lr, LR_THERE, GRAFT)
+    for k in gl.static_range(RUN):
+        start, length = place_of(run * RUN + k, chunk, n, True)
+        _, o, _, own = tile(index, length, chunk, BAND, False)
+        new = p[k].to(gl.float32)
+        new -= rate * (scale * ring.index(slot + k).load(L) + weight_decay * new)
+        gl.store(p_ptr + start + o, new.to(P), mask=own, eviction_policy="evict_first")
+
+
+@(gluon.jit(do_not_specialize=["runs", "tensors"]) if gluon else triton.jit)
+def ring_kernel(
+    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, count_ptr,
+    runs, tensors, beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, graft_eps, lr, weight_decay,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, GRAFT: tl.constexpr,
+    LR_THERE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, RUN: tl.constexpr,
+):
+    """step_kernel with u in shared memory until it is applied: as many programs as run at once, each of which takes run after run and
+    keeps the u of two."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
+    ring = gl.allocate_shared_memory(gl.float32, [2 * RUN, 32, LINES, 4], gl.SwizzledSharedLayout(4, 1, 1, [2, 0, 1]))
+    index = (gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, L))), gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, L))),
+             gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L))))
+    offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    numbers = (gl.cast(beta1, gl.float32), gl.cast(beta2, gl.float32), gl.cast(new1, gl.float32), gl.cast(new2, gl.float32),
+               gl.cast(eps, gl.float32), gl.cast(gamma, gl.float32), gl.cast(graft_eps, gl.float32))
+    weight_decay, ready_ptr = gl.cast(weight_decay, gl.float32), count_ptr + tensors
+    slot, older, newer, item = gl.to_tensor(0), gl.to_tensor(-1), gl.to_tensor(-1), gl.to_tensor(0)
+    while item < runs:
+        if older >= 0:                                               # before another run is taken: who waits holds up nobody
+            settle(index, ring, slot, table_ptr, items_ptr + 2 * older, total_ptr, ready_ptr, lr, weight_decay, P, GRAFT, LR_THERE, BAND,
+                   COLUMNS, RUN, L)
+            older = gl.to_tensor(-1)
+        item = gl.atomic_add(count_ptr + 2 * tensors, 1, sem="relaxed")
+        if item < runs:
+            tensor, run = gl.load(items_ptr + 2 * item), gl.load(items_ptr + 2 * item + 1)
+            row_ptr = table_ptr + tensor * COLUMNS
+            n, chain, chunk, first = gl.load(row_ptr + 5), gl.load(row_ptr + 6), gl.load(row_ptr + 7), gl.load(row_ptr + 8)
+            g_ptr, m_ptr, S_ptr = pointer(row_ptr, 1, G, True), pointer(row_ptr, 2, M, True), ()
+            for k in gl.static_range(BAND + 1):
+                S_ptr = S_ptr + (pointer(row_ptr, HEAD + k, M, True),)
+            t = gl.load(pointer(row_ptr, 3, gl.float32, False)) + 1
+            correct1, correct2 = 1 / one_minus_power(t, log_beta1), 1 / one_minus_power(t, log_beta2)
+            zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, L))
+            sum_a, sum_u, bad = zero, zero, zero
+            for c in range(run * RUN, gl.minimum((run + 1) * RUN, gl.cdiv(n, chunk).to(gl.int32))):
+                start, length = place_of(c, chunk, n, True)
+                halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
+                u, aa, uu, b = statistics(index, g_ptr, m_ptr, S_ptr, start, length, chunk, chain, halo, correct1, correct2, *numbers, M, BAND,
+                                          PLAIN, HALO, True, LINES, L)
+                sum_a, sum_u, bad = sum_a + aa, sum_u + uu, bad + b
+                ring.index(slot + c - run * RUN).store(u)
+            totals, first_ptr = total_ptr + gl.load(row_ptr + 10) * 3, partial_ptr + first * 3
+            if publish(offs, (sum_a, sum_u, bad), first_ptr + run * 3, first_ptr, gl.load(row_ptr + 9).to(gl.int32), totals,
+                       count_ptr + tensor, ready_ptr + tensor, 1024):
+                count(row_ptr, totals)
+            older, newer, slot = newer, item, RUN - slot
+    if older >= 0:
+        settle(index, ring, slot, table_ptr, items_ptr + 2 * older, total_ptr, ready_ptr, lr, weight_decay, P, GRAFT, LR_THERE, BAND, COLUMNS,
+               RUN, L)
+    if newer >= 0:
+        settle(index, ring, RUN - slot, table_ptr, items_ptr + 2 * newer, total_ptr, ready_ptr, lr, weight_decay, P, GRAFT, LR_THERE, BAND,
+               COLUMNS, RUN, L)
 
 
 def split(n, chain, band, lines):
@@ -394,8 +517,11 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
     float32, chain the length of a chain. graft "adam", "none", or "plain": Adam's step, S_0 alone. lr: a number, or a tensor () there.
     reduce(totals) may sum (T, 3) over processes that hold other rows of the same tensors, given in the same order."""
     device, band = works[0].p.device, len(works[0].S) - 1
-    lines, warps, run, stages, lag, registers = CONFIG[band]
+    lines, warps, runs, stages, lag, registers = CONFIG[band]
     assert lines >= warps, "with fewer lanes than threads, some threads would read what others have overwritten"
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    per, most, kept = RING[band]
+    ring = per * torch.cuda.get_device_properties(device).multi_processor_count if gluon and hopper and not reduce else 0
     columns, jobs = HEAD.value + band + 1, {}
     for index, work in enumerate(works):
         n, (chunk, halo) = work.p.numel(), split(work.p.numel(), work.chain, band, lines)
@@ -406,8 +532,9 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
         aligned = n % 4 == 0 and (band == 0 or work.chain % 4 == 0) and not any(a % 16 for a in arrays)
         # 8: the tensor's first program, 9: how many, 10: its totals, come between the two
         row = (*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk), (index, arrays[3:])
-        jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned), []).append(row)
-    totals, hopper = torch.zeros(len(works), 3, device=device), device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        stays = aligned and n <= ring * kept * chunk                 # a run a program; beyond two, none might be left to go on
+        jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned, stays), []).append(row)
+    totals = torch.zeros(len(works), 3, device=device)
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     lr_there = torch.is_tensor(lr) and lr.device == device
     numbers = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs, float(eps), float(gamma), float(graft_eps),
@@ -415,11 +542,11 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
 
     with torch.cuda.device_of(works[0].p):
         launches = []
-        for (*dtypes, halo, aligned), rows in jobs.items():
+        for (*dtypes, halo, aligned, stays), rows in jobs.items():
             sizes = tuple(head[5::2] for head, _ in rows)
-            how = sizes, reduce is not None, run, lag
+            run = kept if stays else runs
+            how = sizes, stays or reduce is not None, run, lag
             places, programs, order = arrange(*how)
-            items = there(how, lambda: order, device)
             rows = tuple((*head, *place, index, *S) for (head, (index, S)), place in zip(rows, places))
             table = there(rows, lambda: torch.tensor(rows), device)
             P, G, M = (TYPES[d] for d in dtypes)
@@ -428,12 +555,18 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
                 apart = sizes, True, run, lag
                 statistics_alone = there(apart, lambda: arrange(*apart)[2], device)
                 halo_kernel[(programs,)](table, statistics_alone, aside, G, M, band, columns, run, num_warps=1)
+            items = there(how, lambda: order, device)
             tensors = (table, items, aside, torch.empty(programs, 3, device=device), totals,
-                       torch.zeros(2 * len(rows), dtype=torch.int32, device=device))
+                       torch.zeros(2 * len(rows) + 1, dtype=torch.int32, device=device))     # done, ready; the next run
+            if stays:
+                constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, columns, lines, run)
+                ring_kernel[(min(ring, programs),)](*tensors, programs, len(rows), *numbers, *constants, num_warps=warps, maxnreg=most,
+                                                    launch_cooperative_grid=True)            # all run at once, or none
+                continue
             constants = (P, G, M, band, graft == "plain", graft == "adam", lr_there, halo, aligned, columns, lines, run, stages)
 
-            def launch(item0, n, tensors=tensors, constants=constants, T=len(rows), most=registers if aligned and hopper else None):
-                step_kernel[(n,)](*tensors, item0, T, *numbers, *constants, num_warps=warps, maxnreg=most)
+            def launch(item0, n, tensors=tensors, constants=constants, T=len(rows), limit=registers if aligned and hopper else None):
+                step_kernel[(n,)](*tensors, item0, T, *numbers, *constants, num_warps=warps, maxnreg=limit)
             launches.append((launch, programs))
         for launch, programs in launches:
             launch(0, programs if reduce else 2 * programs)
@@ -448,7 +581,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
 # registers, architectures
 def builds():
     types = {"table_ptr": "*i64", **dict.fromkeys(("items_ptr", "count_ptr"), "*i32"),
-             **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), **dict.fromkeys(("item0", "tensors"), "i32"),
+             **dict.fromkeys(("halo_ptr", "partial_ptr", "total_ptr"), "*fp32"), **dict.fromkeys(("item0", "runs", "tensors"), "i32"),
              **dict.fromkeys(("beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps", "gamma", "graft_eps", "lr",
                               "weight_decay"), "fp32")}
     fp32, bf16 = tl.float32, tl.bfloat16
@@ -457,9 +590,11 @@ def builds():
                                              (fp32, fp32, 0, True, False, True)):
         lines, warps, run, stages, _, registers = CONFIG[band]
         constants = {"P": G, "G": G, "M": M, "BAND": band, "PLAIN": plain, "GRAFT": not plain, "LR_THERE": False, "HALO": halo,
-                     "ALIGNED": aligned, "COLUMNS": HEAD.value + band + 1, "LINES": lines, "RUN": run, "STAGES": stages}
+                     "COLUMNS": HEAD.value + band + 1, "LINES": lines, "RUN": run}
         for most, arches in ((registers if aligned else None, (90,)), (None, (80, 100, 120))):
-            yield step_kernel, types, constants, (), warps, 3, most, arches
+            yield step_kernel, types, {**constants, "ALIGNED": aligned, "STAGES": stages}, (), warps, 3, most, arches
+        if gluon and aligned:
+            yield ring_kernel, types, {**constants, "RUN": RING[band][2]}, (), warps, 3, RING[band][1], (90,)
     constants = {"G": fp32, "M": fp32, "BAND": 4, "COLUMNS": HEAD.value + 5, "RUN": CONFIG[4][2]}
     yield halo_kernel, types, constants, (), 1, 3, None, (80, 90, 100, 120)
 
