@@ -109,7 +109,10 @@ def draw(result, path):
     for name, ax in zip(names, axes[:, 0]):
         rows = result[name]
         ours = ["C3" if row["name"].startswith(("ours", "band")) else "C7" for row in rows]
-        bars = ax.barh(range(len(rows)), [1 / row["of_floor"] for row in rows], color=ours)
+        times = [1 / row["of_floor"] for row in rows]
+        if max(times) > 50 * min(times):
+            ax.set_xscale("log")
+        bars = ax.barh(range(len(rows)), times, color=ours)
         ax.bar_label(bars, [f"{total_ms(row):.3g} ms" for row in rows], padding=3, fontsize=7)
         first = [n for n, row in enumerate(rows) if not n or row["shape"] != rows[n - 1]["shape"]]
         ax.set_yticks(range(len(rows)), [(f"{size(row)}:  " if n in first else "") + row["name"] for n, row in enumerate(rows)], fontsize=7)
