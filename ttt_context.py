@@ -406,6 +406,7 @@ def shift(q, k, v):
 ARMS = {"in context": "C7", "log T": "C0", "log T, read too": "C9", "temperature": "C1", "temperature, foreign": "C8", "queries": "C3",
         "queries, foreign": "C4", "queries, other kind": "C5", "queries, some": "C3", "queries, oracle": "C6", "vote, FLOPs": "C2",
         "vote, seconds": "olive", "notes, FLOPs": "lime", "notes, seconds": "teal", "no context": "k"}
+# asks: one in so many of a lesson's tokens is of its questions
 LAPTOP = {"name": "cpu", "shape": dict(n_layer=2, n_head=2, head_dim=64, n_embd=64, n_hidden=128), "tasks": ("records", "columns"),
           "sizes": dict(a=256, b=256, value=16, mark=1), "train": (300, 32, 96), "asks": 6, "looks": 0.5, "lr": 1e-2,
           "lengths": (96, 768, 3072), "contexts": 4, "questions": 16, "noted": 4, "few": 2, "steps": 32, "span": 128,
@@ -497,7 +498,7 @@ def renamed(ids, recipe, draw):
     """ids (B, T) with other names for all things, in each sequence others: a lesson can be taken again."""
     table, low = torch.arange(sum(recipe["sizes"].values()), device=ids.device).repeat(len(ids), 1), 0       # (B, V)
     for name, size in recipe["sizes"].items():
-        if name not in ("turn", "state", "mark"):                           # these mean what they are
+        if name not in ("turn", "state", "mark"):                    # these mean what they are
             table[:, low:low + size] = low + torch.rand(len(ids), size, generator=draw, device=ids.device).argsort(1)
         low += size
     return table.gather(1, ids)
@@ -505,7 +506,7 @@ def renamed(ids, recipe, draw):
 
 def raise_model(recipe, label, seed, device, dtype):
     """-> a GPT whose layers take turns at `shift` and softmax attention without positions, trained on short streams of all tasks; in
-    the first half of the steps only what follows from the text counts, which is when it learns to look."""
+    a share `looks` of the steps, the first, only what follows from the text counts, which is when it learns to look."""
     (steps, batch, T), tasks = recipe["train"], recipe["tasks"]
     cfg = train.GPTConfig(vocab_size=sum(recipe["sizes"].values()), block_size=T, qk_norm=label == NORMS[1], tied=False, **recipe["shape"])
     model, draw = train.GPT(cfg, dtype=dtype).to(device), torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ what the file is now stands in results/kernels.json.                            
    1.20 at b = 1; u in 8 MB of scratch memory that stay in L2 1.26, but 31 MB are on their way, and from
    24 MB on nothing is gained.
 7. u in shared memory, chunks dealt out in turn to as many programs as run at once: each has the same
-   share, and the slowest multiprocessor decides.                                                          1.15 | 1.50 | 2.88
+   share, and the slowest multiprocessor decides, or so we think.                                          1.15 | 1.50 | 2.88
    With the next chunk copied to shared memory (cp.async) meanwhile: 1.74 at b = 1.
 8. Runs of chunks from a counter, to whoever is free.                                                      0.98 | 1.37 | 2.59
 9. All parameters of a run asked for at once, and before it waits for the norms; at b = 0 and 4 fewer
@@ -532,7 +532,7 @@ def step(works, beta1, beta2, eps, gamma, graft_eps, lr, weight_decay, graft, re
         aligned = n % 4 == 0 and (band == 0 or work.chain % 4 == 0) and not any(a % 16 for a in arrays)
         # 8: the tensor's first program, 9: how many, 10: its totals, come between the two
         row = (*arrays[:3], work.step.data_ptr(), work.skipped.data_ptr(), n, work.chain, chunk), (index, arrays[3:])
-        stays = aligned and n <= ring * kept * chunk                 # a run a program; beyond two, none might be left to go on
+        stays = aligned and n <= ring * kept * chunk                 # of more than two runs a program the rest would wait for ever
         jobs.setdefault((work.p.dtype, work.g.dtype, work.m.dtype, halo, aligned, stays), []).append(row)
     totals = torch.zeros(len(works), 3, device=device)
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
