@@ -31,6 +31,7 @@ On a GPU kernels/lora_rite.py takes the same step for all pairs in four launches
     python lora_rite.py             the experiments below, on a laptop -> results/lora_rite-cpu.*
     python lora_rite.py --sweep     how their learning rates were found
     python lora_rite.py --full --init SMOLLM2 --tasks DIR        SmolLM2-135M and four sets of questions, on one GPU
+    python lora_rite.py --bench --init SMOLLM2                   a training step's time there -> results/lora_rite-bench.json
     python train.py --init DIR --lora-rank 16 --optim lora_rite --data x.jsonl       fine-tune with it
 """
 import hashlib, json, math, os, re, shutil, statistics, sys, tempfile, time
@@ -586,13 +587,20 @@ def reasoning(train, folder, tasks):
     return str(folder / "train.jsonl"), tests
 
 
-def step_times(train, base, recipe, rank):
-    """-> {optimizer: ms of a training step of train.py, twice}"""
-    flags = f"--bench --init {base} --lora-rank {rank} --batch-size {recipe['batch']} --block-size {recipe['block']} --device {recipe['device']}"
-    times = {"adamw": [], "lora_rite": []}
-    for optim in [*times] * 2:                                       # in turn
-        times[optim].append(train.part([*flags.split(), "--optim", optim])[0]["ms_per_step"])
-    return times
+def bench(train, init, recipe, out, turns=5):
+    """Times a whole step of train.py with AdamW and with LoRA-RITE, in turn -> and writes {"ms_per_step": {optimizer: one a turn}, ...}"""
+    flags = (f"--bench --init {init} --lora-rank {recipe['ranks'][0]} --batch-size {recipe['batch']} --block-size {recipe['block']} "
+             f"--device {recipe['device']}").split()
+    runs = {optim: [] for optim in ("adamw", "lora_rite")}
+    for optim in [*runs] * turns:
+        runs[optim].append(train.part([*flags, "--optim", optim])[0])
+        print(f"{optim:9} {runs[optim][-1]['ms_per_step']:.2f} ms a step", flush=True)
+    result = runs["adamw"][0] | {"ms_per_step": {optim: [r["ms_per_step"] for r in found] for optim, found in runs.items()}}
+    slower = statistics.median(result["ms_per_step"]["lora_rite"]) / statistics.median(result["ms_per_step"]["adamw"]) - 1
+    print(f"LoRA-RITE's median is {slower:+.1%} of AdamW's")
+    with train.atomic(out / "lora_rite-bench.json") as f:
+        f.write(json.dumps(result, indent=1).encode())
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,15 +612,20 @@ def main(argv=None):
     which.add_argument("--full", action="store_true", help="on one GPU: answers to questions; needs --init and --tasks; "
                        "cut short, it goes on where it stopped")
     which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
+    which.add_argument("--bench", action="store_true", help="on one GPU: time of a training step beside AdamW's; needs --init")
     parser.add_argument("--init", metavar="DIR", help="the weights to adapt (default: a tiny GPT, trained first)")
     parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
-    began, out, recipe = time.perf_counter(), train.writable(args.out), FULL if args.full else LAPTOP
+    began, out, recipe = time.perf_counter(), train.writable(args.out), FULL if args.full or args.bench else LAPTOP
+    if args.bench and not args.init:
+        train.fail("--bench times a step on pretrained weights; give --init DIR, SmolLM2-135M's")
     if args.full and not (args.init and args.tasks):
         train.fail("--full adapts pretrained weights to questions; give --init DIR, SmolLM2-135M's, and --tasks DIR")
     if recipe["device"] == "cuda" and not torch.cuda.is_available():
-        train.fail("--full adapts 135 M parameters 27 times and needs a CUDA GPU; leave it out for the version for a laptop")
+        train.fail("adapting 135 M parameters needs a CUDA GPU; leave --full and --bench out for the version for a laptop")
+    if args.bench:
+        return bench(train, args.init, recipe, out)
 
     with tempfile.TemporaryDirectory() as d:
         if args.full:
@@ -630,10 +643,7 @@ def main(argv=None):
             model.float().dtype = torch.float32                      # logits of 20 are 0.125 apart in bfloat16: true would tie with false
             right = {task: accuracy(model, tokenizer, asked) for task, asked in tests.items() if not quick}
             return {"bits_per_byte": model(*test).item() * bits, **right} | ({"mean": statistics.mean(right.values())} if right else {})
-        result = {"ms_per_step": step_times(train, base, recipe, recipe["ranks"][0])} if args.full else {}
-        for optim, times in result.get("ms_per_step", {}).items():
-            print(f"{optim}: {' and '.join(map('{:.2f}'.format, times))} ms a step of train.py")
-        result["before"] = score(model)
+        result = {"before": score(model)}
         result["ranks"] = study(train, base, text, {**recipe, "best": {}} if args.sweep else recipe, () if args.sweep else recipe["seeds"], score)
         if not args.full and not args.sweep:
             result["invariance"] = invariance(train, base, text, recipe, recipe["ranks"][0], recipe["best"][recipe["ranks"][0]])

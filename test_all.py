@@ -1948,10 +1948,15 @@ def test_lora_rite_answers_questions(tiny, hf, monkeypatch, capsys):
     result = lora_rite.main(flags)
     assert seen == {torch.float32}
     assert {p.name for p in Path("shown").iterdir()} == {"lora_rite-h200.json", "lora_rite-h200.png"}
-    assert set(result["before"]) == {*lora_rite.TASKS, "mean", "bits_per_byte"} and all(len(t) == 2 for t in result["ms_per_step"].values())
+    assert set(result["before"]) == {*lora_rite.TASKS, "mean", "bits_per_byte"}
     one = result["ranks"][2]["runs"]["LoRA+"][1]
     assert one["mean"] == pytest.approx(sum(one[task] for task in lora_rite.TASKS) / 4) and all(0 <= one[task] <= 1 for task in lora_rite.TASKS)
     refused(capsys, [*flags[:4], "nowhere"], "nowhere", "does not hold questions", script=lora_rite)
+
+    refused(capsys, ["--bench", "--out", "shown"], "give --init DIR", script=lora_rite)
+    lora_rite.main(["--bench", "--init", "model", "--out", "shown"])
+    times = json.loads(Path("shown/lora_rite-bench.json").read_text())["ms_per_step"]
+    assert {optim: len(set(t)) for optim, t in times.items()} == {"adamw": 5, "lora_rite": 5} and min(map(min, times.values())) > 0
 
 
 def test_answers_alone_count(tiny, capsys):
