@@ -16,8 +16,8 @@ pieces before its own as far as w2 does; the buffers are added up in order. Two 
 
 Grid: (tiles of queries | pieces | blocks of keys, KV heads). A tile takes queries position by position, the g heads of a KV
 group side by side, so that neither g = 1 nor g = 64 wastes rows. Work, in units of B H T w1 w2 D: 4 forward, 16 backward (S and
-dP are computed in both kernels; a single pass, 12, would need atomics). Backward memory: 2 (1 + ceil((w2 - 1) / PIECE)) float32
-tensors like k2.
+dP are computed in both kernels; a single pass, 12, would need atomics). Backward memory: 2 (1 + (w2 - 1) / PIECE) float32 tensors
+like k2.
 
 Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16, D = 128, g = 64 | D = 128, g = 1 | D = 64, g = 1. They are of
 variants side by side; what the file is now stands in results/kernels.json.
@@ -42,7 +42,13 @@ variants side by side; what the file is now stands in results/kernels.json.
 8. hopper_kernel, the forward pass in Gluon, where its loader has the keys of the next blocks in shared memory before they are asked
    for and exponentials run beside products (predicted 480 to 560 | 450 to 530 | 380 to 450), here, in results/kernels.json:
                                                                                     492 | 479 | 391, 489 | 452 | 355
-   The backward pass, which is still Triton's, therefore takes 6.2 | 5.7 | 4.5 times the forward's time, of 3 that were asked for.
+   The loader reads a query's row once, not for each of its offsets:                490 | 503 | 388 before, 508 | 509 | 392
+9. The backward pass in Gluon as well, one kernel for both of its halves, not kept. With operands and sums left out its products and
+   exponentials ran at 396 | 635 (rows) and 539 | 560 (columns) for D = 128. But two accumulators of 64 x 128 leave the loader 56
+   registers a thread, too few to make 64 rows as fast as 128 keys use them up (columns 266 | 341, fetched ahead by cp.async
+   403 | 399), and dk2 and dv2 are sums over rows that no register has room for (rows 281 | 343, sums in shared memory 230 | 361).
+   Rows as above and these columns would be a tenth faster than step 7. With all that for nothing the pass would still take 3.6 times
+   the forward's time where g = 1, of 3 that were asked for: eight products against two.
 """
 import warnings
 
@@ -276,23 +282,30 @@ def load_block(c, bh, start, size: tl.constexpr, descs, stages, full, empty, D: 
 
 
 @by_hand
+def make_rows(to, q_ptr, k2_ptr, factor, t, g: tl.constexpr, D: tl.constexpr, Tq, Tk2, w2, NQ: tl.constexpr, BD: tl.constexpr):
+    """As product() above, for group t of 64 rows, into shared memory: a query after the other."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    d, offs_d = gl.arange(0, BD, gl.SliceLayout(1, L)), gl.arange(0, D, gl.SliceLayout(0, L))
+    for m in gl.static_range(NQ):
+        n = gl.minimum(t * NQ + m, Tq * g - 1)
+        i2 = n // g + Tk2 - Tq
+        valid = (d < w2) & (d <= i2) & (t * NQ + m < Tq * g)
+        x = gl.load(q_ptr + (n % g * Tq + n // g) * D + offs_d).to(gl.float32) * factor      # [D]
+        y = gl.load(k2_ptr + (i2 - d)[:, None] * D + offs_d[None, :], mask=valid[:, None], other=0.0).to(gl.float32)  # [BD, D]
+        to.slice(m * BD, BD).store((x[None, :] * y).to(q_ptr.dtype.element_ty))
+
+
+@by_hand
 def loader(q_ptr, k2_ptr, blocks, smalls, stages, rows, full, empty, numbers, scale, g: tl.constexpr, D: tl.constexpr,
            NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ST: tl.constexpr, SMALL: tl.constexpr, NC: tl.constexpr):
     Tq, Tk, Tk2, w1, w2, tiles, heads = numbers
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     c, phase = 0, 1
     for tile in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
         bh, t = tile // tiles, tile % tiles
         q, k2 = q_ptr + bh.to(gl.int64) * g * Tq * D, k2_ptr + bh.to(gl.int64) * Tk2 * D
-        offs_d = gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
         for w in gl.static_range(NC):
             mbarrier.wait(empty[2].index(w), phase)
-            for part in gl.static_range(2):                          # all 64 at once would take too many registers
-                r = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, L))
-                row, i, at, valid = rows_of(t * NC + w, r, g, Tq, Tk, Tk2, w2, NQ, BD)
-                x = gl.load(q + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0).to(gl.float32)             # [32, D]
-                y = gl.load(k2 + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0).to(gl.float32)
-                rows.index(w).slice(part * 32, 32).store((x * (scale * LOG2E) * y).to(q_ptr.dtype.element_ty))
+            make_rows(rows.index(w), q, k2, scale * LOG2E, t * NC + w, g, D, Tq, Tk2, w2, NQ, BD)
             mbarrier.arrive(full[2].index(w), count=1)
         phase ^= 1
         start, count, small = span(t, g, Tq, Tk, w1, NC * NQ, BN, SMALL)
@@ -700,15 +713,18 @@ def backward(do, q, k, v, k2, v2, o, lse, w1, w2, cfg_rows=None, cfg_columns=Non
 
     cfg = cfg_rows or config("rows", q)
     piece = max(PIECE, shape_of_tile(w2, cfg[0])[0])                 # positions of a program, whole tiles
-    pieces, back = triton.cdiv(Tq, piece), triton.cdiv(piece + w2 - 1, piece)
-    parts = [torch.zeros(heads, pieces, back, piece, q.shape[3], dtype=torch.float32, device=q.device) for _ in range(2)]
-    launch(rows_kernel, lambda NQ, block: (pieces, heads), cfg, q, k, w2, (*given, dq, *parts), (*numbers, piece, back * piece))
+    pieces, room = triton.cdiv(Tq, piece), piece + w2 - 1
+    parts = [torch.zeros(heads, pieces, room, q.shape[3], dtype=torch.float32, device=q.device) for _ in range(2)]
+    launch(rows_kernel, lambda NQ, block: (pieces, heads), cfg, q, k, w2, (*given, dq, *parts), (*numbers, piece, room))
 
-    def joined(part):                                                # a program also adds to the back - 1 pieces before its own
-        whole = part.new_zeros(heads, pieces + back - 1, *part.shape[3:])
-        for b in range(back):
-            whole[:, b:b + pieces] += part[:, :, b]
-        first = (back - 1) * piece - (Tk2 - Tq)                      # the row of position 0
+    def joined(part):                                                # a program also adds to the w2 - 1 positions before its piece
+        back = triton.cdiv(w2 - 1, piece)
+        whole = part.new_zeros(heads, back + pieces, piece, part.shape[3])
+        for b in range(back + 1):
+            end = room - b * piece
+            lines = min(end, piece)
+            whole[:, back - b:back - b + pieces, piece - lines:] += part[:, :, end - lines:end]
+        first = back * piece - (Tk2 - Tq)                            # the row of position 0
         whole = whole.flatten(1, 2)[:, max(first, 0):first + Tk2]
         return F.pad(whole, (0, 0, max(-first, 0), 0)).view(k2.shape).to(k2.dtype)           # (B, Hkv, Tk2, D)
     return dq, dk, dv, *map(joined, parts)
