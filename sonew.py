@@ -438,7 +438,7 @@ def language_model(train, folder):
     """AdamW and SONew on train.py's small GPT, 300 steps at 3 learning rates each -> bits per byte of each run, and the steps and seconds
     that SONew's best takes to AdamW's best final loss (None: it does not get there)."""
     runs = {}
-    for name, rates in (("adamw", (2.5e-4, 5e-4, 1e-3)), ("sonew", (3e-4, 1e-3, 3e-3))):
+    for name, rates in (("adamw", (2.5e-4, 5e-4, 1e-3)), ("sonew", (1e-4, 3e-4, 1e-3))):
         for lr in rates:
             out = folder / f"{name}-{lr}"
             result, _ = train.part(f"--model small --optim {name} --lr {lr} --steps 300 --eval-every 25 --sample 1 --out {out}".split())

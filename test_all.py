@@ -3836,7 +3836,7 @@ def readme_numbers(readme):
         for line in re.split(r"\n(?=\S)", comment.strip()):
             name, expressions = re.fullmatch(r"(?s)(?:([\w/-]+): )?(.*)", line).groups()
             keys = json.loads((HERE / f"results/{name}.json").read_text(), object_hook=Keys) if name else {}
-            known = dict(mean=np.mean, stdev=partial(np.std, ddof=1), pick=pick, paired=paired, against=against, paper=None, here=None)
+            known = dict(mean=np.mean, median=np.median, stdev=partial(np.std, ddof=1), pick=pick, paired=paired, against=against, paper=None, here=None)
             expected += [(x, name) for x in eval(f"[{expressions}]", {**known, **keys})]
         text = re.sub(r"(?s)```.*?```|`[^`\n]*`|\]\([^)]*\)|\d{4}\.\d{5}|95%", " ", text)
         printed = NUMBER.findall(text)
