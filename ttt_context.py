@@ -684,7 +684,8 @@ def experiment(recipe, found, device, folder):
                  for m, a in zip(sum(found["mass"], []), sum(found["accuracy"], []))]
         ranks = [torch.tensor(x).unique(return_inverse=True)[1].double() for x in zip(*pairs)]
         result = note(folder, recipe["name"], device, {
-            "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe, "seeds": SEEDS,
+            "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe,
+            "seeds": SEEDS[:max(len(arms["in context"]["accuracy"]) for arms in cells.values())],
             "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
             "seconds": began and time.perf_counter() - began})
     for key, arms in less.items():
@@ -751,6 +752,8 @@ def plot(path, result):
                     how = "--" if "foreign" in arm or "kind" in arm else ":" if "," in arm else "-"
                     ax.plot(*zip(*there), how, marker="oD"[len(there) < 2], ms=3, lw=1 + (arm == "queries"), color=color, label=arm)
             ax.set(xscale="log", xlabel="tokens of context", ylim=(-0.03, 1.03), title=f"{task}, {label}", ylabel="accuracy")
+            ax.set_xticks(lengths, lengths)
+            ax.minorticks_off()
         (first, cells), ax = next(iter(tasks.items())), line[-1]
         for arm in ("in context", "log T", "temperature", "queries", "queries, foreign"):
             margins = [mean(cell[arm]["margin"]) for cell in cells]
@@ -760,7 +763,7 @@ def plot(path, result):
         shown = {p: z for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low < (z := math.log(p / (1 - p))) < high}
         ax.twinx().set(ylim=(low, high), yticks=list(shown.values()), yticklabels=list(shown), ylabel="attention p")
     arms = {arm: line for ax in axes[:, :-1].flat for line, arm in zip(*ax.get_legend_handles_labels())}
-    figure.legend(arms.values(), arms, loc="outside lower center", ncols=7, fontsize=8)
+    figure.legend(arms.values(), arms, loc="outside lower center", ncols=2 * wide, fontsize=8)
     train.keep(figure, path, dpi=110)
 
 

@@ -37,11 +37,10 @@ variants side by side; what the file is now stands in results/kernels.json.
 6. columns_kernel without a pipeline, in small tiles: two or three share a multiprocessor.              254 | 274 | 254
 7. Tiles of 128 rows with 4 warps, so that two share a multiprocessor and each key is fetched half as often: 255 registers, 390 bytes
    spilled, and faster all the same than tiles that spill nothing:                                      387 | 368 | 328 forward
-   Larger tiles for columns_kernel, and for rows_kernel at D = 64, likewise: backward in all 119 | 14.4 | 15.7 ms before, now, in
-   results/kernels.json, 111 | 14.0 | 14.0.
+   Larger tiles for columns_kernel, and for rows_kernel at D = 64, likewise: backward in all 119 | 14.4 | 15.7 ms before, then
+   111 | 14.0 | 14.0.
 8. hopper_kernel, the forward pass in Gluon, where its loader has the keys of the next blocks in shared memory before they are asked
-   for and exponentials run beside products (predicted 480 to 560 | 450 to 530 | 380 to 450), here, in results/kernels.json:
-                                                                                    492 | 479 | 391, 489 | 452 | 355
+   for and exponentials run beside products (predicted 480 to 560 | 450 to 530 | 380 to 450):                492 | 479 | 391
    The loader reads a query's row once, not for each of its offsets:                490 | 503 | 388 before, 508 | 509 | 392
 9. The backward pass in Gluon as well, one kernel for both of its halves, not kept. With operands and sums left out its products and
    exponentials ran at 396 | 635 (rows) and 539 | 560 (columns) for D = 128. But two accumulators of 64 x 128 leave the loader 56
