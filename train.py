@@ -1359,9 +1359,9 @@ def show_sample(model, tokenizer, n, seed, stop):
     say(tokenizer.decode_bytes(text).decode(errors="replace"))
 
 
-def train(args, cfg, run, saved, stop):
-    launched = time.perf_counter()
-    device, resuming = args.device, args.resume is not None
+def set_up(args, run):
+    """Decide what was left open, and say it -> the device's name; sequences a process takes a step, and at a time."""
+    device = args.device
     run.dtype, dtype_why = pick_dtype(device, run.dtype)
     compile_why = "as asked" if args.compile is not None else "it pays on CUDA"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
@@ -1372,7 +1372,28 @@ def train(args, cfg, run, saved, stop):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     say(f"device   {device}: {name}{f', {world()} processes' if world() > 1 else ''} ({args.device_why})\ndtype    {run.dtype} ({dtype_why})\n"
         f"compile  {'on' if args.compile else 'off'} ({compile_why})")
+    return name, per_rank, micro
 
+
+def open_data(out, cfg, run, saved, tokenizer, device):
+    """-> the tokens to train on, where batches may begin in them, those held out, and what tells this text from another. `saved`: the
+    checkpoint to resume, which must have seen the same."""
+    tokens = load_tokens(run.data, tokenizer, out.parent / ".tokens")
+    data = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
+    mark = int(data["sha256"][:4], 16)
+    if mean_over_ranks(torch.tensor(mark, device=device)).item() != mark:
+        fail(f"the processes see different texts in {run.data}; give --data a copy of the same files on every machine")
+    if saved and data != saved["data"]:
+        fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new "
+             f"run from its weights")
+    train_tokens, val_tokens = split(tokens, cfg.block_size, run.data)
+    say(f"data     {run.data}: {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out ({tokenizer.name})")
+    return train_tokens, starts_of(train_tokens, cfg.block_size, tokenizer, run.data), val_tokens, data
+
+
+def train(args, cfg, run, saved, stop):
+    launched, device, resuming = time.perf_counter(), args.device, args.resume is not None
+    name, per_rank, micro = set_up(args, run)
     tokenizer = tokenizer_from(saved["tokenizer"]) if saved else None if args.bench else get_tokenizer(run.tokenizer)
     if args.export:                                                  # to learn now, not after the last step, that it cannot be
         import pretrained
@@ -1384,18 +1405,8 @@ def train(args, cfg, run, saved, stop):
         fail(f"--vocab-size {cfg.vocab_size} is less than the tokenizer's {n_vocab}; leave it out")
     if not args.bench:
         out = choose_folder(args, cfg)
-        tokens = load_tokens(run.data, tokenizer, out.parent / ".tokens")
-        data = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
-        mark = int(data["sha256"][:4], 16)
-        if mean_over_ranks(torch.tensor(mark, device=device)).item() != mark:
-            fail(f"the processes see different texts in {run.data}; give --data a copy of the same files on every machine")
-        if resuming and data != saved["data"]:
-            fail(f"{run.data} has changed since the run in {out} began, so it cannot go on exactly; --init {out} starts a new "
-                 f"run from its weights")
-        train_tokens, val_tokens = split(tokens, cfg.block_size, run.data)
-        places = starts_of(train_tokens, cfg.block_size, tokenizer, run.data)
+        train_tokens, places, val_tokens, data = open_data(out, cfg, run, saved if resuming else None, tokenizer, device)
         bits_per_nat = 1 / (math.log(2) * bytes_per_token(val_tokens, tokenizer))
-        say(f"data     {run.data}: {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out ({tokenizer.name})")
 
     source = stored(saved["model"], "the checkpoint") if saved else fresh(cfg, run.seed)
     if run.lora_rank and args.fsdp:
