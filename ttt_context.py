@@ -522,7 +522,8 @@ def raise_model(recipe, label, seed, device, dtype):
     draw = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
-    for step in tqdm(range(steps), desc=f"seed {seed}, {label}", dynamic_ncols=True, leave=False):
+    line = NORMS.index(label)                                        # a bar each where two are trained side by side
+    for step in tqdm(range(steps), desc=f"seed {seed}, {label}", position=line, dynamic_ncols=True, leave=False):
         some = torch.randint(LESSONS, (batch,), generator=draw, device=device)
         ids = renamed(lessons[some], recipe, draw)                                           # (batch, T + 1)
         y = ids[:, 1:].masked_fill(~known[some, 1:] & (step < recipe["looks"] * steps), -1)
@@ -658,12 +659,20 @@ def one_model(recipe, device, dtype, which):
     return train.remembered(KEPT, [recipe, str(device), str(dtype), which], work)
 
 
+def worker(lock, device):
+    """A process of side_by_side begins."""
+    tqdm.set_lock(lock)                                              # one for all their bars
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
 def side_by_side(recipe, device, dtype):
     """`examined`, in processes of a model each: steps on small models wait for the host, three on one GPU take little longer than one,
     and on a CPU a core each serves them better than all cores one after the other. Each model finds its own learning rates."""
     cells, rates, models = {}, {}, list(itertools.product(SEEDS, NORMS))
-    many, alone = (3, None) if device.type == "cuda" else (min(torch.get_num_threads(), len(models)), torch.set_num_threads)
-    with multiprocessing.get_context("spawn").Pool(many, alone, (1,) if alone else ()) as pool:
+    many = 3 if device.type == "cuda" else min(torch.get_num_threads(), len(models))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(many, worker, (spawn.RLock(), device)) as pool:
         for which, found in zip(models, pool.imap(functools.partial(one_model, recipe, device, dtype), models)):
             for key, arms in found[0].items():
                 for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
