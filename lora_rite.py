@@ -595,9 +595,10 @@ def bench(train, init, recipe, out, turns=5):
     for optim in [*runs] * turns:
         runs[optim].append(train.part([*flags, "--optim", optim])[0])
         print(f"{optim:9} {runs[optim][-1]['ms_per_step']:.2f} ms a step", flush=True)
-    result = runs["adamw"][0] | {"ms_per_step": {optim: [r["ms_per_step"] for r in found] for optim, found in runs.items()}}
+    result = {"ms_per_step": {optim: [r["ms_per_step"] for r in found] for optim, found in runs.items()},
+              **{key: runs["adamw"][0][key] for key in ("tokens_per_step", "parameters", "dtype", "torch", "device")}}
     slower = statistics.median(result["ms_per_step"]["lora_rite"]) / statistics.median(result["ms_per_step"]["adamw"]) - 1
-    print(f"LoRA-RITE's median is {slower:+.1%} of AdamW's")
+    print(f"LoRA-RITE's median against AdamW's: {slower:+.1%}")
     with train.atomic(out / "lora_rite-bench.json") as f:
         f.write(json.dumps(result, indent=1).encode())
     return result

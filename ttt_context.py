@@ -636,12 +636,12 @@ def paired(ours, theirs, draws=2000):
 
 def examined(recipe, models):
     """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> after each of them what there is so
-    far: {"LABEL, TASK, T": {arm: {score: [contexts, for each seed]}}}, and the learning rates, found with the first seed."""
+    far: {"LABEL, TASK, T": {arm: {score: [contexts, for each seed]}}}, and the learning rates, found anew for each."""
     cells, rates = {}, {}
     for seed, label, model, tasks in models:
         for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
             key = f"{label}, {task}, {T}"
-            rates[key] = rates.get(key) or best_rates(model, ask, T, recipe)
+            rates[key] = best_rates(model, ask, T, recipe)
             cell = cells.setdefault(key, {})
             for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
                 for what, values in found.items():
