@@ -28,7 +28,7 @@ first step moves Z by 0.4 from B = 0 and by 0.8 from unit normals, but by 78 fro
 
 On a GPU kernels/lora_rite.py takes the same step for all pairs in four launches, elsewhere PyTorch does.
 
-    python lora_rite.py             the experiments below, on a laptop -> results/lora_rite-cpu.*
+    python lora_rite.py             the experiments below, in about two minutes on two CPU cores -> results/lora_rite-cpu.*
     python lora_rite.py --sweep     how their learning rates were found
     python lora_rite.py --full --init SMOLLM2 --tasks DIR        SmolLM2-135M and four sets of questions, on one GPU
     python lora_rite.py --bench --init SMOLLM2                   a training step's time there -> results/lora_rite-bench.json
