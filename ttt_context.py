@@ -23,7 +23,7 @@ to 8 spans, an eighth of the prompt, are held out to tell what was learned: no s
 
     python ttt_context.py --prompt my.txt --question "..."              the newest run under out/, or one made now
     python ttt_context.py --prompt my.txt --question "..." --init DIR   a run, or a Hugging Face folder
-    python ttt_context.py --experiment                                  below, in four minutes on two CPU cores -> results/ttt_context-cpu.*
+    python ttt_context.py --experiment                                  below, in two to four minutes on two CPU cores -> results/ttt_context-cpu.*
     python ttt_context.py --full                                        to 32k tokens on one GPU -> results/ttt_context-h200.*
     python ttt_context.py --full --init DIR                             needles in real text -> results/ttt_context-needles.*
     python ttt_context.py --bench                                       steps beside tokens of thinking -> results/ttt_context-bench.json
@@ -823,7 +823,7 @@ def bench(preset, T, device, dtype, steps=32, n=128, timed_tokens=64, warm_up=3)
 def conclude(args, device, dtype):
     """--experiment, --full, and --full --init DIR: needles in real text, read by that model."""
     if args.full and device.type != "cuda":
-        fail("--full needs a CUDA GPU; --experiment alone takes four minutes on two CPU cores")
+        fail("--full needs a CUDA GPU; --experiment alone takes two to four minutes on two CPU cores")
     train.writable(args.out)
     if not args.init:
         recipe = FULL if args.full else LAPTOP
