@@ -634,28 +634,25 @@ def paired(ours, theirs, draws=2000):
     return [round(float(x), 4) for x in (d.mean(), means[draws // 40], means[-draws // 40 - 1])]
 
 
-def examined(recipe, models):
-    """models give a seed, a label, a model and {task: ask}, where ask(T, seed, c) is like `posed` -> after each of them what there is so
-    far: {"LABEL, TASK, T": {arm: {score: [contexts, for each seed]}}}, and the learning rates, found anew for each."""
+def examined(recipe, seed, label, model, tasks):
+    """tasks: {task: ask}, where ask(T, seed, c) is like `posed` -> {"LABEL, TASK, T": {arm: {score: [contexts]}}}, and the learning rates,
+    found for each anew."""
     cells, rates = {}, {}
-    for seed, label, model, tasks in models:
-        for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
-            key = f"{label}, {task}, {T}"
-            rates[key] = best_rates(model, ask, T, recipe)
-            cell = cells.setdefault(key, {})
-            for arm, found in examine(model, ask, T, recipe, seed, rates[key], task == "columns").items():
-                for what, values in found.items():
-                    cell.setdefault(arm, {}).setdefault(what, []).append(values)
-            right = [f"{arm} {statistics.mean(found['accuracy'][-1]):.2f}" for arm, found in cell.items()]
-            print(f"seed {seed}, {key}: {', '.join(right)}", flush=True)
-        yield cells, rates
+    for (task, ask), T in itertools.product(tasks.items(), recipe["lengths"]):
+        key = f"{label}, {task}, {T}"
+        rates[key] = best_rates(model, ask, T, recipe)
+        cells[key] = examine(model, ask, T, recipe, seed, rates[key], task == "columns")
+        right = [f"{arm} {statistics.mean(found['accuracy']):.2f}" for arm, found in cells[key].items()]
+        print(f"seed {seed}, {key}: {', '.join(right)}", flush=True)
+    return cells, rates
 
 
 KEPT = "out/ttt_context-kept"                                        # what models have answered, until all have
 
 
 def one_model(recipe, device, dtype, which):
-    work = lambda: list(examined(recipe, sandbox(recipe, device, dtype, [which])))[-1]
+    (seed, label), tasks = which, {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
+    work = lambda: examined(recipe, seed, label, raise_model(recipe, label, seed, device, dtype), tasks)
     return train.remembered(KEPT, [recipe, str(device), str(dtype), which], work)
 
 
@@ -667,26 +664,26 @@ def worker(lock, device):
 
 
 def side_by_side(recipe, device, dtype):
-    """`examined`, in processes of a model each: steps on small models wait for the host, three on one GPU take little longer than one,
-    and on a CPU a core each serves them better than all cores one after the other. Each model finds its own learning rates."""
-    cells, rates, models = {}, {}, list(itertools.product(SEEDS, NORMS))
+    """A model for each seed and name of NORMS, in a process each -> seed and what is `examined`, one after the other. Steps on small models
+    wait for the host, three on one GPU take little longer than one, and on a CPU a core each serves them better than all cores in turn."""
+    models = list(itertools.product(SEEDS, NORMS))
     many = 3 if device.type == "cuda" else min(torch.get_num_threads(), len(models))
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(many, worker, (spawn.RLock(), device)) as pool:
-        for which, found in zip(models, pool.imap(functools.partial(one_model, recipe, device, dtype), models)):
-            for key, arms in found[0].items():
-                for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
-                    for what, values in scores.items():
-                        cell.setdefault(arm, {}).setdefault(what, []).extend(values)
-            rates |= {f"seed {which[0]}, {key}": rate for key, rate in found[1].items()}
-            yield cells, rates
+        yield from zip((seed for seed, _ in models), pool.imap(functools.partial(one_model, recipe, device, dtype), models))
     shutil.rmtree(KEPT, ignore_errors=True)
 
 
 def experiment(recipe, found, device, folder):
-    """found: see `examined` -> what is in results/ttt_context-NAME.json, written after each model; told and drawn."""
+    """found: a seed and what is `examined`, for each model -> what is in results/ttt_context-NAME.json, written after each; told and drawn."""
     began = None if Path(KEPT).exists() else time.perf_counter()     # what was kept took its time, too
-    for cells, rates in found:
+    cells, rates = {}, {}                                            # {key: {arm: {score: [contexts, for each seed]}}}
+    for seed, (its_cells, its_rates) in found:
+        for key, arms in its_cells.items():
+            for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
+                for what, values in scores.items():
+                    cell.setdefault(arm, {}).setdefault(what, []).append(values)
+        rates |= {f"seed {seed}, {key}": rate for key, rate in its_rates.items()}
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
                 for key, arms in cells.items()}
@@ -737,13 +734,6 @@ def hidden(tokenizer, device, recipe):
         tails, answers = (torch.tensor(t, device=device) for t in zip(*said))
         return torch.tensor(text + ids[begin:room], device=device), (tails, answers, spots.to(device))
     return ask
-
-
-def sandbox(recipe, device, dtype, which):
-    """-> what `examined` asks for: a model for each seed and name of NORMS in `which`, and the questions of every task."""
-    tasks = {task: functools.partial(posed, task, recipe, device) for task in recipe["tasks"]}
-    for seed, label in which:
-        yield seed, label, raise_model(recipe, label, seed, device, dtype), tasks
 
 
 def plot(path, result):
@@ -833,7 +823,8 @@ def conclude(args, device, dtype):
     recipe = {**NEEDLES, "lengths": tuple(T for T in NEEDLES["lengths"] if T + 64 <= model.cfg.block_size)}
     if not recipe["lengths"]:
         fail(f"{run} was trained on {model.cfg.block_size} tokens, too few for needles in {NEEDLES['lengths'][0]}")
-    return experiment(recipe, examined(recipe, [(1, run.name, model, {"needles": hidden(tokenizer, device, recipe)})]), device, args.out)
+    tasks = {"needles": hidden(tokenizer, device, recipe)}
+    return experiment(recipe, ((seed, examined(recipe, seed, run.name, model, tasks)) for seed in SEEDS[:1]), device, args.out)
 
 
 def main(argv=None):
