@@ -1,7 +1,7 @@
 """Time the kernels on this GPU beside what one would use otherwise, all in one run.
 
-python kernels/bench.py                 every kernel -> results/kernels.json, results/kernels.png
-python kernels/bench.py laser sonew     some of them; what the file says of the others stays
+    python kernels/bench.py                 every kernel -> results/kernels.*
+    python kernels/bench.py laser sonew     some; the others stay as they are
 
 First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result and the median times. The floor of a
 row is what its method cannot do without, FLOPs or bytes, at its ceiling. Without a GPU it says what it would do and draws what there is.
@@ -12,15 +12,16 @@ form again, and it knows no logits of three factors.
 import json, statistics, sys, textwrap, time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(HERE)                                          # not kernels/, whose files are named like the papers'
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)        # not kernels/, whose files are named like the papers'
 
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
+
+import train
 
 
 def ms(function, repeats=50):
@@ -100,12 +101,9 @@ def report(name, rows, result):
 
 def draw(result, path):
     """The time of every row in units of its floor, a panel for each kernel."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     names = [name for name in KERNELS if name in result]
-    figure, axes = plt.subplots(len(names), 1, figsize=(9, 1 + 0.55 * len(names) + 0.19 * sum(len(result[n]) for n in names)), squeeze=False,
-                                layout="constrained", height_ratios=[len(result[n]) + 2 for n in names])
+    figure, axes = train.figure((9, 1 + 0.55 * len(names) + 0.19 * sum(len(result[n]) for n in names)), len(names), 1, squeeze=False,
+                                height_ratios=[len(result[n]) + 2 for n in names])
     for name, ax in zip(names, axes[:, 0]):
         rows = result[name]
         ours = ["C3" if row["name"].startswith(("ours", "band")) else "C7" for row in rows]
@@ -123,8 +121,7 @@ def draw(result, path):
         ax.invert_yaxis()
         ax.set_title(f"{name}: " + ("all passes of a step" if "step_ms" in rows[0] else "forward + backward"), fontsize=9)
     axes[-1, 0].set_xlabel(f"time / floor (line: the ceiling), {result['gpu']}; red: ours")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    train.keep(figure, path, dpi=100)
 
 
 def timed_step(name, shape, optimizer, bytes_per_parameter, **more):
@@ -294,15 +291,15 @@ def ttt_context():
 KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, loss, ttt_context)}
 
 
-def main(names=()):
-    if set(names) & {"-h", "--help"}:
-        return print(__doc__)
-    strange = set(names) - set(KERNELS)
+def main(argv=None):
+    parser = train.Parser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"a kernel: {', '.join(KERNELS)} (default: all)")
+    parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
+    args = parser.parse_args(argv)
+    strange, names = set(args.names) - set(KERNELS), args.names or list(KERNELS)
     if strange:
-        print(f"there is no kernel {', '.join(sorted(strange))} to time; there are {', '.join(KERNELS)}", file=sys.stderr)
-        sys.exit(2)
-    names = names or list(KERNELS)
-    path = HERE / "results" / "kernels.json"
+        train.fail(f"there is no kernel {', '.join(sorted(strange))} to time; there are {', '.join(KERNELS)}")
+    path = train.writable(args.out) / "kernels.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     if torch.cuda.is_available():
         import triton
@@ -311,7 +308,8 @@ def main(names=()):
         torch._functorch.config.donated_buffer = False               # else a compiled graph runs backward but once
         for name in names:
             result[name] = report(name, KERNELS[name](), result)
-            path.write_text(json.dumps(result, indent=1))
+            with train.atomic(path) as f:
+                f.write(json.dumps(result, indent=1).encode())
     else:
         print("There is no GPU here. On one this would check and time:")
         for name in names:
@@ -321,8 +319,4 @@ def main(names=()):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except OSError as e:
-        print(f"{e.filename}: {e.strerror}", file=sys.stderr)
-        sys.exit(2)
+    train.leave(main)
