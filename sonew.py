@@ -506,7 +506,7 @@ def main(argv=None):
         runs[arm] = [run(arm, *settings[arm], images, *shape, seed) for seed in SEEDS]
         mean = lambda what: f"{statistics.mean(r[what] for r in runs[arm]):6.1f} +- {statistics.stdev(r[what] for r in runs[arm]):.1f}"
         what, ms = next((what, ms) for what, ms in runs[arm][0].items() if what.startswith("ms_per_"))
-        print(f"{arm:18s} train {mean('train')}   test {mean('test')}   {ms:.2f} ms each {what[7:].replace('_', ' ')}", flush=True)
+        print(f"{arm:18s} train {mean('train')}   test {mean('test')}   {ms:.2f} {what.replace('_', ' ')}", flush=True)
     if args.full:
         extra["language_model"] = language_model(train, Path("out") / f"sonew-{time.time_ns()}")
     paired = {}                                                      # mean and half the width of the 95% interval (Student's t)

@@ -680,9 +680,9 @@ def experiment(recipe, found, device, folder):
     cells, rates = {}, {}                                            # {key: {arm: {score: [contexts, for each seed]}}}
     for seed, (its_cells, its_rates) in found:
         for key, arms in its_cells.items():
-            for (arm, scores), cell in ((item, cells.setdefault(key, {})) for item in arms.items()):
+            for arm, scores in arms.items():
                 for what, values in scores.items():
-                    cell.setdefault(arm, {}).setdefault(what, []).append(values)
+                    cells.setdefault(key, {}).setdefault(arm, {}).setdefault(what, []).append(values)
         rates |= {f"seed {seed}, {key}": rate for key, rate in its_rates.items()}
         less = {key: {arm: paired(arms["queries, some" if arm == "queries, oracle" else "queries"]["accuracy"], found["accuracy"])
                       for arm, found in arms.items() if arm not in ("queries", "queries, some") and not arm.startswith("notes")}
