@@ -425,18 +425,20 @@ ARMS = {"AdamW": adamw, "LoRA+": adamw, "LoRA-RITE": LoRARITE}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
-def trials(low):
-    """What an arm takes beside the groups, six of it each: learning rates, AdamW's from RATES[low] on, or those of A with two ratios."""
-    return {"AdamW": [(lr,) for lr in RATES[low:low + 6]], "LoRA-RITE": [(lr,) for lr in RATES[1:]],
-            "LoRA+": [(lr, 4.0) for lr in RATES[low + 2:low + 5]] + [(lr, 16.0) for lr in RATES[low + 1:low + 4]]}
+def trials(low, plus):
+    """What an arm takes beside the groups, six of it each: learning rates from RATES[low] on, or LoRA+'s of A from RATES[plus] on with
+    two ratios."""
+    rates = [(lr,) for lr in RATES[low:low + 6]]
+    return {"AdamW": rates, "LoRA-RITE": rates,
+            "LoRA+": [(lr, 4.0) for lr in RATES[plus + 1:plus + 4]] + [(lr, 16.0) for lr in RATES[plus:plus + 3]]}
 
 
 LAPTOP = {"name": "lora_rite-cpu", "device": "cpu", "steps": 60, "batch": 8, "block": 128, "ranks": (4, 16), "seeds": (1, 2, 3, 4),
-          "base": "--model tiny --steps 300", "trials": trials(1),
+          "base": "--model tiny --steps 300", "trials": trials(1, 2),
           "best": {4: {"AdamW": (1e-2,), "LoRA+": (1e-2, 4.0), "LoRA-RITE": (1e-2,)},                  # of --sweep
                    16: {"AdamW": (1e-2,), "LoRA+": (3e-3, 16.0), "LoRA-RITE": (3e-3,)}}}
 FULL = {"name": "lora_rite-h200", "device": "cuda", "steps": 150, "batch": 64, "block": 128, "ranks": (16,), "seeds": (1, 2, 3),
-        "trials": trials(0)}
+        "trials": trials(0, 0)}
 
 
 KEPT = "out/lora_rite-full"                                          # runs of --full that are done, until all are

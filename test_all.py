@@ -3919,7 +3919,7 @@ def test_readme_commands_work(tiny, hf, monkeypatch):
         elif words[:2] == ["python", "lora_rite.py"]:
             write_questions(Path(words[words.index("--tasks") + 1]))
             small = {"device": "cpu", "steps": 1, "batch": 2, "block": 48, "ranks": (2,), "seeds": (1, 2)}
-            monkeypatch.setattr(lora_rite, "FULL", {**lora_rite.FULL, **small, "best": {2: {arm: t[0] for arm, t in lora_rite.trials(0).items()}}})
+            monkeypatch.setattr(lora_rite, "FULL", {**lora_rite.FULL, **small, "best": {2: {arm: t[0] for arm, t in lora_rite.trials(0, 0).items()}}})
             lora_rite.main(words[2:])
         elif words[0] == "torchrun":
             torchrun(*words[words.index("train.py") + 1:], *cut, "--data", "text.txt")
