@@ -620,7 +620,8 @@ def main(argv=None):
     parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
     parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
     args = parser.parse_args(argv)
-    began, out, recipe = time.perf_counter(), train.writable(args.out), FULL if args.full or args.bench else LAPTOP
+    seconds, out = train.stopwatch(args.full and KEPT), train.writable(args.out)
+    recipe = FULL if args.full or args.bench else LAPTOP
     if args.bench and not args.init:
         train.fail("--bench times a step on pretrained weights; give --init DIR, SmolLM2-135M's")
     if args.full and not (args.init and args.tasks):
@@ -651,7 +652,7 @@ def main(argv=None):
         if not args.full and not args.sweep:
             result["invariance"] = invariance(train, base, text, recipe, recipe["ranks"][0], recipe["best"][recipe["ranks"][0]])
     machine = {"published": PUBLISHED, "gpu": torch.cuda.get_device_name() if recipe["device"] == "cuda" else None} if args.full else {}
-    result |= {"recipe": recipe, "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began, **machine}
+    result |= {"recipe": recipe, "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": seconds(), **machine}
     for rank, found in result["ranks"].items():
         for arm, runs in found["runs"].items():
             for key in result["before"] if runs else ():

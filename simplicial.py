@@ -441,11 +441,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.full and not torch.cuda.is_available():
         train.fail("--full is for a GPU, and there is none here; without it the experiment takes three minutes on a CPU")
-    began, out, name = time.perf_counter(), train.writable(args.out), "simplicial-h200" if args.full else "simplicial-cpu"
+    seconds, out, name = train.stopwatch(args.full and KEPT), train.writable(args.out), "simplicial-h200" if args.full else "simplicial-cpu"
     with tempfile.TemporaryDirectory() as d:
         result = (on_a_gpu if args.full else on_a_laptop)(train, Path(d))
     device = torch.cuda.get_device_name() if args.full else f"{torch.get_num_threads()} CPU threads"
-    result |= {"device": device, "torch": torch.__version__, "seconds": time.perf_counter() - began}
+    result |= {"device": device, "torch": torch.__version__, "seconds": seconds()}
     with train.atomic(out / f"{name}.json") as f:
         f.write(json.dumps(result, indent=1).encode())
     figure, axes = train.figure((10, 4), 1, 2)

@@ -3752,7 +3752,7 @@ def test_who_imports_whom():
 
 
 def test_an_experiment_remembers_its_runs(tmp_path):
-    asked = []
+    asked, whole = [], train.stopwatch(tmp_path / "kept")
 
     def work(x):
         asked.append(x)
@@ -3765,6 +3765,15 @@ def test_an_experiment_remembers_its_runs(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.remembered(tmp_path / "kept", "b", lambda: work("broken"))
     assert len(list((tmp_path / "kept").iterdir())) == 2, "nothing of a run cut short"
+    assert whole() > 0 and train.stopwatch()() >= 0 and train.stopwatch(tmp_path / "kept")() is None, "the rest is not the time of all"
+
+
+def test_the_best_rates_are_inside_the_grids_where_readme_says_so():
+    assert "LoRA+. The best rate of each lies inside its grid." in (HERE / "README.md").read_text()
+    found = json.loads((HERE / "results/lora_rite-h200.json").read_text())["ranks"]["16"]
+    for arm, (rate, *ratio) in found["best"].items():
+        tried = [point[0] for point, _ in found["sweep"][arm] if point[1:] == ratio]
+        assert min(tried) < rate < max(tried), arm
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in HERE.glob("*.py")))

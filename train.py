@@ -924,6 +924,12 @@ def remembered(folder, key, work):
     return json.loads(path.read_text())["result"]
 
 
+def stopwatch(folder=None):
+    """-> a function that says the seconds since now, or None if `folder` of `remembered` is there now: what it holds took its time, too."""
+    began = None if folder and Path(folder).exists() else time.perf_counter()
+    return lambda: None if began is None else time.perf_counter() - began
+
+
 def figure(size, *grid, **more):
     """-> a figure of so many inches and its axes, as plt.subplots makes them, but without pyplot's list of open ones"""
     from matplotlib.figure import Figure

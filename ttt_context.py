@@ -676,7 +676,7 @@ def side_by_side(recipe, device, dtype):
 
 def experiment(recipe, found, device, folder):
     """found: a seed and what is `examined`, for each model -> what is in results/ttt_context-NAME.json, written after each; told and drawn."""
-    began = None if Path(KEPT).exists() else time.perf_counter()     # what was kept took its time, too
+    seconds = train.stopwatch(KEPT)
     cells, rates = {}, {}                                            # {key: {arm: {score: [contexts, for each seed]}}}
     for seed, (its_cells, its_rates) in found:
         for key, arms in its_cells.items():
@@ -694,7 +694,7 @@ def experiment(recipe, found, device, folder):
             "cells": cells, "queries_less": less, "rates": rates, "recipe": recipe,
             "seeds": SEEDS[:max(len(arms["in context"]["accuracy"]) for arms in cells.values())],
             "rank_correlation_mass_accuracy": torch.corrcoef(torch.stack(ranks))[0, 1].item(),
-            "seconds": began and time.perf_counter() - began})
+            "seconds": seconds()})
     for key, arms in less.items():
         found = [f"{arm} {d:+.2f} ({low:+.2f} to {high:+.2f})" for arm, (d, low, high) in arms.items()]
         print(f"{key}: queries less {', '.join(found)}")
