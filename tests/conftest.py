@@ -1,0 +1,27 @@
+"""Set up before any test: Triton's interpreter where there is no GPU, and the fixture `tiny`."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Work in an empty folder with a small text; return the flags for a run of a second."""
+    monkeypatch.chdir(tmp_path)
+    words = "the quick brown fox jumps over a lazy dog while seven wizards boil éclairs".split()
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(words, k=8)) for _ in range(400)]
+    Path("text.txt").write_text("\n".join(lines))
+    flags = "--data text.txt --n-layer 2 --n-embd 32 --n-head 2 --block-size 16 --batch-size 4"
+    return f"{flags} --steps 40 --eval-batches 2 --sample 5 --device cpu".split()
