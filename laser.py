@@ -1,201 +1,156 @@
-"""LASER: attention with exponential transformation (Duvvuri and Dhillon, ICML 2025, arXiv 2411.03493).
+"""LASER: attention with exponential transformation (Duvvuri, Dhillon; ICML 2025, arXiv 2411.03493).
 
-The gradient that reaches the logits of softmax attention passes p (v_j - o), which vanishes with the probabilities. LASER
-attends to exp(v) and takes the logarithm of the result, a log-sum-exp over the keys for each channel:
+Softmax attention, o = sum_j p_j v_j, passes the gradient p_j (v_j - o) to its logits; it vanishes
+with the probability p_j. LASER attends to exp(v) and takes the logarithm of the result, separately
+for each channel:
 
     o_i = log sum_j p_ij exp(v_j)          p_i = softmax_j(q_i . k_j / sqrt(D)), j <= i
 
-    d o_i / d s_ij = b_ij - p_ij           posterior minus prior, b_ij = p_ij exp(v_j - o_i), which sums to 1 over j
+    d o_i / d s_ij = b_ij - p_ij           posterior b_ij = p_ij exp(v_j - o_i), sums to 1 over j
 
-so a key with a large value pulls even where its probability is small. The function lies between softmax attention (Jensen)
-and the largest value seen, and v + c gives o + c.
+so a key with a large value gets a gradient even where its probability is small. The output lies
+between softmax attention and the largest value seen, and adding c to v adds c to o.
 
-The published form subtracts the largest value over *all* keys before exp. One future token that is 110 above the rest then
-sends every earlier row to log 0. On a GPU kernels/laser.py says what is done instead. In PyTorch values are taken in bands of
-64 around the fixed centres 0, 64, -64, ...: within a band exp neither overflows nor underflows in float32, bands are joined in
-the logarithm, and what a row does not see cannot touch it, bit for bit. Values below 32 in size fill one band, which costs one
-attention over exp(v).
+Where we depart from the paper: it subtracts the maximum of v over all keys before exp. A single
+future token 110 above the others then underflows every earlier row to log 0. attention_torch splits
+values into bands of 64 around fixed centers instead, so that earlier rows do not change at all.
+kernels/laser.py describes what the GPU does.
 
-    python laser.py                 the experiment below, in two minutes on two CPU cores -> results/laser-cpu.*
-    python laser.py --sweep         how its learning rates were found
-    python laser.py --full          99 M parameters, learning rates swept, in seven minutes on one H200 -> results/laser-h200.*
+    python laser.py                 gradients at the logits, and the numerics, on two CPU cores
     python train.py --attn laser    train with it
 """
-import functools, json, math, shutil, statistics, sys, tempfile, time
-from pathlib import Path
+
+import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 
 try:
     from kernels import laser as kernel
-except ModuleNotFoundError as e:
-    if e.name != "triton":
+except ModuleNotFoundError as missing:
+    if missing.name != "triton":
         raise
     kernel = None
 
-BAND = 64.0                                                          # exp(+-32) is far from both ends of float32
+BAND = 64.0  # exp(+-32) neither overflows nor underflows in float32
+
+
+def causal_mask(Tq, Tk, device):
+    """True where a query sees a key; the queries are the last Tq of the Tk positions. (Tq, Tk)"""
+    return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
 def reference(q, k, v):
-    """The definition, o = LSE_j(s_ij + v_j) - LSE_j(s_ij), any dtype. q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> (B, H, Tq, D);
-    causal, the queries being the last of the positions. Makes a (B, H, Tq, Tk, D) tensor."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))                # (B, H, Tk, D)
-    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[3] ** -0.5                                  # (B, H, Tq, Tk)
-    logp = scores.masked_fill(future, -torch.inf).log_softmax(-1)
-    return (logp[..., None] + v[:, :, None]).logsumexp(-2)                                   # over (B, H, Tq, Tk, D)
+    """LASER by its definition, o_i = LSE_j(s_ij + v_j) - LSE_j(s_ij), in any dtype.
+
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D). Causal; the queries are the last of
+    the positions. Makes a (B, H, Tq, Tk, D) tensor, so it is for tests.
+    """
+    _, H, Tq, D = q.shape
+    _, Hkv, Tk, _ = k.shape
+    k = k.repeat_interleave(H // Hkv, dim=1)  # (B, H, Tk, D)
+    v = v.repeat_interleave(H // Hkv, dim=1)
+
+    scores = q @ k.transpose(-1, -2) * D**-0.5  # (B, H, Tq, Tk)
+    scores = scores.masked_fill(~causal_mask(Tq, Tk, q.device), -torch.inf)
+    log_p = scores.log_softmax(-1)
+    return (log_p[..., None] + v[:, :, None]).logsumexp(-2)  # reduces (B, H, Tq, Tk, D) over Tk
 
 
 def attention(q, k, v):
-    """LASER attention, as `reference` in shapes and meaning, without a (Tq, Tk) tensor: by kernels/laser.py on a GPU, else by
-    PyTorch. float64, which has no kernel, and heads wider than 128 take PyTorch's way on a GPU too."""
-    if q.is_cuda and q.dtype != torch.float64:
-        if kernel and q.shape[3] <= 128:
-            return kernel.attention(q, k, v)
-        degrade("there is no Triton here (pip install triton)" if not kernel else f"heads are {q.shape[3]} wide; the kernel takes up to 128")
-    return banded(q, k, v)
+    """LASER attention without a (Tq, Tk, D) tensor; shapes and meaning as in `reference`.
+
+    Runs kernels/laser.py on a GPU, else PyTorch. The kernel takes neither float64 nor D > 128.
+    Raises ValueError if the shapes do not fit each other.
+    """
+    check_shapes(q, k, v)
+    if q.numel() == 0:
+        return 0.0 * q  # nothing to attend from; keeps the gradient
+    if not q.is_cuda or q.dtype == torch.float64:
+        return attention_torch(q, k, v)
+    if kernel is None:
+        warnings.warn("LASER runs in PyTorch, which is slower: pip install triton", stacklevel=2)
+        return attention_torch(q, k, v)
+    if q.shape[3] > 128:
+        warnings.warn("LASER runs in PyTorch, which is slower: head dim > 128", stacklevel=2)
+        return attention_torch(q, k, v)
+    return kernel.attention(q, k, v)
 
 
-@functools.cache
-def degrade(reason):
-    print(f"LASER takes PyTorch's slower way: {reason}", file=sys.stderr)
+def check_shapes(q, k, v):
+    """Raise ValueError unless q is (B, H, Tq, D), and k and v are (B, Hkv, Tk, D) with Tq <= Tk."""
+    if k.shape != v.shape or q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0]:
+        raise ValueError(f"q, k, v are {[tuple(t.shape) for t in (q, k, v)]}; k and v must agree")
+    if q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in head dim, or the number of key "
+            f"heads does not divide that of the query heads"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"there are {q.shape[2]} queries but only {k.shape[2]} keys")
 
 
-def banded(q, k, v):
-    """In PyTorch: scaled_dot_product_attention over exp(v), a band of values at a time. float16 and bfloat16 are computed in
-    float32, since exp(v) of a small v keeps little of it in 8 or 11 bits."""
-    dtype, Tq, Tk = q.dtype, q.shape[2], k.shape[2]
-    q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-    mask = None                                                      # is_causal would align the queries to the first keys
-    if 1 < Tq < Tk:
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    low, high = (float(x) for x in v.detach().aminmax())
-    centres = [BAND * n for n in range(round(low / BAND), round(high / BAND) + 1)] if math.isfinite(high - low) else [0.0]
-    logs = []
-    for c in centres:
-        e = torch.where((v / BAND).round() * BAND == c, v - c, -torch.inf).exp() if len(centres) > 1 else (v - c).exp()
-        y = F.scaled_dot_product_attention(q, k, e, mask, is_causal=1 < Tq == Tk, enable_gqa=q.shape[1] != k.shape[1])
-        seen = y > 0                                                 # else the row sees no value in this band
-        logs.append(torch.where(seen, torch.where(seen, y, 1.0).log() + c, -torch.inf) if len(centres) > 1 else y.log() + c)
-    return (torch.stack(logs).logsumexp(0) if len(logs) > 1 else logs[0]).to(dtype)          # (B, H, Tq, D)
+def attention_torch(q, k, v):
+    """LASER attention in PyTorch: scaled_dot_product_attention over exp(v), then log.
+
+    Computes in float32 at least, under autocast too: exp(v) of a small v, rounded to bfloat16,
+    would keep little of v. torch.compile breaks its graph here, as the values decide how many
+    bands there are; the kernel compiles as a whole.
+    """
+    dtype = q.dtype
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    q, k, v = (t.to(compute_dtype) for t in (q, k, v))
+
+    centers = band_centers(v)
+    if len(centers) == 1:
+        out = attend(q, k, (v - centers[0]).exp()).log() + centers[0]
+        return out.to(dtype)
+
+    # attend to one band at a time, then add the bands up in log space
+    log_sums = []
+    for center in centers:
+        in_band = (v / BAND).round() * BAND == center
+        exp_v = (v - center).masked_fill(~in_band, -torch.inf).exp()
+        x = attend(q, k, exp_v)  # (B, H, Tq, D)
+        is_empty = x == 0  # the row sees no value of this band
+        log_x = x.masked_fill(is_empty, 1.0).log() + center
+        log_sums.append(log_x.masked_fill(is_empty, -torch.inf))
+    return torch.stack(log_sums).logsumexp(0).to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The experiment: the same GPT, data and steps; only the attention differs
-
-ARMS, SEEDS = ("softmax", "laser"), (1, 2, 3)
-LAPTOP = {"name": "laser-cpu", "steps": 150, "probes": 5, "data": "stdlib", "flags": "--model tiny --device cpu",
-          "sweep": (1e-3, 2e-3, 4e-3, 8e-3), "lr": {"softmax": 2e-3, "laser": 2e-3}}         # the best of --sweep
-FULL = {"name": "laser-h200", "steps": 200, "probes": 1, "data": "python", "flags": "--model gpt2 --n-layer 14 --device cuda",
-        "sweep": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}                      # swept with seed 0 before the seeds are run
-
-
-def logit_gradients(model, attn, x, y):
-    """-> for each layer the mean over heads and queries of sum_j |d loss / d s_ij|, times the number of tokens that the loss
-    is a mean over, so that it does not depend on the batch. The attention is computed here with its logits in the open."""
-    kept = []
-
-    def open_attention(q, k, v):                                     # equal heads, Tq == Tk
-        s = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5                                     # (B, H, T, T)
-        s = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), -torch.inf)
-        s.retain_grad()
-        kept.append(s)
-        p = s.softmax(-1)
-        return (p @ v.exp()).log() if attn == "laser" else p @ v
-    for layer in model.layers:
-        layer.self_attn.attention = open_attention
-    model(x, y).backward()
-    return [s.grad.abs().sum(-1).mean().item() * y.numel() for s in kept]
+@torch.compiler.disable
+def band_centers(v):
+    """The multiples of BAND nearest to the values in v, from lowest to highest."""
+    low, high = (x.item() for x in v.detach().aminmax())
+    if not math.isfinite(high - low):
+        return [0.0]  # one band, in which NaN and infinity reach the output
+    first = round(low / BAND)
+    last = round(high / BAND)
+    return [BAND * n for n in range(first, last + 1)]
 
 
-def train_arm(train, folder, recipe, attn, seed, lr, probe=False):
-    """One run -> (held-out bits per byte, seconds, {step: gradient that reaches the logits of each layer})."""
-    steps, gradients, began = recipe["steps"], {}, time.perf_counter()
-    new = f"--attn {attn} --data {recipe['data']} --seed {seed} --lr {lr} --steps {steps} --eval-every {steps} {recipe['flags']} --out"
-    segment = steps // recipe["probes"] if probe else steps
-    for step in range(0, steps, segment):                            # stopping to look and going on changes nothing
-        first = ["--resume"] if step else new.split()
-        run, _ = train.part([*first, str(folder), "--stop-after", str(segment), "--sample", "0", "--device", recipe["flags"].split()[-1]])
-        seconds = time.perf_counter() - began
-        if probe:
-            device = torch.device(recipe["flags"].split()[-1])
-            model, tokenizer = train.load_model(folder, device, attn=attn)
-            T = model.cfg.block_size
-            tokens = train.load_tokens(recipe["data"], tokenizer, folder.parent / ".tokens")[-8 * (T + 1):]
-            x, y = train.windows(tokens, range(0, len(tokens) - T, T + 1), T, device)
-            gradients[run["step"]] = logit_gradients(model, attn, x, y)
-            del model
-    shutil.rmtree(folder)
-    return run["val_bpb"], seconds, gradients
+def attend(q, k, v):
+    """Causal softmax attention; the queries are the last of the positions."""
+    Tq = q.shape[2]
+    Tk = k.shape[2]
+    is_gqa = q.shape[1] != k.shape[1]
+    mask = None
+    if 1 < Tq < Tk:  # is_causal would align the queries with the first keys
+        mask = causal_mask(Tq, Tk, q.device)
+    is_causal = bool(1 < Tq == Tk)
+    with torch.autocast(q.device.type, enabled=False):  # it would round exp(v) to bfloat16
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=is_gqa)
 
 
 def main(argv=None):
-    import train                                                     # the only place that knows the GPT
-    parser = train.Parser(description=__doc__)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--full", action="store_true", help="the version for one H200: 99 M parameters, all Python source here")
-    which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, one seed, both arms alike")
-    parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
-    args = parser.parse_args(argv)
-    if args.full and not torch.cuda.is_available():
-        train.fail("--full trains 99 M parameters fourteen times and needs a CUDA GPU; leave it out for the version for a laptop")
-    began, out, recipe = time.perf_counter(), train.writable(args.out), FULL if args.full else LAPTOP
+    """Compare the gradient at the logits with softmax attention's, and the numerics."""
+    from experiments import laser
 
-    def write(name, result):
-        with train.atomic(out / name) as f:
-            f.write(json.dumps(result, indent=1).encode())
-    with tempfile.TemporaryDirectory() as d:
-        lrs, sweep = recipe.get("lr"), None
-        if args.sweep or not lrs:
-            sweep = {lr: {a: train_arm(train, Path(d, f"{a}-{lr}"), recipe, a, 0 if args.full else 1, lr)[0] for a in ARMS}
-                     for lr in recipe["sweep"]}
-            lrs = {a: min(sweep, key=lambda lr: sweep[lr][a]) for a in ARMS}
-            for lr, scores in sweep.items():
-                print(f"lr {lr:.0e}  " + "  ".join(f"{a} {score:.4f}" for a, score in scores.items()), "bits/byte")
-        if args.sweep:
-            write("laser-cpu-sweep.json", {"seed": 1, "steps": recipe["steps"], "bits_per_byte": sweep, "torch": torch.__version__})
-            return sweep
-        runs = {a: [train_arm(train, Path(d, f"{a}-{s}"), recipe, a, s, lrs[a], probe=s == SEEDS[0]) for s in SEEDS] for a in ARMS}
-
-    bpb = {a: [r[0] for r in runs[a]] for a in ARMS}
-    difference = [b - a for a, b in zip(bpb["softmax"], bpb["laser"])]
-    mean, half = train.interval(difference)
-    result = {"bits_per_byte": bpb, "difference": mean, "half_width_95": half, "seeds": SEEDS,
-              "steps": recipe["steps"], "flags": recipe["flags"], "data": recipe["data"], "lr": lrs, "sweep": sweep,
-              "run_seconds": {a: [r[1] for r in runs[a]] for a in ARMS}, "gradients": {a: runs[a][0][2] for a in ARMS},
-              "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began,
-              "gpu": torch.cuda.get_device_name() if args.full else None}
-    write(f"{recipe['name']}.json", result)
-    draw(train, out / f"{recipe['name']}.png", result)
-    print(f"held-out bits/byte, {len(SEEDS)} seeds: " + ", ".join(f"{a} {statistics.mean(b):.4f}" for a, b in bpb.items()))
-    verdict = "" if half < abs(result["difference"]) else ": not resolved"
-    print(f"laser - softmax, paired: {result['difference']:+.4f} +- {half:.4f} (95%){verdict}")
-    last = {a: list(g.values())[-1] for a, g in result["gradients"].items()}
-    print("gradient that reaches the logits after training, by layer, laser / softmax: "
-          + " ".join(f"{b / a:.2f}" for a, b in zip(last["softmax"], last["laser"])))
-    return result
-
-
-def draw(train, path, result):
-    figure, (left, right) = train.figure((9, 4), 1, 2)
-    for attn, style in (("softmax", "--"), ("laser", "-")):
-        steps, layers = list(result["gradients"][attn]), list(zip(*result["gradients"][attn].values()))
-        if len(steps) == 1:
-            left.plot(range(1, len(layers) + 1), [g for g, in layers], style, color=f"C{ARMS.index(attn)}", marker="o", ms=3, label=attn)
-        for n, values in enumerate(layers if len(steps) > 1 else []):
-            left.plot(steps, values, style, color=f"C{n}", marker="o", ms=3, label=f"{attn}, layer {n + 1}")
-    left.set(xlabel="step" if len(steps) > 1 else f"layer, after {steps[0]} steps", yscale="log",
-             ylabel="mean over queries of sum |d loss / d logit|", title="gradient that reaches the logits")
-    left.legend(fontsize=7, ncols=2)
-    for n, seed in enumerate(result["seeds"]):
-        right.plot([0, 1], [result["bits_per_byte"][a][n] for a in ("softmax", "laser")], "o-", label=f"seed {seed}")
-    right.set(xticks=[0, 1], xticklabels=["softmax", "laser"], xlim=(-0.5, 1.5), ylabel="held-out bits per byte",
-              title=f"difference {result['difference']:+.4f} +- {result['half_width_95']:.4f} (95%)")
-    right.legend(fontsize=8)
-    train.keep(figure, path)
+    return laser.main(argv, __doc__)
 
 
 if __name__ == "__main__":
-    import train
-    train.leave(main)
+    from support.cli import run_main
+
+    run_main(main)

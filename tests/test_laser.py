@@ -1,0 +1,232 @@
+"""laser.py: the definition, its gradient, what the future may not do, and the study."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import laser
+import train
+from experiments import laser as study
+from tests.common import assert_close, refused, run_script, small_gpt
+
+
+def laser_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=8, std=1.0, dtype=torch.float64):
+    """q, k, v that are not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for heads, T, scale in ((H, Tq, 2.0), (Hkv, Tk, 2.0), (Hkv, Tk, std)):
+        t = torch.randn(2, heads, D, T, generator=generator) * scale
+        inputs.append(t.to(dtype).transpose(2, 3))
+    return inputs
+
+
+def test_reference_is_the_definition():
+    q, k, v = laser_inputs(Tq=3, Tk=5)
+    for h, i, d in ((0, 0, 0), (3, 1, 5), (2, 2, 7)):
+        visible = i + 3
+        p = (k[1, h // 2, :visible] @ q[1, h, i] / 8**0.5).softmax(0)
+        expected = (p * v[1, h // 2, :visible, d].exp()).sum().log()
+        assert abs(laser.reference(q, k, v)[1, h, i, d] - expected) < 1e-12
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0, 40.0])
+@pytest.mark.parametrize(
+    "Tq, Tk, Hkv", [(1, 1, 4), (17, 17, 2), (64, 64, 4), (1, 127, 1), (5, 127, 2)]
+)
+def test_attention_equals_reference(Tq, Tk, Hkv, std):
+    q, k, v = (t.requires_grad_() for t in laser_inputs(Tq, Tk, Hkv=Hkv, std=std))
+    grad_out = torch.randn(2, 4, Tq, 8, dtype=torch.float64)
+    truth = torch.autograd.grad(laser.reference(q, k, v), (q, k, v), grad_out)
+    ours = torch.autograd.grad(laser.attention(q, k, v), (q, k, v), grad_out)
+    for name, gradient, exact in zip("qkv", ours, truth):
+        assert torch.allclose(gradient, exact, atol=1e-9), f"gradient of {name}"
+    assert torch.allclose(laser.attention(q, k, v), laser.reference(q, k, v), atol=1e-11)
+    for dtype in (torch.float32, torch.bfloat16):
+        low = [t.detach().to(dtype) for t in (q, k, v)]
+        exact = laser.reference(*(t.double() for t in low))
+        assert_close(str(dtype), laser.attention(*low), laser.reference(*low), exact)
+
+
+@pytest.mark.parametrize("function", [laser.reference, laser.attention])
+@pytest.mark.parametrize("std", [1.0, 40.0])
+def test_gradient_by_differences(function, std):
+    inputs = laser_inputs(Tq=3, Tk=5, H=2, Hkv=1, D=2, std=std)
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in inputs])
+
+
+def test_second_derivative_by_differences():
+    inputs = laser_inputs(Tq=2, Tk=3, H=1, Hkv=1, D=2)
+    assert torch.autograd.gradgradcheck(laser.reference, [t.requires_grad_() for t in inputs])
+
+
+def test_gradient_at_the_logits_is_posterior_minus_prior():
+    q, k, v = laser_inputs(H=2)
+    scores = q @ k.transpose(-1, -2) / 8**0.5
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf).requires_grad_()
+    p = scores.softmax(-1)  # (B, H, T, T)
+    out = (p @ v.exp()).log()
+    assert torch.allclose(out, laser.attention(q, k, v), atol=1e-12)
+    posterior = p[0, 1, 6] * (v[0, 1, :, 3] - out[0, 1, 6, 3]).exp()
+    gradient = torch.autograd.grad(out[0, 1, 6, 3], scores)[0][0, 1, 6]
+    assert torch.allclose(gradient, posterior - p[0, 1, 6], atol=1e-12)
+    assert abs(posterior.sum() - 1) < 1e-12
+
+
+def test_properties():
+    q, k, v = laser_inputs(Tq=33, Tk=33)
+    out = laser.attention(q, k, v)
+    softmax = train.softmax_attention(q, k, v)
+    largest_seen = v.cummax(2).values.repeat_interleave(2, 1)
+    assert (softmax <= out + 1e-12).all(), "Jensen's bound"
+    assert (out <= largest_seen + 1e-12).all()
+    assert torch.allclose(laser.attention(q, k, v + 200), out + 200, atol=1e-10)
+    constant = v[:, :, :1].expand_as(v)
+    expected = v[:, :, :1].repeat_interleave(2, 1).expand_as(q)
+    assert torch.allclose(laser.attention(q, k, constant), expected, atol=1e-12)
+    assert torch.allclose(laser.attention(q, k, v * 1e-4) * 1e4, softmax, atol=1e-3)
+
+
+@pytest.mark.parametrize("jump", [1.0, 50.0, 90.0, 110.0, 300.0, -300.0, 1e4])
+def test_the_future_changes_nothing(jump):
+    q, k, v = laser_inputs(Tq=40, Tk=40, dtype=torch.float32)
+    changed = v.clone()
+    changed[:, :, 30, 2] += jump
+    before = laser.attention(q, k, v)
+    after = laser.attention(q, k, changed.requires_grad_())
+    assert torch.equal(before[:, :, :30], after[:, :, :30]), "bit for bit"
+    truth = laser.reference(*(t.double() for t in (q, k, changed)))
+    assert (after.double() - truth).abs().max() < 1e-5 * max(1, abs(jump))
+    assert torch.autograd.grad(after.sum(), changed)[0].isfinite().all()
+
+
+def test_large_values_and_nan():
+    q, k, v = laser_inputs(Tq=40, Tk=40, dtype=torch.float32)
+    v = v.sign() * 80
+    truth = laser.reference(*(t.double() for t in (q, k, v)))
+    assert torch.allclose(laser.attention(q, k, v).double(), truth, atol=1e-3)
+    v[0, 0, 5, 0] = math.nan
+    assert laser.attention(q, k, v)[0, 0, 39, 0].isnan(), "NaN must reach the loss"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_autocast_does_not_round_the_exponentials(dtype, std):
+    q, k, v = laser_inputs(Tq=40, Tk=40, std=std, dtype=torch.float32)
+    exact = laser.attention(q, k, v)
+    for function in (laser.attention, torch.compile(laser.attention, backend="aot_eager")):
+        with torch.autocast("cpu", dtype):
+            out = function(q, k, v)
+        assert out.dtype == torch.float32
+        assert torch.equal(out, exact)
+
+
+def test_compiles_for_changing_lengths():
+    compiled = torch.compile(laser.attention, backend="aot_eager")
+    for Tq, Tk in ((7, 7), (9, 9), (12, 12), (1, 9), (5, 9)):
+        inputs = laser_inputs(Tq, Tk, std=60.0)
+        ours = [t.clone().requires_grad_() for t in inputs]
+        eager = [t.clone().requires_grad_() for t in inputs]
+        out = compiled(*ours)
+        assert torch.equal(out, laser.attention(*eager))
+        grad_out = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, ours, grad_out)
+        expected = torch.autograd.grad(laser.attention(*eager), eager, grad_out)
+        for gradient, exact in zip(gradients, expected):
+            assert torch.allclose(gradient, exact, atol=1e-12)
+
+
+@pytest.mark.parametrize("B, Tq, Tk", [(0, 3, 3), (2, 0, 3), (2, 0, 0)])
+def test_attention_of_nothing_is_nothing(B, Tq, Tk):
+    q = torch.ones(B, 4, Tq, 8, requires_grad=True)
+    k = torch.ones(B, 2, Tk, 8, requires_grad=True)
+    out = laser.attention(q, k, k)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "q, k, v, part",
+    [
+        ((1, 4, 3, 8), (1, 3, 3, 8), (1, 3, 3, 8), "does not divide"),
+        ((1, 4, 3, 8), (1, 2, 3, 8), (1, 2, 4, 8), "must agree"),
+        ((1, 4, 3, 8), (1, 2, 3, 4), (1, 2, 3, 4), "head dim"),
+        ((1, 4, 3, 8), (1, 2, 2, 8), (1, 2, 2, 8), "3 queries but only 2 keys"),
+        ((1, 4, 3, 8), (1, 2, 0, 8), (1, 2, 0, 8), "3 queries but only 0 keys"),
+        ((4, 3, 8), (2, 3, 8), (2, 3, 8), "must agree"),
+    ],
+)
+def test_wrong_shapes_are_refused(q, k, v, part):
+    with pytest.raises(ValueError, match=part):
+        laser.attention(torch.ones(q), torch.ones(k), torch.ones(v))
+
+
+def test_decodes_as_it_prefills():
+    q, k, v = laser_inputs(Tq=20, Tk=20, dtype=torch.float32)
+    parts = []
+    for start, end in ((0, 12), (12, 19), (19, 20)):
+        parts.append(laser.attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+    assert torch.allclose(laser.attention(q, k, v), torch.cat(parts, 2), atol=1e-5)
+
+
+def test_cpu_needs_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        laser.attention(*laser_inputs())
+
+
+def test_trains(tiny):
+    run = train.main([*tiny, "--attn", "laser", "--out", "run"])
+    losses = [float(line.split(",")[2]) for line in Path("run/log.csv").read_text().split()[1:]]
+    assert losses[-1] < losses[0] - 0.5
+    assert run["val_loss"] < losses[0]
+
+
+# -- the study -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attn", ["softmax", "laser"])
+def test_the_probe_computes_what_it_probes(attn):
+    model = small_gpt(attn=attn)
+    x = torch.randint(64, (2, 16))
+    loss = model(x, x).item()
+    gradients, probed_loss = study.logit_gradients(model, x, x)
+    assert abs(probed_loss - loss) < 1e-5
+    assert len(gradients) == 2
+    assert all(0 < gradient < 100 for gradient in gradients)
+    assert abs(model(x, x).item() - loss) < 1e-6, "the probe leaves the model as it was"
+
+
+def test_the_papers_form_underflows_and_ours_does_not():
+    errors = study.numerics(jumps=(10.0, 110.0))
+    assert errors["10"]["ours"] < 1e-5
+    assert errors["110"]["ours"] < 1e-5
+    assert errors["110"]["paper"] is None or errors["110"]["paper"] > 1.0
+
+
+def test_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "the quick brown fox jumps over the lazy dog\n" * 200
+    Path("text.txt").write_text(text)
+    monkeypatch.setattr(study, "FLAGS", "--n-layer 2 --n-embd 32 --n-head 2 --block-size 16")
+    monkeypatch.setattr(study, "DATA", "text.txt")
+    monkeypatch.setattr(study, "STEPS", 4)
+    record = laser.main(["--out", "shown"])
+    assert {path.name for path in Path("shown").iterdir()} == {"laser-cpu.json", "laser-cpu.png"}
+    saved = json.loads(Path("shown/laser-cpu.json").read_text())
+    assert saved["differences"] == record["differences"]
+    assert saved["differences"]["LASER"]["n"] == len(study.SEEDS)
+    assert {"command", "commit", "hardware", "versions", "seconds"} <= set(saved)
+
+
+def test_bad_flags_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    refused(["--out", "file/x"], "cannot write", main=laser.main)
+    result = run_script("laser.py", "--nix")
+    assert result.returncode == 2
+    assert "unrecognized arguments: --nix" in result.stderr

@@ -1,0 +1,316 @@
+"""kernels/laser.py: in Triton's interpreter here, for real on a GPU, and built for four GPUs."""
+
+import math
+import random
+
+import pytest
+import torch
+
+import laser
+import train
+from tests.build import Case, check_build
+from tests.common import DEVICE, assert_close, gpu
+
+pytest.importorskip("triton")
+from kernels import laser as kernel  # noqa: E402
+
+SHAPES = [  # Tq, Tk, H, Hkv, D
+    (1, 1, 4, 2, 32),
+    (17, 17, 2, 2, 64),
+    (64, 64, 2, 1, 32),
+    (127, 127, 2, 2, 32),
+    (300, 300, 1, 1, 32),
+    (1, 127, 4, 1, 32),
+    (5, 100, 6, 2, 64),
+    (33, 64, 2, 1, 128),
+    (20, 20, 2, 2, 8),
+]
+
+
+def published(q, k, v):
+    """The paper's form, in the dtype of its inputs: log(p exp(v - max v)) + max v."""
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, 1)  # (B, H, Tk, D)
+    v = v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5
+    mask = laser.causal_mask(q.shape[2], k.shape[2], q.device)
+    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, H, Tq, Tk)
+    largest = v.amax(2, keepdim=True)
+    return (p @ (v - largest).exp()).log() + largest
+
+
+def with_gradients(function, q, k, v, grad_out):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad_out)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients))}
+
+
+def kernel_inputs(Tq, Tk, H, Hkv, D, dtype, std=1.0, seed=0):
+    """q, k, v as parts of one projection, as models make them, and a non-contiguous gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(2, Tk, H + 2 * Hkv, D, generator=generator).to(dtype).to(DEVICE)
+    q, k, v = qkv.transpose(1, 2).split((H, Hkv, Hkv), 1)
+    grad_out = torch.randn(2, H, D, Tq, generator=generator).to(dtype).to(DEVICE).transpose(2, 3)
+    return q[:, :, Tk - Tq :] * 2, k * 2, v * std, grad_out
+
+
+def check(*shape, dtype, std=1.0, deterministic=True, change=None, seed=0):
+    """Compare with float64; deterministic: two runs are equal, and new tensors hold NaN."""
+    q, k, v, grad_out = kernel_inputs(*shape, dtype, std, seed)
+    if change:
+        change(v)
+    exact_inputs = (t.double() for t in (q, k, v, grad_out))
+    truth = with_gradients(laser.reference, *exact_inputs)
+    eager_form = published if v.abs().max() < 8 else laser.reference
+    eager = with_gradients(eager_form, q, k, v, grad_out)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        ours = with_gradients(kernel.attention, q, k, v, grad_out)
+        again = with_gradients(kernel.attention, q, k, v, grad_out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in truth:
+        assert ours[name].dtype == dtype
+        assert not deterministic or torch.equal(ours[name], again[name]), f"{name}: not repeatable"
+        assert_close(f"{name}, seed {seed}", ours[name], eager[name], truth[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_equals_reference(shape, dtype):
+    check(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kernel_on_random_shapes(seed):
+    rng = random.Random(seed)
+    Hkv = rng.choice([1, 2])
+    Tk = rng.randint(1, 70)
+    Tq = rng.randint(1, Tk)
+    H = Hkv * rng.choice([1, 3])
+    D = rng.choice([16, 20, 32])
+    dtype = rng.choice([torch.float32, torch.float16])
+    check(Tq, Tk, H, Hkv, D, dtype=dtype, std=rng.choice([0.02, 0.6, 1.0, 1.0, 5.0]), seed=seed)
+
+
+CHANGES = {
+    "wide": lambda v: v.mul_(40),
+    "eighty": lambda v: v.copy_(v.sign() * 80),
+    "tiny": lambda v: v.mul_(0.02),
+    "one outlier": lambda v: v[0, 0, -1, 0].fill_(110),
+    "at a tile's edge": lambda v: v[1, 0, 15:17, 3].fill_(300),
+    "below": lambda v: v[:, :, 7, 1].fill_(-1e4),
+    "offset": lambda v: v.mul_(0.02).add_(-4),
+    "far offset": lambda v: v.mul_(0.1).add_(50),
+    "still small": lambda v: v.clamp_(-1.99, 1.99),
+    "not small": lambda v: v.clamp_(-2.6, 2.6)[:, :, 3].fill_(-2.6),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_kernel_on_values_of_every_size(change):
+    dtype = torch.float16 if "outlier" in change else torch.float32
+    check(20, 34, 2, 1, 16, dtype=dtype, change=CHANGES[change])
+
+
+def test_kernel_when_a_program_has_many_blocks(monkeypatch):
+    monkeypatch.setattr(kernel, "WATCH", 1)
+    check(40, 70, 2, 1, 16, dtype=torch.float32, change=lambda v: v[1].mul_(40))
+
+
+def check_future(*shape, dtype, exact):
+    """A key changes: earlier rows stay bit for bit, or to rounding where the head's path changes."""
+    jumps = [(4.0, 2.0), (0.02, 0.1), (1.0, 50.0), (1.0, 110.0), (1.0, 300.0)]
+    for std, jump in [*jumps, (1.0, math.inf), (1.0, math.nan)]:
+        q, k, v, _ = kernel_inputs(*shape, dtype, std)
+        row = shape[0] - 7
+        changed_v = v.clone()
+        changed_v[:, :, row, 2] += jump
+        changed_k = k.clone()
+        changed_k[:, :, row] += 1
+        before = kernel.attention(q, k, v)
+        after = kernel.attention(q, changed_k, changed_v)
+        assert after[:, :, :row].isfinite().all()
+        assert not torch.equal(before[:, :, row:], after[:, :, row:])
+        if jump < 50:
+            assert torch.equal(before[:, :, :row], after[:, :, :row])
+        assert torch.allclose(before[:, :, :row], after[:, :, :row], atol=exact * std)
+        if not math.isfinite(jump):
+            assert not after[:, 0, -1, 2].isfinite().any(), "NaN must reach the loss"
+
+
+def test_kernel_does_not_see_the_future():
+    check_future(36, 36, 2, 1, 16, dtype=torch.float32, exact=1e-5)
+
+
+def check_constants(dtype):
+    q, k, v, _ = kernel_inputs(40, 40, 2, 1, 16, dtype)
+    for size in (1e-3, 1.0, 77.0, 1e4):
+        constant = (v[:, :, :1] * size).expand_as(v)
+        assert torch.equal(kernel.attention(q, k, constant), constant.expand_as(q)), "exactly v"
+    one_key = kernel.attention(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+    assert torch.equal(one_key, v[:, :, :1].expand(2, 2, 1, 16))
+
+
+def test_kernel_of_constant_values_is_exact():
+    check_constants(torch.float32)
+
+
+def test_kernel_decodes_as_it_prefills():
+    q, k, v, _ = kernel_inputs(40, 40, 4, 2, 16, torch.float32)
+    parts = []
+    for start, end in ((0, 30), (30, 39), (39, 40)):
+        parts.append(kernel.attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+    assert torch.allclose(kernel.attention(q, k, v), torch.cat(parts, 2), atol=1e-5)
+
+
+def test_kernel_is_an_operator():
+    q, k, v, _ = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(kernel.laser, (*inputs, 0.25), test_utils=tests)
+
+
+def test_kernel_refuses_what_it_cannot_index():
+    q = torch.empty(1, device=DEVICE).expand(1, 1, 2**27, 16)
+    with pytest.raises(ValueError, match="31 bits"):
+        kernel.attention(q, q, q)
+    short = torch.ones(1, 1, 3, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="Tq <= Tk"):
+        kernel.attention(short, short[:, :, :2], short[:, :, :2])
+
+
+@pytest.mark.parametrize("B, Tq", [(0, 3), (2, 0), (0, 0)])
+def test_kernel_of_nothing(B, Tq):
+    q = torch.ones(B, 2, Tq, 16, device=DEVICE, requires_grad=True)
+    k = torch.ones(B, 1, 3, 16, device=DEVICE, requires_grad=True)
+    out = kernel.attention(q, k, k)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_second_derivatives_are_refused():
+    """The backward kernel is not differentiable; a silent zero would be wrong by 11 to 51%."""
+    q, k, v, _ = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
+    q = q.detach().requires_grad_()
+    loss = kernel.attention(q, k, v).square().sum()
+    (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+# -- built ahead of time ---------------------------------------------------------------------------
+
+INNER_POINTERS = ("lse_ptr", "delta_ptr", "centre_ptr", "one_ptr")
+EXP_POINTERS = ("x_ptr", "e_ptr", "g_ptr", "de_ptr", "dv_ptr")
+
+
+def cases():
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    every_arch = (80, 90, 100, 120)
+    for dtype, D in (("bf16", 128), ("bf16", 64), ("fp16", 128), ("fp32", 128)):
+        types = {name: "*fp32" for name in INNER_POINTERS}
+        types["wide_ptr"] = "*i32"
+        exp_dtype = "bf16" if dtype == "bf16" else "fp32"
+        types.update({name: f"*{exp_dtype}" for name in EXP_POINTERS})
+        for arch in every_arch:
+            blocks, precision = kernel.config(dtypes[dtype], D, arch == 90 and dtype == "bf16")
+            names = ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")
+            for name, (rows, columns, warps, stages) in zip(names, blocks):
+                constants = {"D": D, "BM": rows, "BN": columns, "PREC": precision}
+                yield Case(name, constants, types, dtype, arch, warps, stages)
+            if dtype == "bf16" and D == 128:
+                slices = {"D": D, "SLICES": D // kernel.SLICE}
+                exp_constants = {"D": D, "SLICE": kernel.SLICE, "ROWS": 4 * kernel.ROWS}
+                rows = {"D": D, "ROWS": kernel.ROWS}
+                yield Case("exp_kernel", exp_constants, types, dtype, arch, 8)
+                for name in ("log_kernel", "scale_kernel", "gradient_kernel"):
+                    yield Case(name, rows, types, dtype, arch)
+                yield Case("wide_kernel", {**slices, "BM": kernel.ROWS}, types, dtype, arch, 8)
+                gradients = {**slices, "ROWS": kernel.ROWS}
+                yield Case("wide_gradients_kernel", gradients, types, dtype, arch, 8)
+
+
+def test_kernels_build_for_four_gpus():
+    reports = check_build("kernels.laser", list(cases()))
+    for report in reports:
+        is_product = "PREC" in report["constants"] and "tf32" in report["constants"]
+        assert (report["tensor_core_instructions"] > 0) == is_product, report
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+BOTH_WAYS = pytest.mark.parametrize("deterministic", [False, True], ids=["cudnn", "triton"])
+
+
+@gpu
+@BOTH_WAYS
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 1000, 4, 2, 64), (777, 777, 2, 2, 128)], ids=str)
+def test_kernel_on_the_gpu(shape, deterministic):
+    check(*shape, dtype=torch.bfloat16, deterministic=deterministic)
+
+
+@gpu
+@BOTH_WAYS
+@pytest.mark.parametrize("change", CHANGES)
+def test_kernel_on_values_of_every_size_on_the_gpu(change, deterministic):
+    shape = (600, 600, 4, 2, 64)
+    check(*shape, dtype=torch.bfloat16, change=CHANGES[change], deterministic=deterministic)
+
+
+@gpu
+@BOTH_WAYS
+def test_kernel_in_bfloat16(deterministic):
+    """What float64 cannot be asked about: the future, constants, small values."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_future(300, 300, 4, 2, 64, dtype=torch.bfloat16, exact=0.05)
+        check_constants(torch.bfloat16)
+        for std in (0.005, 0.02, 0.1):
+            inputs = kernel_inputs(512, 512, 2, 2, 64, torch.bfloat16, std)
+            exact_inputs = [t.double() for t in inputs]
+            error = {}
+            for name, function, definition in (
+                ("laser", laser.attention, laser.reference),
+                ("plain", train.softmax_attention, train.softmax_attention),
+            ):
+                ours = with_gradients(function, *inputs)
+                truth = with_gradients(definition, *exact_inputs)
+                error[name] = {
+                    n: (ours[n].double() - t).norm() / t.norm() for n, t in truth.items()
+                }
+            for n in ("out", "dq"):
+                assert error["laser"][n] < 3 * error["plain"][n], (std, n)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@gpu
+def test_kernel_beyond_2_to_the_31():
+    shape = (2**14, 1024, 2, 128)
+    q, k, v = (
+        torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(3)
+    )
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            whole = laser.attention(q, k, v)[-1:]
+            last = laser.attention(q[-1:], k[-1:], v[-1:])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.equal(whole, last)
+
+
+@gpu
+def test_kernel_compiles_as_one_graph():
+    q, k, v, grad_out = kernel_inputs(200, 200, 4, 2, 64, torch.bfloat16)
+    compiled = torch.compile(laser.attention, fullgraph=True)
+    ours = with_gradients(compiled, q, k, v, grad_out)
+    eager = with_gradients(laser.attention, q, k, v, grad_out)
+    for name in eager:
+        assert torch.allclose(ours[name].float(), eager[name].float(), atol=0.02, rtol=0.02)
+    for T in (90, 130, 77):  # the second length makes the shape symbolic
+        out = compiled(q[:, :, :T], k[:, :, :T], v[:, :, :T])
+        assert torch.allclose(out.float(), laser.attention(q, k, v)[:, :, :T].float(), atol=0.05)
