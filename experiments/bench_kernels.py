@@ -1,0 +1,440 @@
+"""Time the kernels beside what one would use otherwise, all in one run.
+
+python experiments/bench_kernels.py                 every kernel
+python experiments/bench_kernels.py laser sonew     some; the others stay as they are in the file
+
+First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result
+and the median times. The floor of a row is what its method cannot do without, FLOPs or bytes, at
+its ceiling. Writes kernels.json and kernels.png. Without a GPU it says what it would do.
+
+Peers are PyTorch's own. FlexAttention is one for spans over a frozen cache; it changes logits, not
+values, so LASER over it is the paper's form again, and it has no logits of three factors.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from experiments.harness import (
+    check_writable,
+    new_figure,
+    provenance,
+    save_figure,
+    save_json,
+    study_parser,
+)
+from support import cli
+
+PASSES = ("forward_ms", "backward_ms", "step_ms")
+
+
+# -- timing ----------------------------------------------------------------------------------------
+
+
+def median_ms(function, repeats=50):
+    """Return median milliseconds on the device, its L2 emptied before each call.
+
+    The device sleeps as long as the host takes to launch the call, so that the host is ahead, as
+    in a training loop: what is timed are the kernels.
+    """
+    l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    time_events(function, 5, 0, l2)  # compile, warm up
+    sleep_cycles = int(2e6 * 1.5 * host_ms(function))
+    return time_events(function, repeats, sleep_cycles, l2)
+
+
+def time_events(function, repeats, sleep_cycles, l2):
+    pairs = []
+    for _ in range(repeats):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        l2.zero_()
+        torch.cuda._sleep(sleep_cycles)
+        start.record()
+        function()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+
+
+def host_ms(function):
+    """Return the milliseconds that the host takes to launch a call."""
+    start_time = time.perf_counter()
+    for _ in range(5):
+        function()
+    seconds = (time.perf_counter() - start_time) / 5
+    torch.cuda.synchronize()
+    return 1e3 * seconds
+
+
+def measure_ceilings():
+    a, b = torch.empty(2, 2**29, dtype=torch.bfloat16, device="cuda")
+    x, y = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    copy_tb = 4 * a.numel() / median_ms(lambda: a.copy_(b)) / 1e9
+    matmul_tflop = 2 * 8192**3 / median_ms(lambda: x @ y) / 1e9
+    return {"copy_TB_per_s": copy_tb, "matmul_TFLOP_per_s": matmul_tflop}
+
+
+def random_heads(B, T, H, D):
+    """(B, H, T, D) of unit normals, bfloat16, (B, T, H, D) in memory as projections leave them."""
+    t = torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda")
+    return t.transpose(1, 2).requires_grad_()
+
+
+def time_passes(attention, inputs):
+    """Return the output, and milliseconds of the forward and the backward pass."""
+    out = attention(*inputs)
+    grad_out = torch.randn_like(out)
+
+    def backward():
+        torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+
+    return out, median_ms(lambda: attention(*inputs)), median_ms(backward)
+
+
+def time_step(name, shape, optimizer, bytes_per_parameter, **more):
+    optimizer.step()  # makes its state
+    parameters = 0
+    for group in optimizer.param_groups:
+        parameters += sum(p.numel() for p in group["params"])
+    row = {"shape": shape, "name": name, "step_ms": median_ms(optimizer.step)}
+    row.update(host_ms=host_ms(optimizer.step), GB=bytes_per_parameter * parameters / 1e9)
+    return {**row, **more}
+
+
+def require(condition, message):
+    """A kernel that is wrong is not worth timing."""
+    if not condition:
+        raise FloatingPointError(message)
+
+
+# -- the kernels -----------------------------------------------------------------------------------
+
+
+def softmax(backend):
+    def attention(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attention
+
+
+def paper_form(backend):
+    """LASER as published: any attention, with the maximum subtracted before exp."""
+    attend = softmax(backend)
+
+    def attention(q, k, v):
+        largest = v.detach().amax(2, keepdim=True)
+        return attend(q, k, (v - largest).exp()).log() + largest
+
+    return attention
+
+
+def laser():
+    """LASER attention at B, H, T, D = 4, 16, 4096, 128 and two more shapes"""
+    from kernels.laser import attention as ours
+
+    cudnn = SDPBackend.CUDNN_ATTENTION
+    variants = {
+        "softmax, cuDNN": softmax(cudnn),
+        "softmax, flash": softmax(SDPBackend.FLASH_ATTENTION),
+        "paper's form over cuDNN": paper_form(cudnn),
+        "paper's form over cuDNN, compiled": torch.compile(paper_form(cudnn)),
+        "ours": ours,
+        "ours, all in Triton": ours,
+    }
+    # asked for determinism, torch.empty would fill with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    for B, H, T, D in (4, 16, 4096, 128), (4, 32, 4096, 64), (16, 12, 1024, 64):
+        q, k, v = (random_heads(B, T, H, D) for _ in range(3))
+        first = [t[:1].float() for t in (q, k, v)]
+        truth = softmax(SDPBackend.MATH)(first[0], first[1], first[2].exp()).log()
+        for name, attention in variants.items():
+            torch.use_deterministic_algorithms("Triton" in name)  # cuDNN's attention is not
+            out, forward, backward = time_passes(attention, (q, k, v))
+            error = (out[:1] - truth).abs().max().item()
+            require(name.startswith("softmax") or error < 0.05, f"{name} is off by {error}")
+            grad_out = torch.empty_like(out)
+            host = host_ms(lambda f=attention: torch.autograd.grad(f(q, k, v), (q, k, v), grad_out))
+            row = {"shape": [B, H, T, D], "name": name, "error": error, "host_ms": host}
+            row.update(forward_ms=forward, backward_ms=backward)
+            # two products forward and five backward, of half the pairs each
+            yield {**row, "GFLOP": 7 * B * H * T * T * D / 1e9}
+    torch.use_deterministic_algorithms(False)
+
+
+def simplicial():
+    """2-simplicial attention, windows 512 and 32, at B, H, Hkv, T, D = 4, 64, 1, 4096, 128 and two more"""
+    from kernels.simplicial import attention
+    from simplicial import attention_torch
+
+    w1 = 512
+    w2 = 32
+    for B, H, Hkv, T, D in (4, 64, 1, 4096, 128), (2, 16, 16, 4096, 128), (2, 32, 32, 4096, 64):
+        few = [random_heads(1, 700, h, D) for h in (2 * H // Hkv, 2, 2, 2, 2)]  # past both windows
+        exact = attention_torch(*few, w1, w2)
+        error = (attention(*few, w1, w2)[0] - exact).abs().max().item()
+        require(error < 0.05, f"2-simplicial attention is off by {error}")
+        inputs = [random_heads(B, T, h, D) for h in (H, Hkv, Hkv, Hkv, Hkv)]
+        _, forward, backward = time_passes(lambda *t: attention(*t, w1, w2)[0], inputs)
+        forward_gflop = 4 * B * H * T * w1 * w2 * D / 1e9
+        row = {"shape": [B, H, Hkv, T, D], "name": "ours", "error": error}
+        row.update(forward_ms=forward, backward_ms=backward)
+        row.update(forward_TFLOP_per_s=forward_gflop / forward)
+        row.update(backward_over_forward=backward / forward)
+        # a backward pass needs 12; ours, without atomics, takes 16
+        yield {**row, "GFLOP": 4 * forward_gflop}
+
+
+def sonew_error(**options):
+    """Our step, with statistics of 20 gradients, against the PyTorch path, in units of its length."""
+    from sonew import SONew
+
+    updates = []
+    for use_kernel in (True, False):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros(768, 3072, device="cuda"))
+        optimizer = SONew([p], lr=0.0, use_kernel=use_kernel, **options)
+        for step in range(20):
+            optimizer.param_groups[0]["lr"] = float(step == 19)
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+        updates.append(p.detach())
+    ours, exact = updates
+    return ((ours - exact).norm() / exact.norm()).item()
+
+
+def sonew():
+    """one SONew step of 53 float32 matrices of 768 x 3072, 125 M parameters, against fused AdamW"""
+    from sonew import SONew
+
+    shape = [53, 768, 3072]
+    parameters = [torch.nn.Parameter(torch.randn(768, 3072, device="cuda")) for _ in range(53)]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    yield time_step("AdamW, fused", shape, torch.optim.AdamW(parameters, lr=1e-5, fused=True), 28)
+    for band, bf16_state in ((0, False), (1, False), (4, False), (1, True), (4, True)):
+        options = {"band": band, "bf16_state": bf16_state}
+        error = sonew_error(**options)
+        require(error < 0.01, f"band {band} is off by {error}")
+        name = f"band {band}" + (", bf16 state" if bf16_state else "")
+        n_bytes = 4 * band + 20 if bf16_state else 8 * band + 28
+        optimizer = SONew(parameters, lr=1e-5, **options)
+        yield time_step(name, shape, optimizer, n_bytes, error=error)
+
+
+def lora_rite():
+    """one LoRA-RITE step for 72 pairs of 2048 x 16 and 16 x 2048, and 48 of 768, against fused AdamW"""
+    from lora_rite import LoRARITE
+
+    for pairs, d, r in (72, 2048, 16), (48, 768, 16):
+        parameters = []
+        for _ in range(pairs):
+            parameters.append(torch.nn.Parameter(torch.randn(r, d, device="cuda")))
+            parameters.append(torch.nn.Parameter(torch.randn(d, r, device="cuda")))
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+
+        # one step, so large that it is seen beside the weights
+        start = [p.detach().clone() for p in parameters]
+        groups = [{"params": parameters, "pair": True}]
+        optimizers = {}
+        updates = {}
+        for use_kernel in (False, True):
+            for p, x in zip(parameters, start):
+                p.data.copy_(x)
+            optimizers[use_kernel] = LoRARITE(groups, lr=1e3, use_kernel=use_kernel)
+            optimizers[use_kernel].step()
+            moved = [(p.detach() - x).flatten() for p, x in zip(parameters, start)]
+            updates[use_kernel] = torch.cat(moved)
+        difference = (updates[True] - updates[False]).norm()
+        error = (difference / updates[False].norm()).item()
+        require(error < 1e-3, f"LoRA-RITE is off by {error} of the step")
+
+        shape = [pairs, d, r]
+        yield time_step("AdamW, fused", shape, torch.optim.AdamW(parameters, fused=True), 28)
+        for use_kernel, name in ((False, "eager"), (True, "ours")):
+            optimizer = optimizers[use_kernel]
+            optimizer.param_groups[0]["lr"] = 1e-5  # what is timed stays where it is
+            more = {"error": error} if use_kernel else {}
+            yield time_step(name, shape, optimizer, 32, **more)
+
+
+def cross_entropy():
+    """cross-entropy of 65,536 x 50,304 bfloat16 logits and its gradient, in place, against PyTorch"""
+    from kernels.cross_entropy import cross_entropy as ours
+
+    R = 65536
+    V = 50304
+    logits = torch.randn(R, V, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    targets = torch.randint(V, (R, 1), device="cuda")
+    scale = torch.full((R, 1), 1 / R, device="cuda")
+    # in float32, else the mean is rounded to bfloat16
+    theirs = torch.compile(lambda z: F.cross_entropy(z.float(), targets[:, 0]))
+    exact = theirs(logits).item()
+    row = {"shape": [R, V], "GB": 4 * R * V / 1e9}  # read a logit, write its gradient, 2 bytes each
+    peer_ms = median_ms(lambda: torch.autograd.grad(theirs(logits), logits))
+    yield {**row, "name": "PyTorch, compiled", "step_ms": peer_ms}
+    logits = logits.detach()
+    error = abs(ours(logits, targets, scale, False)[0].item() - exact)
+    require(error < 1e-3, f"the cross-entropy is off by {error}")
+    ours_ms = median_ms(lambda: ours(logits, targets, scale, True))
+    yield {**row, "name": "ours", "step_ms": ours_ms, "error": error}
+
+
+def unmasked(backend):
+    """Without a mask: 0.01% more work here, and both backends on their fastest path."""
+
+    def attention(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return attention
+
+
+def ttt_context():
+    """128 queries of 32 heads after 131,072 keys of 8 heads (and 32,768), D = 128, gradient of q alone"""
+    from kernels.ttt_context import span_attention
+    from ttt_context import reference
+
+    H, Hkv, n, D = 32, 8, 128, 128
+    flex = torch.compile(flex_attention, dynamic=False)
+    for T in 131072, 32768:
+        start = torch.tensor([T - n])
+        q = torch.randn(1, H, n, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        k, v = torch.randn(2, 1, Hkv, T, D, dtype=torch.bfloat16, device="cuda")
+        grad_out = torch.randn_like(q)
+
+        exact_q = q.detach().float().requires_grad_()
+        exact = reference(exact_q, k[0].float(), v[0].float(), start)
+        exact_grad = torch.autograd.grad(exact, exact_q, grad_out.float())[0]
+        exact = exact.detach()
+
+        variants = {
+            "softmax, cuDNN": unmasked(SDPBackend.CUDNN_ATTENTION),
+            "softmax, flash": unmasked(SDPBackend.FLASH_ATTENTION),
+            "FlexAttention": lambda q, k, v: flex(q, k, v, enable_gqa=True),
+            "ours": lambda q, k, v, start=start: span_attention(q, k[0], v[0], start),
+        }
+        for name, attention in variants.items():
+            out, forward, backward = time_passes(lambda q, f=attention, k=k, v=v: f(q, k, v), (q,))
+            grad = torch.autograd.grad(out, q, grad_out)[0]
+            error_out = ((out.detach() - exact).norm() / exact.norm()).item()
+            error_grad = ((grad - exact_grad).norm() / exact_grad.norm()).item()
+            error = max(error_out, error_grad)
+            require(name != "ours" or error < 0.02, f"span attention is off by {error}")
+            gflop = n * H * T * D / 1e9  # of one product, without the factor 2
+            row = {"shape": [1, H, Hkv, n, T, D], "name": name, "error": error, "GFLOP": 10 * gflop}
+            row.update(forward_ms=forward, backward_ms=backward)
+            row.update(forward_TFLOP_per_s=4 * gflop / forward)
+            yield {**row, "backward_TFLOP_per_s": 6 * gflop / backward}
+
+
+KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, cross_entropy, ttt_context)}
+
+
+# -- report ----------------------------------------------------------------------------------------
+
+
+def total_ms(row):
+    return sum(row[name] for name in PASSES if name in row)
+
+
+def is_ours(row):
+    return row["name"].startswith(("ours", "band"))
+
+
+def add_floor(row, ceilings):
+    """Add the time of the method's FLOPs or bytes at the ceilings, and its share of the total."""
+    if "GFLOP" in row:
+        floor = row["GFLOP"] / ceilings["matmul_TFLOP_per_s"]
+    else:
+        floor = row["GB"] / ceilings["copy_TB_per_s"]
+    return {**row, "floor_ms": floor, "of_floor": floor / total_ms(row)}
+
+
+def bench(name, ceilings):
+    """Time one kernel, printing rows as they come; return them."""
+    rows = []
+    for row in KERNELS[name]():
+        row = add_floor(row, ceilings)
+        if not rows or row["shape"] != rows[-1]["shape"]:
+            print(f"{name} {' x '.join(map(str, row['shape']))}")
+        times = " + ".join(f"{row[p]:.3f}" for p in PASSES if p in row)
+        error = f"  error {row['error']:.1e}" if is_ours(row) and "error" in row else ""
+        print(
+            f"  {row['name']:34}{times:>14} ms {row['of_floor']:4.0%} of floor{error}", flush=True
+        )
+        rows.append(row)
+    return rows
+
+
+def plot(record):
+    """Draw the time of every row in units of its floor, a panel per kernel."""
+    names = [name for name in KERNELS if name in record["kernels"]]
+    heights = [len(record["kernels"][name]) + 2 for name in names]
+    figure, axes = new_figure(
+        (9, 0.2 * sum(heights) + 1), len(names), 1, squeeze=False, height_ratios=heights
+    )
+    for name, ax in zip(names, axes[:, 0]):
+        rows = record["kernels"][name]
+        times = [1 / row["of_floor"] for row in rows]
+        colors = ["C3" if is_ours(row) else "C7" for row in rows]
+        bars = ax.barh(range(len(rows)), times, color=colors)
+        ax.bar_label(bars, [f"{total_ms(row):.3g} ms" for row in rows], padding=3, fontsize=7)
+        labels = [f"{'x'.join(map(str, row['shape']))}: {row['name']}" for row in rows]
+        ax.set_yticks(range(len(rows)), labels, fontsize=7)
+        if max(times) > 50 * min(times):
+            ax.set_xscale("log")
+        ax.axvline(1, color="black", lw=0.8)
+        ax.margins(x=0.1)
+        ax.invert_yaxis()
+        passes = "one step" if "step_ms" in rows[0] else "forward + backward"
+        ax.set_title(f"{name}: {passes}", fontsize=9)
+    axes[-1, 0].set_xlabel(f"time / floor (line: the ceiling), {record['hardware']}; red: ours")
+    return figure
+
+
+def main(argv=None):
+    parser = study_parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to time (default: all)")
+    args = parser.parse_args(argv)
+    names = args.names or list(KERNELS)
+    unknown = set(names) - set(KERNELS)
+    if unknown:
+        raise ValueError(f"there is no kernel {sorted(unknown)[0]}; there are {', '.join(KERNELS)}")
+    path = check_writable(args.out) / "kernels.json"
+    if not torch.cuda.is_available():
+        print("There is no GPU here. On one this would check and time:")
+        for name in names:
+            print(f"  {name:14} {KERNELS[name].__doc__}")
+        return {}
+
+    record = json.loads(path.read_text()) if path.exists() else {"kernels": {}}
+    torch._functorch.config.donated_buffer = False  # else a compiled graph runs backward only once
+    record.update(measure_ceilings())
+    copy_tb = record["copy_TB_per_s"]
+    print(f"copy {copy_tb:.2f} TB/s, matrix product {record['matmul_TFLOP_per_s']:.0f} TFLOP/s")
+    start_time = time.perf_counter()
+    for name in names:
+        record["kernels"][name] = bench(name, record)
+        record["seconds"] = time.perf_counter() - start_time
+        save_json(path, {**record, **provenance()})
+    save_figure(plot({**record, **provenance()}), path.with_suffix(".png"), dpi=100)
+    return record
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

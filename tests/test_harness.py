@@ -1,0 +1,142 @@
+"""experiments/harness.py and the benchmark of training steps, at tiny sizes."""
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from experiments import bench_train, harness
+from tests.common import refused
+
+
+def test_confidence_interval_is_students():
+    mean, half_width = harness.mean_ci95([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half_width == pytest.approx(4.303 * statistics.stdev([1, 2, 4]) / 3**0.5)
+    assert harness.mean_ci95([0.0, 1.0])[1] == pytest.approx(12.706 * 0.5)
+    many = [0.0, 1.0] * 20  # 39 degrees of freedom: 2.0227
+    assert harness.mean_ci95(many)[1] == pytest.approx(
+        2.0227 * statistics.stdev(many) / 40**0.5, rel=2e-3
+    )
+    with pytest.raises(ValueError, match="at least two"):
+        harness.mean_ci95([1.0])
+
+
+def test_the_quantiles_are_those_of_the_distribution():
+    """Integrate Student's density up to the quantile: it must leave 2.5% on each side."""
+    from math import gamma, pi, sqrt
+
+    for df in (1, 2, 5, 14, 29):
+        t = harness.T_95[df - 1]
+        norm = gamma((df + 1) / 2) / (sqrt(df * pi) * gamma(df / 2))
+        n = 20000
+        area = 0.0
+        for i in range(n):
+            x = (i + 0.5) * t / n
+            area += norm * (1 + x * x / df) ** (-(df + 1) / 2) * t / n
+        assert 0.5 - area == pytest.approx(0.025, abs=1e-4)
+
+
+def test_differences_are_paired_by_seed():
+    runs = [{"seed": s, "value": v} for s, v in ((1, 1.0), (2, 5.0), (3, 9.5))]
+    baseline = [{"seed": s, "value": v} for s, v in ((3, 9.0), (1, 0.5), (2, 4.0))]
+    difference = harness.paired_difference(runs, baseline)
+    assert difference["n"] == 3
+    assert difference["mean"] == pytest.approx((0.5 + 1.0 + 0.5) / 3)
+    assert difference["half_width_95"] == pytest.approx(harness.mean_ci95([0.5, 1.0, 0.5])[1])
+
+
+def test_disk_cache_computes_once(tmp_path):
+    calls = []
+
+    def compute(key):
+        calls.append(key)
+        if key == "broken":
+            raise KeyboardInterrupt
+        return {"loss": 0.1 + 0.2, "curve": [1, None]}
+
+    for key in (["a", 1], ["a", 1], ["a", 2], ["a", 1]):
+        result = harness.disk_cache(tmp_path / "cache", key, lambda key=key: compute(key))
+        assert result == {"loss": 0.1 + 0.2, "curve": [1, None]}
+    assert calls == [["a", 1], ["a", 2]]
+    with pytest.raises(KeyboardInterrupt):
+        harness.disk_cache(tmp_path / "cache", "broken", lambda: compute("broken"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is left of an interrupted run"
+
+
+def square(x):
+    if x == "fail":
+        raise ValueError("no number")
+    time.sleep(0.01 * (3 - x))
+    return x * x
+
+
+def test_parallel_keeps_the_order():
+    assert harness.parallel(square, [1, 2, 3], workers=2) == [1, 4, 9]
+
+
+def test_parallel_passes_errors_on_and_stops():
+    with pytest.raises(ValueError, match="no number"):
+        harness.parallel(square, ["fail", 1], workers=1)
+
+
+def test_parallel_stops_at_the_deadline():
+    with pytest.raises(TimeoutError, match="0 of 2"):
+        harness.parallel(square, [1, 2], workers=1, minutes=1e-9)
+
+
+def test_run_train_returns_history_and_caches(tiny):
+    flags = " ".join([*tiny, "--steps", "4", "--eval-every", "2"])
+    first = harness.run_train(flags, cache="cache")
+    assert [row["step"] for row in first["history"]] == [1, 2, 3, 4]
+    assert first["val_loss"] == first["history"][-1]["val_loss"]
+    assert first["seconds"] > 0
+    assert "out" not in first
+    os.remove("text.txt")  # a cached run needs no data
+    assert harness.run_train(flags, cache="cache") == first
+
+
+def test_compare(tiny, monkeypatch):
+    """Two variants, a sweep whose first grid is at the edge, seeds, differences, files."""
+    monkeypatch.setattr(harness, "parallel", lambda f, jobs, **_: [fake_run(job) for job in jobs])
+    variants = {"softmax": "--attn softmax", "other": "--attn laser"}
+    record = harness.compare(
+        "demo", "Is it better?", variants, "softmax", rates=(1e-3, 2e-3), seeds=(1, 2, 3)
+    )
+    rates = [run["lr"] for run in record["variants"]["other"]["sweep"]]
+    assert rates == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "extended until the best is inside, for all"
+    assert rates == [run["lr"] for run in record["variants"]["softmax"]["sweep"]]
+    assert {run["lr"] for run in record["variants"]["other"]["runs"]} == {4e-3}
+    assert {run["lr"] for run in record["variants"]["softmax"]["runs"]} == {1e-3}
+    difference = record["differences"]["other"]
+    assert difference["n"] == 3
+    assert difference["mean"] == pytest.approx(-0.5)
+    saved = json.loads(Path("results/demo-gpu.json").read_text())
+    assert saved["differences"] == record["differences"]
+    assert {"command", "commit", "hardware", "versions", "seconds"} <= set(saved)
+    assert Path("results/demo-gpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def fake_run(job):
+    is_other = "laser" in job["flags"]
+    best = 4e-3 if is_other else 1e-3
+    value = 2.0 - 0.5 * is_other + abs(job["lr"] - best) + 0.01 * job["seed"]
+    return {"seed": job["seed"], "lr": job["lr"], "value": value, "curve": [], "seconds": 1.0}
+
+
+def test_bench_train_at_tiny_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shape = {"n_layer": 4, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 2}
+    monkeypatch.setitem(train.PRESETS, "tiny", {**shape, "steps": 1, "lr": 1e-3})
+    monkeypatch.setattr(bench_train, "VOCABULARY", 64)
+    record = bench_train.main("--shapes tiny --steps 1 --out shown".split())
+    assert list(record["shapes"]["tiny"]) == list(bench_train.VARIANTS)
+    assert record["shapes"]["tiny"]["softmax+adamw"]["ratio"] == 1.0
+    saved = json.loads(Path("shown/bench_train.json").read_text())
+    assert saved["shapes"] == record["shapes"]
+    refused(["--steps", "0"], "--steps is 0", main=bench_train.main)
+    refused(["--shapes", "huge"], "huge", main=bench_train.main)
