@@ -407,8 +407,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # the saved gradients are constants
     def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants
+            raise RuntimeError("linear_cross_entropy has no second derivatives")
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return *grads, None, None, None
 
