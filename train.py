@@ -29,7 +29,7 @@ import math
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -810,17 +810,19 @@ def train_in(out, gpt_config, run, launch, device, origin):
 
 def starting_values(given):
     """Return the settings that the given flags override: of a preset, or of a saved run."""
-    resume = given.get("resume")
-    origin = checkpoint.find_run(resume or given.get("init"), resume=bool(resume))
+    launch = LaunchConfig(
+        **{f.name: given[f.name] for f in fields(LaunchConfig) if f.name in given}
+    )
+    origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if origin is None:
-        on_cpu = distributed.pick_device(given.get("device")).type == "cpu"
-        model = given.get("model") or ("tiny" if on_cpu else "small")
+        on_cpu = distributed.pick_device(launch.device).type == "cpu"
+        model = launch.model or ("tiny" if on_cpu else "small")
         return {"model": model, **PRESETS[model]}
-    if "model" in given:
+    if launch.model:
         raise ValueError(f"the model in {origin} keeps its shape; leave --model out")
 
     saved = load_checkpoint(origin)["config"]
-    if resume:
+    if launch.resume:
         return {**saved["model"], **saved["run"]}
 
     # --init: the model and its tokenizer stay, the recipe is new
