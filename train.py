@@ -702,7 +702,9 @@ def train(gpt_config, run, launch):
         name = origin.resolve().name
     resumed = origin if launch.resume else None
     with checkpoint.claim_folder(launch.out, name, resumed) as out:
-        return train_in(out, gpt_config, run, launch, device, origin)
+        result = train_in(out, gpt_config, run, launch, device, origin)
+    distributed.barrier()  # rank 0 has saved
+    return result
 
 
 def train_in(out, gpt_config, run, launch, device, origin):
