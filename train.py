@@ -139,8 +139,6 @@ PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
     "smollm2-135m": preset(30, 9, 576, 2048, 64, 10000, 6e-4, **SMOLLM2),
     "qwen3-4b": preset(36, 32, 2560, 4096, 64, 10000, 2e-4, **QWEN3),
 }
-# the recipe for weights of others: a pretrained model wants small steps
-FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
 
 
 @dataclass
@@ -506,6 +504,12 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
     Its matrices are stored in `dtype`, that of the activations. attn: replaces its attention.
     """
     saved = load_checkpoint(folder, ["adapter"] if attn else ["attn", "adapter"])
+    model = model_from_checkpoint(saved, device, dtype, attn)
+    return model, data.tokenizer_from_state(saved["tokenizer"])
+
+
+def model_from_checkpoint(saved, device, dtype, attn=None):
+    """Return the GPT of a checkpoint, its adapters merged."""
     config = GPTConfig(**saved["config"]["model"])
     config.attn = attn or config.attn
     with torch.device("meta"):
@@ -513,7 +517,7 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
     model = empty_model(config, device, dtype)
     checkpoint.load_weights(model, saved["model"])
     checkpoint.merge_adapters(model, saved)
-    return model, data.tokenizer_from_state(saved["tokenizer"])
+    return model
 
 
 def empty_model(config, device, dtype):
@@ -684,6 +688,17 @@ def show_sample(model, tokenizer, n, seed, stop):
     print0(f"sample   {tokenizer.decode_bytes(ids).decode(errors='replace')}")
 
 
+def export(folder, out):
+    """Write the weights of the run in `out`, adapters merged, as a Hugging Face folder."""
+    from support import huggingface
+
+    if rank() == 0:
+        saved = load_checkpoint(out)
+        model = model_from_checkpoint(saved, "cpu", torch.float32)
+        config = asdict(model.config)
+        huggingface.export(folder, model.state_dict(), config, saved["tokenizer"])
+
+
 def train(gpt_config, run, launch):
     """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal.
 
@@ -721,6 +736,10 @@ def train_in(out, gpt_config, run, launch, device, origin):
     gpt_config = replace(gpt_config, vocab_size=vocab_size)
     if vocab_size < tokenizer.n_vocab:
         raise ValueError(f"--vocab-size is less than the tokenizer's {tokenizer.n_vocab}")
+    if launch.export:
+        from support import huggingface
+
+        huggingface.check_exportable(launch.export, asdict(gpt_config))
     cache_folder = checkpoint.get_cache_folder(out or Path(launch.out or "out/run"))
     text = data.load_dataset(run.data, tokenizer, T, cache_folder)
     settings = {"model": asdict(gpt_config), "run": asdict(run)}
@@ -805,7 +824,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
             if launch.sample:
                 show_sample(model, tokenizer, launch.sample, run.seed, stop)
             if launch.export:
-                pass
+                export(launch.export, out)
             result["signal"] = stop.now
     return result
 

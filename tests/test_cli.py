@@ -327,3 +327,19 @@ def test_a_reader_that_goes_away_ends_no_run(tiny):
 
 def test_a_bad_flag_with_nobody_to_read(tiny):
     assert run_with_output(">&-", "2>&-", "--steps", "0") == 2
+
+
+@pytest.mark.parametrize("rank, message", [("0", "x.py: no\n"), ("1", "x.py: process 1: no\n")])
+def test_an_error_of_one_process_alone_is_shown(rank, message, own_signals, monkeypatch, capsys):
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    for name, value in {**environment, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    waits = []
+    exits = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(sys, "argv", ["dir/x.py"])
+    with pytest.raises(SystemExit):
+        cli.run_main(lambda: fail(ValueError("no")))
+    assert capsys.readouterr().err == message
+    assert exits == [2] and len(waits) == int(rank), "the others wait to be ended by torchrun"

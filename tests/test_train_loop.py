@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import train
 from support import data
 from tests.common import REPOSITORY, gpu, is_equal, refused
+from tests.hf import hf  # noqa: F401
 
 ROW = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
 
@@ -271,6 +273,37 @@ def test_eval_only(short, capsys):
     other = train.main([*flags, "--eval-batches", "9", "--micro-batch", "1"])
     assert other["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-6)
     refused([*short, "--eval-only"], "--init")
+
+
+def test_export(short, capsys):
+    flags = [*short, "--steps", "1", "--out", "out/a"]
+    refused([*flags, "--attn", "softmax,laser", "--export", "new"], "has laser attention")
+    refused([*flags, "--qk-norm", "--qkv-bias", "--export", "new"], "both biases and QK-norm")
+    refused([*flags, "--export", "text.txt"], "text.txt exists")
+    assert not Path("out/a").exists(), "it is refused before the training"
+    train.main([*flags, "--export", "new"])
+    assert "exported new" in capsys.readouterr().out
+    state = load("out/a")["model"]
+    exported = safetensors.torch.load_file("new/model.safetensors")
+    assert len(exported) == len(state)
+    for name, tensor in state.items():
+        assert torch.equal(exported[f"model.{name}"], tensor)
+    train.main([*short, "--out", "out/b", "--stop-after", "1", "--export", "newer"])
+    assert not Path("newer").exists(), "the run is not complete"
+
+
+def test_fine_tuning_from_a_hugging_face_folder(short, hf):  # noqa: F811
+    folder = hf()
+    flags = ["--init", str(folder), "--data", "text.txt", "--device", "cpu", "--eval-batches", "2"]
+    scores = train.main([*flags, "--eval-only"])
+    assert math.isfinite(scores["val_loss"]) and scores["val_bpb"] > 0
+    result = train.main([*flags, "--stop-after", "1", "--out", "out/a"])
+    config = json.loads(Path("out/a/config.json").read_text())
+    recipe = {name: config["run"][name] for name in ("batch_size", "steps", "lr")}
+    assert recipe == {"batch_size": 16, "steps": 200, "lr": 2e-5} and result["step"] == 1
+    assert config["model"]["block_size"] == 64
+    assert train.main(["--resume", "--device", "cpu", "--stop-after", "1"])["step"] == 2
+    refused(["--resume", str(folder)], "holds no run")
 
 
 # -- stopping --------------------------------------------------------------------------------------
