@@ -29,7 +29,7 @@ import math
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -498,18 +498,14 @@ def load_checkpoint(folder, modules=()):
     return checkpoint.load(folder, config_types, PLUGINS, modules)
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
+def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=False):
     """Return the GPT of a run or Hugging Face folder, ready to use, and its tokenizer.
 
-    Its matrices are stored in `dtype`, that of the activations. attn: replaces its attention.
+    Its matrices are stored in `dtype`, that of the activations; adapters are merged. attn:
+    replaces its attention. is_trusted: it may name modules that are not part of this repository.
     """
-    saved = load_checkpoint(folder, ["adapter"] if attn else ["attn", "adapter"])
-    model = model_from_checkpoint(saved, device, dtype, attn)
-    return model, data.tokenizer_from_state(saved["tokenizer"])
-
-
-def model_from_checkpoint(saved, device, dtype, attn=None):
-    """Return the GPT of a checkpoint, its adapters merged."""
+    modules = ["adapter"] if attn else ["attn", "adapter"]
+    saved = load_checkpoint(folder, [] if is_trusted else modules)
     config = GPTConfig(**saved["config"]["model"])
     config.attn = attn or config.attn
     with torch.device("meta"):
@@ -517,7 +513,7 @@ def model_from_checkpoint(saved, device, dtype, attn=None):
     model = empty_model(config, device, dtype)
     checkpoint.load_weights(model, saved["model"])
     checkpoint.merge_adapters(model, saved)
-    return model
+    return model, data.tokenizer_from_state(saved["tokenizer"])
 
 
 def empty_model(config, device, dtype):
@@ -612,17 +608,15 @@ def train_step(net, optimizer, batch, clip, signalled=0):
 def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
     """Return the mean loss over the counted targets of some held-out windows, or None if stopped.
 
-    The windows are evenly spaced and always the same: they do not depend on the number of ranks
-    or on the micro-batch. If the text is short, they are all there is of it.
+    The windows are evenly spaced and always the same, on any number of ranks: at most as many as
+    there are prompts, for answers, or as cover the text.
     """
-    n_starts = np.size(text.val_starts) if np.ndim(text.val_starts) else text.val_starts
-    n_windows = n_starts  # answers: as many as there are prompts
-    if np.ndim(text.val_starts) == 0:
-        n_windows = math.ceil((len(text.val) - 1) / block_size)  # as many as cover the text
+    is_answers = np.ndim(text.val_starts) > 0
+    possible = text.val_starts if is_answers else range(text.val_starts)
+    n_windows = len(possible) if is_answers else math.ceil((len(text.val) - 1) / block_size)
     n_windows = min(run.eval_batches * run.batch_size, n_windows)
-    starts = np.linspace(0, n_starts - 1, n_windows).astype(int)
-    if np.ndim(text.val_starts):
-        starts = text.val_starts[starts]
+    chosen = np.linspace(0, len(possible) - 1, n_windows).astype(int)
+    starts = np.array([possible[i] for i in chosen])
 
     # every forward pass has the same shape: windows that fill up the last one are not counted
     per_forward = micro_batch * world_size()
@@ -649,13 +643,11 @@ def check_finite(row, out):
     """Raise FloatingPointError if a number of the step is infinite or NaN."""
     for name, value in row.items():
         if not math.isfinite(value):
-            path = out / "ckpt.pt"
-            kept = (
-                f"{path} is the last good checkpoint" if path.exists() else "nothing is saved yet"
-            )
+            is_saved = (out / "ckpt.pt").exists()
             raise FloatingPointError(
-                f"step {row['step']}: the {name} is {value}, so the run stops; {kept}. "
-                f"A smaller --lr is the usual cure"
+                f"step {row['step']}: the {name} is {value}, so the run stops; "
+                + (f"{out}/ckpt.pt is the last good checkpoint" if is_saved else "nothing is saved")
+                + ". A smaller --lr is the usual cure"
             )
 
 
@@ -693,10 +685,9 @@ def export(folder, out):
     from support import huggingface
 
     if rank() == 0:
-        saved = load_checkpoint(out)
-        model = model_from_checkpoint(saved, "cpu", torch.float32)
-        config = asdict(model.config)
-        huggingface.export(folder, model.state_dict(), config, saved["tokenizer"])
+        model, tokenizer = load_model(out, is_trusted=True)
+        state = data.tokenizer_state(tokenizer)
+        huggingface.export(folder, model.state_dict(), asdict(model.config), state)
 
 
 def train(gpt_config, run, launch):
@@ -831,9 +822,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
 
 def starting_values(given):
     """Return the settings that the given flags override: of a preset, or of a saved run."""
-    launch = LaunchConfig(
-        **{f.name: given[f.name] for f in fields(LaunchConfig) if f.name in given}
-    )
+    launch = cli.make_config(LaunchConfig, given)
     origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if origin is None:
         on_cpu = distributed.pick_device(launch.device).type == "cpu"

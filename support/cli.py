@@ -246,11 +246,12 @@ def parse_configs(argv, description, configs, plugins, starting_values):
     for flag, (_, builtin) in plugins.items():
         if flag in base and flag not in given:
             check_own(base[flag], builtin)
-    values = {**base, **given}
-    return [
-        config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
-        for config in configs
-    ]
+    return [make_config(config, {**base, **given}) for config in configs]
+
+
+def make_config(config, values):
+    """Return an instance of a dataclass, with its fields from `values`, which may have more."""
+    return config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
 
 
 # -- processes and output --------------------------------------------------------------------------

@@ -264,8 +264,6 @@ def test_exit_status_of_the_script(tmp_path):
     done = run_script("train.py", "--steps", "0", cwd=tmp_path, env={"LOCAL_RANK": "1"})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "train.py: --steps is 0; it must be at least 1 and at most 2**32\n"
-    done = run_script("train.py", "--attn", "softmax:help", cwd=tmp_path)
-    assert done.returncode == 0 and "no options" in done.stdout
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -294,19 +292,11 @@ FLAGS = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --batch-size 4 --eva
 FLAGS = [*FLAGS.split(), *"--sample 0 --device cpu --data text.txt --out run".split()]
 
 
-def run_with_output(stdout, stderr, *flags):
-    """Run train.py in a shell with redirections. Return its exit status."""
-    command = ["sh", "-c", f'exec "$@" {stdout} {stderr}', "sh", sys.executable]
-    command += [str(REPOSITORY / "train.py"), *FLAGS, *flags]
+def test_output_that_cannot_be_written_ends_no_run(tiny):
+    command = ["sh", "-c", 'exec "$@" >/dev/full 2>&-', "sh", sys.executable]
+    command += [str(REPOSITORY / "train.py"), *FLAGS, "--steps", "3", "--eval-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, timeout=100).returncode
-
-
-@pytest.mark.parametrize(
-    "stdout, stderr", [(">/dev/full", "2>/dev/full"), (">&-", "2>&-")], ids=["full", "closed"]
-)
-def test_output_that_cannot_be_written_ends_no_run(tiny, stdout, stderr):
-    assert run_with_output(stdout, stderr, "--steps", "3", "--eval-every", "1") == 0
+    assert subprocess.run(command, env=environment, timeout=100).returncode == 0
     assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 3
 
 
@@ -323,10 +313,6 @@ def test_a_reader_that_goes_away_ends_no_run(tiny):
     os.close(read)
     assert process.wait(100) == 0
     assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 30
-
-
-def test_a_bad_flag_with_nobody_to_read(tiny):
-    assert run_with_output(">&-", "2>&-", "--steps", "0") == 2
 
 
 @pytest.mark.parametrize("rank, message", [("0", "x.py: no\n"), ("1", "x.py: process 1: no\n")])

@@ -359,8 +359,7 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
     assert is_equal(a["model"], b["model"]) and is_equal(a["optimizer"], b["optimizer"])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_signal_from_outside(tiny, signum):
+def test_signal_from_outside(tiny):
     flags = [*tiny, "--out", "out/a", "--steps", "1000000"]
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *flags],
@@ -373,9 +372,9 @@ def test_signal_from_outside(tiny, signum):
         if line.startswith("run "):
             break
     time.sleep(0.5)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGHUP)  # a lost connection
     words = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signum and "--resume out/a" in words
+    assert process.returncode == 128 + signal.SIGHUP and "--resume out/a" in words
     assert load("out/a")["step"] > 0
 
 
