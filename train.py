@@ -312,6 +312,8 @@ class GPT(nn.Module):
         self.dtype = dtype  # of the activations; the weights stay float32
         self.is_compiled = False
         pattern = config.attn.split(",")
+        for spec in pattern:  # those for which there are too few layers, too
+            cli.resolve(spec, *PLUGINS["attn"])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList()
         for i in range(config.n_layer):

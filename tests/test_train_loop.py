@@ -455,6 +455,7 @@ def test_it_is_saved_before_it_is_said(short, monkeypatch):
         ("--attn sofmax", ["no attention 'sofmax'", "softmax"]),
         ("--attn softmax,os.path", ["no attention 'os.path'"]),
         ("--attn softmax:x=1", ["no option 'x'"]),
+        ("--attn softmax,softmax,softmax,", ["no attention ''"]),
         ("--optim train", ["no optimizer 'train'"]),
         ("--optim adamw:beta1=2", ["--optim adamw:beta1=2"]),
         ("--adapter nix", ["no adapt 'nix'"]),
