@@ -1,35 +1,46 @@
-"""Train a small GPT. Papers plug in as attention functions, optimizers and adapters.
+"""Train a small GPT. Papers plug in as attention, optimizers and adapters.
 
-python train.py                                    on Python's own library: no data to fetch
-python train.py --data my.txt                      any text file or folder
-python train.py --model gpt2                       a preset; each of its fields is a flag too
-python train.py --attn laser,laser,simplicial      attention by layer, cycled over the layers
-python train.py --attn simplicial:help             the options of a module, set as NAME:option=value
-python train.py --attn mine --optim mine           attention(q, k, v), optimizer(groups, lr)
-python train.py --init DIR --adapter lora_rite     fine-tune the weights of a run
-python train.py --resume                           continue the newest run, bit for bit
-torchrun --nproc-per-node 8 train.py               the same run on 8 GPUs; --fsdp shards it
+python train.py                               on Python's own library
+python train.py --data my.txt                 any text file or folder
+python train.py --model gpt2                  a preset; its fields are flags
+python train.py --attn laser,laser,simplicial attention by layer, cycled
+python train.py --attn simplicial:help        a module's NAME:option=value
+python train.py --attn mine --optim mine      your mine.py: attention(q, k, v),
+                                              optimizer(groups, lr)
+python train.py --init DIR                    from the weights of a run or of
+                                              Llama, SmolLM2, Qwen2.5, Qwen3
+python train.py --init DIR --adapter lora_rite
+python train.py --init DIR --data X --eval-only
+python train.py --resume                      the newest run, bit for bit
+torchrun --nproc-per-node 8 train.py          on 8 GPUs; --fsdp shards it
 
-A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png. Exit status: 0 done,
-1 the loss was not finite, 2 bad input, 128 + signal when stopped (the run is saved first).
+A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png, and
+sample.py writes with it. Exit status: 0 done, 1 the loss was not finite, 2 bad
+input, 128 + signal when stopped (the run is saved first).
 """
+
+from support import cli
+
+if __name__ == "__main__":
+    cli.exit_on_signals()  # Ctrl-C during the imports
 
 import hashlib
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from support import checkpoint, cli, data, distributed
+from support import checkpoint, data, distributed
 from support.cli import adjustable, option
 from support.distributed import AsyncScalar, print0, rank, world_size
+from support.runlog import RunLog
 
 try:
     from kernels.cross_entropy import cross_entropy as fused_cross_entropy
@@ -67,6 +78,9 @@ class GPTConfig:
 
     def __post_init__(self):
         cli.check_fields(self)
+        widths = (self.n_embd, self.n_hidden, self.head_dim, self.vocab_size)
+        if max(self.n_layer, self.n_head) > 1024 or max(widths) > 2**24:
+            raise ValueError("the model has over 1024 layers or heads, or a width above 2**24")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"--n-embd {self.n_embd} is no multiple of --n-head {self.n_head}")
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -82,7 +96,8 @@ class GPTConfig:
 class RunConfig:
     """The run: what decides its numbers, beside the model"""
 
-    data: str = option("stdlib", "stdlib, python, a text file, folder or .jsonl of prompt, answer")
+    # adjustable, since a file may have moved: --resume compares the text itself
+    data: str = adjustable("stdlib", "stdlib, python, a text file or folder, or .jsonl (answers)")
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, ...) or a .tiktoken file")
     optim: str = option("adamw", "adamw or a module with optimizer(groups, lr)")
     adapter: str = option("", "a module with adapt(model): train what it adds, freeze the weights")
@@ -91,7 +106,7 @@ class RunConfig:
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine down to a tenth")
     warmup: int = option(0, "warm-up steps; 0: a twentieth of --steps")
     weight_decay: float = option(0.1, "decay of the matrices; gains are never decayed", least=0)
-    clip: float = option(1.0, "largest norm of the whole gradient; 0 or adapter: no clip", least=0)
+    clip: float = option(1.0, "largest norm of the whole gradient; 0: no limit", least=0)
     seed: int = option(1337, "draws the weights and, with the step, each batch", least=0)
     eval_every: int = adjustable(0, "steps between evaluations and saves; 0: a tenth of --steps")
     eval_batches: int = adjustable(20, "held-out batches per evaluation, always the same ones")
@@ -106,16 +121,23 @@ class RunConfig:
         self.eval_every = self.eval_every or max(1, self.steps // 10)
 
 
-def preset(n_layer, n_head, n_embd, block_size, batch_size, steps, lr):
-    return dict(locals())
+def preset(n_layer, n_head, n_embd, block_size, batch_size, steps, lr, **more):
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
+    return {**shape, "batch_size": batch_size, "steps": steps, "lr": lr, **more}
 
 
+SMOLLM2 = {"n_kv_head": 3, "n_hidden": 1536, "vocab_size": 49152, "rope_theta": 1e5}
+QWEN3 = {"n_kv_head": 8, "head_dim": 128, "n_hidden": 9728, "vocab_size": 151936}
+QWEN3 = {**QWEN3, "qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6}
 PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
     "tiny": preset(4, 4, 128, 128, 12, 1500, 3e-3),
     "small": preset(8, 8, 512, 512, 64, 1000, 1e-3),
     "gpt2": preset(12, 12, 768, 1024, 64, 5000, 6e-4),
     "gpt2-medium": preset(24, 16, 1024, 1024, 64, 10000, 3e-4),
     "gpt2-large": preset(36, 20, 1280, 1024, 64, 20000, 2.5e-4),
+    # two published shapes, for benchmarks
+    "smollm2-135m": preset(30, 9, 576, 2048, 64, 10000, 6e-4, **SMOLLM2),
+    "qwen3-4b": preset(36, 32, 2560, 4096, 64, 10000, 2e-4, **QWEN3),
 }
 
 
@@ -124,16 +146,25 @@ class LaunchConfig:
     """This call: free to differ on --resume"""
 
     model: str = option("", "a preset; default: tiny on a CPU, small on a GPU", choices=PRESETS)
-    out: str = option("", "folder of the run; default: a new one, out/ATTN")
+    out: str = option("", "folder of the run; default: a new one, out/MODEL-ATTN")
     resume: str = option("", "continue a run; default: the newest", nargs="?", const="newest")
-    init: str = option("", "start from the weights of the run or Hugging Face folder DIR")
+    init: str = option("", "start from the weights of the run or Hugging Face folder INIT")
     stop_after: int = option(0, "end this call after so many steps, as an interruption would")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     sample: int = option(200, "tokens to show at the end", least=0)
-    eval_only: bool = option(False, "print the held-out loss of --init on --data")
+    eval_only: bool = option(False, "print the held-out loss of --init on --data, and end")
     export: str = option("", "at the end, write the weights as a Hugging Face folder, too")
-    compile: bool = option(None, "torch.compile; default: on CUDA")
+    compile: bool = option(None, "torch.compile; default: on CUDA, where Triton is there")
     fsdp: bool = option(False, "shard weights, gradients and optimizer state over the processes")
+
+    def __post_init__(self):
+        cli.check_fields(self)
+        if self.resume and (self.init or self.out):
+            raise ValueError("--resume continues a run where it is; leave --init and --out out")
+        if self.eval_only and not self.init:
+            raise ValueError("--eval-only evaluates the weights of --init DIR; give one")
+        if self.fsdp and not cli.launched_by_torchrun():
+            raise ValueError("--fsdp needs processes: torchrun --nproc-per-node 2 train.py --fsdp")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,12 +214,13 @@ def softmax_attention(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
+    is_causal = False  # a bool, not a comparison: torch.compile makes those of lengths symbolic
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys, not the last
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=1 < Tq and Tq == Tk, enable_gqa=grouped
-    )
+    elif 1 < Tq:
+        is_causal = True
+    is_grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
 
 
 class Attention(nn.Module):
@@ -199,9 +231,19 @@ class Attention(nn.Module):
         self.function, self.options = cli.resolve(attn, *PLUGINS["attn"])
         self.inputs = cli.signature(self.function)[0]  # q, k, v or q, k, v, k2, v2
         self.rope_inputs = getattr(self.function, "rotary", ("q", "k"))
-        windows = getattr(self.function, "windows", {})  # input: name of the option
-        self.windows = [self.options.get(windows.get(name)) for name in self.inputs[1:]]
         self.head_dim = config.head_dim
+        if self.inputs[:3] != ["q", "k", "v"]:
+            given = ", ".join(self.inputs)
+            raise ValueError(f"--attn {attn}: attention({given}) does not begin with q, k, v")
+
+        # how far back each input after q is seen; None: everything
+        self.windows = []
+        names = getattr(self.function, "windows", {})  # input: name of the option
+        for name in self.inputs[1:]:
+            window = self.options[names[name]] if name in names else None
+            if window is not None and (type(window) is not int or window < 1):
+                raise ValueError(f"--attn {attn}: {names[name]} is {window}; it must be at least 1")
+            self.windows.append(window)
 
         for name in self.inputs:
             n_head = config.n_head if name == "q" else config.n_kv_head
@@ -268,7 +310,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype  # of the activations; the weights stay float32
+        self.is_compiled = False
         pattern = config.attn.split(",")
+        for spec in pattern:  # those for which there are too few layers, too
+            cli.resolve(spec, *PLUGINS["attn"])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList()
         for i in range(config.n_layer):
@@ -308,6 +353,7 @@ class GPT(nn.Module):
         Compiled as a whole, every kernel recomputed the RoPE angles: 153 ms a step instead of
         117 (gpt2, H200).
         """
+        self.is_compiled = True
         for module in (*self.layers, self.norm):
             module.compile()
 
@@ -334,15 +380,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         counted = (targets >= 0).to(torch.promote_types(x.dtype, torch.float32))
         scale = counted / count  # (N,)
-        use_kernel = x.is_cuda and fused_cross_entropy is not None
-        cross_entropy = fused_cross_entropy if use_kernel else cross_entropy_chunk
+        cross_entropy = cross_entropy_chunk
+        if x.is_cuda and fused_cross_entropy is not None:
+            cross_entropy = fused_cross_entropy
+        elif x.is_cuda:
+            warnings.warn("the loss is slower without Triton (pip install triton)")
         grad_x = torch.zeros_like(x) if with_grad and ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight) if with_grad and ctx.needs_input_grad[1] else None
 
         # a power of two, so that few shapes are compiled
         rows = max(1, LOGITS_AT_ONCE[x.device.type] // len(w))
         rows = 2 ** (rows.bit_length() - 1)
-        loss = 0.0
+        loss = torch.zeros((), dtype=scale.dtype, device=x.device)
         for i in range(0, len(x), rows):
             chunk = slice(i, i + rows)
             logits = x[chunk] @ w.T  # (rows, V)
@@ -359,6 +408,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants
+            raise RuntimeError("linear_cross_entropy has no second derivatives")
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return *grads, None, None, None
 
@@ -403,6 +454,15 @@ def param_groups(model, weight_decay):
     ]
 
 
+def make_optimizer(groups, run):
+    """Return the optimizer that --optim names."""
+    make, options = cli.resolve(run.optim, *PLUGINS["optim"])
+    try:
+        return make(groups, run.lr, **options)
+    except ValueError as error:
+        raise ValueError(f"--optim {run.optim}: {error}") from None
+
+
 def get_lr(step, run):
     """Linear warm-up, then half a cosine from run.lr down to a tenth of it."""
     if step < run.warmup:
@@ -434,16 +494,24 @@ def init_weights(model, seed):
         parameter.copy_(distributed.shard_like(parameter, value))
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
+def load_checkpoint(folder, modules=()):
+    """Return a checkpoint, checked. modules: settings that name modules to be imported from it."""
+    config_types = {"model": GPTConfig, "run": RunConfig}
+    return checkpoint.load(folder, config_types, PLUGINS, modules)
+
+
+def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=False):
     """Return the GPT of a run or Hugging Face folder, ready to use, and its tokenizer.
 
-    Its matrices are stored in `dtype`, that of the activations. attn: replaces its attention.
+    Its matrices are stored in `dtype`, that of the activations; adapters are merged. attn:
+    replaces its attention. is_trusted: it may name modules that are not part of this repository.
     """
-    saved = checkpoint.load(folder)
+    modules = ["adapter"] if attn else ["attn", "adapter"]
+    saved = load_checkpoint(folder, [] if is_trusted else modules)
     config = GPTConfig(**saved["config"]["model"])
-    if attn is None:
-        cli.check_own(config.attn, PLUGINS["attn"][1])
     config.attn = attn or config.attn
+    with torch.device("meta"):
+        checkpoint.check_weights(GPT(config), saved["model"])
     model = empty_model(config, device, dtype)
     checkpoint.load_weights(model, saved["model"])
     checkpoint.merge_adapters(model, saved)
@@ -464,10 +532,14 @@ def build_model(gpt_config, run, launch, device, saved):
     """Return the model with its weights, and the parameter groups to train."""
     with torch.device("meta"):  # so that a sharded model never exists as a whole
         model = GPT(gpt_config, DTYPES[run.dtype])
-    if launch.compile or (launch.compile is None and device.type == "cuda"):
+    if launch.compile:
         model.compile()
+    if launch.fsdp and run.adapter:
+        raise ValueError("--fsdp would not shard what --adapter adds; leave one of them out")
     if launch.fsdp:
         distributed.shard(model, model.dtype, device)
+    if saved is not None:
+        checkpoint.check_weights(model, saved["model"])
     model.to_empty(device=device)
 
     if saved is None:
@@ -482,8 +554,6 @@ def build_model(gpt_config, run, launch, device, saved):
     torch.manual_seed(run.seed)  # adapters may draw their first weights
     adapt, options = cli.resolve(run.adapter, *PLUGINS["adapter"])
     groups = adapt(model, **options)
-    if launch.resume:
-        checkpoint.load_weights(model, saved["model"])  # once more, now with the adapters
     return model, [{"weight_decay": run.weight_decay, **group} for group in groups]
 
 
@@ -499,16 +569,18 @@ def get_batch(text, run, block_size, step, micro_batch, device):
     """
     starts = data.batch_starts(run.seed, step, text.starts, run.batch_size)
     windows = data.read_windows(text.train, starts, block_size)  # (batch_size, T + 1)
-    count = int((windows[:, 1:] >= 0).sum())
-    x, y = data.to_device(windows[rank() :: world_size()], device)
+    n_counted = float((windows[:, 1:] >= 0).sum())
+    x, y = data.to_device(windows[rank() :: world_size()], device)  # (batch_size / ranks, T) each
+    count = torch.full((), max(1.0, n_counted), device=device)  # does not wait for the device
     return list(zip(x.split(micro_batch), y.split(micro_batch))), count
 
 
 def train_step(net, optimizer, batch, clip, signalled=0):
     """Take one optimizer step on the mean loss over the counted targets of all ranks.
 
-    net: the model, or its data-parallel wrapper. Returns the loss, the gradient norm (to be read
-    later), and whether some rank was signalled. If the loss is not finite, no step is taken.
+    net: the model, or its data-parallel wrapper. clip: largest norm of the gradient; 0: no limit.
+    Returns the loss, the gradient norm before clipping (an AsyncScalar, to be read later), and
+    whether some rank was signalled. If the loss is not finite, no step is taken.
     """
     micro_batches, count = batch
     count = count / world_size()  # ranks average their gradients: this makes it the mean over all
@@ -535,40 +607,133 @@ def train_step(net, optimizer, batch, clip, signalled=0):
 
 
 @torch.no_grad()
-def evaluate(net, tokens, run, block_size, micro_batch, device):
-    """Return the mean loss over evenly spaced held-out windows, shared among the ranks."""
-    # a multiple of the batch size: the same windows on any number of ranks
-    n_batches = min(run.eval_batches, math.ceil(len(tokens) / block_size / run.batch_size))
-    starts = np.linspace(0, len(tokens) - block_size - 1, n_batches * run.batch_size).astype(int)
-    starts = starts[rank() :: world_size()]
+def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
+    """Return the mean loss over the counted targets of some held-out windows, or None if stopped.
+
+    The windows are evenly spaced and always the same, on any number of ranks: at most as many as
+    there are prompts, for answers, or as cover the text.
+    """
+    is_answers = np.ndim(text.val_starts) > 0
+    possible = text.val_starts if is_answers else range(text.val_starts)
+    n_windows = len(possible) if is_answers else math.ceil((len(text.val) - 1) / block_size)
+    n_windows = min(run.eval_batches * run.batch_size, n_windows)
+    chosen = np.linspace(0, len(possible) - 1, n_windows).astype(int)
+    starts = np.array([possible[i] for i in chosen])
+
+    # every forward pass has the same shape: windows that fill up the last one are not counted
+    per_forward = micro_batch * world_size()
+    n_filled = math.ceil(n_windows / per_forward) * per_forward
+    is_counted = (np.arange(n_filled) < n_windows)[rank() :: world_size()]
+    starts = np.resize(starts, n_filled)[rank() :: world_size()]
 
     total_loss = torch.zeros((), device=device)
     count = 0
     for i in range(0, len(starts), micro_batch):
-        windows = data.read_windows(tokens, starts[i : i + micro_batch], block_size)
+        if stop is not None and stop.now:
+            return None
+        chunk = slice(i, i + micro_batch)
+        windows = data.read_windows(text.val, starts[chunk], block_size)  # (micro_batch, T + 1)
+        windows[~is_counted[chunk]] = -1
         x, y = data.to_device(windows, device)
         total_loss += net(x, y, 1)
         count += int((windows[:, 1:] >= 0).sum())
     total_loss, count = distributed.mean_over_ranks(total_loss, count).tolist()
-    return total_loss / count
+    return total_loss / max(1, count)
+
+
+def check_finite(row, out):
+    """Raise FloatingPointError if a number of the step is infinite or NaN."""
+    for name, value in row.items():
+        if not math.isfinite(value):
+            is_saved = (out / "ckpt.pt").exists()
+            raise FloatingPointError(
+                f"step {row['step']}: the {name} is {value}, so the run stops; "
+                + (f"{out}/ckpt.pt is the last good checkpoint" if is_saved else "nothing is saved")
+                + ". A smaller --lr is the usual cure"
+            )
+
+
+def print_model(model, run, origin):
+    """Print the size and shape of the model. origin: a preset, or the folder of its weights."""
+    config = model.config
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = f", {n_trained:,} of them trained" if n_trained < n_parameters else ""
+    print0(
+        f"model    {n_parameters:,} parameters{trained}: {config.n_layer} layers of width "
+        f"{config.n_embd}, {config.n_head} heads, context {config.block_size}, {config.attn} "
+        f"attention, {run.optim}" + (f" ({origin})" if origin else "")
+    )
+
+
+def show_sample(model, tokenizer, n, seed, stop):
+    """Print text of up to n tokens that the model writes at the start of a document."""
+    import sample
+
+    start = getattr(tokenizer, "start", None) or [tokenizer.eot_token or 0]
+    limit = tokenizer.n_vocab
+    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": seed, "limit": limit}
+    ids = []
+    with torch.compiler.set_stance("force_eager"):  # it would compile each length
+        for token in sample.generate(model.eval(), start, n, **settings):
+            if token == tokenizer.eot_token or stop.now:
+                break
+            ids.append(token)
+    print0(f"sample   {tokenizer.decode_bytes(ids).decode(errors='replace')}")
+
+
+def export(folder, out):
+    """Write the weights of the run in `out`, adapters merged, as a Hugging Face folder."""
+    from support import huggingface
+
+    if rank() == 0:
+        model, tokenizer = load_model(out, is_trusted=True)
+        state = data.tokenizer_state(tokenizer)
+        huggingface.export(folder, model.state_dict(), asdict(model.config), state)
 
 
 def train(gpt_config, run, launch):
-    """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal."""
-    # device and processes
-    device = distributed.setup(launch.device)
-    run.dtype = distributed.pick_dtype(run.dtype, device)
+    """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal.
+
+    With launch.eval_only, return val_loss and val_bpb of launch.init. Raises ValueError for bad
+    input and FloatingPointError when the loss is not finite.
+    """
+    device, dtype, compile = distributed.prepare(launch.device, run.dtype, launch.compile)
+    run = replace(run, dtype=dtype)
+    launch = replace(launch, compile=compile)
+    origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
+    if launch.eval_only:
+        return train_in(None, gpt_config, run, launch, device, origin)
+    specs = [cli.parse_spec(spec)[0] for spec in gpt_config.attn.split(",")]
+    name = "-".join([launch.model or "gpt", *dict.fromkeys(specs)])
+    if launch.init:
+        name = origin.resolve().name
+    resumed = origin if launch.resume else None
+    with checkpoint.claim_folder(launch.out, name, resumed) as out:
+        result = train_in(out, gpt_config, run, launch, device, origin)
+    distributed.barrier()  # rank 0 has saved
+    return result
+
+
+def train_in(out, gpt_config, run, launch, device, origin):
+    """Train in the folder `out`, which this process holds, from the checkpoint in `origin`."""
     micro_batch = distributed.micro_batch_size(run.batch_size, run.micro_batch)
 
     # checkpoint to start from, tokenizer, data
-    origin = checkpoint.find_run(launch.resume or launch.init)
-    saved = checkpoint.load(origin) if origin else None
+    saved = None
+    if origin is not None:
+        saved = load_checkpoint(origin, [] if launch.resume else ["adapter"])
     tokenizer = data.get_tokenizer(run.tokenizer, saved)
     T = gpt_config.block_size
-    gpt_config.vocab_size = gpt_config.vocab_size or math.ceil(tokenizer.n_vocab / 64) * 64
-    if gpt_config.vocab_size < tokenizer.n_vocab:
+    vocab_size = gpt_config.vocab_size or math.ceil(tokenizer.n_vocab / 64) * 64
+    gpt_config = replace(gpt_config, vocab_size=vocab_size)
+    if vocab_size < tokenizer.n_vocab:
         raise ValueError(f"--vocab-size is less than the tokenizer's {tokenizer.n_vocab}")
-    cache_folder = Path(origin or launch.out or "out/run").parent / ".tokens"
+    if launch.export:
+        from support import huggingface
+
+        huggingface.check_exportable(launch.export, asdict(gpt_config))
+    cache_folder = checkpoint.get_cache_folder(out or Path(launch.out or "out/run"))
     text = data.load_dataset(run.data, tokenizer, T, cache_folder)
     settings = {"model": asdict(gpt_config), "run": asdict(run)}
     if launch.resume:
@@ -577,30 +742,32 @@ def train(gpt_config, run, launch):
     # model and optimizer
     model, groups = build_model(gpt_config, run, launch, device, saved)
     net = distributed.data_parallel(model)
-    make_optimizer, options = cli.resolve(run.optim, *PLUGINS["optim"])
-    optimizer = make_optimizer(groups, run.lr, **options)
+    print_model(model, run, launch.model or origin)
+    if launch.eval_only:
+        val_loss = evaluate(net, text, run, T, micro_batch, device)
+        result = {"val_loss": val_loss, "val_bpb": val_loss * text.bits_per_byte}
+        print0(f"held out {val_loss:.4f} nats/token, {result['val_bpb']:.4f} bits/byte")
+        return result
+    optimizer = make_optimizer(groups, run)
     clip = run.clip if getattr(optimizer, "clips_gradients", True) else 0.0
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print0(f"model    {n_parameters:,} parameters, {gpt_config.attn} attention, {run.optim}")
 
     # where to start and where to stop
     step = 0
     if launch.resume:
-        checkpoint.load_optimizer(optimizer, saved["optimizer"])
+        checkpoint.restore(model, optimizer, saved)
         step = saved["step"]
     if step >= run.steps:
         raise ValueError(f"the run in {origin} is complete ({step} steps); --init starts a new one")
+    del saved
     first_step = step
     last_step = min(run.steps, step + (launch.stop_after or run.steps))
-    out = origin if launch.resume else checkpoint.claim_folder(launch.out, gpt_config.attn)
-    log = checkpoint.RunLog(out, step, settings, text, distributed.describe(device))
+    log = RunLog(out, step, settings, text, distributed.describe(device))
     print0(f"run      {out}: steps {step + 1:,} to {last_step:,} of {run.steps:,}")
 
     result = {}
     train_seconds = 0.0
-    bar = tqdm(total=run.steps, initial=step, unit="step", disable=rank() > 0, mininterval=0.5)
     batch = get_batch(text, run, T, step, micro_batch, device)
-    with distributed.StopSignal() as stop:
+    with distributed.StopSignal() as stop, distributed.ProgressBar(run.steps, step) as bar:
         while step < last_step and not stop.now:
             start_time = time.perf_counter()
 
@@ -613,7 +780,7 @@ def train(gpt_config, run, launch):
             # one step, and the next batch while the GPU works on it
             loss, grad_norm, signalled = train_step(net, optimizer, batch, clip, stop.received)
             batch = get_batch(text, run, T, step + 1, micro_batch, device)
-            grad_norm = grad_norm.read()
+            row = {"step": step + 1, "lr": lr, "loss": loss, "grad_norm": grad_norm.read()}
             stop.agree(signalled)
             step += 1
 
@@ -622,50 +789,62 @@ def train(gpt_config, run, launch):
                 train_seconds += time.perf_counter() - start_time
                 tokens = (step - first_step - 1) * run.batch_size * T
                 result["tokens_per_s"] = tokens / train_seconds
-            tokens_per_s = result.get("tokens_per_s", 0)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s", refresh=False)
-            bar.update()
+            bar.update(f"loss {loss:.3f}, {result.get('tokens_per_s', 0):,.0f} tok/s")
 
-            # evaluate, log, save
-            row = {"step": step, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+            # evaluate; a signal may cut it short
             is_due = step % run.eval_every == 0
+            val_loss = None
             if (is_due or step == run.steps) and not stop.now:
-                val_loss = evaluate(net, text.val, run, T, micro_batch, device)
+                val_loss = evaluate(net, text, run, T, micro_batch, device, stop)
+            if val_loss is not None:
                 row.update(val_loss=val_loss, val_bpb=val_loss * text.bits_per_byte)
-                print0(f"step {step:>6,} | train {loss:.4f} | held out {val_loss:.4f} nats/token")
-            if not math.isfinite(sum(row.values())):
-                raise FloatingPointError(
-                    f"the numbers are no longer finite: {row}. {out} keeps the last good "
-                    f"checkpoint, if there was one; try a smaller --lr"
-                )
+            check_finite(row, out)
+
+            # log and save, and only then print: the reader of the output may be gone
             log.append(row)
             result.update(row)
             if is_due or step == last_step or stop.now:
                 log.save(model, optimizer, step)
+            if val_loss is not None:
+                print0(f"step {step:>6,} | train {loss:.4f}, held out {val_loss:.4f} nats/token")
         if step == first_step:  # stopped before the first step
             log.save(model, optimizer, step)
-    bar.close()
 
-    result.update(step=step, out=str(out), signal=stop.now)
-    log.finish(result)
+        # the end: result, plot, a sample, the weights for others
+        result.update(step=step, out=str(out), signal=stop.now)
+        log.finish(result)
+        if step == run.steps and not stop.now:
+            if launch.sample:
+                show_sample(model, tokenizer, launch.sample, run.seed, stop)
+            if launch.export:
+                export(launch.export, out)
+            result["signal"] = stop.now
     return result
 
 
 def starting_values(given):
     """Return the settings that the given flags override: of a preset, or of a saved run."""
-    if "resume" in given and "init" in given:
-        raise ValueError("--resume continues a run and --init starts a new one; give one of them")
-    origin = checkpoint.find_run(given.get("resume") or given.get("init"))
+    launch = cli.make_config(LaunchConfig, given)
+    origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if origin is None:
-        on_cpu = distributed.pick_device(given.get("device")).type == "cpu"
-        model = given.get("model") or ("tiny" if on_cpu else "small")
+        on_cpu = distributed.pick_device(launch.device).type == "cpu"
+        model = launch.model or ("tiny" if on_cpu else "small")
         return {"model": model, **PRESETS[model]}
+    if launch.model:
+        raise ValueError(f"the model in {origin} keeps its shape; leave --model out")
 
-    saved = checkpoint.load(origin)["config"]
-    if "resume" in given:
+    saved = load_checkpoint(origin)["config"]
+    if launch.resume:
         return {**saved["model"], **saved["run"]}
+
+    # --init: the model and its tokenizer stay, the recipe is new
+    fixed = {**saved["model"], "tokenizer": saved["run"]["tokenizer"]}
+    for name, value in fixed.items():
+        if name != "block_size" and given.get(name, value) != value:
+            flag = cli.flag_name(name)
+            raise ValueError(f"{flag} is {given[name]} here but {value} in {origin}; leave it out")
     recipe = {name: saved["run"][name] for name in PRESETS["tiny"] if name in saved["run"]}
-    return {**saved["model"], **recipe, "tokenizer": saved["run"]["tokenizer"]}
+    return {**fixed, **recipe}
 
 
 def main(argv=None):

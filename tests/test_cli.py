@@ -1,0 +1,331 @@
+"""support/cli.py: flags, plug-in specs, exit status, signals, output that is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from support import cli
+from tests.common import REPOSITORY, refused, run_script
+
+# -- fields and flags ------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Settings"""
+
+    n: int = cli.option(3, "a number above 0")
+    zero: int = cli.option(0, "0 has a meaning")
+    rate: float = cli.option(0.5, "above 0")
+    decay: float = cli.option(0.1, "0 or more", least=0)
+    name: str = cli.option("a", "a name")
+    note: str = cli.adjustable("", "100% free")
+    flag: bool = cli.option(False, "a switch")
+    maybe: bool = cli.option(None, "a switch with three positions")
+
+    def __post_init__(self):
+        cli.check_fields(self)
+
+
+def parse(*argv, base=None):
+    return cli.parse_configs(argv, "words", [Config], {}, lambda given: base or {})[0]
+
+
+def test_a_flag_beats_the_preset_beats_the_default():
+    assert parse() == Config()
+    config = parse("--n", "5", "--no-maybe", "--flag", base={"n": 4, "zero": 2, "other": 1})
+    assert (config.n, config.zero, config.rate, config.flag) == (5, 2, 0.5, True)
+    assert config.maybe is False and config.note == ""
+
+
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"n": 0}, "--n is 0; it must be at least 1"),
+        ({"n": 2**32 + 1}, "at most 2**32"),
+        ({"n": True}, "--n is True, not of type int"),
+        ({"n": 1.0}, "not of type int"),
+        ({"zero": -1}, "at least 0"),
+        ({"rate": 0.0}, "above 0"),
+        ({"rate": float("nan")}, "--rate is nan; it must be above 0"),
+        ({"rate": float("inf")}, "at most 2**32"),
+        ({"decay": -0.1}, "at least 0"),
+        ({"decay": float("nan")}, "at least 0"),
+        ({"name": ""}, "--name is empty"),
+        ({"name": None}, "not of type str"),
+        ({"flag": 1}, "not of type bool"),
+    ],
+    ids=str,
+)
+def test_fields_are_checked(values, part):
+    with pytest.raises(ValueError) as error:
+        Config(**values)
+    assert part in str(error.value)
+    assert Config(n=1, zero=0, decay=0.0, note="").n == 1
+
+
+@pytest.mark.parametrize("flag", ["init", "data", "out", "attn", "resume", "export", "device"])
+@pytest.mark.parametrize("form", [["--{}", ""], ["--{}="]], ids=["two words", "one word"])
+def test_empty_values_are_refused(tiny, flag, form):
+    refused([*tiny, *(part.format(flag) for part in form)], f"--{flag} is empty", "leave")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("argument", ["caf\udce9", "--out=caf\udce9", "a\0b"])
+def test_arguments_are_text(tiny, argument):
+    message = refused([*tiny, "--out", argument], "is not UTF-8 text")
+    assert message.isprintable()
+
+
+def test_parser_errors_are_value_errors():
+    for argv in (["--nn", "3"], ["--n", "x"], ["--n"], ["more"], ["--fla"]):
+        refused(argv, "--help lists every flag", main=lambda argv: parse(*argv))
+
+
+def test_help_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and len(lines) > 60
+    assert not [line for line in lines if len(line) > 80]
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "100% free" in capsys.readouterr().out
+
+
+# -- plug-ins --------------------------------------------------------------------------------------
+
+MINE = """
+import torch
+import train
+
+number = 3
+
+def attention(q, k, v, *, sharp: float = 1.0, reach: int = 7, kind="a", soft=True, table=None):
+    '''Softmax with a factor.'''
+    return train.softmax_attention(q * sharp, k, v)
+
+attention.windows = {"k": "reach", "v": "reach"}
+
+def optimizer(groups, lr, *, nesterov=False, momentum=0.5):
+    if momentum > 1:
+        raise ValueError("momentum is above 1")
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A reader's own module, mine.py, on the path."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_spec_gives_a_function_and_all_its_options(mine):
+    function, options = cli.resolve("mine:sharp=2:soft=false:kind=b", "attention")
+    assert function.__doc__ == "Softmax with a factor."
+    assert options == {"sharp": 2.0, "reach": 7, "kind": "b", "soft": False}
+    assert cli.signature(function)[0] == ["q", "k", "v"]
+    builtin = {"softmax": train.softmax_attention}
+    assert cli.resolve("softmax", "attention", builtin) == (train.softmax_attention, {})
+
+
+@pytest.mark.parametrize(
+    "spec, parts",
+    [
+        ("mine:blunt=1", ["no option 'blunt'", "sharp=1.0, reach=7, kind=a, soft=True"]),
+        ("mine:sharp", ["option=value", "'sharp'"]),
+        ("mine:sharp=", ["option=value"]),
+        ("mine:sharp=1:sharp=2", ["sharp twice"]),
+        ("mine:sharp=x", ["mine:sharp is 'x', not of type float"]),
+        ("mine:reach=1.5", ["not of type int"]),
+        ("mine:soft=maybe", ["true or false"]),
+        ("mine:table=3", ["no option 'table'"]),
+        ("softmax:x=1", ["no option 'x'", "none"]),
+        ("nix", ["no attention 'nix'", "softmax", "function attention"]),
+        ("os", ["no attention 'os'"]),
+        ("os.path", ["no attention 'os.path'"]),
+        ("", ["no attention ''"]),
+    ],
+)
+def test_specs_that_are_wrong_teach_what_is_right(mine, spec, parts):
+    with pytest.raises(ValueError) as error:
+        cli.resolve(spec, "attention", {"softmax": train.softmax_attention})
+    for part in parts:
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="there is no number 'mine'"):
+        cli.resolve("mine", "number")
+
+
+def test_errors_in_a_readers_module_are_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("import no_such_module_here")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
+        cli.resolve("broken_module", "attention")
+
+
+def test_help_of_a_module(mine, capsys):
+    for argv in (["--attn", "mine:help"], ["--attn", "softmax,mine:help"]):
+        with pytest.raises(SystemExit) as end:
+            train.main(argv)
+        words = capsys.readouterr().out
+        assert end.value.code == 0
+        assert "  sharp=1.0\n  reach=7\n" in words and "Softmax with a factor." in words
+    with pytest.raises(SystemExit):
+        train.main(["--optim", "adamw:help"])
+    assert "beta2=0.95" in capsys.readouterr().out
+    refused(["--optim", "nix:help"], "no optimizer 'nix'")
+
+
+def test_checkpoints_name_modules_of_this_repository_alone():
+    builtin = {"softmax": None}
+    cli.check_own("softmax,laser,simplicial:w1=2", builtin)
+    cli.check_own("", builtin)
+    for specs in ("os", "softmax,mine:x=1", "conftest", "tests.common"):
+        with pytest.raises(ValueError, match="not part of this repository"):
+            cli.check_own(specs, builtin)
+
+
+# -- how scripts end -------------------------------------------------------------------------------
+
+
+def fail(error):
+    raise error
+
+
+OUTCOMES = [
+    (lambda: None, 0, ""),
+    (lambda: {"loss": 1.0}, 0, ""),
+    (lambda: [1, 2], 0, ""),
+    (lambda: {"signal": signal.SIGTERM}, 143, ""),
+    (lambda: fail(ValueError("no\nway")), 2, "no way"),
+    (lambda: fail(FloatingPointError("nan")), 1, "nan"),
+    (lambda: fail(RecursionError()), 2, "nested too deeply"),
+    (lambda: open("nowhere/file"), 2, "cannot use nowhere/file (No such file"),
+    (lambda: torch.empty(2**60), 2, "out of memory"),
+    (lambda: fail(torch.OutOfMemoryError("CUDA out of memory")), 2, "--micro-batch"),
+    (lambda: fail(MemoryError()), 2, "out of memory"),
+    (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped"),
+    (lambda: signal.raise_signal(signal.SIGTERM), 143, "stopped"),
+    (lambda: signal.raise_signal(signal.SIGHUP), 129, "stopped"),
+]
+
+
+@pytest.fixture
+def own_signals():
+    """Give back the signal handlers after a test that sets them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("main, status, part", OUTCOMES, ids=range(len(OUTCOMES)))
+@pytest.mark.parametrize("stray", [{}, {"LOCAL_RANK": "1"}, {"RANK": "1"}], ids=str)
+def test_how_scripts_end(main, status, part, stray, own_signals, monkeypatch, capsys):
+    for name, value in stray.items():  # left in the environment
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(main)
+    message = capsys.readouterr().err
+    assert end.value.code == status
+    assert message.count("\n") == bool(part) and part in message
+
+
+def test_bugs_keep_their_traceback(own_signals, monkeypatch):
+    with pytest.raises(KeyError):
+        cli.run_main(lambda: {}["x"])
+    monkeypatch.setenv("FIVEFOLD_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        cli.run_main(lambda: fail(ValueError("x")))
+
+
+def test_nohup_is_respected(own_signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(lambda: signal.raise_signal(signal.SIGHUP))
+    assert end.value.code == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_exit_status_of_the_script(tmp_path):
+    done = run_script("train.py", "--steps", "0", cwd=tmp_path, env={"LOCAL_RANK": "1"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: --steps is 0; it must be at least 1 and at most 2**32\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_during_the_imports_end_in_a_line(tmp_path, signum):
+    (tmp_path / "numpy.py").write_text(
+        "print('importing', flush=True)\nimport time; time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # no nohup
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signum)
+    message = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signum
+    assert message.strip() == "train.py: stopped before its end"
+
+
+# -- output that is lost ---------------------------------------------------------------------------
+
+FLAGS = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --batch-size 4 --eval-batches 1"
+FLAGS = [*FLAGS.split(), *"--sample 0 --device cpu --data text.txt --out run".split()]
+
+
+def test_output_that_cannot_be_written_ends_no_run(tiny):
+    command = ["sh", "-c", 'exec "$@" >/dev/full 2>&-', "sh", sys.executable]
+    command += [str(REPOSITORY / "train.py"), *FLAGS, "--steps", "3", "--eval-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, timeout=100).returncode == 0
+    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 3
+
+
+def test_a_reader_that_goes_away_ends_no_run(tiny):
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *FLAGS, "--steps", "30"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=write,
+        stderr=write,
+    )
+    os.close(write)
+    os.read(read, 1)  # like head -c 1
+    os.close(read)
+    assert process.wait(100) == 0
+    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 30
+
+
+@pytest.mark.parametrize("rank, message", [("0", "x.py: no\n"), ("1", "x.py: process 1: no\n")])
+def test_an_error_of_one_process_alone_is_shown(rank, message, own_signals, monkeypatch, capsys):
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    for name, value in {**environment, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    waits = []
+    exits = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(sys, "argv", ["dir/x.py"])
+    with pytest.raises(SystemExit):
+        cli.run_main(lambda: fail(ValueError("no")))
+    assert capsys.readouterr().err == message
+    assert exits == [2] and len(waits) == int(rank), "the others wait to be ended by torchrun"

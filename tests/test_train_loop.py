@@ -1,0 +1,534 @@
+"""train.py as a whole: runs, their messages, signals, bad input, plug-ins."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import train
+from support import data
+from tests.common import REPOSITORY, gpu, is_equal, refused
+from tests.hf import hf  # noqa: F401
+
+ROW = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
+
+
+def read_log(folder):
+    """Return the rows of log.csv as lists of numbers; None where there is none."""
+    with open(Path(folder) / "log.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ROW
+    return [[float(value) if value else None for value in row] for row in rows]
+
+
+def load(folder):
+    return torch.load(Path(folder) / "ckpt.pt", weights_only=True)
+
+
+@pytest.fixture
+def no_sample(monkeypatch):
+    """Leave out the text at the end, which needs sample.py."""
+    monkeypatch.setattr(train, "show_sample", lambda *_: None)
+
+
+@pytest.fixture
+def short(tiny, no_sample):
+    return tiny
+
+
+# -- what a run does -------------------------------------------------------------------------------
+
+
+def test_each_step_takes_its_own_batch_and_rate(short, monkeypatch):
+    flags = [*short, "--lr", "1e-9", "--warmup", "3", "--steps", "12", "--eval-every", "4"]
+    rates = []
+    original = train.train_step
+
+    def recorded(net, optimizer, *more):
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+        return original(net, optimizer, *more)
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    result = train.main([*flags, "--out", "out/a"])
+    rows = read_log("out/a")
+    assert [row[0] for row in rows] == list(range(1, 13))
+    run = train.RunConfig(lr=1e-9, steps=12, warmup=3)
+    assert rates == [row[1] for row in rows] == [train.get_lr(step, run) for step in range(12)]
+
+    # at this rate the weights stay, so that each loss is that of the first weights
+    config = json.loads(Path("out/a/config.json").read_text())
+    model = train.GPT(train.GPTConfig(**config["model"]))
+    train.init_weights(model, 1337)
+    text = data.load_dataset("text.txt", data.get_tokenizer("byte"), 16, Path("cache"))
+    run = train.RunConfig(**config["run"])
+    for row in rows:
+        ((x, y),), _ = train.get_batch(text, run, 16, int(row[0]) - 1, 4, torch.device("cpu"))
+        assert row[2] == pytest.approx(model(x, y).item(), abs=1e-5)
+        is_evaluated = row[0] % 4 == 0
+        assert (row[4] is not None) == (row[5] is not None) == is_evaluated
+    val_loss = train.evaluate(model, text, run, 16, 4, torch.device("cpu"))
+    assert rows[-1][4] == pytest.approx(val_loss, abs=1e-5) == result["val_loss"]
+    assert rows[-1][5] == pytest.approx(val_loss * text.bits_per_byte, abs=1e-5)
+    assert config["result"]["step"] == result["step"] == 12 and result["tokens_per_s"] > 0
+
+
+def test_micro_batches_change_nothing_but_rounding(short):
+    Path("x.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": f"{n} is", "answer": " even" if n % 2 == 0 else " an odd one"})
+            for n in range(200)
+        )
+    )
+    flags = [*short, "--steps", "6", "--block-size", "8", "--lr", "1e-3", "--optim", "adamw:eps=1"]
+    for name in ("text.txt", "x.jsonl"):
+        train.main([*flags, "--data", name, "--out", f"out/{name}"])
+        train.main([*flags, "--data", name, "--out", f"out/{name}-1", "--micro-batch", "1"])
+        whole = np.array(read_log(f"out/{name}"), float)
+        parts = np.array(read_log(f"out/{name}-1"), float)
+        assert np.allclose(whole, parts, rtol=2e-5, equal_nan=True)
+
+
+def test_gradients_are_clipped_unless_the_optimizer_says_no(short, tmp_path, monkeypatch):
+    Path("free.py").write_text(
+        "import torch\n"
+        "def optimizer(groups, lr, *, free=False):\n"
+        "    sgd = torch.optim.SGD(groups, lr=lr)\n"
+        "    if free:\n"
+        "        sgd.clips_gradients = False\n"
+        "    return sgd\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = [*short, "--weight-decay", "0", "--steps", "1", "--warmup", "1", "--lr", "1"]
+    start = train.GPT(train.GPTConfig(256, 16, 2, 2, n_embd=32))
+    train.init_weights(start, 1337)
+    lengths = {}
+    for name, more in {
+        "clipped": ["--clip", "0.01", "--optim", "free"],
+        "not clipped": ["--clip", "0", "--optim", "free"],
+        "free": ["--clip", "0.01", "--optim", "free:free=true"],
+    }.items():
+        train.main([*flags, *more, "--out", f"out/{name}"])
+        weights = load(f"out/{name}")["model"]
+        moved = [(p - weights[key]).norm() for key, p in start.named_parameters()]
+        lengths[name] = torch.stack(moved).norm().item()
+    norm = read_log("out/clipped")[0][3]
+    assert lengths["clipped"] == pytest.approx(0.01, rel=1e-3)
+    assert lengths["not clipped"] == lengths["free"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_messages(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "show_sample", lambda model, tokenizer, n, *_: print(f"{n} tokens"))
+    result = train.main([*tiny, "--steps", "2"])
+    words = capsys.readouterr().out
+    assert result["out"] == "out/tiny-softmax"
+    lines = {line[:9].strip(): line[9:] for line in words.splitlines()}
+    assert "cpu: " in lines["device"] and "(as asked)" in lines["device"]
+    assert lines["dtype"] == "fp32 (bf16 is for GPUs that have it)"
+    assert lines["compile"] == "off (it pays on CUDA alone)"
+    assert "text.txt" in lines["data"] and "(tiny)" in lines["model"]
+    assert "2 layers of width 32, 2 heads, context 16, softmax attention, adamw" in lines["model"]
+    assert lines["run"] == "out/tiny-softmax: steps 1 to 2 of 2" and "5 tokens" in words
+    train.main(
+        [*tiny, "--steps", "2", "--sample", "0", "--dtype", "bf16", "--attn", "softmax,laser"]
+    )
+    words = capsys.readouterr().out
+    assert "bf16 (as asked)" in words and "tokens" not in words.split("run ")[1].split("/token")[0]
+    assert Path("out/tiny-softmax-laser/ckpt.pt").exists()
+
+
+def test_text_at_the_end(tiny, capsys, monkeypatch):
+    sample = type(sys)("sample")
+    calls = []
+
+    def generate(model, ids, n, **settings):
+        calls.append((model.training, ids, n, settings))
+        yield from b"abc"
+        yield 0
+        yield from b"never"
+
+    sample.generate = generate
+    monkeypatch.setitem(sys.modules, "sample", sample)
+    train.main([*tiny, "--steps", "1", "--seed", "9"])
+    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": 9, "limit": 256}
+    assert calls == [(False, [0], 5, settings)]
+    assert "abc\n" in capsys.readouterr().out
+    train.main([*tiny, "--steps", "2", "--stop-after", "1"])
+    assert len(calls) == 1
+
+
+def test_a_plug_in_that_draws_random_numbers_resumes_exactly(short, tmp_path, monkeypatch):
+    Path("noisy.py").write_text(
+        "import torch, train\n"
+        "def attention(q, k, v):\n"
+        "    return train.softmax_attention(q, k, v + 0.1 * torch.rand_like(v))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = [*short, "--attn", "noisy", "--steps", "10", "--eval-every", "5"]
+    train.main([*flags, "--out", "out/whole"])
+    part = train.main([*flags, "--out", "out/parts", "--stop-after", "5"])
+    assert part["step"] == 5 and part["signal"] == 0
+    refused(["--resume", "out/parts", "--device", "cpu"], "'noisy'", "not part of this repository")
+    train.main(["--resume", "out/parts", "--attn", "noisy", "--device", "cpu"])
+    assert read_log("out/whole") == read_log("out/parts")
+    assert is_equal(load("out/whole"), load("out/parts"))
+
+
+ADAPTER = """
+import torch
+import torch.nn as nn
+
+def add(linear, inputs, y):
+    return y + inputs[0] @ linear.delta.T
+
+def adapt(model, *, std=0.0):
+    model.requires_grad_(False)
+    parameters = []
+    for layer in model.layers:
+        linear = layer.mlp.down_proj
+        linear.delta = nn.Parameter(torch.randn_like(linear.weight) * std)
+        linear.hook = linear.register_forward_hook(add)
+        parameters.append(linear.delta)
+    return [{"params": parameters}]
+
+def merge(model):
+    for layer in model.layers:
+        linear = layer.mlp.down_proj
+        linear.weight.data += linear.delta.data
+        linear.hook.remove()
+        del linear.delta
+"""
+
+
+def test_adapters_train_resume_and_merge(short, tmp_path, monkeypatch, capsys):
+    Path("deltas.py").write_text(ADAPTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("support.cli.own_modules", lambda: ["deltas"])
+    base = train.main([*short, "--steps", "10", "--out", "out/base"])
+    flags = ["--init", "out/base", "--adapter", "deltas:std=0.01", *short, "--steps", "10"]
+    flags = [flag for flag in flags if flag]
+    capsys.readouterr()
+    whole = train.main([*flags, "--out", "out/whole"])
+    assert "of them trained" in capsys.readouterr().out
+    train.main([*flags, "--out", "out/parts", "--stop-after", "5"])
+    train.main(["--resume", "out/parts", "--device", "cpu"])
+    assert read_log("out/whole") == read_log("out/parts")
+    before = load("out/base")["model"]
+    after = load("out/whole")["model"]
+    assert is_equal(load("out/parts")["model"], after) and whole["val_loss"] < base["val_loss"]
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after["layers.1.mlp.down_proj.delta"].std() > 0.005
+
+    # --init and load_model merge them
+    merged = train.main(
+        ["--init", "out/whole", "--data", "text.txt", "--eval-only", "--device", "cpu"]
+    )
+    assert merged["val_loss"] != pytest.approx(base["val_loss"], abs=1e-3)
+    model, _ = train.load_model("out/whole")
+    name = "layers.1.mlp.down_proj.weight"
+    delta = after["layers.1.mlp.down_proj.delta"]
+    assert torch.equal(model.state_dict()[name], before[name] + delta)
+    train.main(["--init", "out/whole", *short, "--steps", "1", "--out", "out/next"])
+    assert load("out/next")["config"]["run"]["adapter"] == ""
+    assert load("out/next")["model"].keys() == before.keys()
+
+
+def test_init_starts_a_new_run_from_the_weights(short, capsys):
+    first = train.main([*short, "--out", "out/a"])
+    flags = ["--data", "text.txt", "--device", "cpu", "--eval-batches", "2"]
+    second = train.main(["--init", "out/a", *flags, "--steps", "1", "--lr", "1e-9"])
+    assert second["step"] == 1 and second["out"] == "out/a-2"
+    assert second["val_loss"] == pytest.approx(first["val_loss"], abs=1e-3)
+    config = json.loads(Path("out/a-2/config.json").read_text())
+    assert (config["run"]["batch_size"], config["run"]["seed"]) == (4, 1337), "the recipe is kept"
+    longer = train.main(["--init", "out/a", *flags, "--steps", "1", "--block-size", "32"])
+    assert load(longer["out"])["config"]["model"]["block_size"] == 32
+    for flag, now, before in (("--n-layer", "3", "2"), ("--tokenizer", "gpt2", "byte")):
+        refused(["--init", "out/a", flag, now], f"{flag} is {now} here but {before} in out/a")
+    refused(["--init", "out/a", "--model", "gpt2"], "leave --model out")
+
+
+def test_eval_only(short, capsys):
+    result = train.main([*short, "--out", "out/a", "--eval-batches", "9"])
+    flags = ["--init", "out/a", "--data", "text.txt", "--device", "cpu", "--eval-only"]
+    capsys.readouterr()
+    scores = train.main([*flags, "--eval-batches", "9"])
+    words = capsys.readouterr().out
+    assert scores.keys() == {"val_loss", "val_bpb"}
+    assert scores["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
+    assert scores["val_bpb"] == pytest.approx(scores["val_loss"] / math.log(2), rel=1e-3)
+    line = f"held out {scores['val_loss']:.4f} nats/token, {scores['val_bpb']:.4f} bits/byte"
+    assert words.splitlines()[-1] == line
+    assert [path.name for path in Path("out").glob("[!.]*")] == ["a"], "it leaves no run"
+    other = train.main([*flags, "--eval-batches", "9", "--micro-batch", "1"])
+    assert other["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-6)
+    refused([*short, "--eval-only"], "--init")
+
+
+def test_export(short, capsys):
+    flags = [*short, "--steps", "1", "--out", "out/a"]
+    refused([*flags, "--attn", "softmax,laser", "--export", "new"], "has laser attention")
+    refused([*flags, "--qk-norm", "--qkv-bias", "--export", "new"], "both biases and QK-norm")
+    refused([*flags, "--export", "text.txt"], "text.txt exists")
+    assert not Path("out/a").exists(), "it is refused before the training"
+    train.main([*flags, "--export", "new"])
+    assert "exported new" in capsys.readouterr().out
+    state = load("out/a")["model"]
+    exported = safetensors.torch.load_file("new/model.safetensors")
+    assert len(exported) == len(state)
+    for name, tensor in state.items():
+        assert torch.equal(exported[f"model.{name}"], tensor)
+    train.main([*short, "--out", "out/b", "--stop-after", "1", "--export", "newer"])
+    assert not Path("newer").exists(), "the run is not complete"
+
+
+def test_fine_tuning_from_a_hugging_face_folder(short, hf):  # noqa: F811
+    folder = hf()
+    flags = ["--init", str(folder), "--data", "text.txt", "--device", "cpu", "--eval-batches", "2"]
+    scores = train.main([*flags, "--eval-only"])
+    assert math.isfinite(scores["val_loss"]) and scores["val_bpb"] > 0
+    result = train.main([*flags, "--stop-after", "1", "--out", "out/a"])
+    config = json.loads(Path("out/a/config.json").read_text())
+    recipe = {name: config["run"][name] for name in ("batch_size", "steps", "lr")}
+    assert recipe == {"batch_size": 16, "steps": 200, "lr": 2e-5} and result["step"] == 1
+    assert config["model"]["block_size"] == 64
+    assert train.main(["--resume", "--device", "cpu", "--stop-after", "1"])["step"] == 2
+    refused(["--resume", str(folder)], "holds no run")
+
+
+# -- stopping --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["train", "evaluate", "generate"])
+def test_signal_saves_and_ends(tiny, monkeypatch, where):
+    sample = type(sys)("sample")
+    sample.generate = lambda *_, **__: iter(b"abcde")
+    monkeypatch.setitem(sys.modules, "sample", sample)
+    flags = [*tiny, "--eval-every", "20"]
+    train.main([*flags, "--out", "out/whole"])
+    calls = []
+    signals = []
+
+    def hit_train(seed, step, *more):
+        if step == 10:
+            signals.append(signal.raise_signal(signal.SIGTERM))
+        return batch_starts(seed, step, *more)
+
+    def hit_evaluate(tokens, *more):
+        calls.append(len(tokens))
+        if calls.count(min(calls)) == 1 and len(set(calls)) == 2:  # the held-out text is shorter
+            signals.append(signal.raise_signal(signal.SIGHUP))
+        return read_windows(tokens, *more)
+
+    def hit_generate(*_, **__):
+        for token in b"abcde":
+            signals.append(signal.raise_signal(signal.SIGINT))
+            yield token
+
+    batch_starts = data.batch_starts
+    read_windows = data.read_windows
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # no nohup
+        if where == "train":
+            patch.setattr(data, "batch_starts", hit_train)
+        if where == "evaluate":
+            patch.setattr(data, "read_windows", hit_evaluate)
+        if where == "generate":
+            patch.setattr(sample, "generate", hit_generate)
+        result = train.main([*flags, "--out", "out/a"])
+    handler = signal.getsignal(signal.SIGTERM)
+    expected = {"train": signal.SIGTERM, "evaluate": signal.SIGHUP, "generate": signal.SIGINT}
+    assert result["signal"] == expected[where] and len(signals) == 1
+    assert signal.getsignal(signal.SIGTERM) is handler
+    if where != "generate":
+        assert result["step"] == load("out/a")["step"] == (10 if where == "train" else 20)
+        assert calls.count(min(calls, default=0)) <= 1, "it went on evaluating"
+        train.main(["--resume", "out/a", "--device", "cpu", "--sample", "1"])
+    a = load("out/a")
+    b = load("out/whole")
+    assert is_equal(a["model"], b["model"]) and is_equal(a["optimizer"], b["optimizer"])
+
+
+def test_signal_from_outside(tiny):
+    flags = [*tiny, "--out", "out/a", "--steps", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # no nohup
+    )
+    for line in process.stdout:
+        if line.startswith("run "):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGHUP)  # a lost connection
+    words = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGHUP and "--resume out/a" in words
+    assert load("out/a")["step"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
+    original = train.train_step
+    weights = []
+
+    def poisoned(net, *more):
+        weights.append((net, net.embed_tokens.weight.detach().clone()))
+        if len(weights) == 8:
+            net.norm.weight.data[0] = math.nan
+        return original(net, *more)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(
+        FloatingPointError, match="step 8: the loss is nan.*out/a/ckpt.pt is the last"
+    ):
+        train.main([*short, "--out", "out/a", "--eval-every", "5"])
+    assert load("out/a")["step"] == 5 and len(weights) == 8
+    net, before = weights[-1]
+    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took no step"
+
+
+def test_weights_gone_bad_are_not_saved(short, monkeypatch):
+    losses = iter([2.0, 1.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    with pytest.raises(FloatingPointError, match="step 30: the val_loss is nan"):
+        train.main([*short, "--out", "out/a", "--eval-every", "10"])
+    assert load("out/a")["step"] == 20
+
+
+def test_an_infinite_gradient_stops_the_run(short, monkeypatch):
+    norm = torch.tensor(math.inf)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: norm)
+    with pytest.raises(FloatingPointError, match="step 1: the grad_norm is inf.*nothing is saved"):
+        train.main([*short, "--out", "out/a"])
+
+
+def test_it_is_saved_before_it_is_said(short, monkeypatch):
+    def lost(text):
+        if "held out" in text and "step" in text:
+            assert load("out/a")["step"] == 10
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "print0", lost)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*short, "--out", "out/a", "--eval-every", "10"])
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--steps 0", ["--steps is 0", "at least 1"]),
+        ("--lr -1", ["--lr is -1.0", "above 0"]),
+        ("--lr nan", ["--lr is nan", "above 0"]),
+        ("--steps many", ["--steps", "invalid int value: 'many'"]),
+        ("--stepps 3", ["unrecognized arguments: --stepps"]),
+        ("--n-head 5", ["--n-embd 32 is no multiple of --n-head 5"]),
+        ("--n-kv-head 3 --n-head 4", ["does not divide"]),
+        ("--head-dim 3", ["odd"]),
+        ("--dtype fp16", ["fp32 or bf16"]),
+        ("--device tpu", ["tpu", "cpu, cuda"]),
+        ("--device cuda:99", ["cuda:99"]),
+        ("--micro-batch 3", ["--batch-size 4 does not divide", "micro-batches of 3"]),
+        ("--stop-after -1", ["at least 0"]),
+        ("--sample -1", ["at least 0"]),
+        ("--data nowhere", ["there is no data 'nowhere'", "a text file"]),
+        ("--data empty.txt", ["is empty"]),
+        ("--data short.txt", ["--block-size"]),
+        ("--data binary", ["not a text file", "UTF-8"]),
+        ("--data nothing", ["no text files"]),
+        ("--tokenizer nix", ["no tokenizer 'nix'", "byte"]),
+        ("--vocab-size 99", ["less than the tokenizer's 256"]),
+        ("--model huge", ["invalid choice: 'huge'"]),
+        ("--attn sofmax", ["no attention 'sofmax'", "softmax"]),
+        ("--attn softmax,os.path", ["no attention 'os.path'"]),
+        ("--attn softmax:x=1", ["no option 'x'"]),
+        ("--attn softmax,softmax,softmax,", ["no attention ''"]),
+        ("--optim train", ["no optimizer 'train'"]),
+        ("--optim adamw:beta1=2", ["--optim adamw:beta1=2"]),
+        ("--adapter nix", ["no adapt 'nix'"]),
+        ("--resume nowhere", ["nowhere holds no run"]),
+        ("--resume", ["no run under out/"]),
+        ("--init a --resume b", ["leave --init"]),
+        ("--resume a --out b", ["--out out"]),
+        ("--eval-only", ["--init"]),
+        ("--fsdp", ["torchrun"]),
+        ("--out text.txt/a", ["cannot write"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_flag_or_data(short, flags, parts):
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("too short")
+    Path("binary").write_bytes(b"\x7fELF\0\1\2")
+    Path("nothing").mkdir()
+    refused([*short, "--steps", "2", *flags.split()], *parts)
+    assert not list(Path("out").glob("*/ckpt.pt")) and not Path("out/tiny-softmax").exists()
+
+
+def test_bad_resume(short):
+    train.main([*short, "--out", "out/a", "--stop-after", "5"])
+    before = Path("out/a/ckpt.pt").read_bytes()
+    for flags, part in {
+        "--resume out/a --lr 0.5": "--lr is 0.5 here but 0.003 in out/a",
+        "--resume --n-layer 3": "--n-layer is 3",
+        "--resume --attn nix": "--attn is nix here but softmax in out/a",
+        "--resume --model gpt2": "leave --model out",
+        "--out out/a": "already holds a run",
+    }.items():
+        refused([*flags.split(), "--device", "cpu"], part)
+    Path("text.txt").rename("moved.txt")
+    refused(["--resume", "--device", "cpu"], "there is no data 'text.txt'")
+    flags = ["--device", "cpu", "--data", "moved.txt", "--stop-after", "1"]
+    assert train.main(["--resume", *flags])["step"] == 6, "the same text in another place"
+    before = Path("out/a/ckpt.pt").read_bytes()
+    Path("moved.txt").write_text(Path("moved.txt").read_text() + "more")
+    refused(["--resume", *flags], "has changed")
+    assert Path("out/a/ckpt.pt").read_bytes() == before
+    Path("other").mkdir()
+    os.chdir("other")  # from another folder
+    refused(["--resume", "../out/a", "--device", "cpu"], "there is no data 'moved.txt'")
+
+
+def test_bad_resume_of_a_complete_run(short):
+    train.main([*short, "--out", "out/a", "--steps", "2"])
+    refused(["--resume", "--device", "cpu"], "complete", "--init")
+
+
+# -- on the GPU ------------------------------------------------------------------------------------
+
+
+@gpu
+def test_compiled_bf16_on_the_gpu_follows_eager_fp32(short):
+    flags = [flag for flag in short if flag not in ("--device", "cpu")]
+    flags += ["--model", "tiny", "--n-embd", "64", "--steps", "60"]
+    eager = train.main([*flags, "--no-compile", "--dtype", "fp32", "--out", "out/eager"])
+    fast = train.main([*flags, "--out", "out/fast"])
+    cpu = train.main([*flags, "--device", "cpu", "--out", "out/cpu"])
+    assert abs(cpu["val_loss"] - eager["val_loss"]) < 0.02
+    assert abs(fast["val_loss"] - eager["val_loss"]) < 0.1
+    assert json.loads(Path("out/fast/config.json").read_text())["run"]["dtype"] == "bf16"
+
+
+@gpu
+def test_loss_without_triton_on_the_gpu(monkeypatch):
+    x = torch.randn(9, 8, device="cuda")
+    w = torch.randn(20, 8, device="cuda")
+    y = torch.randint(20, (9,), device="cuda")
+    loss = train.linear_cross_entropy(x, w, y)
+    monkeypatch.setattr(train, "fused_cross_entropy", None)
+    with pytest.warns(UserWarning, match="slower without Triton"):
+        slower = train.linear_cross_entropy(x, w, y)
+    assert torch.allclose(loss, slower)
