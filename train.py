@@ -16,10 +16,10 @@ A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png. Exit sta
 
 import hashlib
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from support import checkpoint, cli, data, distributed
 from support.cli import adjustable, option
 from support.distributed import AsyncScalar, print0, rank, world_size
+from support.runlog import RunLog
 
 try:
     from kernels.cross_entropy import cross_entropy as fused_cross_entropy
@@ -82,7 +83,7 @@ class GPTConfig:
 class RunConfig:
     """The run: what decides its numbers, beside the model"""
 
-    data: str = option("stdlib", "stdlib, python, a text file, folder or .jsonl of prompt, answer")
+    data: str = adjustable("stdlib", "stdlib, python, a text file, folder or .jsonl of answers")
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, ...) or a .tiktoken file")
     optim: str = option("adamw", "adamw or a module with optimizer(groups, lr)")
     adapter: str = option("", "a module with adapt(model): train what it adds, freeze the weights")
@@ -434,16 +435,22 @@ def init_weights(model, seed):
         parameter.copy_(distributed.shard_like(parameter, value))
 
 
+def load_checkpoint(folder, modules=()):
+    """Return a checkpoint, checked. modules: settings that name modules to be imported from it."""
+    config_types = {"model": GPTConfig, "run": RunConfig}
+    return checkpoint.load(folder, config_types, PLUGINS, modules)
+
+
 def load_model(folder, device="cpu", dtype=torch.float32, attn=None):
     """Return the GPT of a run or Hugging Face folder, ready to use, and its tokenizer.
 
     Its matrices are stored in `dtype`, that of the activations. attn: replaces its attention.
     """
-    saved = checkpoint.load(folder)
+    saved = load_checkpoint(folder, ["adapter"] if attn else ["attn", "adapter"])
     config = GPTConfig(**saved["config"]["model"])
-    if attn is None:
-        cli.check_own(config.attn, PLUGINS["attn"][1])
     config.attn = attn or config.attn
+    with torch.device("meta"):
+        checkpoint.check_weights(GPT(config), saved["model"])
     model = empty_model(config, device, dtype)
     checkpoint.load_weights(model, saved["model"])
     checkpoint.merge_adapters(model, saved)
@@ -468,6 +475,8 @@ def build_model(gpt_config, run, launch, device, saved):
         model.compile()
     if launch.fsdp:
         distributed.shard(model, model.dtype, device)
+    if saved is not None:
+        checkpoint.check_weights(model, saved["model"])
     model.to_empty(device=device)
 
     if saved is None:
@@ -482,8 +491,6 @@ def build_model(gpt_config, run, launch, device, saved):
     torch.manual_seed(run.seed)  # adapters may draw their first weights
     adapt, options = cli.resolve(run.adapter, *PLUGINS["adapter"])
     groups = adapt(model, **options)
-    if launch.resume:
-        checkpoint.load_weights(model, saved["model"])  # once more, now with the adapters
     return model, [{"weight_decay": run.weight_decay, **group} for group in groups]
 
 
@@ -555,22 +562,31 @@ def evaluate(net, tokens, run, block_size, micro_batch, device):
 
 def train(gpt_config, run, launch):
     """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal."""
-    # device and processes
     device = distributed.setup(launch.device)
+    origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
+    resumed = origin if launch.resume else None
+    with checkpoint.claim_folder(launch.out, gpt_config.attn, resumed) as out:
+        return train_in(out, gpt_config, run, launch, device, origin)
+
+
+def train_in(out, gpt_config, run, launch, device, origin):
+    """Train in the folder `out`, which this process holds, from the checkpoint in `origin`."""
+    # processes
     run.dtype = distributed.pick_dtype(run.dtype, device)
     micro_batch = distributed.micro_batch_size(run.batch_size, run.micro_batch)
 
     # checkpoint to start from, tokenizer, data
-    origin = checkpoint.find_run(launch.resume or launch.init)
-    saved = checkpoint.load(origin) if origin else None
+    modules = [] if launch.resume else ["adapter"]
+    saved = load_checkpoint(origin, modules) if origin else None
     tokenizer = data.get_tokenizer(run.tokenizer, saved)
     T = gpt_config.block_size
     gpt_config.vocab_size = gpt_config.vocab_size or math.ceil(tokenizer.n_vocab / 64) * 64
     if gpt_config.vocab_size < tokenizer.n_vocab:
         raise ValueError(f"--vocab-size is less than the tokenizer's {tokenizer.n_vocab}")
-    cache_folder = Path(origin or launch.out or "out/run").parent / ".tokens"
-    text = data.load_dataset(run.data, tokenizer, T, cache_folder)
+    text = data.load_dataset(run.data, tokenizer, T, checkpoint.get_cache_folder(out))
     settings = {"model": asdict(gpt_config), "run": asdict(run)}
+    if run.data not in ("stdlib", "python"):  # so that the run can be resumed from any folder
+        settings["run"]["data"] = os.path.abspath(run.data)
     if launch.resume:
         checkpoint.check_unchanged(saved, [gpt_config, run], text.fingerprint, origin)
 
@@ -586,14 +602,13 @@ def train(gpt_config, run, launch):
     # where to start and where to stop
     step = 0
     if launch.resume:
-        checkpoint.load_optimizer(optimizer, saved["optimizer"])
+        checkpoint.restore(model, optimizer, saved)
         step = saved["step"]
     if step >= run.steps:
         raise ValueError(f"the run in {origin} is complete ({step} steps); --init starts a new one")
     first_step = step
     last_step = min(run.steps, step + (launch.stop_after or run.steps))
-    out = origin if launch.resume else checkpoint.claim_folder(launch.out, gpt_config.attn)
-    log = checkpoint.RunLog(out, step, settings, text, distributed.describe(device))
+    log = RunLog(out, step, settings, text, distributed.describe(device))
     print0(f"run      {out}: steps {step + 1:,} to {last_step:,} of {run.steps:,}")
 
     result = {}
@@ -632,7 +647,6 @@ def train(gpt_config, run, launch):
             if (is_due or step == run.steps) and not stop.now:
                 val_loss = evaluate(net, text.val, run, T, micro_batch, device)
                 row.update(val_loss=val_loss, val_bpb=val_loss * text.bits_per_byte)
-                print0(f"step {step:>6,} | train {loss:.4f} | held out {val_loss:.4f} nats/token")
             if not math.isfinite(sum(row.values())):
                 raise FloatingPointError(
                     f"the numbers are no longer finite: {row}. {out} keeps the last good "
@@ -642,6 +656,8 @@ def train(gpt_config, run, launch):
             result.update(row)
             if is_due or step == last_step or stop.now:
                 log.save(model, optimizer, step)
+            if "val_loss" in row:
+                print0(f"step {step:>6,} | train {loss:.4f} | held out {val_loss:.4f} nats/token")
         if step == first_step:  # stopped before the first step
             log.save(model, optimizer, step)
     bar.close()
@@ -655,13 +671,16 @@ def starting_values(given):
     """Return the settings that the given flags override: of a preset, or of a saved run."""
     if "resume" in given and "init" in given:
         raise ValueError("--resume continues a run and --init starts a new one; give one of them")
-    origin = checkpoint.find_run(given.get("resume") or given.get("init"))
+    if "resume" in given and "out" in given:
+        raise ValueError("--resume continues a run in its own folder; leave --out out")
+    resume = given.get("resume")
+    origin = checkpoint.find_run(resume or given.get("init"), resume=bool(resume))
     if origin is None:
         on_cpu = distributed.pick_device(given.get("device")).type == "cpu"
         model = given.get("model") or ("tiny" if on_cpu else "small")
         return {"model": model, **PRESETS[model]}
 
-    saved = checkpoint.load(origin)["config"]
+    saved = load_checkpoint(origin)["config"]
     if "resume" in given:
         return {**saved["model"], **saved["run"]}
     recipe = {name: saved["run"][name] for name in PRESETS["tiny"] if name in saved["run"]}
