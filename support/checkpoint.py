@@ -58,8 +58,9 @@ def check_values(value):
     Raises ValueError unless all else in it are numbers, strings, booleans and None.
     """
     if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise ValueError("it has a tensor that is sparse, quantized or without values")
+        is_dense = value.layout == torch.strided and not value.is_nested
+        if not is_dense or value.is_meta or value.is_quantized:
+            raise ValueError("it has a tensor that is sparse, nested, quantized or without values")
         return value.numel() * value.element_size()
     if isinstance(value, dict):
         return check_values(list(value)) + check_values(list(value.values()))
@@ -94,14 +95,11 @@ def load(folder, config_types, plugins, modules=()):
         check(saved, size, config_types, plugins, modules)
     except OSError as error:
         raise ValueError(f"cannot read {shown(path)} ({error.strerror or error})") from None
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{shown(path)} is not a checkpoint of train.py: {reason}") from None
-    except Exception:  # truncated, something else, or one that carries code
-        raise ValueError(
-            f"{shown(path)} is not a checkpoint of train.py: it is damaged, or holds more than "
-            f"tensors and plain values"
-        ) from None
+    except Exception as error:
+        reason = "it is damaged, or holds more than tensors and plain values"
+        if type(error) is ValueError:  # not, for example, a UnicodeDecodeError of torch.load
+            reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{shown(path)} cannot be used: {reason}") from None
     return saved
 
 
@@ -135,8 +133,10 @@ def check(saved, file_size, config_types, plugins, modules):
             names = ", ".join(sorted(map(str, strange)))
             raise ValueError(f"it is of another version of fivefold, which differs in: {names}")
         config_type(**settings)
-    if saved["config"]["model"]["n_layer"] > len(saved["model"]):
-        raise ValueError("it has fewer tensors than layers")
+    sizes = {**saved["config"]["model"], "block_size": 0}
+    largest = max(value for value in sizes.values() if type(value) is int)
+    if largest > file_size or sizes["n_layer"] > len(saved["model"]):
+        raise ValueError("its settings describe a larger model than it holds")
     for name in modules:
         settings = {**saved["config"]["model"], **saved["config"]["run"]}
         check_own(settings[name], plugins[name][1])
@@ -236,7 +236,9 @@ def restore_state(optimizer, parameters, state, step):
             raise ValueError(f"the checkpoint's optimizer has counted {count} steps, not {step}")
 
     # numbers may change during a run; all other options follow from the settings
-    for group, saved_group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError("the checkpoint's optimizer has another number of parameter groups")
+    for group, saved_group in zip(optimizer.param_groups, state["param_groups"]):
         for name, value in group.items():
             if type(value) in (int, float) and type(saved_group.get(name)) is type(value):
                 group[name] = saved_group[name]
@@ -263,6 +265,7 @@ def copy_into(own, saved, name):
             raise ValueError(f"the checkpoint's optimizer has another {name}: it differs in {keys}")
         return {key: copy_into(own[key], saved[key], f"{key} in the {name}") for key in own}
     if isinstance(own, (list, tuple)):
-        pairs = zip(own, saved, strict=True)
-        return type(own)(copy_into(a, b, name) for a, b in pairs)
+        if len(saved) != len(own):
+            raise ValueError(f"the checkpoint's optimizer has another length of {name}")
+        return type(own)(copy_into(a, b, name) for a, b in zip(own, saved))
     return saved
