@@ -1,94 +1,33 @@
-"""Runs on disk: a file is there as a whole or not at all, and nothing is unpickled."""
+"""Checkpoints: saved as a whole, checked completely before use, and nothing is unpickled."""
 
-import csv
-import itertools
-import json
-import os
-import sys
-import time
-from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_map
 
-from support.cli import resolve
-from support.distributed import broadcast_object, full_tensor, print0, rank, shard_like
+from support.cli import check_own, resolve
+from support.distributed import full_tensor, rank, shard_like
+
+# claim_folder and the others moved to support/files.py; still found here by their old place
+from support.files import (  # noqa: F401
+    atomic_write,
+    claim_folder,
+    find_run,
+    get_cache_folder,
+    is_file,
+    parse_json,
+    read_user_file,
+    remove_dead_drafts,
+    shown,
+    write_json,
+)
 
 REQUIRED = {"model", "optimizer", "step", "config", "tokenizer", "data"}
+PLAIN = (bool, int, float, str, type(None))
 
 
-# -- files and folders -----------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_write(path):
-    """Open a file that replaces `path` when the block ends well; otherwise the old file stays."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException as error:
-        with suppress(OSError):
-            draft.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it
-        if isinstance(cause, OSError):
-            raise ValueError(
-                f"cannot write {path} ({cause.strerror}); the previous file is untouched"
-            ) from error
-        raise
-
-
-def write_json(path, data):
-    with atomic_write(path) as file:
-        file.write(json.dumps(data, indent=1).encode())
-
-
-def claim_folder(out, name):
-    """Create the folder of a new run and return it: `out`, or the first free out/NAME, NAME-2, ...
-
-    mkdir is atomic, so two runs that start together get different folders.
-    """
-    folder = None
-    if rank() == 0:
-        if out:
-            folder = Path(out)
-            if (folder / "ckpt.pt").exists():
-                raise ValueError(f"{out} already holds a run; --resume {out} continues it")
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            Path("out").mkdir(exist_ok=True)
-            for n in itertools.count(1):
-                folder = Path("out", name if n == 1 else f"{name}-{n}")
-                with suppress(FileExistsError):
-                    folder.mkdir()
-                    break
-        for draft in folder.glob(".*.[0-9]*"):  # left by a process that was killed mid-write
-            draft.unlink()
-    return broadcast_object(folder)
-
-
-def find_run(name):
-    """Return the folder of the run called `name`, or for "newest" the newest under out/."""
-    if not name:
-        return None
-    if name != "newest":
-        if not (Path(name) / "ckpt.pt").is_file():
-            raise ValueError(f"{name} holds no run: there is no {Path(name) / 'ckpt.pt'}")
-        return Path(name)
-    runs = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError("there is no run under out/ yet; python train.py makes one")
-    return runs[-1].parent
-
-
-# -- checkpoints -----------------------------------------------------------------------------------
+# -- saving ----------------------------------------------------------------------------------------
 
 
 def save(folder, model, optimizer, **more):
@@ -97,46 +36,138 @@ def save(folder, model, optimizer, **more):
     def gather(value):
         if not torch.is_tensor(value):
             return value
-        whole = full_tensor(value)
-        return whole.cpu() if whole is not value and rank() == 0 else whole
+        whole = full_tensor(value)  # all ranks take part, one tensor at a time
+        if rank() > 0:
+            return None
+        return whole if whole is value else whole.cpu()
 
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = tree_map(gather, state)
+    state = {**tree_map(gather, state), **more}
     if rank() == 0:
+        try:
+            check_values(state)
+        except ValueError as error:
+            raise ValueError(f"this run cannot be saved: {error}") from None
         with atomic_write(folder / "ckpt.pt") as file:
-            torch.save({**state, **more}, file)
+            torch.save(state, file)
 
 
-def load(folder):
-    """Read ckpt.pt: tensors, numbers, strings and containers, never code."""
+def check_values(value):
+    """Return the bytes of all tensors in a nest of dicts, lists and tuples.
+
+    Raises ValueError unless all else in it are numbers, strings, booleans and None.
+    """
+    if isinstance(value, torch.Tensor):
+        is_dense = value.layout == torch.strided and not value.is_nested
+        if not is_dense or value.is_meta or value.is_quantized:
+            raise ValueError("it has a tensor that is sparse, nested, quantized or without values")
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return check_values(list(value)) + check_values(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(check_values, value))
+    if type(value) not in PLAIN:
+        raise ValueError(f"it has a {type(value).__name__}, which is neither a tensor nor plain")
+    return 0
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def load(folder, config_types, plugins, modules=()):
+    """Read the checkpoint of a run, or a Hugging Face folder, and check all of it.
+
+    config_types: {"model": dataclass, "run": dataclass} of its settings, whose constructors check
+    them. plugins: {setting: (function name, built-ins)}. modules: the settings by which the caller
+    will import a module that the user has not named: it has to be part of this repository.
+
+    The tensors stay in the file until they are used. load_weights and restore compare their shapes
+    with those of the model. Raises ValueError.
+    """
     path = Path(folder) / "ckpt.pt"
-    if not path.is_file():
+    if not is_file(path):
         from support import huggingface
 
         return huggingface.load_checkpoint(folder)
     try:
+        size = path.stat().st_size
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = REQUIRED - set(saved)
-    except Exception:  # truncated, not a checkpoint, or one that carries code
-        raise ValueError(
-            f"{path} cannot be read: it is damaged, or holds more than tensors and plain values"
-        ) from None
-    if missing:
-        raise ValueError(f"{path} is no checkpoint of train.py: it lacks {sorted(missing)}")
+        check(saved, size, config_types, plugins, modules)
+    except OSError as error:
+        raise ValueError(f"cannot read {shown(path)} ({error.strerror or error})") from None
+    except Exception as error:
+        reason = "it is damaged, or holds more than tensors and plain values"
+        if type(error) is ValueError:  # not, for example, a UnicodeDecodeError of torch.load
+            reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{shown(path)} cannot be used: {reason}") from None
     return saved
+
+
+def check(saved, file_size, config_types, plugins, modules):
+    """Raise ValueError, or what Python raises for something malformed, if a run cannot use this."""
+    from support.data import tokenizer_from_state
+
+    # containers and tensors
+    missing = REQUIRED - set(saved)
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    for key in REQUIRED - {"step"}:
+        if not isinstance(saved[key], dict):
+            raise ValueError(f"its {key} is no dict")
+    # a tensor of stride 0 may describe any number of elements; twice: some may share their memory
+    if check_values(saved) > 2 * file_size:
+        raise ValueError("its tensors describe more values than the file has")
+    for name, tensor in saved["model"].items():
+        if type(name) is not str or not torch.is_tensor(tensor):
+            raise ValueError(f"its {name!r} is no weight")
+        if not tensor.is_floating_point():
+            raise ValueError(f"its {name} is {tensor.dtype}, not a floating-point tensor")
+    if type(saved["step"]) is not int or saved["step"] < 0:
+        raise ValueError(f"its step is {saved['step']!r}")
+
+    # settings
+    for key, config_type in config_types.items():
+        settings = saved["config"][key]
+        strange = set(settings) ^ {f.name for f in fields(config_type)}
+        if strange:
+            names = ", ".join(sorted(map(str, strange)))
+            raise ValueError(f"it is of another version of fivefold, which differs in: {names}")
+        config_type(**settings)
+    sizes = {**saved["config"]["model"], "block_size": 0}
+    largest = max(value for value in sizes.values() if type(value) is int)
+    if largest > file_size or sizes["n_layer"] > len(saved["model"]):
+        raise ValueError("its settings describe a larger model than it holds")
+    for name in modules:
+        settings = {**saved["config"]["model"], **saved["config"]["run"]}
+        check_own(settings[name], plugins[name][1])
+    tokenizer_from_state(saved["tokenizer"])
+
+
+def get_weight(state, name, shape):
+    if name not in state:
+        raise ValueError(f"the checkpoint lacks the tensor {name}")
+    tensor = state[name]
+    if tensor.shape != shape:
+        raise ValueError(f"the checkpoint's {name} is {tuple(tensor.shape)}, not {tuple(shape)}")
+    return tensor
+
+
+def check_weights(model, state):
+    """Raise ValueError unless `state` has the tensors of a model, which may be on "meta" still.
+
+    So no memory is allocated for a model that the file does not hold. What reads the tensors of a
+    Hugging Face folder, one by one, has compared their shapes itself.
+    """
+    if isinstance(state, dict):
+        for name, tensor in model.state_dict().items():
+            get_weight(state, name, tensor.shape)
 
 
 @torch.no_grad()
 def load_weights(model, state):
     """Copy the tensors of `state` into the model, one at a time; a sharded model takes its part."""
-    for name, parameter in model.named_parameters():
-        if name not in state:
-            raise ValueError(f"the checkpoint lacks the tensor {name}")
-        tensor = state[name]
-        if tensor.shape != parameter.shape:
-            expected = tuple(parameter.shape)
-            raise ValueError(f"the checkpoint's {name} is {tuple(tensor.shape)}, not {expected}")
-        parameter.copy_(shard_like(parameter, tensor))
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(shard_like(tensor, get_weight(state, name, tensor.shape)))
 
 
 def merge_adapters(model, saved):
@@ -151,14 +182,7 @@ def merge_adapters(model, saved):
         model.requires_grad_(True)
 
 
-def load_optimizer(optimizer, state):
-    """Restore the optimizer; its state may have been sharded differently, or not at all."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, entry in state["state"].items():
-        for name, value in entry.items():
-            if torch.is_tensor(value) and value.shape == parameters[i].shape:
-                entry[name] = shard_like(parameters[i], value)
-    optimizer.load_state_dict(state)
+# -- resuming --------------------------------------------------------------------------------------
 
 
 def check_unchanged(saved, configs, fingerprint, origin):
@@ -167,88 +191,81 @@ def check_unchanged(saved, configs, fingerprint, origin):
     for config in configs:
         for f in fields(config):
             value = getattr(config, f.name)
-            if value != before.get(f.name, value) and not f.metadata.get("adjustable"):
+            if value != before[f.name] and not f.metadata.get("adjustable"):
                 flag = "--" + f.name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} is {value} here but {before[f.name]} in {origin}; leave it out"
+                    f"{flag} is {value} here but {before[f.name]} in {shown(origin)}; leave it out"
                 )
     if fingerprint != saved["data"]:
-        raise ValueError(f"the text has changed since the run in {origin} began")
+        raise ValueError(
+            f"the text has changed since the run in {shown(origin)} began; --init {shown(origin)} "
+            f"starts a new run from its weights"
+        )
 
 
-# -- a run's files ---------------------------------------------------------------------------------
+@torch.no_grad()
+def restore(model, optimizer, saved):
+    """Put back the weights and the optimizer's state of a run that continues.
 
-
-class RunLog:
-    """The files of a run: ckpt.pt, config.json, log.csv with a row per step, loss.png.
-
-    Opened at step n > 0 it drops the rows after n, which an interrupted run wrote past its
-    last checkpoint. Only rank 0 writes.
+    Kernels of optimizers trust the shapes and strides of their state, so no tensor of the file is
+    handed to them. One step on gradients of zero makes the optimizer allocate its state, sharded
+    or not, and the saved values are copied into it. What does not fit, or is missing, is refused.
     """
+    if saved["step"] > 0:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        try:
+            restore_state(optimizer, parameters, saved["optimizer"], saved["step"])
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            raise ValueError("the checkpoint's optimizer state is malformed") from None
+    load_weights(model, saved["model"])  # last: that step may have decayed them
 
-    columns = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
 
-    def __init__(self, folder, step, settings, text, machine):
-        self.folder = folder
-        self.settings = settings
-        self.text = text
-        self.start_time = time.perf_counter()
-        self.record = {"command": " ".join(sys.argv), **settings, "machine": machine}
-        self.rows = []
-        if rank() > 0:
-            return
+def restore_state(optimizer, parameters, state, step):
+    """Copy the saved state of each parameter, and the numbers of each group, into the optimizer."""
+    if set(state["state"]) != set(range(len(parameters))):
+        raise ValueError("the checkpoint lacks the optimizer's state of some parameters")
+    for i, p in enumerate(parameters):
+        own = optimizer.state[p]
+        own.update(copy_into(own, state["state"][i], f"state of parameter {i}"))
+        count = float(own.get("step", step))
+        if not 0 <= count <= step:
+            raise ValueError(f"the checkpoint's optimizer has counted {count} steps, not {step}")
 
-        path = folder / "log.csv"
-        if step and path.exists():
-            with open(path, newline="") as file:
-                for row in csv.DictReader(file):
-                    if None not in row.values() and int(row["step"]) <= step:
-                        self.rows.append(row)
-        with atomic_write(path) as file:
-            file.write((",".join(self.columns) + "\n").encode())
-            for row in self.rows:
-                file.write((",".join(row.values()) + "\n").encode())
-        self.file = open(path, "a", buffering=1)  # a line at a time
-        write_json(folder / "config.json", self.record)
+    # numbers may change during a run; all other options follow from the settings
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError("the checkpoint's optimizer has another number of parameter groups")
+    for group, saved_group in zip(optimizer.param_groups, state["param_groups"]):
+        for name, value in group.items():
+            if type(value) in (int, float) and type(saved_group.get(name)) is type(value):
+                group[name] = saved_group[name]
 
-    def append(self, row):
-        if rank() == 0:
-            row = {name: str(row.get(name, "")) for name in self.columns}
-            self.rows.append(row)
-            self.file.write(",".join(row.values()) + "\n")
 
-    def save(self, model, optimizer, step):
-        state = {"step": step, "config": self.settings, "tokenizer": self.text.tokenizer_state}
-        save(self.folder, model, optimizer, data=self.text.fingerprint, **state)
-
-    def finish(self, result):
-        """Write the result and the plot, and say how to go on."""
-        if rank() > 0:
-            return
-        seconds = time.perf_counter() - self.start_time
-        record = {**self.record, "result": {**result, "seconds": seconds}}
-        write_json(self.folder / "config.json", record)
-        self.plot()
-        if result["step"] < self.settings["run"]["steps"]:
-            print0(f"stopped; continue with: python train.py --resume {self.folder}")
-        else:
-            print0(f"done; see what it writes with: python sample.py --init {self.folder}")
-
-    def plot(self):
-        """Draw the training loss and the held-out loss in bits per byte."""
-        from matplotlib.figure import Figure
-
-        figure = Figure((7, 4), layout="constrained")
-        axes = figure.subplots()
-        steps = [int(row["step"]) for row in self.rows]
-        losses = [float(row["loss"]) * self.text.bits_per_byte for row in self.rows]
-        axes.plot(steps, losses, lw=0.5, label="training batch")
-        evaluated = [row for row in self.rows if row["val_bpb"]]
-        val_steps = [int(row["step"]) for row in evaluated]
-        val_bpb = [float(row["val_bpb"]) for row in evaluated]
-        axes.plot(val_steps, val_bpb, "o-", ms=4, label="held out")
-        axes.set(xlabel="step", ylabel="bits per byte", title=self.folder.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        with atomic_write(self.folder / "loss.png") as file:
-            figure.savefig(file, format="png", dpi=120)
+def copy_into(own, saved, name):
+    """Return saved state of an optimizer in the form of its own, whose tensors take the values."""
+    if isinstance(own, torch.Tensor):
+        is_tensor = isinstance(saved, torch.Tensor)
+        if not is_tensor or saved.shape != own.shape or saved.dtype != own.dtype:
+            found = type(saved).__name__
+            if is_tensor:
+                found = f"{saved.dtype} of shape {tuple(saved.shape)}"
+            expected = f"{own.dtype} of shape {tuple(own.shape)}"
+            raise ValueError(f"the checkpoint's optimizer has {found} as {name}, not {expected}")
+        return own.copy_(shard_like(own, saved))
+    if type(saved) is not type(own):
+        found = type(saved).__name__
+        expected = type(own).__name__
+        raise ValueError(f"the checkpoint's optimizer has {found} as {name}, not {expected}")
+    if isinstance(own, dict):
+        if saved.keys() != own.keys():
+            keys = ", ".join(sorted(map(str, saved.keys() ^ own.keys())))
+            raise ValueError(f"the checkpoint's optimizer has another {name}: it differs in {keys}")
+        return {key: copy_into(own[key], saved[key], f"{key} in the {name}") for key in own}
+    if isinstance(own, (list, tuple)):
+        if len(saved) != len(own):
+            raise ValueError(f"the checkpoint's optimizer has another length of {name}")
+        return type(own)(copy_into(a, b, name) for a, b in zip(own, saved))
+    return saved

@@ -1,0 +1,438 @@
+"""Whole runs: they resume bit for bit, survive kill -9, signals and full disks, and do not collide."""
+
+import csv
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from support.files import LOCK, claim_folder
+from tests.common import REPOSITORY, is_equal, refused, run_script
+
+RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def load(folder):
+    return torch.load(Path(folder, "ckpt.pt"), weights_only=True)
+
+
+def rows(folder):
+    with open(Path(folder, "log.csv"), newline="") as file:
+        return list(csv.reader(file))
+
+
+def run_code(code, *argv, **options):
+    command = [sys.executable, "-c", code, *argv]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def test_forty_steps_equal_twenty_and_twenty(tiny):
+    tiny += ["--eval-every", "20"]
+    whole = train.main([*tiny, "--out", "out/whole", "--micro-batch", "2"])
+    train.main([*tiny, "--out", "out/parts", "--micro-batch", "2", "--stop-after", "20"])
+    with open("out/parts/log.csv", "a") as file:
+        file.write("21,9,9,9,,\n22,9")  # as written by a run that was killed later on
+    parts = train.main([*RESUME, "out/parts"])
+    a, b = load(whole["out"]), load(parts["out"])
+    assert a["step"] == b["step"] == 40 and is_equal(a, b)
+    assert rows("out/whole") == rows("out/parts") and len(rows("out/whole")) == 41
+    for name in ("whole", "parts"):
+        files = sorted(os.listdir(f"out/{name}"))
+        assert files == ["ckpt.pt", "config.json", "log.csv", "loss.png"]
+    losses = [float(row[2]) for row in rows("out/whole")[1:]]
+    assert losses[-1] < losses[0] - 0.5, "it learns"
+
+
+def lora_rite_is_ported():
+    import lora_rite
+
+    return hasattr(lora_rite, "adapt")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optim sonew",
+        "--optim sonew:band=3:bf16_state=true",
+        "--attn laser",
+        "--attn simplicial:w1=8:w2=4",
+        "--attn softmax,laser --optim sonew",
+        "--adapter lora_rite:rank=2 --optim lora_rite",
+        "--adapter lora_rite:rank=2",
+        "--adapter mine --optim mine",
+    ],
+)
+def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
+    if "--adapter lora_rite" in flags and not lora_rite_is_ported():
+        pytest.skip("lora_rite.adapt is not there yet")
+    Path("mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(os.getcwd())
+    flags = [*tiny, "--steps", "6", "--eval-every", "3", *flags.split()]
+    if "mine" in flags:
+        flags = [*flags, "--clip", "0"]
+    train.main([*flags, "--out", "out/whole"])
+    train.main([*flags, "--out", "out/parts", "--stop-after", "2"])
+    named = ["--adapter", "mine", "--optim", "mine"] if "mine" in flags else []
+    train.main([*RESUME, "out/parts", *named, "--stop-after", "1"])
+    train.main([*RESUME, "out/parts", *named])
+    assert is_equal(load("out/whole"), load("out/parts"))
+    assert rows("out/whole") == rows("out/parts")
+
+
+MINE = """
+import torch
+
+class Optimizer(torch.optim.SGD):  # draws numbers, and counts in its groups
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                p.data += 1e-3 * torch.randn_like(p) / group["count"]
+
+def optimizer(groups, lr):
+    return Optimizer([{**group, "count": 0} for group in groups], lr, momentum=0.9)
+
+def adapt(model, *, width=3):
+    model.requires_grad_(False)
+    model.shift = torch.nn.Parameter(torch.randn(width))
+    weight = model.norm.weight.requires_grad_(True)
+    model.norm.register_forward_hook(lambda module, x, y: y + model.shift.sum())
+    return [{"params": [weight, model.shift]}]
+
+def merge(model):
+    pass
+"""
+
+
+def test_a_run_is_resumed_from_any_folder(tiny, monkeypatch):
+    tiny[tiny.index("text.txt")] = "data/text.txt"
+    Path("data").mkdir()
+    os.rename("text.txt", "data/text.txt")
+    train.main([*tiny, "--out", "out/a", "--stop-after", "3"])
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert train.main([*RESUME, "../out/a", "--stop-after", "3"])["step"] == 6
+    # the text has moved: it is named, and recognised by what it holds
+    os.rename("../data/text.txt", "moved.txt")
+    refused([*RESUME, "../out/a"], "there is no data", "/data/text.txt'")
+    result = train.main([*RESUME, "../out/a", "--data", "moved.txt", "--stop-after", "3"])
+    assert result["step"] == 9
+    Path("other.txt").write_text("another text " * 100)
+    refused([*RESUME, "../out/a", "--data", "other.txt"], "the text has changed")
+    assert train.main([*RESUME, "../out/a", "--stop-after", "1"])["step"] == 10
+    assert not Path(".tokens").exists()
+
+
+def test_bad_resume(tiny):
+    train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
+    before = Path("out/a/ckpt.pt").read_bytes()
+    for flags, *parts in (
+        ("--resume out/a --lr 0.5", "--lr is 0.5 here but 0.003 in out/a", "leave it out"),
+        ("--resume --n-layer 3", "--n-layer is 3 here but 2 in out/a"),
+        ("--resume --attn nix", "--attn is nix here but softmax"),
+        ("--resume out/a --out out/b", "leave --out out"),
+        ("--resume out/a --init out/a", "give one of them"),
+        ("--resume out/b", "out/b holds no run"),
+        ("--out out/a", "already holds a run", "--resume out/a"),
+        ("--init out/a --out out/a", "already holds a run"),
+    ):
+        refused([*flags.split(), "--device", "cpu", "--data", "text.txt"], *parts)
+    with open("text.txt", "a") as file:
+        file.write("more")
+    refused(["--resume", "--device", "cpu"], "the text has changed", "--init out/a")
+    assert Path("out/a/ckpt.pt").read_bytes() == before and os.listdir("out/a") != []
+    assert not list(Path("out/a").glob(".*"))
+    assert sorted(os.listdir("out")) == [".tokens", "a"]
+
+
+def test_a_complete_run_is_not_resumed(tiny):
+    train.main([*tiny, "--out", "out/a", "--steps", "2"])
+    refused(["--resume", "--device", "cpu"], "out/a is complete (2 steps)", "--init")
+
+
+def test_init_starts_anew_from_the_weights(tiny):
+    a = train.main([*tiny, "--out", "out/a", "--steps", "3"])
+    flags = "--init out/a --out out/b --data text.txt --steps 1 --batch-size 4 --lr 1e-9"
+    b = train.main([*flags.split(), "--eval-batches", "2", "--sample", "0", "--device", "cpu"])
+    assert b["step"] == 1 and abs(a["val_loss"] - b["val_loss"]) < 1e-3
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\0\xff" * 99, b"step\n1\n2,\n", None, "folder"])
+def test_a_damaged_log_does_not_stop_a_resume(tiny, content):
+    train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
+    if content == "folder":
+        os.remove("out/a/config.json")  # it is written anew as well
+        content = None
+    os.remove("out/a/log.csv")
+    if content is not None:
+        Path("out/a/log.csv").write_bytes(content)
+    assert train.main([*RESUME, "out/a", "--stop-after", "2"])["step"] == 7
+    assert [row[0] for row in rows("out/a")] == ["step", "6", "7"]
+    assert Path("out/a/config.json").exists() and load("out/a")["step"] == 7
+
+
+# -- what goes wrong while saving ------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tiny, monkeypatch):
+    train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
+    before = Path("out/a/ckpt.pt").read_bytes()
+
+    def broken_save(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", broken_save)
+    refused([*RESUME, "out/a"], "cannot write out/a/ckpt.pt", "No space left", "untouched")
+    assert Path("out/a/ckpt.pt").read_bytes() == before and not list(Path("out/a").glob(".*"))
+
+
+def test_a_full_disk(tiny):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.main([*tiny, "--out", "out/a", "--stop-after", "1"])
+    before = Path("out/a/ckpt.pt").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow larger
+    try:
+        refused([*RESUME, "out/a"], "cannot write out/a/ckpt.pt (File too large)", "untouched")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Path("out/a/ckpt.pt").read_bytes() == before and not list(Path("out/a").glob(".*"))
+    assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 2
+
+
+KILL_WHILE_SAVING = """
+import os, train
+from support.checkpoint import torch
+def fsync(fd):
+    if os.fstat(fd).st_size > 10000:
+        os.kill(os.getpid(), 9)
+os.fsync = fsync
+train.main()
+"""
+
+
+def test_kill_9_while_saving(tiny):
+    train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
+    before = Path("out/a/ckpt.pt").read_bytes()
+    assert run_code(KILL_WHILE_SAVING, *RESUME, "out/a").returncode == -9
+    assert Path("out/a/ckpt.pt").read_bytes() == before
+    assert list(Path("out/a").glob(".ckpt.pt.[0-9]*")) and Path("out/a", LOCK).exists()
+    step = train.main([*RESUME, "out/a", "--stop-after", "1"])["step"]
+    assert step == 6, "the lock of the dead does not count"
+    assert not list(Path("out/a").glob(".*")), "its draft and its lock are removed"
+
+
+# -- two runs at once ------------------------------------------------------------------------------
+
+FIVE_AT_ONCE = """
+import os, sys, train
+children = []
+for seed in range(5):
+    child = os.fork()
+    if child == 0:
+        train.main([*sys.argv[1:], "--seed", str(seed), "--steps", "3"])
+        os._exit(0)
+    children.append(child)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+
+
+def test_five_runs_at_once_have_five_folders(tiny):
+    done = run_code(FIVE_AT_ONCE, *tiny)
+    assert "[0, 0, 0, 0, 0]" in done.stdout, done.stderr[-2000:]
+    names = sorted(os.listdir("out"))
+    assert names == [".tokens", "softmax", *(f"softmax-{n}" for n in range(2, 6))]
+    seeds = [load(f"out/{name}")["config"]["run"]["seed"] for name in names[1:]]
+    assert sorted(seeds) == [0, 1, 2, 3, 4]
+    assert all(len(rows(f"out/{name}")) == 4 for name in names[1:])
+    assert len(os.listdir("out/.tokens")) == 1
+
+
+def test_a_folder_has_one_run_at_a_time(tiny):
+    train.main([*tiny, "--out", "out/a", "--stop-after", "3"])
+    before = Path("out/a/ckpt.pt").read_bytes()
+    code = "from support.cli import run_main; import train; run_main(train.main)"
+    for flags in (["--resume", "out/a"], ["--out", "out/b", "--data", "text.txt"]):
+        with claim_folder(flags[1], "", Path(flags[1]) if flags[0] == "--resume" else None):
+            done = run_code(code, *flags, "--device", "cpu", "--sample", "0")
+        assert done.returncode == 2
+        message = done.stderr.splitlines()[-1]
+        assert f"{flags[1]} is in use by process {os.getpid()} on " in message, done.stderr
+    assert Path("out/a/ckpt.pt").read_bytes() == before
+    assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.csv", "loss.png"])
+def test_files_of_the_user_are_not_overwritten(tiny, name):
+    Path("mine").mkdir()
+    Path("mine", name).write_text("mine")
+    Path("mine/.backup.2024").touch()
+    refused([*tiny, "--out", "mine"], f"mine/{name} would be overwritten")
+    assert Path("mine", name).read_text() == "mine"
+    os.remove(f"mine/{name}")
+    train.main([*tiny, "--out", "mine", "--steps", "2"])
+    files = [".backup.2024", ".tokens", "ckpt.pt", "config.json", "log.csv", "loss.png"]
+    assert sorted(os.listdir("mine")) == files
+
+
+def test_a_failed_start_leaves_nothing(tiny):
+    refused([*tiny, "--attn", "nix"], "no attention 'nix'")
+    refused([*tiny, "--out", "mine", "--micro-batch", "3"], "--batch-size 4 does not divide")
+    refused([*tiny, "--data", "nowhere"], "nowhere")
+    assert not Path("mine").exists() and set(os.listdir("out")) <= {".tokens"}
+
+
+@pytest.mark.parametrize("name", ["$x", "a b", "x" * 255, "café"])
+def test_folders_of_unusual_names(tiny, name):
+    train.main([*tiny, "--out", name, "--steps", "2", "--stop-after", "1"])
+    assert train.main([*RESUME, name])["step"] == 2
+    assert Path(name, "loss.png").exists()
+    refused([*tiny, "--out", "y" * 256], "cannot write in", "File name too long")
+
+
+# -- signals and numbers that are not finite -------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["build_model", "get_batch", "evaluate"])
+def test_a_signal_saves_and_ends(tiny, monkeypatch, where):
+    tiny += ["--steps", "12", "--eval-every", "6"]
+    calls = []
+    original = getattr(train, where)
+
+    def signalled(*args, **options):
+        calls.append(1)
+        if len(calls) == {"build_model": 1, "get_batch": 4, "evaluate": 1}[where]:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **options)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    if where == "build_model":  # before the loop a signal ends the process, with nothing to save
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, where, signalled)
+            train.main([*tiny, "--out", "out/a"])
+        signal.signal(signal.SIGTERM, handler)
+        assert not Path("out/a").exists()
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, signalled)
+        run = train.main([*tiny, "--out", "out/a"])
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert run["signal"] == signal.SIGTERM and 3 <= run["step"] < 12
+    assert load("out/a")["step"] == run["step"]
+    train.main([*RESUME, "out/a"])
+    train.main([*tiny, "--out", "out/whole"])
+    a, b = load("out/a"), load("out/whole")
+    assert is_equal(a["model"], b["model"]) and is_equal(a["optimizer"], b["optimizer"])
+
+
+def test_sigterm_from_outside(tiny):
+    command = [sys.executable, str(REPOSITORY / "train.py"), *tiny, "--out", "out/a"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen([*command, "--steps", "1000000"], env=ENVIRONMENT, **options)
+    for line in process.stdout:
+        if line.startswith("run "):
+            break
+    while len(Path("out/a/log.csv").read_text().splitlines()) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume out/a" in process.stdout.read() and process.wait(30) == 128 + 15
+    step = load("out/a")["step"]
+    assert step > 0 and len(rows("out/a")) == step + 1 and not list(Path("out/a").glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
+    original = train.train_step
+    models = []
+
+    def poisoned_step(net, *args, **options):
+        models.append((net, net.embed_tokens.weight.clone()))
+        if len(models) == 8:
+            net.norm.weight.data[0] = math.nan
+        return original(net, *args, **options)
+
+    monkeypatch.setattr(train, "train_step", poisoned_step)
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        train.main([*tiny, "--out", "out/a", "--steps", "10", "--eval-every", "5"])
+    assert load("out/a")["step"] == 5 and len(rows("out/a")) == 8
+    net, before = models[-1]
+    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took the step"
+    monkeypatch.setattr(train, "train_step", original)
+    assert train.main([*RESUME, "out/a"])["step"] == 10 and len(rows("out/a")) == 11
+
+
+def test_weights_gone_bad_are_not_saved(tiny, monkeypatch):
+    losses = iter([2.0, 1.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        train.main([*tiny, "--out", "out/a", "--eval-every", "3"])
+    assert load("out/a")["step"] == 6
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+SHARDED = """
+import os, sys, train
+from pathlib import Path
+flags = sys.argv[1:]
+for optim in ("adamw", "sonew"):
+    run = [*flags, "--fsdp", "--optim", optim]
+    train.main([*run, "--out", f"out/{optim}-whole"])
+    train.main([*run, "--out", f"out/{optim}-parts", "--stop-after", "2"])
+    train.main(["--resume", f"out/{optim}-parts", "--fsdp", "--device", "cpu", "--sample", "0"])
+try:
+    train.main([*flags, "--out", "mine"])
+except ValueError as error:
+    Path("refused" + os.environ["RANK"]).write_text(str(error))
+train.main([*flags, "--fsdp", "--out", "out/four", "--stop-after", "2"])
+os._exit(0)
+"""
+
+
+def test_sharded_runs(tiny):
+    """Two processes are one run: one folder, resumed exactly, in one process as well."""
+    Path("mine").mkdir()
+    Path("mine/log.csv").write_text("mine")
+    Path("sharded.py").write_text(SHARDED)
+    flags = [*tiny, "--steps", "4", "--lr", "1e-4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["sharded.py", *flags]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    for optim in ("adamw", "sonew"):
+        whole, parts = load(f"out/{optim}-whole"), load(f"out/{optim}-parts")
+        assert whole["step"] == 4 and is_equal(whole, parts)
+        assert rows(f"out/{optim}-whole") == rows(f"out/{optim}-parts")
+    for rank in range(2):  # no process waits for one that has been refused
+        assert "mine/log.csv would be overwritten" in Path(f"refused{rank}").read_text()
+    assert os.listdir("mine") == ["log.csv"] and not list(Path("out").glob("*/.*"))
+    assert len(os.listdir("out")) == 6
+
+    train.main([*RESUME, "out/four"])  # sharded before, and now whole
+    one, two = load("out/adamw-whole"), load("out/four")
+    assert two["step"] == 4
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_says_it_in_one_sentence(tiny):
+    Path("mine").mkdir()
+    Path("mine/loss.png").touch()
+    done = run_script("train.py", *tiny, "--out", "mine")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: mine/loss.png would be overwritten")
