@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import os
-import stat
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -21,32 +20,6 @@ REQUIRED = {"model", "optimizer", "step", "config", "tokenizer", "data"}
 
 
 # -- files and folders -----------------------------------------------------------------------------
-
-
-# Minimal versions of read_user_file and parse_json: drop these two at merge
-def read_user_file(path, limit=2**34):
-    """Return the bytes of a file that a user named; ValueError if it cannot be read whole."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # no wait on a FIFO
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError(f"{path} is not a regular file")
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from None
-    if len(raw) > limit:
-        raise ValueError(f"{path} is larger than {limit:,} bytes")
-    return raw
-
-
-def parse_json(raw, what):
-    """Return the value of JSON bytes; ValueError, which begins with `what`, if they are not."""
-    try:
-        return json.loads(raw)
-    except RecursionError:
-        raise ValueError(f"{what} is nested too deeply") from None
-    except ValueError:
-        raise ValueError(f"{what} is cut off or is not JSON") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from support.checkpoint import read_user_file
+from support.files import read_user_file
 
 # How a text is split into words, which BPE then merges one by one
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -82,7 +82,8 @@ class ByteTokenizer:
 class BPETokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, made safe for any vocabulary, any text and any ids.
 
-    ranks: {token: id}, the lower the earlier it is merged. eot_token ends a document.
+    ranks: {token: id}, the lower the earlier it is merged. eot_token ends a document; None: <|endoftext|>,
+    if there is one.
     """
 
     eot_token = None  # the property of the base class raises KeyError where there is none
@@ -94,8 +95,6 @@ class BPETokenizer(tiktoken.Encoding):
         if len(set(ids)) < len(ids):
             raise ValueError(f"the tokenizer {name} gives one id to two tokens")
         self.eot_token = special_tokens.get("<|endoftext|>") if eot_token is None else eot_token
-        if self.eot_token not in ids:
-            raise ValueError(f"the tokenizer {name} has no token that ends a document")
         try:
             super().__init__(
                 name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
