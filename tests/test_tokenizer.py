@@ -77,7 +77,7 @@ def test_a_file_with_a_published_name_is_that_encoding(name, monkeypatch, tmp_pa
     first_special = min(special.values())
     numbers = (i for i in range(10**6) if i != first_special)
     tokens = dict(zip([*BYTES, *MERGED], numbers))
-    for i, n in enumerate(range(n_ranks - len(tokens))):
+    for n in range(n_ranks - len(tokens)):
         tokens[b"\xff" + n.to_bytes(4, "big")] = next(numbers)
     lines = (f"{base64.b64encode(t).decode()} {i}" for t, i in tokens.items())
     path = tmp_path / f"{name}.tiktoken"
