@@ -205,7 +205,9 @@ def check_merges(model, ranks, byte_of, path):
     """Raise ValueError unless BPE by the ids of the tokens gives what BPE by the merges gives."""
     merges = []
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        require(len(pair) == 2, f"{path} has a merge of {len(pair)} tokens")
+        left, right = pair
         left = bytes(byte_of[character] for character in left)
         right = bytes(byte_of[character] for character in right)
         merges.append((left, right))

@@ -1,5 +1,6 @@
 """Hugging Face folders for tests: tiny tokenizers, models of transformers' own, a fixture `hf`."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +86,7 @@ def tokenizer_json(merges=MERGES, words="gpt2", special=SPECIAL, **model_setting
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": WORDS[words],
+        "pre_tokenizer": copy.deepcopy(WORDS[words]),
         "post_processor": None,
         "decoder": BYTES,
         "model": {**model, **model_settings},
