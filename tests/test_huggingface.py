@@ -1,0 +1,523 @@
+"""Hugging Face folders: models and exports against transformers, and what is refused."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from support import data, huggingface
+from tests.common import REPOSITORY, assert_close, is_equal, refused, small_gpt
+from tests.hf import FAMILIES, edit_json, hf, transformers, write_model  # noqa: F401
+
+TEXT = "the quick brown fox jumps over the lazy dog, 12 times. "
+
+
+def export_run(folder, target, dtype=None):
+    """Export a folder that was loaded, as train.py does at the end of a run."""
+    model, tokenizer = train.load_model(folder)
+    state = data.tokenizer_state(tokenizer)
+    huggingface.export(target, model.state_dict(), asdict(model.config), state, dtype)
+    return model
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(tmp_path, family):
+    truth = write_model(tmp_path, family, old_config=family.endswith("tied"))
+    model, _ = train.load_model(tmp_path)
+    ids = torch.randint(320, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model(ids), truth(ids).logits
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 0.5
+
+    low, _ = train.load_model(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters() if p.dim() > 1} == {torch.bfloat16}
+    with torch.no_grad():
+        eager = truth.to(torch.bfloat16)(ids).logits
+        assert_close("bfloat16", low(ids), eager, theirs.double())
+
+
+def test_config_fields(tmp_path):
+    write_model(tmp_path, "qwen2")
+    expected = {
+        "vocab_size": 320,
+        "block_size": 128,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_kv_head": 1,
+        "n_embd": 32,
+        "head_dim": 8,
+        "n_hidden": 48,
+        "tied": True,
+        "norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "qkv_bias": True,
+        "qk_norm": False,
+    }
+    assert huggingface.read_config(tmp_path) == expected
+    saved = huggingface.load_checkpoint(tmp_path)
+    assert saved["config"]["model"] == expected
+    run = {"block_size": 128, "batch_size": 16, "steps": 200, "lr": 2e-5}
+    assert saved["config"]["run"] == {**run, "tokenizer": tmp_path.name}
+
+    # what a config.json may leave out
+    edit_json(tmp_path / "config.json", tie_word_embeddings=None, num_key_value_heads=None)
+    edit_json(tmp_path / "config.json", rope_parameters=None, head_dim=None)
+    edit_json(tmp_path / "config.json", max_position_embeddings=4096)
+    defaults = {"tied": False, "n_kv_head": 4, "rope_theta": 10000.0, "block_size": 4096}
+    assert huggingface.read_config(tmp_path) == {**expected, **defaults}
+    edit_json(tmp_path / "config.json", architectures=["Qwen3ForCausalLM"], rope_theta=5)
+    fields = huggingface.read_config(tmp_path)
+    assert (fields["head_dim"], fields["rope_theta"], fields["qk_norm"]) == (128, 5.0, True)
+
+
+def test_shapes_are_those_of_the_gpt():
+    for shape in (
+        {"n_kv_head": 2, "qkv_bias": True},
+        {"tied": False, "qk_norm": True, "head_dim": 10, "n_hidden": 7},
+    ):
+        model = small_gpt(**shape)
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        assert huggingface.tensor_shapes(asdict(model.config)) == expected
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-untied", "qwen3"])
+def test_transformers_loads_what_was_exported(tmp_path, monkeypatch, family, capsys):
+    write_model(tmp_path / "hf", family)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 30_000)
+    model, tokenizer = train.load_model(Path("hf"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    state = data.tokenizer_state(tokenizer)
+    huggingface.export("new", model.state_dict(), asdict(model.config), state)
+    assert "exported new, in float32\n" in capsys.readouterr().out
+    assert len(list(Path("new").glob("*.safetensors"))) > 2 and not list(Path().glob(".new*"))
+
+    library = transformers()
+    truth, report = library.AutoModelForCausalLM.from_pretrained("new", output_loading_info=True)
+    assert not any(report.values()), report
+    ids = torch.randint(320, (1, 16))
+    with torch.no_grad():
+        assert (model(ids) - truth(ids).logits).abs().max() < 1e-5
+    assert is_equal(train.load_model(Path("new"))[0].state_dict(), model.state_dict())
+    assert Path("new/tokenizer.json").read_bytes() == Path("hf/tokenizer.json").read_bytes()
+    words = library.AutoTokenizer.from_pretrained("new")
+    assert words("the over")["input_ids"] == tokenizer.encode("the over")
+
+    export_run(Path("new"), "low", torch.bfloat16)
+    low = library.AutoModelForCausalLM.from_pretrained("low", dtype="auto")
+    assert low.dtype == torch.bfloat16
+    index = json.loads(Path("new/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("hf"), "llama", max_position_embeddings=2048)
+    changes = {"bos_token_id": 300, "pad_token_id": 301, "dtype": "bfloat16", "mine": [1, {"a": 2}]}
+    edit_json(Path("hf/config.json"), **changes)
+    before = json.loads(Path("hf/config.json").read_text())
+
+    # nothing but the weights changed; a shorter context in training is none in use
+    saved = huggingface.load_checkpoint(Path("hf"))
+    config = {**asdict(train.GPTConfig(**saved["config"]["model"])), "block_size": 1024}
+    huggingface.export("new", saved["model"], config, saved["tokenizer"])
+    assert json.loads(Path("new/config.json").read_text()) == before
+    tensors = load_file(next(iter(Path("new").glob("*.safetensors"))))
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+    # what did change, in the place where the original has it
+    config = {**config, "block_size": 4096, "rope_theta": 77.0, "norm_eps": 1e-3}
+    huggingface.export("newer", saved["model"], config, saved["tokenizer"], torch.float32)
+    after = json.loads(Path("newer/config.json").read_text())
+    rope = {**before["rope_parameters"], "rope_theta": 77.0}
+    changed = {"max_position_embeddings": 4096, "rope_parameters": rope, "rms_norm_eps": 1e-3}
+    assert after == {**before, **changed, "dtype": "float32"}
+    assert huggingface.read_config(Path("newer"))["rope_theta"] == 77.0
+
+    # through a checkpoint of a run, and of a config.json of before transformers 5
+    edit_json(Path("hf/config.json"), rope_parameters=None, rope_theta=5e5)
+    edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32")
+    saved = huggingface.load_checkpoint(Path("hf"))
+    torch.save({"tokenizer": saved["tokenizer"]}, "x.pt")
+    tokenizer = torch.load("x.pt", weights_only=True)["tokenizer"]
+    tokenizer = data.tokenizer_state(data.tokenizer_from_state(tokenizer))
+    config = {**config, "block_size": 64}
+    huggingface.export("newest", saved["model"], config, tokenizer)
+    after = json.loads(Path("newest/config.json").read_text())
+    before = json.loads(Path("hf/config.json").read_text())
+    assert after == {**before, "rope_theta": 77.0, "rms_norm_eps": 1e-3}
+
+
+def test_export_of_a_run_of_ours(tiny):
+    train.main([*tiny, "--steps", "1", "--out", "out/a", "--qkv-bias"])
+    model = export_run(Path("out/a"), "new")  # weights alone: its bytes are no BPE
+    assert {p.name for p in Path("new").iterdir()} == {"config.json", "model.safetensors"}
+    settings = json.loads(Path("new/config.json").read_text())
+    assert settings["architectures"] == ["Qwen2ForCausalLM"]
+    assert settings["bos_token_id"] is None and settings["eos_token_id"] is None
+    truth = transformers().AutoModelForCausalLM.from_pretrained("new")
+    ids = torch.randint(256, (1, 16))
+    with torch.no_grad():
+        assert (model(ids) - truth(ids).logits).abs().max() < 1e-5
+
+
+def check_refused(call, *parts):
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_bad_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = asdict(small_gpt(n_layer=8, n_embd=64).config)
+    weights = small_gpt(n_layer=8, n_embd=64).state_dict()
+    Path("full").mkdir()
+    Path("full/mine.txt").touch()
+    Path("link").symlink_to("nowhere")
+    for changes, target, part in [
+        ({"attn": "laser"}, "new", "no Hugging Face family has laser attention"),
+        ({"attn": "softmax,laser"}, "new", "laser"),
+        ({"qk_norm": True, "qkv_bias": True}, "new", "both biases and QK-norm"),
+        ({}, "full", "full exists"),
+        ({}, "full/mine.txt", "full/mine.txt exists"),
+        ({}, "link", "link exists"),
+        ({}, "full/mine.txt/new", "cannot write"),
+        ({}, "x" * 300, "cannot write"),
+        ({"n_embd": 128}, "new", "embed_tokens.weight is (64, 64), not (64, 128)"),
+    ]:
+        broken = {**config, **changes}
+        check_refused(partial(huggingface.export, target, weights, broken, {"name": "byte"}), part)
+    huggingface.check_exportable("new", {**config, "attn": "softmax,softmax"})
+
+    # a disk that is full, and a folder of somebody else's with the draft's name
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        export = partial(huggingface.export, "new", weights, config, {"name": "byte"})
+        check_refused(export, "cannot write new", "nothing is left")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(Path().glob("*new*"))
+    draft = Path(f".new.{os.getpid()}")
+    draft.mkdir()
+    (draft / "mine").touch()
+    check_refused(export, "cannot write new")
+    assert (draft / "mine").exists()
+
+
+def test_export_writes_no_file_but_its_own(hf):  # noqa: F811
+    saved = huggingface.load_checkpoint(hf())
+    saved["tokenizer"]["files"]["../evil"] = "overwritten"
+    saved["tokenizer"]["files"]["model.safetensors"] = "overwritten"
+    config = asdict(train.GPTConfig(**saved["config"]["model"]))
+    huggingface.export("new", saved["model"], config, saved["tokenizer"])
+    assert not Path("evil").exists() and train.load_model(Path("new"))
+
+
+def test_export_copies_tensors_that_share_memory(tmp_path):
+    model = small_gpt(n_layer=2)
+    state = model.state_dict()
+    layer = "layers.0.mlp.up_proj.weight"
+    state[layer] = state["layers.1.mlp.up_proj.weight"]
+    state["norm.weight"] = torch.ones(1).expand(32)
+    huggingface.export(tmp_path / "new", state, asdict(model.config), {"name": "byte"})
+    tensors = load_file(tmp_path / "new/model.safetensors")
+    assert torch.equal(tensors[f"model.{layer}"], state[layer])
+    assert torch.equal(tensors["model.norm.weight"], torch.ones(32))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def edit(name, change):
+    """A change to a JSON file of the folder."""
+
+    def apply(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def edit_tensors(change):
+    """A change to the tensors of the second of three shards."""
+
+    def apply(folder):
+        path = sorted(folder.glob("*.safetensors"))[1]
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return apply
+
+
+def cut(shard, keep):
+    def apply(folder):
+        path = sorted(folder.glob("*.safetensors"))[shard]
+        path.write_bytes(path.read_bytes()[:keep])
+
+    return apply
+
+
+def replace_by_fifo(pattern):
+    def apply(folder):
+        path = sorted(folder.glob(pattern))[0]
+        path.unlink()
+        os.mkfifo(path)
+
+    return apply
+
+
+def write(name, raw):
+    return lambda folder: (folder / name).write_bytes(raw)
+
+
+def single_fifo(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def config(**changes):
+    return edit("config.json", lambda c: c.update(changes))
+
+
+def tokenizer(change):
+    return edit("tokenizer.json", change)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+INDEX = "model.safetensors.index.json"
+HEAD = {"lm_head.weight": torch.zeros(320, 32)}
+DEEP = b'{"a": ' + b"[" * 100_000
+REFUSED = {
+    "architecture": (config(architectures=["MistralForCausalLM"]), ["Mistral", "Qwen3ForCausalLM"]),
+    "no architecture": (
+        edit("config.json", lambda c: c.pop("architectures")),
+        ["hf/config.json", "no architecture", "ckpt.pt"],
+    ),
+    "classifier": (config(architectures=["Qwen2ForSequenceClassification"]), ["Classification"]),
+    "rope": (config(rope_scaling={"rope_type": "llama3"}), ["'llama3'", "not implemented"]),
+    "rope v4": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'"]),
+    "rope v5": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["'yarn'"]),
+    "rope layers": (config(rope_parameters={"full_attention": {"rope_theta": 1e4}}), ["layers"]),
+    "rope partial": (config(partial_rotary_factor=0.5), ["partial_rotary_factor = 0.5"]),
+    "rope partial v5": (config(rope_parameters={"partial_rotary_factor": 0.5}), ["= 0.5"]),
+    "sliding": (config(use_sliding_window=True), ["use_sliding_window"]),
+    "layers": (config(layer_types=["full_attention", "sliding_attention"]), ["layer_types"]),
+    "quantized": (config(quantization_config={"bits": 4}), ["quantization_config"]),
+    "activation": (config(hidden_act="gelu"), ['hidden_act = "gelu"']),
+    "bias": (config(attention_bias=True), ["attention_bias = true"]),
+    "mlp bias": (config(mlp_bias=True), ["mlp_bias = true"]),
+    "type": (config(hidden_size="32"), ["hidden_size = '32'", "int"]),
+    "bool": (config(num_hidden_layers=True), ["num_hidden_layers = True", "int"]),
+    "absent": (edit("config.json", lambda c: c.pop("rms_norm_eps")), ["rms_norm_eps", "float"]),
+    "huge": (config(num_hidden_layers=10**9), ["num_hidden_layers", "at most 1024"]),
+    "none": (config(num_attention_heads=0), ["num_attention_heads = 0", "above 0"]),
+    "negative": (config(vocab_size=-5), ["vocab_size = -5"]),
+    "overflow": (config(rope_theta=10**400), ["config.json"]),
+    "infinite": (write("config.json", b'{"rope_theta": Infinity}'), ["config.json"]),
+    "no json": (write("config.json", b"{"), ["hf/config.json is cut off or is not JSON"]),
+    "deep config": (write("config.json", DEEP), ["config.json is nested too deeply"]),
+    "no object": (write("config.json", b"[]"), ["config.json holds no JSON object"]),
+    "no dict": (config(rope_scaling="yarn"), ["config.json is malformed"]),
+    "no list": (config(architectures=3), ["config.json is malformed"]),
+    "list of lists": (config(architectures=[[]]), ["config.json is malformed"]),
+    "untied": (config(tie_word_embeddings=False), ["the tensor lm_head.weight is missing"]),
+    "no weights": (
+        lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],
+        ["hf has no *.safetensors"],
+    ),
+    "shard": (
+        lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(),
+        ["lacks the file model-00002-of-", "model.layers.0."],
+    ),
+    "index": (edit(INDEX, lambda c: c.update(weight_map={Q: "../x"})), ["has no weight_map"]),
+    "index of lists": (edit(INDEX, lambda c: c.update(weight_map={Q: []})), ["has no weight_map"]),
+    "index without": (edit(INDEX, lambda c: c.clear()), ["has no weight_map"]),
+    "long name": (edit(INDEX, lambda c: c.update(weight_map={Q: "x" * 300})), ["lacks the file"]),
+    "deep index": (write(INDEX, DEEP), ["index.json is nested too deeply"]),
+    "cut": (cut(1, -7), ["model-00002-of-", "cut off", "in the tensor model."]),
+    "cut header": (cut(0, 50), ["model-00001-of-", "cut off", "header"]),
+    "empty": (cut(2, 0), ["model-00003-of-", "cut off", "header"]),
+    "shape": (
+        edit_tensors(lambda t: t.update({Q: torch.zeros(32, 7)})),
+        ["model-00002-of-", f"{Q} is (32, 7), not (32, 32)"],
+    ),
+    "dtype": (
+        edit_tensors(lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)})),
+        ["model-00002-of-", f"{Q} is of type I8"],
+    ),
+    "missing": (edit_tensors(lambda t: t.pop(Q)), [f"the tensor {Q} is missing"]),
+    "name": (
+        edit_tensors(lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(1)})),
+        ["model-00002-of-", "mlp.extra.weight", "no place"],
+    ),
+    "twice": (
+        edit_tensors(lambda t: t.update({"model.embed_tokens.weight": torch.zeros(1)})),
+        ["model.embed_tokens.weight", "has it too"],
+    ),
+    "head": (edit_tensors(lambda t: t.update(HEAD)), ["lm_head.weight", "differs from the emb"]),
+    "fifo": (single_fifo, ["model.safetensors", "regular file"]),
+    "fifo shard": (replace_by_fifo("*.safetensors"), ["lacks the file model-00001"]),
+    "fifo config": (replace_by_fifo("config.json"), ["config.json"]),
+    "fifo index": (replace_by_fifo(INDEX), [INDEX]),
+    "fifo tokenizer": (replace_by_fifo("tokenizer.json"), ["tokenizer.json"]),
+    "fifo template": (
+        lambda folder: os.mkfifo(folder / "chat_template.jinja"),
+        ["chat_template.jinja"],
+    ),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["no tokenizer.json"]),
+    "latin": (
+        write("tokenizer_config.json", b'{"eos_token": "\xe9"}'),
+        ["tokenizer_config.json is not UTF-8"],
+    ),
+    "eos word": (
+        edit("tokenizer_config.json", lambda c: c.update(eos_token={"x": 1})),
+        ["tokenizer_config.json is malformed"],
+    ),
+    "deep settings": (write("tokenizer_config.json", DEEP), ["nested too deeply"]),
+    "deep tokenizer": (write("tokenizer.json", DEEP), ["tokenizer.json is nested too deeply"]),
+    "deep generation": (write("generation_config.json", DEEP), ["nested too deeply"]),
+    "id too high": (
+        tokenizer(lambda t: t["added_tokens"][0].update(id=320)),
+        ["tokenizer.json has the id 320", "vocab_size 320"],
+    ),
+    "eos": (config(eos_token_id="</s>"), ["eos_token_id"]),
+    "eos beyond": (config(eos_token_id=[3, 320]), ["eos_token_id"]),
+    "eos negative": (config(eos_token_id=-1), ["eos_token_id"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_folder(hf, case, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 40_000)
+    folder = hf()
+    assert len(list(folder.glob("*.safetensors"))) >= 3 and train.load_model(folder)
+    change, parts = REFUSED[case]
+    change(folder)
+    monkeypatch.setattr(train, "GPT", lambda *_: pytest.fail("a model was built"))
+    check_refused(partial(train.load_model, folder), *parts)
+
+
+@pytest.mark.parametrize("case", ["architecture", "cut", "fifo", "deep config", "no tokenizer"])
+def test_bad_folder_in_the_commands(hf, case, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 40_000)
+    change, parts = REFUSED[case]
+    change(hf())
+    refused("--init hf --chat hello --device cpu".split(), *parts, main=sample.main)
+    Path("text.txt").write_text("the " * 300)
+    refused("--init hf --data text.txt --device cpu --out out/a".split(), *parts)
+    assert not Path("out/a").exists()
+
+
+def test_a_tied_head_that_is_the_embedding_is_fine(hf):  # noqa: F811
+    folder = hf()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(tensors, path)
+    assert train.load_model(folder)
+
+
+# -- in use ----------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_pretrained_weights(hf):  # noqa: F811
+    folder = hf(qk_norm=True, tied=False, n_kv_head=2)
+    Path("text.txt").write_text(TEXT * 60)
+    flags = "--init hf --data text.txt --batch-size 2 --device cpu --sample 0 --eval-batches 1"
+    flags = flags.split()
+    run = train.main([*flags, "--steps", "4", "--lr", "1e-9", "--stop-after", "2"])
+    out = Path(run["out"])
+    record = json.loads((out / "config.json").read_text())
+    assert record["model"]["block_size"] == 64 and record["run"]["lr"] == 1e-9
+    assert record["run"]["tokenizer"] == "hf"
+    assert train.main(["--resume", str(out), "--device", "cpu", "--sample", "0"])["step"] == 4
+    (a, words), (b, _) = train.load_model(out), train.load_model(folder)
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert (p - q).abs().max() < 1e-7
+    assert words.start == [] and words.chat([{"role": "user", "content": "the"}])
+    run = train.main([*flags, "--steps", "1", "--block-size", "16", "--out", "out/b"])
+    record = json.loads(Path("out/b/config.json").read_text())
+    assert record["run"]["lr"] == 2e-5 and record["model"]["block_size"] == 16
+    refused([*flags, "--n-layer", "3"], "--n-layer is 3")
+    refused(["--resume", "hf"], "hf holds no run: there is no hf/ckpt.pt")
+
+    # its export keeps the context of the original
+    export_run(Path("out/b"), "new")
+    assert json.loads(Path("new/config.json").read_text())["max_position_embeddings"] == 64
+
+
+MEMORY = """
+import re, sys, torch, train
+from pathlib import Path
+from support import huggingface
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+folder = Path(sys.argv[1])
+with torch.device("meta"):  # imports what is needed
+    train.GPT(train.GPTConfig(vocab_size=64, n_layer=1))
+assert len(huggingface.load_checkpoint(folder)["model"])  # reads no tensor
+before = peak()
+model, _ = train.load_model(folder)
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_the_memory_of_one_copy(hf):  # noqa: F811
+    folder = hf(n_embd=512, n_layer=12, n_head=8)  # 152 MB
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", MEMORY, folder]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert 0.9 < float(out.stdout) < 1.2, out.stderr
+
+
+def test_weights_are_read_when_they_are_asked_for(hf):  # noqa: F811
+    folder = hf()
+    weights = huggingface.load_checkpoint(folder)["model"]
+    names = list(weights)
+    assert len(weights) == len(names) and "norm.weight" in weights
+    assert "lm_head.weight" not in weights
+    assert weights["norm.weight"] is not weights["norm.weight"]
+    with pytest.raises(KeyError):
+        weights["nothing"]
+    (folder / "model.safetensors").unlink()
+    check_refused(lambda: weights["norm.weight"], "model.safetensors")
+
+
+def test_smollm2():
+    """The real one, where it lies beside the repository."""
+    places = (REPOSITORY.parent / "smollm2", REPOSITORY.parent / "shared/smollm2")
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        pytest.skip("needs ../smollm2, a SmolLM2-135M-Instruct folder")
+    question = ["--chat", "What is the capital of France?", "--temperature", "0"]
+    out = sample.main(["--init", str(folder), *question, "--max-tokens", "20"])
+    assert re.search("Paris", out["text"])
