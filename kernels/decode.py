@@ -377,10 +377,10 @@ def attend(heads, gains, eps, angles, length, k, v, config=None):
     if k.dim() != 3 or k.shape[2] not in HEAD_DIMS:
         raise ValueError(f"k is {tuple(k.shape)}; it must be (Hkv, size, D), D one of {HEAD_DIMS}")
     Hkv, size, D = k.shape
-    check("k", k, Hkv, size, D)
-    check("v", v, Hkv, size, D)
     if size * D >= 2**31:
         raise ValueError(f"a head of the cache has {size} x {D} numbers; it must be below 2**31")
+    check("k", k, Hkv, size, D)
+    check("v", v, Hkv, size, D)
     H = heads.numel() // D - 2 * Hkv
     if H < 1 or H % Hkv:
         raise ValueError(f"{heads.numel()} numbers are no heads of {D} over {Hkv} key/value heads")
