@@ -5,16 +5,19 @@ python sample.py --init out/NAME                 another run, at the start of a 
 python sample.py --prompt @my.txt                a prompt from a file
 python sample.py --temperature 0                 always the likeliest token
 python sample.py --init DIR --chat "Hi!"         a message to a Hugging Face chat model
-python sample.py --init out/NAME --export NEW    write a run as a Hugging Face folder
 
-The text goes to stdout as it is generated, all else to stderr. With the KV cache each token costs one
-position; --no-cache reads the whole context for each, and gives the same tokens. On a GPU a model
-with softmax attention decodes by replaying a CUDA graph of one step.
+The text goes to stdout as it is generated, all else to stderr. With the KV cache a token
+costs one position; --no-cache reads the whole context for each token, to the same text.
+On a GPU a model with softmax attention decodes by replaying a CUDA graph of one step.
 """
+
+from support import cli
+
+if __name__ == "__main__":
+    cli.exit_on_signals()  # Ctrl-C during the imports
 
 import codecs
 import itertools
-import os
 import sys
 import time
 import warnings
@@ -24,7 +27,7 @@ from functools import partial
 import torch
 
 import train
-from support import checkpoint, cli, distributed
+from support import checkpoint, distributed
 from support.cli import option
 from support.distributed import AsyncScalar
 
@@ -51,7 +54,7 @@ class KVCache:
     def __init__(self, size):
         self.size = size
         self.length = 0
-        self.buffers = None  # one (B, Hkv, w, D) per input after q; allocated at first use
+        self.tensors = None  # one (B, Hkv, w, D) per input after q, allocated at first use
 
     def attend(self, module, heads):
         """Attention of q (B, H, T, D) over the cache and the T new positions -> (B, H, T, D)"""
@@ -64,23 +67,23 @@ class KVCache:
         end = start + new[0].shape[2]
         if end > self.size:
             raise ValueError(f"the KV cache has room for {self.size} positions, not for {end}")
-        if self.buffers is None:
-            self.buffers = []
+        if self.tensors is None:
+            self.tensors = []
             for t, window in zip(new, windows):
                 w = min(window or self.size, self.size)
-                self.buffers.append(t.new_empty(t.shape[0], t.shape[1], w, t.shape[3]))
+                self.tensors.append(t.new_empty(t.shape[0], t.shape[1], w, t.shape[3]))
 
         seen = []
-        for buffer, t in zip(self.buffers, new):
-            w = buffer.shape[2]
+        for old, t in zip(self.tensors, new):
+            w = old.shape[2]
             if end == start + 1:  # one query sees all that is stored, so the order is free
-                buffer[:, :, start % w] = t[:, :, 0]
-                seen.append(buffer[:, :, : min(end, w)])
+                old[:, :, start % w] = t[:, :, 0]
+                seen.append(old[:, :, : min(end, w)])
             else:  # the stored positions in order, then the new ones
                 stored = torch.arange(max(0, start - w), start, device=t.device)
                 kept = torch.arange(max(0, end - w), end, device=t.device)
-                in_order = torch.cat([buffer[:, :, stored % w], t], dim=2)
-                buffer[:, :, kept % w] = in_order[:, :, -len(kept) :]
+                in_order = torch.cat([old[:, :, stored % w], t], dim=2)
+                old[:, :, kept % w] = in_order[:, :, -len(kept) :]
                 seen.append(in_order)
         self.length = end
         return seen
@@ -159,7 +162,8 @@ class CUDAGraphDecoder:
     host knows the token. Without CUDA the same step runs uncaptured.
 
     size: the most positions. pick: logits (V) -> token id, on the device; generator: what it draws
-    from, if it draws. use_kernels: kernels/decode.py instead of the model's own layers; None: if it can.
+    from, if it draws. use_kernels: take kernels/decode.py instead of the model's own layers; None:
+    if it can.
     """
 
     def __init__(self, model, size, pick=torch.argmax, generator=None, use_kernels=None):
@@ -247,8 +251,8 @@ class CUDAGraphDecoder:
 
 def check_sampling(temperature, top_k, top_p):
     """Raise ValueError if a setting is out of range, or NaN."""
-    if not 0 <= temperature < 2**32:
-        raise ValueError(f"the temperature is {temperature}; it must be from 0 to below 2**32")
+    if not 0 <= temperature <= 2**32:
+        raise ValueError(f"the temperature is {temperature}; it must be from 0 to 2**32")
     if top_k < 0:
         raise ValueError(f"top-k is {top_k}; it must be at least 1, or 0 for all tokens")
     if not 0 < top_p <= 1:
@@ -331,35 +335,22 @@ def generate(
 
 def first_ids(tokenizer):
     """Return the ids before a document: the tokenizer's own, else the end of the one before."""
-    start = list(getattr(tokenizer, "start", None) or [])
-    end = end_of_text(tokenizer)
-    return start or ([] if end is None else [end])
-
-
-def end_of_text(tokenizer):
-    """Return the id that ends a document, or None if the tokenizer has none."""
-    try:
-        return tokenizer.eot_token
-    except KeyError:  # a tiktoken encoding without <|endoftext|>
-        return None
+    if getattr(tokenizer, "start", None):
+        return list(tokenizer.start)
+    return [] if tokenizer.eot_token is None else [tokenizer.eot_token]
 
 
 def decode_stream(tokens, tokenizer):
-    """Yield one piece of text per token id, until a token ends the text, and then the rest.
+    """Yield a piece of text per token id, until a token ends the text, and then what is left.
 
-    Bytes that are not yet a whole character are held back. What is not UTF-8, or an id that has no
-    token, becomes U+FFFD.
+    Bytes that are not a whole character yet are held back; what is not UTF-8 becomes U+FFFD.
     """
-    last_ids = {end_of_text(tokenizer), *getattr(tokenizer, "stops", ())}
+    last_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         if token in last_ids:
             break
-        try:
-            token_bytes = tokenizer.decode_bytes([token])
-        except KeyError:  # ids of a vocabulary may have gaps
-            token_bytes = b"\xff"
-        yield decoder.decode(token_bytes)
+        yield decoder.decode(tokenizer.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
 
 
@@ -372,7 +363,7 @@ class SampleConfig:
     """Sampling"""
 
     init: str = option("newest", "run or Hugging Face folder; newest: the newest run under out/")
-    prompt: str = option("", "text to continue, or @FILE; empty: a new document")
+    prompt: str = option("", "text to continue, or @FILE; default: a new document")
     chat: str = option("", "message to answer, or @FILE, in the model's chat template")
     max_tokens: int = option(300, "tokens to generate; an end-of-text token ends earlier")
     temperature: float = option(0.8, "the higher, the more surprising; 0: the likeliest", least=0)
@@ -381,98 +372,80 @@ class SampleConfig:
     seed: int = option(1337, "equal seeds give equal texts", least=0)
     attn: str = option("", "use this attention instead of the checkpoint's")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
-    dtype: str = option("", "fp32 or bf16; default: bf16 on a GPU that has it")
-    cache: bool = option(True, "keep keys and values (default: yes)")
-    export: str = option("", "write the weights as a Hugging Face folder, and end")
+    dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
+    cache: bool = option(True, "keep keys and values")
 
     def __post_init__(self):
         cli.check_fields(self)
         check_sampling(self.temperature, self.top_k, self.top_p)
-        if self.dtype not in ("", *train.DTYPES):
-            raise ValueError(f"--dtype {self.dtype} is unknown; give fp32 or bf16")
         if self.chat and self.prompt:
             raise ValueError("--chat answers a message, --prompt continues a text; give one")
 
 
-def parse(argv):
-    """Return the SampleConfig of the flags."""
-    for flag, value in cli.parse_flags(argv, __doc__, [SampleConfig]).items():
-        if value == "" and flag != "prompt":  # from an unset shell variable, say
-            raise ValueError(f"{cli.flag_name(flag)} is empty; give a value or leave it out")
-    plugins = {"attn": train.PLUGINS["attn"]}
-    return cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
-
-
 def read_prompt(text):
     """Return the text of --prompt or --chat; @FILE stands for the content of that file."""
-    source = "the prompt"
-    if text.startswith("@"):
-        source = f"the prompt {text[1:]!r}"
-        text = checkpoint.read_user_file(text[1:]).decode("utf-8-sig", "surrogateescape")
-    # bytes that are not UTF-8 arrive as lone surrogates, from the command line too
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{source} is not UTF-8 text")
+    if not text.startswith("@"):
+        return text
+    path = text[1:]
+    try:
+        text = checkpoint.read_user_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"the prompt file {path!r} is not UTF-8 text")
     return text
 
 
-def prompt_ids(config, run, tokenizer, prompt):
-    """Return the token ids to continue."""
+def encode_prompt(config, tokenizer, prompt):
+    """Return the ids to continue: of a document that begins with the prompt, or of a chat."""
     if not config.chat:
         return [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
     if not hasattr(tokenizer, "chat"):
-        raise ValueError(f"{run} has no chat template: use --prompt, it is a model of plain text")
+        raise ValueError(f"{config.init} has no chat template; continue a text with --prompt")
     return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
 def write_stdout(text):
-    """Write text at once. Return False if there is no reader any more, such as head."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except OSError as error:
-        # what is still buffered goes nowhere, or Python complains about it at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise ValueError(f"cannot write the text to stdout ({error.strerror})") from None
-        return False
-    return True
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def main(argv=None):
     """Generate as the flags say; return the text, tokens_per_s, and the signal that ended it."""
-    config = parse(sys.argv[1:] if argv is None else argv)
+    plugins = {"attn": train.PLUGINS["attn"]}
+    argv = sys.argv[1:] if argv is None else argv
+    config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
     prompt = read_prompt(config.chat or config.prompt)
     device = distributed.pick_device(config.device)
     dtype = train.DTYPES[distributed.pick_dtype(config.dtype, device)]
     run = checkpoint.find_run(config.init)
     model, tokenizer = train.load_model(run, device, dtype, config.attn or None)
 
-    ids = prompt_ids(config, run, tokenizer, prompt)
+    ids = encode_prompt(config, tokenizer, prompt)
     size = model.config.block_size
     print(f"{run} on {device}", file=sys.stderr)
     if len(ids) > size:
         print(f"the prompt has {len(ids)} tokens; the last {size} count", file=sys.stderr)
 
+    # stream the text; a signal ends it after the token under way
     graph = config.cache and device.type == "cuda" and is_softmax(model.config)
     settings = (config.temperature, config.top_k, config.top_p, config.seed, tokenizer.n_vocab)
     tokens = generate(model, ids, config.max_tokens, *settings, config.cache, graph)
-    text = []
+    pieces = []
     start_time = time.perf_counter()
     with distributed.StopSignal() as stop:
         tokens = itertools.takewhile(lambda token: not stop.now, tokens)
-        pieces = decode_stream(tokens, tokenizer)
-        for piece in itertools.chain(["" if config.chat else prompt], pieces, ["\n"]):
-            text.append(piece)
-            if not write_stdout(piece):
-                break
-    tokens_per_s = max(0, len(text) - 3) / (time.perf_counter() - start_time)
-    print(f"{len(text) - 3} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
-    return {
-        "text": "".join(text).removesuffix("\n"),
-        "tokens_per_s": tokens_per_s,
-        "signal": stop.now,
-    }
+        write_stdout("" if config.chat else prompt)
+        for piece in decode_stream(tokens, tokenizer):
+            pieces.append(piece)
+            write_stdout(piece)
+    n_tokens = len(pieces) - 1
+    tokens_per_s = n_tokens / (time.perf_counter() - start_time)
+    write_stdout("\n")
+    print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
+
+    text = "".join(pieces) if config.chat else prompt + "".join(pieces)
+    return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}
 
 
 if __name__ == "__main__":

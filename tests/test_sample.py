@@ -79,12 +79,12 @@ def test_kv_cache_gives_the_logits_of_a_whole_pass(attn):
 
 
 @torch.no_grad()
-def test_ring_buffers_do_not_grow():
+def test_ring_tensors_do_not_grow():
     model = small_gpt(attn="softmax,two_windows", block_size=64)
     caches = [sample.KVCache(20) for _ in model.layers]
     for start, end in [(0, 9), (9, 10), (10, 20)]:
         model(torch.zeros(1, end - start, dtype=torch.int64), cache=caches)
-        slots = [[buffer.shape[2] for buffer in cache.buffers] for cache in caches]
+        slots = [[buffer.shape[2] for buffer in cache.tensors] for cache in caches]
         assert slots == [[20, 20], [5, 5, 3, 3]]
     with pytest.raises(ValueError, match="room for 20 positions, not for 21"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=caches)
@@ -98,9 +98,9 @@ def test_ring_buffer_slots(T):
         k = torch.arange(start, start + T, dtype=torch.float32).view(1, 1, T, 1)
         seen_w, seen_all = cache.extend([5, None], [k, -k])
         end = start + T
-        assert (cache.buffers[0][0, 0, :, 0].tolist())[(end - 1) % 5] == end - 1
+        assert (cache.tensors[0][0, 0, :, 0].tolist())[(end - 1) % 5] == end - 1
         last = [t for t in range(max(0, end - 5), end)]
-        assert sorted(cache.buffers[0][0, 0, : min(end, 5), 0].tolist()) == last
+        assert sorted(cache.tensors[0][0, 0, : min(end, 5), 0].tolist()) == last
         assert seen_all.flatten().tolist() == [-t for t in range(end)]
         if T == 1:
             assert sorted(seen_w.flatten().tolist()) == last
@@ -224,7 +224,7 @@ def test_cold_means_the_likeliest(temperature):
 
 
 def test_hot_means_uniform_among_what_top_k_and_top_p_leave():
-    hot = 2.0**32 - 1
+    hot = 2.0**32
     assert min(draw([5.0, -5.0, 0.0, 3.0], 400, temperature=hot)) > 50
     assert drawn([5.0, -5.0, 0.0, 3.0], temperature=hot, top_k=2) == {0, 3}
 
@@ -335,7 +335,7 @@ def test_no_more_room_than_needed(monkeypatch):
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
-        ({"temperature": 1e300}, "temperature is 1e+300"),
+        ({"temperature": 4.3e9}, "temperature is 4300000000.0"),
         ({"top_k": -1}, "top-k is -1"),
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"top_p": -0.5}, "top-p is -0.5"),
