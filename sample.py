@@ -5,6 +5,7 @@ python sample.py --init out/NAME                 another run, at the start of a 
 python sample.py --prompt @my.txt                a prompt from a file
 python sample.py --temperature 0                 always the likeliest token
 python sample.py --init DIR --chat "Hi!"         a message to a Hugging Face chat model
+python sample.py --init out/NAME --export NEW    write the weights as a Hugging Face folder
 
 The text goes to stdout as it is generated, all else to stderr. With the KV cache a token
 costs one position; --no-cache reads the whole context for each token, to the same text.
@@ -21,13 +22,13 @@ import itertools
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 
 import train
-from support import checkpoint, distributed
+from support import checkpoint, data, distributed
 from support.cli import option
 from support.distributed import AsyncScalar
 
@@ -374,6 +375,7 @@ class SampleConfig:
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
     cache: bool = option(True, "keep keys and values")
+    export: str = option("", "write the weights as a Hugging Face folder, and end")
 
     def __post_init__(self):
         cli.check_fields(self)
@@ -410,11 +412,24 @@ def write_stdout(text):
     sys.stdout.flush()
 
 
+def export(config):
+    """Write the weights, adapters merged, as a Hugging Face folder; --dtype converts them."""
+    from support import huggingface
+
+    model, tokenizer = train.load_model(checkpoint.find_run(config.init), attn=config.attn or None)
+    state = data.tokenizer_state(tokenizer)
+    dtype = train.DTYPES.get(config.dtype)
+    huggingface.export(config.export, model.state_dict(), asdict(model.config), state, dtype)
+    return {}
+
+
 def main(argv=None):
     """Generate as the flags say; return the text, tokens_per_s, and the signal that ended it."""
     plugins = {"attn": train.PLUGINS["attn"]}
     argv = sys.argv[1:] if argv is None else argv
     config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
+    if config.export:
+        return export(config)
     prompt = read_prompt(config.chat or config.prompt)
     device = distributed.pick_device(config.device)
     dtype = train.DTYPES[distributed.pick_dtype(config.dtype, device)]

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import sample
 import train
@@ -14,6 +16,7 @@ from support import data
 from tests.common import REPOSITORY, refused, run_script, small_gpt
 
 WEIRD = "caf\udce9"  # what $'caf\xe9' becomes
+BYTES = data.tokenizer_from_state({"name": "byte"})
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def decoded(tokens, tokenizer):
 
 
 def test_characters_are_held_back_until_they_are_whole():
-    pieces = decoded([195, 169, 226, 130, 172, 255, 65, 195], data.ByteTokenizer())
+    pieces = decoded([195, 169, 226, 130, 172, 255, 65, 195], BYTES)
     assert pieces == ["", "é", "", "", "€", "\ufffd", "A", "", "\ufffd"]
     assert decoded([4, 7, 4, 0, 7], Words()) == ["", "é", "", "\ufffda", "\ufffd", ""]
 
@@ -61,7 +64,7 @@ def test_tokens_that_end_a_text():
     for last in (5, 6):
         assert decoded([0, 2, last, 1], Words()) == ["a", "é", ""]
         assert decoded([4, last], Words()) == ["", "\ufffd"]
-    assert decoded([65, 0, 66], data.ByteTokenizer()) == ["A", ""]
+    assert decoded([65, 0, 66], BYTES) == ["A", ""]
 
 
 def test_first_ids():
@@ -185,7 +188,7 @@ def test_bad_flags(run, tmp_path):
         "--init nowhere": "nowhere holds no run",
     }.items():
         refused(flags.split(), part, main=sample.main)
-    for flag in ("--init", "--prompt", "--chat", "--attn", "--device", "--dtype"):
+    for flag in ("--init", "--prompt", "--chat", "--attn", "--device", "--dtype", "--export"):
         refused([flag, ""], flag, "empty", main=sample.main)
 
 
@@ -273,6 +276,24 @@ def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         sample.main(["--attn", "mine_attention:help"])
     assert "sharp=1.0" in capsys.readouterr().out
+
+
+def test_export(tiny):
+    run = train.main([*tiny, "--steps", "2", "--sample", "0", "--qk-norm"])["out"]
+    assert sample.main(["--init", run, "--export", "new"]) == {}
+    assert {path.name for path in Path("new").iterdir()} == {"config.json", "model.safetensors"}
+    model, _ = train.load_model(run)
+    exported = load_file("new/model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(exported[f"model.{name}"], tensor), name
+    sample.main(["--init", run, "--export", "half", "--dtype", "bf16"])
+    for tensor in load_file("half/model.safetensors").values():
+        assert tensor.dtype == torch.bfloat16
+    refused(["--init", run, "--export", "new"], "new", main=sample.main)
+    refused(["--init", run, "--export", "text.txt"], "text.txt", main=sample.main)
+    train.main([*tiny, "--steps", "1", "--sample", "0", "--attn", "laser", "--out", "out/laser"])
+    refused(["--init", "out/laser", "--export", "newer"], "laser", main=sample.main)
+    assert not Path("newer").exists()
 
 
 # --------------------------------------------------------------------------------------------------
