@@ -1,10 +1,10 @@
 """Time a prompt and the tokens after it, one sequence, against the floor of the memory.
 
-python experiments/bench_decode.py                  on a GPU SmolLM2-135M and Qwen3-4B, else tiny
+python experiments/bench_decode.py                  SmolLM2-135M and, on a GPU, Qwen3-4B
 python experiments/bench_decode.py --shapes qwen3-4b --compile
 python experiments/bench_decode.py --init out/NAME  the weights of a run or Hugging Face folder
 
-Shapes get random weights; every token is the likeliest. Writes bench_decode.json with, per model:
+Presets get random weights; every token is the likeliest. Writes bench_decode.json with, per model:
 
     eager      operator by operator, a KV cache that grows
     graph      a CUDA graph per token, with kernels/decode.py; the same step uncaptured on a CPU
@@ -32,17 +32,7 @@ from support import checkpoint, cli, distributed
 WARM_UP = 5  # prompts and tokens that are not timed
 WAYS = ("eager", "graph", "compiled")
 EAGER_TOKENS = 32  # at most, about 50 ms each
-SHAPES = {
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=256, block_size=1024),
-    "smollm2-135m": dict(
-        n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, vocab_size=49152,
-        rope_theta=1e5, block_size=2048,
-    ),
-    "qwen3-4b": dict(
-        n_layer=36, n_head=32, n_kv_head=8, head_dim=128, n_embd=2560, n_hidden=9728,
-        vocab_size=151936, qk_norm=True, rope_theta=1e6, norm_eps=1e-6, block_size=4096,
-    ),
-}  # fmt: skip
+VOCABULARY = 50304  # of presets that name none
 
 
 def timed(device, function):
@@ -66,9 +56,13 @@ def copy_bandwidth(device):
 
 
 @torch.no_grad()
-def random_model(shape, device, dtype):
-    """Return a softmax GPT of this shape with random weights."""
-    model = train.empty_model(train.GPTConfig(**SHAPES[shape]), device, dtype)
+def random_model(preset, device, dtype):
+    """Return a softmax GPT of the shape of a preset, with random weights."""
+    fields = {"vocab_size": VOCABULARY}
+    for name, value in train.PRESETS[preset].items():
+        if name in train.GPTConfig.__annotations__:
+            fields[name] = value
+    model = train.empty_model(train.GPTConfig(**fields), device, dtype)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
     return model
@@ -141,7 +135,7 @@ def bench_model(model, n_prompt, n, with_compiled, bandwidth):
 def main(argv=None):
     """Time every model, print a table and write bench_decode.json; return the record."""
     parser = study_parser(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="models to time")
+    parser.add_argument("--shapes", nargs="+", choices=train.PRESETS, help="presets to time")
     parser.add_argument("--init", help="time the weights of this folder instead")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of the prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to generate")
@@ -155,7 +149,7 @@ def main(argv=None):
     device = distributed.pick_device(args.device)
     dtype_name = distributed.pick_dtype(args.dtype, device)
     dtype = train.DTYPES[dtype_name]
-    default = ["tiny"] if device.type == "cpu" else ["smollm2-135m", "qwen3-4b"]
+    default = ["smollm2-135m"] if device.type == "cpu" else ["smollm2-135m", "qwen3-4b"]
     names = [args.init] if args.init else args.shapes or default
 
     start_time = time.perf_counter()

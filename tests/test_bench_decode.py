@@ -9,15 +9,15 @@ import train
 from experiments import bench_decode
 from tests.common import gpu, refused
 
-TINY = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "vocab_size": 64}
+ATOM = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "vocab_size": 64}
 
 
 @pytest.fixture
 def flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(bench_decode.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(train.PRESETS, "atom", ATOM)
     monkeypatch.setattr(bench_decode, "copy_bandwidth", lambda device: 1e9)
-    return "--device cpu --tokens 4 --prompt-tokens 6".split()
+    return "--shapes atom --device cpu --tokens 4 --prompt-tokens 6".split()
 
 
 def test_figures(flags):
@@ -25,7 +25,7 @@ def test_figures(flags):
     saved = json.loads(Path("new/bench_decode.json").read_text())
     assert saved["models"] == record["models"]
     assert {"command", "commit", "versions", "hardware", "seconds"} <= saved.keys()
-    figures = record["models"]["tiny"]
+    figures = record["models"]["atom"]
     n_kv = 2 * 16 * (6 + 2)  # keys and values of one head of 16 before the middle token
     assert figures["bytes_per_token"] == 4 * (figures["parameters"] + n_kv)
     assert figures["floor_ms"] == pytest.approx(figures["bytes_per_token"] / 1e6)
@@ -62,10 +62,10 @@ def test_refusals(flags):
 @gpu
 def test_figures_on_the_gpu(tmp_path, monkeypatch):
     shape = {"n_layer": 2, "n_embd": 256, "n_head": 4, "vocab_size": 1024}
-    monkeypatch.setitem(bench_decode.SHAPES, "tiny", shape)
-    flags = "--shapes tiny --tokens 20 --prompt-tokens 30 --compile --out".split()
+    monkeypatch.setitem(train.PRESETS, "atom", shape)
+    flags = "--shapes atom --tokens 20 --prompt-tokens 30 --compile --out".split()
     record = bench_decode.main([*flags, str(tmp_path)])
-    figures = record["models"]["tiny"]
+    figures = record["models"]["atom"]
     assert record["dtype"] == "bf16"
     assert all(figures[way]["tokens_per_s"] > 0 for way in bench_decode.WAYS)
     assert figures["graph"]["token_ms"] < figures["eager"]["token_ms"]
