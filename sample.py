@@ -1,198 +1,467 @@
-"""Let a trained GPT go on with a text.
+"""Sample text from a trained GPT.
 
-python sample.py --prompt "def main("       the newest run under out/
-python sample.py --init out/NAME            another run
-python sample.py --prompt @my.txt           a prompt from a file
-python sample.py --temperature 0            always the likeliest token
-python sample.py --init DIR --chat "Hi!"    a question to a Hugging Face folder
-python sample.py --init DIR --score my.txt  how well it foresees a text
-python sample.py --init DIR --export NEW    any run or folder as a Hugging Face folder
-python sample.py --bench --model qwen3-4b   time prompt and tokens, random weights
+python sample.py --prompt "def main("            the newest run under out/
+python sample.py --init out/NAME                 another run, at the start of a new document
+python sample.py --prompt @my.txt                a prompt from a file
+python sample.py --temperature 0                 always the likeliest token
+python sample.py --init DIR --chat "Hi!"         a message to a Hugging Face chat model
+python sample.py --init out/NAME --export NEW    write the weights as a Hugging Face folder
 
-The text streams to stdout, all else goes to stderr. Kept keys and values make a
-token cost one position; --no-cache reads the whole context for each, to the same
-tokens. On a GPU the step of softmax attention takes kernels of its own, is recorded
-once and replayed.
+The text goes to stdout as it is generated, all else to stderr. With the KV cache a token
+costs one position; --no-cache reads the whole context for each token, to the same text.
+On a GPU a model with softmax attention decodes by replaying a CUDA graph of one step.
 """
-import argparse, codecs, json, math, os, shlex, statistics, sys, time
-from pathlib import Path
+
+from support import cli
+
+if __name__ == "__main__":
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
+import codecs
+import itertools
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
-from train import (DTYPES, PRESETS, Interrupt, Parser, atomic, beginning, export, fail, find_run, generate, leave, load_checkpoint, load_model,
-                   pick_device, pick_dtype, random_model, refusing, timed)
+import train
+from support import checkpoint, data, distributed
+from support.cli import option
+from support.distributed import AsyncScalar
 
-PLAIN = 32               # tokens that --bench times without a recording, each some 50 ms
+try:
+    from kernels import decode as kernels
+except ModuleNotFoundError as missing:
+    if missing.name != "triton":
+        raise
+    kernels = None
+
+GREEDY_BELOW = 1e-20  # colder than this, logits / temperature overflows float32
+
+# --------------------------------------------------------------------------------------------------
+# KV caches, one per layer: cache.attend(module, heads) stores the new keys and values, and attends
 
 
-def read_prompt(text):
-    """--prompt -> text; @file is that file's content."""
-    if not text.startswith("@"):
-        return text
-    try:
-        return Path(text[1:]).read_bytes().decode()
-    except OSError as e:
-        fail(f"cannot read the prompt {text[1:]} ({e.strerror}); a prompt that begins with @ names a text file")
-    except UnicodeDecodeError:
-        fail(f"the prompt {text[1:]} is not UTF-8 text")
+class KVCache:
+    """One layer's keys, values and whatever else its attention takes, of the positions so far.
+
+    An input that is only seen through a window of w positions uses a ring buffer: position t lives
+    in slot t % w. size: the most positions there will be.
+    """
+
+    def __init__(self, size):
+        self.size = size
+        self.length = 0
+        self.tensors = None  # one (B, Hkv, w, D) per input after q, allocated at first use
+
+    def attend(self, module, heads):
+        """Attention of q (B, H, T, D) over the cache and the T new positions -> (B, H, T, D)"""
+        q, *new = heads
+        return module.function(q, *self.extend(module.windows, new), **module.options)
+
+    def extend(self, windows, new):
+        """Store T new positions per input, (B, Hkv, T, D); return what their queries may see."""
+        start = self.length
+        end = start + new[0].shape[2]
+        if end > self.size:
+            raise ValueError(f"the KV cache has room for {self.size} positions, not for {end}")
+        if self.tensors is None:
+            self.tensors = []
+            for t, window in zip(new, windows):
+                w = min(window or self.size, self.size)
+                self.tensors.append(t.new_empty(t.shape[0], t.shape[1], w, t.shape[3]))
+
+        seen = []
+        for old, t in zip(self.tensors, new):
+            w = old.shape[2]
+            if end == start + 1:  # one query sees all that is stored, so the order is free
+                old[:, :, start % w] = t[:, :, 0]
+                seen.append(old[:, :, : min(end, w)])
+            else:  # the stored positions in order, then the new ones
+                stored = torch.arange(max(0, start - w), start, device=t.device)
+                kept = torch.arange(max(0, end - w), end, device=t.device)
+                in_order = torch.cat([old[:, :, stored % w], t], dim=2)
+                old[:, :, kept % w] = in_order[:, :, -len(kept) :]
+                seen.append(in_order)
+        self.length = end
+        return seen
 
 
-def stream(tokens, tokenizer, write):
-    """Write token ids as text, as soon as their bytes make whole characters, up to one that ends it. -> their number."""
-    decoder, n = codecs.getincrementaldecoder("utf-8")("replace"), 0
-    for n, token in enumerate(tokens, 1):
-        if token == tokenizer.eot_token or token in getattr(tokenizer, "stops", ()):
-            break
-        write(decoder.decode(tokenizer.decode_bytes([token])))
-    write(decoder.decode(b"", final=True))
-    return n
+class StaticKVCache:
+    """A KV cache for softmax attention whose tensors never move or grow, as CUDA graphs need.
+
+    length: int64 tensor (1) on the device, which the caller advances. So one more token is the same
+    work at every position.
+    """
+
+    def __init__(self, config, size, length, dtype):
+        shape = (1, config.n_kv_head, size, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=length.device)
+        self.v = torch.zeros_like(self.k)
+        self.length = length
+
+    def attend(self, module, heads):
+        """Attention of one new token over the cache, or of a prompt that starts at position 0."""
+        q, k, v = heads  # (1, H, T, D), (1, Hkv, T, D), (1, Hkv, T, D)
+        T = q.shape[2]
+        positions = self.length + torch.arange(T, device=q.device)
+        self.k.index_copy_(2, positions, k)
+        self.v.index_copy_(2, positions, v)
+        if T > 1:
+            return module.function(q, k, v, **module.options)
+
+        # one query against every slot; those after its position are masked
+        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (1, Hkv, H / Hkv, D)
+        scores = q @ self.k.transpose(2, 3) * q.shape[-1] ** -0.5  # (1, Hkv, H / Hkv, size)
+        unseen = torch.arange(self.k.shape[2], device=q.device) > self.length
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+        p = scores.masked_fill(unseen, -torch.inf).softmax(-1).to(q.dtype)
+        return (p @ self.v).flatten(1, 2).unsqueeze(2)  # (1, H, 1, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def is_softmax(config):
+    """Return whether every layer has plain softmax attention."""
+    return all(cli.parse_spec(spec)[0] == "softmax" for spec in config.attn.split(","))
+
+
+def can_fuse(model):
+    """Return whether kernels/decode.py can compute this model's steps.
+
+    They need a GPU, matrices in the dtype of the activations and a supported head dimension. If
+    the user called .compile(), skip them.
+    """
+    weight = model.embed_tokens.weight
+    if not weight.is_cuda or weight.dtype != model.dtype or model.is_compiled:
+        return False
+    if kernels is None:
+        warnings.warn("decoding is slower without Triton: pip install triton")
+        return False
+    return model.config.head_dim in kernels.HEAD_DIMS
+
+
+def forward(model, ids, caches, device):
+    """Return the logits (V) after ids, a list that continues what is cached."""
+    with torch.compiler.set_stance("force_eager"):  # or every length would be compiled
+        logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1]
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite; its weights are damaged")
+    return logits
+
+
+class CUDAGraphDecoder:
+    """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
+
+    A replay costs one launch instead of hundreds. The step reads the last token and its position
+    from the device and leaves the next ones there, so the next step can be in flight before the
+    host knows the token. Without CUDA the same step runs uncaptured.
+
+    size: the most positions. pick: logits (V) -> token id, on the device; generator: what it draws
+    from, if it draws. use_kernels: take kernels/decode.py instead of the model's own layers; None:
+    if it can.
+    """
+
+    def __init__(self, model, size, pick=torch.argmax, generator=None, use_kernels=None):
+        config = model.config
+        if not is_softmax(config):
+            raise ValueError(f"a static KV cache needs softmax attention, not {config.attn}")
+        device = model.embed_tokens.weight.device
+        self.model = model
+        self.pick = pick
+        self.generator = generator
+        self.use_kernels = can_fuse(model) if use_kernels is None else use_kernels
+        self.angles = train.rope_angles(0, size, config.head_dim, config.rope_theta, device)
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # position of `token`
+        self.caches = []
+        for _ in model.layers:
+            self.caches.append(StaticKVCache(config, size, self.length, model.dtype))
+        self.graph = None
+        self.in_flight = None
+
+    def prefill(self, ids):
+        """Read a prompt from the start of the text, and return the token after it."""
+        self.in_flight = None
+        self.length.zero_()
+        logits = forward(self.model, ids, self.caches, self.token.device)
+        self.token.fill_(self.pick(logits))
+        self.length.fill_(len(ids))
+        return int(self.token)
+
+    def logits(self):
+        """Return the logits (V) after `token`, which enters the cache."""
+        if self.use_kernels:
+            kv = [(cache.k[0], cache.v[0]) for cache in self.caches]
+            return kernels.fused_logits(self.model, self.token, self.length, self.angles, kv)
+        return self.model(self.token, cache=self.caches)[0, -1]
+
+    def step(self):
+        self.token.copy_(self.pick(self.logits()))
+        self.length += 1
+
+    def capture(self):
+        """Record a step as a CUDA graph; token, position and generator stay as they are."""
+        token = self.token.clone()
+        length = self.length.clone()
+        state = self.generator.get_state() if self.generator else None
+
+        # warm up: what is compiled or tuned must be so before the capture
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(3):
+                self.step()
+                self.token.copy_(token)
+                self.length.copy_(length)
+        torch.cuda.current_stream().wait_stream(side_stream)
+
+        # capture
+        self.graph = torch.cuda.CUDAGraph()
+        if self.generator:
+            self.generator.set_state(state)
+            self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def launch(self):
+        """Start a step, and return its token, to be read later."""
+        if not self.token.is_cuda:
+            self.step()
+        else:
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+        return AsyncScalar(self.token)
+
+    def next(self, more=False):
+        """Return the token after the last one.
+
+        more: the one after that is wanted too, and there is room for it. It is started now, so that
+        the GPU does not wait for the host.
+        """
+        current = self.in_flight or self.launch()
+        self.in_flight = self.launch() if more else None
+        return current.read()[0][0]
+
+
+def check_sampling(temperature, top_k, top_p):
+    """Raise ValueError if a setting is out of range, or NaN."""
+    if not 0 <= temperature <= 2**32:
+        raise ValueError(f"the temperature is {temperature}; it must be from 0 to 2**32")
+    if top_k < 0:
+        raise ValueError(f"top-k is {top_k}; it must be at least 1, or 0 for all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
+
+
+def pick_token(logits, limit, temperature, top_k, top_p, generator):
+    """Draw a token id from logits (V). Never waits for the device, so it can be captured."""
+    logits = logits[:limit]
+    if temperature < GREEDY_BELOW:
+        return logits.argmax()
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        is_dropped = p.cumsum(-1) - p >= top_p  # those before it hold that much already
+        is_dropped[0] = False  # also where top_p is 0 in float32
+        is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)
+        logits = logits.masked_fill(is_dropped, -torch.inf)
+    p = logits.softmax(-1)
+    # the largest p / Exp(1) is a draw from p, as in torch.multinomial
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
 
 
 @torch.no_grad()
-def score(model, tokenizer, text, most=1024):
-    """-> the mean loss of a text, read as one document, in windows of up to `most` tokens that know nothing of each other."""
-    ids = torch.tensor([*beginning(tokenizer), *tokenizer.encode_ordinary(text)], device=model.embed_tokens.weight.device)
-    if len(ids) < 2:
-        fail("--score needs a text of at least one token")
-    size, nats = min(most, model.cfg.block_size), 0.0
-    for i in range(0, len(ids) - 1, size):
-        x, y = ids[:-1][None, i:i + size], ids[1:][None, i:i + size]                         # (1, T) each
-        nats += float(model(x, y)) * x.shape[1]
-    n, length = len(ids) - 1, len(text.encode())
-    return {"nats_per_token": nats / n, "bits_per_byte": nats / math.log(2) / length, "tokens": n, "bytes": length}
+def generate(
+    model, ids, n, temperature=1.0, top_k=0, top_p=1.0, seed=0, limit=None, cached=True, graph=False
+):
+    """Yield n token ids that continue ids.
+
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), top_p the fewest
+    that hold this much probability. limit: ids from here on are padding of the vocabulary, never
+    drawn. When the context is full its older half is dropped and the rest read again, so that
+    cached=False, which recomputes everything for each token, gives the same tokens. graph: decode
+    with a CUDAGraphDecoder; needs softmax attention.
+    """
+    check_sampling(temperature, top_k, top_p)
+    config = model.config
+    size = config.block_size
+    weight = model.embed_tokens.weight
+    window = [int(i) for i in ids][-size:]
+    if not window:
+        raise ValueError("there is no token to continue; give at least one")
+    if min(window) < 0 or max(window) >= config.vocab_size:
+        raise ValueError(f"a token id is not in the model's vocabulary of {config.vocab_size}")
+    room = min(size, len(window) + n - 1)  # an answer need not allocate a context of 40960
+
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    if temperature < GREEDY_BELOW:
+        generator = None  # never drawn from
+    settings = {"limit": limit, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    pick = partial(pick_token, generator=generator, **settings)
+
+    decoder = CUDAGraphDecoder(model, room, pick, generator) if graph else None
+    caches = None
+    is_read = False  # whether all of the window but its last token is cached
+    for i in range(n):
+        if len(window) > size:
+            window = window[-max(1, size // 2) :]
+            is_read = False
+        with torch.cuda.device_of(weight):  # events and Triton use the current device
+            if graph and is_read:
+                token = decoder.next(more=i + 1 < n and len(window) < size)
+            elif graph:
+                token = decoder.prefill(window)
+            else:
+                if cached and not is_read:
+                    caches = [KVCache(room) for _ in model.layers]
+                new_ids = window[-1:] if cached and is_read else window
+                token = int(pick(forward(model, new_ids, caches, weight.device)))
+        is_read = True
+        window.append(token)
+        yield token
 
 
-def bandwidth(device, size=2 ** 28):
-    """-> bytes a second that a copy reads and writes, the best of ten."""
-    a, b = (torch.zeros(size if device.type == "cpu" else 8 * size, dtype=torch.uint8, device=device) for _ in range(2))
-    return max(2 * len(a) / timed(device, lambda: a.copy_(b))[1] for _ in range(10))
+# --------------------------------------------------------------------------------------------------
+# Text
 
 
-def bench(model, name, compiled, prompt, n, warm_up=5):
-    """Time a prompt of random tokens and n tokens after it, one sequence, the likeliest token each; -> dict of figures. plain: operator
-    by operator, at most PLAIN tokens; recorded: as main does it; compiled: the same, the kernels those of torch.compile. The floor of a
-    token is the time to read every weight it needs and the keys and values before it, at the speed of a copy."""
-    c, device = model.cfg, model.embed_tokens.weight.device
-    if prompt + warm_up + n > c.block_size:
-        fail(f"--prompt-tokens {prompt} and --max-tokens {n}, with {warm_up} to warm up, are more than the context of {c.block_size}")
-    ids = torch.randint(c.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights -= 0 if c.tied else model.embed_tokens.weight.nbytes
-    kept = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype.itemsize * (prompt + n // 2)
-    speed = bandwidth(device)
-    floor = (weights + kept) / speed
-    ways = ["plain", *(["recorded"] if c.attn == "softmax" else []), *(["compiled"] if compiled and c.attn == "softmax" else [])]
-    figures = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "parameters": sum(p.numel() for p in model.parameters()),
-               "prompt": prompt, "tokens": n, "bytes_per_token": weights + kept, "copy_gb_per_s": speed / 1e9, "floor_ms": 1e3 * floor}
-    for way in ways:
-        many = warm_up + (min(n, PLAIN) if way == "plain" else n)
-        if way == "compiled":
-            torch._inductor.config.coordinate_descent_tuning = True  # products with one row as reductions, tuned: near the floor
-            model.compile()
-        first = [timed(device, lambda: next(generate(model, ids, 1, 0, recorded=way != "plain")))[1] for _ in range(warm_up)]
-        tokens, times = generate(model, ids, many, 0, recorded=way != "plain"), []
-        for _ in range(many):
-            began = time.perf_counter()
-            next(tokens)
-            times.append(time.perf_counter() - began)
-        token = statistics.median(times[warm_up:])
-        figures[way] = {"prompt_ms": 1e3 * min(first), "prompt_tokens_per_s": prompt / min(first), "token_ms": 1e3 * token,
-                        "tokens_per_s": 1 / token, "of_floor": floor / token}
-    if device.type == "cuda":
-        figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return figures
+def first_ids(tokenizer):
+    """Return the ids before a document: the tokenizer's own, else the end of the one before."""
+    if getattr(tokenizer, "start", None):
+        return list(tokenizer.start)
+    return [] if tokenizer.eot_token is None else [tokenizer.eot_token]
 
 
-def note(path, device, result):
-    """Write what came out, by which command and on what, as JSON, if a path is given; -> result."""
-    if path:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        with atomic(Path(path)) as f:
-            record = {"command": command, **result, "device": name, "torch": torch.__version__}
-            f.write(json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
-    return result
+def decode_stream(tokens, tokenizer):
+    """Yield a piece of text per token id, until a token ends the text, and then what is left.
+
+    Bytes that are not a whole character yet are held back; what is not UTF-8 becomes U+FFFD.
+    """
+    last_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token in last_ids:
+            break
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    yield decoder.decode(b"", final=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+@dataclass
+class SampleConfig:
+    """Sampling"""
+
+    init: str = option("newest", "run or Hugging Face folder; newest: the newest run under out/")
+    prompt: str = option("", "text to continue, or @FILE; default: a new document")
+    chat: str = option("", "message to answer, or @FILE, in the model's chat template")
+    max_tokens: int = option(300, "tokens to generate; an end-of-text token ends earlier")
+    temperature: float = option(0.8, "the higher, the more surprising; 0: the likeliest", least=0)
+    top_k: int = option(50, "draw from the k likeliest tokens; 0: from all", least=0)
+    top_p: float = option(1.0, "draw from the fewest tokens that hold this much probability")
+    seed: int = option(1337, "equal seeds give equal texts", least=0)
+    attn: str = option("", "use this attention instead of the checkpoint's")
+    device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
+    dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
+    cache: bool = option(True, "keep keys and values")
+    export: str = option("", "write the weights as a Hugging Face folder, and end")
+
+    def __post_init__(self):
+        cli.check_fields(self)
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if self.chat and self.prompt:
+            raise ValueError("--chat answers a message, --prompt continues a text; give one")
+
+
+def read_prompt(text):
+    """Return the text of --prompt or --chat; @FILE stands for the content of that file."""
+    if not text.startswith("@"):
+        return text
+    path = text[1:]
+    try:
+        text = checkpoint.read_user_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"the prompt file {path!r} is not UTF-8 text")
+    return text
+
+
+def encode_prompt(config, tokenizer, prompt):
+    """Return the ids to continue: of a document that begins with the prompt, or of a chat."""
+    if not config.chat:
+        return [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
+    if not hasattr(tokenizer, "chat"):
+        raise ValueError(f"{config.init} has no chat template; continue a text with --prompt")
+    return tokenizer.chat([{"role": "user", "content": prompt}])
+
+
+def write_stdout(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def export(config):
+    """Write the weights, adapters merged, as a Hugging Face folder; --dtype converts them."""
+    from support import huggingface
+
+    model, tokenizer = train.load_model(checkpoint.find_run(config.init), attn=config.attn or None)
+    state = data.tokenizer_state(tokenizer)
+    dtype = train.DTYPES.get(config.dtype)
+    huggingface.export(config.export, model.state_dict(), asdict(model.config), state, dtype)
+    return {}
 
 
 def main(argv=None):
-    """Generate as the flags say; -> dict(text, tokens_per_s, signal), or the figures of --bench or --score."""
-    parser = Parser(description=__doc__)
-    flag = parser.add_argument
-    flag("--prompt", default="", help="text to go on with, or @file; empty: a new document")
-    flag("--chat", metavar="TEXT", help="a message to answer, or @file, in the chat template of the Hugging Face folder")
-    flag("--init", metavar="DIR", help="the run or Hugging Face folder to use (default: the newest run under out/)")
-    flag("--max-tokens", type=int, default=300, help="tokens to generate; an end of text ends earlier (default: 300)")
-    flag("--temperature", type=float, default=0.8, help="the higher the more surprising; 0: the likeliest only (default: 0.8)")
-    flag("--top-k", type=int, default=50, help="choose among the k likeliest tokens, 0: among all (default: 50)")
-    flag("--top-p", type=float, default=1.0, help="choose among the fewest that hold this much probability (default: 1)")
-    flag("--seed", type=int, default=1337, help="equal seeds give equal texts (default: 1337)")
-    flag("--attn", help="the checkpoint's attention by name, if that is a module of yours elsewhere on the path")
-    flag("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
-    flag("--dtype", default="", choices=DTYPES, help="of the activations (default: bf16 on a GPU that has it, else fp32)")
-    flag("--cache", action=argparse.BooleanOptionalAction, default=True, help="keep keys and values (default: yes)")
-    flag("--export", metavar="DIR", help="write the weights as a Hugging Face folder and end; --dtype converts them")
-    flag("--score", metavar="FILE", help="say how well the model foresees this text, and end")
-    flag("--bench", action="store_true", help="time a prompt of random tokens and --max-tokens more, and end")
-    flag("--model", choices=PRESETS, metavar="NAME", help="for --bench: this shape, as in train.py, with random weights, in place of --init")
-    flag("--prompt-tokens", type=int, default=512, help="for --bench: length of the prompt (default: 512)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="for --bench: time torch.compile, too (default: no)")
-    flag("--out", metavar="FILE", help="write the text, the score or the figures there, as JSON")
-    args = parser.parse_args(argv)
-    for name, good in (("max-tokens", args.max_tokens > 0), ("temperature", args.temperature >= 0), ("top-k", args.top_k >= 0),
-                       ("top-p", 0 < args.top_p <= 1), ("seed", args.seed >= 0), ("prompt-tokens", args.prompt_tokens > 0)):
-        if not good:
-            fail(f"--{name} is {getattr(args, name.replace('-', '_'))}, out of range (--help says what is right)")
+    """Generate as the flags say; return the text, tokens_per_s, and the signal that ended it."""
+    plugins = {"attn": train.PLUGINS["attn"]}
+    argv = sys.argv[1:] if argv is None else argv
+    config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
+    if config.export:
+        return export(config)
+    prompt = read_prompt(config.chat or config.prompt)
+    device = distributed.pick_device(config.device)
+    dtype = train.DTYPES[distributed.pick_dtype(config.dtype, device)]
+    run = checkpoint.find_run(config.init)
+    model, tokenizer = train.load_model(run, device, dtype, config.attn or None)
 
-    chat = args.chat is not None
-    if chat and args.prompt:
-        fail("--chat is a message to answer and --prompt a text to go on with; give one of them")
-    prompt, device = read_prompt(args.chat if chat else args.prompt), pick_device(args.device)
-    run = None if args.bench and args.model else find_run(args.init)
-    if args.export:
-        export(Path(args.export), load_checkpoint(run), run, DTYPES.get(args.dtype))
-        return {}
-    dtype = DTYPES[pick_dtype(device, args.dtype)[0]]
-    model, tokenizer = load_model(run, device, dtype, args.attn) if run else (random_model(args.model, device, dtype), None)
-    size, recorded = model.cfg.block_size, device.type == "cuda" and args.cache and (args.attn or model.cfg.attn) == "softmax"
-    if args.bench:
-        figures = bench(model, run.name if run else args.model, args.compile, args.prompt_tokens, args.max_tokens)
-        print(json.dumps(figures, indent=1))
-        return note(args.out, device, figures)
-    if args.score:
-        result = score(model, tokenizer, read_prompt(f"@{args.score}"))
-        print(f"{result['nats_per_token']:.4f} nats/token, {result['bits_per_byte']:.4f} bits/byte over {result['tokens']} tokens")
-        return note(args.out, device, result)
-    if chat:
-        if not hasattr(tokenizer, "chat"):
-            fail(f"{run} has no chat template: it is a model of plain text, to be used with --prompt")
-        with refusing():
-            ids = tokenizer.chat([{"role": "user", "content": prompt}])
-    else:
-        ids = [*beginning(tokenizer), *map(int, tokenizer.encode_ordinary(prompt))]
+    ids = encode_prompt(config, tokenizer, prompt)
+    size = model.config.block_size
     print(f"{run} on {device}", file=sys.stderr)
     if len(ids) > size:
-        print(f"the prompt has {len(ids)} tokens, the context {size}: only the last {size} count", file=sys.stderr)
+        print(f"the prompt has {len(ids)} tokens; the last {size} count", file=sys.stderr)
 
-    text, began = [], time.perf_counter()
-    with Interrupt() as stop:
-        def until_stopped(tokens):
-            for token in tokens:
-                if stop.signal:
-                    return
-                yield token
+    # stream the text; a signal ends it after the token under way
+    graph = config.cache and device.type == "cuda" and is_softmax(model.config)
+    settings = (config.temperature, config.top_k, config.top_p, config.seed, tokenizer.n_vocab)
+    tokens = generate(model, ids, config.max_tokens, *settings, config.cache, graph)
+    pieces = []
+    start_time = time.perf_counter()
+    with distributed.StopSignal() as stop:
+        tokens = itertools.takewhile(lambda token: not stop.now, tokens)
+        write_stdout("" if config.chat else prompt)
+        for piece in decode_stream(tokens, tokenizer):
+            pieces.append(piece)
+            write_stdout(piece)
+    n_tokens = len(pieces) - 1
+    tokens_per_s = n_tokens / (time.perf_counter() - start_time)
+    write_stdout("\n")
+    print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
 
-        def write(piece):
-            text.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        write("" if chat else prompt)
-        n = stream(until_stopped(generate(model, ids, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                                          tokenizer.n_vocab, args.cache, recorded)), tokenizer, write)
-    speed = n / (time.perf_counter() - began)
-    print(flush=True)
-    print(f"{n} tokens, {speed:,.0f} a second", file=sys.stderr)
-    return note(args.out, device, {"text": "".join(text), "tokens_per_s": speed, "signal": stop.signal})
+    text = "".join(pieces) if config.chat else prompt + "".join(pieces)
+    return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}
 
 
 if __name__ == "__main__":
-    leave(main)
+    cli.run_main(main)

@@ -1,0 +1,366 @@
+"""kernels/decode.py against PyTorch in the same dtype and in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sample
+import train
+from tests.common import DEVICE, assert_close, gpu, small_gpt
+
+pytest.importorskip("triton")
+from kernels import decode  # noqa: E402
+from tests.build import Case, check_build  # noqa: E402
+
+EPS = 0.01  # large enough that a kernel without it is off
+
+
+def run_twice(function):
+    """Run with new tensors that hold NaN until they are written, twice: the results are equal."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = function()
+        second = function()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+    return first
+
+
+def rms_norm(x, gain):
+    return F.rms_norm(x.to(gain.dtype), gain.shape, gain, EPS).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Products with one row
+
+
+def project_torch(x, gain, weights, biases):
+    rows = [(w @ rms_norm(x, gain)).to(b.dtype) + b for w, b in zip(weights, biases)]
+    return torch.cat(rows)
+
+
+def swiglu_torch(x, gain, gate, up):
+    n = rms_norm(x, gain)
+    return F.silu(gate @ n) * (up @ n)
+
+
+def add_torch(x, y, weight):
+    return x + weight @ y
+
+
+def double(tensors):
+    return [t.double() for t in tensors]
+
+
+def check_products(C, sizes, dtype, has_bias, config=None):
+    generator = torch.Generator().manual_seed(C)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+    x = randn(C) * 0.3
+    gain = randn(C).float() + 1
+    weights = [randn(n, C) for n in sizes]
+    biases = [randn(n).float() * has_bias for n in sizes]
+    up = randn(sizes[0], C)
+    y = randn(sizes[0])
+
+    ours = run_twice(
+        lambda: decode.project(x, gain, EPS, weights, biases if has_bias else None, config)
+    )
+    eager = project_torch(x, gain, weights, biases)
+    truth = project_torch(*double((x, gain)), double(weights), double(biases))
+    assert_close("project", ours, eager, truth)
+
+    ours = run_twice(lambda: decode.swiglu(x, gain, EPS, weights[0], up, config))
+    inputs = (x, gain, weights[0], up)
+    assert_close("swiglu", ours, swiglu_torch(*inputs), swiglu_torch(*double(inputs)))
+
+    def added():
+        total = y.clone()
+        decode.add(total, x, up, config)
+        return total
+
+    inputs = (y, x, up)
+    assert_close("add", run_twice(added), add_torch(*inputs), add_torch(*double(inputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "C,sizes,has_bias",
+    [
+        (1, (1,), False),
+        (40, (37, 5, 6), True),
+        (64, (64, 32), True),
+        (64, (64, 32, 32), False),
+        (200, (33,), True),
+    ],
+)
+def test_products(C, sizes, has_bias, dtype):
+    check_products(C, sizes, dtype, has_bias, (16, 64, 4))
+
+
+@gpu
+@pytest.mark.parametrize(
+    "C,sizes,has_bias",
+    [
+        (576, (576, 192, 192), True),
+        (2560, (4096, 1024, 1024), False),
+        (200, (1001,), False),
+        (64, (9000,), True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_products_on_the_gpu(C, sizes, has_bias, dtype):
+    check_products(C, sizes, dtype, has_bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention of one query
+
+
+def attend_torch(heads, gains, angles, length, kv, dtype):
+    """The output, the new key and the new value, by the model's own parts in `dtype`."""
+    H = heads.shape[0] - 2 * kv.shape[2]
+    q, k, v = heads.to(dtype).split([H, kv.shape[2], kv.shape[2]])
+    if gains is not None:
+        q = F.rms_norm(q, q.shape[-1:], gains[0].to(dtype), EPS)
+        k = F.rms_norm(k, k.shape[-1:], gains[1].to(dtype), EPS)
+    cos, sin = (angle[length].to(dtype) for angle in angles)
+    q = train.apply_rope(q[None, None], cos, sin).transpose(1, 2)  # (1, H, 1, D)
+    k = train.apply_rope(k[None, None], cos, sin).transpose(1, 2)
+    kv = kv.to(dtype)
+    kv[0, :, :, length] = k[:, :, 0]
+    kv[1, :, :, length] = v
+    o = train.softmax_attention(q, *kv[:, :, :, : length + 1])
+    return torch.cat([o.flatten(), kv[:, :, :, length].flatten()])
+
+
+def check_attend(H, Hkv, D, size, length, dtype, has_norm, config=None):
+    generator = torch.Generator().manual_seed(length)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    heads = randn(H + 2 * Hkv, D)
+    gains = (randn(D) + 1, randn(D) + 1) if has_norm else None
+    kv = randn(2, 1, Hkv, size, D).to(dtype)
+    kv[:, :, :, length:] = torch.nan  # slots not written yet
+    position = torch.tensor([length], device=DEVICE)
+    angles = train.rope_angles(0, size, D, 1e4, DEVICE)
+
+    def ours():
+        k, v = (t[0].clone() for t in kv)
+        o = decode.attend(heads.flatten(), gains, EPS, angles, position, k, v, config)
+        assert torch.equal(k[:, :length], kv[0, 0, :, :length]), "an old key was changed"
+        assert k[:, length + 1 :].isnan().all(), "a later key was written"
+        assert torch.equal(v[:, :length], kv[1, 0, :, :length]), "an old value was changed"
+        assert v[:, length + 1 :].isnan().all(), "a later value was written"
+        return torch.cat([o, k[:, length].flatten(), v[:, length].flatten()])
+
+    inputs = (heads, gains, angles, length)
+    eager = attend_torch(*inputs, kv.clone(), dtype)
+    truth = attend_torch(*inputs, kv.clone(), torch.float64)
+    assert_close("attend", run_twice(ours), eager, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("H,Hkv,has_norm", [(4, 4, True), (6, 2, False), (17, 1, True)])
+@pytest.mark.parametrize("length", [0, 15, 16, 31, 32, 99])
+def test_attention(H, Hkv, has_norm, length, dtype, monkeypatch):
+    monkeypatch.setattr(decode, "PROGRAMS", 8)  # several blocks in a piece, several pieces
+    check_attend(H, Hkv, 16, 100, length, dtype, has_norm, (16, 4))
+
+
+@gpu
+@pytest.mark.parametrize(
+    "H,Hkv,D,norm", [(9, 3, 64, False), (32, 8, 128, True), (20, 1, 256, True)]
+)
+@pytest.mark.parametrize("length", [0, 31, 32, 500, 4999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_attention_on_the_gpu(H, Hkv, D, norm, length, dtype):
+    check_attend(H, Hkv, D, 5000, length, dtype, norm)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the kernels cannot do
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.ones(0), "gain": torch.ones(0), "weights": [torch.ones(4, 0)]},
+        {"weights": [torch.ones(0, 8)]},
+        {"weights": [torch.ones(4, 9)]},
+        {"weights": []},
+        {"weights": [torch.ones(4, 8)] * 4},
+        {"weights": [torch.ones(8, 4).T]},
+        {"gain": torch.ones(7)},
+        {"biases": [torch.ones(3)]},
+        {"biases": [torch.ones(4)] * 2},
+        {"x": torch.ones(8).double()},
+        {"x": torch.ones(2, 4)},
+    ],
+    ids=range(11),
+)
+def test_products_refuse(change):
+    arguments = {"x": torch.ones(8), "gain": torch.ones(8), "eps": EPS}
+    arguments["weights"] = [torch.ones(4, 8)]
+    decode.project(**arguments)
+    with pytest.raises(ValueError):
+        decode.project(**{**arguments, **change})
+
+
+def test_swiglu_and_add_refuse():
+    x = torch.ones(8)
+    gate = torch.ones(4, 8)
+    decode.swiglu(x, x, EPS, gate, gate)
+    for up in (torch.ones(5, 8), torch.ones(4, 7)):
+        with pytest.raises(ValueError, match="up is"):
+            decode.swiglu(x, x, EPS, gate, up)
+    with pytest.raises(ValueError, match="no size of 0"):
+        decode.swiglu(x, x, EPS, torch.ones(0, 8), torch.ones(0, 8))
+    with pytest.raises(ValueError, match="no size of 0"):
+        decode.add(torch.ones(0), x, torch.ones(0, 8))
+    with pytest.raises(ValueError, match="weight is"):
+        decode.add(torch.ones(4), x, torch.ones(8, 4))
+
+
+def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
+    k = torch.ones(Hkv, size, D, dtype=dtype)
+    return {
+        "heads": torch.ones((H + 2 * Hkv) * D),
+        "gains": None,
+        "eps": EPS,
+        "angles": train.rope_angles(0, size, D, 1e4, "cpu"),
+        "length": torch.zeros(1, dtype=torch.int64),
+        "k": k,
+        "v": k.clone(),
+    }
+
+
+@pytest.mark.parametrize(
+    "shape, change, part",
+    [
+        ({"D": 48}, {}, "D one of (16, 32, 64, 128, 256)"),
+        ({"D": 8}, {}, "D one of (16, 32, 64, 128, 256)"),
+        ({"D": 512}, {}, "D one of (16, 32, 64, 128, 256)"),
+        ({"size": 0}, {}, "no size of 0"),
+        ({"Hkv": 0}, {}, "no size of 0"),
+        ({"H": 0}, {}, "no heads"),
+        ({"H": 3, "Hkv": 2}, {}, "no heads"),
+        ({"dtype": torch.float64}, {}, "float64"),
+        ({}, {"v": torch.ones(1, 4, 16)}, "v is"),
+        ({}, {"k": torch.ones(1, 16, 3).mT}, "not contiguous"),
+        ({}, {"k": torch.ones(3, 16)}, "it must be (Hkv, size, D)"),
+        ({}, {"heads": torch.ones(65)}, "heads is"),
+        ({}, {"gains": (torch.ones(16), torch.ones(8))}, "a gain is"),
+        ({}, {"angles": train.rope_angles(0, 4, 16, 1e4, "cpu")}, "cos is"),
+        ({}, {"k": torch.ones(1, 1, 1).expand(1, 2**27, 16)}, "below 2**31"),
+    ],
+    ids=range(15),
+)
+def test_attention_refuses(shape, change, part):
+    with pytest.raises(ValueError) as caught:
+        decode.attend(**{**attend_arguments(**shape), **change})
+    assert part in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# A step of the whole model
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"n_kv_head": 2, "qk_norm": True, "tied": False}, {"n_kv_head": 1, "qkv_bias": True}],
+    ids=str,
+)
+def test_fused_step_equals_the_models(shape, monkeypatch):
+    model = small_gpt(head_dim=16, block_size=8, norm_eps=EPS, rope_theta=100.0, **shape)
+    expected = list(sample.generate(model, [5, 6, 7], 9, temperature=0))  # beyond the context
+    monkeypatch.setattr(decode, "FEW", (64, 64, 4))
+    monkeypatch.setattr(sample, "can_fuse", lambda model: True)
+    assert list(sample.generate(model, [5, 6, 7], 9, temperature=0, graph=True)) == expected
+
+    # and so do the logits
+    decoders = []
+    for use_kernels in (True, False):
+        decoder = sample.CUDAGraphDecoder(model, 8, use_kernels=use_kernels)
+        decoder.prefill([5, 6, 7])
+        decoders.append(decoder)
+    with torch.no_grad():
+        for _ in range(3):
+            fused, plain = (decoder.logits() for decoder in decoders)
+            assert torch.allclose(fused, plain, atol=1e-4)
+            for decoder in decoders:
+                decoder.step()
+
+
+@gpu
+@pytest.mark.parametrize(
+    "shape", [{"qk_norm": True, "n_kv_head": 2}, {"qkv_bias": True, "tied": False}], ids=str
+)
+def test_fused_step_in_bf16_follows_fp32_on_the_gpu(shape):
+    model = small_gpt(torch.bfloat16, n_embd=64, block_size=100, **shape)
+    for p in model.parameters():
+        is_matrix = p.dim() > 1
+        value = p.data.bfloat16()
+        p.data = value * 0.3 if is_matrix else value.float()
+    wide = copy.deepcopy(model).double()
+    wide.dtype = torch.float64
+    model.cuda()
+
+    decoder = sample.CUDAGraphDecoder(model, 100)
+    assert decoder.use_kernels
+    with torch.no_grad():
+        ids = list(range(60))
+        ids.append(decoder.prefill(ids))
+        fused = decoder.logits()
+        decoder.use_kernels = False
+        truth = wide(torch.tensor([ids]))[0, -1].cuda()
+        assert_close("logits", fused, decoder.logits(), truth)
+
+
+# --------------------------------------------------------------------------------------------------
+# Builds for GPUs that are not here
+
+FP32 = "gain q_gain k_gain cos sin lse heads parts".split()
+
+
+def product_cases():
+    """Products of SmolLM2-135M and Qwen3-4B. They use nothing of one GPU but the early start."""
+    types = {f"{name}_ptr": "*fp32" for name in FP32}
+    project_types = types | {f"{name}_ptr": "*fp32" for name in ("y", "b1", "b2", "b3")}
+    for arch in (80, 90):
+        for (rows, columns, warps), C in ((decode.FEW, 576), (decode.MANY, 2560)):
+            constants = {"C": C, "BR": rows, "BK": columns, "PDL": arch >= 90}
+            how = {"arch": arch, "num_warps": warps, "uses_tensor_cores": False}
+            with_bias = {**constants, "BIAS": C == 576}
+            yield Case("project_kernel", with_bias, project_types, **how)
+            yield Case("swiglu_kernel", constants, types, **how)
+            yield Case("add_kernel", constants, types, **how)
+
+
+def attention_cases():
+    types = {f"{name}_ptr": "*fp32" for name in FP32} | {"length_ptr": "*i64"}
+    for arch in (80, 90, 100, 120):
+        pdl = {"PDL": arch >= 90}
+        for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
+            is_fp32 = dtype == "fp32"
+            block, warps = decode.blocks(D, torch.float32 if is_fp32 else torch.bfloat16)
+            constants = {"g": 4, "R": 16, "D": D, "BN": block, "NORM": D == 128, **pdl}
+            constants["PREC"] = "ieee" if is_fp32 else "tf32"
+            how = {"dtype": dtype, "arch": arch, "num_warps": warps}
+            attend_types = {**types, "o_ptr": "*fp32"}
+            yield Case(
+                "attend_kernel", constants, attend_types, uses_tensor_cores=not is_fp32, **how
+            )
+        join = {"D": 128, "P": 64, **pdl}
+        yield Case("join_kernel", join, types, arch=arch, uses_tensor_cores=False)
+
+
+def test_decode_kernels_build():
+    assert len(check_build("kernels.decode", [*product_cases(), *attention_cases()])) == 32

@@ -1,0 +1,398 @@
+"""sample.py: KV caches, drawing, decoding. The command is in test_sample_command.py."""
+
+import math
+
+import pytest
+import torch
+
+import sample
+import train
+from tests.common import gpu, small_gpt
+
+
+def windowed_softmax(q, k, v, window):
+    """Softmax attention of each query over the last `window` positions, its own included."""
+    Tq = q.shape[2]
+    Tk = k.shape[2]
+    i = torch.arange(Tk - Tq, Tk)[:, None]
+    j = torch.arange(Tk)
+    is_seen = (j <= i) & (j > i - window)
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1)
+    v = v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    return scores.masked_fill(~is_seen, -torch.inf).softmax(-1) @ v
+
+
+def two_windows(q, k, v, k2, v2, *, w1=5, w2=3, scale=1.0):
+    """A plug-in with five inputs and two windows."""
+    return windowed_softmax(q, k, v, w1) + scale * windowed_softmax(q, k2, v2, w2)
+
+
+two_windows.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}
+
+
+def five_inputs(q, k, v, k2, v2, *, power=1):
+    """A plug-in with five inputs and no window."""
+    return train.softmax_attention(q, k + k2**power, v * v2)
+
+
+@pytest.fixture(autouse=True)
+def plugins(monkeypatch):
+    monkeypatch.setitem(train.PLUGINS["attn"][1], "two_windows", two_windows)
+    monkeypatch.setitem(train.PLUGINS["attn"][1], "five_inputs", five_inputs)
+
+
+def greedy_by_hand(model, ids, n):
+    """The likeliest tokens, each from a forward pass over the whole window."""
+    size = model.config.block_size
+    window = list(ids)[-size:]
+    tokens = []
+    for _ in range(n):
+        if len(window) > size:
+            window = window[len(window) - max(1, size // 2) :]
+        token = int(model(torch.tensor([window]))[0, -1].argmax())
+        tokens.append(token)
+        window.append(token)
+    return tokens
+
+
+# --------------------------------------------------------------------------------------------------
+# KV caches
+
+
+@pytest.mark.parametrize(
+    "attn", ["softmax", "five_inputs", "two_windows", "two_windows:w1=1:w2=99"]
+)
+@torch.no_grad()
+def test_kv_cache_gives_the_logits_of_a_whole_pass(attn):
+    model = small_gpt(torch.float64, attn=f"softmax,{attn}", n_kv_head=2, block_size=64)
+    ids = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(1))
+    caches = [sample.KVCache(64) for _ in model.layers]
+    pieces = [(0, 9), (9, 12), (12, 13), (13, 14), (14, 21), (21, 23)]
+    for start, end in [*pieces, *((t, t + 1) for t in range(23, 40))]:
+        logits = model(ids[:, start:end], cache=caches)
+        assert logits.shape == (1, 1, 64)
+        whole = model(ids[:, :end])[0, -1]
+        assert torch.allclose(logits[0, -1], whole, atol=1e-9), f"positions {start} to {end}"
+        assert caches[0].length == caches[1].length == end
+
+
+@torch.no_grad()
+def test_ring_tensors_do_not_grow():
+    model = small_gpt(attn="softmax,two_windows", block_size=64)
+    caches = [sample.KVCache(20) for _ in model.layers]
+    for start, end in [(0, 9), (9, 10), (10, 20)]:
+        model(torch.zeros(1, end - start, dtype=torch.int64), cache=caches)
+        slots = [[buffer.shape[2] for buffer in cache.tensors] for cache in caches]
+        assert slots == [[20, 20], [5, 5, 3, 3]]
+    with pytest.raises(ValueError, match="room for 20 positions, not for 21"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache=caches)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_ring_buffer_slots(T):
+    """Position t lives in slot t % w, whether positions come one by one or several at once."""
+    cache = sample.KVCache(12)
+    for start in range(0, 12, T):
+        k = torch.arange(start, start + T, dtype=torch.float32).view(1, 1, T, 1)
+        seen_w, seen_all = cache.extend([5, None], [k, -k])
+        end = start + T
+        assert (cache.tensors[0][0, 0, :, 0].tolist())[(end - 1) % 5] == end - 1
+        last = [t for t in range(max(0, end - 5), end)]
+        assert sorted(cache.tensors[0][0, 0, : min(end, 5), 0].tolist()) == last
+        assert seen_all.flatten().tolist() == [-t for t in range(end)]
+        if T == 1:
+            assert sorted(seen_w.flatten().tolist()) == last
+        else:
+            assert seen_w.flatten().tolist() == [t for t in range(max(0, start - 5), end)]
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_kv_head": 2, "qk_norm": True}, {"n_kv_head": 1, "qkv_bias": True}], ids=str
+)
+@torch.no_grad()
+def test_static_cache_gives_the_logits_of_a_whole_pass(shape):
+    model = small_gpt(torch.float64, **shape)
+    for prompt in ([5], [5, 6, 7, 8, 9]):
+        decoder = sample.CUDAGraphDecoder(model, 16)
+        ids = [*prompt, decoder.prefill(prompt)]
+        assert ids[-1] == int(model(torch.tensor([prompt]))[0, -1].argmax())
+        while len(ids) < 16:
+            whole = model(torch.tensor([ids]))[0, -1]
+            assert torch.allclose(decoder.logits(), whole, atol=1e-9), f"position {len(ids) - 1}"
+            ids.append(decoder.next())
+            assert ids[-1] == int(whole.argmax())
+        assert int(decoder.length) == 15 and int(decoder.token) == ids[-1]
+
+
+@torch.no_grad()
+def test_decoder_runs_a_step_ahead_and_starts_over():
+    model = small_gpt()
+    expected = greedy_by_hand(model, [5, 6, 7], 13)
+    decoder = sample.CUDAGraphDecoder(model, 16)
+    for _ in range(2):
+        tokens = [decoder.prefill([5, 6, 7])]
+        tokens += [decoder.next(more=True) for _ in range(5)]
+        assert tokens == expected[:6]
+        assert int(decoder.length) == 3 + 6, "one step ahead of the 5 tokens read"
+    tokens += [decoder.next(more=i < 6) for i in range(7)]
+    assert tokens == expected and decoder.in_flight is None
+    with pytest.raises(ValueError, match="softmax attention, not softmax,two_windows"):
+        sample.CUDAGraphDecoder(small_gpt(attn="softmax,two_windows"), 16)
+
+
+def test_decoder_does_not_compile_a_prompt_and_compiles_one_step():
+    model = small_gpt(n_kv_head=2, qkv_bias=True)
+    plain = list(sample.generate(model, [5, 6, 7], 40, temperature=0))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for module in (*model.layers, model.norm):
+        module.compile(backend="eager", fullgraph=True)
+    assert list(sample.generate(model, [5, 6, 7], 40, temperature=0)) == plain
+    assert not counters["stats"], "without a graph nothing is compiled"
+    assert list(sample.generate(model, [5, 6, 7], 40, temperature=0, graph=True)) == plain
+    assert counters["stats"]["unique_graphs"] == 2, "a layer, and the last norm"
+
+
+def test_who_gets_a_graph_and_kernels(monkeypatch):
+    assert sample.is_softmax(train.GPTConfig(attn="softmax,softmax"))
+    for attn in ("laser", "softmax,laser", "two_windows:w1=4,softmax"):
+        assert not sample.is_softmax(train.GPTConfig(attn=attn))
+
+    class OnCUDA(torch.nn.Embedding):  # as far as can_fuse looks
+        weight = type("Weight", (), {"is_cuda": True, "dtype": torch.float32})
+
+    model = small_gpt(head_dim=16)
+    assert not sample.can_fuse(model), "not on the CPU"
+    model.embed_tokens.__class__ = OnCUDA
+    if sample.kernels is not None:
+        assert sample.can_fuse(model)
+        model.config.head_dim = 48
+        assert not sample.can_fuse(model), "no kernel for this head dimension"
+        model.config.head_dim = 16
+    model.dtype = torch.bfloat16
+    assert not sample.can_fuse(model), "the matrices are float32"
+    model.dtype = torch.float32
+    model.compile()
+    assert not sample.can_fuse(model), "the user called .compile()"
+    model.is_compiled = False
+    monkeypatch.setattr(sample, "kernels", None)
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert not sample.can_fuse(model)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing a token
+
+
+def draw(logits, n=1, **settings):
+    """How often each token comes in n draws."""
+    generator = torch.Generator().manual_seed(0)
+    settings = {"limit": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
+    logits = torch.tensor(logits, dtype=torch.float32)
+    counts = [0] * len(logits)
+    for _ in range(n):
+        counts[int(sample.pick_token(logits, generator=generator, **settings))] += 1
+    return counts
+
+
+def drawn(logits, **settings):
+    counts = draw(logits, 200, **settings)
+    return {token for token, count in enumerate(counts) if count}
+
+
+LOGITS = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0, 1e9])
+def test_temperature_divides_the_logits(temperature):
+    n = 4000
+    expected = (torch.tensor(LOGITS) / temperature).softmax(0)
+    counts = torch.tensor(draw(LOGITS, n, temperature=temperature))
+    assert (counts / n - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-300, 1e-40, 1e-38, 1e-20, 1e-6])
+def test_cold_means_the_likeliest(temperature):
+    assert drawn(LOGITS, temperature=temperature) == {1}
+    assert drawn([1e4, 1e4 - 1, -1e4], temperature=temperature) == {0}
+    model = small_gpt()
+    cold = list(sample.generate(model, [5], 30, temperature=temperature))
+    assert cold == list(sample.generate(model, [5], 30, temperature=0))
+
+
+def test_hot_means_uniform_among_what_top_k_and_top_p_leave():
+    hot = 2.0**32
+    assert min(draw([5.0, -5.0, 0.0, 3.0], 400, temperature=hot)) > 50
+    assert drawn([5.0, -5.0, 0.0, 3.0], temperature=hot, top_k=2) == {0, 3}
+
+
+def test_top_k():
+    assert drawn(LOGITS, top_k=1) == {1}
+    assert drawn(LOGITS, top_k=2) == {1, 3}
+    assert drawn(LOGITS, top_k=3) == {1, 2, 3}
+    for top_k in (0, 4, 5, 10**9):
+        assert drawn(LOGITS, top_k=top_k) == {0, 1, 2, 3}
+
+
+def test_top_p():
+    # four equal probabilities, which are exact: the fewest that hold at least top_p stay
+    for top_p, n in ((0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4), (1.0, 4)):
+        assert len(drawn([0.0] * 4, top_p=top_p)) == n
+    assert drawn(LOGITS, top_p=0.39) == {1}
+    assert drawn(LOGITS, top_p=0.41) == {1, 3}
+    assert drawn(LOGITS, top_p=0.85) == {1, 2, 3}
+    for top_p in (1e-6, 1e-40, 1e-300):
+        assert drawn(LOGITS, top_p=top_p) == {1}
+        assert drawn([3.0] * 5, top_p=top_p).issubset(range(5))
+    # of those that top_k leaves, the likeliest holds 4/9
+    assert drawn(LOGITS, top_k=3, top_p=0.42) == {1}
+    # the temperature comes first: at 0.5 the likeliest holds 16/30
+    assert drawn(LOGITS, temperature=0.5, top_p=0.5) == {1}
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    assert drawn([0.0, 1.0, 50.0, 60.0], limit=2) == {0, 1}
+    assert drawn([0.0, 1.0, 50.0, 60.0], limit=2, temperature=0) == {1}
+    assert drawn([0.0, 1.0, 50.0, 60.0], limit=9, temperature=0) == {3}
+
+
+@torch.no_grad()
+def test_tokens_are_the_draws_of_multinomial():
+    """One generator for the whole text, seeded once."""
+    model = small_gpt()
+    generator = torch.Generator().manual_seed(9)
+    ids = [5, 6, 7]
+    for _ in range(12):
+        p = model(torch.tensor([ids]))[0, -1].softmax(-1)
+        ids.append(int(torch.multinomial(p, 1, generator=generator)))
+    for graph in (False, True):
+        assert list(sample.generate(model, [5, 6, 7], 12, seed=9, graph=graph)) == ids[3:]
+    assert list(sample.generate(model, [5, 6, 7], 12, seed=8)) != ids[3:]
+
+
+# --------------------------------------------------------------------------------------------------
+# generate
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"n_kv_head": 2, "qk_norm": True, "tied": False},
+        {"attn": "five_inputs"},
+        {"attn": "softmax,two_windows:w1=7"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"temperature": 1.3, "top_k": 9, "top_p": 0.8}], ids=str
+)
+def test_cached_equals_uncached(shape, how):
+    model = small_gpt(**shape)
+    how = {**how, "seed": 3, "limit": 60}
+    cached = list(sample.generate(model, [5, 6, 7], 40, **how))
+    assert cached == list(sample.generate(model, [5, 6, 7], 40, cached=False, **how))
+    assert len(cached) == 40 and max(cached) < 60 and len(set(cached)) > 3
+    if "attn" not in shape:
+        assert cached == list(sample.generate(model, [5, 6, 7], 40, graph=True, **how))
+    else:
+        with pytest.raises(ValueError, match="softmax attention"):
+            next(sample.generate(model, [5], 1, graph=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
+@torch.no_grad()
+def test_a_full_context_drops_its_older_half(size):
+    model = small_gpt(block_size=size)
+    for ids in ([5], [5, 6, 7], list(range(20, 50))):
+        expected = greedy_by_hand(model, ids, 40)
+        for way in ({}, {"cached": False}, {"graph": True}):
+            assert list(sample.generate(model, ids, 40, temperature=0, **way)) == expected, way
+        for n in (0, 1, 2, 5, 12):  # no more room is allocated than n tokens need
+            for way in ({}, {"graph": True}):
+                assert list(sample.generate(model, ids, n, temperature=0, **way)) == expected[:n]
+
+
+def test_no_more_room_than_needed(monkeypatch):
+    sizes = []
+    original = sample.KVCache
+    monkeypatch.setattr(sample, "KVCache", lambda size: sizes.append(size) or original(size))
+    list(sample.generate(small_gpt(block_size=40), [5, 6, 7], 10))
+    assert sizes == [12, 12], "the last of the 10 tokens is never read"
+    list(sample.generate(small_gpt(), [5, 6, 7], 20))
+    assert sizes[2:] == [16] * 4, "two layers, and again once the context is full"
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"ids": []}, "no token to continue"),
+        ({"ids": [64]}, "vocabulary of 64"),
+        ({"ids": [3, -1]}, "vocabulary of 64"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": 4.3e9}, "temperature is 4300000000.0"),
+        ({"top_k": -1}, "top-k is -1"),
+        ({"top_p": 0.0}, "top-p is 0.0"),
+        ({"top_p": -0.5}, "top-p is -0.5"),
+        ({"top_p": 1.5}, "top-p is 1.5"),
+        ({"top_p": math.nan}, "top-p is nan"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(change, part):
+    with pytest.raises(ValueError) as caught:
+        next(sample.generate(**{"model": small_gpt(), "ids": [5], "n": 1, **change}))
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("way", [{}, {"cached": False}, {"graph": True}], ids=str)
+def test_damaged_weights_are_not_sampled_from(way):
+    model = small_gpt()
+    model.norm.weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        next(sample.generate(model, [5], 1, **way))
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"n_kv_head": 2, "qkv_bias": True},
+        {"n_kv_head": 1, "qk_norm": True, "tied": False},
+        {"head_dim": 16},
+        {"head_dim": 64, "n_head": 3, "n_kv_head": 1, "n_embd": 48, "qkv_bias": True},
+    ],
+    ids=str,
+)
+def test_graph_replays_on_the_gpu(shape):
+    model = small_gpt(**shape)
+    greedy = {"temperature": 0}
+    plain = list(sample.generate(model, [5, 6, 7], 40, **greedy))  # on the CPU
+    model.cuda()
+    assert list(sample.generate(model, [5, 6, 7], 40, **greedy)) == plain
+    assert sample.can_fuse(model) == ("head_dim" in shape), "8 channels are too few for them"
+    for _ in range(2):
+        assert list(sample.generate(model, [5, 6, 7], 40, graph=True, **greedy)) == plain
+
+    # the generator goes on inside the graph as it does outside
+    for draws in ({"temperature": 1.3, "top_k": 9, "top_p": 0.8}, {"top_p": 0.9}, {}):
+        draws = {**draws, "seed": 3}
+        expected = list(sample.generate(model, [5, 6, 7], 40, **draws))
+        assert list(sample.generate(model, [5, 6, 7], 40, graph=True, **draws)) == expected
+        assert len(set(expected)) > 3
+    cold = list(sample.generate(model, [5, 6, 7], 40, temperature=1e-40, top_p=1e-40, graph=True))
+    assert cold == plain
+
+    model.compile()
+    assert not sample.can_fuse(model)
+    assert list(sample.generate(model, [5, 6, 7], 40, graph=True, **greedy)) == plain

@@ -1,0 +1,366 @@
+"""The command sample.py: streaming, stopping, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from support import data
+from tests.common import REPOSITORY, refused, run_script, small_gpt
+
+WEIRD = "caf\udce9"  # what $'caf\xe9' becomes
+BYTES = data.tokenizer_from_state({"name": "byte"})
+
+
+@pytest.fixture
+def run(tiny):
+    """A run of two steps under out/; its context is 16 tokens."""
+    return train.main([*tiny, "--steps", "2", "--sample", "0"])["out"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
+
+
+class Words:
+    """A tokenizer of a few words. 5 ends a document, 6 an answer; 4 and 7 are halves of é."""
+
+    name = "words"
+    n_vocab = 8
+    eot_token = 5
+    stops = {6}
+    tokens = [b"a", b"b ", "é".encode(), b"", b"\xc3", b"<eot>", b"<end>", b"\xa9"]
+
+    def encode_ordinary(self, text):
+        return [0 if character == "a" else 1 for character in text]
+
+    def decode_bytes(self, ids):
+        return b"".join(self.tokens[i] for i in ids)
+
+    def chat(self, messages):
+        assert [set(message) for message in messages] == [{"role", "content"}]
+        assert messages[0]["role"] == "user"
+        return [5, *self.encode_ordinary(messages[0]["content"]), 2]
+
+
+def decoded(tokens, tokenizer):
+    return list(sample.decode_stream(iter(tokens), tokenizer))
+
+
+def test_characters_are_held_back_until_they_are_whole():
+    pieces = decoded([195, 169, 226, 130, 172, 255, 65, 195], BYTES)
+    assert pieces == ["", "é", "", "", "€", "\ufffd", "A", "", "\ufffd"]
+    assert decoded([4, 7, 4, 0, 7], Words()) == ["", "é", "", "\ufffda", "\ufffd", ""]
+
+
+def test_tokens_that_end_a_text():
+    for last in (5, 6):
+        assert decoded([0, 2, last, 1], Words()) == ["a", "é", ""]
+        assert decoded([4, last], Words()) == ["", "\ufffd"]
+    assert decoded([65, 0, 66], BYTES) == ["A", ""]
+
+
+def test_first_ids():
+    words = Words()
+    assert sample.first_ids(words) == [5]
+    words.start = [0, 1]
+    assert sample.first_ids(words) == [0, 1]
+    words.start = []
+    assert sample.first_ids(words) == [5]
+
+
+def test_without_an_end_of_text_token():
+    words = Words()
+    words.eot_token = None
+    words.stops = set()
+    assert sample.first_ids(words) == []
+    assert decoded([0, 5, 6, 1], words) == ["a", "<eot>", "<end>", "b ", ""]
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags and streaming
+
+
+def test_streaming(run, capsys):
+    capsys.readouterr()
+    flags = ["--init", run, "--prompt", "the", "--max-tokens", "30", "--device", "cpu"]
+    first = sample.main(flags)
+    out, err = capsys.readouterr()
+    assert out == first["text"] + "\n" and err.startswith(f"{run} on cpu\n30 tokens, ")
+    assert first["text"].startswith("the") and first["signal"] == 0 and first["tokens_per_s"] > 0
+
+    # as generate() gives it, with the flags' defaults
+    model, tokenizer = train.load_model(run)
+    settings = {"temperature": 0.8, "top_k": 50, "seed": 1337, "limit": 256}
+    ids = list(sample.generate(model, [0, *b"the"], 30, **settings))
+    assert first["text"] == "the" + "".join(decoded(ids, tokenizer))
+    assert first == {**sample.main(flags), "tokens_per_s": first["tokens_per_s"]}
+    assert sample.main([*flags, "--no-cache"])["text"] == first["text"]
+    changes = ["--seed 2", "--temperature 0", "--top-k 1", "--top-p 0.01", "--max-tokens 5"]
+    for change in changes:
+        assert sample.main([*flags, *change.split()])["text"] != first["text"], change
+
+
+def test_defaults(run, capsys):
+    """The newest run, the start of a document, 300 tokens."""
+    capsys.readouterr()
+    result = sample.main(["--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert out == result["text"] + "\n" and err.startswith(f"{run} on cpu\n")
+    model, tokenizer = train.load_model(run)
+    ids = sample.generate(model, [0], 300, 0.8, 50, 1.0, 1337, 256)
+    assert result["text"] == "".join(decoded(ids, tokenizer))
+
+
+def test_prompts_of_any_length(run, capsys):
+    Path("p.txt").write_text("wizards boil éclairs " * 4)
+    flags = ["--max-tokens", "3", "--temperature", "0", "--device", "cpu"]
+    long = sample.main(["--prompt", "@p.txt", *flags])["text"]
+    assert long.startswith("wizards boil éclairs " * 4)
+    assert "the prompt has 89 tokens; the last 16 count" in capsys.readouterr().err
+    model, tokenizer = train.load_model(run)
+    ids = list("wizards boil éclairs ".encode())[-16:]
+    expected = "".join(decoded(sample.generate(model, ids, 3, 0, limit=256), tokenizer))
+    assert long.removeprefix("wizards boil éclairs " * 4) == expected
+    sample.main(["--prompt", "x" * 15, *flags])
+    assert "count" not in capsys.readouterr().err, "15 bytes and the start are 16 tokens"
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """The tokenizer of a model in the folder hf."""
+    monkeypatch.chdir(tmp_path)
+    words = Words()
+    model = small_gpt(vocab_size=8)
+    monkeypatch.setattr(train, "load_model", lambda *args: (model, words))
+    monkeypatch.setattr(sample.checkpoint, "find_run", Path)
+    return words
+
+
+def test_chat(words, monkeypatch, capsys):
+    model, _ = train.load_model()
+    argv = ["--init", "hf", "--chat", "ab", "--max-tokens", "40", "--device", "cpu"]
+    ids = list(sample.generate(model, [5, 0, 1, 2], 40, 0.8, 50, 1.0, 1337, 8))
+    expected = "".join(decoded(ids, words))
+    assert {5, 6} & set(ids) and 0 < len(expected) < 40, "the answer ends before 40 tokens"
+    assert sample.main(argv)["text"] == expected
+    assert capsys.readouterr().out == expected + "\n", "the message is not repeated"
+    Path("m.txt").write_text("ab")
+    assert sample.main(["--init", "hf", "--chat", "@m.txt", *argv[4:]])["text"] == expected
+    refused([*argv, "--prompt", "c"], "give one", main=sample.main)
+    monkeypatch.delattr(Words, "chat")
+    refused(argv, "hf has no chat template", "--prompt", main=sample.main)
+
+
+def test_a_model_without_an_end_of_text_token(words, capsys):
+    words.eot_token = None
+    words.stops = set()
+    flags = ["--init", "hf", "--device", "cpu", "--max-tokens", "9"]
+    refused(flags, "no token to continue", main=sample.main)
+    sample.main([*flags, "--prompt", "a"])
+    assert "9 tokens" in capsys.readouterr().err
+
+
+def test_bad_flags(run, tmp_path):
+    for flags, part in {
+        "--temperature -1": "--temperature is -1.0",
+        "--temperature nan": "--temperature is nan",
+        "--temperature inf": "--temperature is inf",
+        "--temperature warm": "--temperature",
+        "--top-p 0": "--top-p is 0.0",
+        "--top-p 1.5": "top-p is 1.5",
+        "--top-p nan": "--top-p is nan",
+        "--top-k -2": "--top-k is -2",
+        "--max-tokens 0": "--max-tokens is 0",
+        "--seed -1": "--seed is -1",
+        "--dtype fp8": "fp8",
+        "--device abacus": "abacus",
+        "--attn nowhere": "nowhere",
+        "--bench": "--bench",
+        "--score x": "--score",
+        "--init nowhere": "nowhere holds no run",
+    }.items():
+        refused(flags.split(), part, main=sample.main)
+    for flag in ("--init", "--prompt", "--chat", "--attn", "--device", "--dtype", "--export"):
+        refused([flag, ""], flag, "empty", main=sample.main)
+
+
+def test_extreme_flags(run, capsys):
+    flags = ["--max-tokens", "20", "--device", "cpu"]
+    greedy = sample.main([*flags, "--temperature", "0"])["text"]
+    for flag in ("--temperature 1e-40", "--top-p 1e-40", "--top-p 1e-300", "--top-k 1"):
+        assert sample.main([*flags, *flag.split()])["text"] == greedy, flag
+    everything = sample.main([*flags, "--top-k", "0"])["text"]
+    for flag in ("--top-k 256", "--top-k 4294967296"):
+        assert sample.main([*flags, *flag.split()])["text"] == everything, flag
+    assert sample.main([*flags, "--temperature", "4294967296"])["text"]
+
+
+def test_no_run_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused([], "no run under out/", main=sample.main)
+
+
+def test_prompts_that_are_not_text(run, tmp_path):
+    flags = ["--max-tokens", "3", "--device", "cpu"]
+
+    def bad(prompt, *parts):
+        for flag in ("--prompt", "--chat"):
+            refused([*flags, flag, prompt], *parts, main=sample.main)
+
+    for prompt in (WEIRD, "\ud800", "a\0b"):
+        bad(prompt, "not UTF-8 text")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    bad("@latin.txt", "latin.txt", "not UTF-8 text")
+    Path("nul.txt").write_bytes(b"a\0b")
+    bad("@nul.txt", "nul.txt", "not UTF-8 text")
+
+    bad("@nowhere", "nowhere")
+    bad("@", "file")
+    bad(f"@{tmp_path}", tmp_path.name)
+    bad("@" + "x" * 300, "x" * 300)
+    bad("@" + WEIRD, "caf")
+    bad("@a\0b", "a")
+    os.mkfifo("fifo")
+    bad("@fifo", "fifo")
+    if os.geteuid():
+        Path("secret.txt").write_text("x")
+        Path("secret.txt").chmod(0)
+        bad("@secret.txt", "secret.txt", "Permission denied")
+
+    Path("bom.txt").write_bytes(b"\xef\xbb\xbfthe")
+    assert sample.main([*flags, "--prompt", "@bom.txt"])["text"].startswith("the")
+    Path("empty.txt").write_bytes(b"")
+    assert sample.main([*flags, "--prompt", "@empty.txt"]) is not None
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("ckpt.pt", b""),
+        ("ckpt.pt", b"not a checkpoint"),
+        ("ckpt.pt", "half"),
+        ("config.json", b""),
+        ("config.json", b"{"),
+        ("config.json", b"[" * 100_000),
+        ("config.json", b'{"architectures": ["LlamaForCausalLM"]}'),
+        ("config.json", b"\xff\xfe"),
+    ],
+    ids=range(8),
+)
+def test_damaged_folder(run, file, content):
+    if content == "half":
+        content = Path(run, "ckpt.pt").read_bytes()
+        content = content[: len(content) // 2]
+    Path("bad").mkdir()
+    Path("bad", file).write_bytes(content)
+    refused(["--init", "bad", "--device", "cpu"], "bad", main=sample.main)
+
+
+def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypatch, capsys):
+    code = "import train\ndef attention(q, k, v, *, sharp=1.0):\n"
+    code += "    return train.softmax_attention(q * sharp, k, v)\n"
+    Path("mine_attention.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train.main([*tiny, "--steps", "2", "--sample", "0", "--attn", "mine_attention:sharp=2"])
+    flags = ["--max-tokens", "3", "--device", "cpu"]
+    refused(flags, "mine_attention", "not part of this repository", main=sample.main)
+    assert sample.main([*flags, "--attn", "mine_attention:sharp=2"])["text"]
+    with pytest.raises(SystemExit):
+        sample.main(["--attn", "mine_attention:help"])
+    assert "sharp=1.0" in capsys.readouterr().out
+
+
+def test_export(tiny):
+    run = train.main([*tiny, "--steps", "2", "--sample", "0", "--qk-norm"])["out"]
+    assert sample.main(["--init", run, "--export", "new"]) == {}
+    assert {path.name for path in Path("new").iterdir()} == {"config.json", "model.safetensors"}
+    model, _ = train.load_model(run)
+    exported = load_file("new/model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(exported[f"model.{name}"], tensor), name
+    sample.main(["--init", run, "--export", "half", "--dtype", "bf16"])
+    for tensor in load_file("half/model.safetensors").values():
+        assert tensor.dtype == torch.bfloat16
+    refused(["--init", run, "--export", "new"], "new", main=sample.main)
+    refused(["--init", run, "--export", "text.txt"], "text.txt", main=sample.main)
+    train.main([*tiny, "--steps", "1", "--sample", "0", "--attn", "laser", "--out", "out/laser"])
+    refused(["--init", "out/laser", "--export", "newer"], "laser", main=sample.main)
+    assert not Path("newer").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Ends: signals, lost readers, full disks
+
+
+def test_a_signal_ends_the_text(run, monkeypatch, capsys):
+    original = sample.generate
+
+    def interrupted(*args):
+        for n, token in enumerate(original(*args)):
+            if n == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield token
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    result = sample.main(["--prompt", "the", "--max-tokens", "200", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert result["signal"] == signal.SIGINT and out == result["text"] + "\n"
+    assert "\n3 tokens, " in err and len(result["text"]) <= 6
+
+
+def start(*argv, **options):
+    """sample.py in a process of its own, with a text that takes long."""
+    command = [sys.executable, str(REPOSITORY / "sample.py"), "--prompt", "the", "--device", "cpu"]
+    command += ["--max-tokens", "100000000", *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env=env, **options)
+
+
+def test_ctrl_c_while_it_streams(run):
+    process = start()
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (first + rest).startswith(b"the") and rest.endswith(b"\n")
+    assert b"Traceback" not in err and b" tokens, " in err
+
+
+def test_the_reader_goes_away(run):
+    process = start()
+    process.stdout.read(20)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 0
+    assert err == f"{run} on cpu\n", "quietly"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stdout_is_full(run):
+    command = [sys.executable, str(REPOSITORY / "sample.py"), "--prompt", "the"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and "No space left on device" in lines[1]
+
+
+def test_stdout_that_lacks_characters(run):
+    env = {"PYTHONIOENCODING": "ascii"}
+    done = run_script("sample.py", "--prompt", "aéb", "--max-tokens", "3", env=env)
+    assert done.returncode == 0 and done.stdout.startswith("a") and done.stdout.isascii()
+
+
+def test_surrogates_on_the_command_line(run):
+    done = run_script("sample.py", "--prompt", WEIRD)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "not UTF-8 text" in done.stderr and done.stderr.count("\n") == 1
