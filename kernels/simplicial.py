@@ -6,7 +6,8 @@ Nothing of size (T, w1, w2) or (T, w2, D) leaves the chip; all sums are float32.
     forward_kernel   online softmax of each row, then, with p_id the share of row d in all pairs of i,
                      o_i = sum_d p_id * (row's result) * v2_{i-d}
                      lse_i: natural logarithm, over all pairs
-    repair_kernel    the queries that kernels/simplicial_hopper.py has left
+    repair_kernel    the queries that forward_kernel or kernels/simplicial_hopper.py has left, for
+                     which exp needs a running maximum, or that have met what is not finite
     rows_kernel      P = exp(S - lse_i)   dP = (do_i * v2_{i-d}) . v_j   dS = P (dP - delta_i)
                      U = P V   W = dS K   dq_i = sum_d W_id * k2_{i-d}
                      dk2_k = sum_i W_{i,i-k} * q_i      dv2_k = sum_i U_{i,i-k} * do_i
@@ -81,6 +82,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # a cache changes some of these with each token: compile once
 NUMBERS = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"]
 PIECE = 64  # positions whose k2 and v2 one program gathers
+CLEAN_ROWS = 32  # of a program of clean_kernel and fill_kernel
 HEAD = tl.constexpr(16)  # keys of a block at the left edge of a window
 REPAIR_TILES = tl.constexpr(32)  # that one program looks through
 
@@ -130,13 +132,32 @@ def visible(i, j, w1, end):
 
 
 @triton.jit
+def sum_rows(member, x, PREC: tl.constexpr):
+    """member [R, BM] bool, x [BM, D] -> [R, D], the sum over the rows of x that are members
+
+    As a product with a 0/1 matrix, in which 0 * inf = NaN would reach all sums: a row that is not
+    finite makes NaN of the sums that it is a member of, and adds 0 to the others.
+    """
+    is_bad = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 0  # [BM]
+    x = tl.where(is_bad[:, None], 0.0, x)
+    total = tl.dot(member.to(x.dtype), x, input_precision=PREC)
+    spoiled = tl.max((member & is_bad[None, :]).to(tl.int32), 1) > 0  # [R]
+    return tl.where(spoiled[:, None], float("nan"), total)
+
+
+@triton.jit
 def attend(
     acc, m_i, l_i, wild, a, k, v, i, start, end, w1, edge,
     SAFE: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One block of keys. `edge`: some row does not see all of it. SAFE: the rows that are `wild` have
-    their maximum subtracted; to the others this adds and multiplies exactly nothing."""
+    their maximum subtracted, and a value that is not finite makes NaN of the rows that see its key
+    alone; to the others this adds and multiplies exactly nothing."""
     s = tl.dot(a, tl.trans(k), input_precision=PREC)  # [BM, BN], in units of log 2
+    if SAFE:
+        is_bad = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1) == 0  # [BN]
+        s = tl.where(is_bad[None, :], float("nan"), s)
+        v = tl.where(is_bad[:, None], 0.0, v)  # or rows that do not see it would get 0 * inf = NaN
     if edge:
         is_seen = visible(i[:, None], start + tl.arange(0, BN)[None, :], w1, end)
         s = tl.where(is_seen, s, -float("inf"))
@@ -179,7 +200,8 @@ def forward_tile(
     g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     PREC: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """The results of NQ queries; with AGAIN only of those whose lse is infinite so far."""
+    """The results of NQ queries. Without AGAIN, a query whose scores are out of range, or whose result
+    is not finite, is left with an infinite lse; with it, these alone are computed, with care."""
     bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
     q_ptr += bh * g * Tq * D
     o_ptr += bh * g * Tq * D
@@ -212,12 +234,14 @@ def forward_tile(
             False, D, BN, PREC,
         )  # fmt: skip
         wild = valid & ~((l_i > LEAST) & (l_i < MOST))
-        if tl.max(wild.to(tl.int32), 0) > 0:  # once more, with a maximum for those rows
+        if AGAIN:  # with a maximum for the wild rows
             m_i = tl.where(wild, -float("inf"), 0.0)
             acc, m_i, l_i = attend_all(
                 k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1,
                 True, D, BN, PREC,
             )  # fmt: skip
+        else:
+            l_i = tl.where(wild, float("nan"), l_i)
 
         m_i = tl.where(valid, m_i, -float("inf"))
         m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)  # [RQ]: over the offsets
@@ -226,17 +250,21 @@ def forward_tile(
         l_q = tl.sum(p, 1)  # [RQ], 0 without a pair
         safe = tl.where(l_q == 0.0, 1.0, l_q)
         # [BM]: a row's part of its query, over its own sum
-        share = tl.sum(p / safe[:, None], 0) / l_i
+        share = tl.sum(tl.where(mine, p / safe[:, None], 0.0), 0) / l_i
         ptrs = v2_ptr + at[:, None] * D + tl.arange(0, D)[None, :]
         v2 = tl.load(ptrs, mask=valid[:, None], other=0.0)  # [BM, D]
-        part = tl.dot(mine.to(dtype), (acc * share[:, None] * v2).to(dtype), input_precision=PREC)
+        rows = (acc * share[:, None] * v2).to(dtype)
+        if AGAIN:
+            part = sum_rows(mine, rows, PREC)  # [RQ, D]
+        else:
+            part = tl.dot(mine.to(dtype), rows, input_precision=PREC)
         lse_c = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(safe))
         m_q = tl.maximum(lse, lse_c)
         m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
         before, now = tl.exp2(lse - m_q), tl.exp2(lse_c - m_q)
         both = tl.where(before + now == 0.0, 1.0, before + now)
         o = o * (before / both)[:, None] + part * (now / both)[:, None]
-        lse = m_q + tl.log2(both)
+        lse = tl.where(before + now == 0.0, -float("inf"), m_q + tl.log2(both))
         if c + 1 < chunks:
             row, i, at, valid, many, lo, hi = pairs(t + c + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
             a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
@@ -248,6 +276,10 @@ def forward_tile(
     row = n % g * Tq + n // g
     if AGAIN:
         mask &= tl.load(lse_ptr + bh * g * Tq + row, mask=mask, other=0.0) == float("inf")
+        o = tl.where((lse == -float("inf"))[:, None], float("nan"), o)  # all scores are -inf
+    else:
+        is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
+        lse = tl.where(is_finite & (tl.abs(lse) < float("inf")), lse, float("inf"))
     tl.store(o_ptr + row[:, None] * D + tl.arange(0, D)[None, :], o.to(dtype), mask=mask[:, None])
     tl.store(lse_ptr + bh * g * Tq + row, lse * LN2, mask=mask)
 
@@ -274,8 +306,8 @@ def repair_kernel(
     g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """What hopper_kernel has left with an infinite lse. A program looks through the queries of
-    REPAIR_TILES tiles, which mostly is all."""
+    """What forward_kernel or hopper_kernel has left with an infinite lse. A program looks through the
+    queries of REPAIR_TILES tiles, which mostly is all."""
     first = tl.program_id(0) * REPAIR_TILES
     n = first * NQ + tl.arange(0, REPAIR_TILES * NQ)
     to = tl.program_id(1).to(tl.int64) * g * Tq + n % g * Tq + n // g
@@ -454,6 +486,73 @@ def columns_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
+# What is not finite, in the backward pass. There most sums over keys and queries are products, in
+# which P = 0 hides nothing: 0 * inf = NaN. So such numbers are taken out before, and the gradients of
+# what meets them are filled with NaN afterwards.
+
+
+@triton.jit
+def clean_kernel(
+    x_ptr, y_ptr, x_clean_ptr, y_clean_ptr, is_bad_ptr,  # (N, D) four times; (N)
+    N, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Copies x and y with 0 in place of what is not finite, and says which rows had such a number."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs = n[:, None] * D + tl.arange(0, D)[None, :]
+    mask = (n < N)[:, None]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+    is_finite_x = tl.abs(x) < float("inf")
+    is_finite_y = tl.abs(y) < float("inf")
+    tl.store(x_clean_ptr + offs, tl.where(is_finite_x, x, 0.0), mask=mask)
+    tl.store(y_clean_ptr + offs, tl.where(is_finite_y, y, 0.0), mask=mask)
+    is_bad = tl.min((is_finite_x & is_finite_y).to(tl.int32), 1) == 0
+    tl.store(is_bad_ptr + n, is_bad.to(tl.int8), mask=n < N)
+
+
+@triton.jit
+def fill_kernel(
+    x_ptr, y_ptr, is_bad_ptr,  # (N, D) twice, (N)
+    N, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Fills the bad rows of x and y with NaN."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_bad = tl.load(is_bad_ptr + n, mask=n < N, other=0) != 0
+    if tl.max(is_bad.to(tl.int32), 0) > 0:
+        offs = n[:, None] * D + tl.arange(0, D)[None, :]
+        nan = tl.full((ROWS, D), float("nan"), tl.float32).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + offs, nan, mask=is_bad[:, None])
+        tl.store(y_ptr + offs, nan, mask=is_bad[:, None])
+
+
+def clean(x, y):
+    """-> x and y with 0 in place of what is not finite, and which rows of either had such a number
+
+    x and y (..., D) -> the same twice, (...) bool
+    """
+    x_clean = torch.empty_like(x)
+    y_clean = torch.empty_like(y)
+    is_bad = x.new_empty(x.shape[:-1], dtype=torch.int8)
+    grid = (triton.cdiv(is_bad.numel(), CLEAN_ROWS),)
+    tensors = x, y, x_clean, y_clean, is_bad
+    clean_kernel[grid](*tensors, is_bad.numel(), x.shape[-1], CLEAN_ROWS)
+    return x_clean, y_clean, is_bad.bool()
+
+
+def fill_nan(x, y, is_bad):
+    """Fill the bad rows of x and y (..., D) with NaN. is_bad (...) bool"""
+    grid = (triton.cdiv(is_bad.numel(), CLEAN_ROWS),)
+    flags = is_bad.to(torch.int8).contiguous()
+    fill_kernel[grid](x, y, flags, is_bad.numel(), x.shape[-1], CLEAN_ROWS)
+
+
+def any_in_window(flags, w):
+    """flags (..., T) bool -> (..., T): is one of the w positions up to and including this one True?"""
+    count = F.pad(flags.cumsum(-1), (w, 0))
+    return count[..., w:] > count[..., :-w]
+
+
+# --------------------------------------------------------------------------------------------------
 # Launch
 
 # Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads
@@ -551,12 +650,9 @@ def forward(q, k, v, k2, v2, w1, w2, config=None):
     heads, numbers = get_sizes(q, k, k2, w1, w2)
     k, v = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (k, v))  # as TMA wants them
 
-    kernel = forward_kernel
-    tiles = 1  # of a program
-    if q.is_cuda and config is None and try_hopper(q, k, v, k2, v2, o, lse, heads, numbers):
-        kernel = repair_kernel
-        tiles = REPAIR_TILES.value
-
+    is_done = False
+    if q.is_cuda and config is None:
+        is_done = try_hopper(q, k, v, k2, v2, o, lse, heads, numbers)
     config = config or get_config("forward", q)
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     blocks = []
@@ -566,9 +662,14 @@ def forward(q, k, v, k2, v2, w1, w2, config=None):
     tensors = q, k, v, *blocks, k2, v2, o, lse
 
     def programs(NQ, block):
-        return triton.cdiv(rows, NQ * tiles), heads
+        return triton.cdiv(rows, NQ), heads
 
-    launch(kernel, programs, config, q, k, w2, tensors, numbers)
+    def repair_programs(NQ, block):
+        return triton.cdiv(rows, NQ * REPAIR_TILES.value), heads
+
+    if not is_done:
+        launch(forward_kernel, programs, config, q, k, w2, tensors, numbers)
+    launch(repair_kernel, repair_programs, config, q, k, w2, tensors, numbers)
     return o, lse
 
 
@@ -581,7 +682,18 @@ def backward(do, q, k, v, k2, v2, o, lse, w1, w2, rows_config=None, columns_conf
     heads, numbers = get_sizes(q, k, k2, w1, w2)
     Tq, Tk, Tk2, w1, w2, _ = numbers
     D = q.shape[3]
-    delta = (do.float() * o.float()).sum(-1)  # (B, H, Tq)
+    delta = (do.float() * o).sum(-1)  # (B, H, Tq)
+
+    # Take out what is not finite. A query that sees such a number gets P = 0 through its lse.
+    q, do, _ = clean(q, do)  # the bad rows have a bad lse or delta
+    k, v, is_bad = clean(k, v)  # (B, Hkv, Tk)
+    k2, v2, is_bad2 = clean(k2, v2)
+    sees_bad = any_in_window(is_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
+    sees_bad |= any_in_window(is_bad2, w2)[..., Tk2 - Tq :]
+    spoiled = ~(lse.isfinite() & delta.isfinite())  # (B, H, Tq)
+    spoiled |= sees_bad.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    lse = lse.masked_fill(spoiled, torch.inf)
+    delta = delta.masked_fill(spoiled, 0)
     dq = torch.empty_like(q)
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
@@ -610,6 +722,12 @@ def backward(do, q, k, v, k2, v2, o, lse, w1, w2, rows_config=None, columns_conf
     launch(rows_kernel, programs, config, q, k, w2, tensors, (*numbers, piece, room))
     dk2 = join_parts(dk2_parts, piece, Tk2 - Tq, Tk2).view(k2.shape).to(k2.dtype)
     dv2 = join_parts(dv2_parts, piece, Tk2 - Tq, Tk2).view(v2.shape).to(v2.dtype)
+
+    # gradients of what meets something that is not finite
+    by_group = spoiled.unflatten(1, (k.shape[1], -1)).any(2)  # (B, Hkv, Tq)
+    fill_nan(dq, dq, spoiled)
+    fill_nan(dk, dv, any_in_window(F.pad(by_group, (Tk - Tq, 0)).flip(-1), w1).flip(-1))
+    fill_nan(dk2, dv2, any_in_window(F.pad(by_group, (Tk2 - Tq, 0)).flip(-1), w2).flip(-1))
     return dq, dk, dv, dk2, dv2
 
 

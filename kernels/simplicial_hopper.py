@@ -239,11 +239,14 @@ def consumer(
         l = gl.where(valid, gl.where((l > LEAST) & (l < MOST), l, float("nan")), 0.0)
         o = gl.convert_layout(gl.sum(acc.reshape([NQ, BD, D]), 1), Q)  # [NQ, D]
         l = gl.convert_layout(gl.sum(l.reshape([NQ, BD]), 1), gl.SliceLayout(1, Q))
-        lse = gl.where(l == l, gl.where(l > 0.0, gl.log2(l) * LN2, -float("inf")), float("inf"))
+        o = (o / gl.where(l > 0.0, l, 1.0)[:, None]).to(dtype)
+        # P = 0 does not hide a value that is not finite: 0 * inf = NaN
+        is_finite = gl.min((gl.abs(o.to(gl.float32)) < float("inf")).to(gl.int32), 1) > 0
+        lse = gl.where(l > 0.0, gl.log2(l) * LN2, -float("inf"))
+        lse = gl.where((l == l) & is_finite, lse, float("inf"))
         n = (t * NC + w) * NQ + gl.arange(0, NQ, gl.SliceLayout(1, Q))
         to = bh.to(gl.int64) * g * Tq + n % g * Tq + n // g
         gl.store(lse_ptr + to, lse, mask=n < g * Tq)
-        o = (o / gl.where(l > 0.0, l, 1.0)[:, None]).to(dtype)
         to = to[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, Q))[None, :]
         gl.store(o_ptr + to, o, mask=(n < g * Tq)[:, None])
 
