@@ -19,15 +19,15 @@ length of Adam's. With b = 0, u is m / S_0: Adam without its square root. Biases
 Adam's step.
 
 Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean root-mean-square
-gradient, mean_i sqrt(S_0[i]), after the step before. So eps has no unit, and multiplying all
+gradient, mean_i sqrt(S_0[i]), after the step before (at first, of this gradient). So eps has no unit, and multiplying all
 gradients by a constant leaves every step as it was. An absolute eps, as in the released PyTorch
 code, is right for one scale of gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0
 in 80% of the coordinates of a GPT, whose gradients are about 3e-5.
 
 Where we depart from the released code: eps, as said; Adam's variance in the graft is bias-corrected
 (their first step is 1 / sqrt(1 - beta2) times too long), and its step has no eps; the edge test is
-relative; chains end with the rows of a matrix, not with the tensor (chain="flat"); the first step
-is Adam's, because one gradient gives a rank-one S; a gradient that is not finite is not spread.
+relative; chains end with the rows of a matrix, not with the tensor (chain="flat"); a gradient that
+is not finite is not spread.
 
     python sonew.py                 the LogDet problem drawn, an autoencoder of MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
@@ -164,22 +164,22 @@ def unit_of(scale):
 
 
 def update_statistics(g, m, S, beta1, beta2):
-    """Return the momentum m, the b+1 statistics S, all (R, C), and the number of bad gradients.
+    """Return the momentum m, the b+1 statistics S and is_good, all (R, C), after one more gradient.
 
-    g: gradient (R, C). Values that are not finite, or whose square is not, count as 0.
+    g: gradient (R, C). Where it is not finite, or its square is not, it counts as 0.
     """
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
     m = beta1 * m + (1 - beta1) * g
     S = [beta2 * S_k + (1 - beta2) * (g * ahead(g, k)) for k, S_k in enumerate(S)]
-    return m, S, (~is_good).sum()
+    return m, S, is_good
 
 
 def directions(m, S, step, scale, beta1, beta2, eps, gamma):
     """Compute the directions of SONew and Adam, u and a, and sqrt(S_0) in units of scale, all (R, C).
 
-    m, S: momentum and b+1 statistics (R, C) of `step` gradients. step, scale: (). Before there is a
-    scale, u is a.
+    m, S: momentum and b+1 statistics (R, C) of `step` gradients. step, scale: (). Without a scale,
+    after gradients of 0, u is the momentum.
     """
     # correct the bias, and measure gradients in units of scale: eps then needs no unit
     unit = unit_of(scale)
@@ -190,7 +190,7 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
     root = S_hat[0].sqrt()
     a = torch.where(root > 0, m_hat / root, 0)
     psi, s = factor([S_hat[0] + eps, *S_hat[1:]], gamma)
-    u = torch.where(scale > LEAST_SCALE, precondition(m_hat, psi, s), a)
+    u = torch.where(scale > LEAST_SCALE, precondition(m_hat, psi, s), m_hat)
     return u, a, root
 
 
@@ -233,7 +233,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce
     """Take one step in PyTorch, one tensor after the other; the arguments are those of kernel.step.
 
     params: LocalParam each, updated in place. lr: a number, or a tensor (). all_reduce(sums) adds
-    sums (T, 4) over the processes that hold other rows of the same parameters.
+    sums (3,) over the processes that hold other rows of the same parameters.
     """
     for param in params:
         # statistics and directions, in float32 or float64
@@ -244,7 +244,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce
             t.to(dtype).view(-1, param.chain)  # (R, C)
             for t in (param.grad, *(state[name] for name in names))
         )
-        m, S, bad = update_statistics(g, m, S, beta1, beta2)
+        m, S, is_good = update_statistics(g, m, S, beta1, beta2)
         for name, new in zip(names, (m, *S), strict=True):
             state[name].copy_(new.view_as(param.p))
         state["step"] += 1
@@ -252,19 +252,22 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce
         u, a, root = directions(m, S, state["step"], scale, beta1, beta2, eps, gamma)
 
         # sums over the whole parameter
-        sums = torch.stack([a.square().sum(), u.square().sum(), root.sum(), bad.to(dtype)])
+        root = torch.where(is_good, root, math.inf)
+        sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
         if all_reduce is not None:
             all_reduce(sums)
         norm_a, norm_u = sums[:2].sqrt()
-        u = a if param.is_plain else u * (norm_a / (norm_u + 1e-12))
+        graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
+        u = a if param.is_plain else graft * u
 
         # update, unless a gradient was bad
+        all_good = sums[2] < math.inf
         p = param.p.to(dtype)
-        rate = torch.where(sums[3] > 0, 0, lr)
+        rate = torch.where(all_good, lr, 0)
         param.p.copy_(p - rate * (u.view_as(p) + weight_decay * p))
-        state["skipped"] += sums[3] > 0
+        state["skipped"] += ~all_good
         new_scale = sums[2] / max(1, param.numel) * unit_of(scale)
-        scale.copy_(torch.where(new_scale < math.inf, new_scale, scale))
+        scale.copy_(torch.where(all_good, new_scale, scale))
 
 
 class SONew(torch.optim.Optimizer):
@@ -291,7 +294,7 @@ class SONew(torch.optim.Optimizer):
         params,
         lr=1e-3,
         betas=(0.9, 0.99),
-        eps=1e-5,
+        eps=1e-3,
         *,
         band=1,
         gamma=1e-6,
@@ -336,6 +339,7 @@ class SONew(torch.optim.Optimizer):
             raise ValueError("SONew takes dense gradients of real numbers")
         if not self.state[p]:
             self.state[p] = init_state(p, group)
+            self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
         state = {name: to_local(tensor) for name, tensor in self.state[p].items()}
         band, chain = band_and_chain(p, group)
         tensors = (to_local(p).contiguous(), to_local(p.grad).contiguous(), state)
@@ -430,6 +434,14 @@ def init_state(p, group):
     return state
 
 
+def mean_magnitude(p, chain):
+    """Return the mean magnitude of p's gradient over all shards, 0 if it is not finite."""
+    total = to_local(p.grad).abs().sum(dtype=torch.promote_types(p.dtype, torch.float32))
+    for process_group in shard_groups(p, chain):
+        dist.all_reduce(total, group=process_group)
+    return torch.where(total.isfinite(), total / max(1, p.numel()), 0)
+
+
 @torch.no_grad()
 def copy_state(p, group, saved):
     """Return a copy of the saved state of p, {name: tensor}; ValueError if it does not fit."""
@@ -452,7 +464,7 @@ def optimizer(
     *,
     beta1=0.9,
     beta2=0.95,
-    eps=1e-5,
+    eps=1e-3,
     band=1,
     gamma=1e-6,
     chain="row",

@@ -3,9 +3,9 @@
 1. halo_kernel, only where chains are longer than chunks: copies g, m and S beside each chunk, since
    state is updated in place and a neighbour could find it updated already.
 2. step_kernel, one program per run of chunks. Half of the programs update m and S, write u and sum
-   |a|^2, |u|^2, sqrt(S_0) and the bad gradients; the last program of a tensor to finish adds the
-   sums, always in the same order. The other half then apply u: p -= lr (scale u + wd p). They are
-   numbered a little later, and programs start in the order of their numbers.
+   |a|^2, |u|^2 and sqrt(S_0); the last program of a tensor to finish adds the sums, always in the
+   same order. The other half then apply u: p -= lr (scale u + wd p). They are numbered a little
+   later, and programs start in the order of their numbers.
    Where u fits into shared memory (Hopper), ring_kernel of sonew_hopper.py does the same.
 
 A chunk is a tile of lines of 32 lanes, 4 consecutive elements (a quad) per lane, so that the next
@@ -60,7 +60,7 @@ PROGRAMS = tl.constexpr(11)
 TOTALS = tl.constexpr(12)  # its row in total_ptr
 S_PTR = tl.constexpr(13)
 
-SUMS = tl.constexpr(4)  # |a|^2, |u|^2, sum of sqrt(S_0), number of bad gradients
+SUMS = tl.constexpr(3)  # |a|^2, |u|^2, and sqrt(S_0), which a bad gradient makes inf
 
 
 @triton.jit
@@ -244,8 +244,8 @@ def to_the_end(o, chain, place, left0):
 
 
 @triton.jit
-def add4(x0, x1, x2, x3, y0, y1, y2, y3):
-    return x0 + y0, x1 + y1, x2 + y2, x3 + y3
+def add3(x0, x1, x2, y0, y1, y2):
+    return x0 + y0, x1 + y1, x2 + y2
 
 
 @triton.jit
@@ -269,8 +269,8 @@ def tile(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
 @triton.jit
 def statistics(
     index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo_ptr,
-    correct1, correct2, has_scale,  # of units()
-    beta1, beta2, new1, new2, eps, gamma,  # new = 1 - beta, rounded once
+    correct1, correct2, weight, eps, gamma,  # of units()
+    beta1, beta2, new1, new2,  # new = 1 - beta, rounded once
     M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +318,7 @@ def statistics(
     if PLAIN:
         u = a
     else:
-        S0 = S[0] + eps
+        S0 = weight * S[0] + eps
         W = ()
         c = ()
         d = ()
@@ -341,19 +341,18 @@ def statistics(
             x = x + (tl.where(keep, psi[k], 0.0) * w,)
         if BAND > 0:
             u -= behind(x, lane, BAND, LINES, L)
-        u = tl.where(has_scale, u, a)
     sum_a = tl.sum(tl.where(own, a * a, 0.0), 2)
+    sum_root = tl.sum(tl.where(own, tl.where(good, root, float("inf")), 0.0), 2)
     sum_u = tl.sum(tl.where(own, u * u, 0.0), 2)
-    sum_root = tl.sum(tl.where(own, root, 0.0), 2)
-    bad = tl.sum(tl.where(own & (good == 0), 1.0, 0.0), 2)
-    return u, (sum_a, sum_u, sum_root, bad)
+    return u, (sum_a, sum_u, sum_root)
 
 
 @triton.jit
-def units(row_ptr, log_beta1, log_beta2):
+def units(row_ptr, log_beta1, log_beta2, eps, gamma):
     """Factors that correct the bias of m and S and divide them by the tensor's scale and its square.
 
-    Returns both, and whether there is a scale yet; before, they only correct the bias.
+    Returns both, and weight, eps and gamma, with which S_0 is damped, weight S_0 + eps, and edges
+    are removed. Without a scale, after gradients of 0, S_0 becomes 1 and has no edges: u is m.
     """
     t = tl.load(pointer(row_ptr, STEP_PTR, tl.float32, False)) + 1
     scale = tl.load(pointer(row_ptr, SCALE_PTR, tl.float32, False))
@@ -361,7 +360,10 @@ def units(row_ptr, log_beta1, log_beta2):
     unit = tl.where(has_scale, scale, 1.0)
     correct1 = 1 / (one_minus_power(t, log_beta1) * unit)
     correct2 = 1 / (one_minus_power(t, log_beta2) * (unit * unit))
-    return correct1, correct2, has_scale
+    weight = tl.where(has_scale, 1.0, 0.0)
+    eps = tl.where(has_scale, tl.cast(eps, tl.float32), 1.0)
+    gamma = tl.where(has_scale, tl.cast(gamma, tl.float32), float("inf"))
+    return correct1, correct2, weight, eps, gamma
 
 
 @triton.jit
@@ -382,12 +384,13 @@ def awaited(ready_ptr, total_ptr, lr, LR_THERE: tl.constexpr, PLAIN: tl.constexp
     while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:
         pass
     rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
-    rate = tl.where(tl.load(total_ptr + 3, cache_modifier=".cg") > 0, 0.0, rate)
+    sum_root = tl.load(total_ptr + 2, cache_modifier=".cg")
+    rate = tl.where(sum_root < float("inf"), rate, 0.0)
     scale = tl.cast(1.0, tl.float32)
     if not PLAIN:
         norm_a = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg"))
         norm_u = tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg"))
-        scale = norm_a / (norm_u + 1e-12)
+        scale = tl.where(norm_u > 0, norm_a / norm_u, 0.0)
     return rate, scale
 
 
@@ -396,7 +399,7 @@ def publish(
     offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, BLOCK: tl.constexpr
 ):
     """Store a program's sums; the last program of a tensor adds them all. Returns whether it did."""
-    sums = tl.reduce(tl.reduce(sums, 1, add4), 0, add4)
+    sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
     for column in tl.static_range(SUMS):
         tl.store(own_ptr + column, sums[column])
     tl.debug_barrier()
@@ -414,16 +417,16 @@ def count(row_ptr, total_ptr):
     step_ptr = pointer(row_ptr, STEP_PTR, tl.float32, False)
     tl.store(step_ptr, tl.load(step_ptr) + 1)
     skipped_ptr = pointer(row_ptr, SKIPPED_PTR, tl.float32, False)
-    is_bad = tl.load(total_ptr + 3, cache_modifier=".cg") > 0
-    tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_bad, 1.0, 0.0))
+    sum_root = tl.load(total_ptr + 2, cache_modifier=".cg")
+    is_good = sum_root < float("inf")
+    tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_good, 0.0, 1.0))
 
-    # the sum is in units of the scale so far; where it overflows, that one stays
+    # the sum is in units of the scale so far, which stays after a bad gradient
     scale_ptr = pointer(row_ptr, SCALE_PTR, tl.float32, False)
     scale = tl.load(scale_ptr)
     unit = tl.where(scale > LEAST_SCALE, scale, 1.0)
     whole_size = tl.load(row_ptr + WHOLE_SIZE).to(tl.float32)
-    new_scale = tl.load(total_ptr + 2, cache_modifier=".cg") / whole_size * unit
-    tl.store(scale_ptr, tl.where(new_scale < float("inf"), new_scale, scale))
+    tl.store(scale_ptr, tl.where(is_good, sum_root / whole_size * unit, scale))
 
 
 @triton.jit
@@ -487,29 +490,26 @@ def step_kernel(
         for k in tl.static_range(BAND + 1):
             S_ptrs = S_ptrs + (pointer(row_ptr, S_PTR + k, M, ALIGNED),)
         chain = tl.load(row_ptr + CHAIN)
-        correct1, correct2, has_scale = units(row_ptr, log_beta1, log_beta2)
+        correct1, correct2, weight, eps, gamma = units(row_ptr, log_beta1, log_beta2, eps, gamma)
         beta1 = tl.cast(beta1, tl.float32)
         beta2 = tl.cast(beta2, tl.float32)
         new1 = tl.cast(new1, tl.float32)
         new2 = tl.cast(new2, tl.float32)
-        eps = tl.cast(eps, tl.float32)
-        gamma = tl.cast(gamma, tl.float32)
         zero = tl.zeros((32, LINES), tl.float32)
-        sum_a, sum_u, sum_root, bad = zero, zero, zero, zero
+        sum_a, sum_u, sum_root = zero, zero, zero
         for c in tl.range(run * RUN, last, num_stages=STAGES):
             start, length = place_of(c, chunk, n, ALIGNED)
             halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
             _, o, _, own = tile(index, length, chunk, BAND, HALO)
             u, sums = statistics(
-                index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo, correct1, correct2, has_scale,
-                beta1, beta2, new1, new2, eps, gamma, M, BAND, PLAIN, HALO, ALIGNED, LINES, None,
+                index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo, correct1, correct2, weight, eps, gamma,
+                beta1, beta2, new1, new2, M, BAND, PLAIN, HALO, ALIGNED, LINES, None,
             )  # fmt: skip
             tl.store(u_ptr + start + o, u, mask=own, eviction_policy="evict_last")
             sum_a += sums[0]
             sum_u += sums[1]
             sum_root += sums[2]
-            bad += sums[3]
-        sums = (sum_a, sum_u, sum_root, bad)
+        sums = (sum_a, sum_u, sum_root)
         partial_ptr += first * SUMS
         programs = tl.load(row_ptr + PROGRAMS).to(tl.int32)
         offs = tl.arange(0, 1024)
@@ -577,14 +577,14 @@ def on_device(key, make, device):
 
 
 def count_empty(param, sums):
-    """Do what count does, for a shard without rows, which no program serves. sums: (4,)."""
+    """Do what count does, for a shard without rows, which no program serves. sums: (3,)."""
     state = param.state
+    is_good = sums[2] < math.inf
     state["step"] += 1
-    state["skipped"] += sums[3] > 0
+    state["skipped"] += ~is_good
     scale = state["scale"]
     unit = torch.where(scale > LEAST_SCALE.value, scale, 1)
-    new_scale = sums[2] / max(1, param.numel) * unit
-    scale.copy_(torch.where(new_scale < math.inf, new_scale, scale))
+    scale.copy_(torch.where(is_good, sums[2] / max(1, param.numel) * unit, scale))
 
 
 def step(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce=None):
@@ -592,7 +592,7 @@ def step(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce=None)
 
     Their tensors are contiguous. A parameter of fewer than two dimensions takes Adam's step; all
     are of that kind, or none. lr: a number, or a tensor () on the device. all_reduce(sums) adds
-    sums (T, 4) over the processes that hold other rows of the same parameters, in the same order.
+    sums (T, 3) over the processes that hold other rows of the same parameters, in the same order.
     """
     device = params[0].p.device
     plain = params[0].is_plain

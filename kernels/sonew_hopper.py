@@ -104,8 +104,6 @@ def ring_kernel(
     beta2 = gl.cast(beta2, gl.float32)
     new1 = gl.cast(new1, gl.float32)
     new2 = gl.cast(new2, gl.float32)
-    eps = gl.cast(eps, gl.float32)
-    gamma = gl.cast(gamma, gl.float32)
     weight_decay = gl.cast(weight_decay, gl.float32)
     ready_ptr = count_ptr + tensors
 
@@ -135,24 +133,25 @@ def ring_kernel(
             S_ptrs = ()
             for k in gl.static_range(BAND + 1):
                 S_ptrs = S_ptrs + (pointer(row_ptr, S_PTR + k, M, True),)
-            correct1, correct2, has_scale = units(row_ptr, log_beta1, log_beta2)
+            correct1, correct2, weight, damping, edge = units(
+                row_ptr, log_beta1, log_beta2, eps, gamma
+            )
 
             # statistics
             zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, L))
-            sum_a, sum_u, sum_root, bad = zero, zero, zero, zero
+            sum_a, sum_u, sum_root = zero, zero, zero
             for c in range(run * RUN, gl.minimum((run + 1) * RUN, gl.cdiv(n, chunk).to(gl.int32))):
                 start, length = place_of(c, chunk, n, True)
                 halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
                 u, sums = statistics(
-                    index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo, correct1, correct2, has_scale,
-                    beta1, beta2, new1, new2, eps, gamma, M, BAND, PLAIN, HALO, True, LINES, L,
+                    index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo, correct1, correct2, weight,
+                    damping, edge, beta1, beta2, new1, new2, M, BAND, PLAIN, HALO, True, LINES, L,
                 )  # fmt: skip
                 sum_a += sums[0]
                 sum_u += sums[1]
                 sum_root += sums[2]
-                bad += sums[3]
                 ring.index(slot + c - run * RUN).store(u)
-            sums = (sum_a, sum_u, sum_root, bad)
+            sums = (sum_a, sum_u, sum_root)
             totals = total_ptr + gl.load(row_ptr + TOTALS) * SUMS
             first_ptr = partial_ptr + first * SUMS
             programs = gl.load(row_ptr + PROGRAMS).to(gl.int32)
