@@ -1,25 +1,21 @@
-"""LoRA-RITE's step for all pairs A (r, n), B (m, r) of a rank at once: Gram matrices, the r x r work, the update.
+"""LoRA-RITE's step for all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-A side is one of a pair's two factors, seen as x (rows, r): A transposed, or B as it is. Even numbers are As, a partner is number ^ 1.
-A table of pointers and sizes lets a launch serve sides of all lengths. Nothing of r x r ever reaches the host, and torch's own
-eigensolver, which waits for the device, is not called.
+A side is one factor of a pair, seen as x (rows, r): A transposed, or B. Sides 2 i and 2 i + 1 are
+partners. A table of pointers and sizes lets one launch serve sides of all lengths.
 
-1. grams_kernel, a program per 256 to 1024 rows of a side: x^T x, g^T g, x^T M of these rows, in float64, where products of float32
-   are exact. No atomics: partial sums go to memory, the next launch adds them in their order, and two runs are equal.
-2. roots_kernel, a program per side: the inverse root of its partner's x^T x by Cholesky, or by eigenvalues where that has lost its
-   accuracy (or B = 0); |h|^2 and h^T h, P, P V P^T. In between torch adds up |h|^2 over all pairs.
-3. moments_kernel, a program per side: clip, V and its inverse root, all the small state; D, C, E in float32 for
+1. grams_kernel, a program for 256 to 1024 rows of a side: x^T x, g^T g, x^T M in float64, where
+   products of float32 are exact. No atomics: the next launch adds the partial sums in order.
+2. roots_kernel, a program for each side: the inverse root of its partner's x^T x by Cholesky, or by
+   eigenvalues where that is inaccurate or B = 0; h^T h, P, P V P^T. Then torch adds up |h|^2.
+3. moments_kernel, a program for each side: clip, V and its inverse root; D, C, E in float32.
 4. apply_kernel, programs as in 1: M <- M D^T + g C, x <- shrink x - M E.
 
-Eigenvalues: Jacobi's rotations, the r / 2 pairs (i, i ^ k) at once, k = 1 ... r - 1 in turn, until what is off the diagonal is below
-2^-53 of all: 6 to 12 such sweeps at r = 16, up to 19 at 64, the more the more decades the eigenvalues span. A root found through w and
-Q is made symmetric, so that it depends on the matrix alone.
+Eigenvalues by Jacobi rotations, the r / 2 pairs (i, i ^ k) at once for k = 1 ... r - 1; 6 to 12
+sweeps at r = 16, up to 19 at 64. Nothing waits for the host.
 
-Bytes per fp32 parameter: (1) reads x, g, M, 12; (4) does and writes x, M, 20; in all 32, and 3 for the partial sums at r = 16, 32 and 64,
-against 28 of AdamW. At the 4.22 TB/s that a copy reaches on an H200, 72 pairs of 2048 x 16 and back, 4.72 M parameters, take 0.04 ms.
-What counts are launches and the r x r work, whose programs all run side by side: a sweep at r = 16 is 15 rounds one after another. On one
-H200 (torch 2.11, triton 3.6) that step takes 0.209 ms, and 0.160 for 48 pairs of 768 x 16; fused AdamW 0.103 and 0.039, eager 10 and 12.
-Limits: r up to 64; float32, float16 and bfloat16 parameters, float32 moments; a factor has fewer than 2^31 elements.
+Memory traffic: 32 bytes per fp32 parameter (AdamW: 28), 0.04 ms for 72 pairs of 2048 x 16 on one
+H200. The r x r work dominates: 0.209 ms (torch 2.11, triton 3.6); fused AdamW 0.103, eager 12. Limits:
+r <= 64, float32, float16 and bfloat16 parameters, below 2^31 elements in a factor.
 """
 
 import math
@@ -32,13 +28,11 @@ import triton.language as tl
 # For a rank of up to: rows a tile, rows a program, warps for passes over rows, warps for r x r work. Compiled for sm_80, 90, 100 and 120
 # passes spill nothing on sm_90, r x r work up to 12 bytes there, with escape at r = 64 up to 92.
 CONFIG = {16: (32, 256, 2, 1), 32: (32, 512, 8, 4), 64: (16, 1024, 8, 16)}
-COLUMNS = tl.constexpr(
-    7
-)  # of the table: pointers to x, g (or 0), M, state; rows, first program, programs
+# A row of the table: pointers to x, g (or 0), M, state; rows, first program, number of programs
+COLUMNS = tl.constexpr(7)
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-RHO, STEP, LR, SHRINK, SKIPPED = map(
-    tl.constexpr, range(5)
-)  # where the state has its numbers, behind V and I
+# Places of the numbers in a state, behind its two matrices
+RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 
 @triton.jit
@@ -198,17 +192,10 @@ def grams(
 
 @triton.jit
 def grams_kernel(
-    table_ptr,
-    owner_ptr,
-    partial_ptr,
-    bad_ptr,  # (S, COLUMNS), (P), (P, 3, R, R), (P)
-    X: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    table_ptr, owner_ptr, partial_ptr, bad_ptr,  # (S, COLUMNS), (P,), (P, 3, R, R), (P,)
+    X: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     side, row_ptr, start, stop, rows = span(table_ptr, owner_ptr, CHUNK, ALIGNED)
     partial_ptr += pid * 3 * R * R
@@ -306,17 +293,11 @@ def inverse_root(
 
 @triton.jit(do_not_specialize=["size"])
 def roots_kernel(
-    table_ptr,
-    partial_ptr,
-    bad_ptr,
-    small_ptr,
-    number_ptr,  # (S, COLUMNS), (P, 3, R, R), (P), (S, 6, R, R), (S, 3)
-    size,
-    limit: "fp64",
-    RANK: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    R: tl.constexpr,
-):
+    table_ptr, partial_ptr, bad_ptr,  # (S, COLUMNS), (P, 3, R, R), (P,)
+    small_ptr, number_ptr,  # (S, 6, R, R), (S, 3)
+    size, limit: "fp64",  # noqa: F821
+    RANK: tl.constexpr, ROUNDS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     side = tl.program_id(0)
     row_ptr, other_ptr = table_ptr + side * COLUMNS, table_ptr + (side ^ 1) * COLUMNS
     small_ptr += side.to(tl.int64) * 6 * R * R
@@ -391,26 +372,15 @@ def decay(log_beta, t):
 
 @triton.jit(do_not_specialize=["size"])
 def moments_kernel(
-    table_ptr,
-    small_ptr,
-    number_ptr,
-    total_ptr,
-    move_ptr,  # (S, COLUMNS), (S, 6, R, R), (S, 3), (), (S, 3, R, R)
+    table_ptr, small_ptr, number_ptr,  # (S, COLUMNS), (S, 6, R, R), (S, 3)
+    total_ptr, move_ptr,  # (), (S, 3, R, R)
     size,
-    lr: "fp64",
-    log_beta1: "fp64",
-    log_beta2: "fp64",
-    eps: "fp64",
-    clip: "fp64",
-    weight_decay: "fp64",
-    lr_ptr,
-    LR_THERE: tl.constexpr,
-    ESCAPE: tl.constexpr,
-    OWN_COUNT: tl.constexpr,
-    RANK: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    R: tl.constexpr,
-):
+    lr: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64",  # noqa: F821
+    clip: "fp64", weight_decay: "fp64",  # noqa: F821
+    lr_ptr,  # (), read instead of lr if LR_THERE
+    LR_THERE: tl.constexpr, ESCAPE: tl.constexpr, OWN_COUNT: tl.constexpr,
+    RANK: tl.constexpr, ROUNDS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     side = tl.program_id(0)
     row_ptr = table_ptr + side * COLUMNS
     state = pointer(row_ptr, 3, tl.float64, False)
@@ -508,17 +478,10 @@ def apply(
 
 @triton.jit
 def apply_kernel(
-    table_ptr,
-    owner_ptr,
-    number_ptr,
-    move_ptr,  # (S, COLUMNS), (P), (S, 3), (S, 3, R, R)
-    X: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    table_ptr, owner_ptr, number_ptr, move_ptr,  # (S, COLUMNS), (P,), (S, 3), (S, 3, R, R)
+    X: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     side, row_ptr, start, stop, rows = span(table_ptr, owner_ptr, CHUNK, ALIGNED)
     at = whole(move_ptr + side.to(tl.int64) * 3 * R * R, R)
     D, C, E = tl.load(at), tl.load(at + R * R), tl.load(at + 2 * R * R)
@@ -532,162 +495,137 @@ def apply_kernel(
         apply(row_ptr, start, stop, rows, D, C, E, shrink, there, False, X, ALIGNED, RANK, R, BLOCK)
 
 
-class Side(NamedTuple):
-    """A factor, all contiguous on one device."""
+# --------------------------------------------------------------------------------------------------
+# Host: tables of pointers, launches
 
-    x: torch.Tensor  # A (r, n) or B (m, r)
-    g: torch.Tensor  # its gradient, or None
-    m: torch.Tensor  # its moment, float32
-    state: torch.Tensor  # (2 r^2 + 5) float64: V, I, then rho, step, lr, shrink, skipped
+
+class Measured(NamedTuple):
+    """What the first half of a step leaves for the second, for S factors of one rank."""
+
+    parameters: list  # [A, B, A, B, ...]
+    tensors: list  # contiguous gradients, which the table points to: alive until the last launch
+    table: torch.Tensor  # (S, COLUMNS) int64
+    owner: torch.Tensor  # (P,) int32, the factor of each program of a pass over rows
+    small: torch.Tensor  # (S, 6, R, R) float64
+    number: torch.Tensor  # (S, 3) float64
+    row_options: dict  # of the launches that pass over rows
+    matrix_options: dict  # of the launches for r x r work
+    norm_squared: torch.Tensor  # () |h|^2 of these pairs
 
 
 def takes(A, B):
+    """Return whether the kernels take a pair A (r, n), B (m, r)."""
     return (
         A.dtype == B.dtype
         and A.dtype in TYPES
-        and A.shape[0] <= 64
+        and A.device == B.device
+        and 0 < A.shape[0] <= 64
         and A.is_contiguous()
         and B.is_contiguous()
+        and max(A.numel(), B.numel()) < 2**31
     )
 
 
-TABLES, RECORDED = {}, []  # of late, as gradients tend to be where they were; of CUDA graphs
+RECENT_TABLES = {}  # tables on the device, as parameters and gradients tend to stay where they are
+CAPTURED_TABLES = []  # a CUDA graph reads its tables at each replay, so they are never freed
 
 
-def recording(device):
+def is_capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def tables(rows, device):
-    """-> the table (S, COLUMNS) int64 and for each program its side (P) int32, on the device. What a graph copies and reads at each replay
-    is never freed, and until it is replayed, nothing has been copied."""
-    found = TABLES.get((rows, device))
+def pointer_table(rows, device):
+    """Return the table (S, COLUMNS) int64 of `rows`, and each program's factor (P,) int32.
+
+    While a graph is captured nothing is copied yet, so tables made then are not for other calls.
+    """
+    found = RECENT_TABLES.get((rows, device))
     if not found:
         table = torch.tensor(rows)
-        host = (
-            table,
-            torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), table[:, 6]),
-        )
+        factors = torch.arange(len(rows), dtype=torch.int32)
+        host = [table, torch.repeat_interleave(factors, table[:, 6])]
         if device.type == "cuda":  # pinned, or the host would wait
             host = [t.pin_memory() for t in host]
-        found = *(t.to(device, non_blocking=True) for t in host), host
-        if not recording(device):
-            TABLES[rows, device] = found
-            if len(TABLES) > 64:
-                del TABLES[next(iter(TABLES))]
-    if recording(device):
-        RECORDED.append(found)
-    return found[:2]
+        found = [t.to(device, non_blocking=True) for t in host] + host
+        if not is_capturing(device):
+            RECENT_TABLES[rows, device] = found
+            if len(RECENT_TABLES) > 64:
+                del RECENT_TABLES[next(iter(RECENT_TABLES))]
+    if is_capturing(device):
+        CAPTURED_TABLES.append(found)
+    return found[0], found[1]
 
 
-def measure(sides, skip, beta1, beta2, eps, clip, weight_decay, lr, escape, own_count):
-    """The first half of a step, for sides of one rank, dtype and device, partners next to each other, A first. skip, clip: 0 is never; lr: a
-    number, or a tensor () on the device. -> the sum of |h|^2 (), and a function that is given this sum over all there is and does the rest."""
-    x = sides[0].x
-    rank, device, X = x.shape[0], x.device, TYPES[x.dtype]
+def measure(parameters, states, skip):
+    """Take the first half of a step, for pairs of one rank, dtype and device.
+
+    parameters: [A (r, n), B (m, r), A, B, ...], contiguous; states: {"M", "packed"} for each, see
+    lora_rite.unpack. skip: largest RMS of an unmagnified gradient; 0: none.
+    """
+    rank = len(parameters[0])
+    device = parameters[0].device
+    X = TYPES[parameters[0].dtype]
     R = max(16, triton.next_power_of_2(rank))
-    block, chunk, warps, small_warps = CONFIG[R]
-    rows, first, bits = [], 0, 0
-    for n, (x, g, m, state) in enumerate(sides):
-        length = x.shape[1 - n % 2]
-        programs = -(-length // chunk)
-        row = (
-            x.data_ptr(),
-            0 if g is None else g.data_ptr(),
-            m.data_ptr(),
-            state.data_ptr(),
-            length,
-            first,
-            programs,
-        )
-        rows.append(row)
-        first, bits = first + programs, bits | row[0] | row[1] | row[2] | length
-    table, owner = tables(tuple(rows), device)
-    S, common = (
-        len(rows),
-        dict(
-            X=X, ALIGNED=bits % 16 == 0, RANK=rank, R=R, BLOCK=block, CHUNK=chunk, num_warps=warps
-        ),
+    block, chunk, row_warps, matrix_warps = CONFIG[R]
+
+    # the table of pointers and sizes
+    rows = []
+    grads = []
+    programs = 0
+    all_bits = 0  # of addresses and sizes, to see whether all are multiples of 16
+    for n, (p, state) in enumerate(zip(parameters, states)):
+        grad = None if p.grad is None else p.grad.to(p.dtype).contiguous()
+        grads.append(grad)
+        pointers = p.data_ptr(), 0 if grad is None else grad.data_ptr(), state["M"].data_ptr()
+        length = p.shape[1 - n % 2]
+        count = triton.cdiv(length, chunk)
+        rows.append((*pointers, state["packed"].data_ptr(), length, programs, count))
+        programs += count
+        all_bits |= pointers[0] | pointers[1] | pointers[2] | length
+    table, owner = pointer_table(tuple(rows), device)
+
+    # launch
+    row_options = dict(X=X, ALIGNED=all_bits % 16 == 0, RANK=rank, R=R, BLOCK=block, CHUNK=chunk)
+    row_options["num_warps"] = row_warps
+    matrix_options = dict(RANK=rank, ROUNDS=triton.next_power_of_2(rank), R=R)
+    matrix_options.update(num_warps=matrix_warps, num_stages=1)
+    S = len(rows)
+    partial = torch.empty(programs, 3, R, R, dtype=torch.float64, device=device)
+    bad = torch.empty(programs, dtype=torch.int32, device=device)
+    small = torch.empty(S, 6, R, R, dtype=torch.float64, device=device)
+    number = torch.empty(S, 3, dtype=torch.float64, device=device)
+    limit = float(skip) ** 2 if skip else math.inf
+    with torch.cuda.device_of(table):
+        grams_kernel[(programs,)](table, owner, partial, bad, **row_options)
+        roots_kernel[(S,)](table, partial, bad, small, number, R, limit, **matrix_options)
+    norm_squared = number[:, 0].sum()
+    return Measured(
+        parameters, grads, table, owner, small, number, row_options, matrix_options, norm_squared
     )
-    solve = dict(
-        RANK=rank, ROUNDS=triton.next_power_of_2(rank), R=R, num_warps=small_warps, num_stages=1
-    )
-    partial = torch.empty(first, 3, R, R, dtype=torch.float64, device=device)
-    bad = torch.empty(first, dtype=torch.int32, device=device)
-    small, number = (
-        torch.empty(*shape, dtype=torch.float64, device=device) for shape in ((S, 6, R, R), (S, 3))
-    )
-    with torch.cuda.device_of(x):
-        grams_kernel[(first,)](table, owner, partial, bad, **common)
-        roots_kernel[(S,)](
-            table, partial, bad, small, number, R, float(skip) ** 2 if skip else math.inf, **solve
+
+
+def finish(measured, total, *, clip, lr, betas, eps, weight_decay, escape, own_count):
+    """Take the second half of a step, given |h|^2 of all pairs (), on any device.
+
+    clip: largest |h|; 0: none. lr: a number, or a tensor () which is read on the device.
+    """
+    table = measured.table
+    device = table.device
+    R = measured.row_options["R"]
+    S = len(table)
+    move = torch.empty(S, 3, R, R, device=device)
+    total = total.to(device)
+    logs = [math.log(beta) if beta else -math.inf for beta in betas]
+    lr_on_device = torch.is_tensor(lr) and lr.device == device
+    lr_number = 0.0 if lr_on_device else float(lr)
+    lr_pointer = lr if lr_on_device else measured.number
+    with torch.cuda.device_of(table):
+        moments_kernel[(S,)](
+            table, measured.small, measured.number, total, move, R,
+            lr_number, *logs, float(eps), float(clip) or math.inf, float(weight_decay), lr_pointer,
+            lr_on_device, escape, own_count, **measured.matrix_options,
+        )  # fmt: skip
+        apply_kernel[(len(measured.owner),)](
+            table, measured.owner, measured.number, move, **measured.row_options
         )
-
-    def finish(total):
-        move, there = (
-            torch.empty(S, 3, R, R, device=device),
-            torch.is_tensor(lr) and lr.device == device,
-        )
-        total = total.to(device)
-        logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-        with torch.cuda.device_of(x):
-            moments_kernel[(S,)](
-                table,
-                small,
-                number,
-                total,
-                move,
-                R,
-                0.0 if there else float(lr),
-                *logs,
-                float(eps),
-                float(clip) or math.inf,
-                float(weight_decay),
-                lr if there else number,
-                there,
-                escape,
-                own_count,
-                **solve,
-            )
-            apply_kernel[(first,)](table, owner, number, move, **common)
-        torch.autograd.graph.increment_version([side.x for side in sides])
-
-    return number[:, 0].sum(), finish
-
-
-# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages
-def builds():
-    types = {
-        "table_ptr": "*i64",
-        **dict.fromkeys(("owner_ptr", "bad_ptr"), "*i32"),
-        "move_ptr": "*fp32",
-        "size": "i32",
-        **dict.fromkeys(("partial_ptr", "small_ptr", "number_ptr", "total_ptr", "lr_ptr"), "*fp64"),
-        **dict.fromkeys(
-            ("limit", "lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"), "fp64"
-        ),
-    }
-    for rank, X, escape in (
-        (16, tl.float32, True),
-        (4, tl.bfloat16, False),
-        (20, tl.float32, False),
-        (64, tl.bfloat16, False),
-    ):
-        R = max(16, triton.next_power_of_2(rank))
-        block, chunk, warps, small_warps = CONFIG[R]
-        rows = {"X": X, "ALIGNED": rank != 20, "RANK": rank, "R": R, "BLOCK": block, "CHUNK": chunk}
-        solve = {"RANK": rank, "ROUNDS": triton.next_power_of_2(rank), "R": R}
-        yield grams_kernel, types, rows, (), warps
-        yield roots_kernel, types, solve, (), small_warps, 1
-        yield (
-            moments_kernel,
-            types,
-            {"LR_THERE": False, "ESCAPE": escape, "OWN_COUNT": False, **solve},
-            (),
-            small_warps,
-            1,
-        )
-        yield apply_kernel, types, rows, (), warps
-
-
-AOT = list(builds())
+    torch.autograd.graph.increment_version(measured.parameters)
