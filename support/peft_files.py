@@ -1,5 +1,6 @@
 """Adapters on disk as Hugging Face's PEFT writes them: adapter_config.json and weights beside it."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -32,8 +33,9 @@ OFF = [None, False, {}, [], ""]
 def write_adapters(folder, tensors, scale):
     """Write adapters {layer: (A (r, n), B (m, r))} of one rank, which count `scale` times."""
     for file_name in (CONFIG, WEIGHTS):
-        if Path(folder, file_name).exists():
-            raise ValueError(f"{Path(folder, file_name)} exists already; give another folder")
+        path = Path(folder, file_name)
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists already; give another folder")
     named = {}
     for layer, (A, B) in tensors.items():
         named[f"base_model.model.{layer}.lora_A.weight"] = A.cpu().contiguous()
