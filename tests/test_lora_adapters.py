@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 import lora_rite
 import train
+from experiments import lora_rite as study
 from support import checkpoint
 from tests.common import REPOSITORY, is_equal, refused, small_gpt
 
@@ -411,3 +413,47 @@ def test_two_processes_equal_one(base):
         error = max(error, (one[name] - two[name]).abs().max().item())
         moved = max(moved, (one[name] - start).abs().max().item())
     assert error < 1e-3 * moved
+
+
+# -- the study -------------------------------------------------------------------------------------
+
+
+def test_lora_plus_is_adamw_with_a_faster_B():
+    groups = lora_rite.adapter_groups(adapted())
+    for make, ratio in ((study.adamw, 1.0), (study.lora_plus, study.LORA_PLUS_RATIO)):
+        before = [p.detach().clone() for p in groups[0]["params"]]
+        optimizer = make(groups)
+        for p in groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()  # Adam's first step is as long as the learning rate
+        for i, (p, old) in enumerate(zip(groups[0]["params"], before)):
+            length = study.LR * (ratio if i % 2 else 1.0)
+            assert torch.allclose(old - p, torch.full_like(p, length), rtol=1e-3)
+
+
+def test_the_study_of_the_drift(tmp_path, monkeypatch):
+    shape = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 64 --batch-size 2 --steps 3"
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
+    base = f"{shape} --data {tmp_path}/text.txt --device cpu --sample 0"
+    monkeypatch.setattr(study, "BASE", base)
+    monkeypatch.setattr(study, "STEPS", 4)
+    monkeypatch.setattr(study, "SEEDS", (1, 2))
+    record = lora_rite.main(["--out", str(tmp_path / "results")])
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == ["lora_rite-cpu.json", "lora_rite-cpu.png"]
+    saved = json.loads((tmp_path / "results/lora_rite-cpu.json").read_text())
+    keys = "command commit hardware versions seconds question metric baseline variants differences"
+    assert saved.keys() == set(keys.split())
+    assert saved["differences"].keys() == set(study.VARIANTS) - {"AdamW"}
+
+    invariant = {"LoRA-RITE", "LoRA-RITE, its own clip off"}
+    for name, variant in record["variants"].items():
+        for run in variant["runs"]:
+            assert len(run["distances"]) == 5 and run["distances"][0] < 1e-13
+            assert run["distances"][-1] == pytest.approx(10 ** run["value"])
+            assert (run["distances"][-1] < 1e-11) == (name in invariant), (name, run)
+        assert variant["runs"][0]["distances"] != variant["runs"][1]["distances"]
+    clipped = {name: [run["losses"] for run in v["runs"]] for name, v in record["variants"].items()}
+    for name in ("AdamW", "LoRA+", "LoRA-RITE"):
+        assert clipped[name] != clipped[f"{name}, gradients clipped"], "the clip is active"
+    assert clipped["LoRA-RITE"] != clipped["LoRA-RITE, its own clip off"]
