@@ -1,42 +1,46 @@
-"""LoRA-RITE: an optimizer for low-rank adapters that does not care how Z = B A is factored (Yen, Si, Meng, Yu, Duvvuri, Dhillon,
-Hsieh and Kumar, ICLR 2025, arXiv 2410.20625).
+"""LoRA, and LoRA-RITE: an optimizer that does not care how Z = B A is factored (Yen, Si, Meng, Yu,
+Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv 2410.20625).
 
-LoRA freezes a matrix W and trains Z = B A beside it, A (r, n) and B (m, r). (B R, R^-1 A) is the same Z for every invertible R, and
-yet Adam and LoRA+ step differently in Z for different R. LoRA-RITE takes the same step. With a = A^T, b = B, bases Ua, Ub
-of their columns, a = Ua Ra, b = Ub Rb, it measures the gradient of each factor in the basis of the other one, where R cancels but for
-a rotation, and preconditions it there with an r x r second moment. For a (and for b with the letters exchanged), at step t:
+LoRA freezes a matrix W and trains Z = B A beside it, A (r, n), B (m, r). (B R, R^-1 A) is the same Z
+for every invertible R, yet Adam and LoRA+ take a different step in Z for each R. LoRA-RITE takes the
+same one. With a = A^T, b = B and orthonormal bases Ua, Ub of their columns, a = Ua Ra, b = Ub Rb, it
+measures the gradient of each factor in the basis of the other one, where R cancels but for a
+rotation, and preconditions it there with an r x r second moment. For a (and for b with the letters
+exchanged), at step t:
 
     h = ga Rb^-1                        the unmagnified gradient, dL/dZ^T Ub
-    P = Ub^T Ub,old                     what moves the state into the new basis; what that loses may be kept as rho ("escape")
+    P = Ub^T Ub,old                     moves the state into the new basis
     V = d2 P V P^T + (1 - d2) h^T h / n              d = beta (1 - beta^(t-1)) / (1 - beta^t)
     M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1
     a <- a - lr (M Rb^-T + weight_decay a)           both factors step from the old ones
 
-where h is first scaled by min(1, clip / |h|), the norm being that of all h of all pairs. A clip of the raw gradients from outside
-breaks the invariance; leave it off.
+h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs. rho, off by default
+(escape), adds back what V loses when it moves between bases. Clipping the raw gradients from outside
+would break the invariance.
 
-No basis is kept and no QR taken here: all that is r x r follows from the Gram matrices of a, b, ga, gb, Ma, Mb, taken in float64.
-Rb is any root of b^T b (Cholesky's; the symmetric one, without the directions that are missing, when b is 0 or rank-deficient), and
-the old b is the new one with the last step undone. The released code keeps bases and takes QR and pinv for each pair; it skips
-steps with a large h by default, which freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and takes
-roots of slightly negative eigenvalues (here clamped).
+We keep no basis and take no QR: every r x r matrix follows from the Gram matrices of a, b, ga, gb, Ma
+and Mb in float64. Rb may be any root of b^T b (Cholesky's; the symmetric one without the missing
+directions if b is 0 or rank-deficient), and the old b is the new one with the last step undone. The
+released code keeps bases and takes a QR and a pinv for each pair; by default it also skips steps with
+a large h, which freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and it
+takes roots of slightly negative eigenvalues (here clamped).
 
-Start with B = 0, or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A is lr M Rb^-T, as large as B is small;
-times the step in B, which is not small, it is a step in Z that grows as lr^2 / |B|. On the tests' regression (lr 0.05, Z of norm 20) the
-first step moves Z by 0.4 from B = 0 and by 0.8 from unit normals, but by 78 from these times 1e-4 (the loss goes from 44 to 916) and by
-8e5 from these times 1e-8. This is the algorithm's, whoever computes it; clip, which bounds gradients and not steps, does not prevent it.
+Start with B = 0 or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A is
+lr M Rb^-T, inversely proportional to the size of B; multiplied by the step in B, it moves Z by about
+lr^2 / |B|. On the regression of the tests (lr 0.05, Z of norm 20) the first step moves Z by 0.4 from
+B = 0 and by 78 from unit normals times 1e-4. This is the algorithm's, and clip, which bounds
+gradients and not steps, does not prevent it.
 
-On a GPU kernels/lora_rite.py takes the same step for all pairs in four launches, elsewhere PyTorch does.
+On a GPU kernels/lora_rite.py takes the step for all pairs in four launches, elsewhere PyTorch does.
 
-    python lora_rite.py             the experiments below, in about two minutes on two CPU cores -> results/lora_rite-cpu.*
-    python lora_rite.py --sweep     how their learning rates were found
-    python lora_rite.py --full --init SMOLLM2 --tasks DIR        SmolLM2-135M and four sets of questions, on one GPU
-    python lora_rite.py --bench --init SMOLLM2                   a training step's time there -> results/lora_rite-bench.json
-    python train.py --init DIR --lora-rank 16 --optim lora_rite --data x.jsonl       fine-tune with it
+    python lora_rite.py             how far Adam, LoRA+ and LoRA-RITE drift when Z is factored otherwise
+    python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite       fine-tune with it
 """
-import hashlib, json, math, os, re, shutil, statistics, sys, tempfile, time
-from functools import cache
-from pathlib import Path
+
+import hashlib
+import math
+import re
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -45,665 +49,693 @@ import torch.nn.functional as F
 
 try:
     from kernels import lora_rite as kernel
-except ModuleNotFoundError as e:
-    if (e.name or "").partition(".")[0] != "triton":
+except ModuleNotFoundError as missing:
+    if missing.name != "triton":
         raise
-    kernel = None                                                    # no Triton on this machine
+    kernel = None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA: W x + alpha / r B A x
+# --------------------------------------------------------------------------------------------------
+# LoRA: y = W x + scale B A x
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def add_adapter(linear, inputs, y):                                  # a forward hook: x (..., n), y = W x (..., m)
-    x, = inputs
-    return y + F.linear(F.linear(x, linear.lora_A.to(x.dtype)), linear.lora_B.to(x.dtype)) * linear.lora_scale
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def start(name, shape, seed=0):
-    """How the adapter `name` begins: A uniform, as PEFT's, from a generator of its own; B zero, so that Z = 0."""
-    if name.endswith("lora_B"):
-        return torch.zeros(shape)
-    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big"))
-    return (2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(shape[1])
+def adapt(
+    model, *, rank=16, alpha=0.0, targets="q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
+):
+    """Put adapters on linear layers, freeze all else, and return parameter groups for an optimizer.
+
+    targets: ends of the layers' names, separated by "+", each a regular expression that matches
+    whole parts of a name ("q_proj", "layers.0.mlp.*"). alpha: the adapter counts alpha / rank
+    times; 0: once. The first weights depend on the names and torch.initial_seed() alone, so they
+    are the same on any device and in every process.
+    """
+    seed = torch.initial_seed()
+    inject(model, rank, alpha or None, targets.split("+"), seed)
+    return adapter_groups(model)
 
 
-def inject(model, rank=16, alpha=None, targets=TARGETS, seed=0):
-    """Put adapters on every nn.Linear whose name ends with one of `targets` (regular expressions, whole parts of the name), in place,
-    and freeze all else; the layers get parameters lora_A (rank, n) and lora_B (m, rank). alpha: the adapter counts alpha / rank times
-    (default: once). -> the model. ValueError: a target that no layer has, a rank out of range, or adapters that are there already."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    try:
-        found = {target: {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)} for target in targets}
-    except re.error as e:
-        raise ValueError(f"the targets {', '.join(targets)} are not all regular expressions ({e})") from None
-    missing = [target for target, names in found.items() if not names]
-    if missing or not found:
-        ends = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"no linear layer is called {', '.join(missing) or 'nothing'}; there are {', '.join(ends)}")
-    chosen = {name: linear for name, linear in linears.items() if any(name in names for names in found.values())}
-    most, where = min((min(linear.weight.shape), name) for name, linear in chosen.items())
-    if not 1 <= rank <= most:
-        raise ValueError(f"the rank is {rank}; it must be from 1 to {most}, the smaller side of {where}")
-    if adapters(model):
-        raise ValueError("the model has adapters already; merge them first")
-    model.requires_grad_(False)
-    for name, linear in chosen.items():
-        for key, shape in (("lora_A", (rank, linear.in_features)), ("lora_B", (linear.out_features, rank))):
-            dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-            linear.register_parameter(key, nn.Parameter(start(f"{name}.{key}", shape, seed).to(linear.weight.device, dtype)))
-        linear.lora_scale = (rank if alpha is None else alpha) / rank
-        linear.lora_hook = linear.register_forward_hook(add_adapter)
+def inject(model, rank, alpha=None, targets=("q_proj", "v_proj"), seed=0):
+    """Put adapters on every nn.Linear whose name ends with one of `targets`, and freeze all else.
+
+    The layers get parameters lora_A (rank, n) and lora_B (m, rank), in float32 at least. alpha: the
+    adapter counts alpha / rank times; None: once. Returns the model. ValueError: a target that no
+    layer has, a layer that cannot carry an adapter, a rank out of range, adapters already there.
+    """
+    attach(model, find_layers(model, targets), rank, alpha, seed)
     return model
 
 
+def linear_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def find_layers(model, targets):
+    """Return {name: layer} of the linear layers whose names end with one of the targets."""
+    linears = linear_layers(model)
+    chosen = set()
+    for target in targets:
+        try:
+            found = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
+        except re.error as error:
+            raise ValueError(f"the target {target!r} is no regular expression ({error})") from None
+        if not found:
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise ValueError(f"no linear layer is called {target!r}; there are {ends or 'none'}")
+        chosen |= found
+    if not chosen:
+        raise ValueError("no targets are given; name the linear layers that get adapters")
+    return {name: linear for name, linear in linears.items() if name in chosen}
+
+
+def check_layers(model, layers):
+    """Raise ValueError for layers whose output or weight an adapter could not stand for."""
+    owners = []  # of each tensor of the model
+    for module_name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if type(tensor) in (torch.Tensor, nn.Parameter):
+                owners.append((module, key, f"{module_name}.{key}", tensor.untyped_storage()))
+
+    for name, linear in layers.items():
+        weight = linear._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.dtype not in WEIGHT_DTYPES or weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is no plain tensor of floats (it is sharded, quantized, "
+                f"computed or not there yet), so it cannot carry an adapter"
+            )
+        storage = weight.untyped_storage()
+        for module, key, owner, other in owners:
+            if other is storage and (module, key) != (linear, "weight"):
+                raise ValueError(
+                    f"the weight of {name} is shared with {owner}, which an adapter would change, "
+                    f"too; choose other targets"
+                )
+
+
+def attach(model, layers, rank, alpha, seed):
+    """Put adapters on `layers`, {name: nn.Linear}, and freeze all else; check everything before."""
+    check_layers(model, layers)
+    largest, where = min((min(linear.weight.shape), name) for name, linear in layers.items())
+    if not 1 <= rank <= largest:
+        raise ValueError(f"the rank is {rank}; it must be from 1 to {largest}, the size of {where}")
+    if alpha is not None and not 0 <= alpha < 2**63:
+        raise ValueError(f"alpha is {alpha}; it must be at least 0")
+    if adapters(model):
+        raise ValueError("the model has adapters already; merge them first")
+
+    model.requires_grad_(False)
+    for name, linear in layers.items():
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        device = linear.weight.device
+        A = draw_A(f"{name}.lora_A", (rank, linear.in_features), seed)
+        B = torch.zeros(linear.out_features, rank)
+        linear.lora_A = nn.Parameter(A.to(device, dtype))
+        linear.lora_B = nn.Parameter(B.to(device, dtype))
+        linear.lora_scale = 1.0 if alpha is None else alpha / rank
+        linear.lora_called = False
+        linear.lora_hook = linear.register_forward_hook(add_adapter)
+    model.lora_check = model.register_forward_hook(check_called)
+
+
+def draw_A(name, shape, seed):
+    """Draw uniform numbers in +-1 / sqrt(n), as PEFT does, from a generator for each name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+
+
+def add_adapter(linear, inputs, y):
+    """Forward hook of a layer: x (..., n), y = W x (..., m) -> y + scale B A x."""
+    linear.lora_called = True
+    (x,) = inputs
+    z = F.linear(F.linear(x, linear.lora_A.to(x.dtype)), linear.lora_B.to(x.dtype))
+    return y + z * linear.lora_scale
+
+
+def check_called(model, inputs, output):
+    """Forward hook of the model: after its first pass, refuse adapters on layers never called.
+
+    A model may use a layer's weight without calling the layer (an output layer inside the loss,
+    nn.MultiheadAttention). Such an adapter would do nothing in training, but something when merged.
+    """
+    if torch.compiler.is_compiling():
+        return
+    model.lora_check.remove()
+    for name, linear in adapters(model).items():
+        if not linear.lora_called:
+            raise ValueError(
+                f"the model does not call its layer {name}, so that an adapter has no effect there; "
+                f"choose other targets"
+            )
+
+
 def adapters(model):
-    """-> {name: layer} of the layers that carry an adapter."""
+    """Return {name: layer} of the layers that carry an adapter."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-def pairs(model):
-    """-> what an optimizer is given: one group A, B, A, B, ... in which neighbours are a pair."""
-    return [{"params": [p for m in adapters(model).values() for p in (m.lora_A, m.lora_B)], "pair": True}]
+def adapter_groups(model):
+    """Return one parameter group A, B, A, B, ...; "pair" tells LoRARITE that neighbours are pairs."""
+    parameters = []
+    for linear in adapters(model).values():
+        parameters += [linear.lora_A, linear.lora_B]
+    return [{"params": parameters, "pair": True}]
 
 
 @torch.no_grad()
 def merge(model):
-    """Add every adapter to the weights it stands beside, and take it away; all is left frozen. -> the model."""
-    for m in adapters(model).values():
-        m.weight.copy_(m.weight + m.lora_B @ m.lora_A * m.lora_scale)                        # rounded once
-        m.lora_hook.remove()
-        del m.lora_A, m.lora_B, m.lora_scale, m.lora_hook
+    """Add every adapter to its layer's weight and remove it; all stays frozen. Returns the model."""
+    for linear in adapters(model).values():
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
+        linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded once
+        linear.lora_hook.remove()
+        del linear.lora_A, linear.lora_B, linear.lora_scale, linear.lora_called, linear.lora_hook
+    for module in model.modules():
+        if hasattr(module, "lora_check"):
+            module.lora_check.remove()
+            del module.lora_check
     return model
 
 
-def peft_names(layers, prefix):                                      # -> {PEFT's name: (our layer's, lora_A or lora_B)}
-    return {f"base_model.model.{prefix}{n}.{key}.weight": (n, key) for n in layers for key in ("lora_A", "lora_B")}
+# --------------------------------------------------------------------------------------------------
+# Adapters on disk, in the format of Hugging Face's PEFT
 
 
 def save(model, folder, prefix=""):
-    """Write the adapters alone, as PEFT does: adapter_model.safetensors and adapter_config.json in `folder`. prefix: what PEFT's model
-    has before our names, "model." for a train.GPT."""
-    from safetensors.torch import save_file
+    """Write the adapters alone, as PEFT does, into a folder that holds none yet.
+
+    prefix: what PEFT's model has in front of our layers' names: "model." for a train.GPT.
+    """
+    from support import peft_files
+
     layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
-    rank, scale = max((m.lora_A.shape[0], m.lora_scale) for m in layers.values())            # all are alike
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank * scale, "lora_dropout": 0.0, "bias": "none",
-              "fan_in_fan_out": False, "inference_mode": True, "base_model_name_or_path": None, "target_modules": [prefix + n for n in layers]}
-    tensors = {name: getattr(layers[n], key).detach().cpu().contiguous() for name, (n, key) in peft_names(layers, prefix).items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as d:               # each file is there whole or not at all
-        save_file(tensors, Path(d, "adapter_model.safetensors"), {"format": "pt"})
-        Path(d, "adapter_config.json").write_text(json.dumps(config, indent=1))
-        for path in Path(d).iterdir():
-            os.replace(path, Path(folder, path.name))
+    tensors = {}
+    for name, linear in layers.items():
+        tensors[prefix + name] = linear.lora_A.detach(), linear.lora_B.detach()
+    peft_files.write_adapters(folder, tensors, linear.lora_scale)  # the same for all layers
 
 
 def load(model, folder, prefix=""):
-    """Inject the adapters that `save` or PEFT wrote. ValueError: the folder holds none, or they do not fit the model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        config, tensors = json.loads(Path(folder, "adapter_config.json").read_text()), load_file(Path(folder, "adapter_model.safetensors"))
-        rank, alpha, kind = config["r"], config["lora_alpha"], config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise ValueError(f"{folder} holds no LoRA adapters that can be read ({type(e).__name__}: {e})") from None
-    special = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(k)]
-    if kind != "LORA" or special or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder} holds adapters of a kind that is not implemented ({', '.join(special) or kind}); only plain LoRA is")
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    layers = {name.removeprefix(f"base_model.model.{prefix}").rpartition(".lora_")[0] for name in tensors}
-    lost = sorted(layers - linears.keys())
-    if lost or not layers:
-        raise ValueError(f"{folder} has an adapter for {lost[0] if lost and lost[0] else 'nothing'}, which is no linear layer of the model")
-    names = peft_names(layers, prefix)
-    shapes = {name: (rank, linears[n].in_features) if key == "lora_A" else (linears[n].out_features, rank) for name, (n, key) in names.items()}
-    wrong = next((name for name in sorted({*shapes, *tensors}) if name not in tensors or tuple(tensors[name].shape) != shapes.get(name)), None)
-    if wrong is not None:
-        raise ValueError(f"{folder}: the tensor {wrong} is missing, or is not {shapes.get(wrong, 'one of an adapter')}")
-    inject(model, rank, alpha, [re.escape(n) for n in layers])
+    """Inject the adapters that `save` or PEFT wrote, and return the model; dropout is not applied.
+
+    ValueError: the folder holds none, or another kind than plain LoRA, or they do not fit.
+    """
+    from support import peft_files
+
+    rank, alpha, tensors = peft_files.read_adapters(folder)
+    linears = {prefix + name: m for name, m in linear_layers(model).items()}
+    layers = {}
+    for name, (A, B) in tensors.items():
+        if name not in linears:
+            raise ValueError(f"{folder} adapts {name!r}, which is no linear layer of the model")
+        wanted = linears[name].weight.shape
+        if wanted != (len(B), A.shape[1]):
+            raise ValueError(f"{folder}: the adapter of {name} is not one of a matrix {wanted}")
+        layers[name.removeprefix(prefix)] = linears[name]
+    attach(model, layers, rank, alpha, seed=0)
     with torch.no_grad():
-        for name, (n, key) in names.items():
-            getattr(linears[n], key).copy_(tensors[name])
+        for name, (A, B) in tensors.items():
+            linears[name].lora_A.copy_(A)
+            linears[name].lora_B.copy_(B)
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimizer
-
-def decay(beta, t):                                                  # Adafactor's: 0 at t = 1, so no bias is left to correct
-    return beta * (1 - beta ** (t - 1)) / (1 - beta ** t)
+# --------------------------------------------------------------------------------------------------
+# The algorithm as the paper writes it
 
 
-def reference(pairs, states, t, lr, beta1, beta2, eps, clip=0.0, weight_decay=0.0, escape=False):
-    """Step t = 1, 2, ... as the paper writes it, with bases by QR, for a list of pairs (a (n, r), b (m, r), ga, gb) -> [(a, b), ...].
-    states: for each pair two dicts, {} at first, changed in place. Slow; the tests run it in float64."""
-    d1, d2, work = decay(beta1, t), decay(beta2, t), []
-    for (a, b, ga, gb), (sa, sb) in zip(pairs, states):
-        (Ua, Ra), (Ub, Rb) = torch.linalg.qr(a), torch.linalg.qr(b)
-        Ia, Ib = torch.linalg.pinv(Ra), torch.linalg.pinv(Rb)                                # (r, r)
-        work += [(a, ga @ Ib, Ub, Ib, sa), (b, gb @ Ia, Ua, Ia, sb)]
-    norm, new = sum(h.square().sum() for _, h, *_ in work).sqrt(), []
-    for x, h, U, I, s in work:
-        h = h * min(1.0, clip / norm) if clip else h                                         # (rows, r)
-        P = U.T @ s.get("U", U)                                                              # (r, r)
-        V_old, rho = s.get("V", torch.zeros_like(P)), s.get("rho", 0.0)
+def decay(beta, t):
+    """Adafactor's decay: 0 at t = 1, so that no bias is left to correct."""
+    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+
+
+def reference(
+    pairs, states, t, lr, beta1, beta2, eps, clip=0.0, weight_decay=0.0, escape=False
+):  # fmt: skip
+    """Take step t = 1, 2, ... with bases by QR. Slow; for tests, in float64.
+
+    pairs: (a (n, r), b (m, r), ga, gb) for each pair; states: two dicts for each, {} at first, changed
+    in place. Returns the new (a, b) for each pair.
+    """
+    d1 = decay(beta1, t)
+    d2 = decay(beta2, t)
+
+    # unmagnified gradients, each in the basis of the other factor
+    work = []
+    for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
+        Ua, Ra = torch.linalg.qr(a)
+        Ub, Rb = torch.linalg.qr(b)
+        Ia = torch.linalg.pinv(Ra)  # (r, r)
+        Ib = torch.linalg.pinv(Rb)
+        work.append((a, ga @ Ib, Ub, Ib, state_a))
+        work.append((b, gb @ Ia, Ua, Ia, state_b))
+    norm = sum(h.square().sum() for _, h, *_ in work).sqrt()
+
+    new = []
+    for x, h, U, I, state in work:
+        if clip:
+            h = h * min(1.0, clip / norm)  # (rows, r)
+
+        # move the second moment into the new basis
+        P = U.T @ state.get("U", U)  # (r, r)
+        V_old = state.get("V", torch.zeros_like(P))
         V = P @ V_old @ P.T
+        rho = state.get("rho", 0.0)
         if escape:
             lost = (torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)).max().clamp(min=0)
-            rho = d2 * (rho + torch.minimum(lost, (V_old.trace() - V.trace()).clamp(min=0)))
+            lost_trace = (V_old.trace() - V.trace()).clamp(min=0)
+            rho = d2 * (rho + torch.minimum(lost, lost_trace))
+
+        # precondition, then the first moment
         V = d2 * V + (1 - d2) * h.T @ h / len(h)
         w, Q = torch.linalg.eigh(V)
         S = h @ Q @ torch.diag(1 / ((w.clamp(min=0) + rho).sqrt() + eps)) @ Q.T
-        M = d1 * s.get("M", torch.zeros_like(h)) @ P.T + (1 - d1) * S
-        s.update(U=U, V=V, M=M, rho=rho)
+        M = d1 * state.get("M", torch.zeros_like(h)) @ P.T + (1 - d1) * S
+        state.update(U=U, V=V, M=M, rho=rho)
         new.append(x - lr * (M @ I.T + weight_decay * x))
     return list(zip(new[::2], new[1::2]))
 
 
+# --------------------------------------------------------------------------------------------------
+# The step from Gram matrices, for N pairs of equal shape at once
+
+
+class FactorState(NamedTuple):
+    """What the last step left of N factors, beside their first moments; float64."""
+
+    V: torch.Tensor  # (N, r, r) second moment, in the basis of the partner
+    root: torch.Tensor  # (N, r, r) inverse root of x^T x
+    rho: torch.Tensor  # (N,) escaped mass
+    step: torch.Tensor  # (N,) steps counted
+    lr: torch.Tensor  # (N,) learning rate of that step, 0 if x did not move
+    shrink: torch.Tensor  # (N,) 1 - lr * weight_decay of that step
+    skipped: torch.Tensor  # (N,) gradients left out so far
+
+
+def unpack(packed, rank):
+    """packed (..., 2 r^2 + 5), as it is stored and as the kernel reads it -> FactorState of views"""
+    V, root = packed[..., :-5].unflatten(-1, (2, rank, rank)).unbind(-3)  # (..., r, r)
+    return FactorState(V, root, *packed[..., -5:].unbind(-1))
+
+
+def pack(state):
+    numbers = torch.stack(state[2:], -1)  # (..., 5)
+    return torch.cat([state.V.flatten(-2), state.root.flatten(-2), numbers], -1)
+
+
+class Factor(NamedTuple):
+    """One side of N pairs, seen as tall matrices: A transposed, or B."""
+
+    x: torch.Tensor  # (N, rows, r)
+    grad: torch.Tensor  # (N, rows, r)
+    M: torch.Tensor  # (N, rows, r) first moment
+    state: FactorState
+    xx: torch.Tensor  # (N, r, r) x^T x, float64, like all that follow
+    gg: torch.Tensor  # (N, r, r) grad^T grad, 0 where not finite
+    xM: torch.Tensor  # (N, r, r) x^T M
+    root: torch.Tensor  # (N, r, r) inverse root of x^T x
+    is_finite: torch.Tensor  # (N,) whether grad^T grad is
+    is_still: torch.Tensor  # (N,) x does not move: its gradient is missing or not finite
+
+
+def read_factor(parameters, states, is_A):
+    """Return the Factor of parameters of one shape; states: [{"M", "packed"}], one for each."""
+    dtype = states[0]["M"].dtype
+    rank = parameters[0].shape[0 if is_A else 1]
+
+    def tall(tensors):
+        return torch.stack([t.mT if is_A else t for t in tensors]).to(dtype)  # (N, rows, r)
+
+    x = tall(parameters)
+    M = tall([state["M"] for state in states])
+    grad = tall([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    state = unpack(torch.stack([state["packed"] for state in states]), rank)
+
+    xx = x.double().mT @ x.double()  # (N, r, r)
+    gg = grad.double().mT @ grad.double()
+    xM = x.double().mT @ M.double()
+    is_finite = gg.isfinite().all(-1).all(-1)
+    is_missing = torch.tensor([p.grad is None for p in parameters])
+    is_still = ~is_finite | is_missing.to(x.device, non_blocking=True)
+    xx = torch.where(xx.isfinite(), xx, 0)
+    gg = torch.where(column(is_finite), gg, 0)
+    xM = torch.where(xM.isfinite(), xM, 0)
+    return Factor(x, grad, M, state, xx, gg, xM, inverse_root(xx), is_finite, is_still)
+
+
 def inverse_root(K):
-    """Gram matrices K (N, r, r), float64 -> I (N, r, r) with I^T K I = 1 on the directions that are there: I = R^-1 of Cholesky's
-    K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 Q^T without the eigenvalues below 1e-12 of the largest; I = 0 for K = 0."""
+    """Return I with I^T K I = 1 for Gram matrices K (N, r, r), on the directions that exist.
+
+    I is R^-1 of Cholesky's K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 Q^T without the
+    eigenvalues below 1e-12 of the largest; for K = 0, I = 0.
+    """
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
     pivots = R.diagonal(dim1=-2, dim2=-1)
-    good = ((info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1)))[..., None, None]
+    is_good = column((info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1)))
+    by_cholesky = torch.linalg.solve_triangular(torch.where(is_good, R, eye), eye, upper=True)
+
     w, Q = torch.linalg.eigh(K)
-    live = w > 1e-12 * w[..., -1:]
-    safe = Q * torch.where(live, torch.where(live, w, 1).rsqrt(), 0)[..., None, :] @ Q.mT
-    return torch.where(good, torch.linalg.solve_triangular(torch.where(good, R, eye), eye, upper=True), safe)
+    is_live = w > 1e-12 * w[..., -1:]
+    w_inverse_root = torch.where(is_live, torch.where(is_live, w, 1).rsqrt(), 0)
+    by_eigenvalues = Q * w_inverse_root[..., None, :] @ Q.mT
+    return torch.where(is_good, by_cholesky, by_eigenvalues)
 
 
-def trace(x):                                                        # (N, r, r) -> (N)
+def trace(x):  # (N, r, r) -> (N,)
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def column(x):                                                       # (N) -> (N, 1, 1)
+def column(x):  # (N,) -> (N, 1, 1)
     return x[:, None, None]
 
 
-class Side(NamedTuple):
-    """One side of N pairs: what a step reads, sums over rows, what the last step left. All but x, g, M in float64."""
-    x: torch.Tensor                                                  # (N, rows, r) factors, A transposed or B as it is
-    g: torch.Tensor                                                  # (N, rows, r) gradients
-    M: torch.Tensor                                                  # (N, rows, r) the moments that made the last step
-    good: torch.Tensor                                               # (N) whether g^2 is finite; where not, g counts as 0
-    still: torch.Tensor                                              # (N) whether x holds still: g is missing, or not good
-    K: torch.Tensor                                                  # (N, r, r) x^T x
-    G: torch.Tensor                                                  # (N, r, r) g^T g
-    T: torch.Tensor                                                  # (N, r, r) x^T M
-    V: torch.Tensor                                                  # (N, r, r) second moment, in the basis of the other side
-    I: torch.Tensor                                                  # (N, r, r) inverse root of K at the last step
-    rho: torch.Tensor                                                # (N) escaped mass
-    step: torch.Tensor                                               # (N) steps counted
-    lr: torch.Tensor                                                 # (N) of the last step, 0 if x held still
-    shrink: torch.Tensor                                             # (N) 1 - lr weight_decay of the last step
-    skipped: torch.Tensor                                            # (N) gradients left out
-
-    @staticmethod
-    def of(ps, states, A):
-        """Of parameters of one shape and their states; A: they are As."""
-        tall = lambda tensors: torch.stack([t.mT if A else t for t in tensors]).to(states[0]["m"].dtype)                     # (N, rows, r)
-        x, M = tall(ps), tall([s["m"] for s in states])
-        g = tall([torch.zeros_like(p) if p.grad is None else p.grad for p in ps])
-        K, G, T = (a.double().mT @ b.double() for a, b in ((x, x), (g, g), (x, M)))          # (N, r, r)
-        good = G.isfinite().all(-1).all(-1)
-        still = ~good | torch.tensor([p.grad is None for p in ps]).to(x.device, non_blocking=True)
-        K, G, T = (torch.where(fine, sums, 0) for fine, sums in ((K.isfinite(), K), (column(good), G), (T.isfinite(), T)))
-        return Side(x, g, M, good, still, K, G, T, *(torch.stack([s[name] for s in states]) for name in Side._fields[8:]))
+def unmagnified_gram(factor, partner, skip):
+    """Return h^T h (N, r, r), zero where the gradient is left out, and where that is, (N,)."""
+    hh = partner.root.mT @ factor.gg @ partner.root
+    limit = skip**2 * factor.x[0].numel() if skip else math.inf
+    is_skipped = ~(factor.is_finite & (trace(hh) <= limit))
+    return torch.where(column(is_skipped), 0, hh), is_skipped
 
 
-def update(side, other, I_other, h2, c, beta1, beta2, eps, escape, own_count):
-    """A Side's r x r part of a step, given its partner, whose inverse root is now I_other (N, r, r); h2 (N, r, r) = h^T h, 0 where it is
-    skipped; c (): scale of the gradient. -> D, C (N, r, r), with which M becomes M D^T + g C; V, rho, step."""
-    step = side.step + (trace(h2) > 0) if own_count else side.step + 1
+def update(
+    factor, partner, hh, is_skipped, c, lr, *, betas, eps, weight_decay, escape, own_count
+):  # fmt: skip
+    """Take a step: return the new x and M (N, rows, r) and the new FactorState.
+
+    factor, partner: the two sides of the pairs; hh (N, r, r): h^T h before clipping; is_skipped (N,):
+    gradients left out; c (): scale of the gradients by clipping; lr: number or tensor ().
+    """
+    old = factor.state
+    dtype = factor.x.dtype
+
+    # decays of this step
+    step = old.step + (trace(hh) > 0) if own_count else old.step + 1
     t = step.clamp(min=1)
-    d1, d2 = decay(beta1, t), decay(beta2, t)                                                # (N)
-    undone = other.K + column(other.lr) * other.T @ side.I.mT                                # (N, r, r) x_now^T x_old, times shrink
-    P = I_other.mT @ undone @ other.I / column(other.shrink)
-    moved, rho = P @ side.V @ P.mT, side.rho
+    d1 = decay(betas[0], t)  # (N,)
+    d2 = decay(betas[1], t)
+
+    # P = U^T U_old of the partner, whose last step x_old -> shrink x_old - lr M root^T is undone
+    xx_old = partner.xx + column(partner.state.lr) * partner.xM @ old.root.mT  # times shrink
+    P = partner.root.mT @ xx_old @ partner.state.root / column(partner.state.shrink)
+
+    # second moment
+    V = P @ old.V @ P.mT
+    rho = old.rho
     if escape:
-        before, after = torch.linalg.eigvalsh(torch.stack([side.V, moved]))                  # (N, r) each, ascending
+        before, after = torch.linalg.eigvalsh(torch.stack([old.V, V]))  # (N, r) each, ascending
         lost = before - after
-        rho = d2 * (rho + torch.minimum(lost.amax(-1).clamp(min=0), lost.sum(-1).clamp(min=0)))
-    V = column(d2) * moved + column(1 - d2) * c ** 2 * h2 / side.x.shape[1]
+        lost = torch.minimum(lost.amax(-1).clamp(min=0), lost.sum(-1).clamp(min=0))
+        rho = d2 * (rho + lost)
+    V = column(d2) * V + column(1 - d2) * c**2 * hh / factor.x.shape[1]
     w, Q = torch.linalg.eigh((V + V.mT) / 2)
-    inverse = Q * (1 / ((w.clamp(min=0) + rho[:, None]).sqrt() + eps))[:, None] @ Q.mT       # (V + rho)^1/2 + eps, inverted
-    return column(d1) * P, column(1 - d1) * c * I_other @ inverse, V, rho, step
+    scales = 1 / ((w.clamp(min=0) + rho[:, None]).sqrt() + eps)  # (N, r)
+    preconditioner = Q * scales[:, None] @ Q.mT  # ((V + rho)^1/2 + eps)^-1
+
+    # first moment and parameters
+    D = column(d1) * P
+    C = column(1 - d1) * c * partner.root @ preconditioner
+    grad = torch.where(column(is_skipped), 0, factor.grad)
+    M = factor.M @ D.mT.to(dtype) + grad @ C.to(dtype)
+    lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
+    lr = torch.where(factor.is_still, 0.0, lr)  # (N,)
+    shrink = 1 - lr * weight_decay
+    x = column(shrink).to(dtype) * factor.x - M @ (column(lr) * partner.root.mT).to(dtype)
+    skipped = old.skipped + is_skipped
+    return x, M, FactorState(V, factor.root, rho, step, lr, shrink, skipped)
 
 
-@cache
-def warn_slow():
-    print("there is no Triton here, so LoRA-RITE takes PyTorch's slower way (pip install triton)", file=sys.stderr)
+class Measured(NamedTuple):
+    """The first half of a step, for pairs of equal shape; A first."""
+
+    parameters: tuple  # ([A, A, ...], [B, B, ...])
+    states: tuple  # their states
+    factors: tuple
+    hh: tuple  # unmagnified gradients, h^T h
+    is_skipped: tuple
+    norm_squared: torch.Tensor  # () |h|^2
+
+
+def measure(parameters, states, skip):
+    """Take the first half of a step, for parameters [A, B, A, B, ...] of pairs of equal shape."""
+    parameters = parameters[::2], parameters[1::2]
+    states = states[::2], states[1::2]
+    A = read_factor(parameters[0], states[0], is_A=True)
+    B = read_factor(parameters[1], states[1], is_A=False)
+    hh_A, is_skipped_A = unmagnified_gram(A, B, skip)
+    hh_B, is_skipped_B = unmagnified_gram(B, A, skip)
+    norm_squared = trace(hh_A).sum() + trace(hh_B).sum()
+    is_skipped = is_skipped_A, is_skipped_B
+    return Measured(parameters, states, (A, B), (hh_A, hh_B), is_skipped, norm_squared)
+
+
+def finish(measured, total, *, clip, lr, **options):
+    """Take the second half of a step, given |h|^2 of all pairs; clip 0: none."""
+    norm = total.to(measured.norm_squared.device).sqrt()
+    c = torch.ones_like(norm)
+    if clip:
+        c = torch.where(norm > clip, clip / norm, 1.0)
+    for k, factor in enumerate(measured.factors):
+        partner = measured.factors[1 - k]
+        hh = measured.hh[k]
+        x, M, state = update(factor, partner, hh, measured.is_skipped[k], c, lr, **options)
+        if k == 0:
+            x = x.mT
+            M = M.mT
+        states = measured.states[k]
+        torch._foreach_copy_([s["packed"] for s in states], list(pack(state).unbind()))
+        torch._foreach_copy_([s["M"] for s in states], list(M.unbind()))
+        torch._foreach_copy_(measured.parameters[k], list(x.unbind()))
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def check_options(group):
+    """Raise ValueError if an option of a parameter group is out of range."""
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas are {group['betas']}; they must be from 0 to below 1")
+    if not 0 < group["eps"] < math.inf:
+        raise ValueError(f"eps is {group['eps']}; it must be above 0")
+    for name in ("lr", "clip", "skip", "weight_decay"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} is {group[name]}; it must be at least 0")
+
+
+def check_state(state, p, rank):
+    """Raise ValueError if a loaded state does not fit the parameter."""
+    shapes = {"M": p.shape, "packed": (2 * rank * rank + 5,)}
+    is_good = isinstance(state, dict) and state.keys() == shapes.keys()
+    for name, shape in shapes.items() if is_good else ():
+        t = state[name]
+        is_good &= (
+            torch.is_tensor(t)
+            and t.shape == shape
+            and t.dtype in WEIGHT_DTYPES
+            and t.layout == torch.strided
+            and not t.is_meta
+            and bool(t.isfinite().all())
+        )
+    if is_good:
+        numbers = unpack(state["packed"], rank)
+        is_good = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) >= 0
+        is_good &= bool(numbers.shrink != 0)
+    if not is_good:
+        raise ValueError(
+            f"the optimizer state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
+        )
 
 
 class LoRARITE(torch.optim.Optimizer):
-    """params: a model with adapters of `inject`, or groups {"params": [A, B, A, B, ...], "pair": True} with A (r, n), B (m, r).
+    """LoRA-RITE for groups {"params": [A, B, A, B, ...], "pair": True} with A (r, n), B (m, r).
 
     eps           added to the root of the second moment of the unmagnified gradient, a mean over rows
-    clip          largest norm of the unmagnified gradients of all pairs; 0: never. Clip nothing outside: it would break the invariance
-    skip          a factor's gradient counts as 0 where the RMS of its unmagnified gradient is larger; 0: never (1 in the released code)
+    clip          largest norm of the unmagnified gradients of all pairs; 0: never
+    skip          leave out a factor's gradient if the RMS of its unmagnified gradient is larger;
+                  0: never (1 in the released code)
     weight_decay  decoupled, x -= lr weight_decay x
     escape        add what the second moment loses between bases to all its directions
-    own_count     count a factor's steps from its first gradient that is not 0 (after B = 0, A's is 0); else all steps, as released
+    own_count     count a factor's steps from its first gradient that is not 0 (after B = 0, A's is
+                  0); else all steps, as released
+    use_kernel    None: on CUDA; True: always (interpreted on a CPU); False: never
 
-    State: a moment like the parameter in at least float32, and r x r matrices in float64. The kernel takes contiguous pairs in float32,
-    float16 and bfloat16 up to rank 64 on CUDA and never waits for the device; elsewhere torch's own eigensolver does. A factor without
-    gradient holds still; one whose gradient or its square is not finite does, too, for that step. state[A or B]["skipped"] counts both
-    the latter and what `skip` left out.
-    ValueError: an option out of range, a parameter without its partner, a device without float64."""
+    State: M like the parameter, in float32 at least, and "packed" in float64, see `unpack`. The kernel
+    takes contiguous pairs in float32, float16 and bfloat16 up to rank 64 and never waits for the
+    device. A factor without gradient does not move; one whose gradient or its square is not finite
+    does not either, for that step, and counts as skipped.
+    ValueError: an option out of range, a parameter without its partner, a device without float64.
+    """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, skip=0.0, weight_decay=0.0, escape=False, own_count=False):
-        super().__init__(pairs(params) if isinstance(params, nn.Module) else params,
-                         dict(lr=lr, betas=betas, eps=eps, clip=clip, skip=skip, weight_decay=weight_decay, escape=escape,
-                              own_count=own_count, pair=False))
+    clips_gradients = False  # a clip of the raw gradients depends on how Z is factored
 
-    def add_param_group(self, group):
-        super().add_param_group(group)
-        g = self.param_groups[-1]
-        for name, good, want in (("betas", all(0 <= beta < 1 for beta in g["betas"]), "two numbers from 0 to below 1"),
-                                 ("eps", 0 < g["eps"] < math.inf, "above 0"),
-                                 *((n, 0 <= g[n] < math.inf, "at least 0") for n in ("lr", "clip", "skip", "weight_decay"))):
-            if not good:
-                raise ValueError(f"{name} is {g[name]}; it must be {want}")
-        if not g["pair"] or len(g["params"]) % 2:
-            raise ValueError("LoRA-RITE trains adapters in pairs A, B and nothing else; give it a model with adapters (--lora-rank)")
-        for A, B in zip(g["params"][::2], g["params"][1::2]):
-            if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-                raise ValueError(f"{tuple(A.shape)} and {tuple(B.shape)} are no pair; what is needed is A (r, n), B (m, r)")
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, skip=0.0,
+        weight_decay=0.0, escape=False, own_count=False, use_kernel=None,
+    ):  # fmt: skip
+        if use_kernel and kernel is None:
+            raise ValueError("the kernel of LoRA-RITE needs Triton: pip install triton")
+        self.use_kernel = use_kernel
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "clip": clip,
+            "skip": skip,
+            "weight_decay": weight_decay,
+            "escape": escape,
+            "own_count": own_count,
+            "pair": False,
+        }
+        super().__init__(params, defaults)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "use_kernel": self.use_kernel}
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_options(group)
+        if not group["pair"] or len(group["params"]) % 2:
+            raise ValueError(
+                "LoRA-RITE trains adapters in pairs A, B and nothing else; give it those of "
+                "--adapter lora_rite"
+            )
+        for A, B in pairs_of(group):
+            if (
+                A.dim() != 2
+                or B.dim() != 2
+                or A.shape[0] != B.shape[1]
+                or not A.numel() * B.numel()
+            ):
+                raise ValueError(
+                    f"{tuple(A.shape)} and {tuple(B.shape)} are no pair A (r, n), B (m, r)"
+                )
             if A.device.type == "mps":
-                raise ValueError("LoRA-RITE needs float64 for its r x r matrices, which mps does not have; use the CPU")
+                raise ValueError(
+                    "LoRA-RITE needs float64 for its r x r matrices, which mps does not have; "
+                    "use the CPU"
+                )
 
-    def small(self, p, rank, saved=None):
-        """-> the state of p, made when it is first seen, and anew where p or the state was cast or moved. The kernel is given addresses: it
-        wants all that is r x r together with the five numbers. saved: what to take instead of what there is."""
-        state, size = self.state[p], 16 * rank * rank                # bytes of V and I
-        if saved or not state or state["skipped"].data_ptr() - state["V"].data_ptr() != size + 32 \
-                or (m := state["m"]).element_size() != max(4, p.element_size()) or m.device != p.device:
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            old, numbers = dict(saved or state), torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
-            V, I = numbers[:-5].view(2, rank, rank)
-            state.update(m=torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format), V=V, I=I,
-                         **dict(zip(("rho", "step", "lr", "shrink", "skipped"), numbers[-5:])))
-            state["shrink"].fill_(1)
-            for name, tensor in old.items():
-                state[name].copy_(tensor)
+    def get_state(self, p, rank):
+        """Return the state of p, created when first needed, and moved if p was moved or cast."""
+        state = self.state[p]
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        if not state:
+            state["M"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+            state["packed"] = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
+            unpack(state["packed"], rank).shrink.fill_(1)
+        state["M"] = state["M"].to(p.device, dtype).contiguous()
+        state["packed"] = state["packed"].to(p.device, torch.float64).contiguous()
         return state
 
-    @staticmethod
-    def fits(A, B):                                                  # is it a pair for the kernel?
-        return kernel and A.is_cuda and kernel.takes(A, B)
-
     def batches(self):
-        """-> [(fused, group, [(A, B), ...]), ...]: the pairs with gradients; those of one rank together for the kernel, else those of
-        equal shape."""
+        """Return [(group, [A, B, A, B, ...], is_fused)] of the pairs with gradients.
+
+        The kernel takes all pairs of a rank at once, PyTorch those of equal shape.
+        """
         found = {}
         for n, group in enumerate(self.param_groups):
-            for A, B in zip(group["params"][::2], group["params"][1::2]):
-                if A.grad is not None or B.grad is not None:
-                    fused = self.fits(A, B)
-                    key = (n, A.shape[0], A.dtype, A.device) if fused else (n, A.shape, B.shape, A.dtype, B.dtype, A.device)
-                    found.setdefault(key, (fused, group, []))[2].append((A, B))
+            for A, B in pairs_of(group):
+                if A.grad is None and B.grad is None:
+                    continue
+                if kernel is None and A.is_cuda:
+                    warnings.warn("LoRA-RITE runs in PyTorch, which is slower: pip install triton")
+                wanted = A.is_cuda if self.use_kernel is None else self.use_kernel
+                is_fused = wanted and kernel is not None and kernel.takes(A, B)
+                key = (n, is_fused, A.device, A.dtype, A.shape[0])
+                if not is_fused:
+                    key += (A.shape, B.shape, B.dtype)
+                found.setdefault(key, (group, [], is_fused))[1].extend([A, B])
         return list(found.values())
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
-        work = [(self.fused if fused else self.eager)(group, pairs) for fused, group, pairs in self.batches()]
-        total = sum(part.to(work[0][0].device) for part, _ in work)  # |h|^2 over all pairs
-        for _, finish in work:
-            finish(total)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        # first half: Gram matrices, and the norm of the unmagnified gradients of all pairs
+        halves = []
+        for group, parameters, is_fused in self.batches():
+            states = []
+            for A, B in zip(parameters[::2], parameters[1::2]):
+                states += [self.get_state(A, len(A)), self.get_state(B, len(A))]
+            first, second = (kernel.measure, kernel.finish) if is_fused else (measure, finish)
+            halves.append((group, first(parameters, states, group["skip"]), second))
+        if not halves:
+            return loss
+        device = halves[0][1].norm_squared.device
+        total = sum(measured.norm_squared.to(device) for _, measured, _ in halves)
+
+        # second half
+        names = ("clip", "lr", "betas", "eps", "weight_decay", "escape", "own_count")
+        for group, measured, second in halves:
+            second(measured, total, **{name: group[name] for name in names})
         return loss
 
-    def fused(self, group, pairs):
-        """What `eager` does, with the same numbers."""
-        sides, rank = [], pairs[0][0].shape[0]
-        for p in (p for pair in pairs for p in pair):
-            state = self.small(p, rank)
-            sides.append(kernel.Side(p, p.grad if p.grad is None else p.grad.contiguous(), state["m"], state["V"]))
-        return kernel.measure(sides, group["skip"], *group["betas"],
-                              *(group[name] for name in ("eps", "clip", "weight_decay", "lr", "escape", "own_count")))
-
-    def eager(self, group, pairs):
-        """The first half of a step for pairs of equal shape -> their |h|^2 (), and a function that is given its sum over all pairs and does
-        the second half."""
-        if pairs[0][0].is_cuda and not kernel:
-            warn_slow()
-        factors, rank = list(zip(*pairs)), pairs[0][0].shape[0]      # (A, A, ...), (B, B, ...)
-        states = [[self.small(p, rank) for p in ps] for ps in factors]
-        sides = [Side.of(ps, s, A=k == 0) for k, (ps, s) in enumerate(zip(factors, states))]
-        roots, h2, skipped = [inverse_root(side.K) for side in sides], [], []
-        for side, I in zip(sides, roots[::-1]):
-            h2.append(I.mT @ side.G @ I)                                                     # (N, r, r)
-            limit = group["skip"] ** 2 * side.x[0].numel() if group["skip"] else math.inf
-            skipped.append(~(side.good & (trace(h2[-1]) <= limit)))
-            h2[-1] = torch.where(column(skipped[-1]), 0, h2[-1])
-
-        def finish(total):
-            norm = total.to(roots[0].device).sqrt()
-            c = torch.where(norm > group["clip"], group["clip"] / norm, 1.0) if group["clip"] else torch.ones_like(norm)
-            for k, side in enumerate(sides):
-                I, kind = roots[1 - k], side.x.dtype
-                D, C, V, rho, step = update(side, sides[1 - k], I, h2[k], c, *group["betas"],
-                                            *(group[name] for name in ("eps", "escape", "own_count")))
-                lr = torch.where(side.still, 0.0, torch.as_tensor(group["lr"], dtype=torch.float64, device=I.device))        # (N)
-                shrink, g = 1 - lr * group["weight_decay"], torch.where(column(skipped[k]), 0, side.g)
-                m = side.M @ D.mT.to(kind) + g @ C.to(kind)                                  # (N, rows, r)
-                x = column(shrink).to(kind) * side.x - m @ (column(lr) * I.mT).to(kind)
-                kept = dict(m=m if k else m.mT, V=V, I=roots[k], rho=rho, step=step, lr=lr, shrink=shrink, skipped=side.skipped + skipped[k])
-                for name, values in kept.items():
-                    torch._foreach_copy_([s[name] for s in states[k]], list(values.unbind()))
-                torch._foreach_copy_(factors[k], list((x if k else x.mT).unbind()))
-        return sum(trace(part).sum() for part in h2), finish
-
     def load_state_dict(self, state_dict):
-        """As any optimizer's, but torch would cast float64 to the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"])):
-            if saved := state_dict["state"].get(i):
-                self.small(p, len(saved["V"]), saved)
+        """Like any optimizer's, but torch would cast the float64 state to the parameter's dtype."""
+        given = {}  # what is loaded, after the user's own hooks
+
+        def check(_, state_dict):
+            given.update(state_dict)
+            for p, rank, state in self.match(given):
+                check_state(state, p, rank)
+
+        def restore(_):
+            for p, _, state in self.match(given):
+                M = torch.empty_like(
+                    p, dtype=state["M"].dtype, memory_format=torch.contiguous_format
+                )
+                packed = torch.empty(state["packed"].shape, dtype=torch.float64, device=p.device)
+                self.state[p] = {"M": M.copy_(state["M"]), "packed": packed.copy_(state["packed"])}
+
+        last = self.register_load_state_dict_pre_hook(check)
+        first = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def match(self, state_dict):
+        """Return [(parameter, rank, its state in `state_dict`)] for the parameters with a state."""
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
+        parameters = [(p, len(A)) for A, B in pairs for p in (A, B)]
+        states = state_dict["state"]
+        return [(p, rank, states[i]) for i, (p, rank) in zip(ids, parameters) if states.get(i)]
 
 
-def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, rite_clip=1.0, skip=0.0, escape=False, own_count=False):
-    return LoRARITE(groups, lr, (beta1, beta2), eps, clip=rite_clip, skip=skip, escape=escape, own_count=own_count)
+def pairs_of(group):
+    return zip(group["params"][::2], group["params"][1::2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The experiments: the same frozen weights, text and steps; only the optimizer of the adapters differs
+def optimizer(
+    groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, clip=1.0, skip=0.0, escape=False,
+    own_count=False,
+):  # fmt: skip
+    """LoRA-RITE for --optim lora_rite; the groups are those of `adapt`."""
+    betas = (beta1, beta2)
+    return LoRARITE(
+        groups, lr, betas, eps, clip=clip, skip=skip, escape=escape, own_count=own_count
+    )
 
-def adamw(groups, lr, ratio=1.0):
-    """AdamW over the groups of `pairs`. With ratio > 1 it is LoRA+ (Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354): every B learns
-    that many times faster than every A."""
-    sides = [{"params": group["params"][k::2], "lr": lr * ratio ** k} for group in groups for k in (0, 1)]
-    return torch.optim.AdamW(sides, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-
-
-ARMS = {"AdamW": adamw, "LoRA+": adamw, "LoRA-RITE": LoRARITE}
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
-def trials(low, plus):
-    """What an arm takes beside the groups, six of it each: learning rates from RATES[low] on, or LoRA+'s of A from RATES[plus] on with
-    two ratios."""
-    rates = [(lr,) for lr in RATES[low:low + 6]]
-    return {"AdamW": rates, "LoRA-RITE": rates,
-            "LoRA+": [(lr, 4.0) for lr in RATES[plus + 1:plus + 4]] + [(lr, 16.0) for lr in RATES[plus:plus + 3]]}
-
-
-LAPTOP = {"name": "lora_rite-cpu", "device": "cpu", "steps": 60, "batch": 8, "block": 128, "ranks": (4, 16), "seeds": (1, 2, 3, 4),
-          "base": "--model tiny --steps 300", "trials": trials(1, 2),
-          "best": {4: {"AdamW": (1e-2,), "LoRA+": (1e-2, 4.0), "LoRA-RITE": (1e-2,)},                  # of --sweep
-                   16: {"AdamW": (1e-2,), "LoRA+": (3e-3, 16.0), "LoRA-RITE": (3e-3,)}}}
-FULL = {"name": "lora_rite-h200", "device": "cuda", "steps": 150, "batch": 64, "block": 128, "ranks": (16,), "seeds": (1, 2, 3),
-        "trials": trials(0, 0)}
-
-
-KEPT = "out/lora_rite-full"                                          # runs of --full that are done, until all are
-
-
-def frozen(train, base, recipe):                                     # -> the GPT as it is before, and its tokenizer
-    device = torch.device(recipe["device"])
-    return train.load_model(base, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
-def finetune(train, base, text, recipe, rank, arm, point, seed):
-    """Train adapters on a text, (tokens, where windows may begin), as train.py would -> the model, and the seconds it took. point: what
-    the arm takes beside the groups."""
-    (model, _), run, began = frozen(train, base, recipe), train.RunConfig(steps=recipe["steps"], lr=1.0), time.perf_counter()
-    optimizer = ARMS[arm](pairs(inject(model, rank, seed=seed)), *point)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    for step in train.tqdm(range(recipe["steps"]), f"{arm}, rank {rank}", leave=False, delay=1):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * train.learning_rate(step, run)
-        starts = train.batch_starts(seed, step, text[1], recipe["batch"])
-        batch = train.windows(text[0], starts, recipe["block"], torch.device(recipe["device"]))
-        train.take_step(model, model, optimizer, [batch], clip=0)
-    return model, time.perf_counter() - began
-
-
-def study(train, base, text, recipe, seeds, score):
-    """Each arm's trials with seed 0, unless its best is known, and its best with the seeds; score(model) is a dict of numbers ->
-    {rank: {"sweep": {arm: [(point, bits per byte), ...]}, "best": {arm: point}, "runs": {arm: [score and seconds, ...]}}}"""
-    found, settings = {}, [str(base), len(text[0]), *(recipe[k] for k in ("device", "steps", "batch", "block"))]
-    kept = lambda key, work: train.remembered(KEPT, settings + key, work) if recipe["name"] == FULL["name"] else work()
-    for rank in recipe["ranks"]:
-        sweep, best = {}, recipe.get("best", {}).get(rank)
-        if not best:
-            bits = lambda arm, point: kept([rank, arm, point, 0], lambda: score(
-                finetune(train, base, text, recipe, rank, arm, point, 0)[0], quick=True)["bits_per_byte"])
-            sweep = {arm: [(point, bits(arm, point)) for point in points] for arm, points in recipe["trials"].items()}
-            best = {arm: min(tried, key=lambda t: t[1] if math.isfinite(t[1]) else math.inf)[0] for arm, tried in sweep.items()}
-            for arm, tried in sweep.items():
-                print(f"rank {rank:2} {arm:9} bits/byte " + "  ".join(f"{' x '.join(map('{:g}'.format, p))}: {b:.4f}" for p, b in tried))
-        again = lambda model, seconds: {**score(model), "seconds": seconds}
-        runs = {arm: [kept([rank, arm, best[arm], seed], lambda: again(*finetune(train, base, text, recipe, rank, arm, best[arm], seed)))
-                      for seed in seeds] for arm in ARMS}
-        found[rank] = {"sweep": sweep, "best": best, "runs": runs}
-    return found
-
-
-def invariance(train, base, text, recipe, rank, points, steps=30):
-    """Train (A, B) and (R^-1 A, B R), which are the same products, side by side in float64 -> {arm: |Z' - Z| / |Z| over all adapters,
-    after 0, 1, ... steps}."""
-    far = {}
-    for arm, point in points.items():
-        draw = torch.Generator().manual_seed(0)
-        rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
-        both = [inject(train.load_model(base, dtype=torch.float64)[0].double(), rank) for _ in range(2)]
-        for one, other in zip(*(adapters(model).values() for model in both)):
-            R = torch.linalg.qr(rand(rank, rank))[0] * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)        # of condition 10
-            one.lora_B.data = 0.1 * rand(*one.lora_B.shape)
-            other.lora_A.data, other.lora_B.data = torch.linalg.solve(R, one.lora_A.data), one.lora_B.data @ R
-        optimizers, far[arm] = [ARMS[arm](pairs(model), *point) for model in both], []
-        for step in range(steps + 1):
-            Z, turned = ([(m.lora_B @ m.lora_A).detach() for m in adapters(model).values()] for model in both)
-            far[arm].append((sum((z - t).square().sum() for z, t in zip(Z, turned)) / sum(z.square().sum() for z in Z)).sqrt().item())
-            batch = train.windows(text[0], train.batch_starts(0, step, text[1], 2), recipe["block"] // 2, torch.device("cpu"))
-            for model, optimizer in zip(both, optimizers):
-                train.take_step(model, model, optimizer, [batch], clip=0)
-    return far
-
-
-def pydoc(train, folder, init, flags):
-    """-> the weights to adapt, and text for them: what Python says about its own language. The weights are those in `init`, else a tiny
-    GPT's, trained here as the flags say on the standard library without that text."""
-    from pydoc_data.topics import topics
-    library, pages, base = (folder / name for name in ("library", "pages", "base"))
-    pages.mkdir()
-    for n, page in enumerate(topics.values()):
-        (pages / f"{n}.txt").write_text(page, encoding="utf-8")
-    if init:
-        return Path(init), str(pages)
-    library.mkdir()
-    for n, path in enumerate(train.find_documents("stdlib")):
-        if path.parent.name != "pydoc_data":
-            shutil.copy(path, library / f"{n}.py")
-    train.part(f"{flags} --device cpu --sample 0 --data {library} --out {base}".split())
-    return base, str(pages)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions: which of its choices does the model find likeliest?
-
-TASKS = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
-# Accuracy of Adam and of LoRA-RITE in percent as others state it, with larger models that write their answers
-PUBLISHED = {"README of the released code, Gemma-2B": {"ARC-Easy": (76.43, 77.60), "ARC-Challenge": (59.55, 59.30), "openbookqa": (68.40, 69.60),
-                                                       "boolq": (62.87, 62.17), "mean": (64.40, 66.85)},             # of eight tasks
-             "Riemannion's paper, Llama-3-8B": {"mean": (87.1, 84.5)}}
-
-
-def questions(train, path):
-    """-> [(prompt, choices, number of the right one), ...] of a file in LLM-Adapters' format. The choices are taken out of the prompt: so
-    small a model foresees the text of an answer better than the number of a choice."""
-    found = []
-    try:
-        for row in json.loads(path.read_text(encoding="utf-8")):
-            body, _, labels = row["instruction"].rpartition("\n\nAnswer format: ")
-            question, *choices = re.split(r"\s*\bAnswer\d: ", body)
-            labels = labels.split("/")                               # answer1, answer2, ..., or true and false
-            if len(choices or labels) != len(labels):
-                raise ValueError(f"{len(choices)} choices for {len(labels)} labels")
-            prompt = f"Question: {question.partition('question: ')[2]}\nAnswer:"
-            found.append((prompt, [f" {choice}" for choice in choices or labels], labels.index(row["answer"])))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        train.fail(f"{path} does not hold questions in the format of LLM-Adapters ({type(e).__name__}: {e})")
-    return found
-
-
-@torch.no_grad()
-def likelihoods(model, sequences, most=2 ** 13):
-    """sequences: ids of a prompt and ids of an answer each -> log p(answer | prompt) of each, (N). most: tokens at a time."""
-    device, result = model.embed_tokens.weight.device, torch.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))        # alike lengths together
-    while order:
-        T = sum(map(len, sequences[order[0]]))
-        part, order = order[:max(1, most // T)], order[max(1, most // T):]
-        ids, counts = torch.zeros(2, len(part), T, dtype=torch.long)                         # (n, T) each
-        for n, (prompt, answer) in enumerate(sequences[i] for i in part):
-            end = len(prompt) + len(answer)
-            ids[n, :end], counts[n, len(prompt):end] = torch.tensor([*prompt, *answer]), 1
-        ids, counts = ids.to(device), counts.to(device)
-        logp = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)   # (n, T - 1)
-        result[part] = (logp * counts[:, 1:]).sum(1).cpu()
-    return result
-
-
-def accuracy(model, tokenizer, asked):
-    """-> the share of questions whose right choice is the one with the largest mean log p of a token."""
-    encode, start = tokenizer.encode_ordinary, getattr(tokenizer, "start", [])
-    sequences = [([*start, *encode(prompt)], [*encode(choice)]) for prompt, choices, _ in asked for choice in choices]
-    mean = likelihoods(model, sequences) / torch.tensor([len(answer) for _, answer in sequences])
-    each = mean.split([len(choices) for _, choices, _ in asked])
-    return statistics.mean(float(m.argmax() == right) for m, (*_, right) in zip(each, asked))
-
-
-def reasoning(train, folder, tasks):
-    """-> the path of a .jsonl with every training question and its answer, but for those in a test; {task: its test}."""
-    tests, lessons = ({task: questions(train, Path(tasks, task, f"{part}.json")) for task in TASKS} for part in ("test", "train"))
-    asked = {prompt for test in tests.values() for prompt, *_ in test}
-    rows = [{"prompt": prompt, "answer": choices[right]} for lesson in lessons.values() for prompt, choices, right in lesson]
-    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["prompt"] not in asked))
-    return str(folder / "train.jsonl"), tests
-
-
-def bench(train, init, recipe, out, turns=5):
-    """Times a whole step of train.py with AdamW and with LoRA-RITE, in turn -> and writes {"ms_per_step": {optimizer: one a turn}, ...}"""
-    flags = (f"--bench --init {init} --lora-rank {recipe['ranks'][0]} --batch-size {recipe['batch']} --block-size {recipe['block']} "
-             f"--device {recipe['device']}").split()
-    runs = {optim: [] for optim in ("adamw", "lora_rite")}
-    for optim in [*runs] * turns:
-        runs[optim].append(train.part([*flags, "--optim", optim])[0])
-        print(f"{optim:9} {runs[optim][-1]['ms_per_step']:.2f} ms a step", flush=True)
-    result = {"ms_per_step": {optim: [r["ms_per_step"] for r in found] for optim, found in runs.items()},
-              **{key: runs["adamw"][0][key] for key in ("tokens_per_step", "parameters", "dtype", "torch", "device")}}
-    slower = statistics.median(result["ms_per_step"]["lora_rite"]) / statistics.median(result["ms_per_step"]["adamw"]) - 1
-    print(f"LoRA-RITE's median against AdamW's: {slower:+.1%}")
-    with train.atomic(out / "lora_rite-bench.json") as f:
-        f.write(json.dumps(result, indent=1).encode())
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    import train                                                     # the only place that knows the GPT
-    parser = train.Parser(description=__doc__)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--full", action="store_true", help="on one GPU: answers to questions; needs --init and --tasks; "
-                       "cut short, it goes on where it stopped")
-    which.add_argument("--sweep", action="store_true", help="the laptop's learning rates, seed 0, six trials for each optimizer and rank")
-    which.add_argument("--bench", action="store_true", help="on one GPU: time of a training step beside AdamW's; needs --init")
-    parser.add_argument("--init", metavar="DIR", help="the weights to adapt (default: a tiny GPT, trained first)")
-    parser.add_argument("--tasks", metavar="DIR", help="holds ARC-Easy, ARC-Challenge, openbookqa and boolq, a train.json and a test.json in each")
-    parser.add_argument("--out", default="results", help="folder for what comes out (default: results)")
-    args = parser.parse_args(argv)
-    seconds, out = train.stopwatch(args.full and KEPT), train.writable(args.out)
-    recipe = FULL if args.full or args.bench else LAPTOP
-    if args.bench and not args.init:
-        train.fail("--bench times a step on pretrained weights; give --init DIR, SmolLM2-135M's")
-    if args.full and not (args.init and args.tasks):
-        train.fail("--full adapts pretrained weights to questions; give --init DIR, SmolLM2-135M's, and --tasks DIR")
-    if recipe["device"] == "cuda" and not torch.cuda.is_available():
-        train.fail("adapting 135 M parameters needs a CUDA GPU; leave --full and --bench out for the version for a laptop")
-    if args.bench:
-        return bench(train, args.init, recipe, out)
+    """Measure the drift under reparametrisation; see experiments/lora_rite.py."""
+    from experiments import lora_rite as study
 
-    with tempfile.TemporaryDirectory() as d:
-        if args.full:
-            base, (data, tests) = Path(args.init), reasoning(train, Path(d), args.tasks)
-        else:
-            (base, data), tests = pydoc(train, Path(d), args.init, recipe["base"]), {}
-        (model, tokenizer), T = frozen(train, base, recipe), recipe["block"]
-        tokens, held_out = train.split(train.load_tokens(data, tokenizer, Path(d, ".tokens")), T, data)
-        text = tokens, train.starts_of(tokens, T, tokenizer, data)
-        test = train.windows(held_out, range(0, len(held_out) - T, T), T, torch.device(recipe["device"]))
-        bits = 1 / math.log(2) / train.bytes_per_token(held_out, tokenizer)
-
-        @torch.no_grad()
-        def score(model, quick=False):
-            model.float().dtype = torch.float32                      # logits of 20 are 0.125 apart in bfloat16: true would tie with false
-            right = {task: accuracy(model, tokenizer, asked) for task, asked in tests.items() if not quick}
-            return {"bits_per_byte": model(*test).item() * bits, **right} | ({"mean": statistics.mean(right.values())} if right else {})
-        result = {"before": score(model)}
-        result["ranks"] = study(train, base, text, {**recipe, "best": {}} if args.sweep else recipe, () if args.sweep else recipe["seeds"], score)
-        if not args.full and not args.sweep:
-            result["invariance"] = invariance(train, base, text, recipe, recipe["ranks"][0], recipe["best"][recipe["ranks"][0]])
-    machine = {"published": PUBLISHED, "gpu": torch.cuda.get_device_name() if recipe["device"] == "cuda" else None} if args.full else {}
-    result |= {"recipe": recipe, "torch": torch.__version__, "threads": torch.get_num_threads(), "seconds": seconds(), **machine}
-    for rank, found in result["ranks"].items():
-        for arm, runs in found["runs"].items():
-            for key in result["before"] if runs else ():
-                values, ours = ([r[key] for r in found["runs"][a]] for a in (arm, "LoRA-RITE"))
-                line = f"rank {rank:2} {key:13} {arm:9} {statistics.mean(values):.4f}, before {result['before'][key]:.4f}"
-                if arm != "LoRA-RITE":
-                    mean, half = train.interval([r - a for r, a in zip(ours, values)])
-                    found.setdefault("difference", {}).setdefault(arm, {})[key] = mean, half
-                    line += f"; LoRA-RITE - {arm}, paired: {mean:+.4f} +- {half:.4f} (95%)"
-                print(line)
-    for arm, far in result.get("invariance", {}).items():
-        print(f"{arm:9} from turned factors: the products are {far[-1]:.1e} apart after {len(far) - 1} steps")
-    with train.atomic(out / f"{recipe['name']}{'-sweep' if args.sweep else ''}.json") as f:
-        f.write(json.dumps(result, indent=1).encode())
-    if not args.sweep:
-        draw(train, out / f"{recipe['name']}.png", result)
-    if args.full:
-        shutil.rmtree(KEPT, ignore_errors=True)
-    return result
-
-
-def draw(train, path, result):
-    figure, (left, right) = train.figure((10, 4), 1, 2)
-    ranks, tasks = result["ranks"], [key for key in result["before"] if key != "bits_per_byte"]
-    shown = [(rank, task) for rank in ranks for task in tasks or ["bits_per_byte"]]
-    axes, names = left if tasks else right, tasks or [f"rank {rank}" for rank in ranks]
-    for n, arm in enumerate(ARMS):
-        for x, (rank, key) in enumerate(shown):
-            values = [r[key] for r in ranks[rank]["runs"][arm]]
-            axes.errorbar(x + 0.2 * n - 0.2, *train.interval(values), fmt="o", color=f"C{n}", capsize=3, label=None if x else arm)
-            axes.plot([x + 0.2 * n - 0.14] * len(values), values, ".", color=f"C{n}", ms=3)
-    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="accuracy" if tasks else "held-out bits per byte",
-             title=f"fine-tuned, {len(values)} seeds, mean and 95%")
-    for arm, far in result.get("invariance", {}).items():
-        left.semilogy(far, label=arm)
-        left.set(xlabel="step", ylabel="|Z' - Z| / |Z|", title="(A, B) and (R$^{-1}$A, B R) side by side, float64")
-    if tasks:
-        left.plot(range(len(tasks)), [result["before"][task] for task in tasks], "k_", ms=30, label="before")
-        paired = [ranks[rank]["difference"]["AdamW"][task] for rank, task in shown]
-        means, halves = ([100 * x for x in column] for column in zip(*paired))
-        right.errorbar(range(len(tasks)), means, halves, fmt="C2o", capsize=3, label="here, 95%")
-        for n, (source, rows) in enumerate(PUBLISHED.items()):
-            right.plot([tasks.index(task) + 0.15 for task in rows], [rite - adam for adam, rite in rows.values()], f"C{n + 3}x", label=source)
-        right.axhline(0, color="gray", lw=0.8)
-        right.set(xticks=range(len(names)), xticklabels=names, ylabel="points of accuracy", title="LoRA-RITE - Adam")
-    for axes in (left, right):
-        axes.tick_params(labelsize=8)
-        axes.legend(fontsize=8)
-    train.keep(figure, path)
+    return study.main(argv)
 
 
 if __name__ == "__main__":
-    import train
-    train.leave(main)
+    from support.cli import run_main
+
+    run_main(main)

@@ -1,0 +1,100 @@
+"""Adapters on disk as Hugging Face's PEFT writes them: adapter_config.json and weights beside it."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from support.checkpoint import atomic_write, parse_json, read_user_file, write_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Settings that say nothing about the product of the matrices, and may have any value ...
+FREE = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision"),
+    *("base_model_name_or_path", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size"),  # without effect, unless another setting is on
+}
+# ... those that plain LoRA has with these values ...
+PLAIN = {
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "init_lora_weights": [True, False, "gaussian"],  # others change the frozen weights, too
+}
+# ... and whatever else there is must be off
+OFF = [None, False, {}, [], ""]
+
+
+def write_adapters(folder, tensors, scale):
+    """Write adapters {layer: (A (r, n), B (m, r))} of one rank, which count `scale` times."""
+    for file_name in (CONFIG, WEIGHTS):
+        path = Path(folder, file_name)
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists already; give another folder")
+    named = {}
+    for layer, (A, B) in tensors.items():
+        named[f"base_model.model.{layer}.lora_A.weight"] = A.cpu().contiguous()
+        named[f"base_model.model.{layer}.lora_B.weight"] = B.cpu().contiguous()
+    rank = len(A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank * scale,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+        "target_modules": list(tensors),
+    }
+    with atomic_write(Path(folder, WEIGHTS)) as file:
+        file.write(save(named, {"format": "pt"}))
+    write_json(Path(folder, CONFIG), config)
+
+
+def read_adapters(folder):
+    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. ValueError if they are not plain LoRA."""
+    rank, alpha = read_config(Path(folder, CONFIG))
+    path = Path(folder, WEIGHTS)
+    try:
+        named = load(read_user_file(path))
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no safetensors file, or damaged") from error
+
+    found = {}
+    for name, tensor in named.items():
+        layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if name not in (f"base_model.model.{layer}.lora_{k}.weight" for k in "AB"):
+            raise ValueError(f"{path} holds {name[:80]!r}, which is no tensor of plain LoRA")
+        if tensor.dim() != 2 or tensor.dtype not in FLOATS or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name[:80]!r} is no matrix of finite floats")
+        found.setdefault(layer, {})[factor[0]] = tensor
+    if not found:
+        raise ValueError(f"{path} holds no adapters")
+    for layer, factors in found.items():
+        if len(factors) < 2 or not len(factors["A"]) == factors["B"].shape[1] == rank:
+            raise ValueError(f"{path}: {layer[:80]!r} lacks a matrix, or one has not rank {rank}")
+    return rank, alpha, {layer: (factors["A"], factors["B"]) for layer, factors in found.items()}
+
+
+def read_config(path):
+    """Return rank and alpha from adapter_config.json. ValueError if it is not one of plain LoRA."""
+    config = parse_json(read_user_file(path), path)
+    if not isinstance(config, dict) or not {"peft_type", "r", "lora_alpha"} <= config.keys():
+        raise ValueError(f"{path} holds no LoRA settings: peft_type, r and lora_alpha")
+    for key, value in config.items():
+        if key not in FREE and value not in PLAIN.get(key, OFF):
+            raise ValueError(
+                f"{path} sets {key[:80]!r} to {str(value)[:80]!r}: only plain LoRA is implemented"
+            )
+    rank = config["r"]
+    alpha = config["lora_alpha"]
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise ValueError(f"{path}: r must be an integer and lora_alpha a number")
+    return rank, alpha

@@ -1,0 +1,459 @@
+"""LoRA adapters: injecting, merging, layers that cannot carry one, training with train.py."""
+
+import copy
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import lora_rite
+import train
+from experiments import lora_rite as study
+from support import checkpoint
+from tests.common import REPOSITORY, is_equal, refused, small_gpt
+
+# draw_A("layers.0.self_attn.q_proj.lora_A", (2, 3), seed=1337)
+DRAWN = [
+    [0.12000197172164917, -0.3629762828350067, -0.3328034579753876],
+    [-0.1873779445886612, -0.27018097043037415, -0.2691192626953125],
+]
+
+
+def adapted(targets=("q_proj", "down_proj"), **shape):
+    """Return a small GPT with adapters of rank 3 and scale 5/3 that do something."""
+    model = lora_rite.inject(small_gpt(**shape), 3, 5.0, targets)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear in lora_rite.adapters(model).values():
+            linear.lora_B.copy_(torch.randn(linear.lora_B.shape, generator=generator))
+    return model
+
+
+def test_targets_are_ends_of_names_or_regular_expressions():
+    model = lora_rite.inject(small_gpt(), 3, targets=("q_proj", r"layers\.1\.mlp\.\w+"))
+    mlp = [f"layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    expected = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", *mlp]
+    assert list(lora_rite.adapters(model)) == expected
+    one = lora_rite.inject(small_gpt(), 3, targets=(r"1\.mlp\.up_proj",))
+    assert list(lora_rite.adapters(one)) == ["layers.1.mlp.up_proj"]
+    with pytest.raises(ValueError, match="no linear layer is called 'proj'"):
+        lora_rite.inject(small_gpt(), 3, targets=("proj",))
+
+
+def test_adapters_start_at_zero_freeze_the_rest_and_merge():
+    plain = small_gpt()
+    ids = torch.randint(64, (2, 9))
+    fresh = lora_rite.inject(small_gpt(), 3)
+    assert torch.equal(fresh(ids), plain(ids)), "B is 0"
+
+    model = adapted()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = [f"layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")]
+    assert trained == {f"{layer}.lora_{k}" for layer in layers for k in "AB"}
+    q = model.layers[0].self_attn.q_proj
+    effective = q.weight + 5 / 3 * q.lora_B @ q.lora_A
+    assert torch.allclose(q(torch.eye(32)), effective.T, atol=1e-5)
+
+    model(ids, ids).backward()
+    lora_rite.LoRARITE(lora_rite.adapter_groups(model), 0.1).step()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        y = model(ids)
+        for m in (model, copied):
+            assert torch.allclose(lora_rite.merge(m)(ids), y, atol=1e-4)
+            assert not torch.allclose(y, plain(ids), atol=1e-2)
+            assert m.state_dict().keys() == plain.state_dict().keys()
+            assert not lora_rite.adapters(m)
+            assert not any(p.requires_grad for p in m.parameters())
+            assert not any(module._forward_hooks for module in m.modules())
+    lora_rite.inject(model, 2)  # once more
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_rounds_once(adapter_dtype):
+    half = adapted().bfloat16()
+    expected = []
+    for linear in lora_rite.adapters(half).values():
+        linear.lora_A.data = linear.lora_A.data.to(adapter_dtype)
+        linear.lora_B.data = linear.lora_B.data.to(adapter_dtype)
+        Z = linear.lora_B.double() @ linear.lora_A.double()
+        expected.append((linear.weight.double() + Z * 5 / 3).bfloat16())
+    merged = [linear.weight for linear in lora_rite.adapters(half).values()]
+    lora_rite.merge(half)
+    same = [(a == b).float().mean() for a, b in zip(merged, expected)]
+    assert min(same) > 0.999, same
+
+
+def test_the_groups_are_for_any_optimizer():
+    groups = lora_rite.adapt(small_gpt(), rank=2, targets="q_proj+up_proj")
+    assert len(groups) == 1 and groups[0]["pair"] is True
+    shapes = [tuple(p.shape) for p in groups[0]["params"]]
+    assert shapes == [(2, 32), (32, 2), (2, 32), (128, 2)] * 2
+    torch.optim.AdamW(groups).step()
+    torch.optim.SGD(groups, lr=0.1).step()
+
+
+def test_adapt_has_options_that_a_spec_can_set():
+    model = small_gpt()
+    lora_rite.adapt(model, rank=4, alpha=8.0)
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    adapters = lora_rite.adapters(model)
+    assert sorted(n.rpartition(".")[2] for n in adapters) == sorted(
+        2 * [f"{n}_proj" for n in names]
+    )
+    assert all(m.lora_A.shape[0] == 4 and m.lora_scale == 2.0 for m in adapters.values())
+    model = small_gpt()
+    lora_rite.adapt(model)
+    adapters = lora_rite.adapters(model)
+    assert all(m.lora_A.shape[0] == 16 and m.lora_scale == 1.0 for m in adapters.values())
+
+
+def test_first_weights_depend_on_the_seed_and_the_names_alone():
+    def first(seed, targets, draws=0):
+        torch.manual_seed(seed)
+        torch.rand(draws)
+        model = small_gpt()
+        before = torch.get_rng_state()
+        lora_rite.adapt(model, rank=2, targets=targets)
+        assert torch.equal(before, torch.get_rng_state())
+        return model.layers[0].self_attn.q_proj
+
+    one, two = first(7, "q_proj"), first(7, "k_proj+q_proj", draws=3)
+    assert torch.equal(one.lora_A, two.lora_A) and not one.lora_B.any()
+    assert not torch.equal(one.lora_A, first(8, "q_proj").lora_A)
+    drawn = lora_rite.draw_A("layers.0.self_attn.q_proj.lora_A", (2, 3), 1337)
+    assert drawn.tolist() == DRAWN, "those of earlier versions"
+    large = lora_rite.draw_A("x", (50, 400), 0)
+    assert large.min() < -0.0499 and 0.0499 < large.max() < 0.05 and abs(large.mean()) < 1e-3
+
+
+BAD_ARGUMENTS = [
+    ((0,), "the rank is 0; it must be from 1 to 32"),
+    ((33,), "the rank is 33"),
+    ((4, None, ("q_proj", "z_proj")), "no linear layer is called 'z_proj'; there are down_proj, g"),
+    ((4, None, ()), "no targets are given"),
+    ((4, None, ("q_proj", "(")), "regular"),
+    ((4, math.nan), "alpha is nan"),
+    ((4, -1.0), "alpha is -1.0"),
+    ((4, math.inf), "alpha is inf"),
+]
+
+
+@pytest.mark.parametrize("arguments,part", BAD_ARGUMENTS, ids=str)
+def test_bad_targets_and_ranks_are_refused(arguments, part):
+    model = small_gpt()
+    with pytest.raises(ValueError, match=part):
+        lora_rite.inject(model, *arguments)
+    assert not lora_rite.adapters(model), "nothing was touched"
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model._forward_hooks
+
+
+def test_adapters_that_are_there_are_refused():
+    with pytest.raises(ValueError, match="merge them first"):
+        lora_rite.inject(adapted(), 2)
+
+
+# -- layers that cannot carry an adapter -----------------------------------------------------------
+
+
+class Two(nn.Module):
+    """x -> b(a(x)), where tests replace parts"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.b = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class Sharded(torch.Tensor):
+    """Stands for DTensor and for the quantized weights of other libraries."""
+
+
+def shared_weight(model):
+    model.b.weight = model.a.weight
+
+
+def shared_memory(model):
+    model.b.weight = nn.Parameter(model.a.weight.data)
+
+
+def transposed(model):
+    model.b.weight = nn.Parameter(model.a.weight.data.t())
+
+
+def a_view(model):
+    model.rows = nn.Parameter(model.a.weight.data[2:4])
+
+
+def a_buffer(model):
+    model.register_buffer("copied", model.a.weight.data)
+
+
+def an_embedding(model):
+    model.embedding = nn.Embedding(6, 6, _weight=model.a.weight)
+
+
+def weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model.a)
+
+
+def old_weight_norm(model):
+    nn.utils.weight_norm(model.a)
+
+
+def integers(model):
+    model.a.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+
+
+def float8(model):
+    weight = torch.ones(6, 6).to(torch.float8_e4m3fn)
+    model.a.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def meta(model):
+    model.a.to("meta")
+
+
+def lazy(model):
+    model.a = nn.LazyLinear(6)
+
+
+def sharded(model):
+    model.a.weight = nn.Parameter(torch.ones(6, 6).as_subclass(Sharded))
+
+
+SHARED = [shared_weight, shared_memory, transposed, a_view, a_buffer, an_embedding]
+NOT_PLAIN = [weight_norm, old_weight_norm, integers, float8, meta, lazy, sharded]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:DeprecationWarning")
+@pytest.mark.parametrize("spoil", SHARED + NOT_PLAIN)
+def test_shared_and_special_weights_are_refused(spoil):
+    model = Two()
+    spoil(model)
+    part = "the weight of a is shared" if spoil in SHARED else "is no plain tensor of floats"
+    with pytest.raises(ValueError, match=part):
+        lora_rite.inject(model, 2, targets=("a",))
+    assert not hasattr(model.a, "lora_A")
+
+
+def test_a_layer_that_is_called_twice_is_fine():
+    model = Two()
+    model.b = model.a
+    lora_rite.inject(model, 2, targets=("a",))
+    nn.init.normal_(model.a.lora_B)
+    x = torch.randn(3, 6)
+    y = model(x)
+    assert torch.allclose(lora_rite.merge(model)(x), y, atol=1e-5)
+
+
+def test_a_layer_that_is_never_called_is_refused_at_the_first_pass():
+    """Its weight may be used by other means, so the adapter would act only once it is merged."""
+
+    class Functional(Two):
+        def forward(self, x):
+            return F.linear(self.a(x), self.b.weight)
+
+    model = lora_rite.inject(Functional(), 2, targets=("a", "b"))
+    with pytest.raises(ValueError, match="does not call its layer b"):
+        model(torch.randn(3, 6))
+    model = lora_rite.inject(Functional(), 2, targets=("a",))
+    assert model(torch.randn(3, 6)).shape == (3, 6)
+
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    lora_rite.inject(attention, 2, targets=("out_proj", "linear1"))
+    with pytest.raises(ValueError, match="does not call its layer self_attn.out_proj"):
+        attention(torch.randn(1, 3, 8))
+
+
+def test_the_output_layer():
+    """Tied, it is the embedding; else the loss multiplies with its weight and does not call it."""
+    with pytest.raises(ValueError, match="no linear layer is called 'lm_head'"):
+        lora_rite.inject(small_gpt(), 2, targets=("lm_head",))
+    model = small_gpt(tied=False)
+    ids = torch.randint(64, (2, 9))
+    with pytest.raises(ValueError, match="lm_head"):  # at once, or at the first pass
+        lora_rite.inject(model, 2, targets=("q_proj", "lm_head"))
+        model(ids, ids)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_of_transformers(tied):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(64, (2, 9))
+    if tied:
+        with pytest.raises(ValueError, match="lm_head is shared with model.embed_tokens.weight"):
+            lora_rite.inject(model, 2, targets=("q_proj", "lm_head"))
+    lora_rite.inject(model, 2, targets=("q_proj",) if tied else ("q_proj", "lm_head"))
+    model(ids, labels=ids).loss.backward()
+    lora_rite.LoRARITE(lora_rite.adapter_groups(model), 0.1).step()
+    with torch.no_grad():
+        y = model(ids).logits
+        assert torch.allclose(lora_rite.merge(model)(ids).logits, y, atol=1e-4)
+
+
+def test_compiled_layers():
+    ids = torch.randint(64, (2, 9))
+    plain, compiled = adapted(), adapted()
+    for layer in compiled.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        losses = [model(ids, ids) for model in (plain, compiled)]
+        assert torch.allclose(*losses)
+        for model, loss in zip((plain, compiled), losses):
+            loss.backward()
+            lora_rite.LoRARITE(lora_rite.adapter_groups(model), 0.01).step()
+    whole = torch.compile(adapted(), backend="aot_eager")
+    assert torch.allclose(whole(ids), adapted()(ids), atol=1e-4)
+
+
+# -- train.py --------------------------------------------------------------------------------------
+
+
+def saved_weights(folder):
+    return checkpoint.load(Path(folder))["model"]
+
+
+def without(flags, *names):
+    """Leave out flags and their values."""
+    pairs = list(zip(flags[::2], flags[1::2]))
+    return [part for pair in pairs if pair[0] not in names for part in pair]
+
+
+@pytest.fixture
+def base(tiny):
+    """Train a run, and return the flags that start from it."""
+    train.main([*tiny, "--sample", "0", "--out", "out/base"])
+    shape = ("--n-layer", "--n-embd", "--n-head")
+    return ["--init", "out/base", *without(tiny, *shape, "--sample"), "--sample", "0"]
+
+
+def test_training_resumes_and_merges(base):
+    spec = "lora_rite:rank=3:alpha=6"
+    flags = [*base, "--adapter", spec, "--optim", "lora_rite", "--lr", "0.02"]
+    train.main([*flags, "--out", "out/whole"])
+    train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
+    train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "0"])
+    a, b = checkpoint.load(Path("out/whole")), checkpoint.load(Path("out/parts"))
+    assert is_equal(a["model"], b["model"]) and is_equal(a["optimizer"], b["optimizer"])
+
+    start = saved_weights("out/base")
+    assert all(torch.equal(start[n], w) for n, w in a["model"].items() if "lora" not in n)
+    rows = list(csv.DictReader(open("out/whole/log.csv")))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.05
+
+    # read again, the adapters are merged
+    model, _ = train.load_model(Path("out/whole"))
+    q = model.layers[0].self_attn.q_proj.weight
+    name = "layers.0.self_attn.q_proj"
+    Z = a["model"][f"{name}.lora_B"] @ a["model"][f"{name}.lora_A"]
+    assert torch.allclose(q, a["model"][f"{name}.weight"] + 2 * Z, atol=1e-6)
+    assert (q - a["model"][f"{name}.weight"]).abs().max() > 1e-4
+    again = train.GPT(model.config)
+    lora_rite.adapt(again, rank=3, alpha=6.0)
+    again.load_state_dict(a["model"])
+    x, y = torch.arange(64).view(4, 16), torch.arange(1, 65).view(4, 16)
+    assert abs(model(x, y).item() - again(x, y).item()) < 1e-4
+
+    # and trained on, with AdamW
+    flags = ["--init", "out/whole", *base[2:], "--steps", "1", "--adapter", "lora_rite:rank=2"]
+    train.main([*flags, "--out", "out/again"])
+    assert torch.equal(saved_weights("out/again")[f"{name}.weight"], q)
+
+
+def test_bad_specs_are_refused(base):
+    flags = [*base, "--optim", "lora_rite", "--adapter"]
+    part = "no linear layer is called 'z'; there are down_proj"
+    refused([*flags, "lora_rite:targets=q_proj+z"], part)
+    refused([*flags, "lora_rite:rank=33"], "the rank is 33; it must be from 1 to 32")
+    refused([*flags, "lora_rite:rank=0"], "the rank is 0")
+    refused([*flags, "lora_rite:alpha=nan"], "alpha is nan")
+    refused([*base, "--optim", "lora_rite"], "in pairs", "--adapter lora_rite")
+
+
+def test_lora_rite_is_not_clipped_from_outside(base):
+    flags = [*base, "--steps", "2", "--optim", "lora_rite", "--adapter", "lora_rite:rank=2"]
+    for clip in ("1e-6", "0"):
+        train.main([*flags, "--clip", clip, "--out", f"out/{clip}"])
+    assert is_equal(saved_weights("out/1e-6"), saved_weights("out/0"))
+
+
+def test_two_processes_equal_one(base):
+    flags = [*base, "--steps", "6", "--optim", "lora_rite:eps=1e-4", "--lr", "0.01"]
+    flags += ["--adapter", "lora_rite:rank=3"]
+    train.main([*flags, "--out", "out/one"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(REPOSITORY / "train.py"), *flags, "--out", "out/two"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = saved_weights("out/one"), saved_weights("out/two")
+    seed = checkpoint.load(Path("out/one"))["config"]["run"]["seed"]
+    error, moved = 0.0, 0.0
+    for name in (name for name in one if "lora_" in name):
+        start = torch.zeros_like(one[name])
+        if name.endswith("A"):
+            start = lora_rite.draw_A(name, start.shape, seed)
+        error = max(error, (one[name] - two[name]).abs().max().item())
+        moved = max(moved, (one[name] - start).abs().max().item())
+    assert error < 1e-3 * moved
+
+
+# -- the study -------------------------------------------------------------------------------------
+
+
+def test_lora_plus_is_adamw_with_a_faster_B():
+    groups = lora_rite.adapter_groups(adapted())
+    for make, ratio in ((study.adamw, 1.0), (study.lora_plus, study.LORA_PLUS_RATIO)):
+        before = [p.detach().clone() for p in groups[0]["params"]]
+        optimizer = make(groups)
+        for p in groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()  # Adam's first step is as long as the learning rate
+        for i, (p, old) in enumerate(zip(groups[0]["params"], before)):
+            length = study.LR * (ratio if i % 2 else 1.0)
+            assert torch.allclose(old - p, torch.full_like(p, length), rtol=1e-3)
+
+
+def test_the_study_of_the_drift(tmp_path, monkeypatch):
+    shape = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 64 --batch-size 2 --steps 3"
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
+    base = f"{shape} --data {tmp_path}/text.txt --device cpu --sample 0"
+    monkeypatch.setattr(study, "BASE", base)
+    monkeypatch.setattr(study, "STEPS", 4)
+    monkeypatch.setattr(study, "SEEDS", (1, 2))
+    record = lora_rite.main(["--out", str(tmp_path / "results")])
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == ["lora_rite-cpu.json", "lora_rite-cpu.png"]
+    saved = json.loads((tmp_path / "results/lora_rite-cpu.json").read_text())
+    keys = "command commit hardware versions seconds question metric baseline variants differences"
+    assert saved.keys() == set(keys.split())
+    assert saved["differences"].keys() == set(study.VARIANTS) - {"AdamW"}
+
+    invariant = {"LoRA-RITE", "LoRA-RITE, its own clip off"}
+    for name, variant in record["variants"].items():
+        for run in variant["runs"]:
+            assert len(run["distances"]) == 5 and run["distances"][0] < 1e-13
+            assert run["distances"][-1] == pytest.approx(10 ** run["value"])
+            assert (run["distances"][-1] < 1e-11) == (name in invariant), (name, run)
+        assert variant["runs"][0]["distances"] != variant["runs"][1]["distances"]
+    clipped = {name: [run["losses"] for run in v["runs"]] for name, v in record["variants"].items()}
+    for name in ("AdamW", "LoRA+", "LoRA-RITE"):
+        assert clipped[name] != clipped[f"{name}, gradients clipped"], "the clip is active"
+    assert clipped["LoRA-RITE"] != clipped["LoRA-RITE, its own clip off"]

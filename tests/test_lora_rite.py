@@ -1,0 +1,521 @@
+"""LoRA-RITE in PyTorch, and LoRA adapters: against the paper's algorithm, invariance, training."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+import lora_rite
+from lora_rite import LoRARITE
+from tests.common import is_equal
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer, on a regression of low rank
+
+
+def low_rank(r=4, n=24, m=17, count=2, samples=None):
+    """Return pairs (A (r, n), B (m, r)) and a loss of their products: a regression onto some Z."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    pairs = [(randn(r, n), randn(m, r)) for _ in range(count)]
+    targets = [randn(m, n) for _ in range(count)]
+    X = randn(n, samples or 2 * n)
+
+    def loss(products):
+        parts = [((p - z.to(p)) @ X.to(p)).square().mean() for p, z in zip(products, targets)]
+        return sum(parts)
+
+    return pairs, loss
+
+
+def descend(
+    pairs, loss, steps=50, lr=0.05, make=LoRARITE, dtype=torch.float64, scale=1.0, **options
+):
+    """Take steps with a falling learning rate. Return the products B A, the losses, the optimizer."""
+    parameters = [nn.Parameter(p.clone().to(dtype)) for pair in pairs for p in pair]
+    optimizer = make([{"params": parameters, "pair": True}], lr, **options)
+    losses = []
+    for t in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - 0.5 * t / steps)
+        optimizer.zero_grad()
+        value = loss([B @ A for A, B in zip(parameters[::2], parameters[1::2])])
+        (value * scale).backward()
+        losses.append(value.item())
+        optimizer.step()
+    products = [(B @ A).detach() for A, B in zip(parameters[::2], parameters[1::2])]
+    return products, losses, optimizer
+
+
+def distance(a, b):
+    """The largest relative distance of two lists of matrices."""
+    return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b))
+
+
+def numbers(optimizer, p):
+    """Return the unpacked state of a parameter."""
+    parameters = optimizer.param_groups[0]["params"]
+    i = [q is p for q in parameters].index(True)
+    return lora_rite.unpack(optimizer.state[p]["packed"], len(parameters[i - i % 2]))
+
+
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    {"escape": True},
+    {"clip": 0.0},
+    {"clip": 0.3, "escape": True, "weight_decay": 0.1},
+]
+SHAPES = [(4, 24, 17, 1), (1, 5, 9, 1), (16, 20, 33, 1), (4, 24, 17, 0), (3, 3, 3, 0)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("r,n,m,size_of_B", SHAPES)
+def test_it_is_the_papers_algorithm(r, n, m, size_of_B, options):
+    pairs, loss = low_rank(r, n, m)
+    pairs = [(A, B * size_of_B) for A, B in pairs]
+    ours, _, optimizer = descend(pairs, loss, **options)
+
+    factors = [(A.T.clone(), B.clone()) for A, B in pairs]
+    states = [({}, {}) for _ in pairs]
+    for t in range(50):
+        leaves = [[x.clone().requires_grad_() for x in pair] for pair in factors]
+        loss([b @ a.T for a, b in leaves]).backward()
+        with_grads = [(a.detach(), b.detach(), a.grad, b.grad) for a, b in leaves]
+        lr = 0.05 * (1 - 0.5 * t / 50)
+        arguments = {"clip": 1.0, **options}
+        factors = lora_rite.reference(with_grads, states, t + 1, lr, 0.9, 0.999, 1e-6, **arguments)
+    assert distance(ours, [b @ a.T for a, b in factors]) < 1e-11
+
+    # the state is the paper's, but for the rotation of the bases
+    A = optimizer.param_groups[0]["params"][0]
+    V = numbers(optimizer, A).V
+    expected = torch.linalg.eigvalsh(states[0][0]["V"])
+    assert torch.allclose(torch.linalg.eigvalsh(V), expected, rtol=1e-8, atol=1e-14)
+    if options.get("escape"):
+        rho = states[0][0]["rho"]
+        assert torch.allclose(numbers(optimizer, A).rho, rho, rtol=1e-6, atol=1e-13)
+        assert rho > 0 or r in (1, 3)
+
+
+def test_the_reference_is_the_formula_of_the_paper():
+    """Two steps at rank 1, written out: P is the cosine between the old and the new factor."""
+    lr, beta1, beta2, eps, decay = 0.1, 0.9, 0.99, 1e-3, 0.2
+    a = old_a = torch.tensor([[3.0], [4.0]]).double()
+    b = old_b = torch.tensor([[2.0], [1.0], [0.5]]).double()
+    ga = torch.tensor([[1.0], [2.0]]).double()
+    gb = torch.tensor([[0.5], [0.1], [-1.0]]).double()
+    states = [({}, {})]
+    M_a = M_b = V_a = V_b = 0.0
+    for t in (1, 2):
+        ((next_a, next_b),) = lora_rite.reference(
+            [(a, b, ga, gb)], states, t, lr, beta1, beta2, eps, clip=2.0, weight_decay=decay
+        )
+        h_a, h_b = ga / b.norm(), gb / a.norm()
+        scale = min(1.0, 2.0 / math.sqrt(h_a.square().sum() + h_b.square().sum()))
+        assert (scale == 1) == (t == 1)
+        h_a, h_b = scale * h_a, scale * h_b
+        d1 = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
+        d2 = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
+        P_a = torch.cosine_similarity(b, old_b, 0)  # of the state of a
+        P_b = torch.cosine_similarity(a, old_a, 0)
+        V_a = d2 * P_a**2 * V_a + (1 - d2) * h_a.square().mean()
+        V_b = d2 * P_b**2 * V_b + (1 - d2) * h_b.square().mean()
+        M_a = d1 * P_a * M_a + (1 - d1) * h_a / (V_a.sqrt() + eps)
+        M_b = d1 * P_b * M_b + (1 - d1) * h_b / (V_b.sqrt() + eps)
+        old_a, old_b = a, b
+        a = old_a - lr * (M_a / old_b.norm() + decay * old_a)
+        b = old_b - lr * (M_b / old_a.norm() + decay * old_b)
+        assert torch.allclose(next_a, a, rtol=1e-12) and torch.allclose(next_b, b, rtol=1e-12)
+        ga, gb = ga * 20, gb * 30  # now they are clipped
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["any", "scalar", "rotation", "uneven"])
+def test_it_does_not_care_how_the_product_is_factored(kind, options):
+    pairs, loss = low_rank()
+    generator = torch.Generator().manual_seed(1)
+    R = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
+    Q = torch.linalg.qr(R).Q
+    uneven = torch.diag(torch.tensor([10.0, 1.0, 0.3, 0.1]).double())
+    seven = 7.0 * torch.eye(4).double().expand(2, 4, 4)
+    R = {"any": R, "scalar": seven, "rotation": Q, "uneven": Q @ uneven}[kind]
+    other = [(torch.linalg.solve(r, A), B @ r) for r, (A, B) in zip(R, pairs)]
+
+    one, losses, _ = descend(pairs, loss, **options)
+    two, _, _ = descend(other, loss, **options)
+    assert distance(one, two) < 1e-12 and losses[-1] < 0.9 * losses[0]
+    if kind != "rotation":
+        adamw = [descend(x, loss, make=torch.optim.AdamW)[0] for x in (pairs, other)]
+        assert distance(*adamw) > 0.01, "this test could not fail"
+
+
+def test_the_first_step_does_not_know_the_scale_of_the_loss():
+    """At t = 1 the preconditioned gradient is orthonormal."""
+    pairs, loss = low_rank()
+    moved = []
+    for scale in (1.0, 1e-3, 1e3):
+        after, _, optimizer = descend(pairs, loss, steps=1, scale=scale, clip=0.0, eps=1e-15)
+        moved.append([p - B @ A for p, (A, B) in zip(after, pairs)])
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            M = optimizer.state[p]["M"]
+            M = M if i % 2 else M.T  # (rows, r)
+            assert torch.allclose(M.T @ M / len(M), torch.eye(4).double(), atol=1e-9)
+    assert distance(moved[1], moved[0]) < 1e-9 and distance(moved[2], moved[0]) < 1e-9
+
+
+def test_a_tiny_B_explodes():
+    """The trap of the algorithm that the docstring warns of."""
+    pairs, loss = low_rank()
+    moved = {}
+    for size in (0.0, 1.0, 1e-4, 1e-8):
+        start = [(A, B * size) for A, B in pairs]
+        after, _, _ = descend(start, loss, steps=1)
+        moved[size] = (after[0] - start[0][1] @ start[0][0]).norm().item()
+    assert max(moved[0.0], moved[1.0]) < 1 and moved[1e-4] > 50, moved
+    assert 9e3 < moved[1e-8] / moved[1e-4] < 1.1e4, moved
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_it_trains_whatever_the_size_of_the_loss(scale):
+    pairs, loss = low_rank()
+    start = [(A, 0 * B) for A, B in pairs]
+    _, losses, _ = descend(start, loss, dtype=torch.float32, scale=scale)
+    assert losses[-1] < 0.8 * losses[0]
+    if scale == 1e3:
+        _, losses, optimizer = descend(start, loss, dtype=torch.float32, scale=scale, skip=1.0)
+        assert losses[-1] == losses[0], "the released default freezes here"
+        B = optimizer.param_groups[0]["params"][1]
+        assert numbers(optimizer, B).skipped == 50
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_skip_compares_with_the_rms_of_the_unmagnified_gradient(factor):
+    A, B = torch.eye(2, 6).double(), torch.eye(5, 2).double()  # orthonormal, so h is the gradient
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(p.shape, generator=generator).double() for p in (A, B)]
+    rms = [g.square().mean().sqrt().item() for g in grads]
+    parameters = [nn.Parameter(A), nn.Parameter(B)]
+    optimizer = LoRARITE([{"params": parameters, "pair": True}], 0.1, skip=factor * min(rms))
+    for p, g in zip(parameters, grads):
+        p.grad = g
+    optimizer.step()
+    skipped = [numbers(optimizer, p).skipped.item() for p in parameters]
+    assert skipped == [float(factor * min(rms) < r) for r in rms]
+
+
+BEND = torch.diag(torch.tensor([1e8, 1.0, 1.0, 1e-4]).double())
+BAD_FACTORS = {
+    "cond 1e8": lambda A, B: (torch.linalg.solve(BEND, A), B @ BEND),
+    "A copies a row": lambda A, B: (A[[0, 0, 1, 2]], B),
+    "two samples": lambda A, B: (A, 0 * B),
+    "A zero too": lambda A, B: (0 * A, 0 * B),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FACTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bad_factors(case, dtype):
+    pairs, loss = low_rank(samples=2 if case == "two samples" else None)
+    start = [BAD_FACTORS[case](A, B) for A, B in pairs]
+    after, losses, optimizer = descend(start, loss, dtype=dtype)
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    assert all(t.isfinite().all() for t in [*after, *states])
+    if case == "A zero too":
+        assert losses[-1] == losses[0], "there is no gradient"
+    elif dtype != torch.bfloat16 or case != "cond 1e8":  # there 1e8 is rounded to 1e6
+        assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "eigenvalues,kept",
+    [
+        ((4, 4, 1, 0), (0, 1, 1, 1)),  # Cholesky fails, so by eigenvalues
+        ((4, 1, 1.2e-11, 0), (0, 1, 1, 1)),
+        ((4, 1, 1.2e-12, 0), (0, 0, 1, 1)),
+        ((4, 1, 1, 1.2e-12), (1, 1, 1, 1)),  # Cholesky is still good
+        ((0, 0, 0, 0), (0, 0, 0, 0)),
+    ],
+)
+def test_inverse_root(eigenvalues, kept):
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+    K = Q @ torch.diag(torch.tensor(eigenvalues).double()) @ Q.T
+    K = torch.stack([(K + K.T) / 2, 9 * torch.eye(4).double()])
+    root = lora_rite.inverse_root(K)
+    identity = torch.linalg.eigvalsh(root.mT @ K @ root)
+    assert torch.allclose(identity[0], torch.tensor(kept).double(), atol=1e-2)
+    assert torch.allclose(root[1], torch.eye(4).double() / 3)
+
+
+def test_float32_follows_float64():
+    pairs, loss = low_rank()
+    truth = descend(pairs, loss)[0]
+    ours = descend(pairs, loss, dtype=torch.float32)[0]
+    assert distance([p.double() for p in ours], truth) < 1e-5
+    # float32 Gram matrices would be off by over 1e-1 here
+    bend = torch.diag(torch.tensor([1e2, 1.0, 1.0, 1e-2]).double())
+    bent = [(torch.linalg.solve(bend, A), B @ bend) for A, B in pairs]
+    ours = descend(bent, loss, dtype=torch.float32)[0]
+    assert distance([p.double() for p in ours], truth) < 2e-3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+def test_a_gradient_that_is_not_finite_is_skipped(bad):
+    pairs, _ = low_rank(count=3)
+    parameters = [nn.Parameter(p.clone()) for pair in pairs for p in pair]
+    optimizer = LoRARITE([{"params": parameters, "pair": True}], 0.01, weight_decay=0.1)
+    for t in range(3):
+        before = [p.detach().clone() for p in parameters]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        if t == 1:
+            parameters[2].grad[0, 0] = bad
+        optimizer.step()
+        moved = [not torch.equal(p, q) for p, q in zip(parameters, before)]
+        assert moved == [True, True, t != 1, True, True, True]
+    assert all(p.isfinite().all() for p in parameters)
+    skipped = [numbers(optimizer, p).skipped.item() for p in parameters]
+    assert skipped == [0, 0, 1, 0, 0, 0]
+
+
+def test_missing_gradients():
+    """A factor without gradient stays, a pair without is left alone, the undone step knows both."""
+    pairs, loss = low_rank()
+    ps = [nn.Parameter(p.clone()) for pair in pairs for p in pair]
+    optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, weight_decay=0.1)
+    for t in range(4):
+        optimizer.zero_grad()
+        loss([ps[1] @ ps[0], ps[3] @ ps[2]]).backward()
+        missing = [[], [0], [2, 3], []][t]
+        for i in missing:
+            ps[i].grad = None
+        before = [p.detach().clone() for p in ps]
+        optimizer.step()
+        assert [torch.equal(p, q) for p, q in zip(ps, before)] == [i in missing for i in range(4)]
+
+        # x_old = (x + lr M root^T) / shrink, with the root of the partner
+        for i, p in enumerate(ps):
+            if {i - i % 2, i - i % 2 + 1} <= set(missing):
+                continue
+            state = numbers(optimizer, p)
+            root = numbers(optimizer, ps[i ^ 1]).root
+            M = optimizer.state[p]["M"]
+            x, x_old = p.detach(), before[i]
+            if i % 2 == 0:
+                M, x, x_old = M.T, x.T, x_old.T
+            undone = (x + state.lr * M @ root.T) / state.shrink
+            assert torch.allclose(undone, x_old, atol=1e-12)
+    optimizer.zero_grad()
+    optimizer.step()  # no gradient at all
+
+
+def test_equal_pairs_are_batched_and_their_order_is_free():
+    pairs, _ = low_rank(count=3)
+    pairs.append((torch.randn(4, 9).double(), torch.randn(6, 4).double()))
+    grads = [[torch.randn(2, *p.shape).double() for p in pair] for pair in pairs]
+
+    def run(order, split):
+        net = {i: [nn.Parameter(p.clone()) for p in pairs[i]] for i in order}
+        groups = [{"params": net[i], "pair": True} for i in order]
+        if not split:
+            groups = [{"params": [p for i in order for p in net[i]], "pair": True}]
+        optimizer = LoRARITE(groups, 0.1)
+        for t in range(2):
+            for i in order:
+                for p, g in zip(net[i], grads[i]):
+                    p.grad = g[t].clone()
+            optimizer.step()
+        return [B @ A for _, (A, B) in sorted(net.items())]
+
+    base = run([0, 1, 2, 3], False)
+    assert distance(run([0, 1, 2, 3], True), base) < 1e-13
+    assert distance(run([3, 1, 0, 2], False), base) < 1e-13
+
+
+def test_own_count_starts_with_the_first_gradient():
+    pairs, loss = low_rank()
+    zero = [(A, 0 * B) for A, B in pairs]
+    losses = {}
+    for own_count in (False, True):
+        _, losses[own_count], optimizer = descend(zero, loss, steps=3, own_count=own_count)
+        A, B = optimizer.param_groups[0]["params"][:2]
+        steps = numbers(optimizer, A).step.item(), numbers(optimizer, B).step.item()
+        assert steps == (3 - own_count, 3)
+    assert losses[False][:2] == losses[True][:2] and losses[False][2] != losses[True][2]
+
+
+def test_a_closure_is_called_with_gradients_on():
+    pairs, loss = low_rank()
+    ps = [nn.Parameter(p.clone()) for pair in pairs for p in pair]
+    optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss([ps[1] @ ps[0], ps[3] @ ps[2]])
+        value.backward()
+        return value
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+# --------------------------------------------------------------------------------------------------
+# Its state
+
+
+def run_steps(optimizer, parameters, grads, steps):
+    for t in steps:
+        optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)  # that of the last step is in the state
+        for p, g in zip(parameters, grads[t]):
+            p.grad = g.clone()
+        optimizer.step()
+
+
+def some_nets(dtype=torch.float32, count=2, **options):
+    """Return gradients of six steps, and `count` times the same parameters and an optimizer."""
+    pairs, _ = low_rank()
+    grads = [[torch.randn(p.shape).to(dtype) for pair in pairs for p in pair] for _ in range(6)]
+    nets = []
+    for _ in range(count):
+        parameters = [nn.Parameter(p.to(dtype).clone()) for pair in pairs for p in pair]
+        group = {"params": parameters, "pair": True}
+        nets.append((parameters, LoRARITE([group], 0.1, **options)))
+    return grads, nets
+
+
+@pytest.mark.parametrize(
+    "dtype,options",
+    [
+        (torch.float32, {}),
+        (torch.float32, {"escape": True, "weight_decay": 0.1}),
+        (torch.bfloat16, {}),
+    ],
+    ids=str,
+)
+def test_the_state_goes_through_a_file(dtype, options, tmp_path):
+    grads, [(whole, a), (parts, b)] = some_nets(dtype, **options)
+    run_steps(a, whole, grads, range(6))
+    run_steps(b, parts, grads, range(3))
+    torch.save(b.state_dict(), tmp_path / "state")
+    c = LoRARITE([{"params": parts, "pair": True}], 0.1)
+    c.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    run_steps(c, parts, grads, range(3, 6))
+    assert is_equal(whole, parts) and is_equal(a.state_dict(), c.state_dict())
+
+
+def test_load_state_dict_respects_hooks_as_adam_does():
+    """A pre-hook may replace what is loaded; post-hooks see the loaded state; nothing is shared."""
+    grads, [(parameters, a), (others, b)] = some_nets()
+    run_steps(a, parameters, grads, range(2))
+    saved = a.state_dict()
+    seen = []
+
+    def pre_hook(optimizer, state_dict):
+        state = {i: {**s, "M": s["M"] + 1} for i, s in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    def post_hook(optimizer):
+        seen.append(optimizer.state[others[0]]["packed"].clone())
+
+    b.register_load_state_dict_pre_hook(pre_hook)
+    b.register_load_state_dict_post_hook(post_hook)
+    b.load_state_dict(saved)
+    for p, q in zip(parameters, others):
+        assert torch.equal(b.state[q]["M"], a.state[p]["M"] + 1)
+        assert torch.equal(b.state[q]["packed"], a.state[p]["packed"])
+        assert b.state[q]["packed"].dtype == torch.float64
+    assert torch.equal(seen[0], a.state[parameters[0]]["packed"])
+
+    before = copy.deepcopy(saved)
+    run_steps(b, others, grads, range(2, 4))
+    assert is_equal(saved, before), "the loaded dict is not written to"
+
+
+def change(state, **values):
+    return {**state, **values}
+
+
+BAD_STATES = {
+    "M of another shape": lambda s: change(s, M=torch.ones(3)),
+    "packed is short": lambda s: change(s, packed=s["packed"][:-1]),
+    "NaN": lambda s: change(s, packed=s["packed"] * math.nan),
+    "meta": lambda s: change(s, M=s["M"].to("meta")),
+    "sparse": lambda s: change(s, M=s["M"].to_sparse()),
+    "integers": lambda s: change(s, M=s["M"].long()),
+    "strings": lambda s: change(s, M="M"),
+    "M is missing": lambda s: {"packed": s["packed"]},
+    "more than that": lambda s: change(s, exp_avg=s["M"]),
+    "a negative step": lambda s: change(s, packed=s["packed"] * -1),
+    "shrink 0": lambda s: change(s, packed=s["packed"] * 0),
+    "a list": lambda s: [1, 2],
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_bad_states_are_refused(case):
+    grads, [(parameters, a), (others, b)] = some_nets()
+    run_steps(a, parameters, grads, range(1))
+    saved = a.state_dict()
+    saved["state"][1] = BAD_STATES[case](saved["state"][1])
+    with pytest.raises(ValueError, match=r"state of a factor \(17, 4\) is not one of LoRA-RITE"):
+        b.load_state_dict(saved)
+    assert not b.state, "nothing was loaded"
+
+
+def test_a_state_with_stride_0_becomes_real_memory():
+    grads, [(parameters, a), (others, b)] = some_nets()
+    run_steps(a, parameters, grads, range(1))
+    saved = a.state_dict()
+    saved["state"][0]["M"] = torch.ones(1).expand(4, 24)
+    b.load_state_dict(saved)
+    assert b.state[others[0]]["M"].is_contiguous()
+    run_steps(b, others, grads, range(1, 2))
+
+
+OPTION_ERRORS = [
+    ({"betas": (0.9, 1.0)}, "betas"),
+    ({"betas": (-0.1, 0.9)}, "betas"),
+    ({"eps": 0.0}, "eps is 0.0; it must be above 0"),
+    ({"lr": -1.0}, "lr"),
+    ({"clip": math.nan}, "clip"),
+    ({"skip": -1}, "skip"),
+    ({"weight_decay": math.inf}, "weight_decay"),
+]
+
+
+@pytest.mark.parametrize("options,part", OPTION_ERRORS, ids=str)
+def test_bad_options_are_refused(options, part):
+    A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+    with pytest.raises(ValueError, match=part):
+        LoRARITE([{"params": [A, B], "pair": True}], **options)
+
+
+def test_what_is_no_pair_is_refused():
+    A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+    empty = nn.Parameter(torch.zeros(0, 4))
+    no_rank = nn.Parameter(torch.zeros(0, 6)), nn.Parameter(torch.zeros(5, 0))
+    vector = nn.Parameter(torch.zeros(4))
+    for params in ([B, A], [A, empty], no_rank, [A, vector]):
+        with pytest.raises(ValueError, match="are no pair"):
+            LoRARITE([{"params": list(params), "pair": True}])
+    for group in ({"params": [A, B]}, {"params": [A], "pair": True}):
+        with pytest.raises(ValueError, match="in pairs"):
+            LoRARITE([group])
+
+
+def test_options_of_the_plug_in():
+    A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+    given = {"eps": 1e-3, "clip": 2.0, "skip": 3.0, "escape": True, "own_count": True}
+    groups = [{"params": [A, B], "pair": True, "weight_decay": 0.3}]
+    optimizer = lora_rite.optimizer(groups, 0.5, beta1=0.1, beta2=0.2, **given)
+    expected = {**given, "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}
+    assert {name: optimizer.param_groups[0][name] for name in expected} == expected
+    groups = [{"params": [A, B], "pair": True}]
+    default, plain = lora_rite.optimizer(groups, 1e-3), LoRARITE(groups)
+    assert is_equal(default.param_groups, plain.param_groups)
+    assert not default.clips_gradients

@@ -1,0 +1,428 @@
+"""LoRA-RITE's kernels against PyTorch: interpreted without a GPU, for real with one."""
+
+import copy
+import math
+import random
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+
+pytest.importorskip("triton")
+
+import lora_rite
+from kernels import lora_rite as kernel
+from lora_rite import LoRARITE
+from tests.build import Case, check_build
+from tests.common import DEVICE, assert_close, gpu, is_equal
+from tests.test_lora_rite import distance
+
+KERNEL, EAGER = True, False  # use_kernel
+
+
+def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
+    """Return pairs (A (r, n), B (m, r)) for shapes (r, n, m), and the gradients of some steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    pairs = [change(randn(r, n), randn(m, r)) for r, n, m in shapes]
+    grads = [[randn(*p.shape).to(dtype) for pair in pairs for p in pair] for _ in range(steps)]
+    return [[p.to(dtype) for p in pair] for pair in pairs], grads
+
+
+def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
+    """Take a step with each of the gradients. Return the parameters and the optimizer."""
+    ps = [nn.Parameter(p.to(device, dtype, copy=True)) for pair in pairs for p in pair]
+    optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, use_kernel=use_kernel, **options)
+    for t, step_grads in enumerate(grads):
+        optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
+        for p, g in zip(ps, step_grads):
+            p.grad = None if g is None else g.to(dtype).to(device)
+        torch.use_deterministic_algorithms(
+            use_kernel is KERNEL
+        )  # new tensors hold NaN until written
+        try:
+            optimizer.step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return ps, optimizer
+
+
+def state_of(optimizer, ps, i):
+    state = lora_rite.unpack(optimizer.state[ps[i]]["packed"], len(ps[i - i % 2]))
+    return {"M": optimizer.state[ps[i]]["M"], **state._asdict()}
+
+
+def check(
+    shapes, steps=2, dtype=torch.float32, runs=1, seed=0, change=lambda A, B: (A, B),
+    spoil=lambda grads: None, compare_state=True, **options,
+):  # fmt: skip
+    """Compare with PyTorch in the same dtype and in float64; several runs must be equal.
+
+    compare_state: whether V, the root and M, which bad conditioning spoils first, must be good.
+    Returns the parameters and the optimizer of the kernel.
+    """
+    pairs, grads = problem(shapes, steps, dtype, seed, change)
+    spoil(grads)
+    ps, ours = run(KERNEL, pairs, grads, dtype, **options)
+    qs, eager = run(EAGER, pairs, grads, dtype, **options)
+    rs, truth = run(EAGER, pairs, grads, torch.float64, **options)
+    for i in range(len(ps)):
+        assert_close(f"parameter {i}", ps[i], qs[i], rs[i])
+        a, b, c = state_of(ours, ps, i), state_of(eager, qs, i), state_of(truth, rs, i)
+        assert all(a[k] == b[k] for k in ("step", "lr", "shrink", "skipped"))
+        for k in ("V", "root", "M", "rho") if compare_state else ():
+            assert_close(f"{k} of {i}", a[k], b[k], c[k])
+    for _ in range(runs - 1):
+        again, optimizer = run(KERNEL, pairs, grads, dtype, **options)
+        assert is_equal(ps, again), "two runs"
+        assert is_equal(ours.state_dict(), optimizer.state_dict()), "two runs"
+    return ps, ours
+
+
+@pytest.mark.parametrize(
+    "shapes,options",
+    [
+        ([(1, 40, 7), (1, 1, 300)], {"runs": 2}),
+        (
+            [(4, 70, 33), (4, 20, 9)],
+            {"runs": 2, "steps": 3, "escape": True, "weight_decay": 0.1},
+        ),
+        (
+            [(3, 40, 50)],
+            {"clip": 0.0, "own_count": True, "betas": (0.0, 0.9), "dtype": torch.float16},
+        ),
+        ([(16, 300, 60)], {"clip": 0.3, "eps": 1e-2}),
+    ],
+    ids=str,
+)
+def test_kernel(shapes, options):
+    check(shapes, **options)
+
+
+def test_kernel_at_rank_64():
+    check([(64, 130, 129)], steps=1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_kernel_on_random_shapes(seed):
+    draw = random.Random(seed)
+    shapes = [(draw.randint(1, 5), draw.randint(10, 90), draw.randint(10, 90))]
+    options = {"clip": draw.choice([0.0, 1.0]), "weight_decay": draw.choice([0.0, 0.1])}
+    check(shapes, seed=seed, escape=draw.random() < 0.3, **options)
+
+
+def set_nan(grads):
+    grads[1][2].view(-1)[7] = math.nan
+
+
+def set_inf(grads):
+    grads[0][1].view(-1)[7] = -math.inf
+
+
+def set_none(grads):
+    grads[1][0] = None
+
+
+def condition(A, B):
+    return A * torch.tensor([[1e-8], [1.0], [1.0]]), B * torch.tensor([1e8, 1.0, 1.0])
+
+
+CASES = {
+    "B is 0": {"change": lambda A, B: (A, 0 * B), "steps": 3},
+    "both are 0": {"change": lambda A, B: (0 * A, 0 * B)},
+    "A copies a row": {"change": lambda A, B: (A[[0, 0, 1]], B)},
+    "skip": {"skip": 0.2, "own_count": True},
+    "cond 1e8": {"change": condition, "compare_state": False},
+    "no gradient": {"spoil": set_none},
+    "NaN": {"spoil": set_nan, "weight_decay": 0.1},
+    "inf": {"spoil": set_inf},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_on_bad_factors_and_gradients(case):
+    ps, optimizer = check([(3, 20, 35), (3, 40, 12)], **CASES[case])
+    skipped = [state_of(optimizer, ps, i)["skipped"].item() for i in range(4)]
+    if case == "skip":
+        assert 0 < sum(skipped) < 8, "a case that skips some"
+    else:
+        assert skipped == [0, case == "inf", case == "NaN", 0]
+
+
+def test_kernel_over_twelve_decades():
+    """V has eigenvalues from 1 to 1e-12, some equal: M^T M / n must be V (V^1/2 + eps)^-2."""
+    r, n = 8, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def orthonormal(rows):
+        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64)).Q
+
+    w = torch.tensor([1.0, 1.0, 1.0, 1e-2, 1e-2, 1e-6, 1e-9, 1e-12]).double()
+    B = torch.eye(20, r).double()
+    Q = orthonormal(r)
+    ga = (orthonormal(n) * (w * n).sqrt()) @ Q.T  # h = ga, as the columns of B are orthonormal
+    pairs = [(orthonormal(n).T, B)]
+    grads = [[ga.T.float(), torch.zeros(20, r)]]
+    ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
+    qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
+    rs, truth = run(EAGER, pairs, grads, torch.float64, clip=0.0)
+    M = ours.state[ps[0]]["M"]
+    assert_close("M", M, eager.state[qs[0]]["M"], truth.state[rs[0]]["M"])
+    expected = Q * (w.sqrt() / (w.sqrt() + 1e-6)) ** 2 @ Q.T
+    assert torch.allclose(M @ M.T / n, expected.to(M), atol=0.05), "gradients are float32"
+
+
+def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
+    """If diagonals are equal to the last bit, rounding decides between 45 and -45 degrees, and both
+    rows of a pair must agree. These gradients of signs are among the few that show it."""
+    signs = [
+        [1, -1, -1, -1, -1, -1, -1, -1],
+        [1, -1, 1, -1, -1, -1, -1, 1],
+        [-1, -1, 1, 1, 1, 1, -1, 1],
+        [-1, -1, -1, -1, 1, -1, -1, -1],
+    ]
+    pairs = [(torch.ones(8, 4), torch.eye(20, 8))]
+    grads = [[torch.tensor(signs).float().T, torch.zeros(20, 8)]]
+    ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
+    qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
+    M, expected = ours.state[ps[0]]["M"], eager.state[qs[0]]["M"]
+    assert torch.allclose(M, expected, atol=0.5), "M is 1e5; float32 times 1 / eps gives 0.1"
+
+
+def test_four_launches_take_all_pairs(monkeypatch):
+    launches = []
+    for name in ("grams", "roots", "moments", "apply"):
+        original = getattr(kernel, f"{name}_kernel")
+
+        class Counted:
+            def __getitem__(self, grid, original=original, name=name):
+                launches.append((name, *grid))
+                return original[grid]
+
+        monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
+    pairs, grads = problem([(2, 10 * i + 1, 300) for i in range(3)], 1, torch.float32)
+    run(KERNEL, pairs, grads, torch.float32)
+    assert launches == [("grams", 9), ("roots", 6), ("moments", 6), ("apply", 9)]
+
+
+def test_the_tables_of_a_graph_are_kept(monkeypatch):
+    """A graph reads its tables at each replay; before that, its own uploads have not happened."""
+    monkeypatch.setattr(kernel, "RECENT_TABLES", {})
+    monkeypatch.setattr(kernel, "CAPTURED_TABLES", [])
+    cpu = torch.device("cpu")
+    rows = [((n, 0, 0, 0, 1, 0, 1), (n, 0, 0, 0, 1, 1, 2)) for n in range(99)]
+
+    def table(n):
+        return kernel.pointer_table(rows[n], cpu)[0]
+
+    kept = [weakref.ref(table(0))]
+    monkeypatch.setattr(kernel, "is_capturing", lambda device: True)
+    kept += [weakref.ref(table(0)), weakref.ref(table(1))]
+    monkeypatch.setattr(kernel, "is_capturing", lambda device: False)
+    uncaptured = weakref.ref(table(1))
+    assert kept[0]() is kept[1]() and uncaptured() is not kept[2]()
+    for n in range(99):
+        values, owner = kernel.pointer_table(rows[n], cpu)
+        assert values.tolist() == [list(row) for row in rows[n]] and owner.tolist() == [0, 1, 1]
+    assert len(kernel.RECENT_TABLES) == 64
+    assert all(kept_table() is not None for kept_table in kept) and uncaptured() is None
+
+
+def test_kernel_and_pytorch_side_by_side():
+    """Both share the norm; lr may be a tensor; the state goes from one to the other."""
+    pairs, grads = problem([(2, 30, 20), (2, 12, 40)], 3, torch.float32)
+
+    def products(paths):
+        ps = [nn.Parameter(p.to(DEVICE, copy=True)) for pair in pairs for p in pair]
+        ps[2].data = ps[2].data.T.contiguous().T  # not contiguous: PyTorch takes this pair
+        saved = None
+        for t, use_kernel in enumerate(paths):
+            lr = 0.05 if t else torch.tensor(0.05, device=DEVICE)
+            group = {"params": ps, "pair": True}
+            optimizer = LoRARITE([group], lr, clip=0.5, use_kernel=use_kernel)
+            if saved:
+                optimizer.load_state_dict(saved)
+            for p, g in zip(ps, grads[t]):
+                p.grad = g.to(DEVICE)
+            optimizer.step()
+            saved = optimizer.state_dict()
+        return [ps[1] @ ps[0], ps[3] @ ps[2]]
+
+    truth = products([EAGER] * 3)
+    assert distance(products([KERNEL] * 3), truth) < 1e-6
+    assert distance(products([KERNEL, EAGER, KERNEL]), truth) < 1e-6
+
+
+@pytest.mark.parametrize("what", ["loaded", "parameters", "state"])
+def test_the_state_follows_its_parameters(what):
+    """The kernel gets addresses: a state of other dtypes, parameters cast, state tensors replaced."""
+    pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
+    dtype = torch.float32 if what == "state" else torch.float64
+    options = {"escape": True, "weight_decay": 0.1}
+    ps, optimizer = run(EAGER, pairs, grads[:1], dtype, "cpu", **options)
+    if what == "parameters":
+        for p in ps:
+            p.data = p.data.float()
+    elif what == "state":
+        for state in optimizer.state.values():
+            state.update(M=state["M"].T.contiguous().T, packed=state["packed"].float())
+    elif what == "loaded":
+        saved, ps = optimizer.state_dict(), [nn.Parameter(p.detach().float()) for p in ps]
+        optimizer = LoRARITE([{"params": ps, "pair": True}], use_kernel=EAGER)
+        optimizer.load_state_dict(saved)
+
+    results = []
+    for use_kernel in (KERNEL, EAGER):
+        qs, copied = copy.deepcopy((ps, optimizer))
+        assert copied.use_kernel is EAGER
+        copied.use_kernel = use_kernel
+        for q, g in zip(qs, grads[1]):
+            q.data = q.data.to(DEVICE)
+            q.grad = g.to(DEVICE)
+        copied.step()
+        assert all(copied.state[q]["M"].dtype == torch.float32 for q in qs)
+        results.append(qs)
+    assert distance(*results) < 1e-6
+
+
+def test_what_the_kernel_takes():
+    def pair(r=4, n=6, m=5, dtype=torch.float32):
+        return torch.zeros(r, n, dtype=dtype), torch.zeros(m, r, dtype=dtype)
+
+    assert all(kernel.takes(*pair(r)) for r in (1, 64)) and not kernel.takes(*pair(65))
+    assert all(kernel.takes(*pair(dtype=d)) for d in (torch.float16, torch.bfloat16))
+    A, B = pair()
+    assert not kernel.takes(A.double(), B.double()) and not kernel.takes(A, B.half())
+    assert not kernel.takes(A.T.contiguous().T, B) and not kernel.takes(A, B.T.contiguous().T)
+    assert not kernel.takes(A.to("meta"), B)
+    A, B = (t.to("meta") for t in (torch.empty(2, 2), torch.empty(2, 2)))
+    huge = torch.empty(2, 2**30, device="meta")
+    assert kernel.takes(A, B) and not kernel.takes(huge, B)
+
+
+def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
+    pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
+    monkeypatch.setattr(kernel, "measure", None)
+    by_default, _ = run(None, pairs, grads, torch.float32, "cpu")
+    eager, _ = run(EAGER, pairs, grads, torch.float32, "cpu")
+    assert is_equal(by_default, eager)
+    monkeypatch.setattr(lora_rite, "kernel", None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        run(KERNEL, pairs, grads, torch.float32)
+
+
+# -- ahead of time ---------------------------------------------------------------------------------
+
+
+def builds():
+    """Every kernel at four ranks for the GPU we tune on, at rank 16 for the others."""
+    types = {"table_ptr": "*i64", "owner_ptr": "*i32", "bad_ptr": "*i32", "move_ptr": "*fp32"}
+    for name in ("partial_ptr", "small_ptr", "number_ptr", "total_ptr", "lr_ptr"):
+        types[name] = "*fp64"
+    for name in ("limit", "lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"):
+        types[name] = "fp64"
+
+    tl = kernel.tl
+    four_ranks = [(16, tl.float32), (4, tl.bfloat16), (20, tl.float32), (64, tl.bfloat16)]
+    targets = [(90, rank, X) for rank, X in four_ranks]
+    targets += [(arch, 16, tl.float32) for arch in (80, 100, 120)]
+    for arch, rank, X in targets:
+        R = max(16, kernel.triton.next_power_of_2(rank))
+        block, chunk, row_warps, matrix_warps = kernel.CONFIG[R]
+        row = {"X": X, "ALIGNED": rank != 20, "RANK": rank, "R": R, "BLOCK": block, "CHUNK": chunk}
+        matrix = {"RANK": rank, "ROUNDS": kernel.triton.next_power_of_2(rank), "R": R}
+        moments = {"LR_THERE": False, "ESCAPE": rank == 16, "OWN_COUNT": False, **matrix}
+        shared = {"types": types, "arch": arch, "uses_tensor_cores": False}  # float32 means float32
+        over_rows = {**shared, "num_warps": row_warps}
+        # r x r work is small and may spill more
+        over_matrices = {**shared, "num_warps": matrix_warps, "num_stages": 1, "max_spilled": 128}
+        yield Case("grams_kernel", row, **over_rows)
+        yield Case("roots_kernel", matrix, **over_matrices)
+        yield Case("moments_kernel", moments, **over_matrices)
+        yield Case("apply_kernel", row, **over_rows)
+
+
+def test_kernels_build():
+    check_build("kernels.lora_rite", list(builds()))
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 4, 16, 20, 64])
+def test_kernel_on_the_gpu(rank, dtype):
+    shapes = [(rank, 2048, 512), (rank, 300, 3001), (rank, 777, 777)]
+    check(shapes, dtype=dtype, runs=3)
+    check(shapes, dtype=dtype, escape=True, weight_decay=0.1, clip=0.3)
+
+
+@gpu
+def test_kernel_repeats_itself_and_never_waits():
+    first = None
+    pairs, grads = problem([(16, 2048, 2048), (16, 100, 3000), (16, 999, 37)], 3, torch.float32)
+    for _ in range(50):  # a race would show
+        ps = [nn.Parameter(p.cuda()) for pair in pairs for p in pair]
+        optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, escape=True)
+        for t, step_grads in enumerate(grads):
+            for p, g in zip(ps, step_grads):
+                p.grad = g.cuda()
+            torch.cuda.set_sync_debug_mode("error" if t else "default")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        first = first or [p.detach().clone() for p in ps]
+        assert is_equal(ps, first)
+
+
+@gpu
+def test_pairs_on_two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    pairs, grads = problem([(4, 30, 20), (4, 12, 40)], 3, torch.float32)
+
+    def parameters(second, use_kernel):
+        devices = ("cuda:0", second)
+        ps = [nn.Parameter(p.to(d, copy=True)) for pair, d in zip(pairs, devices) for p in pair]
+        group = {"params": ps, "pair": True}
+        optimizer = LoRARITE([group], 0.05, clip=0.3, use_kernel=use_kernel)
+        for step_grads in grads:
+            for p, g in zip(ps, step_grads):
+                p.grad = g.to(p.device)
+            optimizer.step()
+        return [p.detach().cpu() for p in ps]
+
+    for use_kernel in (KERNEL, EAGER):
+        one, two = parameters("cuda:0", use_kernel), parameters("cuda:1", use_kernel)
+        assert distance(two, one) < 1e-5
+
+
+@gpu
+def test_a_cuda_graph():
+    pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
+    nets = [[nn.Parameter(p.cuda()) for pair in pairs for p in pair] for _ in range(2)]
+    captured, plain = (LoRARITE([{"params": ps, "pair": True}], 0.05) for ps in nets)
+    graph = torch.cuda.CUDAGraph()
+    for p in (*nets[0], *nets[1]):
+        p.grad = torch.empty_like(p)
+    for t, step_grads in enumerate(grads):
+        for ps in nets:
+            for p, g in zip(ps, step_grads):
+                p.grad.copy_(g)
+        plain.step()
+        if t < 3:
+            captured.step()
+            continue
+        if t == 3:
+            with torch.cuda.graph(graph):
+                captured.step()
+            for n in range(70):  # would take the place of a table that had been freed
+                kernel.pointer_table(((n, 0, 0, 0, 1, 0, 1),) * 2, nets[0][0].device)
+        graph.replay()
+    assert is_equal(*nets) and state_of(captured, nets[0], 0)["step"] == 8
