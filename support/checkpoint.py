@@ -50,6 +50,20 @@ def write_json(path, data):
         file.write(json.dumps(data, indent=1).encode())
 
 
+def read_user_file(path, limit=2**30):
+    """Stand-in: return the bytes of a file that a user named."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            kind = "not a regular file" if path.exists() else "No such file or directory"
+            raise ValueError(f"cannot read {path} ({kind})")
+        if path.stat().st_size > limit:
+            raise ValueError(f"{path} is larger than {limit} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+
+
 def claim_folder(out, name):
     """Create the folder of a new run and return it: `out`, or the first free out/NAME, NAME-2, ...
 

@@ -1,0 +1,165 @@
+"""Compile kernels for GPUs that are not here, and read what the assembler reports.
+
+Triton compiles without a GPU, and its wheel carries ptxas. The interpreter of the tests cannot
+compile, so this runs in a process of its own. A test lists what real calls launch:
+
+    CASES = [
+        Case("forward_kernel", {"D": 128, "BN": 64, "PREC": "tf32"}, arch=90, num_warps=8),
+        Case("forward_kernel", {"D": 64, "BN": 16, "PREC": "ieee"}, dtype="fp32", uses_tensor_cores=False),
+    ]
+
+    def test_kernels_build():
+        check_build("kernels.mine", CASES)
+
+`build(module, cases)` returns the reports without checking them: a list of dicts with the keys
+kernel, chip, constants, registers (per thread), spilled (bytes per thread), shared (bytes per block),
+tensor_core_instructions, has_tf32.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per block
+# the instructions of tensor cores; those of float64 round like any others
+TENSOR_CORE = r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*(?<!f64)\s"
+
+
+@dataclass
+class Case:
+    """One specialization of a kernel.
+
+    Types of the arguments, as Triton writes them: "*bf16", "i32", "fp32", "tensordesc<...>". Those not
+    in `types` are pointers to `dtype` if the name ends in _ptr, fp32 if it is in FLOATS, else i32.
+    Pointers are taken to be 16-byte aligned, as those of torch are.
+    """
+
+    kernel: str  # its name in the module
+    constants: dict = field(
+        default_factory=dict
+    )  # constexpr values (Triton dtypes too), None pointers
+    types: dict = field(default_factory=dict)  # of the arguments that differ from the rule above
+    dtype: str = "bf16"
+    arch: int = 90  # 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50
+    num_warps: int = 4
+    num_stages: int = 3
+    maxnreg: int | None = None  # most registers per thread
+    aligned: tuple = ()  # integer arguments that calls pass as multiples of 16, such as strides
+    max_spilled: int = 48  # bytes per thread that check_build lets pass
+    uses_tensor_cores: bool | None = None  # True: must; False: must not, nor TF32; None: either
+
+
+FLOATS = ("scale", "eps")
+
+
+def build(module, cases):
+    """Compile the cases, all kernels of one module ("kernels.laser"). Return a report for each."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    job = json.dumps([module, [asdict(case) for case in cases]], default=encode_dtype)
+    command = [sys.executable, "-m", "tests.build"]
+    done = subprocess.run(
+        command, input=job, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_build(module, cases):
+    """Compile the cases and assert that they fit the GPU, do not spill, and multiply as they should.
+
+    Return the reports, for what a test asserts beyond that.
+    """
+    reports = build(module, cases)
+    for case, report in zip(cases, reports):
+        assert report["shared"] <= SHARED_LIMIT[case.arch], f"too much shared memory: {report}"
+        assert report["spilled"] <= case.max_spilled, f"registers spill: {report}"
+        if case.uses_tensor_cores is True:
+            assert report["tensor_core_instructions"] > 0, f"no tensor cores: {report}"
+        if case.uses_tensor_cores is False:
+            assert report["tensor_core_instructions"] == 0, f"tensor cores: {report}"
+            assert not report["has_tf32"], f"float32 must not become TF32: {report}"
+    return reports
+
+
+def encode_dtype(value):
+    """JSON for a Triton dtype: {"triton dtype": "fp32"}"""
+    return {"triton dtype": value.name}
+
+
+def decode_dtype(value):
+    import triton.language as tl
+
+    return tl.dtype(value["triton dtype"]) if "triton dtype" in value else value
+
+
+def compile_case(module, case):
+    """Compile one case, in a process without the interpreter. Return its report."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = getattr(importlib.import_module(module), case["kernel"])
+    constants = case["constants"]
+    signature = {}
+    attributes = {}
+    for i, name in enumerate(kernel.arg_names):
+        default = "fp32" if name in FLOATS else "i32"
+        if name.endswith("_ptr"):
+            default = f"*{case['dtype']}"
+        signature[name] = "constexpr" if name in constants else case["types"].get(name, default)
+        if signature[name].startswith("*") or name in case["aligned"]:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    options = {name: case[name] for name in ("num_warps", "num_stages", "maxnreg")}
+    compiled = triton.compile(
+        source(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", case["arch"], 32),
+        options=options,
+    )
+
+    # assemble once more, for the report
+    ptx = compiled.asm["ptx"]
+    chip = re.search(r"\.target (\w+)", ptx)[1]  # sm_80, sm_90a, ...
+    with tempfile.TemporaryDirectory() as folder:
+        ptx_file = Path(folder, "kernel.ptx")
+        ptx_file.write_text(ptx)
+        command = [get_ptxas(case["arch"]).path, "-v", f"--gpu-name={chip}", str(ptx_file)]
+        command += ["-o", str(Path(folder, "kernel.cubin"))]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    def largest(pattern):
+        return max(map(int, re.findall(pattern, log)), default=0)
+
+    return {
+        "kernel": case["kernel"],
+        "chip": chip,
+        "constants": str(constants),
+        "registers": largest(r"Used (\d+) registers"),
+        "spilled": largest(r"(\d+) bytes spill stores"),
+        "shared": compiled.metadata.shared,
+        "tensor_core_instructions": len(re.findall(TENSOR_CORE, ptx)),
+        "has_tf32": "tf32" in ptx,
+    }
+
+
+def main():
+    module, cases = json.load(sys.stdin, object_hook=decode_dtype)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        reports = list(pool.map(compile_case, [module] * len(cases), cases))
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()
