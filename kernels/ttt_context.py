@@ -254,85 +254,89 @@ def span_backward_kernel(
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# Launch
+
+
 def config(kernel, q):
+    """Return (rows of a tile, keys of a block, warps, stages) for kernel "forward" or "backward"."""
     if q.dtype == torch.float32:
         return FLOAT32
-    return (HOPPER if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 else OTHERS)[
-        kernel
-    ]
+    is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return HOPPER[kernel] if is_hopper else OTHERS[kernel]
 
 
-def launch(kernel, cfg, q, k, v, start, tensors, make):
-    """Run a kernel over tiles and pieces. make(P) -> what it writes to, with room for P pieces. -> that."""
-    (S, H, n, D), Hkv = q.shape, k.shape[0]
-    rows, block, warps, stages = cfg
-    tiles = triton.cdiv(H // Hkv * n, rows) * Hkv  # of one span
-    longest, every = int(start.max()) + n, int(start.sum()) + S * n
-    processors = (
-        torch.cuda.get_device_properties(q.device).multi_processor_count
-        if q.is_cuda
-        else PROCESSORS
-    )
+def split_keys(q, n_kv_head, start, config, processors):
+    """Return how many keys one program reads, and how many such pieces the longest span has.
+
+    The pieces are as long as makes all programs together fill the processors once.
+    """
+    S, H, n, _ = q.shape
+    rows, block, _, _ = config
+    tiles = triton.cdiv(H // n_kv_head * n, rows) * n_kv_head  # of one span
+    total_keys = int(start.sum()) + S * n  # over all spans
     programs = max(processors // (tiles * S), 1) * tiles * S
-    piece = triton.cdiv(triton.cdiv(tiles * every, programs), block) * block
-    pieces = triton.cdiv(longest, piece)
-    written, start = make(pieces), start.to(torch.int32)
-    if q.is_cuda:  # not pinned, the host would wait for the device
+    piece = triton.cdiv(triton.cdiv(tiles * total_keys, programs), block) * block
+    pieces = triton.cdiv(int(start.max()) + n, piece)
+    return tiles, piece, pieces
+
+
+def launch(kernel, config, q, k, v, start, inputs, outputs, split):
+    """Run the forward or backward kernel over all tiles and pieces; it writes to `outputs`."""
+    S, H, _, D = q.shape
+    Hkv = k.shape[0]
+    rows, block, num_warps, num_stages = config
+    tiles, piece, pieces = split
+    start = start.to(torch.int32)
+    if q.is_cuda:  # pinned, so that the host does not wait for the device
         start = start.pin_memory().to(q.device, non_blocking=True)
     kernel[(tiles * S * pieces,)](
-        q,
-        k,
-        v,
-        start,
-        *tensors,
-        *written,
-        n,
-        Hkv,
-        S,
-        piece,
-        k.stride(0) // D,
-        v.stride(0) // D,
-        D**-0.5,
-        H // Hkv,
-        D,
-        rows,
-        block,
-        "ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return written
+        q, k, v, start, *inputs, *outputs,
+        q.shape[2], Hkv, S, piece, k.stride(0) // D, v.stride(0) // D, D**-0.5,
+        H // Hkv, D, rows, block, "ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
 
 
-def forward(q, k, v, start, cfg=None):
-    """-> o like q, lse (S, H, n) float32, natural logarithms. q contiguous, k and v with rows of D side by side, heads whole rows apart."""
+def count_processors(q):
+    if q.is_cuda:
+        return torch.cuda.get_device_properties(q.device).multi_processor_count
+    return PROCESSORS
 
-    def room(P):
-        return q.new_empty(P, *q.shape, dtype=torch.float32), q.new_empty(
-            P, *q.shape[:3], dtype=torch.float32
-        )
 
-    parts, lses = launch(span_forward_kernel, cfg or config("forward", q), q, k, v, start, (), room)
-    o, lse, rows = torch.empty_like(q), torch.empty_like(lses[0]), q.numel() // q.shape[3]
-    join_kernel[(triton.cdiv(rows, 16),)](
-        parts, lses, o, lse, rows, len(parts), q.shape[3], 16, num_warps=4
-    )
+def forward(q, k, v, start, cfg=None, processors=None):
+    """Return o like q, and its log-sum-exp in natural logarithms, (S, H, n) float32.
+
+    q contiguous; the rows of k and v are D numbers side by side, their heads whole rows apart.
+    processors: how many programs run at a time; by default those of the GPU.
+    """
+    cfg = cfg or config("forward", q)
+    split = split_keys(q, k.shape[0], start, cfg, processors or count_processors(q))
+    pieces = split[2]
+    o_parts = q.new_empty(pieces, *q.shape, dtype=torch.float32)
+    lse_parts = q.new_empty(pieces, *q.shape[:3], dtype=torch.float32)
+    launch(span_forward_kernel, cfg, q, k, v, start, (), (o_parts, lse_parts), split)
+
+    o = torch.empty_like(q)
+    lse = torch.empty_like(lse_parts[0])
+    D = q.shape[3]
+    rows = q.numel() // D
+    grid = (triton.cdiv(rows, 16),)
+    join_kernel[grid](o_parts, lse_parts, o, lse, rows, pieces, D, 16, num_warps=4)
     return o, lse
 
 
-def backward(do, q, k, v, start, o, lse, cfg=None):
-    """-> dq like q"""
-    (parts,) = launch(
-        span_backward_kernel,
-        cfg or config("backward", q),
-        q,
-        k,
-        v,
-        start,
-        (o, do, lse),
-        lambda P: (q.new_empty(P, *q.shape, dtype=torch.float32),),
-    )
-    return parts.sum(0).to(q.dtype)
+def backward(do, q, k, v, start, o, lse, cfg=None, processors=None):
+    """Return dq like q."""
+    cfg = cfg or config("backward", q)
+    split = split_keys(q, k.shape[0], start, cfg, processors or count_processors(q))
+    dq_parts = q.new_empty(split[2], *q.shape, dtype=torch.float32)
+    launch(span_backward_kernel, cfg, q, k, v, start, (o, do, lse), (dq_parts,), split)
+    return dq_parts.sum(0).to(q.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators. The backward operator has no derivative of its own: a second derivative raises.
 
 
 @custom_op("fivefold::span_attention", mutates_args=())
@@ -369,84 +373,53 @@ def differentiate(ctx, do, _):
 span_attention_op.register_autograd(differentiate, setup_context=setup_context)
 
 
+# --------------------------------------------------------------------------------------------------
+# Public function
+
+
+def check(q, k, v, start):
+    """Raise ValueError if the kernel cannot take these."""
+    shapes = (
+        f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}"
+    )
+    is_alike = k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    if q.dim() != 4 or k.dim() != 3 or not is_alike or not q.device == k.device == v.device:
+        raise ValueError(
+            f"{shapes}: needed are (S, H, n, D) and twice (Hkv, T, D), of one dtype on one device"
+        )
+    S, H, n, D = q.shape
+    Hkv, T, _ = k.shape
+    if Hkv == 0 or H % Hkv or k.shape[2] != D:
+        raise ValueError(f"{shapes}: heads or widths do not fit together")
+    if D not in WIDTHS or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{shapes}: the kernel takes float32, float16, bfloat16, D in {WIDTHS}")
+    is_index = not (start.is_floating_point() or start.is_complex() or start.dtype == torch.bool)
+    if start.shape != (S,) or start.device.type != "cpu" or not is_index:
+        raise ValueError(f"start has to be {S} integers on the CPU, one for each span")
+    if S and (int(start.min()) < 0 or int(start.max()) + n > T):
+        raise ValueError(f"{S} spans of {n} begin at {start.tolist()}, not all within {T} keys")
+    if T * D >= 2**31 or H // Hkv * n * D >= 2**31:
+        raise ValueError(f"{T} keys or {n} queries are too many for one call")
+
+
+def with_whole_rows(t):
+    """Return t (Hkv, T, D) as it is if its rows lie side by side, as in a view of a cache."""
+    Hkv, T, D = t.shape
+    if t.stride()[1:] == (D, 1) and t.stride(0) % D == 0:
+        return t
+    return t.contiguous()
+
+
 def span_attention(q, k, v, start):
-    """q (S, H, n, D), k and v (Hkv, T, D), views of a longer cache as they come, all of one dtype; start (S) integers on the CPU,
-    start + n <= T -> (S, H, n, D). D must be one of WIDTHS. Differentiable in q alone: k and v are taken as constants."""
-    if (
-        k.shape != v.shape
-        or q.shape[1] % k.shape[0]
-        or q.shape[3] != k.shape[2]
-        or not q.dtype == k.dtype == v.dtype
-    ):
-        raise ValueError(
-            f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} do not fit together"
-        )
-    if (
-        start.shape != q.shape[:1]
-        or int(start.min()) < 0
-        or int(start.max()) + q.shape[2] > k.shape[1]
-    ):
-        raise ValueError(
-            f"{len(q)} spans of {q.shape[2]} begin at {start.tolist()}, not all within {k.shape[1]} keys"
-        )
-    if (
-        k.shape[1] * k.shape[2] >= 2**31
-        or q.shape[1] // k.shape[0] * q.shape[2] * q.shape[3] >= 2**31
-    ):
-        raise ValueError(f"{k.shape[1]} keys or {q.shape[2]} queries are too many for one call")
-    k, v = (
-        t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) % t.shape[2] == 0 else t.contiguous()
-        for t in (k, v)
-    )
-    return span_attention_op(q.contiguous(), k.detach(), v.detach(), start)[0]
+    """Attention of S spans of n queries over one cache; query r of span s sees keys 0 ... start[s] + r.
 
-
-# What test_all.py builds ahead of time: kernel, argument types, constants, arguments that are multiples of 16, warps, stages,
-# architectures
-def ahead(kernel, dtype, D, cfg, arches):
-    rows, block, warps, stages = cfg
-    wide = {"lse_ptr", "dq_ptr"} | ({"o_ptr"} if kernel is span_forward_kernel else set())
-    types = {
-        a: "fp32"
-        if a == "scale"
-        else "*i32"
-        if a == "start_ptr"
-        else "i32"
-        if not a.endswith("_ptr")
-        else "*fp32"
-        if a in wide
-        else f"*{dtype}"
-        for a in kernel.arg_names
-    } | {"stride_k": "i64", "stride_v": "i64"}
-    consts = dict(g=4, D=D, BM=rows, BN=block, PREC="ieee" if dtype == "fp32" else "tf32")
-    return kernel, types, consts, (), warps, stages, arches
-
-
-AOT = [
-    ahead(kernel, *more)
-    for name, kernel in (("forward", span_forward_kernel), ("backward", span_backward_kernel))
-    for more in (
-        ("bf16", 128, HOPPER[name], (90,)),
-        ("bf16", 64, HOPPER[name], (90,)),
-        ("bf16", 128, OTHERS[name], (80, 100, 120)),
-        ("fp32", 128, FLOAT32, (90,)),
-    )
-]
-AOT.append(
-    (
-        join_kernel,
-        {
-            "parts_ptr": "*fp32",
-            "lses_ptr": "*fp32",
-            "o_ptr": "*bf16",
-            "lse_ptr": "*fp32",
-            "rows": "i32",
-            "pieces": "i32",
-        },
-        dict(D=128, BM=16),
-        (),
-        4,
-        3,
-        (80, 90, 100, 120),
-    )
-)
+    q (S, H, n, D), k and v (Hkv, T, D), which may be views of a longer cache, all of one dtype;
+    start (S) integers on the CPU, start + n <= T. D has to be one of WIDTHS. Differentiable once,
+    and in q alone: k and v are constants. Returns (S, H, n, D).
+    """
+    check(q, k, v, start)
+    if q.numel() == 0:
+        return q.clone()
+    k = with_whole_rows(k.detach())
+    v = with_whole_rows(v.detach())
+    return span_attention_op(q.contiguous(), k, v, start)[0]
