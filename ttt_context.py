@@ -329,15 +329,6 @@ def free_memory(device):
     return math.inf
 
 
-def needed_memory(config, dtype, tokens, span_tokens):
-    """Bytes to read so many tokens at once, and to train on so many span tokens per step."""
-    c = config
-    kv = 2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim  # cached, and those of one layer once more
-    reading = tokens * (kv + 3 * c.n_hidden + 4 * c.n_embd) * dtype.itemsize
-    saved = c.n_layer * (4 * c.n_embd + 3 * c.n_hidden + 3 * c.n_head * c.head_dim)
-    return reading + span_tokens * saved * dtype.itemsize
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -347,20 +338,21 @@ def encode_prompt(tokenizer, prompt, question=None):
 
     With a chat template both are one message of the user: the question is what the message's ids do
     not share with those of the message without it. Otherwise they are plain text, and without a
-    question the last token of the prompt takes its place.
+    question the last token of the prompt takes its place. A template that fails raises ValueError.
     """
     if question and getattr(tokenizer, "chat_template", None):
-        messages = []
-        for text in (question, ""):
-            messages.append({"role": "user", "content": f"{prompt}\n\n{text}"})
-        with_question, without = (tokenizer.chat([message]) for message in messages)
-        n_shared = len(os.path.commonprefix([with_question, without]))
-        return with_question[:n_shared], with_question[n_shared:]
-
-    context = [*first_ids(tokenizer), *map(int, tokenizer.encode_ordinary(prompt))]
-    if question:
-        return context, [int(i) for i in tokenizer.encode_ordinary(question)]
-    return context[:-1], context[-1:]
+        content = f"{prompt}\n\n"
+        ids = tokenizer.chat([{"role": "user", "content": content + question}])
+        without_question = tokenizer.chat([{"role": "user", "content": content}])
+        n_context = len(os.path.commonprefix([ids, without_question]))
+    else:
+        ids = [*first_ids(tokenizer), *map(int, tokenizer.encode_ordinary(prompt))]
+        n_context = len(ids) if question else len(ids) - 1
+        if question:
+            ids += map(int, tokenizer.encode_ordinary(question))
+    if n_context == len(ids):
+        raise ValueError("nothing of --question is left in the tokens; ask it in other words")
+    return ids[:n_context], ids[n_context:]
 
 
 def read_prompt(path):
@@ -423,11 +415,8 @@ def parse_flags(argv):
             raise ValueError(f"{cli.flag_name(name)} is {value}; it must be at least {least[name]}")
     if not args.experiment and args.prompt is None:
         raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
-    if args.question and not args.question.isascii():
-        try:
-            args.question.encode()
-        except UnicodeEncodeError:
-            raise ValueError("--question is not valid UTF-8 text") from None
+    if re.search("[\ud800-\udfff]", args.question or ""):  # bytes that the shell did not decode
+        raise ValueError("--question is not valid UTF-8 text")
     return args
 
 
@@ -439,19 +428,23 @@ def check_fits(args, model, context, question):
             f"{args.prompt} has {T} tokens, but a span takes {args.span} and its last target; "
             f"give a longer text or a smaller --span"
         )
-    tokens = T + len(question) + args.max_tokens
-    span_tokens = args.span * args.batch_spans
+    # keys and values, one layer's once more, and what an MLP holds; in training, of every layer
+    c = model.config
+    per_token = 2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd
+    per_span_token = c.n_layer * (4 * c.n_embd + 3 * c.n_hidden + 3 * c.n_head * c.head_dim)
+    numbers = per_token * (T + len(question) + args.max_tokens)
+    numbers += per_span_token * args.span * args.batch_spans
+    needed = numbers * model.dtype.itemsize
     free = free_memory(model.embed_tokens.weight.device)
-    needed = needed_memory(model.config, model.dtype, tokens, span_tokens)
     if needed > free:
         raise ValueError(
             f"{args.prompt} has {T} tokens, which takes {needed / 2**30:.1f} GB, but only "
             f"{free / 2**30:.1f} GB are free; give a shorter text or a smaller --batch-spans"
         )
-    if T + len(question) > model.config.block_size:
-        factor = (T + len(question)) / model.config.block_size
-        trained = f"the {model.config.block_size:,} tokens the model was trained on"
-        print(f"the context is {factor:.1f} times {trained}", file=sys.stderr)
+    factor = (T + len(question)) / c.block_size
+    if factor > 1:
+        trained = f"{factor:.1f} times the {c.block_size:,} tokens the model was trained on"
+        print(f"the context is {trained}", file=sys.stderr)
 
 
 def stop_ids(tokenizer):
@@ -522,7 +515,7 @@ def compare(model, tokenizer, ids, question, args, lr):
         "seconds": seconds,
         "flops": flops,
         "thinking_tokens": thinking_tokens(model, T + len(question), flops),
-        "moved": math.sqrt(moved / total),
+        "moved": math.sqrt(moved / max(total, 1e-30)),
         "lr": lr,
     }
 

@@ -372,15 +372,21 @@ class Encoding(tiktoken.Encoding):
             end = m.end()
         return ids + self.encode_ordinary(text[end:])
 
+    @property
+    def chat_template(self):
+        """The folder's chat template, None if there is none."""
+        files = self.saved["files"]
+        template = files.get("chat_template.jinja") or json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
+        if isinstance(template, list):                               # several of them, by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        return template
+
     def chat(self, messages):
         """[{"role": "user", "content": "..."}, ...] -> ids of the folder's chat template, up to where the answer begins. The
         name of a special token inside a message is text there, not the token: nobody but the template ends a turn."""
-        files, env = self.saved["files"], jinja2.sandbox.ImmutableSandboxedEnvironment(
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        settings = json.loads(files.get("tokenizer_config.json", "{}"))
-        template = files.get("chat_template.jinja") or settings.get("chat_template")
-        if isinstance(template, list):                               # several of them, by name
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        settings, template = json.loads(self.saved["files"].get("tokenizer_config.json", "{}")), self.chat_template
         if not template:
             raise ValueError(f"{self.name} has no chat template: it is a model of plain text, to be used with --prompt")
         words = {k: v["content"] if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token") and v}
