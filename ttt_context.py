@@ -230,10 +230,10 @@ def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss on a span is {value}; try a smaller --lr")
-        yield value
+        loss = loss.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss on a span is {loss}; try a smaller --lr")
+        yield loss
 
 
 @contextmanager
@@ -407,12 +407,14 @@ def parse_flags(argv):
     flag("--out", default="results", help="folder for what --experiment finds (default: results)")
     args = parser.parse_args(argv)
 
-    least = {"steps": 0, "span": 1, "batch_spans": 1, "lr": 0, "seed": 0, "max_tokens": 1}
+    least = {"steps": 0, "span": 1, "batch_spans": 1, "seed": 0, "max_tokens": 1}
     for name, value in vars(args).items():
         if value == "":
             raise ValueError(f"{cli.flag_name(name)} is empty; give a value or leave it out")
-        if name in least and value is not None and not least[name] <= value < math.inf:
+        if name in least and value < least[name]:
             raise ValueError(f"{cli.flag_name(name)} is {value}; it must be at least {least[name]}")
+    if args.lr is not None and not 0 <= args.lr <= 1:
+        raise ValueError(f"--lr is {args.lr}; it must be from 0 to 1")
     if not args.experiment and args.prompt is None:
         raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
     if re.search("[\ud800-\udfff]", args.question or ""):  # bytes that the shell did not decode
@@ -472,6 +474,8 @@ def compare(model, tokenizer, ids, question, args, lr):
         """Return the loss on the held-out spans, None if there are none, and an answer."""
         losses = [span_loss(model, kv, ids, t[None], args.span).item() for t in held_out]
         loss = sum(losses) / len(losses) if losses else None
+        if losses and not math.isfinite(loss):
+            raise FloatingPointError(f"the loss on held-out spans is {loss}; try a smaller --lr")
         reply = []
         for token in answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab):
             if token in stops:
