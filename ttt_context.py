@@ -35,6 +35,11 @@ a norm follows W_Q. Where the relevant key differs between contexts, queries win
 such a norm. The model is afterwards what it was, bit for bit.
 """
 
+from support import cli
+
+if __name__ == "__main__":
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 import bisect
 import hashlib
 import math
@@ -44,6 +49,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,7 +57,8 @@ from tqdm import tqdm
 
 import train
 from sample import KVCache, first_ids
-from support import checkpoint, cli, distributed
+from support import checkpoint, distributed
+from support.cli import option
 
 try:
     from kernels import ttt_context as kernel
@@ -333,7 +340,7 @@ def free_memory(device):
 # The command
 
 
-def encode_prompt(tokenizer, prompt, question=None):
+def encode_prompt(tokenizer, prompt, question=""):
     """Return the token ids of the context and of the question.
 
     With a chat template both are one message of the user: the question is what the message's ids do
@@ -358,78 +365,66 @@ def encode_prompt(tokenizer, prompt, question=None):
 def read_prompt(path):
     """Return the text of --prompt."""
     try:
-        text = checkpoint.read_user_file(path, PROMPT_LIMIT).decode()
+        text = checkpoint.read_user_file(path, PROMPT_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text: needed is UTF-8") from None
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text: what is needed is UTF-8 without NUL bytes")
     if not text:
         raise ValueError(f"{path} is empty")
-    if "\0" in text:
-        raise ValueError(f"{path} is not text: it contains NUL bytes")
     return text
 
 
-def pick_run(init, device):
+@dataclass
+class AdaptConfig:
+    """Adapting and answering"""
+
+    prompt: str = option("", "the context, a text file", metavar="FILE")
+    question: str = option("", "about the context; default: continue where it ends")
+    init: str = option("", "a run or Hugging Face folder; default: the newest run under out/")
+    steps: int = option(32, "AdamW steps", least=0)
+    span: int = option(128, "tokens of a span")
+    batch_spans: int = option(1, "spans per step")
+    lr: float = option(None, "learning rate; None: 1e-3 for a run, else 1e-5", least=0)
+    seed: int = option(1337, "with the text, draws the spans", least=0)
+    max_tokens: int = option(100, "longest answer")
+    save_queries: str = option("", "write the trained W_Q to a new file", metavar="FILE")
+    device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
+    dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
+    experiment: bool = option(False, "run experiments/ttt_context.py instead")
+    out: str = option("results", "folder for what --experiment finds")
+
+    def __post_init__(self):
+        cli.check_fields(self)
+        if not self.prompt and not self.experiment:
+            raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
+        if self.save_queries and os.path.lexists(self.save_queries):
+            raise ValueError(f"--save-queries {self.save_queries} exists; give a new name")
+        folder = Path(self.save_queries).parent
+        if self.save_queries and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"--save-queries: there is no folder {folder} to write to")
+
+
+def pick_run(args):
     """Return the folder of --init, else the newest run, else that of the default run, trained now."""
-    if init is None and not any(Path("out").glob("*/ckpt.pt")):
+    if not args.init and not any(Path("out").glob("*/ckpt.pt")):
         print("there is no run under out/ yet; training the default model first", file=sys.stderr)
-        result = train.main(["--sample", "0", *(["--device", device] if device else [])])
+        device = ["--device", args.device] if args.device else []
+        result = train.main(["--sample", "0", *device])
         if result["signal"]:
             raise KeyboardInterrupt(result["signal"])
-    return checkpoint.find_run(init or "newest")
-
-
-def check_new_file(path):
-    """Raise ValueError unless a new file can be made at `path`."""
-    folder = Path(path).parent
-    if os.path.lexists(path):
-        raise ValueError(f"--save-queries {path} exists and is not overwritten; give a new name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--save-queries {path}: there is no folder {folder} to write to")
-
-
-def parse_flags(argv):
-    """Return the flags of the command, checked."""
-    parser = cli.Parser(description=__doc__)
-    flag = parser.add_argument
-    flag("--prompt", metavar="FILE", help="the context, a text file")
-    flag("--question", help="about the context (default: continue where it ends)")
-    flag("--init", metavar="DIR", help="a run or Hugging Face folder (default: the newest run)")
-    flag("--steps", type=int, default=32, help="AdamW steps (default: 32)")
-    flag("--span", type=int, default=128, help="tokens of a span (default: 128)")
-    flag("--batch-spans", type=int, default=1, help="spans per step (default: 1)")
-    flag("--lr", type=float, help="learning rate (default: 1e-3, for a Hugging Face folder 1e-5)")
-    flag("--seed", type=int, default=1337, help="with the text, draws the spans (default: 1337)")
-    flag("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
-    flag("--save-queries", metavar="FILE", help="write the trained W_Q of each layer to a new file")
-    flag("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
-    flag("--dtype", choices=train.DTYPES, help="of the activations (default: bf16 on a GPU)")
-    flag("--experiment", action="store_true", help="run experiments/ttt_context.py instead")
-    flag("--out", default="results", help="folder for what --experiment finds (default: results)")
-    args = parser.parse_args(argv)
-
-    least = {"steps": 0, "span": 1, "batch_spans": 1, "seed": 0, "max_tokens": 1}
-    for name, value in vars(args).items():
-        if value == "":
-            raise ValueError(f"{cli.flag_name(name)} is empty; give a value or leave it out")
-        if name in least and value < least[name]:
-            raise ValueError(f"{cli.flag_name(name)} is {value}; it must be at least {least[name]}")
-    if args.lr is not None and not 0 <= args.lr <= 1:
-        raise ValueError(f"--lr is {args.lr}; it must be from 0 to 1")
-    if not args.experiment and args.prompt is None:
-        raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
-    if re.search("[\ud800-\udfff]", args.question or ""):  # bytes that the shell did not decode
-        raise ValueError("--question is not valid UTF-8 text")
-    return args
+    return checkpoint.find_run(args.init or "newest")
 
 
 def check_fits(args, model, context, question):
-    """Raise ValueError if a span or the memory is too small for the prompt."""
+    """Raise ValueError if the prompt is too short for a span, or the memory too small for both."""
     T = len(context)
     if T <= args.span:
         raise ValueError(
             f"{args.prompt} has {T} tokens, but a span takes {args.span} and its last target; "
             f"give a longer text or a smaller --span"
         )
+
     # keys and values, one layer's once more, and what an MLP holds; in training, of every layer
     c = model.config
     per_token = 2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd
@@ -443,19 +438,11 @@ def check_fits(args, model, context, question):
             f"{args.prompt} has {T} tokens, which takes {needed / 2**30:.1f} GB, but only "
             f"{free / 2**30:.1f} GB are free; give a shorter text or a smaller --batch-spans"
         )
-    factor = (T + len(question)) / c.block_size
-    if factor > 1:
-        trained = f"{factor:.1f} times the {c.block_size:,} tokens the model was trained on"
-        print(f"the context is {trained}", file=sys.stderr)
 
 
 def stop_ids(tokenizer):
     """Return the ids that end an answer."""
-    try:
-        end = tokenizer.eot_token
-    except KeyError:  # a tiktoken encoding without <|endoftext|>
-        end = None
-    return {end, *getattr(tokenizer, "stops", ())}
+    return {tokenizer.eot_token, *getattr(tokenizer, "stops", ())} - {None}
 
 
 def compare(model, tokenizer, ids, question, args, lr):
@@ -546,23 +533,25 @@ def report(result, steps):
 
 
 def run(args):
-    """Adapt to --prompt, answer before and after, and return what was found."""
-    if args.save_queries:
-        check_new_file(args.save_queries)
+    """Adapt to --prompt, print the answer before and after, and return what was found."""
+    # the prompt and the model
     text = read_prompt(args.prompt)
     device = distributed.pick_device(args.device)
     dtype = train.DTYPES[distributed.pick_dtype(args.dtype, device)]
-    folder = pick_run(args.init, args.device)
+    folder = pick_run(args)
     model, tokenizer = train.load_model(folder, device, dtype)
     context, question = encode_prompt(tokenizer, text, args.question)
+    check_fits(args, model, context, question)
     lr = args.lr
     if lr is None:  # weights that were trained for long want smaller steps
         lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
-    check_fits(args, model, context, question)
-    print(
-        f"{folder} on {device}: {len(context):,} tokens of context, {len(question)} to ask",
-        file=sys.stderr,
-    )
+
+    T = len(context)
+    print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
+    factor = (T + len(question)) / model.config.block_size
+    if factor > 1:
+        trained = f"the {model.config.block_size:,} tokens the model was trained on"
+        print(f"that is {factor:.1f} times {trained}", file=sys.stderr)
     ids = torch.tensor(context, device=device)
     try:
         result = compare(model, tokenizer, ids, question, args, lr)
@@ -575,8 +564,8 @@ def run(args):
 
 
 def main(argv=None):
-    """Adapt to a prompt and answer; or run the experiment."""
-    args = parse_flags(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    (args,) = cli.parse_configs(argv, __doc__, [AdaptConfig], {}, lambda given: {})
     if args.experiment:
         from experiments import ttt_context as experiment
 

@@ -21,6 +21,7 @@ over models, paired by seed: each model's value is its mean over 4 contexts of 1
 
 import itertools
 import math
+import os
 import shutil
 import statistics
 import time
@@ -322,7 +323,7 @@ def study(recipe, out):
     start_time = time.perf_counter()
     is_resumed = Path(CACHE).exists()
     jobs = [(recipe, seed, norm) for seed in recipe["seeds"] for norm in NORMS]
-    found = harness.parallel(study_model, jobs)
+    found = harness.parallel(study_model, jobs, workers=os.cpu_count(), label="models")
     results = [(job[1], cells) for job, cells in zip(jobs, found)]
     variants, differences = summarize(results)
     record = {
@@ -341,10 +342,7 @@ def study(recipe, out):
 
 
 def main(argv=None):
-    parser = harness.study_parser(__doc__)
-    args = parser.parse_args(argv)
-    if args.full:
-        raise ValueError("query-only training has no study for GPUs yet; leave out --full")
+    args = harness.study_parser(__doc__).parse_args(argv)
     record = study(RECIPE, args.out)
     T = RECIPE["lengths"][-1]
     print(f"right answers at {T:,} tokens, less a fitted temperature:")

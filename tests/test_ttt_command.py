@@ -1,6 +1,5 @@
 """python ttt_context.py --prompt FILE: what it prints, what it refuses, how it stops."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
 
 import train
 import ttt_context
-from support import checkpoint, data
-from tests.common import REPOSITORY, refused, small_gpt
+from support import checkpoint, tokenizer
+from tests.common import REPOSITORY, refused
+from tests.hf import edit_json, hf  # noqa: F401
 
 SMALL = "--steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
 
@@ -77,7 +76,7 @@ def test_command(tiny, capsys, monkeypatch):
 
 def test_held_out_losses_and_answers_are_of_the_right_weights(run):
     result = ttt_context.main([*SMALL, "prompt.txt", "--lr", "0.03", "--question", "Who?"])
-    model, tokenizer = train.load_model(run)
+    model, _ = train.load_model(run)
     ids = torch.tensor([0, *Path("prompt.txt").read_bytes()])
     caches, kv = ttt_context.prefill(model, ids, room=20)
     held_out, starts = ttt_context.split_spans(len(ids), 16)
@@ -108,11 +107,11 @@ def test_an_answer_ends_at_a_stop_token(run, monkeypatch):
 
 def test_stop_ids():
     ranks = {bytes([i]): i for i in range(256)}
-    plain = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens={})
-    assert ttt_context.stop_ids(plain) == {None}, "no end-of-text token"
-    assert ttt_context.stop_ids(data.ByteTokenizer()) == {0}
+    plain = tokenizer.BPETokenizer("x", ".", ranks, {})
+    assert ttt_context.stop_ids(plain) == set(), "no end-of-text token"
     plain.stops = {5, 6}
-    assert ttt_context.stop_ids(plain) == {None, 5, 6}
+    assert ttt_context.stop_ids(plain) == {5, 6}
+    assert ttt_context.stop_ids(tokenizer.ByteTokenizer()) == {0}
 
 
 BAD_FLAGS = [
@@ -131,8 +130,9 @@ BAD_FLAGS = [
     ("--prompt text.txt --seed -1", ["--seed is -1"]),
     ("--prompt text.txt --max-tokens 0", ["--max-tokens is 0"]),
     ("--prompt text.txt --batch-spans 0", ["--batch-spans is 0"]),
-    ("--prompt text.txt --batch-spans 1000000000000", ["GB", "--batch-spans"]),
-    ("--prompt text.txt --max-tokens 1000000000000", ["GB"]),
+    ("--prompt text.txt --lr 1e38", ["--lr is"]),
+    ("--prompt text.txt --batch-spans 4000000000", ["GB", "--batch-spans"]),
+    ("--prompt text.txt --max-tokens 4000000000", ["GB"]),
     ("--prompt text.txt --lr nan", ["--lr is nan"]),
     ("--prompt text.txt --lr inf", ["--lr is inf"]),
     ("--prompt text.txt --lr -1", ["--lr is -1"]),
@@ -159,7 +159,7 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     for flag in ("--prompt", "--question", "--init", "--save-queries", "--device", "--out"):
         refused(["--prompt", "text.txt", flag, ""], f"{flag} is empty", main=ttt_context.main)
     question = ["--prompt", "text.txt", "--question", "caf\udce9"]
-    refused(question, "--question", "UTF-8", main=ttt_context.main)
+    refused(question, "caf", "UTF-8", main=ttt_context.main)
     with monkeypatch.context() as limits:
         limits.setattr(ttt_context, "PROMPT_LIMIT", 100)
         refused([*SMALL, "text.txt"], "text.txt", main=ttt_context.main)
@@ -176,6 +176,12 @@ def test_refuses_a_prompt_without_permission(run):
     refused([*SMALL, "prompt.txt"], "prompt.txt", main=ttt_context.main)
 
 
+def test_a_byte_order_mark_is_no_text(run):
+    text = Path("prompt.txt").read_bytes()
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    assert ttt_context.read_prompt("marked.txt") == ttt_context.read_prompt("prompt.txt")
+
+
 def test_memory_is_known():
     free = ttt_context.free_memory(torch.device("cpu"))
     assert 2**20 < free <= 2**50 or free == float("inf")
@@ -185,7 +191,7 @@ def test_memory_is_known():
 # Chat templates
 
 
-class ChatTokenizer(data.ByteTokenizer):
+class ChatTokenizer(tokenizer.ByteTokenizer):
     """Bytes in a chat template, which `render` stands for."""
 
     chat_template = "a template"
@@ -198,18 +204,18 @@ class ChatTokenizer(data.ByteTokenizer):
 
 
 def test_a_question_is_the_rest_of_the_message():
-    tokenizer = ChatTokenizer(lambda text: f"<user>{text}<end><assistant>")
-    context, question = ttt_context.encode_prompt(tokenizer, "A text.", "Who?")
+    chat = ChatTokenizer(lambda text: f"<user>{text}<end><assistant>")
+    context, question = ttt_context.encode_prompt(chat, "A text.", "Who?")
     assert bytes(context) == b"<user>A text.\n\n"
     assert bytes(question) == b"Who?<end><assistant>"
-    tokenizer.render = lambda text: f"<user>{text.strip()}<end>"  # as many templates do
-    context, question = ttt_context.encode_prompt(tokenizer, "A text.", "Who?")
+    chat.render = lambda text: f"<user>{text.strip()}<end>"  # as many templates do
+    context, question = ttt_context.encode_prompt(chat, "A text.", "Who?")
     assert bytes(context + question) == b"<user>A text.\n\nWho?<end>"
 
     # without a question, or without a template, it is plain text
-    context, question = ttt_context.encode_prompt(tokenizer, "A text.")
+    context, question = ttt_context.encode_prompt(chat, "A text.")
     assert bytes(context) == b"\0A text" and bytes(question) == b"."
-    for plain in (data.ByteTokenizer(), ChatTokenizer(None)):
+    for plain in (tokenizer.ByteTokenizer(), ChatTokenizer(None)):
         plain.chat_template = None
         context, question = ttt_context.encode_prompt(plain, "A text.", "Who?")
         assert bytes(context) == b"\0A text." and bytes(question) == b"Who?"
@@ -225,49 +231,21 @@ def test_a_template_that_fails_is_an_error():
         ttt_context.encode_prompt(ChatTokenizer(lambda text: "Hello"), "A text.", "Who?")
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ messages[0].content }}!", "{{ raise_exception('no') }}", None]
-)
-def test_the_template_of_a_folder(tiny, template):
-    """A checkpoint with the tokenizer of a Hugging Face folder."""
-    symbols = huggingface_alphabet()
-    tokenizer = {
-        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(symbols)}, "merges": []},
-        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": True}],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-    }
-    settings = {"chat_template": template} if template else {}
-    files = {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(settings)}
-    state = {"name": "x", "files": files, "stops": [256]}
-    model = small_gpt(vocab_size=320)
-    config = {"model": train.asdict(model.config), "run": {}}
-    Path("out/chat").mkdir(parents=True)
-    saved = {"model": model.state_dict(), "optimizer": {}, "step": 1, "config": config}
-    torch.save({**saved, "tokenizer": state, "data": {}}, "out/chat/ckpt.pt")
-    flags = [*SMALL, "text.txt", "--question", "Who?", "--init", "out/chat"]
-    if template and "raise" in template:
-        refused(flags, "template", "no", main=ttt_context.main)
-    else:
-        n_start = 2 if template else 1  # the blank line before the question, or <|endoftext|>
-        size = len(Path("text.txt").read_bytes())
-        assert ttt_context.main(flags)["context"] == size + n_start
-
-
-def huggingface_alphabet():
-    """The 256 characters that stand for bytes in a byte-level tokenizer.json, in byte order."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
-def test_default_rate_of_a_hugging_face_folder(run, monkeypatch):
-    """1e-5: the weights were trained for long."""
-    model, tokenizer = train.load_model(run)
-    monkeypatch.setattr(train, "load_model", lambda *args: (model, tokenizer))
-    monkeypatch.setattr(ttt_context.checkpoint, "find_run", lambda name: Path(name))
-    flags = [*SMALL, "prompt.txt", "--init"]
-    assert ttt_context.main([*flags, "a-folder"])["lr"] == 1e-5
-    assert ttt_context.main([*flags, str(run)])["lr"] == 1e-3
+def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
+    folder = hf(n_kv_head=2, qk_norm=True)
+    flags = [*SMALL, "text.txt", "--question", "Who?", "--init", str(folder)]
+    text = Path("text.txt").read_text()
+    _, tokenizer = train.load_model(folder)
+    n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
+    result = ttt_context.main(flags)
+    assert result["lr"] == 1e-5, "the weights were trained for long"
+    assert n_tokens < result["context"] < n_tokens + 50, "and the beginning of a turn"
+    settings = folder / "tokenizer_config.json"
+    edit_json(settings, chat_template="{{ raise_exception('not today') }}")
+    refused(flags, "template", "not today", main=ttt_context.main)
+    edit_json(settings, chat_template=None)
+    n_plain = len(tokenizer.encode_ordinary(text))
+    assert 0 <= ttt_context.main(flags)["context"] - n_plain <= 1, "plain text"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -370,7 +370,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_study(tiny, monkeypatch, capsys):
-    def one_after_the_other(function, jobs):
+    def one_after_the_other(function, jobs, **options):
         return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
 
     monkeypatch.setattr(experiment.harness, "parallel", one_after_the_other)
