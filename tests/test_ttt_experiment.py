@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 import train
 import ttt_context
+from experiments import bench_ttt
 from experiments import ttt_context as experiment
 from experiments import ttt_sandbox as sandbox
-from tests.common import refused, small_gpt
+from tests.common import DEVICE, refused, small_gpt
 
 SMALL = copy.deepcopy(experiment.RECIPE)
 SMALL |= {"names": 16, "values": 4, "questions": 12}
@@ -394,3 +395,25 @@ def test_study(tiny, monkeypatch, capsys):
             assert run["value"] == pytest.approx(sum(run["accuracy"]) / 4)
     assert "trained queries" in capsys.readouterr().out and not Path(experiment.CACHE).exists()
     refused(["--full"], "--full", main=experiment.main)
+
+
+# --------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def test_bench(tmp_path, monkeypatch):
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "vocab_size": 64}
+    monkeypatch.setitem(bench_ttt.SHAPES, "tiny", {**shape, "qk_norm": True})
+    monkeypatch.setattr(bench_ttt, "TOKENS_TIMED", 5)
+    flags = ["--shape", "tiny", "--device", DEVICE, "--out", str(tmp_path)]
+    result = bench_ttt.main([*flags, "--context", "300", "--steps", "2", "--span", "16"])
+    saved = json.loads((tmp_path / "ttt_context-bench.json").read_text())
+    assert {key: saved[key] for key in result} == result and saved["command"]
+    model = bench_ttt.random_model("tiny", 400, torch.device("cpu"), torch.float32)
+    assert result["flops"] == ttt_context.flops_of_spans(model, 2 * 16, 300)
+    rule, exact = (result["thinking"][name] for name in ("2 N k", "equal FLOPs"))
+    assert rule["tokens"] == 2 * 2 * 16 and 30 < exact["tokens"] < 64
+    for row in (rule, exact):
+        assert row["seconds"] == pytest.approx(row["tokens"] * result["token_ms"] / 1e3)
+        assert row["over_steps"] == pytest.approx(row["seconds"] / result["steps_seconds"])
+    refused([*flags, "--context", "9", "--span", "9"], "--context", main=bench_ttt.main)
