@@ -1,0 +1,274 @@
+"""python ttt_context.py --prompt FILE: what it prints, what it refuses, how it stops."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import ttt_context
+from support import checkpoint, tokenizer
+from tests.common import REPOSITORY, refused
+from tests.hf import edit_json, hf  # noqa: F401
+
+SMALL = "--steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
+
+
+def without_seconds(result):
+    return {key: value for key, value in result.items() if "seconds" not in key}
+
+
+@pytest.fixture
+def run(tiny):
+    """Make a run of one step in out/a; text.txt is there too."""
+    train.main([*tiny, "--out", "out/a", "--steps", "1"])
+    text = Path("text.txt").read_text()
+    Path("prompt.txt").write_text(text[:1200])
+    return Path("out/a")
+
+
+def test_command(tiny, capsys, monkeypatch):
+    small = {"n_layer": 1, "n_embd": 32, "n_head": 2, "steps": 2}
+    monkeypatch.setitem(train.PRESETS, "tiny", {**train.PRESETS["tiny"], **small})
+    Path("text.txt").write_text(Path("text.txt").read_text()[:1200])
+    Path("short.txt").write_text("seven wizards boil éclairs")
+
+    # without a run, the default model is trained first
+    flags = ["text.txt", "--batch-spans", "2"]
+    result = ttt_context.main([*SMALL, *flags, "--save-queries", "w.pt"])
+    printed = capsys.readouterr()
+    assert "training the default model first" in printed.err
+    assert "times the 128 tokens" in printed.err and "held-out spans" in printed.out
+    assert f"as it is\n{result['plain']}\n" in printed.out
+    assert f"trained on this prompt\n{result['adapted']}\n" in printed.out
+    size = len(Path("text.txt").read_bytes())  # and one token before, less the last, which asks
+    assert result["held_out_spans"] == 8 and result["context"] == size and result["moved"] > 0
+    assert result["held_out_before"] != result["held_out_after"] and result["lr"] == 1e-3
+    saved = torch.load("w.pt", weights_only=True)
+    assert list(saved) == ["layers.0.self_attn.q_proj.weight"]
+
+    # the saved weights are the trained ones
+    model, _ = train.load_model(checkpoint.find_run("newest"))
+    (weight,) = saved.values()
+    original = model.layers[0].self_attn.q_proj.weight.detach()
+    assert weight.shape == (32, 32)
+    moved = ((weight - original).norm() / original.norm()).item()
+    assert result["moved"] == pytest.approx(moved, rel=1e-4)
+    assert result["flops"] == ttt_context.flops_of_spans(model, 3 * 2 * 16, size)
+    thinking = ttt_context.thinking_tokens(model, size + 1, result["flops"])
+    assert result["thinking_tokens"] == thinking
+
+    again = ttt_context.main([*SMALL, *flags])
+    assert without_seconds(again) == without_seconds(result)
+    assert "default model" not in capsys.readouterr().err
+    other = ttt_context.main([*SMALL, *flags, "--seed", "7"])
+    assert other["held_out_after"] != again["held_out_after"]
+    still = ttt_context.main([*SMALL, "text.txt", "--lr", "0", "--question", "Who boils?"])
+    assert still["plain"] == still["adapted"] and still["moved"] == 0
+    assert still["held_out_before"] == still["held_out_after"] and still["context"] == size + 1
+    assert ttt_context.main([*SMALL, "short.txt"])["held_out_spans"] == 0
+    assert "held-out spans: none" in capsys.readouterr().out
+
+
+def test_held_out_losses_and_answers_are_of_the_right_weights(run):
+    result = ttt_context.main([*SMALL, "prompt.txt", "--lr", "0.03", "--question", "Who?"])
+    model, _ = train.load_model(run)
+    ids = torch.tensor([0, *Path("prompt.txt").read_bytes()])
+    caches, kv = ttt_context.prefill(model, ids, room=20)
+    held_out, starts = ttt_context.split_spans(len(ids), 16)
+
+    def examine():
+        losses = [ttt_context.span_loss(model, kv, ids, t[None], 16) for t in held_out]
+        reply = list(ttt_context.answer(model, caches, len(ids), b"Who?", 5, 256))
+        return torch.stack(losses).mean().item(), bytes(reply).decode(errors="replace")
+
+    with torch.no_grad():
+        before, plain = examine()
+    options = {"steps": 3, "n": 16, "lr": 0.03, "seed": 1337}
+    with ttt_context.adapt(model, kv, ids, starts, **options), torch.no_grad():
+        after, adapted = examine()
+    assert result["plain"] == plain and result["adapted"] == adapted
+    assert result["held_out_before"] == pytest.approx(before, rel=1e-5)
+    assert result["held_out_after"] == pytest.approx(after, rel=1e-5)
+    assert abs(after - before) > 1e-4
+
+
+def test_an_answer_ends_at_a_stop_token(run, monkeypatch):
+    def scripted(model, caches, T, question, n, limit):
+        yield from [72, 105, 0, 33][:n]
+
+    monkeypatch.setattr(ttt_context, "answer", scripted)
+    assert ttt_context.main([*SMALL, "prompt.txt"])["plain"] == "Hi"
+
+
+def test_stop_ids():
+    ranks = {bytes([i]): i for i in range(256)}
+    plain = tokenizer.BPETokenizer("x", ".", ranks, {})
+    assert ttt_context.stop_ids(plain) == set(), "no end-of-text token"
+    plain.stops = {5, 6}
+    assert ttt_context.stop_ids(plain) == {5, 6}
+    assert ttt_context.stop_ids(tokenizer.ByteTokenizer()) == {0}
+
+
+BAD_FLAGS = [
+    ("", ["--prompt", "--experiment"]),
+    ("--prompt none.txt", ["none.txt"]),
+    ("--prompt empty.txt", ["empty.txt is empty"]),
+    ("--prompt binary", ["binary", "UTF-8"]),
+    ("--prompt nul.txt", ["nul.txt", "NUL"]),
+    ("--prompt .", ["."]),
+    ("--prompt fifo", ["fifo"]),
+    (f"--prompt {'x' * 300}", ["xxx"]),
+    ("--prompt short.txt", ["short.txt has 13 tokens", "128"]),
+    ("--prompt edge.txt --span 16", ["edge.txt has 16 tokens", "16"]),
+    ("--prompt text.txt --span 0", ["--span is 0"]),
+    ("--prompt text.txt --steps -1", ["--steps is -1"]),
+    ("--prompt text.txt --seed -1", ["--seed is -1"]),
+    ("--prompt text.txt --max-tokens 0", ["--max-tokens is 0"]),
+    ("--prompt text.txt --batch-spans 0", ["--batch-spans is 0"]),
+    ("--prompt text.txt --lr 1e38", ["--lr is"]),
+    ("--prompt text.txt --batch-spans 4000000000", ["GB", "--batch-spans"]),
+    ("--prompt text.txt --max-tokens 4000000000", ["GB"]),
+    ("--prompt text.txt --lr nan", ["--lr is nan"]),
+    ("--prompt text.txt --lr inf", ["--lr is inf"]),
+    ("--prompt text.txt --lr -1", ["--lr is -1"]),
+    ("--prompt text.txt --init nowhere", ["nowhere"]),
+    ("--prompt text.txt --dtype fp8", ["fp8", "bf16"]),
+    ("--prompt text.txt --device tpu", ["tpu"]),
+    ("--prompt text.txt --save-queries text.txt", ["text.txt exists"]),
+    ("--prompt text.txt --save-queries no/w.pt", ["no folder no"]),
+    ("--prompt text.txt --stpes 3", ["--stpes"]),
+]
+
+
+def test_refuses_in_one_sentence(run, monkeypatch):
+    Path("empty.txt").write_text("")
+    Path("binary").write_bytes(b"\xff\x00\x01")
+    Path("nul.txt").write_text("a\0b" * 100)
+    Path("short.txt").write_text("boil éclairs")
+    Path("edge.txt").write_text("x" * 16)  # one token of the start, and without a question one less
+    os.mkfifo("fifo")
+    text = Path("text.txt").read_bytes()
+    for flags, parts in BAD_FLAGS:
+        device = [] if "--device" in flags else ["--device", "cpu"]
+        refused([*flags.split(), *device], *parts, main=ttt_context.main)
+    for flag in ("--prompt", "--question", "--init", "--save-queries", "--device", "--out"):
+        refused(["--prompt", "text.txt", flag, ""], f"{flag} is empty", main=ttt_context.main)
+    question = ["--prompt", "text.txt", "--question", "caf\udce9"]
+    refused(question, "caf", "UTF-8", main=ttt_context.main)
+    with monkeypatch.context() as limits:
+        limits.setattr(ttt_context, "PROMPT_LIMIT", 100)
+        refused([*SMALL, "text.txt"], "text.txt", main=ttt_context.main)
+    with monkeypatch.context() as limits:
+        limits.setattr(ttt_context, "free_memory", lambda device: 2**20)
+        refused([*SMALL, "text.txt"], "tokens", "are free", "shorter", main=ttt_context.main)
+    assert Path("text.txt").read_bytes() == text
+    assert {p.name for p in Path("out").iterdir() if not p.name.startswith(".")} == {"a"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_refuses_a_prompt_without_permission(run):
+    os.chmod("prompt.txt", 0)
+    refused([*SMALL, "prompt.txt"], "prompt.txt", main=ttt_context.main)
+
+
+def test_a_byte_order_mark_is_no_text(run):
+    text = Path("prompt.txt").read_bytes()
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    assert ttt_context.read_prompt("marked.txt") == ttt_context.read_prompt("prompt.txt")
+
+
+def test_memory_is_known():
+    free = ttt_context.free_memory(torch.device("cpu"))
+    assert 2**20 < free <= 2**50 or free == float("inf")
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat templates
+
+
+class ChatTokenizer(tokenizer.ByteTokenizer):
+    """Bytes in a chat template, which `render` stands for."""
+
+    chat_template = "a template"
+
+    def __init__(self, render):
+        self.render = render
+
+    def chat(self, messages):
+        return list(self.render(messages[0]["content"]).encode())
+
+
+def test_a_question_is_the_rest_of_the_message():
+    chat = ChatTokenizer(lambda text: f"<user>{text}<end><assistant>")
+    context, question = ttt_context.encode_prompt(chat, "A text.", "Who?")
+    assert bytes(context) == b"<user>A text.\n\n"
+    assert bytes(question) == b"Who?<end><assistant>"
+    chat.render = lambda text: f"<user>{text.strip()}<end>"  # as many templates do
+    context, question = ttt_context.encode_prompt(chat, "A text.", "Who?")
+    assert bytes(context + question) == b"<user>A text.\n\nWho?<end>"
+
+    # without a question, or without a template, it is plain text
+    context, question = ttt_context.encode_prompt(chat, "A text.")
+    assert bytes(context) == b"\0A text" and bytes(question) == b"."
+    for plain in (tokenizer.ByteTokenizer(), ChatTokenizer(None)):
+        plain.chat_template = None
+        context, question = ttt_context.encode_prompt(plain, "A text.", "Who?")
+        assert bytes(context) == b"\0A text." and bytes(question) == b"Who?"
+
+
+def test_a_template_that_fails_is_an_error():
+    def fails(text):
+        raise ValueError("the chat template of x does not work (roles must alternate)")
+
+    with pytest.raises(ValueError, match="roles must alternate"):
+        ttt_context.encode_prompt(ChatTokenizer(fails), "A text.", "Who?")
+    with pytest.raises(ValueError, match="--question"):
+        ttt_context.encode_prompt(ChatTokenizer(lambda text: "Hello"), "A text.", "Who?")
+
+
+def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
+    folder = hf(n_kv_head=2, qk_norm=True)
+    flags = [*SMALL, "text.txt", "--question", "Who?", "--init", str(folder)]
+    text = Path("text.txt").read_text()
+    _, tokenizer = train.load_model(folder)
+    n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
+    result = ttt_context.main(flags)
+    assert result["lr"] == 1e-5, "the weights were trained for long"
+    assert n_tokens < result["context"] < n_tokens + 50, "and the beginning of a turn"
+    settings = folder / "tokenizer_config.json"
+    edit_json(settings, chat_template="{{ raise_exception('not today') }}")
+    refused(flags, "template", "not today", main=ttt_context.main)
+    edit_json(settings, chat_template=None)
+    n_plain = len(tokenizer.encode_ordinary(text))
+    assert 0 <= ttt_context.main(flags)["context"] - n_plain <= 1, "plain text"
+
+
+# --------------------------------------------------------------------------------------------------
+# As a process
+
+
+def test_ctrl_c(run):
+    command = [sys.executable, str(REPOSITORY / "ttt_context.py"), *SMALL, "prompt.txt"]
+    command += ["--steps", "1000000", "--save-queries", "w.pt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    seen = b""
+    while b"adapting" not in seen:
+        part = os.read(process.stderr.fileno(), 1000)
+        assert part, seen
+        seen += part
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and b"Traceback" not in seen + err
+    assert not Path("w.pt").exists() and b"as it is" not in out

@@ -1,0 +1,430 @@
+"""Query-only test-time training: spans, training, answers, cost. The command: test_ttt_command.py."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+import ttt_context
+from tests.common import is_equal, small_gpt
+
+SHAPES = [
+    {},
+    {"n_kv_head": 2, "qk_norm": True, "tied": False},
+    {"n_kv_head": 1, "qkv_bias": True, "n_layer": 3},
+]
+
+
+def long_read(dtype=torch.float64, T=60, room=8, **shape):
+    """Return a GPT, T token ids, its KV caches of them, and the frozen keys and values."""
+    model = small_gpt(dtype, **shape).requires_grad_(False)
+    ids = torch.randint(64, (T,), generator=torch.Generator().manual_seed(3))
+    return model, ids, *ttt_context.prefill(model, ids, room)
+
+
+class WholePrefix:
+    """Attention of all positions over given keys and values: the definition of a frozen cache."""
+
+    length = 0
+
+    def __init__(self, k, v):
+        self.k = k[None].detach()
+        self.v = v[None].detach()
+
+    def attend(self, module, heads):
+        return train.softmax_attention(heads[0], self.k, self.v)
+
+
+def dense_loss(model, kv, ids, starts, n):
+    """The loss of spans by a forward pass over the whole text, all logits, keys and values given."""
+    caches = [WholePrefix(k, v) for k, v in kv]
+    x = model.embed_tokens(ids[None]).to(model.dtype)
+    T, theta = len(ids), model.config.rope_theta
+    cos, sin = train.rope_angles(0, T, model.config.head_dim, theta, ids.device)
+    for layer, cache in zip(model.layers, caches):
+        x = layer(x, cos, sin, cache)
+    weight = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    logits = F.linear(model.norm(x), weight.to(x.dtype))[0]  # (T, V)
+    rows = (starts[:, None] + torch.arange(n)).flatten()
+    return F.cross_entropy(logits[rows], ids[rows + 1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Spans over a frozen cache
+
+
+@pytest.mark.parametrize(
+    "S,n,starts", [(1, 1, [0]), (1, 7, [52]), (3, 5, [0, 54, 21]), (2, 59, [0, 0])], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradient_are_those_of_a_dense_forward(shape, S, n, starts):
+    model, ids, _, kv = long_read(**shape)
+    starts = torch.tensor(starts)
+    logits = model(ids[None])[0]
+    rows = (starts[:, None] + torch.arange(n)).flatten()
+    truth = F.cross_entropy(logits[rows], ids[rows + 1])
+    loss = ttt_context.span_loss(model, kv, ids, starts, n)
+    assert abs(loss - truth) < 1e-10, "before any step it is the plain loss"
+
+    with ttt_context.trainable_queries(model) as weights:
+        for _ in range(2):  # as it was read, and after W_Q has moved
+            ours = torch.autograd.grad(ttt_context.span_loss(model, kv, ids, starts, n), weights)
+            expected = torch.autograd.grad(dense_loss(model, kv, ids, starts, n), weights)
+            for a, b in zip(ours, expected):
+                assert (a - b).abs().max() < 1e-10
+                assert n == 1 or a.abs().max() > 1e-6  # a single key leaves a query no choice
+            with torch.no_grad():
+                for w in weights:
+                    noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+                    w.add_(noise.to(w), alpha=0.1)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_query_sees_the_keys_up_to_its_own_position(group):
+    generator = torch.Generator().manual_seed(0)
+    config = train.GPTConfig(n_head=4, n_kv_head=4 // group, n_embd=32)
+    module = train.Attention(config, "softmax")
+    q = torch.randn(3, 4, 5, 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 4 // group, 20, 8, generator=generator, dtype=torch.float64)
+    starts = torch.tensor([0, 15, 6])
+
+    def attend():
+        return ttt_context.FrozenCache(k, v, starts, is_softmax=True).attend(module, [q])
+
+    o = attend()
+    assert torch.allclose(o, ttt_context.reference(q, k, v, starts), atol=1e-12)
+    for s, h, r in ((0, 0, 0), (1, 3, 4), (2, 2, 1)):
+        seen = starts[s] + r + 1
+        p = (k[h // group, :seen] @ q[s, h, r] / 8**0.5).softmax(0)
+        assert torch.allclose(o[s, h, r], p @ v[h // group, :seen], atol=1e-12)
+
+    # row 3 of the last span is the first to see position 9
+    k[:, 9] = 50
+    v[:, 9] = math.inf
+    assert torch.equal(attend()[0], o[0]), "what lies behind the end of a span"
+    v[:, 9] = 50
+    changed = attend()
+    assert torch.equal(changed[2, :, :3], o[2, :, :3])
+    assert not torch.allclose(changed[2, :, 3], o[2, :, 3])
+
+
+def test_other_attention_functions_keep_their_options():
+    def sharper(q, k, v, factor=1.0):
+        return train.softmax_attention(q * factor, k, v)
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 8, generator=generator)
+    k, v = torch.randn(2, 4, 20, 8, generator=generator)
+    starts = torch.tensor([3, 11])
+    module = train.Attention(train.GPTConfig(n_head=4, n_embd=32), "softmax")
+    module.function = sharper
+    module.options = {"factor": 3.0}
+    o = ttt_context.FrozenCache(k, v, starts, is_softmax=False).attend(module, [q])
+    assert torch.allclose(o, ttt_context.reference(3 * q, k, v, starts), atol=1e-6)
+
+
+@pytest.mark.parametrize("attn", ["laser", "softmax,laser"])
+def test_works_with_attention_that_keeps_every_position(attn):
+    pytest.importorskip("laser")
+    model, ids, _, kv = long_read(attn=attn)
+    starts = torch.tensor([20, 3])
+    logits = model(ids[None])[0]
+    rows = (starts[:, None] + torch.arange(9)).flatten()
+    truth = F.cross_entropy(logits[rows], ids[rows + 1])
+    assert abs(ttt_context.span_loss(model, kv, ids, starts, 9) - truth) < 1e-6
+
+
+def test_refuses_attention_that_forgets():
+    pytest.importorskip("simplicial")
+    shape = {"vocab_size": 64, "n_layer": 1, "n_embd": 32, "n_head": 2}
+    model = train.GPT(train.GPTConfig(attn="simplicial", **shape))
+    with pytest.raises(ValueError, match="every position"):
+        ttt_context.prefill(model, torch.arange(20))
+    model = train.GPT(train.GPTConfig(**shape))
+    model.layers[0].self_attn.windows = [None, 8]
+    with pytest.raises(ValueError, match="every position"):
+        ttt_context.prefill(model, torch.arange(20))
+
+
+@pytest.mark.parametrize(
+    "starts,n", [([52], 8), ([-1], 8), ([3, 52], 8), ([], 8), ([0], 0), ([0], 60)]
+)
+def test_refuses_spans_that_do_not_fit(starts, n):
+    model, ids, _, kv = long_read(torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        ttt_context.span_loss(model, kv, ids, torch.tensor(starts, dtype=torch.int64), n)
+    assert ttt_context.span_loss(model, kv, ids, torch.tensor([51]), 8).isfinite()  # the last one
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_trains_the_queries_alone_and_gives_the_model_back():
+    model, ids, caches, kv = long_read(torch.float32, n_kv_head=2, qkv_bias=True)
+    model.requires_grad_(True)
+    model.norm.weight.requires_grad_(False)
+    names = [f"layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    frozen = [t.clone() for pair in kv for t in pair]
+
+    def reply():
+        return list(ttt_context.answer(model, caches, 60, [1, 2], 6))
+
+    pointers = [p.data_ptr() for p in model.parameters()]
+    plain = reply()
+    logits = model(ids[None])
+    starts = ttt_context.split_spans(60, 8)[1]
+    options = {"steps": 5, "n": 8, "batch": 2, "lr": 1e-2}
+
+    runs = []
+    for seed in (1, 1, 2):
+        with ttt_context.trainable_queries(model) as weights:
+            losses = list(
+                ttt_context.train_queries(model, weights, kv, ids, starts, seed=seed, **options)
+            )
+            now = model.state_dict()
+            assert [name for name in now if not torch.equal(now[name], before[name])] == names
+            assert all((p.grad is not None) == (k in names) for k, p in model.named_parameters())
+            runs.append([losses, [w.detach().clone() for w in weights], reply()])
+        assert is_equal(dict(model.state_dict()), before)
+        assert [p.data_ptr() for p in model.parameters()] == pointers
+        for name, p in model.named_parameters():
+            assert p.grad is None and p.requires_grad == (name != "norm.weight")
+        assert torch.equal(model(ids[None]), logits)
+        assert is_equal([t for pair in kv for t in pair], frozen), "the cache"
+        assert reply() == plain
+    assert is_equal(runs[0], runs[1]) and runs[0][0] != runs[2][0]
+
+    with pytest.raises(KeyError), ttt_context.trainable_queries(model) as weights:
+        weights[0].data.zero_()
+        raise KeyError
+    assert is_equal(dict(model.state_dict()), before)
+
+
+def test_adapt_is_training_and_a_model_given_back():
+    model, ids, _, kv = long_read(torch.float32, T=200)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    options = {"n": 16, "lr": 1e-2, "seed": 5}
+    with ttt_context.adapt(model, kv, ids, steps=3, **options) as weights:
+        ours = [w.detach().clone() for w in weights]
+    assert is_equal(dict(model.state_dict()), before)
+    with ttt_context.trainable_queries(model) as weights:
+        starts = torch.arange(200 - 16)  # anywhere
+        list(ttt_context.train_queries(model, weights, kv, ids, starts, steps=3, **options))
+        assert is_equal(ours, [w.detach() for w in weights])
+    with ttt_context.adapt(model, kv, ids, torch.tensor([7]), steps=3, **options) as weights:
+        assert not torch.equal(weights[0], ours[0]), "other spans"
+    with ttt_context.adapt(model, kv, ids, lr=1e-2) as weights:  # the paper's 32 steps of 128
+        moved = (weights[0] - before["layers.0.self_attn.q_proj.weight"]).abs().max()
+        assert 0.05 < moved < 0.4
+
+
+def test_steps_are_adamw_with_decay_and_clipping():
+    """The weights after 5 steps equal those of AdamW written out, in float64."""
+    model, ids, _, kv = long_read(tied=False)
+    model.lm_head.weight.mul_(8)  # gradients above and below the clip
+    starts = torch.tensor([0, 51])
+    options = {"steps": 5, "n": 8, "lr": 3e-2, "seed": 4}
+    with ttt_context.trainable_queries(model) as weights:
+        draws = []
+        for loss in ttt_context.train_queries(model, weights, kv, ids, starts, **options):
+            draws.append(loss)
+        ours = [w.detach().clone() for w in weights]
+
+    def by_hand(weight_decay, max_norm, beta2=0.999):
+        with ttt_context.trainable_queries(model) as weights:
+            m = [torch.zeros_like(w) for w in weights]
+            s = [torch.zeros_like(w) for w in weights]
+            norms = []
+            for t, seen in enumerate(draws, 1):
+                losses = [dense_loss(model, kv, ids, start[None], 8) for start in starts]
+                loss = min(losses, key=lambda x: abs(x.item() - seen))  # the span that was drawn
+                grads = torch.autograd.grad(loss, weights)
+                norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+                norms.append(norm)
+                scale = min(1.0, max_norm / (norm + 1e-6))
+                for i, (w, g) in enumerate(zip(weights, grads)):
+                    m[i] = 0.9 * m[i] + 0.1 * scale * g
+                    s[i] = beta2 * s[i] + (1 - beta2) * (scale * g) ** 2
+                    step = (m[i] / (1 - 0.9**t)) / ((s[i] / (1 - beta2**t)).sqrt() + 1e-8)
+                    w.data = w.data * (1 - 3e-2 * weight_decay) - 3e-2 * step
+            assert max(norms) > 1.5 and len({round(x, 3) for x in norms}) > 2
+            return [w.detach().clone() for w in weights]
+
+    def distance(a, b):
+        return max((x - y).abs().max().item() for x, y in zip(a, b))
+
+    assert distance(ours, by_hand(0.01, 1.0)) < 1e-9
+    assert distance(ours, by_hand(0.0, 1.0)) > 1e-5, "weight decay matters here"
+    assert distance(ours, by_hand(0.01, math.inf)) > 1e-5, "clipping matters here"
+
+
+def test_every_span_is_drawn_and_texts_do_not_share_draws():
+    model, ids, _, kv = long_read(torch.float32)
+    starts = torch.tensor([0, 17, 30, 51])
+    losses = [ttt_context.span_loss(model, kv, ids, t[None], 8).item() for t in starts]
+    with ttt_context.trainable_queries(model) as weights:
+
+        def draws(ids, seed=0, steps=60, starts=starts, **options):
+            steps = ttt_context.train_queries(
+                model, weights, kv, ids, starts, steps=steps, n=8, lr=0.0, seed=seed, **options
+            )
+            return list(steps)
+
+        found = [min(range(4), key=lambda i: abs(losses[i] - x)) for x in draws(ids)]
+        assert {found.count(i) > 5 for i in range(4)} == {True}, "each of four in 60 draws"
+        assert draws(ids, steps=2, starts=starts[-1:]) == pytest.approx([losses[3]] * 2, rel=1e-5)
+        other = ids.clone()
+        other[-1] = (other[-1] + 1) % 64  # only a target of the last span
+        found_there = [min(range(4), key=lambda i: abs(losses[i] - x)) for x in draws(other)]
+        assert found_there[:20] != found[:20], "another text"
+        assert draws(ids, seed=1)[:20] != draws(ids)[:20], "another seed"
+
+        # a batch of spans is their mean
+        pairs = {round((a + b) / 2, 4) for a in losses for b in losses}
+        assert {round(x, 4) for x in draws(ids, batch=2)} <= pairs
+
+
+def test_no_held_out_target_is_trained_on():
+    for T, n in (
+        (60, 8),
+        (25, 8),
+        (24, 8),
+        (9, 8),
+        (4, 1),
+        (3, 1),
+        (300, 7),
+        (1000, 8),
+        (5000, 128),
+    ):
+        held_out, starts = ttt_context.split_spans(T, n)
+        held_out = held_out.tolist()
+        apart = [t for t in range(T - n) if all(abs(t - h) >= n for h in held_out)]
+        assert starts.tolist() == apart and apart, (T, n)
+        assert len(held_out) == min(8, max((T - 1) // (8 * n), T > 3 * n)), (T, n)
+        assert all(0 <= h < T - n for h in held_out)
+    assert ttt_context.split_spans(1000, 8)[0].tolist() == [
+        round((i + 0.5) * 991 / 8) for i in range(8)
+    ]
+    assert ttt_context.split_spans(9, 8)[1].tolist() == [0], "the only span"
+
+
+def test_bfloat16_queries_are_kept_in_float32():
+    model, ids, _, _ = long_read(torch.float32)
+    model = model.to(torch.bfloat16)
+    model.dtype = torch.bfloat16
+    _, kv = ttt_context.prefill(model, ids)
+    before = model.layers[0].self_attn.q_proj.weight.clone()
+    with ttt_context.adapt(model, kv, ids, steps=2, n=9, lr=1e-6) as weights:
+        assert weights[0].dtype == torch.float32
+        assert 0 < (weights[0] - before.float()).abs().max() < 1e-4
+    assert torch.equal(model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    model, ids, _, kv = long_read(torch.float32)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="--lr"):
+        with ttt_context.adapt(model, kv, ids, n=8, lr=1e30):
+            pass
+    assert is_equal(dict(model.state_dict()), before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers, theory, cost
+
+
+def test_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():
+    model, ids, caches, kv = long_read(T=40)
+    question = [7, 9, 3]
+    text = ids.tolist() + question
+    for _ in range(6):
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+
+    def reply(n=6, limit=None):
+        return list(ttt_context.answer(model, caches, 40, question, n, limit))
+
+    assert reply() == text[43:]
+    assert reply(3) == text[43:46] and reply() == text[43:], "whatever was asked before"
+    limit = max(text[43:])
+    assert all(token < limit for token in reply(limit=limit)), "ids from the limit on are padding"
+    with ttt_context.adapt(model, kv, ids, torch.arange(32), steps=3, n=8, lr=0.0):
+        assert reply() == text[43:]
+
+
+def test_theory():
+    generator = torch.Generator().manual_seed(0)
+    needle = 3
+    for T in (10, 100, 1000):
+        k = torch.randn(T, 16, dtype=torch.float64, generator=generator)
+        q = torch.zeros(16, dtype=torch.float64, requires_grad=True)
+
+        def margin(q, k=k):
+            z = k @ q / 4
+            others = torch.cat([z[:needle], z[needle + 1 :]])
+            return (z[needle] - others.logsumexp(0)).item()
+
+        loss = -(k @ q / 4).log_softmax(0)[needle]
+        (grad,) = torch.autograd.grad(loss, q)
+        p = (k @ q.detach() / 4).softmax(0)
+        assert torch.allclose(grad, (p @ k - k[needle]) / 4, atol=1e-12)
+        assert margin(q.detach() - 0.1 * grad) > margin(q.detach())
+
+        # equal distractors: the bound on the margin is tight
+        e = 0.1
+        z = torch.zeros(T, dtype=torch.float64)
+        z[needle] = math.log((T - 1) * (1 - e) / e)
+        assert abs(z.softmax(0)[needle] - (1 - e)) < 1e-12
+
+        # dilution: m distractors within d = 1
+        z = torch.randn(T, dtype=torch.float64, generator=generator)
+        m = (z >= z[needle] - 1).sum() - 1
+        assert z.softmax(0)[needle] <= 1 / (1 + m * math.exp(-1)) + 1e-12
+
+
+class DenseCache(ttt_context.FrozenCache):
+    """Attention by its definition, whose products PyTorch's counter knows."""
+
+    def attend(self, module, heads):
+        return ttt_context.reference(heads[0], self.k, self.v, self.starts)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_flops_are_those_pytorch_counts(shape, monkeypatch):
+    model, ids, _, kv = long_read(torch.float32, T=40, **shape)
+    monkeypatch.setattr(ttt_context, "FrozenCache", DenseCache)
+    c = model.config
+    n = 9
+    keys = n * 40  # a text of 79 tokens shows 40 on average
+    head_width = c.n_layer * c.n_head * c.head_dim
+    with ttt_context.trainable_queries(model), FlopCounterMode(display=False) as counter:
+        ttt_context.span_loss(model, kv, ids, torch.tensor([20]), n).backward()
+    # dense attention keeps P for the backward pass, which a kernel computes again;
+    # the layers project keys and values that are not used
+    projected = 2 * n * 2 * c.n_layer * c.n_kv_head * c.head_dim * c.n_embd
+    counted = counter.get_total_flops() - projected
+    assert counted == ttt_context.flops_of_spans(model, n, 79) - 2 * head_width * keys
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids[None, :1])
+    difference = counter.get_total_flops() - ttt_context.flops_of_tokens(model, 0, 1)
+    assert abs(difference) <= 4 * head_width  # torch may not count the attention to one key
+    generated = [ttt_context.flops_of_tokens(model, 50 + i, 1) for i in range(7)]
+    assert ttt_context.flops_of_tokens(model, 50, 7) == sum(generated)
+    assert generated[1] - generated[0] == 4 * head_width, "one more key"
+
+
+def test_thinking_tokens_are_as_many_as_fit():
+    model = small_gpt()
+    for flops in (0, 1e6, 1e8):
+        counts = []
+        for T in (10, 1000, 10**6):
+            count = ttt_context.thinking_tokens(model, T, flops)
+            counts.append(count)
+            assert ttt_context.flops_of_tokens(model, T, count) <= flops
+            assert flops < ttt_context.flops_of_tokens(model, T, count + 1)
+        assert sorted(counts, reverse=True) == counts

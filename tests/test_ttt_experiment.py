@@ -1,0 +1,419 @@
+"""The query-only sandbox: streams, models, variants, the study at tiny size."""
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+import ttt_context
+from experiments import bench_ttt
+from experiments import ttt_context as experiment
+from experiments import ttt_sandbox as sandbox
+from tests.common import DEVICE, refused, small_gpt
+
+SMALL = copy.deepcopy(experiment.RECIPE)
+SMALL |= {"names": 16, "values": 4, "questions": 12}
+TINY = copy.deepcopy(experiment.RECIPE)
+TINY |= {"shape": {"n_layer": 2, "n_head": 2, "head_dim": 16, "n_embd": 32}, "names": 32}
+TINY |= {"train": {"steps": 2, "batch": 4, "tokens": 48, "lr": 1e-2, "lessons": 8}}
+TINY |= {"seeds": [1, 2], "lengths": [60, 120], "questions": 3, "steps": 2, "span": 16}
+TINY |= {"lrs": {"trained queries": [1e-3, 1e-2], "fitted temperature": [1e-1]}}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def long_read(T=40, **shape):
+    """Return a GPT in float64, T token ids, and their frozen keys and values."""
+    model = small_gpt(torch.float64, **shape).requires_grad_(False)
+    ids = torch.randint(64, (T,), generator=generator(3))
+    return model, ids, ttt_context.prefill(model, ids)[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize("task", sandbox.TASKS)
+def test_records_are_what_they_say(task, kind):
+    ids, follows, questions = sandbox.stream(task, 600, SMALL, generator(kind), 12, kind)
+    tails, answers, needles = (t.tolist() for t in questions)
+    records = ids.view(-1, 3).tolist()
+    assert len(records) == 200 and len(tails) == 12
+
+    def key_of(a, b):
+        return (a, b) if task == "records" else (a, b)[kind - 1]
+
+    values = {}
+    for (a, b, value), marks in zip(records, follows.view(-1, 3).tolist()):
+        assert a < 16 <= b < 32 <= value < 36
+        key = key_of(a, b)
+        assert marks == [False, False, key in values]
+        assert values.setdefault(key, value) == value
+    assert len(set(values.values())) > 1 and follows.any()
+    for tail, answer, needle in zip(tails, answers, needles):
+        same = [key_of(a, b) == key_of(*tail) for a, b, _ in records]
+        assert answer == [values[key_of(*tail)]]
+        assert needle == [x for is_same in same for x in (False, False, is_same)]
+        assert task == "columns" or sum(same) == 1, "a pair that occurs once"
+    if task == "columns":
+        assert any([*tail, *answer] not in records for tail, answer in zip(tails, answers))
+
+
+def test_lessons_end_in_answered_questions():
+    for i in range(20):
+        ids, follows = sandbox.lesson(sandbox.TASKS[i % 2], 96, SMALL, generator(i))
+        assert len(ids) == len(follows) == 97
+        n_context = 97 - 16 - (97 - 16) % 3
+        asked = ids[n_context:][:15].view(-1, 3)
+        assert follows[n_context:][:15].view(-1, 3).tolist() == [[False, False, True]] * 5
+        records = ids[:n_context].view(-1, 3).tolist()
+        if i % 2 == 0:
+            assert all(record in records for record in asked.tolist())
+        else:  # the value is that of one of its two keys
+            for a, b, value in asked.tolist():
+                assert any((a == r[0] or b == r[1]) and value == r[2] for r in records)
+    kinds = [
+        sandbox.lesson("columns", 96, SMALL, generator(i))[0][:81].view(-1, 3) for i in range(9)
+    ]
+    decides = [
+        len({(a, v) for a, _, v in k.tolist()}) == len({a for a, _, _ in k.tolist()}) for k in kinds
+    ]
+    assert {True, False} == set(decides), "either column counts"
+
+
+def test_renaming_keeps_what_is_equal():
+    ids = torch.stack([sandbox.lesson("records", 96, SMALL, generator(i))[0] for i in range(3)])
+    other = sandbox.rename(ids, SMALL, generator())
+    for a, b in zip(ids, other):
+        assert torch.equal(a[:, None] == a, b[:, None] == b) and not torch.equal(a, b)
+    for low, high in ((0, 16), (16, 32), (32, 36)):
+        inside = (ids >= low) & (ids < high)
+        assert inside.any() and torch.equal(inside, (other >= low) & (other < high))
+    same = sandbox.rename(ids[:1].repeat(2, 1), SMALL, generator())
+    assert not torch.equal(same[0], same[1]), "different names in each sequence"
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and questions
+
+
+def test_shift_looks_back():
+    q = torch.randn(3, 4, 5, 8, generator=generator())
+    k, v = torch.randn(2, 3, 2, 14, 8, generator=generator())
+    y = sandbox.shift(q, k, v)  # the 5 queries are the last of 14 positions
+    for h in range(4):
+        assert torch.equal(y[:, h], v[:, h // 2, 9 - h - 1 : 14 - h - 1])
+    start = sandbox.shift(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "before the start"
+
+
+@pytest.mark.parametrize("norm", sandbox.NORMS)
+def test_models_alternate_and_know_no_positions(norm):
+    model = sandbox.build_model(TINY, norm, 1)
+    functions = [layer.self_attn.function for layer in model.layers]
+    assert functions == [sandbox.shift, train.softmax_attention]
+    assert isinstance(model.layers[1].self_attn.q_norm, train.RMSNorm) == (norm == "QK-norm")
+    attention = model.layers[1].self_attn
+    x = torch.randn(1, 7, 32, generator=generator())
+    cos, sin = train.rope_angles(3, 7, 16, 1e4, "cpu")
+    y = attention(x, cos, sin)
+    assert torch.equal(y, attention(x, torch.ones_like(cos), torch.zeros_like(sin)))
+    # one of two layers attends
+    one_more_key = [ttt_context.flops_of_tokens(model, T, 1) for T in (10, 11)]
+    assert one_more_key[1] - one_more_key[0] == 4 * 2 * 16
+    same = sandbox.build_model(TINY, norm, 1)
+    other = sandbox.build_model(TINY, norm, 2)
+    weight = model.embed_tokens.weight
+    assert torch.equal(weight, same.embed_tokens.weight)
+    assert not torch.equal(weight, other.embed_tokens.weight)
+
+
+def test_training_lowers_the_loss():
+    recipe = copy.deepcopy(TINY)
+    recipe["train"] |= {"steps": 60, "batch": 16, "lessons": 64}
+    ids, follows = sandbox.lesson("records", 48, recipe, generator(77))
+    targets = ids[1:].masked_fill(~follows[1:], -1)[None]
+    losses = []
+    for steps in (1, 60):
+        recipe["train"]["steps"] = steps
+        model = sandbox.train_model(recipe, "QK-norm", 1)
+        losses.append(model(ids[None, :-1], targets).item())
+        assert not model.training
+    assert losses[1] < losses[0] - 0.2, losses
+
+
+def test_reads_on_as_a_plain_forward_does():
+    model, ids, kv = long_read(n_kv_head=2, qk_norm=True)
+    tails = torch.tensor([[7, 9], [1, 2]])
+    needles = torch.arange(40) % 3 == torch.tensor([[0], [1]])
+    logits, mass = experiment.read(model, kv, tails, needles)
+    for tail, row in zip(tails, logits):
+        assert torch.allclose(row, model(torch.cat([ids, tail])[None])[0, -1], atol=1e-10)
+    assert mass.shape == (2, 8)
+
+    # the best head of all layers, on average over the questions
+    best = mass.mean(0).argmax()
+    answers = logits.argmax(-1, keepdim=True)
+    found = experiment.score(model, kv, (tails, answers, needles))
+    p = mass[:, best]
+    assert found["accuracy"] == 1 and abs(found["mass"] - p.mean()) < 1e-12
+    assert abs(found["margin"] - (p / (1 - p)).log().mean()) < 1e-12
+    wrong = answers + torch.tensor([[0], [1]])
+    assert experiment.score(model, kv, (tails, wrong, needles))["accuracy"] == 0.5
+
+
+def test_needle_mass_is_that_of_the_softmax():
+    k, v = torch.randn(2, 2, 9, 8, generator=generator(), dtype=torch.float64)
+    q = torch.randn(3, 4, 5, 8, generator=generator(), dtype=torch.float64)
+    new_k, new_v = torch.randn(2, 3, 2, 5, 8, generator=generator(), dtype=torch.float64)
+    needles = torch.rand(3, 9, generator=generator()) < 0.3
+    config = train.GPTConfig(n_head=4, n_kv_head=2, n_embd=32)
+    module = train.Attention(config, "softmax")
+    cache = experiment.TailCache(k, v, needles)
+    y = cache.attend(module, [q, new_k, new_v])
+    whole_k, whole_v = (
+        torch.cat([old.expand(3, -1, -1, -1), new], dim=2) for old, new in ((k, new_k), (v, new_v))
+    )  # (3, 2, 14, 8)
+    assert torch.allclose(y, train.softmax_attention(q, whole_k, whole_v), atol=1e-12)
+    is_needle = F.pad(needles.double(), (0, 5))[:, None, :, None].expand(-1, 2, -1, 8)
+    mass = train.softmax_attention(q, whole_k, is_needle)[:, :, -1, 0]
+    assert torch.allclose(cache.needle_mass, mass, atol=1e-12)
+    module.function = sandbox.shift
+    cache = experiment.TailCache(k, v, needles)
+    y = cache.attend(module, [q, new_k, new_v])
+    assert torch.equal(y, sandbox.shift(q, whole_k, whole_v)) and cache.needle_mass is None
+
+
+def test_votes_of_many_samples(monkeypatch):
+    """Of 0.6, 0.3 and 0.1 the first wins most of the time with many samples, 60% with one."""
+    p = torch.tensor([0.0, 0.6, 0.3, 0.1]).repeat(400, 1)
+    monkeypatch.setattr(experiment, "read", lambda *args: (p.log(), None))
+    questions = (None, torch.ones(400, 1, dtype=torch.int64), None)
+    found = [
+        experiment.vote(None, None, questions, n, generator())["accuracy"] for n in (1, 9, 301)
+    ]
+    assert 0.5 < found[0] < 0.7 < found[1] < 0.97 and found[2] > 0.99
+
+
+# --------------------------------------------------------------------------------------------------
+# What is trained
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_temperatures_and_what_a_norm_takes_away(norm):
+    model, ids, kv = long_read(qk_norm=norm)
+    tails = torch.tensor([[7, 9, 3]])
+    needles = torch.zeros(1, 40, dtype=torch.bool)
+
+    def logits():
+        return experiment.read(model, kv, tails, needles)[0]
+
+    plain = logits()
+    with experiment.temperatures(model) as logs:
+        assert torch.allclose(logits(), plain, atol=1e-12)
+        assert [log.shape for log in logs] == [(4, 1)] * 2
+        steps = ttt_context.train_queries(
+            model, logs, kv, ids, torch.arange(20), steps=3, n=16, lr=0.1
+        )
+        assert len(list(steps)) == 3
+        assert all(log.abs().max() > 0 for log in logs)
+        assert all(p.grad is None for p in model.parameters())
+    with experiment.temperatures(model, 3.0):
+        sharp = logits()
+    assert (sharp - plain).abs().max() > 0.1
+
+    # logits times 3: without a norm the same as three times W_Q, behind a norm that does nothing
+    with ttt_context.trainable_queries(model) as weights, torch.no_grad():
+        for w in weights:
+            w.mul_(3)
+        louder = logits()
+    expected, atol = (plain, 1e-4) if norm else (sharp, 1e-10)
+    assert torch.allclose(louder, expected, atol=atol)
+    assert torch.equal(logits(), plain) and not model.layers[0].self_attn.q_norm._forward_hooks
+
+
+@pytest.mark.parametrize("variant", ["trained queries", "fitted temperature"])
+def test_fitted_values_are_put_back_and_taken_away(variant):
+    model, ids, kv = long_read(T=60)
+    recipe = {**TINY, "span": 16, "steps": 3}
+    values = experiment.fit(model, variant, kv, ids, recipe, 1e-2)
+    with experiment.TRAINED[variant](model) as weights:
+        starts = torch.arange(60 - 16)
+        list(ttt_context.train_queries(model, weights, kv, ids, starts, steps=3, n=16, lr=1e-2))
+        assert all(map(torch.equal, values, weights))
+    with experiment.fitted(model, variant, values):
+        starts = torch.tensor([20])
+        inside = ttt_context.span_loss(model, kv, ids, starts, 16)
+    assert inside != ttt_context.span_loss(model, kv, ids, starts, 16)
+
+
+def test_variants_get_what_they_are_called(monkeypatch):
+    """Which context's queries, which factor, how many samples."""
+    calls = {"fit": [], "score": [], "vote": [], "factors": []}
+    recipe = {**TINY, "contexts": 4, "train": {**TINY["train"], "tokens": 60}}
+    model = sandbox.build_model(recipe, "no QK-norm", 1)
+    temperatures = experiment.temperatures
+
+    def fit(model, variant, kv, ids, recipe, lr):
+        calls["fit"].append((variant, lr))
+        return [(variant, tuple(ids.tolist()))]
+
+    class fitted:
+        current = None
+
+        def __init__(self, model, variant, values):
+            self.values = values
+
+        def __enter__(self):
+            fitted.current = self.values
+
+        def __exit__(self, *_):
+            fitted.current = None
+
+    def score(model, kv, questions):
+        calls["score"].append((fitted.current, questions))
+        return {"accuracy": 0.5, "mass": 0.5, "margin": 0.0}
+
+    def vote(model, kv, questions, n_samples, generator):
+        calls["vote"].append(n_samples)
+        return {"accuracy": 0.5}
+
+    def spy(model, factor=1.0):
+        calls["factors"].append(factor)
+        return temperatures(model, factor)
+
+    for name, function in (("fit", fit), ("fitted", fitted), ("score", score), ("vote", vote)):
+        monkeypatch.setattr(experiment, name, function)
+    monkeypatch.setattr(experiment, "temperatures", spy)
+    lrs = {"trained queries": 1e-3, "fitted temperature": 1e-1}
+    monkeypatch.setattr(experiment, "choose_rates", lambda *args: lrs)
+    found = experiment.compare_variants(model, "columns", 120, recipe, 1)
+    assert set(found) == set(experiment.VARIANTS) and calls["fit"][:2] == list(lrs.items())
+    assert all(len(scores["accuracy"]) == 4 for scores in found.values())
+    assert calls["factors"] == [math.log(120) / math.log(60)] * 4
+    n_samples = ttt_context.thinking_tokens(
+        model, 120, ttt_context.flops_of_spans(model, 2 * 16, 120)
+    )
+    assert calls["vote"] == [n_samples] * 4 and n_samples > 10
+
+    ids = [experiment.make_context("columns", recipe, 120, 1, c)[0].tolist() for c in range(4)]
+    for c in range(4):
+        owners = []
+        for values, questions in calls["score"][6 * c : 6 * c + 6]:
+            expected = experiment.make_context("columns", recipe, 120, 1, c)[1]
+            assert torch.equal(questions[0], expected[0]), "its own questions"
+            owners.append(values and (values[0][0], ids.index(list(values[0][1]))))
+        queries = "trained queries"
+        expected = [None, None, ("fitted temperature", c)]
+        assert owners == expected + [(queries, c), (queries, c ^ 1), (queries, c ^ 2)]
+    found = experiment.compare_variants(model, "records", 60, recipe, 1)
+    assert "other-kind queries" not in found
+    found = experiment.compare_variants(model, "records", 30, recipe, 1)
+    assert calls["factors"][-1] == 1.0, "short contexts are not flattened"
+
+
+def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
+    seen = []
+    original = experiment.make_context
+
+    def spy(task, recipe, T, seed, c):
+        seen.append((seed, c))
+        return original(task, recipe, T, seed, c)
+
+    model = sandbox.build_model(TINY, "no QK-norm", 1)
+    accuracies = {1e-3: 0.5, 1e-2: 0.75, 1e-1: 0.1}
+    tried = []
+
+    def fit(model, variant, kv, ids, recipe, lr):
+        tried.append(lr)
+        return [torch.zeros(1)] * 0
+
+    monkeypatch.setattr(experiment, "make_context", spy)
+    monkeypatch.setattr(experiment, "fit", fit)
+    monkeypatch.setattr(experiment, "score", lambda *args: {"accuracy": accuracies[tried[-1]]})
+    chosen = experiment.choose_rates(model, "columns", 60, TINY)
+    assert chosen == {"trained queries": 1e-2, "fitted temperature": 1e-1}
+    assert seen == [(0, 0), (0, 2)], "seed 0, one context of each kind"
+    accuracies[1e-3] = 0.75
+    assert experiment.choose_rates(model, "columns", 60, TINY)["trained queries"] == 1e-3, "a tie"
+
+
+# --------------------------------------------------------------------------------------------------
+# The study
+
+
+def test_differences_are_paired_by_seed():
+    def scores(accuracy, lr=None):
+        return {"accuracy": accuracy, "lr": lr}
+
+    results = []
+    for seed, (ours, theirs) in enumerate((([0.5, 1.0], [0.5, 0.5]), ([0.2, 0.4], [0.1, 0.1]))):
+        found = {"trained queries": scores(ours, 1e-3), "fitted temperature": scores(theirs, 0.1)}
+        results.append((seed, {"records, QK-norm, 96": found}))
+    variants, differences = experiment.summarize(results)
+    assert list(differences) == ["records, QK-norm, 96: trained queries"]
+    (difference,) = differences.values()
+    assert difference["mean"] == pytest.approx((0.25 + 0.2) / 2) and difference["n"] == 2
+    half_width = 12.706 * 0.05 / 2  # Student's t, one degree of freedom
+    assert difference["half_width_95"] == pytest.approx(half_width, rel=1e-3)
+    entry = variants["records, QK-norm, 96: trained queries"]
+    assert [run["value"] for run in entry["runs"]] == pytest.approx([0.75, 0.3])
+    assert entry["sweep"] == {"seed 0": 1e-3, "seed 1": 1e-3}
+
+
+def test_study(tiny, monkeypatch, capsys):
+    def one_after_the_other(function, jobs, **options):
+        return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
+
+    monkeypatch.setattr(experiment.harness, "parallel", one_after_the_other)
+    monkeypatch.setattr(experiment, "RECIPE", TINY)
+    result = ttt_context.main(["--experiment", "--out", "shown"])
+    assert {p.name for p in Path("shown").iterdir()} == {
+        "ttt_context-cpu.json",
+        "ttt_context-cpu.png",
+    }
+    saved = json.loads(Path("shown/ttt_context-cpu.json").read_text())
+    assert saved["variants"] == result["variants"] and saved["seconds"] > 0
+    for key in ("command", "commit", "hardware", "versions", "question", "metric", "baseline"):
+        assert key in saved
+    assert len(saved["variants"]) == 2 * 2 * (6 + 7) and len(saved["differences"]) == 2 * 2 * (
+        5 + 6
+    )
+    for name, entry in saved["variants"].items():
+        assert [run["seed"] for run in entry["runs"]] == [1, 2], name
+        for run in entry["runs"]:
+            assert len(run["accuracy"]) == 4
+            assert run["value"] == pytest.approx(sum(run["accuracy"]) / 4)
+    assert "trained queries" in capsys.readouterr().out and not Path(experiment.CACHE).exists()
+    refused(["--full"], "--full", main=experiment.main)
+
+
+# --------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def test_bench(tmp_path, monkeypatch):
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "vocab_size": 64}
+    monkeypatch.setitem(bench_ttt.SHAPES, "tiny", {**shape, "qk_norm": True})
+    monkeypatch.setattr(bench_ttt, "TOKENS_TIMED", 5)
+    flags = ["--shape", "tiny", "--device", DEVICE, "--out", str(tmp_path)]
+    result = bench_ttt.main([*flags, "--context", "300", "--steps", "2", "--span", "16"])
+    saved = json.loads((tmp_path / "ttt_context-bench.json").read_text())
+    assert {key: saved[key] for key in result} == result and saved["command"]
+    model = bench_ttt.random_model("tiny", 400, torch.device("cpu"), torch.float32)
+    assert result["flops"] == ttt_context.flops_of_spans(model, 2 * 16, 300)
+    rule, exact = (result["thinking"][name] for name in ("2 N k", "equal FLOPs"))
+    assert rule["tokens"] == 2 * 2 * 16 and 30 < exact["tokens"] < 64
+    for row in (rule, exact):
+        assert row["seconds"] == pytest.approx(row["tokens"] * result["token_ms"] / 1e3)
+        assert row["over_steps"] == pytest.approx(row["seconds"] / result["steps_seconds"])
+    refused([*flags, "--context", "9", "--span", "9"], "--context", main=bench_ttt.main)
