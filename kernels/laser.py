@@ -670,7 +670,10 @@ def blank(q, k, v):
         q.shape[3],
         torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
     )
-    new = lambda width, dtype: torch.empty(B * Hkv, width, dtype=dtype, device=q.device)
+
+    def new(width, dtype):
+        return torch.empty(B * Hkv, width, dtype=dtype, device=q.device)
+
     return (
         torch.empty_like(q),
         torch.empty_like(v, dtype=e_dtype),
