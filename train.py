@@ -737,8 +737,8 @@ def train_in(out, gpt_config, run, launch, device, origin):
     cache_folder = checkpoint.get_cache_folder(out or Path(launch.out or "out/run"))
     text = data.load_dataset(run.data, tokenizer, T, cache_folder)
     settings = {"model": asdict(gpt_config), "run": asdict(run)}
-    if run.data not in ("stdlib", "python"):  # so that the run can be resumed from any folder
-        settings["run"]["data"] = os.path.abspath(run.data)
+    if run.data not in ("stdlib", "python"):
+        settings["run"]["data"] = os.path.abspath(run.data)  # to resume from any folder
     if launch.resume:
         checkpoint.check_unchanged(saved, [gpt_config, run], text.fingerprint, origin)
 
