@@ -394,6 +394,21 @@ def test_prompts_whose_answer_is_out_of_reach_are_left_out(tmp_path, capsys):
     assert "15 of 30 prompts" in capsys.readouterr().out
 
 
+def test_split_of_answers_by_hand():
+    tokens = np.array([~1, 5, 0] * 5, np.int32)  # prompts at 0, 3, 6, 9, 12; a window is 4 tokens
+    for n_val, expected in [(4, (9, [0, 3], [0])), (6, (9, [0, 3], [0])), (7, (6, [0], [0, 3]))]:
+        boundary, starts, val_starts = data.split_answers(tokens, n_val, 3, "x")
+        assert (boundary, starts.tolist(), val_starts.tolist()) == expected
+    # a window may end with its part; the prompt of four tokens is out of reach of one at T = 3
+    tokens = np.array([~1, 5, 6, 0] * 2 + [~1] * 4 + [5, 0] + [~1, 5, 6, 0] * 2, np.int32)
+    boundary, starts, val_starts = data.split_answers(tokens, 4, 3, "x")
+    assert (boundary, starts.tolist(), val_starts.tolist()) == (18, [0, 4, 14], [0])
+    assert [a.tolist() for a in data.prompts_and_answers(tokens)] == [
+        [0, 4, 8, 14, 18],
+        [1, 5, 12, 15, 19],
+    ]
+
+
 def test_no_answer_within_reach_is_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     for rows in ([("a" * 5000, "b")], [("a" * 5000, str(i)) for i in range(20)]):
