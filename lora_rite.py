@@ -1,12 +1,12 @@
 """LoRA, and LoRA-RITE: an optimizer that does not care how Z = B A is factored (Yen, Si, Meng, Yu,
 Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv 2410.20625).
 
-LoRA freezes a matrix W and trains Z = B A beside it, A (r, n), B (m, r). (B R, R^-1 A) is the same Z
-for every invertible R, yet Adam and LoRA+ take a different step in Z for each R. LoRA-RITE takes the
-same one. With a = A^T, b = B and orthonormal bases Ua, Ub of their columns, a = Ua Ra, b = Ub Rb, it
-measures the gradient of each factor in the basis of the other one, where R cancels but for a
-rotation, and preconditions it there with an r x r second moment. For a (and for b with the letters
-exchanged), at step t:
+LoRA freezes a matrix W and trains Z = B A beside it, A (r, n), B (m, r). (B R, R^-1 A) is the same
+Z for every invertible R, yet Adam and LoRA+ take a different step in Z for each R. LoRA-RITE takes
+the same one. With a = A^T, b = B and orthonormal bases Ua, Ub of their columns, a = Ua Ra,
+b = Ub Rb, it measures the gradient of each factor in the basis of the other one, where R cancels
+but for a rotation, and preconditions it there with an r x r second moment. For a (and for b with
+the letters exchanged), at step t:
 
     h = ga Rb^-1                        the unmagnified gradient, dL/dZ^T Ub
     P = Ub^T Ub,old                     moves the state into the new basis
@@ -15,32 +15,32 @@ exchanged), at step t:
     a <- a - lr (M Rb^-T + weight_decay a)           both factors step from the old ones
 
 h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs. rho, off by default
-(escape), adds back what V loses when it moves between bases. Clipping the raw gradients from outside
-would break the invariance.
+(escape), adds back what V loses when it moves between bases. Clipping the raw gradients from
+outside would break the invariance.
 
-We keep no basis and take no QR: every r x r matrix follows from the Gram matrices of a, b, ga, gb, Ma
-and Mb in float64. Rb may be any root of b^T b (Cholesky's; the symmetric one without the missing
-directions if b is 0 or rank-deficient), and the old b is the new one with the last step undone. The
-released code keeps bases and takes a QR and a pinv for each pair; by default it also skips steps with
-a large h, which freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and it
-takes roots of slightly negative eigenvalues (here clamped).
+Where we depart from the paper: no basis is kept and no QR taken, since every r x r matrix follows
+from Gram matrices of a, b, ga, gb, Ma and Mb in float64. Rb may be any root of b^T b (Cholesky's;
+the symmetric one without the missing directions if b is 0 or rank-deficient), and the old b is the
+new one with the last step undone. The released code skips steps with a large h by default, which
+freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and takes roots of
+slightly negative eigenvalues (here clamped).
 
-Start with B = 0 or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A is
-lr M Rb^-T, inversely proportional to the size of B; multiplied by the step in B, it moves Z by about
-lr^2 / |B|. On the regression of the tests (lr 0.05, Z of norm 20) the first step moves Z by 0.4 from
-B = 0 and by 78 from unit normals times 1e-4. This is the algorithm's, and clip, which bounds
-gradients and not steps, does not prevent it.
+Start with B = 0 or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A
+is lr M Rb^-T, inversely proportional to the size of B; multiplied by the step in B, it moves Z by
+about lr^2 / |B|. On the regression of the tests (lr 0.05, Z of norm 20) the first step moves Z by
+0.4 from B = 0 and by 78 from unit normals times 1e-4. This is the algorithm's own behaviour, and
+clip, which bounds gradients and not steps, does not prevent it.
 
 On a GPU kernels/lora_rite.py takes the step for all pairs in four launches, elsewhere PyTorch does.
 
-    python lora_rite.py             how far Adam, LoRA+ and LoRA-RITE drift when Z is factored otherwise
+    python lora_rite.py             the drift of Adam, LoRA+ and LoRA-RITE between factorizations
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite       fine-tune with it
 """
 
 import hashlib
 import math
-import re
 import warnings
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -65,10 +65,10 @@ def adapt(
 ):
     """Put adapters on linear layers, freeze all else, and return parameter groups for an optimizer.
 
-    targets: ends of the layers' names, separated by "+", each a regular expression that matches
-    whole parts of a name ("q_proj", "layers.0.mlp.*"). alpha: the adapter counts alpha / rank
-    times; 0: once. The first weights depend on the names and torch.initial_seed() alone, so they
-    are the same on any device and in every process.
+    targets: ends of the layers' names, in whole parts, separated by "+"; * stands for any
+    characters and [01] for one of these ("q_proj+layers.0.mlp.*"). alpha: the adapter counts
+    alpha / rank times; 0: once. The first weights depend on the names and torch.initial_seed()
+    alone, so they are the same on any device and in every process.
     """
     seed = torch.initial_seed()
     inject(model, rank, alpha or None, targets.split("+"), seed)
@@ -95,10 +95,7 @@ def find_layers(model, targets):
     linears = linear_layers(model)
     chosen = set()
     for target in targets:
-        try:
-            found = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
-        except re.error as error:
-            raise ValueError(f"the target {target!r} is no regular expression ({error})") from None
+        found = {name for name in linears if fnmatchcase("." + name, f"*.{target}")}
         if not found:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise ValueError(f"no linear layer is called {target!r}; there are {ends or 'none'}")
@@ -184,7 +181,7 @@ def check_called(model, inputs, output):
     for name, linear in adapters(model).items():
         if not linear.lora_called:
             raise ValueError(
-                f"the model does not call its layer {name}, so that an adapter has no effect there; "
+                f"the model does not call its layer {name}, so an adapter has no effect there; "
                 f"choose other targets"
             )
 
@@ -195,7 +192,7 @@ def adapters(model):
 
 
 def adapter_groups(model):
-    """Return one parameter group A, B, A, B, ...; "pair" tells LoRARITE that neighbours are pairs."""
+    """Return one parameter group A, B, A, B, ...; "pair": neighbours belong together."""
     parameters = []
     for linear in adapters(model).values():
         parameters += [linear.lora_A, linear.lora_B]
@@ -204,7 +201,7 @@ def adapter_groups(model):
 
 @torch.no_grad()
 def merge(model):
-    """Add every adapter to its layer's weight and remove it; all stays frozen. Returns the model."""
+    """Add each adapter to its layer's weight and remove it; all stays frozen. Returns the model."""
     for linear in adapters(model).values():
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
@@ -277,8 +274,8 @@ def reference(
 ):  # fmt: skip
     """Take step t = 1, 2, ... with bases by QR. Slow; for tests, in float64.
 
-    pairs: (a (n, r), b (m, r), ga, gb) for each pair; states: two dicts for each, {} at first, changed
-    in place. Returns the new (a, b) for each pair.
+    pairs: (a (n, r), b (m, r), ga, gb) for each pair; states: two dicts for each, {} at first,
+    changed in place. Returns the new (a, b) for each pair.
     """
     d1 = decay(beta1, t)
     d2 = decay(beta2, t)
@@ -336,7 +333,7 @@ class FactorState(NamedTuple):
 
 
 def unpack(packed, rank):
-    """packed (..., 2 r^2 + 5), as it is stored and as the kernel reads it -> FactorState of views"""
+    """packed (..., 2 r^2 + 5), as stored and as the kernel reads it -> FactorState of views"""
     V, root = packed[..., :-5].unflatten(-1, (2, rank, rank)).unbind(-3)  # (..., r, r)
     return FactorState(V, root, *packed[..., -5:].unbind(-1))
 
@@ -389,8 +386,8 @@ def read_factor(parameters, states, is_A):
 def inverse_root(K):
     """Return I with I^T K I = 1 for Gram matrices K (N, r, r), on the directions that exist.
 
-    I is R^-1 of Cholesky's K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 Q^T without the
-    eigenvalues below 1e-12 of the largest; for K = 0, I = 0.
+    I is R^-1 of Cholesky's K = R^T R. Where that has lost its accuracy, I = Q w^-1/2 Q^T without
+    the eigenvalues below 1e-12 of the largest; for K = 0, I = 0.
     """
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
@@ -426,8 +423,8 @@ def update(
 ):  # fmt: skip
     """Take a step: return the new x and M (N, rows, r) and the new FactorState.
 
-    factor, partner: the two sides of the pairs; hh (N, r, r): h^T h before clipping; is_skipped (N,):
-    gradients left out; c (): scale of the gradients by clipping; lr: number or tensor ().
+    factor, partner: the two sides of the pairs; hh (N, r, r): h^T h before clipping; is_skipped
+    (N,): gradients left out; c (): scale of the gradients by clipping; lr: number or tensor ().
     """
     old = factor.state
     dtype = factor.x.dtype
@@ -547,14 +544,14 @@ def check_state(state, p, rank):
         is_good &= bool(numbers.shrink != 0)
     if not is_good:
         raise ValueError(
-            f"the optimizer state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
+            f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
         )
 
 
 class LoRARITE(torch.optim.Optimizer):
     """LoRA-RITE for groups {"params": [A, B, A, B, ...], "pair": True} with A (r, n), B (m, r).
 
-    eps           added to the root of the second moment of the unmagnified gradient, a mean over rows
+    eps           added to the root of the second moment of the unmagnified gradient
     clip          largest norm of the unmagnified gradients of all pairs; 0: never
     skip          leave out a factor's gradient if the RMS of its unmagnified gradient is larger;
                   0: never (1 in the released code)
@@ -564,10 +561,10 @@ class LoRARITE(torch.optim.Optimizer):
                   0); else all steps, as released
     use_kernel    None: on CUDA; True: always (interpreted on a CPU); False: never
 
-    State: M like the parameter, in float32 at least, and "packed" in float64, see `unpack`. The kernel
-    takes contiguous pairs in float32, float16 and bfloat16 up to rank 64 and never waits for the
-    device. A factor without gradient does not move; one whose gradient or its square is not finite
-    does not either, for that step, and counts as skipped.
+    State: M like the parameter, in float32 at least, and "packed" in float64, see `unpack`. The
+    kernel takes contiguous pairs in float32, float16 and bfloat16 up to rank 64 and never waits for
+    the device. A factor without gradient does not move; one whose gradient or its square is not
+    finite does not either, for that step, and counts as skipped.
     ValueError: an option out of range, a parameter without its partner, a device without float64.
     """
 

@@ -5,8 +5,8 @@ by side in float64 and are trained on the same batches; the drift is
 |Z' - Z| / |Z| over all adapters after some steps. An optimizer that is
 invariant under reparametrisation leaves nothing but rounding.
 
-LoRA-RITE is invariant, but not if the raw gradients are clipped before it
-sees them: their norm depends on the factors. AdamW is not, nor is LoRA+
+LoRA-RITE is invariant, also when it clips unmagnified gradients; but not
+if raw ones are clipped before: their norm depends on the factors. AdamW is not, nor is LoRA+
 (Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354), which is AdamW with a
 larger learning rate for B.
 
@@ -39,6 +39,7 @@ from support import data
 
 BASE = "--model tiny --steps 300 --data stdlib --device cpu --sample 0"
 RANK = 4
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEPS = 30
 BATCH_SIZE = 2
 BLOCK_SIZE = 64
@@ -46,11 +47,11 @@ SEEDS = (1, 2, 3, 4)
 LR = 1e-2  # the best of six for each of the three at rank 4, when they adapted the same model
 LORA_PLUS_RATIO = 4.0
 CONDITION = 10.0  # of R
-CLIP = 0.05  # of the raw gradients; they are larger in every step
+CLIP = 0.05  # gradients are larger than this in every step
 
 
 def adamw(groups, ratio=1.0):
-    """AdamW over the groups of `adapter_groups`, with `ratio` times the learning rate for each B."""
+    """AdamW for the groups of `adapter_groups`; each B has `ratio` times the learning rate."""
     sides = []
     for group in groups:
         sides.append({"params": group["params"][::2], "lr": LR})
@@ -66,8 +67,8 @@ def lora_rite(groups):
     return LoRARITE(groups, LR)
 
 
-def lora_rite_unclipped(groups):
-    return LoRARITE(groups, LR, clip=0.0)
+def lora_rite_clipped(groups):
+    return LoRARITE(groups, LR, clip=CLIP)
 
 
 VARIANTS = {  # (optimizer, largest norm of the raw gradients; 0: any)
@@ -76,7 +77,7 @@ VARIANTS = {  # (optimizer, largest norm of the raw gradients; 0: any)
     "LoRA+": (lora_plus, 0.0),
     "LoRA+, gradients clipped": (lora_plus, CLIP),
     "LoRA-RITE": (lora_rite, 0.0),
-    "LoRA-RITE, its own clip off": (lora_rite_unclipped, 0.0),
+    "LoRA-RITE, its own clip": (lora_rite_clipped, 0.0),
     "LoRA-RITE, gradients clipped": (lora_rite, CLIP),
 }
 
@@ -100,9 +101,6 @@ def two_factorizations(base, seed):
         other.lora_A.data = torch.linalg.solve(R, one.lora_A.data)
         other.lora_B.data = one.lora_B.data @ R
     return models
-
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @torch.no_grad()

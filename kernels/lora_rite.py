@@ -14,8 +14,8 @@ Eigenvalues by Jacobi rotations, the r / 2 pairs (i, i ^ k) at once for k = 1 ..
 sweeps at r = 16, up to 19 at 64. Nothing waits for the host.
 
 Memory traffic: 32 bytes per fp32 parameter (AdamW: 28), 0.04 ms for 72 pairs of 2048 x 16 on one
-H200. The r x r work dominates: 0.209 ms (torch 2.11, triton 3.6); fused AdamW 0.103, eager 12. Limits:
-r <= 64, float32, float16 and bfloat16 parameters, below 2^31 elements in a factor.
+H200. The r x r work dominates: 0.209 ms (torch 2.11, triton 3.6); fused AdamW 0.103, eager 12.
+Limits: r <= 64, float32, float16 and bfloat16 parameters, below 2^31 elements in a factor.
 """
 
 import math
@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-# For a rank of up to: rows a tile, rows a program, warps for passes over rows, warps for r x r work. Compiled for sm_80, 90, 100 and 120
-# passes spill nothing on sm_90, r x r work up to 12 bytes there, with escape at r = 64 up to 92.
+# Largest rank: rows per tile, rows per program, warps for passes over rows, warps for r x r work.
+# On sm_90 passes spill nothing, r x r work up to 12 bytes, with escape at r = 64 up to 92.
 CONFIG = {16: (32, 256, 2, 1), 32: (32, 512, 8, 4), 64: (16, 1024, 8, 16)}
 # A row of the table: pointers to x, g (or 0), M, state; rows, first program, number of programs
 COLUMNS = tl.constexpr(7)
@@ -55,8 +55,9 @@ def whole(ptr, R: tl.constexpr):  # where an (R, R) matrix of our own lies
 
 @triton.jit
 def product(a, b, buffer_ptr, size, R: tl.constexpr):
-    """a b in float64, [R, R] each. Where registers would not hold both, they come 16 columns and rows at a time from memory, (2, R, R);
-    size: R, but as a number that the compiler does not know, or it would unroll the loop and hold them all the same."""
+    """a b in float64, [R, R] each. If registers would not hold both, they come 16 columns and rows
+    at a time from memory, (2, R, R). size: R, but as a number that the compiler does not know, or
+    it would unroll the loop and hold them all the same."""
     if R == 16:
         return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
     tl.debug_barrier()  # the last product has been read
@@ -83,7 +84,8 @@ def tile(
 
 @triton.jit
 def span(table_ptr, owner_ptr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """-> this program's side, its row in the table, the first and the end of its rows of x and how many x has."""
+    """-> this program's side, its row of the table, the first and the end of its rows of x, and how
+    many rows x has."""
     pid = tl.program_id(0)
     side = tl.load(owner_ptr + pid)
     row_ptr = table_ptr + side * COLUMNS
@@ -124,8 +126,9 @@ def gram(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """-> x^T y [R, R] of these rows; x^T x if TWICE, which takes what is not finite for 0; and whether anything was that. Tiles are read
-    one ahead: it saves time, and if a product of float64 sees where bfloat16 comes from, Triton 3.6 fails."""
+    """-> x^T y [R, R] of these rows, and whether x is not finite. TWICE: x^T x, with 0 for what is
+    not finite. Tiles are read one ahead: it saves time, and Triton 3.6 fails if a product of
+    float64 sees where bfloat16 comes from."""
     acc, bad = tl.zeros((R, R), tl.float64), tl.zeros((BLOCK, R), tl.int32)
     x = read(x_ptr, start, stop, rows, there, A, RANK, R, BLOCK)
     y = x if TWICE else read(y_ptr, start, stop, rows, there, A, RANK, R, BLOCK)
@@ -231,14 +234,16 @@ def added(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eigen(A, ROUNDS: tl.constexpr, R: tl.constexpr):
-    """A symmetric [R, R] matrix -> w [R], Q [R, R] with A = Q diag(w) Q^T, in no order. ROUNDS: a power of 2; beyond it A is 0."""
+    """A symmetric [R, R] matrix -> w [R], Q [R, R] with A = Q diag(w) Q^T, in no order. ROUNDS: a
+    power of 2; beyond it A is 0."""
     one, i, j = tl.arange(0, R), tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
     Q = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     size = tl.sum(tl.sum(A * A, 1), 0)
     off, sweep = size, 0
     while (off > 1.2e-32 * size) & (sweep < 30):  # 2^-106
         for k in range(1, ROUNDS):
-            # all pairs (i, i ^ k): tan 2 theta = 2 A_ip / (A_pp - A_ii), |theta| <= pi / 4, the angle of p that of i, negative
+            # all pairs (i, p = i ^ k): tan 2 theta = 2 A_ip / (A_pp - A_ii), |theta| <= pi / 4, and
+            # the angle of p is that of i, negative
             d = tl.sum(tl.where(i == j, A, 0.0), 1)  # [R]
             o = tl.sum(tl.where(j == (i ^ k), A, 0.0), 1)
             o += tl.gather(o, one ^ k, 0)  # 2 A_ip, the same for both bit for bit

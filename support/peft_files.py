@@ -1,4 +1,4 @@
-"""Adapters on disk as Hugging Face's PEFT writes them: adapter_config.json and weights beside it."""
+"""Adapters on disk as Hugging Face's PEFT writes them: adapter_config.json and the weights."""
 
 import os
 from pathlib import Path
@@ -59,7 +59,7 @@ def write_adapters(folder, tensors, scale):
 
 
 def read_adapters(folder):
-    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. ValueError if they are not plain LoRA."""
+    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. ValueError if it is not plain LoRA."""
     rank, alpha = read_config(Path(folder, CONFIG))
     path = Path(folder, WEIGHTS)
     try:

@@ -36,7 +36,7 @@ def low_rank(r=4, n=24, m=17, count=2, samples=None):
 def descend(
     pairs, loss, steps=50, lr=0.05, make=LoRARITE, dtype=torch.float64, scale=1.0, **options
 ):
-    """Take steps with a falling learning rate. Return the products B A, the losses, the optimizer."""
+    """Take steps with a falling learning rate. Return products B A, losses, the optimizer."""
     parameters = [nn.Parameter(p.clone().to(dtype)) for pair in pairs for p in pair]
     optimizer = make([{"params": parameters, "pair": True}], lr, **options)
     losses = []
@@ -462,7 +462,9 @@ def test_bad_states_are_refused(case):
     run_steps(a, parameters, grads, range(1))
     saved = a.state_dict()
     saved["state"][1] = BAD_STATES[case](saved["state"][1])
-    with pytest.raises(ValueError, match=r"state of a factor \(17, 4\) is not one of LoRA-RITE"):
+    with pytest.raises(
+        ValueError, match=r"the state of a factor \(17, 4\) is not one of LoRA-RITE"
+    ):
         b.load_state_dict(saved)
     assert not b.state, "nothing was loaded"
 

@@ -259,7 +259,7 @@ def test_kernel_and_pytorch_side_by_side():
 
 @pytest.mark.parametrize("what", ["loaded", "parameters", "state"])
 def test_the_state_follows_its_parameters(what):
-    """The kernel gets addresses: a state of other dtypes, parameters cast, state tensors replaced."""
+    """The kernel gets addresses, so: a state of other dtypes, parameters cast, tensors replaced."""
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
     dtype = torch.float32 if what == "state" else torch.float64
     options = {"escape": True, "weight_decay": 0.1}
