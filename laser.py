@@ -1,22 +1,27 @@
-"""LASER: attention with exponential transformation (Duvvuri, Dhillon; ICML 2025, arXiv 2411.03493).
+"""LASER: attention with exponential transformation (Duvvuri, Dhillon; ICML
+2025, arXiv 2411.03493).
 
-Softmax attention, o = sum_j p_j v_j, passes the gradient p_j (v_j - o) to its logits; it vanishes
-with the probability p_j. LASER attends to exp(v) and takes the logarithm of the result, separately
-for each channel:
+Softmax attention, o = sum_j p_j v_j, passes the gradient p_j (v_j - o) to its
+logits; it vanishes with the probability p_j. LASER attends to exp(v) and takes
+the logarithm of the result, separately for each channel:
 
-    o_i = log sum_j p_ij exp(v_j)          p_i = softmax_j(q_i . k_j / sqrt(D)), j <= i
+    o_i = log sum_j p_ij exp(v_j)      p_i = softmax_j(q_i . k_j / sqrt(D)),
+                                       over j <= i
 
-    d o_i / d s_ij = b_ij - p_ij           posterior b_ij = p_ij exp(v_j - o_i), sums to 1 over j
+    d o_i / d s_ij = b_ij - p_ij       posterior b_ij = p_ij exp(v_j - o_i),
+                                       which sums to 1 over j
 
-so a key with a large value gets a gradient even where its probability is small. The output lies
-between softmax attention and the largest value seen, and adding c to v adds c to o.
+so a key with a large value gets a gradient even where its probability is
+small. The output lies between softmax attention and the largest value seen,
+and adding c to v adds c to o.
 
-Where we depart from the paper: it subtracts the maximum of v over all keys before exp. A single
-future token 110 above the others then underflows every earlier row to log 0. attention_torch splits
-values into bands of 64 around fixed centers instead, so that earlier rows do not change at all.
+Where we depart from the paper: it subtracts the maximum of v over all keys
+before exp. A single future token 110 above the others then underflows every
+earlier row to log 0. attention_torch splits values into bands of 64 around
+fixed centers instead, so that earlier rows do not change at all.
 kernels/laser.py describes what the GPU does.
 
-    python laser.py                 gradients at the logits, and the numerics, on two CPU cores
+    python laser.py                 gradients at the logits, and the numerics
     python train.py --attn laser    train with it
 """
 

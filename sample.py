@@ -1,15 +1,16 @@
 """Sample text from a trained GPT.
 
-python sample.py --prompt "def main("            the newest run under out/
-python sample.py --init out/NAME                 another run, at the start of a new document
-python sample.py --prompt @my.txt                a prompt from a file
-python sample.py --temperature 0                 always the likeliest token
-python sample.py --init DIR --chat "Hi!"         a message to a Hugging Face chat model
-python sample.py --init out/NAME --export NEW    write the weights as a Hugging Face folder
+python sample.py --prompt "def main("         the newest run under out/
+python sample.py --init out/NAME              another run, from the start
+python sample.py --prompt @my.txt             a prompt from a file
+python sample.py --temperature 0              always the likeliest token
+python sample.py --init DIR --chat "Hi!"      a Hugging Face chat model
+python sample.py --init DIR --export NEW      a Hugging Face folder of it
 
-The text goes to stdout as it is generated, all else to stderr. With the KV cache a token
-costs one position; --no-cache reads the whole context for each token, to the same text.
-On a GPU a model with softmax attention decodes by replaying a CUDA graph of one step.
+The text goes to stdout as it is generated, all else to stderr. With the KV
+cache a token costs one position; --no-cache reads the whole context for each
+token, to the same text. On a GPU a model with softmax attention decodes by
+replaying a CUDA graph of one step.
 """
 
 from support import cli

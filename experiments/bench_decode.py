@@ -1,17 +1,19 @@
-"""Time a prompt and the tokens after it, one sequence, against the floor of the memory.
+"""Time a prompt and the tokens after it, against the floor of the memory.
 
-python experiments/bench_decode.py                  SmolLM2-135M and, on a GPU, Qwen3-4B
+python experiments/bench_decode.py              SmolLM2-135M; on a GPU Qwen3-4B
 python experiments/bench_decode.py --shapes qwen3-4b --compile
-python experiments/bench_decode.py --init out/NAME  the weights of a run or Hugging Face folder
+python experiments/bench_decode.py --init DIR   a run or Hugging Face folder
 
-Presets get random weights; every token is the likeliest. Writes bench_decode.json with, per model:
+Presets get random weights; every token is the likeliest. Writes
+bench_decode.json with, per model:
 
     eager      operator by operator, a KV cache that grows
-    graph      a CUDA graph per token, with kernels/decode.py; the same step uncaptured on a CPU
-    compiled   a CUDA graph per token, the layers compiled by torch.compile (--compile)
+    graph      a CUDA graph per token, with kernels/decode.py; not captured
+               on a CPU
+    compiled   a CUDA graph per token, the layers compiled (--compile)
 
-The floor of a token is the time to read every weight it needs and the keys and values before it, at
-the speed of a copy.
+The floor of a token is the time to read every weight it needs and the keys and
+values before it, at the speed of a copy.
 """
 
 import statistics
@@ -135,7 +137,9 @@ def bench_model(model, n_prompt, n, with_compiled, bandwidth):
 def main(argv=None):
     """Time every model, print a table and write bench_decode.json; return the record."""
     parser = study_parser(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=train.PRESETS, help="presets to time")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help="presets to time"
+    )
     parser.add_argument("--init", help="time the weights of this folder instead")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of the prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to generate")

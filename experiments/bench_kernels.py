@@ -1,14 +1,16 @@
 """Time the kernels beside what one would use otherwise, all in one run.
 
-python experiments/bench_kernels.py                 every kernel
-python experiments/bench_kernels.py laser sonew     some; the others stay as they are in the file
+python experiments/bench_kernels.py              every kernel
+python experiments/bench_kernels.py laser sonew  some; the others stay
 
-First the two ceilings, a copy and a matrix product; then, kernel by kernel, a check of the result
-and the median times. The floor of a row is what its method cannot do without, FLOPs or bytes, at
-its ceiling. Writes kernels.json and kernels.png. Without a GPU it says what it would do.
+First the two ceilings, a copy and a matrix product; then, kernel by kernel, a
+check of the result and the median times. The floor of a row is what its method
+cannot do without, FLOPs or bytes, at its ceiling. Writes kernels.json and
+kernels.png. Without a GPU it says what it would do.
 
-Peers are PyTorch's own. FlexAttention is one for spans over a frozen cache; it changes logits, not
-values, so LASER over it is the paper's form again, and it has no logits of three factors.
+Peers are PyTorch's own. FlexAttention is one for spans over a frozen cache; it
+changes logits, not values, so LASER over it is the paper's form again, and it
+has no logits of three factors.
 """
 
 import json

@@ -1,11 +1,11 @@
 """Time whole training steps of all variants side by side, on random tokens.
 
-python experiments/bench_train.py              the shapes small and gpt2 on a GPU, tiny on a CPU
+python experiments/bench_train.py     small and gpt2 on a GPU, tiny on a CPU
 python experiments/bench_train.py --shapes gpt2 --steps 40
 
-Writes bench_train.json: milliseconds per step (median), tokens per second and peak memory of each
-variant, and its ratio to softmax + AdamW. The variants alternate in rounds, so that whatever else
-the machine does meets all of them.
+Writes bench_train.json: milliseconds per step (median), tokens per second and
+peak memory of each variant, and its ratio to softmax + AdamW. The variants
+alternate in rounds, so that whatever else the machine does meets all of them.
 """
 
 import statistics
@@ -101,8 +101,17 @@ def bench_shape(shape, names, steps, device):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=train.PRESETS, help="presets to time")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help="presets to time"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="NAME",
+        default=list(VARIANTS),
+        help="variants to time",
+    )
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round, of 5 rounds")
     args = parser.parse_args(argv)
     if args.steps < 1:

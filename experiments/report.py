@@ -1,9 +1,10 @@
 """Turn the files in results/ into tables.
 
-python experiments/report.py            write results/README.md and the tables in README.md
-python experiments/report.py --check    only say what is out of date; exit status 2 if something is
+python experiments/report.py            write the tables of README.md, results/
+python experiments/report.py --check    only say what is out of date, status 2
 
-A result is stale if the code that it depends on has changed since the commit that it records.
+A result is stale if the code that it depends on has changed since the commit
+that it records.
 """
 
 import json
