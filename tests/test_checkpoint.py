@@ -96,6 +96,8 @@ REFUSED = {
     "weight name": (lambda c: c["model"].update({3: ONES}), "3 is no weight"),
     "meta": (change(WEIGHT, torch.ones(16, device="meta")), "without values"),
     "sparse": (change(WEIGHT, ONES.to_sparse()), "sparse"),
+    "csr": (change(WEIGHT, torch.eye(4).to_sparse_csr()), "sparse"),
+    "nested": (change(WEIGHT, torch.nested.nested_tensor([ONES, ONES[:2]])), "nested"),
     "integers": (change(WEIGHT, ONES.int()), "norm.weight is torch.int32"),
     "complex": (change(WEIGHT, ONES * 1j), "norm.weight is torch.complex64"),
     "huge": (change(WEIGHT, HUGE), "more values than the file has"),
