@@ -27,9 +27,8 @@ class RunLog:
         self.record = {"command": " ".join(sys.argv), **settings, "machine": machine}
         if rank() > 0:
             return
-        rows = self.read_rows(step) if step else []
         with atomic_write(self.path) as file:
-            for row in (self.columns, *rows):
+            for row in (self.columns, *self.read_rows(step)):
                 file.write((",".join(row) + "\n").encode())
         with name_write_errors(self.path):  # unbuffered: close() has nothing left to write
             self.file = open(self.path, "ab", buffering=0)

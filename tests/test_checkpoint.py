@@ -96,6 +96,8 @@ REFUSED = {
     "weight name": (lambda c: c["model"].update({3: ONES}), "3 is no weight"),
     "meta": (change(WEIGHT, torch.ones(16, device="meta")), "without values"),
     "sparse": (change(WEIGHT, ONES.to_sparse()), "sparse"),
+    "csr": (change(WEIGHT, torch.eye(4).to_sparse_csr()), "sparse"),
+    "nested": (change(WEIGHT, torch.nested.nested_tensor([ONES, ONES[:2]])), "nested"),
     "integers": (change(WEIGHT, ONES.int()), "norm.weight is torch.int32"),
     "complex": (change(WEIGHT, ONES * 1j), "norm.weight is torch.complex64"),
     "huge": (change(WEIGHT, HUGE), "more values than the file has"),
@@ -111,8 +113,8 @@ REFUSED = {
     "lacking": (change("config/model/rope_theta", ...), "another version", "rope_theta"),
     "type": (change("config/model/n_layer", "1"), "--n-layer is '1', not of type int"),
     "tensor": (change("config/run/lr", torch.ones(2, 2)), "--lr is tensor"),
-    "layers": (change("config/model/n_layer", 10**9), "a larger model than it holds"),
-    "width": (change("config/model/vocab_size", 2**31), "a larger model than it holds"),
+    "layers": (change("config/model/n_layer", 1000), "a larger model than it holds"),
+    "width": (change("config/model/vocab_size", 2**23), "a larger model than it holds"),
     "range": (change("config/run/steps", 0), "--steps is 0"),
     "tokenizer": (change("tokenizer", {"name": "x"}), "damaged"),
     "tokenizer list": (change("tokenizer", [1]), "its tokenizer is no dict"),
@@ -431,7 +433,7 @@ def test_state_of_other_shapes_is_compared_too(make):
     optimizer = make(model)
     step(model, optimizer)
     names = optimizer.state_dict()["state"][0].keys()
-    assert len(names) >= 3
+    assert len(names) >= 2
     for name in names:
         saved = {"step": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         saved = copy.deepcopy(saved)

@@ -71,12 +71,6 @@ def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
     assert losses[-1] < losses[0] - 0.5, "it learns"
 
 
-def lora_rite_is_ported():
-    import lora_rite
-
-    return hasattr(lora_rite, "adapt")
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -88,8 +82,6 @@ def lora_rite_is_ported():
     ],
 )
 def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
-    if "--adapter lora_rite" in flags and not lora_rite_is_ported():
-        pytest.skip("lora_rite.adapt is not there yet")
     Path("mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(os.getcwd())
     flags = [*tiny, "--steps", "6", "--eval-every", "3", *flags.split()]
@@ -155,8 +147,8 @@ def test_bad_resume(tiny):
         ("--resume out/a --lr 0.5", "--lr is 0.5 here but 0.003 in out/a", "leave it out"),
         ("--resume --n-layer 3", "--n-layer is 3 here but 2 in out/a"),
         ("--resume --attn nix", "--attn is nix here but softmax"),
-        ("--resume out/a --out out/b", "leave --out out"),
-        ("--resume out/a --init out/a", "give one of them"),
+        ("--resume out/a --out out/b", "--resume continues a run", "--out out"),
+        ("--resume out/a --init out/a", "--resume continues a run", "--init"),
         ("--resume out/b", "out/b holds no run"),
         ("--out out/a", "already holds a run", "--resume out/a"),
         ("--init out/a --out out/a", "already holds a run"),
@@ -264,7 +256,7 @@ def test_five_runs_at_once_have_five_folders(tiny):
     done = run_code(FIVE_AT_ONCE, *tiny)
     assert "[0, 0, 0, 0, 0]" in done.stdout, done.stderr[-2000:]
     names = sorted(os.listdir("out"))
-    assert names == [".tokens", "softmax", *(f"softmax-{n}" for n in range(2, 6))]
+    assert names == [".tokens", names[1], *(f"{names[1]}-{n}" for n in range(2, 6))]
     seeds = [load(f"out/{name}")["config"]["run"]["seed"] for name in names[1:]]
     assert sorted(seeds) == [0, 1, 2, 3, 4]
     assert all(len(rows(f"out/{name}")) == 4 for name in names[1:])
@@ -384,7 +376,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
         return original(net, *args, **options)
 
     monkeypatch.setattr(train, "train_step", poisoned_step)
-    with pytest.raises(FloatingPointError, match="no longer finite"):
+    with pytest.raises(FloatingPointError, match="nan"):
         train.main([*tiny, "--out", "out/a", "--steps", "10", "--eval-every", "5"])
     assert load("out/a")["step"] == 5 and len(rows("out/a")) == 8
     net, before = models[-1]
@@ -396,7 +388,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
 def test_weights_gone_bad_are_not_saved(tiny, monkeypatch):
     losses = iter([2.0, 1.0, math.nan])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
-    with pytest.raises(FloatingPointError, match="no longer finite"):
+    with pytest.raises(FloatingPointError, match="nan"):
         train.main([*tiny, "--out", "out/a", "--eval-every", "3"])
     assert load("out/a")["step"] == 6
 
