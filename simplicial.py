@@ -266,9 +266,9 @@ attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # the option
 
 def main(argv=None):
     """Match3 and function composition on a CPU; writes results/simplicial-cpu.json and .png."""
-    from experiments import simplicial as study
+    from experiments.simplicial import main as study
 
-    return study.main(argv)
+    return study(argv, __doc__)
 
 
 if __name__ == "__main__":
