@@ -643,10 +643,12 @@ def forward(q, k, v, k2, v2, w1, w2, config=None):
 
     All tensors contiguous. config: launch options of forward_kernel, see HOPPER.
     """
-    if w2 > w1:  # the roles are symmetric: rows take the shorter window
-        k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
     o = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if q.numel() == 0:
+        return o, lse
+    if w2 > w1:  # the roles are symmetric: rows take the shorter window
+        k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
     heads, numbers = get_sizes(q, k, k2, w1, w2)
     k, v = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (k, v))  # as TMA wants them
 
@@ -675,6 +677,8 @@ def forward(q, k, v, k2, v2, w1, w2, config=None):
 
 def backward(do, q, k, v, k2, v2, o, lse, w1, w2, rows_config=None, columns_config=None):
     """-> dq, dk, dv, dk2, dv2"""
+    if q.numel() == 0:
+        return tuple(torch.zeros_like(t) for t in (q, k, v, k2, v2))
     if w2 > w1:
         configs = rows_config, columns_config
         dq, dk2, dv2, dk, dv = backward(do, q, k2, v2, k, v, o, lse, w2, w1, *configs)
@@ -790,11 +794,30 @@ def differentiate(ctx, do, _):
 simplicial_op.register_autograd(differentiate, setup_context=setup_context)
 
 
+def check(q, k, v, k2, v2, w1, w2):
+    """Raise ValueError if `attention` cannot take these inputs."""
+    fits = all(t.dim() == 4 and t.dtype == q.dtype for t in (k, v, k2, v2)) and q.dim() == 4
+    fits = fits and k.shape == v.shape and k2.shape == v2.shape
+    fits = fits and q.shape[0] == k.shape[0] == k2.shape[0] and k.shape[1] == k2.shape[1] > 0
+    fits = fits and q.shape[1] % k.shape[1] == 0 and q.shape[2] <= min(k.shape[2], k2.shape[2])
+    fits = fits and q.shape[3] == k.shape[3] == k2.shape[3] and q.shape[3] in WIDTHS
+    if not fits or min(w1, w2) < 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v, k2, v2))
+        raise ValueError(
+            f"the kernels take q (B, H, Tq, D), and k, v, k2 and v2 (B, Hkv, Tk, D) of the same dtype "
+            f"with Hkv a divisor of H, Tk at least Tq, D one of {WIDTHS}, and windows of at least 1, "
+            f"not {shapes} with w1 = {w1} and w2 = {w2}"
+        )
+
+
 def attention(q, k, v, k2, v2, w1, w2):
     """-> o (B, H, Tq, D), lse (B, H, Tq) float32 in natural logarithms, not differentiable
 
     q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all of one dtype. D must be
-    one of WIDTHS.
+    one of WIDTHS. There are no second derivatives: asking for one raises RuntimeError.
     """
+    check(q, k, v, k2, v2, w1, w2)
+    w1 = min(w1, max(k.shape[2], 1))  # an operator takes integers of 64 bits
+    w2 = min(w2, max(k2.shape[2], 1))
     q, k, v, k2, v2 = (t.contiguous() for t in (q, k, v, k2, v2))
     return simplicial_op(q, k, v, k2, v2, w1, w2)
