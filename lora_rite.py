@@ -111,7 +111,7 @@ def check_layers(model, layers):
     for module_name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if type(tensor) in (torch.Tensor, nn.Parameter):
-                owners.append((module, key, f"{module_name}.{key}", tensor.untyped_storage()))
+                owners.append((module, f"{module_name}.{key}", tensor.untyped_storage()))
 
     for name, linear in layers.items():
         weight = linear._parameters.get("weight")
@@ -121,8 +121,8 @@ def check_layers(model, layers):
                 f"computed or not there yet), so it cannot carry an adapter"
             )
         storage = weight.untyped_storage()
-        for module, key, owner, other in owners:
-            if other is storage and (module, key) != (linear, "weight"):
+        for module, owner, other in owners:
+            if other is storage and module is not linear:
                 raise ValueError(
                     f"the weight of {name} is shared with {owner}, which an adapter would change, "
                     f"too; choose other targets"

@@ -163,6 +163,20 @@ def test_adapters_that_are_there_are_refused():
         lora_rite.inject(adapted(), 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_adapters_are_in_float32_at_least(dtype):
+    model = lora_rite.inject(small_gpt().to(dtype), 2)
+    wanted = torch.promote_types(dtype, torch.float32)
+    for linear in lora_rite.adapters(model).values():
+        assert linear.weight.dtype == dtype
+        assert linear.lora_A.dtype == linear.lora_B.dtype == wanted
+
+
+def test_the_largest_rank_is_the_smaller_side_of_a_layer():
+    model = lora_rite.inject(small_gpt(), 32, targets=("up_proj",))
+    assert model.layers[0].mlp.up_proj.lora_A.shape == (32, 32)
+
+
 # -- layers that cannot carry an adapter -----------------------------------------------------------
 
 
@@ -273,6 +287,7 @@ def test_a_layer_that_is_never_called_is_refused_at_the_first_pass():
         model(torch.randn(3, 6))
     model = lora_rite.inject(Functional(), 2, targets=("a",))
     assert model(torch.randn(3, 6)).shape == (3, 6)
+    assert not model._forward_hooks, "only the first pass is checked"
 
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     lora_rite.inject(attention, 2, targets=("out_proj", "linear1"))

@@ -302,7 +302,7 @@ BAD_WEIGHTS = {
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_damaged_weights_are_refused(case, folder):
     BAD_WEIGHTS[case](folder)
-    refuse(folder)
+    refuse(folder, str(folder))
 
 
 def test_missing_and_strange_paths_are_refused(folder, tmp_path):
