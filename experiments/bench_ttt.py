@@ -1,12 +1,13 @@
-"""Time the steps of query-only training against tokens of thinking, with random weights.
+"""Time the steps of query-only training against tokens of thinking.
 
-python experiments/bench_ttt.py                       Qwen3-4B, 32,768 tokens, on a GPU
-python experiments/bench_ttt.py --shape tiny --context 512 --span 32 --device cpu
+python experiments/bench_ttt.py                   Qwen3-4B, 32,768 tokens, GPU
+python experiments/bench_ttt.py --shape tiny --context 512 --span 32
 
-Reads a prompt, takes 32 steps on spans of 128 tokens, and generates tokens after it: as many as the
-paper sets against the steps (2 N k), and as many as cost the same FLOPs by the exact count. A sample
-of the tokens is timed, each a replay of a CUDA graph, with as many keys before them as the paper's
-number has on average. Writes ttt_context-bench.json.
+With random weights it reads a prompt, takes 32 steps on spans of 128 tokens,
+and generates tokens after it: as many as the paper sets against the steps
+(2 N k), and as many as cost the same FLOPs by the exact count. A sample of
+the tokens is timed, each a replay of a CUDA graph, with as many keys before
+them as the paper's number has on average. Writes ttt_context-bench.json.
 """
 
 import itertools

@@ -300,6 +300,8 @@ def test_no_held_out_target_is_trained_on():
         (300, 7),
         (1000, 8),
         (5000, 128),
+        (128, 8),
+        (512, 8),
     ):
         held_out, starts = ttt_context.split_spans(T, n)
         held_out = held_out.tolist()
