@@ -1,38 +1,46 @@
-"""Query-only test-time training (qTTT) on a long prompt (Bansal et al., arXiv 2512.13898).
+"""Query-only test-time training on a long prompt (arXiv 2512.13898).
 
-The longer the context, the thinner softmax attention spreads over it. Let z_j be the logit of key
-j and z_* that of the one relevant key, the needle. To put a probability of 1 - e on one of T keys takes
+The longer the context, the thinner softmax attention spreads over it. Let z_j
+be the logit of key j and z_* that of the one relevant key, the needle. To put
+a probability of 1 - e on one of T keys takes
 
-    z_* - z_j >= log((T - 1) (1 - e) / e)              which grows with log T; the weights do not
+    z_* - z_j >= log((T - 1) (1 - e) / e)   grows with log T; weights do not
 
-and m distractors within d of the needle leave it at most 1 / (1 + m exp(-d)). Thinking longer does
-not help: each new token reads the context through the same diluted attention. The paper spends the
-compute on the queries instead. Read the prompt once, freeze every key and value, take a few AdamW
-steps on the query projections W_Q of all layers with the next-token loss on random spans of the
-prompt, and answer from the same cache:
+and m distractors within d of the needle leave it at most 1 / (1 + m exp(-d)).
+Thinking longer does not help: each new token reads the context through the
+same diluted attention. The paper (Bansal et al.) spends the compute on the
+queries instead: read the prompt once, freeze every key and value, take a few
+AdamW steps on the query projections W_Q of all layers with the next-token
+loss on random spans of the prompt, and answer from the same cache.
 
-    loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})    queries i from W_Q, keys j <= i cached
-    dl/dq = (sum_j p_j k_j - k_*) / sqrt(D)                      for l = -log p_*
+    loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
+                                  queries i from W_Q, keys j <= i from cache
+    dl/dq = (sum_j p_j k_j - k_*) / sqrt(D)                    for l = -log p_*
 
-A step moves a query from the mean key towards the needle, most where p is flat. The paper takes 32
-steps, n = 128, t uniform, weight decay 0.01 and gradients clipped to 1, and reports for Qwen3-4B on
-LongBench-v2: 27.0 in context, 33.5 with thinking, 39.6 with qTTT. Others found that spans drawn at
-random hurt (arXiv 2607.09415). The lemmas assume a known needle and a free query; nothing proves a
-larger margin where the answer is read. A norm after W_Q (Qwen3) lets queries turn but not sharpen.
+A step moves a query from the mean key towards the needle, most where p is
+flat. The paper takes 32 steps, n = 128, t uniform, weight decay 0.01 and
+gradients clipped to 1, and reports for Qwen3-4B on LongBench-v2: 27.0 in
+context, 33.5 with thinking, 39.6 with trained queries. Others found that
+spans drawn at random hurt (arXiv 2607.09415). The lemmas assume a known
+needle and a free query; nothing proves a larger margin where the answer is
+read. A norm after W_Q (Qwen3) lets queries turn but not sharpen.
 
-Where the paper is silent: the keys and values of a span come from the cache too. W_Q is kept in
-float32 at least, because at a learning rate of 1e-5 a bfloat16 weight would not move. The question
-is not part of the spans; it is read with the new W_Q. Up to 8 spans, an eighth of the prompt, are
-held out to measure what was learned: they share no target with a span that is trained on.
+Where the paper is silent: the keys and values of a span come from the cache
+too. W_Q is kept in float32 at least, because at a learning rate of 1e-5 a
+bfloat16 weight would not move. The question is not part of the spans; it is
+read with the new W_Q. Up to 8 spans, an eighth of the prompt, are held out to
+measure what was learned: they share no target with a span that is trained on.
 
-    python ttt_context.py --prompt my.txt --question "..."              the newest run under out/
-    python ttt_context.py --prompt my.txt --question "..." --init DIR   a run or Hugging Face folder
-    python ttt_context.py --experiment                                  experiments/ttt_context.py
+    python ttt_context.py --prompt my.txt --question "..."   the newest run
+    python ttt_context.py --prompt my.txt --init DIR         run, Hugging Face
+    python ttt_context.py --experiment                       small models, CPU
 
-In the experiment, small models trained on short streams answer questions about long ones. Where
-length only dilutes, one fitted temperature per head does better than trained queries, much better if
-a norm follows W_Q. Where the relevant key differs between contexts, queries win, unless there is
-such a norm. The model is afterwards what it was, bit for bit.
+The experiment trains small models on short streams and asks about long ones.
+Where length only dilutes, one fitted temperature per head did better than
+trained queries, and with a norm after W_Q much better. Where the relevant key
+differs between contexts, queries did better, but not with such a norm.
+
+The model is afterwards what it was, bit for bit.
 """
 
 from support import cli

@@ -1,12 +1,13 @@
-"""Time the steps of query-only training against tokens of thinking, with random weights.
+"""Time the steps of query-only training against tokens of thinking.
 
-python experiments/bench_ttt.py                       Qwen3-4B, 32,768 tokens, on a GPU
-python experiments/bench_ttt.py --shape tiny --context 512 --span 32 --device cpu
+python experiments/bench_ttt.py                   Qwen3-4B, 32,768 tokens, GPU
+python experiments/bench_ttt.py --model tiny --context 512 --span 32
 
-Reads a prompt, takes 32 steps on spans of 128 tokens, and generates tokens after it: as many as the
-paper sets against the steps (2 N k), and as many as cost the same FLOPs by the exact count. A sample
-of the tokens is timed, each a replay of a CUDA graph, with as many keys before them as the paper's
-number has on average. Writes ttt_context-bench.json.
+With random weights it reads a prompt, takes 32 steps on spans of 128 tokens,
+and generates tokens after it: as many as the paper sets against the steps
+(2 N k), and as many as cost the same FLOPs by the exact count. A sample of
+the tokens is timed, each a replay of a CUDA graph, with as many keys before
+them as the paper's number has on average. Writes ttt_context-bench.json.
 """
 
 import itertools
@@ -21,7 +22,7 @@ import torch
 
 import sample
 import train
-from experiments.bench_decode import SHAPES, timed
+from experiments.bench_decode import random_model, timed
 from experiments.harness import check_writable, save_json, study_parser
 from support import cli, distributed
 from ttt_context import (
@@ -37,20 +38,11 @@ WARM_UP = 3  # steps that are not timed
 TOKENS_TIMED = 64
 
 
-@torch.no_grad()
-def random_model(shape, block_size, device, dtype):
-    """Return a GPT of this shape with random weights and a longer context."""
-    config = train.GPTConfig(**{**SHAPES[shape], "block_size": block_size})
-    model = train.empty_model(config, device, dtype)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    return model
-
-
-def bench(shape, T, device, dtype, n_steps, n):
+def bench(preset, T, device, dtype, n_steps, n):
     """Return the seconds to read T tokens, for the steps, and for tokens of thinking."""
     n_rule = 2 * n_steps * n  # the paper's number of tokens
-    model = random_model(shape, T + n_rule + TOKENS_TIMED, device, dtype)
+    model = random_model(preset, device, dtype)
+    model.config.block_size = T + n_rule + TOKENS_TIMED
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (T + n_rule // 2,), generator=generator)
     context = ids[:T].to(device)
@@ -90,7 +82,7 @@ def bench(shape, T, device, dtype, n_steps, n):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="model to time")
+    parser.add_argument("--model", choices=train.PRESETS, default="qwen3-4b", help="preset to time")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=32, help="AdamW steps")
     parser.add_argument("--span", type=int, default=128, help="tokens of a span")
@@ -103,9 +95,9 @@ def main(argv=None):
     device = distributed.pick_device(args.device)
     dtype = distributed.pick_dtype(args.dtype, device)
     start_time = time.perf_counter()
-    settings = {"model": args.shape, "context": args.context, "span": args.span}
+    settings = {"model": args.model, "context": args.context, "span": args.span}
     settings.update(steps=args.steps, dtype=dtype)
-    figures = bench(args.shape, args.context, device, train.DTYPES[dtype], args.steps, args.span)
+    figures = bench(args.model, args.context, device, train.DTYPES[dtype], args.steps, args.span)
     record = {**settings, **figures, "seconds": time.perf_counter() - start_time}
     print(f"{args.steps} steps in {record['steps_seconds']:.2f} s")
     for name, row in record["thinking"].items():

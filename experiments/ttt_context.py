@@ -1,22 +1,25 @@
 """When do queries trained on this context beat a change of temperature?
 
-Small models, trained on streams of 96 tokens, are asked at up to 3,072 (experiments/ttt_sandbox.py).
-In `records` length only dilutes attention; in `columns` the context alone shows which key counts.
-Each model exists with and without QK-norm. Variants, all asked the same questions over the same
-frozen keys and values:
+Small models, trained on streams of 96 tokens, are asked at up to 3,072. In
+`records` length only dilutes attention; in `columns` the context alone shows
+which key counts (experiments/ttt_sandbox.py). Each model exists with and
+without QK-norm. All variants answer the same questions over the same cache:
 
-    in context              the model as it is
-    log T                   logits times log T / log 96, without training
-    fitted temperature      one factor per head, trained like the queries
-    trained queries         the method, on this context
-    foreign queries         trained on another context of the same kind
-    other-kind queries      of a context where the other column counts (`columns` only)
-    equal-FLOP thinking     majority of as many sampled answers as cost the FLOPs of the steps
+    in context            the model as it is
+    log T                 logits times log T / log 96, without training
+    fitted temperature    one factor per head, trained like the queries
+    trained queries       the method, on this context
+    foreign queries       trained on another context of the same kind
+    other-kind queries    of a context where the other column counts
+    equal-FLOP thinking   majority of as many samples as cost the steps' FLOPs
 
-Learning rates are chosen on contexts of seed 0, which are not reported. Intervals are Student's t
-over models, paired by seed: each model's value is its mean over 4 contexts of 16 questions.
+Learning rates are chosen on contexts of seed 0, which are not reported. The
+intervals are Student's t over models, paired by seed: a model's value is its
+mean over 4 contexts of 16 questions.
 
-    python ttt_context.py --experiment    three minutes on two CPU cores -> results/ttt_context-cpu.*
+    python ttt_context.py --experiment    three minutes on two CPU cores
+
+writes results/ttt_context-cpu.json and .png.
 """
 
 import itertools
@@ -24,9 +27,13 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
 import torch
 

@@ -300,6 +300,8 @@ def test_no_held_out_target_is_trained_on():
         (300, 7),
         (1000, 8),
         (5000, 128),
+        (128, 8),
+        (512, 8),
     ):
         held_out, starts = ttt_context.split_spans(T, n)
         held_out = held_out.tolist()
@@ -413,6 +415,9 @@ def test_flops_are_those_pytorch_counts(shape, monkeypatch):
         model(ids[None, :1])
     difference = counter.get_total_flops() - ttt_context.flops_of_tokens(model, 0, 1)
     assert abs(difference) <= 4 * head_width  # torch may not count the attention to one key
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    matrices -= 0 if c.tied else model.embed_tokens.weight.numel()  # looked up
+    assert ttt_context.flops_of_tokens(model, 9, 1) == 2 * matrices + 4 * head_width * 10
     generated = [ttt_context.flops_of_tokens(model, 50 + i, 1) for i in range(7)]
     assert ttt_context.flops_of_tokens(model, 50, 7) == sum(generated)
     assert generated[1] - generated[0] == 4 * head_width, "one more key"

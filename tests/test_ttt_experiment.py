@@ -403,13 +403,13 @@ def test_study(tiny, monkeypatch, capsys):
 
 def test_bench(tmp_path, monkeypatch):
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "vocab_size": 64}
-    monkeypatch.setitem(bench_ttt.SHAPES, "tiny", {**shape, "qk_norm": True})
+    monkeypatch.setitem(train.PRESETS, "tiny", {**shape, "qk_norm": True})
     monkeypatch.setattr(bench_ttt, "TOKENS_TIMED", 5)
-    flags = ["--shape", "tiny", "--device", DEVICE, "--out", str(tmp_path)]
+    flags = ["--model", "tiny", "--device", DEVICE, "--out", str(tmp_path)]
     result = bench_ttt.main([*flags, "--context", "300", "--steps", "2", "--span", "16"])
     saved = json.loads((tmp_path / "ttt_context-bench.json").read_text())
     assert {key: saved[key] for key in result} == result and saved["command"]
-    model = bench_ttt.random_model("tiny", 400, torch.device("cpu"), torch.float32)
+    model = bench_ttt.random_model("tiny", torch.device("cpu"), torch.float32)
     assert result["flops"] == ttt_context.flops_of_spans(model, 2 * 16, 300)
     rule, exact = (result["thinking"][name] for name in ("2 N k", "equal FLOPs"))
     assert rule["tokens"] == 2 * 2 * 16 and 30 < exact["tokens"] < 64
