@@ -96,12 +96,15 @@ def run_train(flags, cache=None):
     if cache is not None:
         return disk_cache(cache, [flags, code_fingerprint()], partial(run_train, flags))
     start_time = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        out = Path(folder, "run")
-        result = train.main([*shlex.split(flags), "--out", str(out), "--sample", "0"])
+    Path("out").mkdir(exist_ok=True)  # runs under out/ share their tokens
+    with (
+        tempfile.TemporaryDirectory(dir="out", prefix="study-") as out,
+        redirect_stdout(io.StringIO()),
+    ):
+        result = train.main([*shlex.split(flags), "--out", out, "--sample", "0"])
         if result["signal"]:
             raise KeyboardInterrupt(result["signal"])
-        with open(out / "log.csv", newline="") as file:
+        with open(Path(out, "log.csv"), newline="") as file:
             rows = list(csv.DictReader(file))
     history = []
     for row in rows:
