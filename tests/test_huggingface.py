@@ -156,7 +156,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
 
     # through a checkpoint of a run, and of a config.json of before transformers 5
     edit_json(Path("hf/config.json"), rope_parameters=None, rope_theta=5e5)
-    edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32")
+    edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32", head_dim=None)
     saved = huggingface.load_checkpoint(Path("hf"))
     torch.save({"tokenizer": saved["tokenizer"]}, "x.pt")
     tokenizer = torch.load("x.pt", weights_only=True)["tokenizer"]

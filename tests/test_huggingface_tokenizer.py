@@ -203,6 +203,11 @@ def unreachable(t):
     t["model"]["merges"] = ["t h", "t he", *MERGES[2:]]
 
 
+def stuck(t):  # there is no token "zq" from which the merge could come about
+    t["model"]["vocab"]["zqx"] = 400
+    t["model"]["merges"].append("zq x")
+
+
 def unknown_bytes(t):
     t["model"]["unk_token"] = "a"
     del t["model"]["vocab"]["b"]
@@ -225,6 +230,7 @@ REFUSED = {
     "normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), ["normalizer"]),
     "order": (lambda t: t["model"]["merges"].insert(0, "o v"), ["another order"]),
     "unreachable": (unreachable, ["merge into b'the'"]),
+    "stuck": (stuck, ["merge into b'zqx'"]),
     "unmade": (lambda t: t["model"]["vocab"].update(xyz=400), ["b'xyz'", "no merge makes"]),
     "unknown": (unknown_bytes, ["unk_token"]),
     "long": (lambda t: t["model"]["vocab"].update({"x" * 5000: 400}), ["5000 bytes"]),

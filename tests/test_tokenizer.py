@@ -202,6 +202,8 @@ def test_a_million_blanks(blank, tmp_path):
     ids = mine.encode_ordinary(text)
     assert mine.decode_bytes(ids) == text.encode()
     assert ids[0] == mine.encode_ordinary("the")[0]
+    text = blank * 1_500_000 + "x"  # at the beginning, too
+    assert mine.decode_bytes(mine.encode_ordinary(text)) == text.encode()
     short = f"the{blank * 1000}over"
     assert tokenizer.cut_long_blanks(short) == [short]
     longest = " " * (tokenizer.LONGEST_BLANK - 1)
