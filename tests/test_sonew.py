@@ -96,6 +96,17 @@ def test_edges_are_removed_at_gamma():
     assert not psi[0].any() and torch.equal(s, S[0])
     assert torch.equal(sonew.precondition(m, psi, s), m / S[0])
 
+    # the threshold is relative to the successor's own S_0, before elimination
+    for unit, eps in ((1e-2, 1e-3), (1e2, 1e-3)):
+        S = row([torch.full((2,), unit), torch.tensor([0.5 * unit, 0.0])])
+        psi, s = sonew.factor(S, eps)
+        assert torch.allclose(psi[0][0, 0], torch.tensor(0.5))
+    S = row([torch.ones(3) * 9, torch.tensor([1.0, 9.0 * (1 - 1e-3), 0.0]), torch.ones(3)])
+    psi, _ = sonew.factor(S, 1e-3)
+    assert psi[1][0, 0] != 0, "2e-3 of the second successor is left"
+    psi, _ = sonew.factor(S, 3e-3)
+    assert psi[1][0, 0] == 0 and psi[0][0, 0] != 0
+
     # a successor that the one before it explains has no edge, others keep theirs
     g = torch.tensor([[1.0, 2.0, 2.0], [1.0, -1.0, -1.0]])
     S = row([F.pad((g[:, : 3 - k] * g[:, k:]).mean(0), (0, k)) for k in range(3)])
@@ -266,6 +277,20 @@ def test_takes_steps_of_adams_length(band, chain):
     assert torch.allclose(p, before * (1 - lr * 0.5)), "a zero gradient: nothing but decay"
 
 
+def test_betas_of_zero_are_the_sign_of_the_gradient():
+    grads = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    path, _ = take_steps({"lr": 0.1, "betas": (0.0, 0.0)}, grads, (5,), start=0.0)
+    expected = -0.1 * grads.sign().cumsum(0)
+    assert torch.allclose(torch.stack(path), expected, atol=1e-6)
+
+
+def test_tiny_gradients_after_none_take_steps_of_full_length():
+    g = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    grads = [torch.zeros(4, 5), g * 1e-13]
+    path, _ = take_steps({"lr": 0.1, "betas": (0.0, 0.0)}, grads, (4, 5), start=0.0)
+    assert abs(path[1].norm() / 0.1 / 20**0.5 - 1) < 1e-4
+
+
 def test_rows_are_chains_and_flat_joins_them():
     """What a row's gradient does must not depend on another row's, unless chains are flat."""
     grads = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0))
@@ -338,11 +363,51 @@ def test_skips_a_bad_gradient(bad):
         q_before = q.detach().clone()
         if t == 1:
             p.grad[1, 2] = bad
+        m_before = optimizer.state[p]["m"].clone() if t else None
+        S_before = optimizer.state[p]["s0"].clone() if t else None
         optimizer.step()
         assert torch.equal(p, p_before) == (t == 1) and not torch.equal(q, q_before)
+        if t == 1:  # it counts as a gradient of 0
+            assert optimizer.state[p]["m"][1, 2] == 0.9 * m_before[1, 2]
+            assert optimizer.state[p]["s0"][1, 2] == 0.99 * S_before[1, 2]
     p_state = optimizer.state[p]
     assert p_state["skipped"] == 1 and optimizer.state[q]["skipped"] == 0 and p_state["step"] == 3
     assert all(value.isfinite().all() for value in (p, q, *p_state.values()))
+
+
+def test_a_bad_first_gradient_sets_no_scale():
+    grads = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
+    grads[0, 0, 0] = math.inf
+    path, optimizer = take_steps({"lr": 0.1}, grads, (3, 4))
+    (state,) = optimizer.state.values()
+    assert torch.equal(path[0], torch.ones(3, 4)) and (path[2] != 1).all()
+    assert path[2].isfinite().all() and state["skipped"] == 1 and 0 < state["scale"] < 10
+
+
+def test_a_closure_has_gradients_and_returns_its_loss():
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = sonew.SONew([p], 0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 12 and (p != 1).any()
+
+
+def test_bf16_state_removes_edges_within_its_rounding():
+    """With neighbours that agree to 0.4%, the edge is kept in float32 and removed in bfloat16."""
+    g = torch.tensor([[1.0, 1.0]])
+    grads = [g, torch.tensor([[1.0, 0.9]]), g]
+    steps = {}
+    for bf16_state in (False, True):
+        options = {"lr": 0.1, "eps": 0.0, "betas": (0.5, 0.5), "bf16_state": bf16_state}
+        steps[bf16_state] = take_steps(options, grads, (1, 2), start=0.0)[0][-1]
+    diagonal = take_steps({**options, "band": 0}, grads, (1, 2), start=0.0)[0][-1]
+    assert torch.allclose(steps[True], diagonal, rtol=1e-3)
+    assert not torch.allclose(steps[False], diagonal, rtol=1e-2)
 
 
 def test_gradients_whose_squares_sum_to_infinity():
