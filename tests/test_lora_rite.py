@@ -287,6 +287,22 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad):
     assert skipped == [0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_parameter_that_is_not_finite_spoils_its_own_pair_only(bad):
+    """Nothing raises, so that a training loop can report the loss instead."""
+    pairs, _ = low_rank()
+    parameters = [nn.Parameter(p.clone()) for pair in pairs for p in pair]
+    optimizer = LoRARITE([{"params": parameters, "pair": True}], 0.01, clip=0.0)
+    for t in range(4):
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        if t == 1:
+            parameters[0].data[0, 0] = bad
+        optimizer.step()
+    assert not parameters[0].isfinite().all()
+    assert parameters[2].isfinite().all() and parameters[3].isfinite().all()
+
+
 def test_missing_gradients():
     """A factor without gradient stays, a pair without is left alone, the undone step knows both."""
     pairs, loss = low_rank()
