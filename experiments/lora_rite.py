@@ -6,9 +6,9 @@ by side in float64 and are trained on the same batches; the drift is
 invariant under reparametrisation leaves nothing but rounding.
 
 LoRA-RITE is invariant, also when it clips unmagnified gradients; but not
-if raw ones are clipped before: their norm depends on the factors. AdamW is not, nor is LoRA+
-(Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354), which is AdamW with a
-larger learning rate for B.
+if raw ones are clipped before: their norm depends on the factors. AdamW is
+not, nor is LoRA+ (Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354), which
+is AdamW with a larger learning rate for B.
 
     python lora_rite.py             -> results/lora_rite-cpu.json and .png
 

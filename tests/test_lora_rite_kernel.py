@@ -176,6 +176,25 @@ def test_kernel_over_twelve_decades():
     assert torch.allclose(M @ M.T / n, expected.to(M), atol=0.05), "gradients are float32"
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_jacobi_rotations_go_on_until_small_eigenvalues_are_right(seed):
+    """Stopped at an off-diagonal part of 1e-6, M would be off by 14 to 33%."""
+    r, n = 8, 64
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthonormal(rows):
+        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64)).Q
+
+    w = torch.logspace(0, -12, r, dtype=torch.float64)
+    Q = orthonormal(r)
+    ga = (orthonormal(n) * (w * n).sqrt()) @ Q.T
+    pairs = [(orthonormal(n).T, torch.eye(20, r).double())]
+    grads = [[ga.T.float(), torch.zeros(20, r)]]
+    ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
+    qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
+    assert distance([ours.state[ps[0]]["M"]], [eager.state[qs[0]]["M"]]) < 0.02
+
+
 def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
     """If diagonals are equal to the last bit, rounding decides between 45 and -45 degrees, and both
     rows of a pair must agree. These gradients of signs are among the few that show it."""
@@ -319,7 +338,7 @@ def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
 
 
 def builds():
-    """Every kernel at four ranks for the GPU we tune on, at rank 16 for the others."""
+    """Every kernel at three ranks for the GPU we tune on, at rank 16 for the others."""
     types = {"table_ptr": "*i64", "owner_ptr": "*i32", "bad_ptr": "*i32", "move_ptr": "*fp32"}
     for name in ("partial_ptr", "small_ptr", "number_ptr", "total_ptr", "lr_ptr"):
         types[name] = "*fp64"
@@ -327,9 +346,8 @@ def builds():
         types[name] = "fp64"
 
     tl = kernel.tl
-    four_ranks = [(16, tl.float32), (4, tl.bfloat16), (20, tl.float32), (64, tl.bfloat16)]
-    targets = [(90, rank, X) for rank, X in four_ranks]
-    targets += [(arch, 16, tl.float32) for arch in (80, 100, 120)]
+    targets = [(90, 16, tl.float32), (90, 20, tl.float32), (90, 64, tl.bfloat16)]
+    targets += [(arch, 16, tl.bfloat16) for arch in (80, 100, 120)]
     for arch, rank, X in targets:
         R = max(16, kernel.triton.next_power_of_2(rank))
         block, chunk, row_warps, matrix_warps = kernel.CONFIG[R]
