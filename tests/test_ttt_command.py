@@ -65,6 +65,9 @@ def test_command(tiny, capsys, monkeypatch):
     again = ttt_context.main([*SMALL, *flags])
     assert without_seconds(again) == without_seconds(result)
     assert "default model" not in capsys.readouterr().err
+    single = ttt_context.main([*SMALL, "text.txt"])
+    assert single["held_out_after"] != again["held_out_after"], "one span per step, not two"
+    assert again["flops"] == pytest.approx(2 * single["flops"], rel=1e-3)
     other = ttt_context.main([*SMALL, *flags, "--seed", "7"])
     assert other["held_out_after"] != again["held_out_after"]
     still = ttt_context.main([*SMALL, "text.txt", "--lr", "0", "--question", "Who boils?"])
