@@ -272,7 +272,7 @@ def pick_token(logits, limit, temperature, top_k, top_p, generator):
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
         is_dropped = p.cumsum(-1) - p >= top_p  # those before it hold that much already
-        is_dropped[0] = False  # also where top_p is 0 in float32
+        is_dropped[:1].zero_()  # also where top_p is 0 in float32
         is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)
         logits = logits.masked_fill(is_dropped, -torch.inf)
     p = logits.softmax(-1)
