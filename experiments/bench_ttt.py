@@ -82,7 +82,9 @@ def bench(preset, T, device, dtype, n_steps, n):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument("--model", choices=train.PRESETS, default="qwen3-4b", help="preset to time")
+    parser.add_argument(
+        "--model", choices=train.PRESETS, metavar="NAME", default="qwen3-4b", help="preset to time"
+    )
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=32, help="AdamW steps")
     parser.add_argument("--span", type=int, default=128, help="tokens of a span")

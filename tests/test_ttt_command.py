@@ -100,8 +100,28 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
     assert abs(after - before) > 1e-4
 
 
+def test_thinking_comes_after_the_question(run):
+    result = ttt_context.main([*SMALL, "prompt.txt", "--question", "Who boils? " * 60])
+    model, _ = train.load_model(run)
+    thinking = [ttt_context.thinking_tokens(model, T, result["flops"]) for T in (1200, 1900)]
+    assert thinking[1] <= result["thinking_tokens"] < thinking[0]
+
+
+def test_damaged_numbers_and_an_interrupted_default_run_end_it(run, monkeypatch):
+    nan = torch.tensor(torch.nan)
+    with monkeypatch.context() as damage:
+        damage.setattr(ttt_context, "span_loss", lambda *args: nan)
+        with pytest.raises(FloatingPointError, match="held-out"):
+            ttt_context.main([*SMALL, "prompt.txt", "--steps", "0"])
+    monkeypatch.setattr(train, "main", lambda argv: {"signal": 15})
+    Path("out").rename("elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        ttt_context.main([*SMALL, "prompt.txt"])
+
+
 def test_an_answer_ends_at_a_stop_token(run, monkeypatch):
     def scripted(model, caches, T, question, n, limit):
+        assert limit == 256, "no padding of the vocabulary"
         yield from [72, 105, 0, 33][:n]
 
     monkeypatch.setattr(ttt_context, "answer", scripted)

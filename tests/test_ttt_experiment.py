@@ -151,6 +151,49 @@ def test_training_lowers_the_loss():
     assert losses[1] < losses[0] - 0.2, losses
 
 
+class Recorder(torch.nn.Module):
+    """Records what it is trained on and how far each step moves its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.targets = []
+        self.values = []
+
+    def forward(self, ids, targets):
+        self.targets.append(targets)
+        self.values.append(self.w.item())
+        return self.w
+
+
+def test_only_what_follows_counts_at_first_and_the_rate_ends_at_zero(monkeypatch):
+    model = Recorder()
+    monkeypatch.setattr(sandbox, "build_model", lambda *args: model)
+    recipe = copy.deepcopy(TINY)
+    recipe["train"]["steps"] = 40
+    sandbox.train_model(recipe, "QK-norm", 1)
+    shares = [(targets >= 0).float().mean().item() for targets in model.targets]
+    assert all(0.1 < share < 0.4 for share in shares[:20]), "a third of the tokens are values"
+    assert shares[20:] == [1.0] * 20
+    values = model.targets[0][model.targets[0] >= 0]
+    assert (values >= 2 * recipe["names"]).all(), "nothing but values follows"
+    moved = [a - b for a, b in zip(model.values, model.values[1:])]
+    assert max(moved) == pytest.approx(1e-2, rel=0.2) and moved.index(max(moved)) < 10
+    assert moved[0] < 1e-3 and moved[-1] < 1e-3
+
+
+def test_contexts_are_of_their_seed_and_alternate_in_pairs():
+    ids = {}
+    for seed in (0, 1):
+        for c in range(4):
+            context = experiment.make_context("columns", SMALL, 300, seed, c)[0]
+            ids[seed, c] = tuple(context.tolist())
+            records = context.view(-1, 3).tolist()
+            decides = len({(a, v) for a, _, v in records}) == len({a for a, _, _ in records})
+            assert decides == (c < 2), "column a decides in the first two of four"
+    assert len(set(ids.values())) == 8
+
+
 def test_reads_on_as_a_plain_forward_does():
     model, ids, kv = long_read(n_kv_head=2, qk_norm=True)
     tails = torch.tensor([[7, 9], [1, 2]])
@@ -345,6 +388,14 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
     assert seen == [(0, 0), (0, 2)], "seed 0, one context of each kind"
     accuracies[1e-3] = 0.75
     assert experiment.choose_rates(model, "columns", 60, TINY)["trained queries"] == 1e-3, "a tie"
+
+    def better_on_the_first(*args):
+        is_second = seen[-1] == (0, 2)
+        return {"accuracy": {1e-3: 1.0 - is_second, 1e-2: 0.4}.get(tried[-1], 0.0)}
+
+    monkeypatch.setattr(experiment, "score", better_on_the_first)
+    chosen = experiment.choose_rates(model, "columns", 60, TINY)
+    assert chosen["trained queries"] == 1e-3, "both contexts count"
 
 
 # --------------------------------------------------------------------------------------------------
