@@ -513,20 +513,30 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=
     config.attn = attn or config.attn
     with torch.device("meta"):
         checkpoint.check_weights(GPT(config), saved["model"])
-    model = empty_model(config, device, dtype)
+    tokenizer = data.tokenizer_from_state(saved["tokenizer"])
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer has more tokens than the model's embedding")
+    has_adapter = bool(saved["config"]["run"].get("adapter"))
+    model = empty_model(config, device, torch.float32 if has_adapter else dtype)
     checkpoint.load_weights(model, saved["model"])
-    checkpoint.merge_adapters(model, saved)
-    return model, data.tokenizer_from_state(saved["tokenizer"])
+    checkpoint.merge_adapters(model, saved)  # in float32, so that weights are rounded once
+    return store_matrices(model, dtype), tokenizer
 
 
 def empty_model(config, device, dtype):
     """Return a GPT on the device, for inference, with matrices in `dtype` and no values yet."""
     with torch.device("meta"):
         model = GPT(config, dtype)
+    return store_matrices(model, dtype).to_empty(device=device).eval()
+
+
+def store_matrices(model, dtype):
+    """Keep the matrices in `dtype`, that of the activations from now on; return the model."""
+    model.dtype = dtype
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.to(dtype)
-    return model.to_empty(device=device).eval()
+    return model
 
 
 def build_model(gpt_config, run, launch, device, saved):

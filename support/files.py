@@ -139,15 +139,25 @@ def read_user_file(path, limit=2**30):
     try:
         # should a pipe take its place meanwhile, O_NONBLOCK keeps open() from waiting for a writer
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | NONBLOCK)) as file:
-            data = file.read(limit + 1)
+            data = b"".join(read_chunks(file, limit + 1))
     except OSError as error:
         raise ValueError(f"cannot read {shown(path)} ({error.strerror})") from None
-    if data is None or len(data) > limit:
+    if len(data) > limit:
         raise ValueError(f"cannot read {shown(path)}: it is larger than {limit:,} bytes")
     return data
 
 
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+
+
+def read_chunks(file, limit, size=2**20):
+    """Yield up to `limit` bytes of a file, without allocating them all for a small one."""
+    while limit > 0:
+        chunk = file.read(min(size, limit))
+        if not chunk:
+            return
+        limit -= len(chunk)
+        yield chunk
 
 
 def parse_json(data, what):
