@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import simplicial
-from tests.build import Case, build, check_build
+from tests.build import Case, check_build, check_reports
 from tests.common import DEVICE, assert_close, gpu
 from tests.test_simplicial import (
     EMPTY,
@@ -298,15 +298,17 @@ def test_hopper_kernel_builds():
     check_build("kernels.simplicial_hopper", cases)
 
 
-def test_builder_reports_what_a_gpu_would_refuse():
-    """A tile too large for the shared memory of an RTX 50 compiles; the check refuses it."""
-    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-    constants = {"g": 1, "D": 128, "NQ": 4, "BD": 16, "BN": 128, "PREC": "tf32"}
-    case = Case("columns_kernel", constants, types, arch=120, num_warps=8, max_spilled=10**6)
-    (report,) = build("kernels.simplicial", [case])
-    assert report["chip"] == "sm_120a" and report["registers"] > 0
-    with pytest.raises(AssertionError, match="too much shared memory"):
-        check_build("kernels.simplicial", [case])
+def test_build_checks():
+    """A case fails with a report that a GPU would refuse, that spills or that rounds to TF32."""
+    good = {"shared": 99 * 1024, "spilled": 8, "tensor_core_instructions": 0, "has_tf32": False}
+    case = Case("kernel", arch=120, max_spilled=8, uses_tensor_cores=False)
+    check_reports([case], [good])
+    bad = {"shared": 99 * 1024 + 1, "spilled": 9, "tensor_core_instructions": 1, "has_tf32": True}
+    for key, value in bad.items():
+        with pytest.raises(AssertionError):
+            check_reports([case], [{**good, key: value}])
+    with pytest.raises(AssertionError, match="no tensor cores"):
+        check_reports([Case("kernel", arch=120, uses_tensor_cores=True)], [good])
 
 
 # --------------------------------------------------------------------------------------------------
