@@ -207,12 +207,15 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     q, k, v, k2, v2, spoiled = remove_nonfinite(q, k, v, k2, v2, w1, w2)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
-    n = max(
-        1, min(Tq, max(w1 // 2, 16), logits_at_once // (2 * B * H * w1 * w2))
-    )  # queries a block
+    if torch.compiler.is_compiling():  # it would unroll the loop again for every length
+        n = Tq
+        starts = [0]
+    else:
+        n = max(1, min(Tq, max(w1 // 2, 16), logits_at_once // (2 * B * H * w1 * w2)))
+        starts = range(0, Tq, n)
     recompute = torch.is_grad_enabled() and B * H * Tq * w2 * (w1 + n) > logits_at_once
     outputs = []
-    for start in range(0, Tq, n):
+    for start in starts:
         end = min(start + n, Tq)
         first_key = max(0, start + Tk - Tq - w1 + 1)
         last_key = end + Tk - Tq

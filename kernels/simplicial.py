@@ -23,43 +23,11 @@ position, the g heads of a KV group side by side, so that neither g = 1 nor g = 
 in units of B H T w1 w2 D: 4 forward, 16 backward (S and dP are computed in both kernels; a single
 pass, 12, would need atomics). Backward memory: 2 (1 + (w2 - 1) / PIECE) float32 tensors like k2.
 
-Steps; rates in TFLOP/s on one H200 (torch 2.11, triton 3.6), bfloat16,
-D = 128, g = 64 | D = 128, g = 1 | D = 64, g = 1. They are of variants side by side.
-1. Keys in blocks of 64 from the window's old end: the 515 keys of four positions take 9 blocks, an
-   eighth of the work is void.
-2. Whole blocks end at the last position, and what is left at the old end is taken 16 keys at a time:
-   8 blocks and a small one. Blocks are whole, so their loads need no mask; scores are masked in the
-   last block and the small ones alone.
-3. A row operand computed in place stays in registers, 20 bytes spill. Carried around the loop that
-   uses it (the next tile's is made at the end), Triton puts it into shared memory: none.
-   Forward 345 | 317 | 226 without spills.
-4. exp2 without a running maximum, 200 instructions a block of keys where there were 350; a tile with
-   a row out of range is done once more, with one: no row depends on another, to the bit.
-   342 | 321 | 277. Less than it should be: tiles of 64 rows read 5.5 TB/s of keys from L2, and of 128
-   rows only one fits a multiprocessor. Held to 128 registers two do, and spill 300 bytes:
-   368 | 354 | 264. The next block's scores ahead of this one's use: Triton waits at once. Whole
-   blocks by TMA need fewer registers; at D = 64 three tiles share a multiprocessor and spill 44
-   bytes, outside the loops: 376 | 350 | 317.
-5. rows_kernel: of tiles that spill nothing only (64, 32, 8, 2) was left at D = 128, at 159 | 153 | -,
-   for 8 warps share 64 rows badly. With positions computed again after the loop (128, 32, 8, 3)
-   spills 4 bytes in place of 196: 340 | 304 | 288 (then 196).
-6. columns_kernel without a pipeline, in small tiles: two or three share a multiprocessor.
-   254 | 274 | 254.
-7. Tiles of 128 rows with 4 warps, so that two share a multiprocessor and each key is fetched half as
-   often: 255 registers, 390 bytes spilled, and faster all the same than tiles that spill nothing:
-   387 | 368 | 328 forward. Larger tiles for columns_kernel, and for rows_kernel at D = 64, likewise:
-   backward in all 119 | 14.4 | 15.7 ms before, then 111 | 14.0 | 14.0.
-8. hopper_kernel, the forward pass in Gluon, where its loader has the keys of the next blocks in shared
-   memory before they are asked for and exponentials run beside products (predicted 480 to 560 |
-   450 to 530 | 380 to 450): 492 | 479 | 391. The loader reads a query's row once, not for each of its
-   offsets: 490 | 503 | 388 before, 508 | 509 | 392.
-9. The backward pass in Gluon as well, one kernel for both of its halves, not kept. With operands and
-   sums left out its products and exponentials ran at 396 | 635 (rows) and 539 | 560 (columns) for
-   D = 128. But two accumulators of 64 x 128 leave the loader 56 registers a thread, too few to make 64
-   rows as fast as 128 keys use them up (columns 266 | 341, fetched ahead by cp.async 403 | 399), and
-   dk2 and dv2 are sums over rows that no register has room for (rows 281 | 343, sums in shared memory
-   230 | 361). The whole pass at best: 106.7 | 12.9 ms, in place of 111.5 | 14.1. With operands and sums
-   left out it still took 78.6 | 8.3 ms, 4.5 | 3.8 times the forward's time: eight products against two.
+A query with a number that is not finite, or that sees one, gets NaN; so do the gradients of what it
+sees. Others keep their bits, whatever is in their tile. One exception: where a product of finite
+factors overflows float16 in the backward pass (do * v2, U * do, W * q, W * k2), neighbors may get NaN.
+
+Why the tiles are what they are: kernels/NOTES.md.
 """
 
 import warnings
@@ -557,7 +525,7 @@ def any_in_window(flags, w):
 
 # Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads
 # under 64 take those of 64. Chosen by time on one H200, with registers spilled where that was faster
-# (step 7).
+# (step 7 in NOTES.md).
 HOPPER = {
     ("forward", 128): (128, 32, 4, 3),
     ("rows", 128): (128, 32, 8, 3),

@@ -77,7 +77,12 @@ def check_build(module, cases):
     Return the reports, for what a test asserts beyond that.
     """
     reports = build(module, cases)
-    for case, report in zip(cases, reports):
+    check_reports(cases, reports)
+    return reports
+
+
+def check_reports(cases, reports):
+    for case, report in zip(cases, reports, strict=True):
         assert report["shared"] <= SHARED_LIMIT[case.arch], f"too much shared memory: {report}"
         assert report["spilled"] <= case.max_spilled, f"registers spill: {report}"
         if case.uses_tensor_cores is True:
@@ -85,7 +90,6 @@ def check_build(module, cases):
         if case.uses_tensor_cores is False:
             assert report["tensor_core_instructions"] == 0, f"tensor cores: {report}"
             assert not report["has_tf32"], f"float32 must not become TF32: {report}"
-    return reports
 
 
 def encode_dtype(value):

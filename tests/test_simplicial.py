@@ -1,0 +1,508 @@
+"""2-simplicial attention: definition, PyTorch path, place in the GPT, study. Kernels: see
+test_simplicial_kernel.py."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import simplicial
+import train
+from tests.common import assert_close, gpu, refused, small_gpt
+
+NAMES = "q", "k", "v", "k2", "v2"
+
+
+def make_inputs(
+    Tq=9, Tk=9, H=4, Hkv=2, D=6, B=2, Tk2=None, dtype=torch.float64, seed=0, device="cpu"
+):
+    """Random q, k, v, k2, v2, not contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for heads, T in (H, Tq), (Hkv, Tk), (Hkv, Tk), (Hkv, Tk2 or Tk), (Hkv, Tk2 or Tk):
+        t = torch.randn(B, T, heads, D, generator=generator).to(device, dtype)
+        inputs.append(t.transpose(1, 2))
+    return inputs
+
+
+def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
+    """Output and log-sum-exp of one query by the definition, pair by pair."""
+    group = h * k.shape[1] // q.shape[1]
+    position = i + k.shape[2] - q.shape[2]
+    position2 = i + k2.shape[2] - q.shape[2]
+    k, v, k2, v2 = (t[b, group] for t in (k, v, k2, v2))
+    scores = []
+    products = []
+    for j in range(max(0, position - w1 + 1), position + 1):
+        for l in range(max(0, position2 - w2 + 1), position2 + 1):
+            scores.append((q[b, h, i] * k[j] * k2[l]).sum() / q.shape[3] ** 0.5)
+            products.append(v[j] * v2[l])
+    scores = torch.stack(scores)
+    return scores.softmax(0) @ torch.stack(products), scores.logsumexp(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Values and gradients
+
+# Tq, Tk, Hkv, w1, w2
+SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9), (3, 8, 1, 2, 5), (1, 8, 4, 4, 1)]
+SHAPES += [(8, 8, 2, 1, 3)]
+BOTH = pytest.mark.parametrize(
+    "function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"]
+)
+
+
+@pytest.mark.parametrize("Tq,Tk,Hkv,w1,w2", SHAPES)
+def test_reference_is_the_definition(Tq, Tk, Hkv, w1, w2):
+    for Tk2 in (Tk, Tk + 2):
+        inputs = make_inputs(Tq, Tk, Hkv=Hkv, Tk2=Tk2)
+        o = simplicial.reference(*inputs, w1=w1, w2=w2)
+        for b, h, i in (0, 0, 0), (1, 3, Tq - 1), (0, 2, Tq // 2):
+            assert torch.allclose(o[b, h, i], by_pairs(*inputs, w1, w2, b, h, i)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [2**25, 20], ids=["whole", "blocks"])
+def test_first_and_second_derivatives(at_once):
+    inputs = [t.requires_grad_() for t in make_inputs(3, 4, H=2, Hkv=1, D=2, B=1)]
+
+    def function(*inputs):
+        return simplicial.attention_torch(*inputs, w1=3, w2=2, logits_at_once=at_once)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(lambda *a: simplicial.reference(*a, w1=3, w2=2), inputs)
+
+
+@pytest.mark.parametrize("at_once", [2**25, 500], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    "Tq,Tk,Hkv,w1,w2", [*SHAPES, (64, 64, 2, 20, 7), (33, 50, 1, 5, 40), (40, 44, 4, 33, 2)]
+)
+def test_attention_torch_equals_the_reference(Tq, Tk, Hkv, w1, w2, at_once):
+    options = {"w1": w1, "w2": w2}
+    inputs = [t.requires_grad_() for t in make_inputs(Tq, Tk, Hkv=Hkv, Tk2=Tk + Tk // 8)]
+    ours = simplicial.attention_torch(*inputs, **options, logits_at_once=at_once)
+    exact = simplicial.reference(*inputs, **options)
+    assert torch.allclose(ours, exact, atol=1e-12)
+    do = torch.randn(2, 4, Tq, 6, dtype=torch.float64)
+    our_grads = torch.autograd.grad(ours, inputs, do)
+    for name, a, b in zip(NAMES, our_grads, torch.autograd.grad(exact, inputs, do)):
+        assert torch.allclose(a, b, atol=1e-11), f"gradient of {name}"
+
+    low = [t.detach().bfloat16() for t in inputs]
+    ours = simplicial.attention_torch(*low, **options, logits_at_once=at_once)
+    truth = simplicial.reference(*(t.double() for t in low), **options)
+    assert ours.dtype == torch.bfloat16
+    assert_close("bf16", ours, truth.bfloat16(), truth)  # rounded once, at the end
+
+
+def test_blocks_bound_the_logits():
+    """Each block holds at most as many logits as asked for, and the backward computes them again."""
+    sizes = []
+    original = simplicial.attend
+
+    def attend(q, k, *more):
+        sizes.append(q.shape[:4].numel() * more[1].shape[3] * k.shape[2])
+        return original(q, k, *more)
+
+    inputs = [t.requires_grad_() for t in make_inputs(64, 64)]
+    for at_once, blocks, calls in (10**6, 4, 4), (40000, 4, 8), (12000, 13, 26):
+        sizes.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(simplicial, "attend", attend)
+            o = simplicial.attention_torch(*inputs, w1=20, w2=7, logits_at_once=at_once)
+            assert len(sizes) == blocks
+            o.sum().backward()
+        assert len(sizes) == calls and max(sizes) <= at_once
+
+
+def window_attention(q, k, v, w):
+    T = q.shape[2]
+    mask = torch.ones(T, T, dtype=torch.bool).tril() & torch.ones(T, T, dtype=torch.bool).triu(
+        1 - w
+    )
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def window_mean(v, w):
+    means = [v[:, :, max(0, i - w + 1) : i + 1].mean(2) for i in range(v.shape[2])]
+    return torch.stack(means, 2)
+
+
+@BOTH
+def test_closed_forms(function):
+    def equal(a, b):
+        return torch.allclose(a, b, atol=1e-12)
+
+    def g(t):
+        return t.repeat_interleave(2, 1)
+
+    q, k, v, k2, v2 = make_inputs(12, 12, D=6)
+    one = torch.ones_like(k)
+    o = function(q, k, v, k2, v2, w1=5, w2=3)
+    assert equal(o[:, :, 0], g(v * v2)[:, :, 0]), "a single pair"
+    assert equal(function(q, k, v, k2, v2, w1=1, w2=1), g(v * v2))
+    assert equal(function(q, k, v, one, one, w1=5, w2=3), window_attention(q, k, v, 5))
+    assert equal(function(q, one, one, k2, v2, w1=5, w2=3), window_attention(q, k2, v2, 3))
+    gated = window_attention(q * g(k2), k, v, 5) * g(v2)
+    assert equal(function(q, k, v, k2, v2, w1=5, w2=1), gated), "w2 = 1 gates"
+    means = g(window_mean(v, 5) * window_mean(v2, 3))
+    assert equal(function(q * 0, k, v, k2, v2, w1=5, w2=3), means)
+    beyond = function(q, k, v, k2, v2, w1=99, w2=12)
+    assert equal(beyond, function(q, k, v, k2, v2, w1=12, w2=50)), "windows past the start"
+    assert torch.equal(beyond, function(q, k, v, k2, v2, w1=10**30, w2=12))
+
+    # k = [a, 1] and k2 = [1, b]: logits are additive, so it is a product of two attentions
+    a = torch.cat([k[..., :3], one[..., 3:]], -1)
+    b = torch.cat([one[..., :3], k2[..., 3:]], -1)
+    q1 = torch.cat([q[..., :3], q[..., 3:] * 0], -1)
+    q2 = torch.cat([q[..., :3] * 0, q[..., 3:]], -1)
+    two = window_attention(q1, a, v, 5) * window_attention(q2, b, v2, 3)
+    assert equal(function(q, a, v, b, v2, w1=5, w2=3), two)
+
+    # symmetries
+    assert equal(function(q, k2, v2, k, v, w1=3, w2=5), o), "the two roles are alike"
+    c = torch.rand(6, dtype=torch.float64) + 0.5
+    assert equal(function(q, k * c, v / c, k2 / c, v2 * c, w1=5, w2=3), o)
+    order = torch.randperm(6)
+    permuted = (t[..., order] for t in (q, k, v, k2, v2))
+    assert equal(function(*permuted, w1=5, w2=3), o[..., order])
+
+
+def test_determinant_form_is_invariant_under_rotation():
+    q, k, v, k2, v2 = make_inputs(7, 7, H=2)
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    rotation = rotation * torch.linalg.det(rotation)  # in SO(3)
+    q_r, k_r, k2_r = ((t.unflatten(-1, (2, 3)) @ rotation.T).flatten(-2) for t in (q, k, k2))
+    for determinant in (True, False):
+        options = {"w1": 4, "w2": 3, "determinant": determinant}
+        o = simplicial.reference(q, k, v, k2, v2, **options)
+        rotated = simplicial.reference(q_r, k_r, v, k2_r, v2, **options)
+        difference = (o - rotated).abs().max()
+        assert difference < 1e-12 if determinant else difference > 0.01
+    rows = q[0, 1, 6], k[0, 1, 4], k2[0, 1, 5]
+    exact = sum(torch.linalg.det(torch.stack([t[c : c + 3] for t in rows])) for c in (0, 3))
+    a, b, c = simplicial.to_trilinear(*rows)
+    assert abs((a * b * c).sum() - exact) < 1e-12 and len(a) == 12
+
+
+def test_attention_sees_only_its_windows():
+    check_windows(simplicial.attention, "cpu")
+
+
+def check_windows(function, device):
+    """A change at position 20 changes the outputs of the windows that hold it, bit for bit no other."""
+    inputs = make_inputs(40, 40, H=2, Hkv=1, D=16, B=1, dtype=torch.float32, device=device)
+    before = function(*inputs, w1=9, w2=4)
+    for n, w in (0, 1), (1, 9), (2, 9), (3, 4), (4, 4):
+        for change in 1e4, math.inf, -math.inf, math.nan:
+            changed = [t.clone() for t in inputs]
+            changed[n][:, :, 20] += change
+            after = function(*changed, w1=9, w2=4)
+            is_same = (before == after).all(-1).all(1)[0].tolist()  # of each position
+            what = f"{NAMES[n]} + {change}"
+            assert is_same == [not 20 <= i < 20 + w for i in range(40)], what
+            if not math.isfinite(change):
+                assert not after[:, :, 20 : 20 + w].isfinite().any(), what
+
+
+def test_decodes_as_it_prefills():
+    q, k, v, k2, v2 = make_inputs(20, 20, dtype=torch.float32)
+    whole = simplicial.attention(q, k, v, k2, v2, w1=7, w2=3)
+    parts = []
+    for start, end in (0, 12), (12, 19), (19, 20):
+        keys = [t[:, :, max(0, start - 6) : end] for t in (k, v)]  # what these queries see
+        keys += [t[:, :, max(0, start - 2) : end] for t in (k2, v2)]
+        parts.append(simplicial.attention(q[:, :, start:end], *keys, w1=7, w2=3))
+    assert torch.allclose(whole, torch.cat(parts, 2), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is not finite, in the gradients
+
+
+def check_gradients_of_nonfinite(
+    gradients, device, dtype=torch.float32, D=8, T=40, w1=9, w2=4, g=2
+):
+    """gradients(inputs, do, w1, w2) -> o and five gradients. One bad position makes NaN of what meets
+    it, and changes nothing else, bit for bit."""
+    H = 2 * g
+    inputs = make_inputs(T, T, H, 2, D, 1, dtype=dtype, device=device)
+    inputs.append(torch.randn(1, H, T, D, generator=torch.Generator().manual_seed(1)))
+    inputs[-1] = inputs[-1].to(device, dtype)
+    before = gradients(inputs[:5], inputs[5], w1, w2)
+    cases = [(n, value) for n in range(5) for value in (math.inf, math.nan)] + [(0, -math.inf)]
+    for n, value in cases:
+        changed = [t.clone() for t in inputs]
+        changed[n][0, 1, 20, 3] = value
+        after = gradients(changed[:5], changed[5], w1, w2)
+
+        # queries that see it, (H, T), and the keys that such a query sees, (Hkv, T)
+        w = {0: 1, 1: w1, 2: w1, 3: w2, 4: w2}[n]
+        is_bad = torch.zeros(H, T, dtype=torch.bool)
+        heads = [1] if n == 0 else range(g, H)
+        for h in heads:
+            is_bad[h, 20 : 20 + w] = True
+        sees = is_bad.unflatten(0, (2, g)).any(1)
+        for m, (a, b) in enumerate(zip(before, after)):
+            expected = is_bad
+            if m >= 2:
+                expected = torch.zeros(2, T, dtype=torch.bool)
+                for h, i in sees.nonzero().tolist():
+                    expected[h, max(0, i - (w1 if m < 4 else w2) + 1) : i + 1] = True
+            what = f"{('o', 'dq', 'dk', 'dv', 'dk2', 'dv2')[m]} with {value} in {NAMES[n]}"
+            is_same = (a == b).all(-1)[0].cpu()
+            assert torch.equal(is_same, ~expected), f"{what}: neighbors change"
+            assert b.isnan().all(-1)[0].cpu().equal(expected), f"{what}: should be NaN"
+
+
+def test_gradients_of_what_is_not_finite():
+    def gradients(inputs, do, w1, w2):
+        inputs = [t.requires_grad_() for t in inputs]
+        o = simplicial.attention(*inputs, w1=w1, w2=w2)
+        return o.detach(), *torch.autograd.grad(o, inputs, do)
+
+    check_gradients_of_nonfinite(gradients, "cpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# Refusals, empty inputs, compilers, fallbacks
+
+
+@pytest.mark.parametrize("function", [simplicial.attention, simplicial.reference])
+def test_refuses_what_does_not_fit(function):
+    inputs = dict(zip(NAMES, make_inputs()))
+    k, v, k2, v2 = (inputs[name] for name in NAMES[1:])
+    for change, part in (
+        ({"k": k[..., :4]}, "do not fit"),
+        ({"k": k[..., :4], "v": v[..., :4]}, "do not fit"),
+        ({"k2": k2[..., :4], "v2": v2[..., :4]}, "do not fit"),
+        ({"v": v[:, :1]}, "do not fit"),
+        ({"v2": v2[:, :1]}, "do not fit"),
+        ({"v2": v2[:, :, 1:]}, "do not fit"),
+        ({"k2": k2[:, :1], "v2": v2[:, :1]}, "do not fit"),
+        ({"k2": k2[:1], "v2": v2[:1]}, "do not fit"),
+        ({"k": k[:1], "v": v[:1]}, "do not fit"),
+        ({"q": inputs["q"][:, :3]}, "do not fit"),
+        ({"q": inputs["q"][0]}, "do not fit"),
+        ({name: t[:, :0] for name, t in inputs.items()}, "do not fit"),
+        ({name: t[..., :0] for name, t in inputs.items()}, "do not fit"),
+        ({"k": k[:, :, :5], "v": v[:, :, :5]}, "cannot be the last of 5"),
+        ({"k2": k2[:, :, :5], "v2": v2[:, :, :5]}, "cannot be the last of 5"),
+        ({"k2": k2[:, :, :0], "v2": v2[:, :, :0]}, "cannot be the last of 0"),
+        ({"w1": 0}, "at least 1"),
+        ({"w2": -3}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=part) as caught:
+            function(**{**inputs, "w1": 5, "w2": 3, **change})
+        assert "\n" not in str(caught.value)
+
+
+EMPTY = [(0, 4, 2, 5, 5), (2, 4, 2, 0, 5), (2, 4, 2, 0, 0), (1, 0, 2, 5, 5)]  # B, H, Hkv, Tq, Tk
+
+
+@pytest.mark.parametrize("B,H,Hkv,Tq,Tk", EMPTY)
+def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
+    q = torch.randn(B, H, Tq, 8, requires_grad=True)
+    keys = [torch.randn(B, Hkv, Tk, 8, requires_grad=True) for _ in range(4)]
+    o = simplicial.attention(q, *keys, w1=3, w2=2)
+    assert o.shape == q.shape
+    for t, grad in zip((q, *keys), torch.autograd.grad(o.sum(), (q, *keys))):
+        assert grad.shape == t.shape and not grad.any()
+
+
+def test_compiles_once_for_all_lengths():
+    """One graph for the first length, one for all others: fullgraph refuses more than a few."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(simplicial.attention, fullgraph=True, backend=backend)
+    for T in (5, 7, 9, 33, 40):
+        inputs = [t.requires_grad_() for t in make_inputs(T, T + 1, D=8, dtype=torch.float32)]
+        ours = compiled(*inputs, w1=4, w2=3)
+        eager = simplicial.attention(*inputs, w1=4, w2=3)
+        assert torch.allclose(ours, eager, atol=1e-6)
+        for a, b in zip(*(torch.autograd.grad(o.sum(), inputs) for o in (ours, eager))):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert len(graphs) == 2
+
+
+def test_autocast_does_not_undo_float32():
+    inputs = make_inputs(30, 30, D=8, dtype=torch.float32)
+    plain = simplicial.attention(*inputs, w1=9, w2=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(simplicial.attention(*inputs, w1=9, w2=5), plain)
+
+
+def test_warning_survives_the_compiler():
+    def slow(x):
+        simplicial.warn_slow("a reason")
+        return x + 1
+
+    for function in (slow, torch.compile(slow, fullgraph=True, backend="aot_eager")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(torch.zeros(3))
+        assert ["many times slower: a reason" in str(w.message) for w in caught] == [True]
+
+
+@gpu
+@pytest.mark.parametrize("D", [8, 24, 256])
+def test_widths_without_a_kernel_fall_back_on_the_gpu(D):
+    inputs = make_inputs(20, 20, D=D, dtype=torch.float32, device="cuda")
+    with pytest.warns(UserWarning, match=f"no heads of width {D}"):
+        o = simplicial.attention(*inputs, w1=5, w2=3)
+    exact = simplicial.reference(*(t.double() for t in inputs), w1=5, w2=3)
+    assert (o - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------
+# In the GPT
+
+
+def test_layers_of_the_gpt():
+    model = small_gpt(torch.float64, attn="softmax,simplicial:w1=5:w2=3", n_layer=4, n_kv_head=2)
+    assert [len(layer.self_attn.inputs) for layer in model.layers] == [3, 5, 3, 5]
+    layer = model.layers[1].self_attn
+    assert layer.windows == [5, 5, 3, 3]
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    heads = []
+    for name in layer.inputs:
+        t = getattr(layer, f"{name}_proj")(x)
+        heads.append(t.unflatten(-1, (-1, 8)).transpose(1, 2))
+    y = simplicial.reference(*heads, w1=5, w2=3).transpose(1, 2).flatten(2)
+    angles = train.rope_angles(0, 9, 8, 1e4, x.device)
+    assert torch.allclose(layer(x, *angles), layer.o_proj(y), atol=1e-10), "no RoPE"
+
+    ids = torch.randint(64, (1, 16))
+    changed = ids.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 64
+    assert torch.equal(model(ids)[:, :9], model(changed)[:, :9]), "causal"
+
+
+def test_trains(tiny):
+    run = train.main([*tiny, "--attn", "softmax,simplicial:w1=8:w2=4", "--out", "run"])
+    rows = Path("run/log.csv").read_text().splitlines()
+    column = rows[0].split(",").index("val_loss")
+    losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    assert losses[-1] < losses[0] - 0.5 and not run["signal"]
+    refused([*tiny, "--attn", "simplicial:w3=8"], "no option 'w3'", "w1=512, w2=32")
+    refused(
+        [*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1 position"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The study
+
+
+def test_match3_by_hand():
+    study = pytest.importorskip("experiments.simplicial")
+    generator = torch.Generator().manual_seed(0)
+    for M, T in (16, 6), (64, 12), (997, 30):
+        x = torch.randint(M, (32, T), generator=generator)
+        truth = study.match3(x, M)
+        assert 0 < truth.float().mean() < 1
+        assert torch.equal(study.match3_by_hand(x, M), truth)
+        assert torch.equal(study.match3_by_hand(x, M, simplicial.reference), truth)
+    assert study.most_right_of_four(torch.randn(10000, 4, generator=generator)) == 3
+    expected = [False, True, True, True]  # 2 + 2 + 2
+    assert study.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == expected
+    x = torch.randint(9, (4, 7), generator=generator)
+    for b in range(4):
+        for i in range(7):
+            past = x[b, : i + 1].tolist()
+            any_match = any((past[-1] + m + n) % 9 == 0 for m in past for n in past)
+            assert study.match3(x, 9)[b, i] == any_match
+
+
+def test_tasks_are_what_they_say():
+    study = pytest.importorskip("experiments.simplicial")
+    generator = torch.Generator().manual_seed(0)
+    x, y = study.match3_batch(256, generator)
+    assert x.shape == (256, 7, 1) and y.float().mean() == 0.5
+    assert torch.equal(study.match3(x[..., 0], 20)[:, -1].long(), y)
+    sums = x[:, :-1, None, 0] + x[:, None, :-1, 0] + x[:, -1:, None, 0]
+    assert (sums % 20 == 1).flatten(1).any(1)[y == 0].all(), "near misses"
+
+    x, y = study.composition_batch(64, generator, M=5)
+    for tokens, answer in zip(x.tolist(), y.tolist()):
+        tables = {(table, key): value for table, key, value in tokens[:-1]}
+        assert len(tables) == 10 and tokens[-1][0] == 2
+        assert answer == tables[1, tables[0, tokens[-1][1]]]
+
+
+def test_chance_levels():
+    """Naming the commonest value of f, as a model could that cannot compose, is right 53% of the time;
+    guessing is right 25% of the time."""
+    study = pytest.importorskip("experiments.simplicial")
+    levels = study.chance_levels()
+    assert levels["Match3"] == {"uniform": 0.5}
+    assert levels["composition"] == {"uniform": 0.25, "commonest value": 0.53125}
+    x, y = study.composition_batch(4000, torch.Generator().manual_seed(0))
+    is_f = x[:, :-1, 0] == 1
+    values = x[:, :-1, 2][is_f].view(4000, 4)
+    assert abs((values.mode(1).values == y).float().mean() - 0.531) < 0.02
+    assert abs((y == 0).float().mean() - 0.25) < 0.02
+
+
+def test_refit_of_the_papers_table():
+    study = pytest.importorskip("experiments.simplicial")
+    exponents = study.refit()
+    assert abs(exponents["GSM8k"]["softmax"][0] - 0.1311) < 1e-4
+    assert abs(exponents["MBPP"]["2-simplicial"][0] - 0.1702) < 1e-4
+    assert abs(study.fit_exponent((1, 10, 100), (1, 0.1, 0.01)) - 1) < 1e-12
+    for models in exponents.values():
+        assert models["2-simplicial"][0] > models["softmax"][0], "all three sizes"
+    keeps = {b: m["2-simplicial"][1] > m["softmax"][1] for b, m in exponents.items()}
+    assert keeps == {"GSM8k": True, "MMLU": False, "MMLU-pro": True, "MBPP": False}
+
+
+def test_study(tmp_path, capsys):
+    study = pytest.importorskip("experiments.simplicial")
+    out = str(tmp_path / "results")
+    result = study.main(["--out", out], "a study", seeds=(1, 2), steps=2)
+    assert {p.name for p in Path(out).iterdir()} == {"simplicial-cpu.json", "simplicial-cpu.png"}
+    record = json.loads(Path(out, "simplicial-cpu.json").read_text())
+    for key in ("command", "commit", "hardware", "versions", "seconds", "question", "metric"):
+        assert key in record
+    for task in study.TASKS:
+        runs = {n: record["variants"][f"{task}: {n}"]["runs"] for n in study.VARIANTS}
+        assert len({run["parameters"] for r in runs.values() for run in r}) == 1, "equal parameters"
+        for name in set(study.VARIANTS) - {record["baseline"]}:
+            pairs = zip(runs[name], runs[record["baseline"]])
+            differences = [a["value"] - b["value"] for a, b in pairs]
+            difference = record["differences"][f"{task}: {name}"]
+            assert abs(difference["mean"] - sum(differences) / 2) < 1e-12
+            half = 12.706 * abs(differences[0] - differences[1]) / 2  # t of one degree of freedom
+            assert abs(difference["half_width_95"] - half) < 1e-9 and difference["n"] == 2
+    assert result["match3_by_hand"] == dict.fromkeys(result["match3_by_hand"], 1.0)
+    assert "commonest value" in capsys.readouterr().out
+    refused(["--full"], "--full", main=simplicial.main)
+
+
+def test_runs_of_a_seed_see_the_same_examples():
+    study = pytest.importorskip("experiments.simplicial")
+    a, b = (study.train_task("composition", "softmax", 3, 4) for _ in range(2))
+    assert a["value"] == b["value"] and a["seed"] == 3
+    drawn = {}
+    batch = study.TASKS["composition"][0]
+    for name in ("softmax", "gate"):
+        seen = drawn[name] = []
+
+        def recorded(B, generator, seen=seen):
+            x, y = batch(B, generator)
+            seen.append(x)
+            return x, y
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(study.TASKS, "composition", (recorded, (3, 4, 4), 4, 2))
+            study.train_task("composition", name, 3, 2)
+    assert len(drawn["gate"]) == 3 and not torch.equal(*drawn["gate"][:2])
+    assert all(map(torch.equal, drawn["softmax"], drawn["gate"]))

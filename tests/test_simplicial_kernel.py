@@ -1,0 +1,410 @@
+"""kernels/simplicial.py and kernels/simplicial_hopper.py, interpreted where there is no GPU."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import simplicial
+from tests.build import Case, check_build, check_reports
+from tests.common import DEVICE, assert_close, gpu
+from tests.test_simplicial import (
+    EMPTY,
+    by_pairs,
+    check_gradients_of_nonfinite,
+    check_windows,
+    make_inputs,
+)
+
+pytest.importorskip("triton")
+from kernels import simplicial as kernel  # noqa: E402
+
+GRADIENTS = "o", "dq", "dk", "dv", "dk2", "dv2"
+
+
+def reference_with_gradients(inputs, do, w1, w2):
+    """-> o and five gradients, one head at a time: at once they took 58 GB at the largest shape"""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    B, H = do.shape[:2]
+    results = [torch.zeros_like(t) for t in (do, *inputs)]
+    for b, h in itertools.product(range(B), range(H)):
+        group = h * inputs[1].shape[1] // H
+        heads = [t[b : b + 1, n : n + 1] for t, n in zip(inputs, (h, *[group] * 4))]
+        o = simplicial.reference(*heads, w1=w1, w2=w2)
+        results[0][b, h] = o.detach()[0, 0]
+        for total, part in zip(
+            results[1:], torch.autograd.grad(o, inputs, do[b : b + 1, h : h + 1])
+        ):
+            total += part
+    return results
+
+
+def run_kernels(inputs, do, w1, w2, configs=None):
+    """-> o, five gradients and lse. configs: of forward, rows and columns; not used on a GPU, where
+    large tiles of float32 compile for minutes."""
+    if configs is None or DEVICE == "cuda":
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        o, lse = kernel.attention(*inputs, w1, w2)
+        return [o.detach(), *torch.autograd.grad(o, inputs, do), lse]
+    inputs = [t.contiguous() for t in inputs]
+    o, lse = kernel.forward(*inputs, w1, w2, configs[0])
+    return [o, *kernel.backward(do.contiguous(), *inputs, o, lse, w1, w2, *configs[1:]), lse]
+
+
+def check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype, configs=None, B=2, Tk2=None, size=1.0):
+    """Outputs, gradients and lse against float64, and twice the same bits."""
+    shape = Tq, Tk, H, Hkv, D, B, Tk2
+    inputs = make_inputs(*shape, dtype, seed=Tq * w1 + w2, device=DEVICE)
+    inputs[0] = inputs[0] * size
+    do = torch.randn(B, D, Tq, H, generator=torch.Generator().manual_seed(1))
+    do = do.to(DEVICE, dtype).permute(0, 3, 2, 1)
+    truths = reference_with_gradients([t.double() for t in inputs], do.double(), w1, w2)
+    eager = reference_with_gradients(inputs, do, w1, w2)
+
+    torch.use_deterministic_algorithms(True)  # new tensors hold NaN until they are written
+    try:
+        first, second = (run_kernels(inputs, do, w1, w2, configs) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, ours, again, expected, truth in zip(GRADIENTS, first, second, eager, truths):
+        assert_close(name, ours, expected, truth)
+        assert torch.equal(ours, again), f"{name}: two runs differ"
+
+    doubles = [t.cpu().double() for t in inputs]
+    for b, h, i in (0, 0, 0), (B - 1, H - 1, Tq - 1), (0, H // 2, Tq // 2):
+        truth = by_pairs(*doubles, w1, w2, b, h, i)[1]
+        allowed = (1e-4 if dtype == torch.float32 else 2e-2) * max(1, abs(truth))
+        assert abs(first[6][b, h, i].item() - truth) < allowed, "a natural logarithm"
+    if min(w1, Tk) == min(w2, Tk2 or Tk) == 1:
+        zero = [not first[n].any() for n in (1, 2, 4)]
+        assert all(zero), "a single pair has no derivative, exactly"
+
+
+# Tq, Tk, H, Hkv, D, w1, w2
+CASES = [(1, 1, 1, 1, 16, 1, 1), (17, 17, 2, 2, 16, 1, 1), (17, 17, 6, 2, 16, 3, 8)]
+CASES += [(40, 40, 2, 1, 32, 12, 33), (64, 64, 1, 1, 32, 64, 5), (34, 34, 1, 1, 16, 34, 33)]
+CASES += [(127, 127, 1, 1, 16, 64, 3), (3, 90, 4, 1, 32, 40, 20), (30, 70, 2, 1, 16, 5, 40)]
+CASES += [(65, 65, 1, 1, 64, 50, 1), (48, 48, 1, 1, 16, 32, 16)]
+
+
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", CASES)
+def test_kernels(Tq, Tk, H, Hkv, D, w1, w2):
+    check_kernels(Tq, Tk, H, Hkv, D, w1, w2, torch.float32, [(128, 32, 4, 1)] * 3, B=1)
+
+
+@pytest.mark.parametrize(
+    "dtype,size", [(torch.float16, 1.0), (torch.float16, 4.0), (torch.float32, 30.0)], ids=str
+)
+def test_kernels_at_large_logits(dtype, size):
+    check_kernels(24, 24, 2, 1, 16, 16, 7, dtype, [(64, 32, 4, 1)] * 3, B=1, size=size)
+
+
+def test_kernels_over_long_windows():
+    check_kernels(300, 300, 1, 1, 16, 512, 8, torch.float32, [(128, 64, 4, 1)] * 3, B=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kernels_on_random_shapes(seed):
+    rng = random.Random(seed)
+    Tq, Hkv, g = rng.randint(1, 25), rng.randint(1, 2), rng.choice([1, 2, 3, 5])
+    Tk, Tk2 = Tq + rng.choice([0, 0, 7, 30]), Tq + rng.choice([0, 0, 3, 20])
+    configs = [(2 ** rng.randint(5, 7), 2 ** rng.randint(4, 6), 4, 1) for _ in range(3)]
+    w1, w2 = rng.randint(1, 40), rng.randint(1, 40)
+    shape = Tq, Tk, g * Hkv, Hkv, 16, w1, w2
+    check_kernels(*shape, torch.float32, configs, B=1, Tk2=Tk2)
+
+
+# --------------------------------------------------------------------------------------------------
+# One row does not depend on another
+
+
+def test_kernel_sees_only_its_windows():
+    def forward(*inputs, w1, w2):
+        config = (64, 16, 4, 1) if DEVICE == "cpu" else None
+        return kernel.forward(*(t.contiguous() for t in inputs), w1, w2, config)[0]
+
+    check_windows(forward, DEVICE)
+
+
+@pytest.mark.parametrize("dtype,w1,w2,g", [(torch.float32, 9, 4, 1), (torch.float16, 3, 34, 2)])
+def test_gradients_of_what_is_not_finite(dtype, w1, w2, g):
+    """w2 = 34 takes two tiles of offsets, and the roles change places."""
+
+    def gradients(inputs, do, w1, w2):
+        return run_kernels(inputs, do, w1, w2, [(64, 16, 4, 1)] * 3)[:6]
+
+    T = 24 if DEVICE == "cpu" else 70
+    check_gradients_of_nonfinite(gradients, DEVICE, dtype, 16, T, w1, w2, g)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bad_gradient_stays_with_its_query(value):
+    """The gradient of one output is not finite: its query's inputs get NaN, others the same bits."""
+    inputs = make_inputs(24, 24, 2, 2, 16, 1, dtype=torch.float32, device=DEVICE)
+    do = torch.ones(1, 2, 24, 16, device=DEVICE)
+    configs = [(64, 16, 4, 1)] * 3
+    before = run_kernels(inputs, do, 5, 3, configs)
+    do[0, 1, 12, 2] = value
+    after = run_kernels(inputs, do, 5, 3, configs)
+    for name, a, b, w in zip(GRADIENTS, before, after, (0, 1, 5, 5, 3, 3)):
+        is_same = (a == b).all(-1)[0].tolist()
+        assert is_same == [[True] * 24, [not 12 - w < i <= 12 for i in range(24)]], name
+        assert b[0, 1, 13 - w : 13].isnan().all()
+
+
+def test_scores_that_overflow_float16_stay_with_their_query():
+    """q k2 overflows although both are finite; neighbors in the tile keep their bits."""
+    inputs = make_inputs(24, 24, 2, 2, 16, 1, dtype=torch.float16, device=DEVICE)
+    do = torch.ones(1, 2, 24, 16, device=DEVICE, dtype=torch.float16)
+    configs = [(64, 16, 4, 1)] * 3
+    before = run_kernels(inputs, do, 5, 3, configs)
+    inputs[0][0, 1, 12] = 60000.0
+    after = run_kernels(inputs, do, 5, 3, configs)
+    for name, a, b, w in zip(GRADIENTS, before, after, (1, 1, 5, 5, 3, 3)):
+        is_same = (a == b).all(-1)[0].tolist()
+        assert is_same == [[True] * 24, [not 12 - w < i <= 12 for i in range(24)]], name
+
+
+# --------------------------------------------------------------------------------------------------
+# The operator
+
+
+def test_operator():
+    inputs = make_inputs(5, 5, 2, 1, 16, 1, dtype=torch.float32, device=DEVICE)
+    inputs = [t.contiguous().requires_grad_() for t in inputs]
+    tests = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(kernel.simplicial_op, (*inputs, 4, 3), test_utils=tests)
+    o = kernel.attention(*inputs, 4, 3)[0]
+    compiled = torch.compile(
+        lambda *a: kernel.attention(*a, 4, 3)[0], fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*inputs), o)
+    assert torch.equal(kernel.attention(*inputs, 10**30, 3)[0], kernel.attention(*inputs, 5, 3)[0])
+    check_kernels(7, 9, 4, 2, 16, 4, 3, torch.float32)
+
+
+def test_second_derivatives_raise():
+    inputs = make_inputs(5, 5, 2, 1, 16, 1, dtype=torch.float32, device=DEVICE)
+    inputs = [t.requires_grad_() for t in inputs]
+    o = kernel.attention(*inputs, 4, 3)[0]
+    grads = torch.autograd.grad(o.square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(sum(grad.sum() for grad in grads), inputs)
+
+
+@pytest.mark.parametrize("B,H,Hkv,Tq,Tk", EMPTY)
+def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
+    q = torch.randn(B, H, Tq, 16, device=DEVICE, requires_grad=True)
+    keys = [torch.randn(B, Hkv, Tk, 16, device=DEVICE, requires_grad=True) for _ in range(4)]
+    o, lse = kernel.attention(q, *keys, 3, 2)
+    assert o.shape == q.shape and lse.shape == q.shape[:3]
+    for t, grad in zip((q, *keys), torch.autograd.grad(o.sum(), (q, *keys))):
+        assert grad.shape == t.shape and not grad.any()
+
+
+def test_refuses_what_does_not_fit():
+    inputs = make_inputs(5, 6, 4, 2, 16, dtype=torch.float32)
+    for n, change in (
+        (0, lambda t: t[0]),
+        (0, lambda t: t[:, :3]),
+        (0, lambda t: t.double()),
+        (1, lambda t: t[:, :, 1:]),
+        (1, lambda t: t.half()),
+        (2, lambda t: t[:1]),
+        (3, lambda t: t[:, :1]),
+        (4, lambda t: t[..., :8]),
+    ):
+        changed = list(inputs)
+        changed[n] = change(changed[n])
+        with pytest.raises(ValueError, match="Hkv a divisor of H"):
+            kernel.attention(*changed, 4, 3)
+    for w1, w2 in (0, 3), (4, -1):
+        with pytest.raises(ValueError, match=f"w1 = {w1} and w2 = {w2}"):
+            kernel.attention(*inputs, w1, w2)
+    for shrink in (lambda t: t[:, :, :0], lambda t: t[:, :, :4], lambda t: t[:, :0]):
+        with pytest.raises(ValueError, match="Hkv a divisor of H"):
+            kernel.attention(inputs[0], *map(shrink, inputs[1:]), 4, 3)
+    with pytest.raises(ValueError, match="one of .16, 32, 64, 128."):
+        kernel.attention(*(t[..., :8] for t in inputs), 4, 3)
+
+
+def test_refuses_what_it_cannot_count():
+    many = torch.empty(1, 64, 2**20, 128, device="meta")
+    heads = torch.empty(2**16, 1, 1, 16, device="meta")
+    with pytest.raises(ValueError, match="too many for one call"):
+        kernel.get_sizes(many, many[:, :1], many[:, :1], 4, 3)
+    with pytest.raises(ValueError, match="too many for one call"):
+        kernel.get_sizes(heads, heads, heads, 4, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled for GPUs that are not here
+
+
+def plain_cases():
+    """What calls launch with w2 = 32 and one query head per KV head."""
+    kinds = [("bf16", 128, 90), ("bf16", 64, 90), ("bf16", 128, 80), ("fp32", 64, 90)]
+    for name in ("forward", "repair", "rows", "columns"):
+        options = "forward" if name == "repair" else name
+        for dtype, D, arch in kinds:
+            config = kernel.HOPPER[options, D] if arch == 90 else kernel.OTHERS[options]
+            config = kernel.FLOAT32 if dtype == "fp32" else config
+            rows, block, warps, stages, *registers = config
+            NQ, BD = kernel.tile_shape(32, rows)
+            precision = "ieee" if dtype == "fp32" else "tf32"
+            types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+            if name == "rows":
+                types.update(dk2_ptr="*fp32", dv2_ptr="*fp32")
+            for descriptor in ("k_blocks", "v_blocks"):
+                types[descriptor] = f"tensordesc<{dtype}[{block}, {D}]>"
+            # on Hopper such tiles were measured to be faster than those that spill nothing
+            spilled = {"forward": 600, "repair": 750}.get(name, 250) if arch == 90 else 128
+            yield Case(
+                f"{name}_kernel",
+                {"g": 1, "D": D, "NQ": NQ, "BD": BD, "BN": block, "PREC": precision},
+                types,
+                dtype,
+                arch,
+                warps,
+                stages,
+                registers[0] if registers else None,
+                max_spilled=spilled,
+                uses_tensor_cores=dtype != "fp32",
+            )
+
+
+def test_kernels_build():
+    cases = list(plain_cases())
+    cases.append(Case("clean_kernel", {"D": 128, "ROWS": 32}, {"is_bad_ptr": "*i8"}))
+    cases.append(Case("fill_kernel", {"D": 128, "ROWS": 32}, {"is_bad_ptr": "*i8"}))
+    check_build("kernels.simplicial", cases)
+
+
+def test_hopper_kernel_builds():
+    hopper = pytest.importorskip("kernels.simplicial_hopper")
+    cases = []
+    for D, (block, ST, NC, *registers) in hopper.CONFIGS.items():
+        for is_small in True, False:
+            types = {"lse_ptr": "*fp32"}
+            for name, size in ("blocks", block), ("small", hopper.HEAD.value):
+                kind = f"tensordesc<bf16[1, {size}, {D}],{hopper.key_layout()!r}>"
+                types.update({f"k_{name}": kind, f"v_{name}": kind})
+            names = "g", "D", "NQ", "BD", "BN", "ST", "SMALL", "NC", "MANY", "FEW"
+            constants = dict(zip(names, (1, D, 2, 32, block, ST, is_small, NC, *registers)))
+            cases.append(
+                Case("hopper_kernel", constants, types, num_stages=1, uses_tensor_cores=True)
+            )
+    check_build("kernels.simplicial_hopper", cases)
+
+
+def test_build_checks():
+    """A case fails with a report that a GPU would refuse, that spills or that rounds to TF32."""
+    good = {"shared": 99 * 1024, "spilled": 8, "tensor_core_instructions": 0, "has_tf32": False}
+    case = Case("kernel", arch=120, max_spilled=8, uses_tensor_cores=False)
+    check_reports([case], [good])
+    bad = {"shared": 99 * 1024 + 1, "spilled": 9, "tensor_core_instructions": 1, "has_tf32": True}
+    for key, value in bad.items():
+        with pytest.raises(AssertionError):
+            check_reports([case], [{**good, key: value}])
+    with pytest.raises(AssertionError, match="no tensor cores"):
+        check_reports([Case("kernel", arch=120, uses_tensor_cores=True)], [good])
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+LARGE = [(300, 300, 2, 2, 128, 512, 32), (300, 300, 16, 1, 128, 32, 512)]
+LARGE += [(529, 529, 4, 2, 64, 512, 32), (1, 600, 64, 1, 128, 512, 32)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@gpu
+@pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", [*CASES, *LARGE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_on_the_gpu(Tq, Tk, H, Hkv, D, w1, w2, dtype):
+    check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype)
+
+
+def hopper_inputs(H, Hkv, Tq, Tk, D, dtype, size):
+    """Queries of which a tenth have logits `size` times as large. Finite."""
+    generator = torch.Generator("cuda").manual_seed(Tq)
+    inputs = []
+    for heads, T in (H, Tq), *[(Hkv, Tk)] * 4:
+        t = torch.randn(1, heads, T, D, device="cuda", generator=generator)
+        inputs.append(t.to(dtype))
+    is_large = torch.rand(1, H, Tq, 1, device="cuda", generator=generator) < 0.1
+    inputs[0] *= torch.where(is_large, size, 1.0)
+    return inputs
+
+
+HOPPER_SHAPES = [(4, 4, 700, 700, 512, 32), (64, 1, 100, 600, 512, 32), (4, 2, 300, 330, 64, 20)]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU",
+)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("size", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_kernel_on_the_gpu(D, dtype, size):
+    """It leaves rows with huge logits to repair_kernel; both agree with the plain kernel, which the
+    reference checks."""
+    for H, Hkv, Tq, Tk, w1, w2 in HOPPER_SHAPES:
+        inputs = hopper_inputs(H, Hkv, Tq, Tk, D, dtype, size)
+        assert all(t.isfinite().all() for t in inputs)
+        assert kernel.hopper.plan(inputs[0], H // Hkv, w1, w2), "this test is of hopper_kernel"
+        o, lse = kernel.forward(*inputs, w1, w2)
+        assert torch.equal(o, kernel.forward(*inputs, w1, w2)[0])
+        config = kernel.get_config("forward", inputs[0])
+        plain, plain_lse = kernel.forward(*inputs, w1, w2, config)
+        allowed = 1e-4 * plain_lse.abs().max().clamp(min=1)
+        assert o.isfinite().all() and (lse - plain_lse).abs().max() < allowed
+        assert (o.float() - plain.float()).norm() <= 0.01 * plain.float().norm()
+    assert kernel.hopper is not None, "it does not build"
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("value", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_rows_of_the_hopper_kernel_are_independent_on_the_gpu(D, dtype, value):
+    """One query, then one key or value, is huge or not finite. A tenth of the queries go through
+    repair_kernel in any case."""
+    for H, Hkv, Tq, Tk, w1, w2 in HOPPER_SHAPES:
+        inputs = hopper_inputs(H, Hkv, Tq, Tk, D, dtype, 30.0)
+        before = kernel.forward(*inputs, w1, w2)[0]
+        for i in (Tq - 1, Tq // 2, 17):
+            changed = [t.clone() for t in inputs]
+            changed[0][:, -1, i, 3] = value
+            after = kernel.forward(*changed, w1, w2)[0]
+            expected = torch.ones(H, Tq, dtype=torch.bool)
+            expected[-1, i] = False
+            assert torch.equal((before == after).all(-1)[0].cpu(), expected), "bit for bit"
+        for n, w in (1, w1), (2, w1), (3, w2), (4, w2):
+            j = Tk - Tq + 20  # the position of query 20
+            changed = [t.clone() for t in inputs]
+            changed[n][:, :, j, 3] = value
+            after = kernel.forward(*changed, w1, w2)[0]
+            others = [i for i in range(Tq) if not 20 <= i < 20 + w]
+            a, b = before[:, :, others].float(), after[:, :, others].float()
+            # where 0 * inf has met a query, repair_kernel computes it, which rounds otherwise
+            assert b.isfinite().all() and (a - b).norm() <= 0.01 * a.norm()
+            if n != 2 or value == 1e4:
+                assert torch.equal(a, b)
+            if value != 1e4:
+                assert not after[:, :, 20 : 20 + w].isfinite().all(-1).any()
+
+
+@gpu
+def test_compiles_without_a_break_on_the_gpu():
+    inputs = make_inputs(200, 200, D=64, dtype=torch.bfloat16, device="cuda")
+    inputs = [t.requires_grad_() for t in inputs]
+    compiled = torch.compile(simplicial.attention, fullgraph=True)
+    both = [f(*inputs, w1=64, w2=8) for f in (simplicial.attention, compiled)]
+    grads = [torch.autograd.grad(o, inputs, torch.ones_like(o)) for o in both]
+    assert torch.equal(*both) and all(map(torch.equal, *grads))
