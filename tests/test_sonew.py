@@ -378,6 +378,9 @@ def test_skips_a_bad_gradient(bad):
 def test_a_bad_first_gradient_sets_no_scale():
     grads = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
     grads[0, 0, 0] = math.inf
+    _, optimizer = take_steps({"lr": 0.1}, grads[:1], (3, 4))
+    (state,) = optimizer.state.values()
+    assert state["scale"] == 0
     path, optimizer = take_steps({"lr": 0.1}, grads, (3, 4))
     (state,) = optimizer.state.values()
     assert torch.equal(path[0], torch.ones(3, 4)) and (path[2] != 1).all()

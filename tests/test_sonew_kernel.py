@@ -13,6 +13,7 @@ from tests.test_sonew import check_sharded, mesh, take_steps  # noqa: F401, a fi
 
 pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 
 from kernels import sonew as kernel
@@ -85,6 +86,7 @@ def check_kernel(
         {"band": 2, "betas": (0.0, 0.999)},
         {"band": 2, "betas": (0.9, 0.0)},
         {"band": 3, "transposed": True},
+        {"band": 3, "gamma": 0.3},  # many edges are removed
         {"band": 0, "eps": 1e-6, "betas": (0.9, 0.9999)},
     ],
     ids=str,
@@ -169,6 +171,12 @@ def test_kernel_on_gradients_that_wake_late(monkeypatch):
         assert all(value.isfinite().all() for value in state.values())
         assert torch.equal(path[1], torch.ones_like(path[1])) and (path[-1][3] == 1).all()
 
+    # the first gradient after none is small, and eps does not damp it
+    grads = torch.stack([grads[0], grads[3] * 1e-13])
+    options = {"lr": 0.1, "eps": 0.0, "betas": (0.0, 0.0)}
+    path, _ = kernel_steps(options, grads)
+    assert abs((path[1] - 1).norm() / 0.1 / 150**0.5 - 1) < 1e-4
+
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e30])
 def test_kernel_on_bad_gradients(bad, monkeypatch):
@@ -195,6 +203,66 @@ def test_kernel_on_bad_gradients(bad, monkeypatch):
         b = optimizers[1].state[q]
         assert a["skipped"] == b["skipped"] == (p is not nets[0][1]) and a["step"] == 2
         assert all(torch.allclose(a[k], b[k]) and a[k].isfinite().all() for k in a)
+
+
+@pytest.mark.parametrize("step", [sonew.step_torch, kernel.step], ids=["torch", "kernel"])
+def test_sums_and_sizes_of_other_shards_count(step, monkeypatch):
+    """As if another process held the same rows once more: the steps stay what they were."""
+    use_config(monkeypatch, SMALL)
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(3, 4, 50, generator=generator).to(DEVICE)
+    path, expected = kernel_steps({"lr": 0.1, "eps": 0.1, "betas": (0.9, 0.95)}, grads)
+    group = {"band": 1, "chain": "row", "bf16_state": False}
+    options = {"lr": 0.1, "weight_decay": 0.0, "eps": 0.1, "gamma": 1e-6}
+    shards = [torch.ones(4, 50, device=DEVICE), torch.ones(0, 50, device=DEVICE)]
+    states = [sonew.init_state(p, group) for p in shards]
+    for g in grads:
+        params = []
+        for p, state in zip(shards, states, strict=True):
+            if state["step"] == 0:
+                state["scale"].fill_(g.abs().mean())
+            params.append(sonew.LocalParam(p, g[: len(p)].clone(), state, 1, 50, 400, False))
+        full_sums = []
+
+        def all_reduce(sums, full_sums=full_sums):
+            sums *= 2
+            rows = sums.view(-1, 3)
+            if len(rows) == 2:  # of both shards: the empty one gets the sums of the other
+                rows[1] = rows[0]
+            elif full_sums:
+                sums.copy_(full_sums[0])
+            full_sums.append(sums.clone())
+
+        step(params, beta1=0.9, beta2=0.95, all_reduce=all_reduce, **options)
+    assert torch.allclose(shards[0], path[-1], atol=1e-6)
+    for state in states:
+        assert torch.allclose(state["scale"], expected["scale"]) and state["step"] == 3
+
+
+def test_bias_correction_has_no_cancellation():
+    @triton.jit
+    def run(t_ptr, out_ptr, log_beta):
+        i = tl.program_id(0)
+        tl.store(out_ptr + i, kernel.one_minus_power(tl.load(t_ptr + i), log_beta))
+
+    steps = torch.tensor([1.0, 2, 3, 10, 29, 31, 100, 1000, 10000], device=DEVICE)
+    for beta in (0.5, 0.9, 0.99, 0.9999):
+        out = torch.empty_like(steps)
+        run[(len(steps),)](steps, out, math.log(beta))
+        exact = -torch.expm1(steps.double() * math.log(beta))
+        assert ((out - exact) / exact).abs().max() < 1e-6
+
+
+def test_norms_add_any_number_of_programs():
+    @triton.jit
+    def run(partial_ptr, total_ptr, programs):
+        kernel.norms(tl.arange(0, 16), partial_ptr, programs, total_ptr, 16)
+
+    for programs in (1, 16, 17, 50):
+        partial = torch.rand(programs + 3, 3, device=DEVICE)
+        total = torch.empty(3, device=DEVICE)
+        run[(1,)](partial, total, programs)
+        assert torch.allclose(total, partial[:programs].sum(0))
 
 
 def test_kernel_takes_many_tensors_at_once(monkeypatch):
