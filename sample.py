@@ -227,8 +227,10 @@ class CUDAGraphDecoder:
         if self.generator:
             self.generator.set_state(state)
             self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side_stream):
             self.step()
+        # the capture resets the generator's offset on its stream: no replay may overtake that
+        torch.cuda.current_stream().wait_stream(side_stream)
 
     def launch(self):
         """Start a step, and return its token, to be read later."""

@@ -19,10 +19,11 @@ length of Adam's. With b = 0, u is m / S_0: Adam without its square root. Biases
 Adam's step.
 
 Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean root-mean-square
-gradient, mean_i sqrt(S_0[i]), after the step before (at first, of this gradient). So eps has no unit, and multiplying all
-gradients by a constant leaves every step as it was. An absolute eps, as in the released PyTorch
-code, is right for one scale of gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0
-in 80% of the coordinates of a GPT, whose gradients are about 3e-5.
+gradient, mean_i sqrt(S_0[i]), after the step before; in the first step, the mean magnitude of its
+gradient. So eps has no unit, and multiplying all gradients by a constant leaves every step as it
+was. An absolute eps, as in the released PyTorch code, is right for one scale of gradients only:
+1e-8, fine for an autoencoder of MNIST, exceeds S_0 in 80% of the coordinates of a GPT, whose
+gradients are about 3e-5.
 
 Where we depart from the released code: eps, as said; Adam's variance in the graft is bias-corrected
 (their first step is 1 / sqrt(1 - beta2) times too long), and its step has no eps; the edge test is
@@ -164,7 +165,7 @@ def unit_of(scale):
 
 
 def update_statistics(g, m, S, beta1, beta2):
-    """Return the momentum m, the b+1 statistics S and is_good, all (R, C), after one more gradient.
+    """Add a gradient. Return the momentum m, the b+1 statistics S and is_good, all (R, C).
 
     g: gradient (R, C). Where it is not finite, or its square is not, it counts as 0.
     """
@@ -176,7 +177,7 @@ def update_statistics(g, m, S, beta1, beta2):
 
 
 def directions(m, S, step, scale, beta1, beta2, eps, gamma):
-    """Compute the directions of SONew and Adam, u and a, and sqrt(S_0) in units of scale, all (R, C).
+    """Return the directions of SONew and Adam, u and a, and sqrt(S_0) over scale, all (R, C).
 
     m, S: momentum and b+1 statistics (R, C) of `step` gradients. step, scale: (). Without a scale,
     after gradients of 0, u is the momentum.
@@ -273,7 +274,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce
 class SONew(torch.optim.Optimizer):
     """Implement SONew with Adam's grafting. lr, betas and weight_decay as in AdamW.
 
-    eps: damping, added to S_0 in units of scale^2, scale the tensor's mean root-mean-square gradient.
+    eps: damping, added to S_0 in units of the tensor's squared mean root-mean-square gradient.
     band: successors b, 0 to 4; the state is b + 2 tensors like the parameter, and three scalars.
     gamma: an edge is removed where the Schur complement is at most gamma S_0 (with bf16_state at
         least 2^-7, its rounding).

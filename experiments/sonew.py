@@ -72,11 +72,11 @@ VARIANTS = {
     "SGD": (sgd, (1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
     "RMSProp": (rmsprop, (1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
     "Adam": (adam, (3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
-    "SONew, band 0": (sonew(band=0), RATES, (1e-9, 1e-8, 1e-7), (1e-1, 1e-8)),
+    "SONew, band 0": (sonew(band=0), RATES, EPS, (1e-1, 1e-6)),
     "SONew, band 1": (sonew(), RATES, EPS, (1e-1, 1e-6)),
     "band 1, flat": (sonew(chain="flat"), RATES, EPS, (1e-1, 1e-6)),
-    "band 1, shuffled": (sonew(), RATES, EPS, (1e-1, 1e-6)),
-    "SONew, band 4": (sonew(band=4), RATES, EPS, (1e-1, 1e-6)),
+    "band 1, shuffled": (sonew(), RATES, (1e-6, 1e-5, 1e-4), (1e-1, 1e-5)),
+    "SONew, band 4": (sonew(band=4), RATES, (1e-6, 1e-5, 1e-4), (1e-1, 1e-5)),
 }
 
 # -- data and network ------------------------------------------------------------------------------

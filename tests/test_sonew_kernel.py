@@ -351,6 +351,7 @@ def build_cases(module):
         constants = {"P": P, "G": P, "M": M, "BAND": band, "PLAIN": plain, "LR_THERE": False}
         constants |= {"HALO": halo, "COLUMNS": kernel.S_PTR.value + band + 1, "LINES": lines}
         options = {"types": types, "dtype": "fp32", "num_warps": warps, "uses_tensor_cores": False}
+        options["max_spilled"] = 72  # a register limit for more programs at once is worth it
         if module == "kernels.sonew_hopper":
             from kernels import sonew_hopper
 
