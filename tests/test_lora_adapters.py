@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import lora_rite
 import train
 from experiments import lora_rite as study
-from support import checkpoint
 from tests.common import REPOSITORY, is_equal, refused, small_gpt
 
 # draw_A("layers.0.self_attn.q_proj.lora_A", (2, 3), seed=1337)
@@ -345,7 +344,7 @@ def test_compiled_layers():
 
 
 def saved_weights(folder):
-    return checkpoint.load(Path(folder))["model"]
+    return train.load_checkpoint(Path(folder))["model"]
 
 
 def without(flags, *names):
@@ -368,7 +367,7 @@ def test_training_resumes_and_merges(base):
     train.main([*flags, "--out", "out/whole"])
     train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
     train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "0"])
-    a, b = checkpoint.load(Path("out/whole")), checkpoint.load(Path("out/parts"))
+    a, b = train.load_checkpoint(Path("out/whole")), train.load_checkpoint(Path("out/parts"))
     assert is_equal(a["model"], b["model"]) and is_equal(a["optimizer"], b["optimizer"])
 
     start = saved_weights("out/base")
@@ -421,7 +420,7 @@ def test_two_processes_equal_one(base):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = saved_weights("out/one"), saved_weights("out/two")
-    seed = checkpoint.load(Path("out/one"))["config"]["run"]["seed"]
+    seed = train.load_checkpoint(Path("out/one"))["config"]["run"]["seed"]
     error, moved = 0.0, 0.0
     for name in (name for name in one if "lora_" in name):
         start = torch.zeros_like(one[name])

@@ -14,7 +14,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 import sonew
 import train
-from support import checkpoint
 from tests.common import REPOSITORY, is_equal, refused
 
 
@@ -231,7 +230,7 @@ def test_statistics_and_not_eps_precondition_a_gpt(tiny):
     steps = 40
     argv = [*tiny, "--optim", "sonew", "--lr", "0.003", "--sample", "0", "--n-layer", "3"]
     out = train.main([*argv, "--steps", str(steps)])["out"]
-    saved = checkpoint.load(out)["optimizer"]
+    saved = train.load_checkpoint(out)["optimizer"]
     n_above = 0
     n_all = 0
     for group in saved["param_groups"]:
@@ -648,7 +647,7 @@ def test_trains_and_resumes(tiny):
     result = train.main([*argv, "--out", "out/whole"])
     train.main([*argv, "--out", "out/parts", "--stop-after", "20"])
     train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "0"])
-    whole, parts = (checkpoint.load(Path(f"out/{name}")) for name in ("whole", "parts"))
+    whole, parts = (train.load_checkpoint(Path(f"out/{name}")) for name in ("whole", "parts"))
     assert is_equal(whole["optimizer"], parts["optimizer"])
     assert is_equal(whole["model"], parts["model"])
     assert whole["config"]["run"]["optim"] == "sonew:band=2"
@@ -666,8 +665,10 @@ def test_processes_equal_one(tiny):
     torchrun(*argv, "--out", "out/ddp")
     torchrun(*argv, "--out", "out/fsdp", "--fsdp", "--stop-after", "3")
     train.main(["--resume", "out/fsdp", "--device", "cpu", "--sample", "0"])
-    one, ddp, fsdp = (checkpoint.load(Path(f"out/{n}"))["model"] for n in ("one", "ddp", "fsdp"))
-    model = train.GPT(train.GPTConfig(**checkpoint.load("out/one")["config"]["model"]))
+    one, ddp, fsdp = (
+        train.load_checkpoint(Path(f"out/{n}"))["model"] for n in ("one", "ddp", "fsdp")
+    )
+    model = train.GPT(train.GPTConfig(**train.load_checkpoint("out/one")["config"]["model"]))
     train.init_weights(model, 1337)
     moved = largest_difference(one, dict(model.named_parameters()))
     assert largest_difference(one, ddp) < 1e-3 * moved
