@@ -1,40 +1,48 @@
-"""LoRA, and LoRA-RITE: an optimizer that does not care how Z = B A is factored (Yen, Si, Meng, Yu,
-Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv 2410.20625).
+"""LoRA, and LoRA-RITE: an optimizer that ignores how Z = B A is factored.
 
-LoRA freezes a matrix W and trains Z = B A beside it, A (r, n), B (m, r). (B R, R^-1 A) is the same
-Z for every invertible R, yet Adam and LoRA+ take a different step in Z for each R. LoRA-RITE takes
-the same one. With a = A^T, b = B and orthonormal bases Ua, Ub of their columns, a = Ua Ra,
-b = Ub Rb, it measures the gradient of each factor in the basis of the other one, where R cancels
-but for a rotation, and preconditions it there with an r x r second moment. For a (and for b with
-the letters exchanged), at step t:
+Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
+2410.20625.
+
+LoRA freezes a matrix W and trains Z = B A beside it, A (r, n), B (m, r). (B R,
+R^-1 A) is the same Z for every invertible R, yet Adam and LoRA+ take a
+different step in Z for each R. LoRA-RITE takes the same one. With a = A^T, b =
+B and orthonormal bases Ua, Ub of their columns, a = Ua Ra, b = Ub Rb, it
+measures the gradient of each factor in the basis of the other one, where R
+cancels but for a rotation, and preconditions it there with an r x r second
+moment. For a (and for b with the letters exchanged), at step t:
 
     h = ga Rb^-1                        the unmagnified gradient, dL/dZ^T Ub
     P = Ub^T Ub,old                     moves the state into the new basis
-    V = d2 P V P^T + (1 - d2) h^T h / n              d = beta (1 - beta^(t-1)) / (1 - beta^t)
+    V = d2 P V P^T + (1 - d2) h^T h / n
     M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1
-    a <- a - lr (M Rb^-T + weight_decay a)           both factors step from the old ones
+    a <- a - lr (M Rb^-T + weight_decay a)      both step from the old factors
 
-h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs. rho, off by default
-(escape), adds back what V loses when it moves between bases. Clipping the raw gradients from
-outside would break the invariance.
+    d1, d2 = beta (1 - beta^(t-1)) / (1 - beta^t) for beta1 and beta2
 
-Where we depart from the paper: no basis is kept and no QR taken, since every r x r matrix follows
-from Gram matrices of a, b, ga, gb, Ma and Mb in float64. Rb may be any root of b^T b (Cholesky's;
-the symmetric one without the missing directions if b is 0 or rank-deficient), and the old b is the
-new one with the last step undone. The released code skips steps with a large h by default, which
-freezes training if the loss is scaled by 1e3 (here `skip`, off, and counted), and takes roots of
-slightly negative eigenvalues (here clamped).
+h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs.
+rho, off by default (escape), adds back what V loses when it moves between
+bases. Clipping the raw gradients from outside would break the invariance.
 
-Start with B = 0 or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A
-is lr M Rb^-T, inversely proportional to the size of B; multiplied by the step in B, it moves Z by
-about lr^2 / |B|. On the regression of the tests (lr 0.05, Z of norm 20) the first step moves Z by
-0.4 from B = 0 and by 78 from unit normals times 1e-4. This is the algorithm's own behaviour, and
-clip, which bounds gradients and not steps, does not prevent it.
+Where we depart from the paper: no basis is kept and no QR taken, since every r
+x r matrix follows from Gram matrices of a, b, ga, gb, Ma and Mb in float64. Rb
+may be any root of b^T b (Cholesky's; the symmetric one without the missing
+directions if b is 0 or rank-deficient), and the old b is the new one with the
+last step undone. The released code skips steps with a large h by default,
+which freezes training if the loss is scaled by 1e3 (here `skip`, off, and
+counted), and takes roots of slightly negative eigenvalues (here clamped).
 
-On a GPU kernels/lora_rite.py takes the step for all pairs in four launches, elsewhere PyTorch does.
+Start with B = 0 or with factors of ordinary size: a tiny B that is not 0 is a
+trap. The step in A is lr M Rb^-T, inversely proportional to the size of B;
+multiplied by the step in B, it moves Z by about lr^2 / |B|. On the regression
+of the tests (lr 0.05, Z of norm 20) the first step moves Z by 0.4 from B = 0
+and by 78 from unit normals times 1e-4. This is the algorithm's own behaviour,
+and clip, which bounds gradients and not steps, does not prevent it.
 
-    python lora_rite.py             the drift of Adam, LoRA+ and LoRA-RITE between factorizations
-    python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite       fine-tune with it
+On a GPU kernels/lora_rite.py takes the step for all pairs in four launches,
+elsewhere PyTorch does.
+
+    python lora_rite.py             the drift between factorizations
+    python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
 """
 
 import hashlib

@@ -1,32 +1,37 @@
-"""2-simplicial attention: Fast and Simplex (Roy et al., arXiv 2507.02754), after Clift et al.
-(arXiv 1909.00668).
+"""2-simplicial attention: Fast and Simplex (arXiv 2507.02754).
 
-A query scores *pairs* of keys. The logit is trilinear in the query, a first key and a second key, one
-softmax runs over all pairs, and the output is the mean of the products of their two values:
+By Roy et al., after Clift et al. (arXiv 1909.00668).
 
-    S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)         P_i = softmax of S_i over all pairs (j, k)
-    o_i   = sum_jk P_ijk (v_j * v2_k)               j in (i - w1, i], k in (i - w2, i]
+A query scores *pairs* of keys. The logit is trilinear in the query, a first
+key and a second key, one softmax runs over all pairs, and the output is the
+mean of the products of their two values:
 
-Windows include the query's own position. k and v have the window w1 (512 in the paper), k2 and v2
-have w2 (32), and every fourth layer is of this kind. The paper claims, for models of 2 billion active
-parameters and up, a lower loss on mathematics and code at equal tokens, and a steeper scaling law.
+    S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
+    o_i   = sum_jk P_ijk (v_j * v2_k)          j in (i - w1, i], k in (i - w2, i]
 
-How to compute it: for a fixed offset d = i - k, the pair (i, d) is a row of ordinary attention with
-the query q_i * k2_{i-d} over (k, v) and the window w1. Let its result be a_id and its log-sum-exp
-e_id. The softmax over pairs is then a mixture of w2 ordinary attentions,
+Windows include the query's own position. k and v have the window w1 (512 in
+the paper), k2 and v2 have w2 (32), and every fourth layer is of this kind. The
+paper claims, for models of 2 billion active parameters and up, a lower loss on
+mathematics and code at equal tokens, and a steeper scaling law.
+
+How to compute it: for a fixed offset d = i - k, the pair (i, d) is a row of
+ordinary attention with the query q_i * k2_{i-d} over (k, v) and the window w1.
+Let its result be a_id and its log-sum-exp e_id. The softmax over pairs is then
+a mixture of w2 ordinary attentions,
 
     o_i = sum_d softmax_d(e_id) (a_id * v2_{i-d})
 
-so any flash attention can compute it; kernels/simplicial.py is one whose rows are pairs (i, d). The
-two windows may change places.
+so any flash attention can compute it; kernels/simplicial.py is one whose rows
+are pairs (i, d). The two windows may change places.
 
-Where we depart from the paper: the GPT applies no RoPE in these layers (`attention.rotary`), because
-a trilinear form is not invariant when q, k and k2 are rotated alike, and the paper does not say what
-it does. Freshly initialized weights make v * v2 tiny; the authors' code adds 1/D to k2 and 1 to v2,
-which the paper does not mention and we do not do.
+Where we depart from the paper: the GPT applies no RoPE in these layers
+(`attention.rotary`), because a trilinear form is not invariant when q, k and
+k2 are rotated alike, and the paper does not say what it does. Freshly
+initialized weights make v * v2 tiny; the authors' code adds 1/D to k2 and 1 to
+v2, which the paper does not mention and we do not do.
 
-    python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32    train with it
-    python simplicial.py    Match3 and function composition -> results/simplicial-cpu.*
+    python simplicial.py    Match3 and function composition
+    python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
 """
 
 import warnings

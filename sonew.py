@@ -1,36 +1,40 @@
-"""SONew: a sparsified online Newton optimizer (NeurIPS 2023, arXiv 2311.10085).
+"""SONew: a sparsified online Newton optimizer (arXiv 2311.10085).
 
-A full second-order method preconditions a tensor's n gradients with the inverse of their (n, n)
-statistics S = E[g g^T]. SONew keeps b + 1 diagonals of S, S_k[i] = E[g_i g_{i+k}], and takes the
-banded X that is closest to the inverse of S in LogDet divergence:
+A full second-order method preconditions a tensor's n gradients with the
+inverse of their (n, n) statistics S = E[g g^T]. SONew keeps b + 1 diagonals of
+S, S_k[i] = E[g_i g_{i+k}], and takes the banded X that is closest to the
+inverse of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-On a chain the minimiser has a closed form, in which each coordinate needs its b successors only:
+On a chain the minimiser has a closed form, in which each coordinate needs its
+b successors only:
 
-    psi_i = W_i^-1 c_i              W_i: S on i+1 ... i+b,  c_i: S between i and these
-    s_i   = S_0[i] - psi_i . c_i    Schur complement: the variance of g_i its successors leave
-    X     = L diag(1/s) L^T         L[i+k, i] = -psi_i[k], ones on the diagonal
-    u     = X m                     the direction, m the momentum
+    psi_i = W_i^-1 c_i            W_i: S on i+1 ... i+b, c_i: S between i and these
+    s_i   = S_0[i] - psi_i . c_i  Schur complement: variance its successors leave
+    X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
+    u     = X m                   the direction, m the momentum
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends linearly on those
-before it, its edge is dropped, so X stays positive definite. Grafting: each tensor's step takes the
-length of Adam's. With b = 0, u is m / S_0: Adam without its square root. Biases and gains take
-Adam's step.
+Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends
+linearly on those before it, its edge is dropped, so X stays positive definite.
+Grafting: each tensor's step takes the length of Adam's. With b = 0, u is m /
+S_0: Adam without its square root. Biases and gains take Adam's step.
 
-Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean root-mean-square
-gradient, mean_i sqrt(S_0[i]), after the step before; in the first step, the mean magnitude of its
-gradient. So eps has no unit, and multiplying all gradients by a constant leaves every step as it
-was. An absolute eps, as in the released PyTorch code, is right for one scale of gradients only:
-1e-8, fine for an autoencoder of MNIST, exceeds S_0 in 80% of the coordinates of a GPT, whose
-gradients are about 3e-5.
+Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean
+root-mean-square gradient, mean_i sqrt(S_0[i]), after the step before; in the
+first step, the mean magnitude of its gradient. So eps has no unit, and
+multiplying all gradients by a constant leaves every step as it was. An
+absolute eps, as in the released PyTorch code, is right for one scale of
+gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0 in 80% of
+the coordinates of a GPT, whose gradients are about 3e-5.
 
-Where we depart from the released code: eps, as said; Adam's variance in the graft is bias-corrected
-(their first step is 1 / sqrt(1 - beta2) times too long), and its step has no eps; the edge test is
-relative; chains end with the rows of a matrix, not with the tensor (chain="flat"); a gradient that
-is not finite is not spread.
+Where we depart from the released code: eps, as said; Adam's variance in the
+graft is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too
+long), and its step has no eps; the edge test is relative; chains end with the
+rows of a matrix, not with the tensor (chain="flat"); a gradient that is not
+finite is not spread.
 
-    python sonew.py                 the LogDet problem drawn, an autoencoder of MNIST
+    python sonew.py                 the LogDet problem, an autoencoder of MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
 """
 

@@ -15,6 +15,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def free_gpu_memory():
+    """Give memory back after each test: other test processes share the GPU."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Work in an empty folder with a small text; return the flags for a run of a second."""
