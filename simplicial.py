@@ -7,7 +7,7 @@ key and a second key, one softmax runs over all pairs, and the output is the
 mean of the products of their two values:
 
     S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
-    o_i   = sum_jk P_ijk (v_j * v2_k)          j in (i - w1, i], k in (i - w2, i]
+    o_i   = sum_jk P_ijk (v_j * v2_k)     j in (i - w1, i], k in (i - w2, i]
 
 Windows include the query's own position. k and v have the window w1 (512 in
 the paper), k2 and v2 have w2 (32), and every fourth layer is of this kind. The
