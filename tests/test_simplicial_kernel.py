@@ -166,6 +166,26 @@ def test_scores_that_overflow_float16_stay_with_their_query():
         assert is_same == [[True] * 24, [not 12 - w < i <= 12 for i in range(24)]], name
 
 
+def test_a_key_of_weight_zero_has_a_bad_gradient():
+    """Scores of -inf hide an infinite key in the forward pass, but 0 * inf is the gradient."""
+    inputs = make_inputs(24, 24, 2, 2, 16, 1, dtype=torch.float32, device=DEVICE)
+    do = torch.ones(1, 2, 24, 16, device=DEVICE)
+    configs = [(64, 16, 4, 1)] * 3
+    inputs[0][..., 0] = 1.0
+    for roles in False, True:
+        q, k, v, k2, v2 = (t.clone() for t in inputs)
+        k2[..., 0] = -1.0
+        given = (q, k2, v2, k, v) if roles else (q, k, v, k2, v2)
+        windows = (1, 5) if roles else (5, 1)
+        before = run_kernels(given, do, *windows, configs)
+        k[0, 1, 12, 0] = float("inf")  # the score of its pairs is -inf
+        after = run_kernels(given, do, *windows, configs)
+        assert after[0][0, 1, 13:17].isfinite().all()
+        is_same = (before[1] == after[1]).all(-1)[0].tolist()
+        assert is_same == [[True] * 24, [not 12 <= i < 17 for i in range(24)]]
+        assert after[1][0, 1, 12:17].isnan().all()
+
+
 # --------------------------------------------------------------------------------------------------
 # The operator
 
