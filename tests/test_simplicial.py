@@ -475,6 +475,7 @@ def test_study(tmp_path, capsys):
     for task in study.TASKS:
         runs = {n: record["variants"][f"{task}: {n}"]["runs"] for n in study.VARIANTS}
         assert len({run["parameters"] for r in runs.values() for run in r}) == 1, "equal parameters"
+        assert all(0 < run["seconds"] < record["seconds"] for r in runs.values() for run in r)
         for name in set(study.VARIANTS) - {record["baseline"]}:
             pairs = zip(runs[name], runs[record["baseline"]])
             differences = [a["value"] - b["value"] for a, b in pairs]
@@ -482,6 +483,7 @@ def test_study(tmp_path, capsys):
             assert abs(difference["mean"] - sum(differences) / 2) < 1e-12
             half = 12.706 * abs(differences[0] - differences[1]) / 2  # t of one degree of freedom
             assert abs(difference["half_width_95"] - half) < 1e-9 and difference["n"] == 2
+    assert len(set(study.SEEDS)) == 8
     assert result["match3_by_hand"] == dict.fromkeys(result["match3_by_hand"], 1.0)
     assert "commonest value" in capsys.readouterr().out
     refused(["--full"], "--full", main=simplicial.main)
