@@ -257,15 +257,14 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
     """
     check(q, k, v, k2, v2, w1, w2)
     k, v, k2, v2 = (t.to(q.dtype) for t in (k, v, k2, v2))
-    if not q.is_cuda or q.dtype == torch.float64:
-        return attention_torch(q, k, v, k2, v2, w1=w1, w2=w2)
-    if kernel is None:
-        warn_slow("pip install triton")
-        return attention_torch(q, k, v, k2, v2, w1=w1, w2=w2)
-    if q.shape[3] not in kernel.WIDTHS:
-        warn_slow(f"the kernel has no heads of width {q.shape[3]}")
-        return attention_torch(q, k, v, k2, v2, w1=w1, w2=w2)
-    return kernel.attention(q, k, v, k2, v2, w1, w2)[0]
+    if q.is_cuda and q.dtype != torch.float64:
+        if kernel is None:
+            warn_slow("pip install triton")
+        elif q.shape[3] not in kernel.WIDTHS:
+            warn_slow(f"the kernel has no heads of width {q.shape[3]}")
+        else:
+            return kernel.attention(q, k, v, k2, v2, w1, w2)[0]
+    return attention_torch(q, k, v, k2, v2, w1=w1, w2=w2)
 
 
 attention.rotary = ()  # inputs that get RoPE

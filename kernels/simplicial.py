@@ -23,8 +23,8 @@ position, the g heads of a KV group side by side, so that neither g = 1 nor g = 
 in units of B H T w1 w2 D: 4 forward, 16 backward (S and dP are computed in both kernels; a single
 pass, 12, would need atomics). Backward memory: 2 (1 + (w2 - 1) / PIECE) float32 tensors like k2.
 
-A query with a number that is not finite, or that sees one, gets NaN; so do the gradients of what it
-sees. Others keep their bits, whatever is in their tile. One exception: where a product of finite
+A query with a number that is not finite, or that sees one, gets NaN (unless a weight of exactly 0
+hides it); so do the gradients of what it sees. Others keep their bits, whatever is in their tile. One exception: where a product of finite
 factors overflows float16 in the backward pass (do * v2, U * do, W * q, W * k2), neighbors may get NaN.
 
 Why the tiles are what they are: kernels/NOTES.md.

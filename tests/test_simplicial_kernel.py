@@ -86,6 +86,9 @@ CASES = [(1, 1, 1, 1, 16, 1, 1), (17, 17, 2, 2, 16, 1, 1), (17, 17, 6, 2, 16, 3,
 CASES += [(40, 40, 2, 1, 32, 12, 33), (64, 64, 1, 1, 32, 64, 5), (34, 34, 1, 1, 16, 34, 33)]
 CASES += [(127, 127, 1, 1, 16, 64, 3), (3, 90, 4, 1, 32, 40, 20), (30, 70, 2, 1, 16, 5, 40)]
 CASES += [(65, 65, 1, 1, 64, 50, 1), (48, 48, 1, 1, 16, 32, 16)]
+# a key one past the old or the new edge of the window of a tile's last or first query
+CASES += [(48, 48, 1, 1, 16, 39, 16), (42, 48, 1, 1, 16, 39, 16)]
+CASES += [(40, 40, 16, 1, 16, 5, 5)]  # a tile is one position
 
 
 @pytest.mark.parametrize("Tq,Tk,H,Hkv,D,w1,w2", CASES)
@@ -101,7 +104,7 @@ def test_kernels_at_large_logits(dtype, size):
 
 
 def test_kernels_over_long_windows():
-    check_kernels(300, 300, 1, 1, 16, 512, 8, torch.float32, [(128, 64, 4, 1)] * 3, B=1)
+    check_kernels(200, 200, 1, 1, 16, 512, 8, torch.float32, [(128, 64, 4, 1)] * 3, B=1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -164,6 +167,26 @@ def test_scores_that_overflow_float16_stay_with_their_query():
     for name, a, b, w in zip(GRADIENTS, before, after, (1, 1, 5, 5, 3, 3)):
         is_same = (a == b).all(-1)[0].tolist()
         assert is_same == [[True] * 24, [not 12 - w < i <= 12 for i in range(24)]], name
+
+
+def test_a_key_of_weight_zero_has_a_bad_gradient():
+    """Scores of -inf hide an infinite key in the forward pass, but 0 * inf is the gradient."""
+    inputs = make_inputs(24, 24, 2, 2, 16, 1, dtype=torch.float32, device=DEVICE)
+    do = torch.ones(1, 2, 24, 16, device=DEVICE)
+    configs = [(64, 16, 4, 1)] * 3
+    inputs[0][..., 0] = 1.0
+    for roles in False, True:
+        q, k, v, k2, v2 = (t.clone() for t in inputs)
+        k2[..., 0] = -1.0
+        given = (q, k2, v2, k, v) if roles else (q, k, v, k2, v2)
+        windows = (1, 5) if roles else (5, 1)
+        before = run_kernels(given, do, *windows, configs)
+        k[0, 1, 12, 0] = float("inf")  # the score of its pairs is -inf
+        after = run_kernels(given, do, *windows, configs)
+        assert after[0][0, 1, 13:17].isfinite().all()
+        is_same = (before[1] == after[1]).all(-1)[0].tolist()
+        assert is_same == [[True] * 24, [not 12 <= i < 17 for i in range(24)]]
+        assert after[1][0, 1, 12:17].isnan().all()
 
 
 # --------------------------------------------------------------------------------------------------
