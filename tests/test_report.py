@@ -1,0 +1,120 @@
+"""experiments/report.py: tables from results, and what is out of date."""
+
+import json
+import subprocess
+
+import pytest
+
+from experiments import report
+from tests.common import refused
+
+STUDY = {
+    "command": "python laser.py",
+    "commit": "abc",
+    "hardware": "2 CPU cores",
+    "versions": {"torch": "2.13.0"},
+    "seconds": 61.4,
+    "question": "Is it better?",
+    "metric": "loss",
+    "baseline": "softmax",
+    "variants": {
+        "softmax": {"runs": [{"seed": 1, "value": 2.0}, {"seed": 2, "value": 3.0}]},
+        "LASER": {"runs": [{"seed": 1, "value": 1.0}, {"seed": 2, "value": 2.5}]},
+    },
+    "differences": {"LASER": {"mean": -0.75, "half_width_95": 0.25, "n": 2}},
+}
+KERNELS = {
+    "command": "python experiments/bench_kernels.py",
+    "commit": "abc",
+    "hardware": "1 x NVIDIA H200",
+    "versions": {"torch": "2.11.0"},
+    "seconds": 100.0,
+    "kernels": {
+        "laser": [
+            {"shape": [4, 16], "name": "softmax", "forward_ms": 0.1, "backward_ms": 0.1},
+            {"shape": [4, 16], "name": "paper's form", "forward_ms": 1.0, "backward_ms": 3.0},
+            {"shape": [8, 16], "name": "paper's form", "forward_ms": 0.1, "backward_ms": 0.1},
+            {"shape": [4, 16], "name": "ours", "forward_ms": 1.0, "backward_ms": 1.0},
+        ]
+    },
+}
+KERNELS["kernels"]["laser"][3]["of_floor"] = 0.5
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with results and one commit."""
+    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "train.py").write_text("1")
+    (tmp_path / "laser.py").write_text("1")
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    git(tmp_path, "init", "-q")
+    commit = commit_all(tmp_path)
+    save(tmp_path, "laser-cpu", {**STUDY, "commit": commit})
+    return tmp_path
+
+
+def git(folder, *argv):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *identity, *argv]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit_all(folder):
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "x")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def save(folder, name, record):
+    (folder / f"results/{name}.json").write_text(json.dumps(record))
+
+
+def test_tables(repository):
+    save(repository, "kernels", KERNELS)
+    report.main([])
+    text = (repository / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    row = next(line for line in text.splitlines() if "LASER" in line)
+    assert "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |" in row
+    assert "`python laser.py` | 61 s" in row
+    kernel = next(line for line in text.splitlines() if line.startswith("| laser | 4 x 16"))
+    assert kernel == "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |"
+    assert "Is it better?" in (repository / "results/README.md").read_text()
+
+
+def test_a_wide_interval_is_not_resolved(repository):
+    wide = {"LASER": {"mean": -0.75, "half_width_95": 0.8, "n": 2}}
+    assert report.study_rows("laser-cpu", {**STUDY, "differences": wide})[0][4] == "not resolved"
+    assert report.study_rows("laser-cpu", STUDY)[0][4] == "resolved"
+
+
+def test_check_finds_what_is_out_of_date(repository):
+    refused(["--check"], "README.md", "results/README.md", main=report.main)
+    report.main([])
+    report.main(["--check"])
+
+    # code that the result does not depend on
+    (repository / "sonew.py").write_text("1")
+    commit_all(repository)
+    report.main(["--check"])
+
+    # code that it depends on, committed or not
+    (repository / "laser.py").write_text("2")
+    refused(["--check"], "results/laser-cpu.json", main=report.main)
+    commit_all(repository)
+    refused(["--check"], "results/laser-cpu.json", main=report.main)
+
+
+@pytest.mark.parametrize("commit", ["0" * 40, None, "-dirty"])
+def test_an_unknown_commit_is_stale(repository, commit):
+    commit = git(repository, "rev-parse", "HEAD") + commit if commit == "-dirty" else commit
+    assert report.is_stale("laser-cpu", {**STUDY, "commit": commit})
+
+
+def test_the_readme_has_the_tables_of_the_results():
+    records = report.load_results()
+    for path, text in report.outputs(records).items():
+        assert path.read_text() == text, f"{path.name}: run python experiments/report.py"
