@@ -400,9 +400,7 @@ def test_trains(tiny):
     losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
     assert losses[-1] < losses[0] - 0.5 and not run["signal"]
     refused([*tiny, "--attn", "simplicial:w3=8"], "no option 'w3'", "w1=512, w2=32")
-    refused(
-        [*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1 position"
-    )
+    refused([*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1")
 
 
 # --------------------------------------------------------------------------------------------------
