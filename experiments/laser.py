@@ -6,9 +6,11 @@ gradient at the logits of every layer is measured on held-out text. Language-mod
 compared here: at this size a laptop cannot resolve the difference.
 """
 
+import io
 import math
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -81,12 +83,16 @@ def measure(attn, seed, folder):
     flags = (
         f"{FLAGS} --data {DATA} --attn {attn} --seed {seed} --lr {LR} --steps {STEPS} --sample 0"
     )
-    train.main([*flags.split(), "--device", "cpu", "--out", str(out)])
+    with redirect_stdout(io.StringIO()):  # the progress bar on stderr is enough
+        result = train.main([*flags.split(), "--device", "cpu", "--out", str(out)])
+    if result["signal"]:
+        raise KeyboardInterrupt(result["signal"])
 
     # eight held-out windows, the same for all
     model, tokenizer = train.load_model(out)
     T = model.config.block_size
-    text = data.load_dataset(DATA, tokenizer, T, out / ".tokens")
+    with redirect_stdout(io.StringIO()):
+        text = data.load_dataset(DATA, tokenizer, T, out / ".tokens")
     starts = range(0, 8 * (T + 1), T + 1)
     starts = [start for start in starts if start + T < len(text.val)]
     x, y = data.to_device(data.read_windows(text.val, starts, T), torch.device("cpu"))
