@@ -57,8 +57,10 @@ def study_rows(name, record):
     means = {}
     for variant, content in record["variants"].items():
         means[variant] = statistics.mean(run["value"] for run in content["runs"])
-    baseline = record["baseline"]
     for variant, difference in record["differences"].items():
+        # "TASK: VARIANT" is compared with the baseline of its own task
+        task, colon, _ = variant.rpartition(": ")
+        baseline = f"{task}{colon}{record['baseline']}"
         is_resolved = abs(difference["mean"]) > difference["half_width_95"]
         interval = f"{number(difference['mean'])} ± {number(difference['half_width_95'])}"
         rows.append(
