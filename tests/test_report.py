@@ -91,6 +91,16 @@ def test_a_wide_interval_is_not_resolved(repository):
     assert report.study_rows("laser-cpu", STUDY)[0][4] == "resolved"
 
 
+def test_each_task_has_its_own_baseline():
+    variants = {}
+    for task, value in (("easy", 1.0), ("hard", 5.0)):
+        for variant in ("softmax", "LASER"):
+            variants[f"{task}: {variant}"] = {"runs": [{"seed": 1, "value": value}]}
+    differences = {"hard: LASER": STUDY["differences"]["LASER"]}
+    record = {**STUDY, "variants": variants, "differences": differences}
+    assert report.study_rows("laser-cpu", record)[0][1:3] == ["hard: softmax 5", "hard: LASER 5"]
+
+
 def test_check_finds_what_is_out_of_date(repository):
     refused(["--check"], "README.md", "results/README.md", main=report.main)
     report.main([])
