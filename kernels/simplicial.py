@@ -244,10 +244,9 @@ def forward_tile(
     row = n % g * Tq + n // g
     if AGAIN:
         mask &= tl.load(lse_ptr + bh * g * Tq + row, mask=mask, other=0.0) == float("inf")
-        o = tl.where((lse == -float("inf"))[:, None], float("nan"), o)  # all scores are -inf
     else:
         is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
-        lse = tl.where(is_finite & (tl.abs(lse) < float("inf")), lse, float("inf"))
+        lse = tl.where(is_finite, lse, float("inf"))
     tl.store(o_ptr + row[:, None] * D + tl.arange(0, D)[None, :], o.to(dtype), mask=mask[:, None])
     tl.store(lse_ptr + bh * g * Tq + row, lse * LN2, mask=mask)
 

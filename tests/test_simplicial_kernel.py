@@ -52,11 +52,18 @@ def run_kernels(inputs, do, w1, w2, configs=None):
     return [o, *kernel.backward(do.contiguous(), *inputs, o, lse, w1, w2, *configs[1:]), lse]
 
 
-def check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype, configs=None, B=2, Tk2=None, size=1.0):
-    """Outputs, gradients and lse against float64, and twice the same bits."""
+def check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype, configs=None, B=2, Tk2=None, size=1.0, shift=0):
+    """Outputs, gradients and lse against float64, and twice the same bits.
+
+    size: factor of the logits. shift: added to them.
+    """
     shape = Tq, Tk, H, Hkv, D, B, Tk2
     inputs = make_inputs(*shape, dtype, seed=Tq * w1 + w2, device=DEVICE)
     inputs[0] = inputs[0] * size
+    if shift:
+        inputs[0][..., 0] = shift * D**0.5
+        inputs[1][..., 0] = 1
+        inputs[3][..., 0] = 1
     do = torch.randn(B, D, Tq, H, generator=torch.Generator().manual_seed(1))
     do = do.to(DEVICE, dtype).permute(0, 3, 2, 1)
     truths = reference_with_gradients([t.double() for t in inputs], do.double(), w1, w2)
@@ -101,6 +108,12 @@ def test_kernels(Tq, Tk, H, Hkv, D, w1, w2):
 )
 def test_kernels_at_large_logits(dtype, size):
     check_kernels(24, 24, 2, 1, 16, 16, 7, dtype, [(64, 32, 4, 1)] * 3, B=1, size=size)
+
+
+@pytest.mark.parametrize("shift", [-20, 20])
+def test_kernels_where_exp_leaves_float16(shift):
+    shape = 24, 24, 2, 1, 16, 16, 7
+    check_kernels(*shape, torch.float16, [(64, 32, 4, 1)] * 3, B=1, shift=shift)
 
 
 def test_kernels_over_long_windows():
@@ -167,6 +180,21 @@ def test_scores_that_overflow_float16_stay_with_their_query():
     for name, a, b, w in zip(GRADIENTS, before, after, (1, 1, 5, 5, 3, 3)):
         is_same = (a == b).all(-1)[0].tolist()
         assert is_same == [[True] * 24, [not 12 - w < i <= 12 for i in range(24)]], name
+
+
+def test_a_query_whose_scores_are_all_minus_infinity():
+    """As the reference has it, its output is NaN, not 0."""
+    inputs = make_inputs(24, 24, 2, 2, 16, 1, dtype=torch.float32, device=DEVICE)
+    inputs[1][..., 0] = inputs[3][..., 0] = 1
+    configs = [(64, 16, 4, 1)] * 3
+    do = torch.ones(1, 2, 24, 16, device=DEVICE)
+    before = run_kernels(inputs, do, 5, 3, configs)
+    inputs[0][0, 1, 12, 0] = -float("inf")
+    after = run_kernels(inputs, do, 5, 3, configs)
+    is_same = (before[0] == after[0]).all(-1)[0].tolist()
+    assert is_same == [[True] * 24, [i != 12 for i in range(24)]]
+    assert after[0][0, 1, 12].isnan().all() and after[1][0, 1, 12].isnan().all()
+    assert not after[6][0, 1, 12].isfinite()
 
 
 def test_a_key_of_weight_zero_has_a_bad_gradient():
