@@ -25,8 +25,8 @@ root-mean-square gradient, mean_i sqrt(S_0[i]), after the step before; in the
 first step, the mean magnitude of its gradient. So eps has no unit, and
 multiplying all gradients by a constant leaves every step as it was. An
 absolute eps, as in the released PyTorch code, is right for one scale of
-gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0 in 80% of
-the coordinates of a GPT, whose gradients are about 3e-5.
+gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0 in most
+coordinates of a GPT, whose gradients are far smaller.
 
 Where we depart from the released code: eps, as said; Adam's variance in the
 graft is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too

@@ -35,10 +35,8 @@ measure what was learned: they share no target with a span that is trained on.
     python ttt_context.py --prompt my.txt --init DIR         run, Hugging Face
     python ttt_context.py --experiment                       small models, CPU
 
-The experiment trains small models on short streams and asks about long ones.
-Where length only dilutes, one fitted temperature per head did better than
-trained queries, and with a norm after W_Q much better. Where the relevant key
-differs between contexts, queries did better, but not with such a norm.
+The experiment trains small models on short streams and asks about long ones,
+with one fitted temperature per head as the baseline.
 
 The model is afterwards what it was, bit for bit.
 """

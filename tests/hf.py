@@ -53,7 +53,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def byte_letters():
-    """{byte: the character that shows it in tokenizer.json}, written out anew"""
+    """{byte: the character that shows it in tokenizer.json}, from the definition"""
     plain = [b for b in range(256) if 33 <= b < 127 or 161 <= b < 173 or b > 173]
     letters = {b: chr(b) for b in plain}
     for n, b in enumerate(sorted(set(range(256)) - set(plain))):
