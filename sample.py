@@ -31,7 +31,7 @@ import torch
 import train
 from support import checkpoint, data, distributed
 from support.cli import option
-from support.distributed import AsyncScalar
+from support.distributed import AsyncScalar, print0
 
 try:
     from kernels import decode as kernels
@@ -424,6 +424,20 @@ def export(config):
     dtype = train.DTYPES.get(config.dtype)
     huggingface.export(config.export, model.state_dict(), asdict(model.config), state, dtype)
     return {}
+
+
+def show_sample(model, tokenizer, n, seed, stop):
+    """Print text of up to n tokens that the model writes at the start of a document."""
+    start = getattr(tokenizer, "start", None) or [tokenizer.eot_token or 0]
+    limit = tokenizer.n_vocab
+    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": seed, "limit": limit}
+    ids = []
+    with torch.compiler.set_stance("force_eager"):  # it would compile each length
+        for token in generate(model.eval(), start, n, **settings):
+            if token == tokenizer.eot_token or stop.now:
+                break
+            ids.append(token)
+    print0(f"sample   {tokenizer.decode_bytes(ids).decode(errors='replace')}")
 
 
 def main(argv=None):

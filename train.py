@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import checkpoint, data, distributed
+from support import checkpoint, cuda_graph, data, distributed
 from support.cli import adjustable, option
 from support.distributed import AsyncScalar, print0, rank, world_size
 from support.runlog import RunLog
@@ -156,6 +156,7 @@ class LaunchConfig:
     eval_only: bool = option(False, "print the held-out loss of --init on --data, and end")
     export: str = option("", "at the end, write the weights as a Hugging Face folder, too")
     compile: bool = option(None, "torch.compile; default: on CUDA, where Triton is there")
+    graph: bool = option(None, "replay steps as CUDA graphs; default: on one GPU, if possible")
     fsdp: bool = option(False, "shard weights, gradients and optimizer state over the processes")
 
     def __post_init__(self):
@@ -347,6 +348,17 @@ class GPT(nn.Module):
             logits = F.linear(x, weight.to(x.dtype))
             return logits.to(torch.promote_types(x.dtype, torch.float32))
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), count)
+
+    def summary(self):
+        """Return the size and shape of the model in words."""
+        n_parameters = sum(p.numel() for p in self.parameters())
+        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = f", {n_trained:,} of them trained" if n_trained < n_parameters else ""
+        c = self.config
+        return (
+            f"{n_parameters:,} parameters{trained}: {c.n_layer} layers of width {c.n_embd}, "
+            f"{c.n_head} heads, context {c.block_size}, {c.attn} attention"
+        )
 
     def compile(self):
         """Compile layer by layer: one graph serves all layers, so it takes seconds.
@@ -586,35 +598,68 @@ def get_batch(text, run, block_size, step, micro_batch, device):
     return list(zip(x.split(micro_batch), y.split(micro_batch))), count
 
 
-def train_step(net, optimizer, batch, clip, signalled=0):
-    """Take one optimizer step on the mean loss over the counted targets of all ranks.
+class Step:
+    """The three parts of a training step, run eagerly; support/cuda_graph.py captures them.
 
     net: the model, or its data-parallel wrapper. clip: largest norm of the gradient; 0: no limit.
-    Returns the loss, the gradient norm before clipping (an AsyncScalar, to be read later), and
-    whether some rank was signalled. If the loss is not finite, no step is taken.
     """
-    micro_batches, count = batch
-    count = count / world_size()  # ranks average their gradients: this makes it the mean over all
-    total_loss = 0.0
 
-    # forward and backward, one micro-batch at a time
-    for i, (x, y) in enumerate(micro_batches):
-        is_last = i == len(micro_batches) - 1
-        with distributed.gradient_sync(net, is_last):
-            loss = net(x, y, count)
-            total_loss = total_loss + loss.detach()
-            if is_last:  # ask for the loss now, to have it while the backward pass runs
-                report = AsyncScalar(distributed.mean_over_ranks(total_loss, signalled))
-            loss.backward()
+    def __init__(self, net, optimizer, clip=0.0):
+        self.net = net
+        self.optimizer = optimizer
+        self.clip = clip or math.inf
 
-    # clip and step
-    grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf)
-    grad_norm = AsyncScalar(distributed.full_tensor(grad_norm))
+    def forward(self, batch):
+        """Return the mean loss, with the last micro-batch's backward pass still to run."""
+        micro_batches, count = batch
+        count = count / world_size()  # ranks average their gradients: this makes it the mean of all
+        total_loss = 0.0
+        for i, (x, y) in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with distributed.gradient_sync(self.net, is_last):
+                self.loss = self.net(x, y, count)
+                total_loss = total_loss + self.loss.detach()
+                if not is_last:
+                    self.loss.backward()
+        return total_loss
+
+    def backward(self):
+        """Finish the gradients and clip them; return their norm before that."""
+        self.loss.backward()
+        self.loss = None
+        grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+        return distributed.full_tensor(grad_norm)
+
+    def update(self):
+        self.optimizer.step()
+
+    def clear(self):
+        self.optimizer.zero_grad()
+
+
+def train_step(step, batch, signalled=0):
+    """Take one optimizer step on the mean loss over the counted targets of all ranks.
+
+    Returns the loss, the gradient norm before clipping (an AsyncScalar, to be read later), and
+    whether some rank was signalled. If the loss is not finite, the weights stay as they are.
+    """
+    total_loss = step.forward(batch)
+    # ask for the loss now, to have it while the backward pass runs
+    report = AsyncScalar(distributed.mean_over_ranks(total_loss, signalled))
+    grad_norm = AsyncScalar(step.backward())
     loss, signalled = report.read()
     if math.isfinite(loss):
-        optimizer.step()
-    optimizer.zero_grad()
+        step.update()
+    step.clear()
     return loss, grad_norm, signalled > 0
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):  # a captured step reads it there
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 @torch.no_grad()
@@ -650,47 +695,6 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
         count += int((windows[:, 1:] >= 0).sum())
     total_loss, count = distributed.mean_over_ranks(total_loss, count).tolist()
     return total_loss / max(1, count)
-
-
-def check_finite(row, out):
-    """Raise FloatingPointError if a number of the step is infinite or NaN."""
-    for name, value in row.items():
-        if not math.isfinite(value):
-            is_saved = (out / "ckpt.pt").exists()
-            raise FloatingPointError(
-                f"step {row['step']}: the {name} is {value}, so the run stops; "
-                + (f"{out}/ckpt.pt is the last good checkpoint" if is_saved else "nothing is saved")
-                + ". A smaller --lr is the usual cure"
-            )
-
-
-def print_model(model, run, origin):
-    """Print the size and shape of the model. origin: a preset, or the folder of its weights."""
-    config = model.config
-    n_parameters = sum(p.numel() for p in model.parameters())
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trained = f", {n_trained:,} of them trained" if n_trained < n_parameters else ""
-    print0(
-        f"model    {n_parameters:,} parameters{trained}: {config.n_layer} layers of width "
-        f"{config.n_embd}, {config.n_head} heads, context {config.block_size}, {config.attn} "
-        f"attention, {run.optim}" + (f" ({origin})" if origin else "")
-    )
-
-
-def show_sample(model, tokenizer, n, seed, stop):
-    """Print text of up to n tokens that the model writes at the start of a document."""
-    import sample
-
-    start = getattr(tokenizer, "start", None) or [tokenizer.eot_token or 0]
-    limit = tokenizer.n_vocab
-    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": seed, "limit": limit}
-    ids = []
-    with torch.compiler.set_stance("force_eager"):  # it would compile each length
-        for token in sample.generate(model.eval(), start, n, **settings):
-            if token == tokenizer.eot_token or stop.now:
-                break
-            ids.append(token)
-    print0(f"sample   {tokenizer.decode_bytes(ids).decode(errors='replace')}")
 
 
 def export(folder, out):
@@ -755,7 +759,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
     # model and optimizer
     model, groups = build_model(gpt_config, run, launch, device, saved)
     net = distributed.data_parallel(model)
-    print_model(model, run, launch.model or origin)
+    print0(f"model    {model.summary()}, {run.optim} ({launch.model or origin})")
     if launch.eval_only:
         val_loss = evaluate(net, text, run, T, micro_batch, device)
         result = {"val_loss": val_loss, "val_bpb": val_loss * text.bits_per_byte}
@@ -763,6 +767,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
         return result
     optimizer = make_optimizer(groups, run)
     clip = run.clip if getattr(optimizer, "clips_gradients", True) else 0.0
+    stepper = Step(net, optimizer, clip)
 
     # where to start and where to stop
     step = 0
@@ -772,6 +777,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
     if step >= run.steps:
         raise ValueError(f"the run in {origin} is complete ({step} steps); --init starts a new one")
     del saved
+    use_graph = cuda_graph.prepare(launch.graph, device, optimizer)
     first_step = step
     last_step = min(run.steps, step + (launch.stop_after or run.steps))
     log = RunLog(out, step, settings, text, distributed.describe(device))
@@ -786,12 +792,13 @@ def train_in(out, gpt_config, run, launch, device, origin):
 
             # learning rate, and random numbers for plug-ins that draw some
             lr = get_lr(step, run)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             distributed.seed_everything(run.seed, step)
 
             # one step, and the next batch while the GPU works on it
-            loss, grad_norm, signalled = train_step(net, optimizer, batch, clip, stop.received)
+            if use_graph and step == first_step + cuda_graph.WARM_UP:
+                stepper = cuda_graph.capture_step(stepper, batch)
+            loss, grad_norm, signalled = train_step(stepper, batch, stop.received)
             batch = get_batch(text, run, T, step + 1, micro_batch, device)
             row = {"step": step + 1, "lr": lr, "loss": loss, "grad_norm": grad_norm.read()}
             stop.agree(signalled)
@@ -811,7 +818,6 @@ def train_in(out, gpt_config, run, launch, device, origin):
                 val_loss = evaluate(net, text, run, T, micro_batch, device, stop)
             if val_loss is not None:
                 row.update(val_loss=val_loss, val_bpb=val_loss * text.bits_per_byte)
-            check_finite(row, out)
 
             # log and save, and only then print: the reader of the output may be gone
             log.append(row)
@@ -828,7 +834,9 @@ def train_in(out, gpt_config, run, launch, device, origin):
         log.finish(result)
         if step == run.steps and not stop.now:
             if launch.sample:
-                show_sample(model, tokenizer, launch.sample, run.seed, stop)
+                import sample
+
+                sample.show_sample(model, tokenizer, launch.sample, run.seed, stop)
             if launch.export:
                 export(launch.export, out)
             result["signal"] = stop.now

@@ -1,13 +1,17 @@
 """Time whole training steps of all variants side by side, on random tokens.
 
-python experiments/bench_train.py     small and gpt2 on a GPU, tiny on a CPU
+python experiments/bench_train.py             small and gpt2 on a GPU, tiny on a CPU
 python experiments/bench_train.py --shapes gpt2 --steps 40
+python experiments/bench_train.py --no-graph  without CUDA graphs
 
-Writes bench_train.json: milliseconds per step (median), tokens per second and
-peak memory of each variant, and its ratio to softmax + AdamW. The variants
-alternate in rounds, so that whatever else the machine does meets all of them.
+Writes bench_train.json. For each variant: milliseconds per step (median), the
+host's part of it (launching everything, without waiting), the device's part
+(all kernels, with the host ahead), tokens per second, peak memory, and the
+ratio to softmax + AdamW. The variants alternate in rounds, so that whatever
+else the machine does meets all of them.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -21,7 +25,7 @@ from tqdm import tqdm
 
 import train
 from experiments.harness import check_writable, save_json, study_parser
-from support import cli, distributed
+from support import cli, cuda_graph, distributed
 
 BASELINE = "softmax+adamw"
 VARIANTS = {  # name: attention, optimizer
@@ -39,7 +43,7 @@ ROUNDS = 5
 class Variant:
     """A model with its optimizer and one batch of random tokens."""
 
-    def __init__(self, shape, attn, optim, device):
+    def __init__(self, shape, attn, optim, device, graph, pool):
         preset = train.PRESETS[shape]
         fields = {name: v for name, v in preset.items() if name in train.GPTConfig.__annotations__}
         config = train.GPTConfig(vocab_size=VOCABULARY, attn=attn, **fields)
@@ -50,52 +54,88 @@ class Variant:
             self.model.compile()
         make_optimizer, options = cli.resolve(optim, *train.PLUGINS["optim"])
         groups = train.param_groups(self.model, weight_decay=0.1)
-        self.optimizer = make_optimizer(groups, preset["lr"], **options)
+        optimizer = make_optimizer(groups, preset["lr"], **options)
+
         self.tokens_per_step = preset["batch_size"] * config.block_size
         size = (2, preset["batch_size"], config.block_size)
         x, y = torch.randint(config.vocab_size, size, device=device)
-        self.batch = [(x, y)], y.numel()
+        self.batch = [(x, y)], torch.full((), y.numel(), device=device)
 
-    def step(self):
-        """Take one step and return its seconds."""
+        # as train.py does: some eager steps, then the capture
+        use_graph = cuda_graph.prepare(graph, device, optimizer)
+        train.set_lr(optimizer, preset["lr"])
+        self.step = train.Step(self.model, optimizer, clip=1.0)
+        for _ in range(cuda_graph.WARM_UP):
+            self.time_step()
+        if use_graph:
+            self.step = cuda_graph.CapturedStep(self.step, self.batch, pool)
+
+    def time_step(self):
+        """Take one step and return its milliseconds."""
         start_time = time.perf_counter()
-        _, grad_norm, _ = train.train_step(self.model, self.optimizer, self.batch, clip=1.0)
+        _, grad_norm, _ = train.train_step(self.step, self.batch)
         grad_norm.read()
-        if self.batch[0][0][0].is_cuda:
+        if self.batch[1].is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start_time
+        return 1e3 * (time.perf_counter() - start_time)
+
+    def launch_step(self):
+        """Take one step without waiting for the device, and return the host's milliseconds."""
+        start_time = time.perf_counter()
+        self.step.forward(self.batch)
+        self.step.backward()
+        self.step.update()
+        self.step.clear()
+        return 1e3 * (time.perf_counter() - start_time)
+
+    def time_on_device(self, host_ms):
+        """Take one step and return the device's milliseconds; it sleeps until all is launched."""
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(2e6 * 1.5 * host_ms))
+        start.record()
+        self.launch_step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
 
 
-def bench_shape(shape, names, steps, device):
+def bench_shape(shape, names, steps, device, graph):
     """Return {variant: row}: each variant takes `steps` steps in each of ROUNDS rounds."""
+    is_cuda = device.type == "cuda"
+    pool = torch.cuda.graph_pool_handle() if is_cuda else None
     variants = {}
-    memory = {}
-    for name in names:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        variants[name] = Variant(shape, *VARIANTS[name], device)
-        for _ in range(3):  # compile, warm up
-            variants[name].step()
-        if device.type == "cuda":
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e9
-
-    seconds = {name: [] for name in names}
-    for _ in tqdm(range(ROUNDS), desc=shape, unit="round", leave=False):
-        for name in names:
-            variants[name].step()  # the caches are another variant's
-            seconds[name] += [variants[name].step() for _ in range(steps)]
-
     rows = {}
     for name in names:
-        median = statistics.median(seconds[name])
-        rows[name] = {
-            "ms_per_step": 1e3 * median,
-            "tokens_per_s": variants[name].tokens_per_step / median,
-            "peak_memory_gb": memory.get(name),
-        }
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        variants[name] = Variant(shape, *VARIANTS[name], device, graph, pool)
+        rows[name] = {}
+        if is_cuda:
+            rows[name]["peak_memory_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+
+    times = {name: {"step": [], "host": [], "device": []} for name in names}
+    for _ in tqdm(range(ROUNDS), desc=shape, unit="round", leave=False):
+        for name in names:
+            variant = variants[name]
+            variant.time_step()  # the caches are another variant's
+            times[name]["step"] += [variant.time_step() for _ in range(steps)]
+            if is_cuda:
+                host_ms = variant.launch_step()
+                torch.cuda.synchronize()
+                times[name]["host"].append(host_ms)
+                times[name]["device"].append(variant.time_on_device(host_ms))
+
+    for name in names:
+        milliseconds = statistics.median(times[name]["step"])
+        rows[name]["ms_per_step"] = milliseconds
+        if is_cuda:
+            rows[name]["host_ms"] = statistics.median(times[name]["host"])
+            rows[name]["device_ms"] = statistics.median(times[name]["device"])
+        rows[name]["tokens_per_s"] = 1e3 * variants[name].tokens_per_step / milliseconds
         if BASELINE in rows:
-            rows[name]["ratio"] = median / statistics.median(seconds[BASELINE])
+            rows[name]["ratio"] = milliseconds / rows[BASELINE]["ms_per_step"]
     return rows
 
 
@@ -113,6 +153,9 @@ def main(argv=None):
         help="variants to time",
     )
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round, of 5 rounds")
+    parser.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: as train.py)"
+    )
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1")
@@ -123,11 +166,13 @@ def main(argv=None):
     start_time = time.perf_counter()
     record = {"shapes": {}}
     for shape in shapes:
-        rows = bench_shape(shape, args.variants, args.steps, device)
+        rows = bench_shape(shape, args.variants, args.steps, device, args.graph)
         record["shapes"][shape] = rows
+        print(f"{shape}: milliseconds per step, on the host, on the device; ratio to {BASELINE}")
         for name, row in rows.items():
-            ratio = f"{row['ratio']:6.3f} of {BASELINE}" if "ratio" in row else ""
-            print(f"{shape:8} {name:18} {row['ms_per_step']:9.2f} ms {ratio}")
+            numbers = [row.get(key, 0.0) for key in ("ms_per_step", "host_ms", "device_ms")]
+            numbers = "".join(f"{number:9.2f}" for number in numbers)
+            print(f"  {name:18} {numbers} {row.get('ratio', 0.0):9.3f}")
     record["seconds"] = time.perf_counter() - start_time
     save_json(out / "bench_train.json", record)
     return record

@@ -1,5 +1,6 @@
 """The files that a run leaves: checkpoint, settings and result, log, and a plot of the log."""
 
+import math
 import os
 import sys
 import time
@@ -57,6 +58,15 @@ class RunLog:
         return rows
 
     def append(self, row):
+        """Write a row. Raises FloatingPointError if one of its numbers is infinite or NaN."""
+        for name, value in row.items():
+            if not math.isfinite(value):
+                is_saved = (self.folder / "ckpt.pt").exists()
+                kept = f"{self.folder}/ckpt.pt is the last good checkpoint"
+                raise FloatingPointError(
+                    f"step {row['step']}: the {name} is {value}, so the run stops; "
+                    f"{kept if is_saved else 'nothing is saved'}. A smaller --lr is the usual cure"
+                )
         if rank() > 0:
             return
         line = ",".join(str(row.get(name, "")) for name in self.columns) + "\n"

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,3 +207,15 @@ def test_it_says_how_to_go_on(step, says, capsys):
     log = open_log(folder="a")
     log.finish({"step": step})
     assert says.replace("./", "") in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite_are_named():
+    log = open_log()
+    log.append(row(3, val_loss=2.0))
+    for name in ("loss", "grad_norm", "val_loss"):
+        with pytest.raises(FloatingPointError, match=f"step 4: the {name} is inf.*nothing is"):
+            log.append(row(4, **{name: math.inf}))
+    Path("ckpt.pt").touch()
+    with pytest.raises(FloatingPointError, match="ckpt.pt is the last good checkpoint"):
+        log.append(row(4, loss=math.nan))
+    assert len(lines()) == 3, "the header, step 3 and what follows its newline"

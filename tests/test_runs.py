@@ -369,11 +369,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
     original = train.train_step
     models = []
 
-    def poisoned_step(net, *args, **options):
+    def poisoned_step(step, *args):
+        net = step.net
         models.append((net, net.embed_tokens.weight.clone()))
         if len(models) == 8:
             net.norm.weight.data[0] = math.nan
-        return original(net, *args, **options)
+        return original(step, *args)
 
     monkeypatch.setattr(train, "train_step", poisoned_step)
     with pytest.raises(FloatingPointError, match="nan"):

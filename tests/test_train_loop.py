@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import sample
 import train
 from support import data
 from tests.common import REPOSITORY, gpu, is_equal, refused
@@ -38,7 +39,7 @@ def load(folder):
 @pytest.fixture
 def no_sample(monkeypatch):
     """Leave out the text at the end, which needs sample.py."""
-    monkeypatch.setattr(train, "show_sample", lambda *_: None)
+    monkeypatch.setattr(sample, "show_sample", lambda *_: None)
 
 
 @pytest.fixture
@@ -55,11 +56,12 @@ def test_each_step_takes_its_own_batch_and_rate(short, monkeypatch):
     seeds = set()
     original = train.train_step
 
-    def recorded(net, optimizer, *more):
-        rates.append(optimizer.param_groups[0]["lr"])
+    def recorded(step, *more):
+        groups = step.optimizer.param_groups
+        rates.append(groups[0]["lr"])
         seeds.add(torch.initial_seed())
-        assert len({group["lr"] for group in optimizer.param_groups}) == 1
-        return original(net, optimizer, *more)
+        assert len({group["lr"] for group in groups}) == 1
+        return original(step, *more)
 
     monkeypatch.setattr(train, "train_step", recorded)
     result = train.main([*flags, "--out", "out/a"])
@@ -131,7 +133,7 @@ def test_gradients_are_clipped_unless_the_optimizer_says_no(short, tmp_path, mon
 
 
 def test_messages(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(train, "show_sample", lambda model, tokenizer, n, *_: print(f"{n} tokens"))
+    monkeypatch.setattr(sample, "show_sample", lambda model, tokenizer, n, *_: print(f"{n} tokens"))
     result = train.main([*tiny, "--steps", "2"])
     words = capsys.readouterr().out
     assert result["out"] == "out/tiny-softmax"
@@ -151,7 +153,6 @@ def test_messages(tiny, capsys, monkeypatch):
 
 
 def test_text_at_the_end(tiny, capsys, monkeypatch):
-    sample = type(sys)("sample")
     calls = []
 
     def generate(model, ids, n, **settings):
@@ -160,8 +161,7 @@ def test_text_at_the_end(tiny, capsys, monkeypatch):
         yield 0
         yield from b"never"
 
-    sample.generate = generate
-    monkeypatch.setitem(sys.modules, "sample", sample)
+    monkeypatch.setattr(sample, "generate", generate)
     train.main([*tiny, "--steps", "1", "--seed", "9"])
     settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": 9, "limit": 256}
     assert calls == [(False, [0], 5, settings)]
@@ -314,9 +314,7 @@ def test_fine_tuning_from_a_hugging_face_folder(short, hf):  # noqa: F811
 
 @pytest.mark.parametrize("where", ["train", "evaluate", "generate"])
 def test_signal_saves_and_ends(tiny, monkeypatch, where):
-    sample = type(sys)("sample")
-    sample.generate = lambda *_, **__: iter(b"abcde")
-    monkeypatch.setitem(sys.modules, "sample", sample)
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: iter(b"abcde"))
     flags = [*tiny, "--eval-every", "20"]
     train.main([*flags, "--out", "out/whole"])
     calls = []
@@ -385,11 +383,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
     original = train.train_step
     weights = []
 
-    def poisoned(net, *more):
+    def poisoned(step, *more):
+        net = step.net
         weights.append((net, net.embed_tokens.weight.detach().clone()))
         if len(weights) == 8:
             net.norm.weight.data[0] = math.nan
-        return original(net, *more)
+        return original(step, *more)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(

@@ -1,0 +1,99 @@
+"""A training step as CUDA graphs: recorded once, then replayed without the host's work in between."""
+
+import warnings
+
+import torch
+
+from support.distributed import print0, world_size
+
+WARM_UP = 3  # eager steps before the capture: kernels are compiled and optimizer state allocated
+
+
+def prepare(asked, device, optimizer):
+    """Decide whether to capture the training step, print why, and return it.
+
+    asked: True, False, or None to do so where it is possible: an optimizer has to keep all numbers
+    that change from step to step on the device. It says so with `capturable = True`; PyTorch's
+    fused optimizers have an option for it. The learning rate moves to the device, too.
+    """
+    is_fused = all("capturable" in group and group.get("fused") for group in optimizer.param_groups)
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = "they need a CUDA GPU"
+    elif world_size() > 1:
+        obstacle = "they are for a single process"
+    elif not (is_fused or getattr(optimizer, "capturable", False)):
+        obstacle = f"{type(optimizer).__name__} is not capturable"
+    if asked and obstacle:
+        raise ValueError(f"--graph cannot be used here ({obstacle}); leave it out")
+
+    use_graph = asked is not False and obstacle is None
+    reason = obstacle or "they save the host's work"
+    print0(f"graphs   {'on' if use_graph else 'off'} ({reason if asked is None else 'as asked'})")
+    if use_graph:
+        lr = torch.zeros((), device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    return use_graph
+
+
+class CapturedStep:
+    """A training step as three CUDA graphs: forward, backward, update.
+
+    They are replayed on copies of each batch, at the addresses of the capture. Gradients and
+    activations live in memory that the graphs share and keep. step: a train.Step whose optimizer
+    is capturable and has taken some steps. pool: graphs of several steps that take turns may share
+    one. Raises RuntimeError if some operation cannot be captured.
+    """
+
+    def __init__(self, step, batch, pool=None):
+        micro_batches, count = batch
+        self.optimizer = step.optimizer
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        self.micro_batches = [(x.clone(), y.clone()) for x, y in micro_batches]
+        self.count = count.clone()
+        self.pool = pool or torch.cuda.graph_pool_handle()
+
+        # in the order of the replay: each graph may reuse memory that the one before has freed
+        static_batch = self.micro_batches, self.count
+        self.forward_graph, self.total_loss = self.capture(step.forward, static_batch)
+        self.backward_graph, self.grad_norm = self.capture(step.backward)
+        self.update_graph, _ = self.capture(step.optimizer.step)
+
+    def capture(self, function, *args):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = function(*args)
+        return graph, result
+
+    def forward(self, batch):
+        micro_batches, count = batch
+        for static, given in zip(self.micro_batches, micro_batches):
+            for static_tensor, tensor in zip(static, given):
+                static_tensor.copy_(tensor)
+        self.count.copy_(count)
+        self.forward_graph.replay()
+        return self.total_loss
+
+    def backward(self):
+        self.backward_graph.replay()
+        return self.grad_norm
+
+    def update(self):
+        self.update_graph.replay()
+
+    def clear(self):
+        """Do nothing: the next backward pass overwrites the gradients."""
+
+
+def capture_step(step, batch):
+    """Return the step as CUDA graphs, or the step itself, with a warning, if that fails."""
+    try:
+        return CapturedStep(step, batch)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the step runs eagerly, since it cannot be captured: {reason}")
+        step.clear()
+        return step
