@@ -576,6 +576,7 @@ class LoRARITE(torch.optim.Optimizer):
     ValueError: an option out of range, a parameter without its partner, a device without float64.
     """
 
+    capturable = True
     clips_gradients = False  # a clip of the raw gradients depends on how Z is factored
 
     def __init__(

@@ -292,6 +292,7 @@ class SONew(torch.optim.Optimizer):
     by rows, or a state that does not fit the parameters.
     """
 
+    capturable = True
     use_kernel = None  # a copy of the optimizer has it, too
 
     def __init__(

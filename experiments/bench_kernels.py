@@ -13,8 +13,8 @@ changes logits, not values, so LASER over it is the paper's form again, and it
 has no logits of three factors.
 """
 
+import importlib
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -28,65 +28,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from experiments.harness import (
-    check_writable,
-    new_figure,
-    provenance,
-    save_figure,
-    save_json,
-    study_parser,
-)
+import train
+from experiments import harness
+from experiments.timing import host_ms, measure_ceilings, median_ms
 from support import cli
 
 PASSES = ("forward_ms", "backward_ms", "step_ms")
 
 
-# -- timing ----------------------------------------------------------------------------------------
-
-
-def median_ms(function, repeats=50):
-    """Return median milliseconds on the device, its L2 emptied before each call.
-
-    The device sleeps as long as the host takes to launch the call, so that the host is ahead, as
-    in a training loop: what is timed are the kernels.
-    """
-    l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    time_events(function, 5, 0, l2)  # compile, warm up
-    sleep_cycles = int(2e6 * 1.5 * host_ms(function))
-    return time_events(function, repeats, sleep_cycles, l2)
-
-
-def time_events(function, repeats, sleep_cycles, l2):
-    pairs = []
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        l2.zero_()
-        torch.cuda._sleep(sleep_cycles)
-        start.record()
-        function()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
-
-
-def host_ms(function):
-    """Return the milliseconds that the host takes to launch a call."""
-    start_time = time.perf_counter()
-    for _ in range(5):
-        function()
-    seconds = (time.perf_counter() - start_time) / 5
-    torch.cuda.synchronize()
-    return 1e3 * seconds
-
-
-def measure_ceilings():
-    a, b = torch.empty(2, 2**29, dtype=torch.bfloat16, device="cuda")
-    x, y = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
-    copy_tb = 4 * a.numel() / median_ms(lambda: a.copy_(b)) / 1e9
-    matmul_tflop = 2 * 8192**3 / median_ms(lambda: x @ y) / 1e9
-    return {"copy_TB_per_s": copy_tb, "matmul_TFLOP_per_s": matmul_tflop}
+# -- parts ------------------------------------------------------------------------------------------
 
 
 def random_heads(B, T, H, D):
@@ -227,6 +177,7 @@ def sonew():
     for p in parameters:
         p.grad = torch.randn_like(p)
     yield time_step("AdamW, fused", shape, torch.optim.AdamW(parameters, lr=1e-5, fused=True), 28)
+    yield time_step("Muon", shape, torch.optim.Muon(parameters, lr=1e-5), 20)
     for band, bf16_state in ((0, False), (1, False), (4, False), (1, True), (4, True)):
         options = {"band": band, "bf16_state": bf16_state}
         error = sonew_error(**options)
@@ -274,26 +225,66 @@ def lora_rite():
             yield time_step(name, shape, optimizer, 32, **more)
 
 
+def loss_peers():
+    """Return {name: loss(x, weight, targets)} of what else computes this loss, where installed."""
+
+    def pytorch(x, weight, targets):  # in float32, else the mean is rounded to bfloat16
+        return F.cross_entropy((x @ weight.T).float(), targets)
+
+    peers = {"PyTorch, compiled": torch.compile(pytorch)}
+    if hasattr(F, "linear_cross_entropy"):
+        peers["PyTorch, F.linear_cross_entropy"] = F.linear_cross_entropy
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        peers["Liger"] = lambda x, weight, targets: liger(weight, x, targets)
+    if importlib.util.find_spec("cut_cross_entropy"):
+        import cut_cross_entropy
+
+        peers["cut-cross-entropy"] = cut_cross_entropy.linear_cross_entropy
+    return peers
+
+
+def loss():
+    """cross-entropy of x W^T for 65,536 x 768 inputs and 50,304 words, with both gradients"""
+    N, C, V = 65536, 768, 50304
+    x = torch.randn(N, C, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    weight = (0.02 * torch.randn(V, C, device="cuda")).bfloat16().requires_grad_()
+    targets = torch.randint(V, (N,), device="cuda")
+    variants = {**loss_peers(), "ours": train.linear_cross_entropy}
+    exact = variants["PyTorch, compiled"](x, weight, targets).item()
+    for name, function in variants.items():
+
+        def step(function=function):
+            return torch.autograd.grad(function(x, weight, targets), (x, weight))
+
+        error = abs(function(x, weight, targets).item() - exact)
+        require(name != "ours" or error < 1e-3, f"the loss is off by {error}")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+        row = {"shape": [N, C, V], "name": name, "step_ms": median_ms(step, 10), "error": error}
+        yield {**row, "peak_memory_gb": memory, "GFLOP": 6 * N * C * V / 1e9}
+
+
 def cross_entropy():
-    """cross-entropy of 65,536 x 50,304 bfloat16 logits and its gradient, in place, against PyTorch"""
+    """cross-entropy of 65,536 x 50,304 bfloat16 logits and its gradient, in place"""
     from kernels.cross_entropy import cross_entropy as ours
 
-    R = 65536
-    V = 50304
-    logits = torch.randn(R, V, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    R, V = 65536, 50304
+    logits = torch.randn(R, V, dtype=torch.bfloat16, device="cuda")
     targets = torch.randint(V, (R, 1), device="cuda")
     scale = torch.full((R, 1), 1 / R, device="cuda")
-    # in float32, else the mean is rounded to bfloat16
-    theirs = torch.compile(lambda z: F.cross_entropy(z.float(), targets[:, 0]))
-    exact = theirs(logits).item()
-    row = {"shape": [R, V], "GB": 4 * R * V / 1e9}  # read a logit, write its gradient, 2 bytes each
-    peer_ms = median_ms(lambda: torch.autograd.grad(theirs(logits), logits))
-    yield {**row, "name": "PyTorch, compiled", "step_ms": peer_ms}
-    logits = logits.detach()
-    error = abs(ours(logits, targets, scale, False)[0].item() - exact)
+    exact = F.cross_entropy(logits[:1024].float(), targets[:1024, 0]).item()
+    error = abs(
+        ours(logits[:1024].clone(), targets[:1024], 64 * scale[:1024], False)[0].item() - exact
+    )
     require(error < 1e-3, f"the cross-entropy is off by {error}")
-    ours_ms = median_ms(lambda: ours(logits, targets, scale, True))
-    yield {**row, "name": "ours", "step_ms": ours_ms, "error": error}
+    step_ms = median_ms(lambda: ours(logits, targets, scale, True))
+    row = {"shape": [R, V], "name": "ours", "step_ms": step_ms, "error": error}
+    yield {**row, "GB": 4 * R * V / 1e9}  # read a logit, write its gradient, 2 bytes each
 
 
 def unmasked(backend):
@@ -344,7 +335,8 @@ def ttt_context():
             yield {**row, "backward_TFLOP_per_s": 6 * gflop / backward}
 
 
-KERNELS = {f.__name__: f for f in (laser, simplicial, sonew, lora_rite, cross_entropy, ttt_context)}
+KERNELS = (laser, simplicial, sonew, lora_rite, loss, cross_entropy, ttt_context)
+KERNELS = {function.__name__: function for function in KERNELS}
 
 
 # -- report ----------------------------------------------------------------------------------------
@@ -387,7 +379,7 @@ def plot(record):
     """Draw the time of every row in units of its floor, a panel per kernel."""
     names = [name for name in KERNELS if name in record["kernels"]]
     heights = [len(record["kernels"][name]) + 2 for name in names]
-    figure, axes = new_figure(
+    figure, axes = harness.new_figure(
         (9, 0.2 * sum(heights) + 1), len(names), 1, squeeze=False, height_ratios=heights
     )
     for name, ax in zip(names, axes[:, 0]):
@@ -410,14 +402,14 @@ def plot(record):
 
 
 def main(argv=None):
-    parser = study_parser(__doc__)
+    parser = harness.study_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to time (default: all)")
     args = parser.parse_args(argv)
     names = args.names or list(KERNELS)
     unknown = set(names) - set(KERNELS)
     if unknown:
         raise ValueError(f"there is no kernel {sorted(unknown)[0]}; there are {', '.join(KERNELS)}")
-    path = check_writable(args.out) / "kernels.json"
+    path = harness.check_writable(args.out) / "kernels.json"
     if not torch.cuda.is_available():
         print("There is no GPU here. On one this would check and time:")
         for name in names:
@@ -433,8 +425,8 @@ def main(argv=None):
     for name in names:
         record["kernels"][name] = bench(name, record)
         record["seconds"] = time.perf_counter() - start_time
-        save_json(path, {**record, **provenance()})
-    save_figure(plot({**record, **provenance()}), path.with_suffix(".png"), dpi=100)
+        harness.save_json(path, {**record, **harness.provenance()})
+    harness.save_figure(plot({**record, **harness.provenance()}), path.with_suffix(".png"), dpi=100)
     return record
 
 

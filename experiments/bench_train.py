@@ -65,19 +65,19 @@ class Variant:
         use_graph = cuda_graph.prepare(graph, device, optimizer)
         train.set_lr(optimizer, preset["lr"])
         self.step = train.Step(self.model, optimizer, clip=1.0)
-        for _ in range(cuda_graph.WARM_UP):
-            self.time_step()
+        self.time_steps(cuda_graph.WARM_UP)
         if use_graph:
             self.step = cuda_graph.CapturedStep(self.step, self.batch, pool)
 
-    def time_step(self):
-        """Take one step and return its milliseconds."""
+    def time_steps(self, n):
+        """Take n steps as train.py does and return the milliseconds of one."""
         start_time = time.perf_counter()
-        _, grad_norm, _ = train.train_step(self.step, self.batch)
-        grad_norm.read()
+        for _ in range(n):
+            _, grad_norm, _ = train.train_step(self.step, self.batch)
+            grad_norm.read()
         if self.batch[1].is_cuda:
             torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start_time)
+        return 1e3 * (time.perf_counter() - start_time) / n
 
     def launch_step(self):
         """Take one step without waiting for the device, and return the host's milliseconds."""
@@ -119,8 +119,8 @@ def bench_shape(shape, names, steps, device, graph):
     for _ in tqdm(range(ROUNDS), desc=shape, unit="round", leave=False):
         for name in names:
             variant = variants[name]
-            variant.time_step()  # the caches are another variant's
-            times[name]["step"] += [variant.time_step() for _ in range(steps)]
+            variant.time_steps(1)  # the caches are another variant's
+            times[name]["step"].append(variant.time_steps(steps))
             if is_cuda:
                 host_ms = variant.launch_step()
                 torch.cuda.synchronize()

@@ -135,7 +135,8 @@ def test_a_signal_ends_a_captured_run(flags):
 
 
 @gpu
-def test_what_cannot_be_captured_runs_eagerly(flags):
+def test_what_cannot_be_captured_runs_eagerly(flags, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     Path("waits.py").write_text(
         "import train\n\n\ndef attention(q, k, v):\n"
         "    assert q.abs().max().item() < 1e4\n"
