@@ -3,15 +3,20 @@
 python experiments/bench_train.py             small and gpt2 on a GPU, tiny on a CPU
 python experiments/bench_train.py --shapes gpt2 --steps 40
 python experiments/bench_train.py --no-graph  without CUDA graphs
+torchrun --nproc-per-node 2 experiments/bench_train.py --shapes gpt2
+                                              several GPUs, each with the batch
+                                              of one; DDP, or --fsdp for FSDP2
 
 Writes bench_train.json. For each variant: milliseconds per step (median), the
 host's part of it (launching everything, without waiting), the device's part
 (all kernels, with the host ahead), tokens per second, peak memory, and the
 ratio to softmax + AdamW. The variants alternate in rounds, so that whatever
-else the machine does meets all of them.
+else the machine does meets all of them. Several processes add to the file of
+one, with their weak scaling: its time over theirs.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -26,6 +31,7 @@ from tqdm import tqdm
 import train
 from experiments.harness import check_writable, save_json, study_parser
 from support import cli, cuda_graph, distributed
+from support.distributed import print0, rank
 
 BASELINE = "softmax+adamw"
 VARIANTS = {  # name: attention, optimizer
@@ -43,28 +49,32 @@ ROUNDS = 5
 class Variant:
     """A model with its optimizer and one batch of random tokens."""
 
-    def __init__(self, shape, attn, optim, device, graph, pool):
+    def __init__(self, shape, attn, optim, device, args, pool):
         preset = train.PRESETS[shape]
         fields = {name: v for name, v in preset.items() if name in train.GPTConfig.__annotations__}
         config = train.GPTConfig(vocab_size=VOCABULARY, attn=attn, **fields)
         dtype = train.DTYPES[distributed.pick_dtype("", device)]
-        self.model = train.GPT(config, dtype).to(device)
-        train.init_weights(self.model, seed=0)
+        model = train.GPT(config, dtype).to(device)
+        train.init_weights(model, seed=0)
         if device.type == "cuda":
-            self.model.compile()
+            model.compile()
+        if args.fsdp:
+            distributed.shard(model, dtype, device)
         make_optimizer, options = cli.resolve(optim, *train.PLUGINS["optim"])
-        groups = train.param_groups(self.model, weight_decay=0.1)
+        groups = train.param_groups(model, weight_decay=0.1)
         optimizer = make_optimizer(groups, preset["lr"], **options)
 
-        self.tokens_per_step = preset["batch_size"] * config.block_size
+        sequences = preset["batch_size"] * distributed.world_size()
+        self.tokens_per_step = sequences * config.block_size
         size = (2, preset["batch_size"], config.block_size)
         x, y = torch.randint(config.vocab_size, size, device=device)
-        self.batch = [(x, y)], torch.full((), y.numel(), device=device)
+        count = y.numel() * distributed.world_size()
+        self.batch = [(x, y)], torch.full((), count, device=device)
 
         # as train.py does: some eager steps, then the capture
-        use_graph = cuda_graph.prepare(graph, device, optimizer)
+        use_graph = cuda_graph.prepare(args.graph, device, optimizer)
         train.set_lr(optimizer, preset["lr"])
-        self.step = train.Step(self.model, optimizer, clip=1.0)
+        self.step = train.Step(distributed.data_parallel(model), optimizer, clip=1.0)
         self.time_steps(cuda_graph.WARM_UP)
         if use_graph:
             self.step = cuda_graph.CapturedStep(self.step, self.batch, pool)
@@ -100,8 +110,9 @@ class Variant:
         return start.elapsed_time(end)
 
 
-def bench_shape(shape, names, steps, device, graph):
-    """Return {variant: row}: each variant takes `steps` steps in each of ROUNDS rounds."""
+def bench_shape(shape, device, args):
+    """Return {variant: row}: each variant takes args.steps steps in each of ROUNDS rounds."""
+    names = args.variants
     is_cuda = device.type == "cuda"
     pool = torch.cuda.graph_pool_handle() if is_cuda else None
     variants = {}
@@ -110,17 +121,17 @@ def bench_shape(shape, names, steps, device, graph):
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        variants[name] = Variant(shape, *VARIANTS[name], device, graph, pool)
+        variants[name] = Variant(shape, *VARIANTS[name], device, args, pool)
         rows[name] = {}
         if is_cuda:
             rows[name]["peak_memory_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
 
     times = {name: {"step": [], "host": [], "device": []} for name in names}
-    for _ in tqdm(range(ROUNDS), desc=shape, unit="round", leave=False):
+    for _ in tqdm(range(ROUNDS), desc=shape, unit="round", leave=False, disable=rank() > 0):
         for name in names:
             variant = variants[name]
             variant.time_steps(1)  # the caches are another variant's
-            times[name]["step"].append(variant.time_steps(steps))
+            times[name]["step"].append(variant.time_steps(args.steps))
             if is_cuda:
                 host_ms = variant.launch_step()
                 torch.cuda.synchronize()
@@ -139,42 +150,56 @@ def bench_shape(shape, names, steps, device, graph):
     return rows
 
 
-def main(argv=None):
+def print_rows(shape, rows):
+    print0(f"{shape}: milliseconds per step, on the host, on the device; ratio to {BASELINE}")
+    for name, row in rows.items():
+        numbers = [row.get(key, 0.0) for key in ("ms_per_step", "host_ms", "device_ms")]
+        numbers = "".join(f"{number:9.2f}" for number in numbers)
+        print0(f"  {name:18} {numbers} {row.get('ratio', 0.0):9.3f}")
+
+
+def make_parser():
     parser = study_parser(__doc__)
-    parser.add_argument(
-        "--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help="presets to time"
-    )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        metavar="NAME",
-        default=list(VARIANTS),
-        help="variants to time",
-    )
+    lists = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--shapes", choices=train.PRESETS, help="presets to time", **lists)
+    parser.add_argument("--variants", choices=VARIANTS, help="default: all", **lists)
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round, of 5 rounds")
+    parser.add_argument("--fsdp", action="store_true", help="several processes: FSDP2, not DDP")
     parser.add_argument(
         "--graph", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: as train.py)"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1")
-    out = check_writable(args.out)
-    device = distributed.pick_device()
-    shapes = args.shapes or (["small", "gpt2"] if device.type == "cuda" else ["tiny"])
+    path = check_writable(args.out) / "bench_train.json"
+    device = distributed.setup()
+    n = distributed.world_size()
+    args.shapes = args.shapes or (["small", "gpt2"] if device.type == "cuda" else ["tiny"])
+    args.variants = args.variants or (list(VARIANTS) if n == 1 else [BASELINE])
 
     start_time = time.perf_counter()
-    record = {"shapes": {}}
-    for shape in shapes:
-        rows = bench_shape(shape, args.variants, args.steps, device, args.graph)
-        record["shapes"][shape] = rows
-        print(f"{shape}: milliseconds per step, on the host, on the device; ratio to {BASELINE}")
+    record = json.loads(path.read_text()) if n > 1 and path.exists() else {"shapes": {}}
+    shapes = record["shapes"]
+    for shape in args.shapes:
+        rows = bench_shape(shape, device, args)
+        print_rows(shape, rows)
+        if n == 1:
+            shapes[shape] = rows
+            continue
         for name, row in rows.items():
-            numbers = [row.get(key, 0.0) for key in ("ms_per_step", "host_ms", "device_ms")]
-            numbers = "".join(f"{number:9.2f}" for number in numbers)
-            print(f"  {name:18} {numbers} {row.get('ratio', 0.0):9.3f}")
-    record["seconds"] = time.perf_counter() - start_time
-    save_json(out / "bench_train.json", record)
+            single = shapes.get(shape, {}).get(name)
+            if single is not None:
+                row["weak_scaling"] = single["ms_per_step"] / row["ms_per_step"]
+                print0(f"  weak scaling {row['weak_scaling']:.3f}")
+            kind = "fsdp" if args.fsdp else "ddp"
+            shapes.setdefault(shape, {})[f"{name}, {kind} on {n}"] = row
+    record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - start_time
+    if rank() == 0:
+        save_json(path, record)
     return record
 
 
