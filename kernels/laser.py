@@ -41,13 +41,12 @@ FALLBACK_PROGRAMS = 1024  # most programs that check whether a head is wide
 
 
 @triton.jit
-def query_head(H, HKV):
-    """Query head of this program: b, h and the key/value head it attends to."""
+def query_head(H, GROUP):
+    """Query head of this program: b, h and the key/value head that its group shares."""
     head = tl.program_id(1)
     b = (head // H).to(tl.int64)
     h = head % H
-    hkv = h // (H // HKV)
-    return b, h, hkv
+    return b, h, h // GROUP
 
 
 @triton.jit
@@ -55,8 +54,7 @@ def kv_head(HKV):
     """Key/value head of this program: b and h."""
     head = tl.program_id(1)
     b = (head // HKV).to(tl.int64)
-    hkv = head % HKV
-    return b, hkv
+    return b, head % HKV
 
 
 @triton.jit
@@ -152,14 +150,15 @@ def log1p_series(x):
 
 @triton.jit
 def log_kernel(
-    x_ptr, out_ptr, center_ptr, shift_ptr, H, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr
+    x_ptr, out_ptr, center_ptr, shift_ptr, H, GROUP, T, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """out = log(x + shift) + center"""
-    b, h, hkv = query_head(H, HKV)
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
     center = load_channels(center_ptr, b, hkv, HKV, D)[None, :]
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
-    x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
     use_series = (shift > 0) & (tl.abs(x) < 1 / 16)
     out = tl.where(use_series, log1p_series(x), tl.log(x + shift)) + center
     store_tile(out_ptr, out, b, h, offs_t, T, H, D)
@@ -169,11 +168,12 @@ def log_kernel(
 def grad_x_kernel(
     grad_out_ptr, x_ptr, shift_ptr, grad_x_ptr,
     delta_ptr,  # (B * H, T)
-    H, HKV, T,
+    H, GROUP, T,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """grad_x = grad_out / (x + shift), delta = sum_d grad_x * x"""
-    b, h, hkv = query_head(H, HKV)
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
     x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
@@ -203,11 +203,12 @@ def grad_v_kernel(dv_ptr, exp_v_ptr, shift_ptr, HKV, T, D: tl.constexpr, BLOCK_T
 def attn_fwd_kernel(
     q_ptr, k_ptr, exp_v_ptr, x_ptr,
     lse_ptr,  # (B * H, Tq), natural logarithm
-    H, HKV, Tq, Tk, scale,
+    H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x = softmax(qk) @ exp_v"""
-    b, h, hkv = query_head(H, HKV)
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -249,19 +250,21 @@ def attn_fwd_kernel(
 @triton.jit
 def attn_bwd_dq_kernel(
     q_ptr, k_ptr, exp_v_ptr, grad_x_ptr, lse_ptr, delta_ptr, dq_ptr,
-    H, HKV, Tq, Tk, scale,
+    H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds = p * (grad_x @ exp_v^T - delta), dq = scale * ds @ k"""
-    b, h, hkv = query_head(H, HKV)
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_lse = (b * H + h) * Tq + offs_m
+    lse_ptr += (b * H + h) * Tq
+    delta_ptr += (b * H + h) * Tq
     q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
     grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
-    lse = tl.load(lse_ptr + offs_lse, mask=offs_m < Tq, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + offs_lse, mask=offs_m < Tq, other=0.0)
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     dq = tl.zeros((BLOCK_M, D), tl.float32)
 
@@ -291,10 +294,11 @@ def attn_bwd_dq_kernel(
 @triton.jit
 def attn_bwd_dkdv_kernel(
     q_ptr, k_ptr, exp_v_ptr, grad_x_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    H, HKV, Tq, Tk, scale,
+    H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk = scale * ds^T @ q, dv = p^T @ grad_x = grad_exp_v, summed over the query heads"""
+    HKV = H // GROUP
     b, hkv = kv_head(HKV)
     past = Tk - Tq  # positions before the first query
     start_n = tl.program_id(0) * BLOCK_N
@@ -307,16 +311,15 @@ def attn_bwd_dkdv_kernel(
 
     # rows before first_m see none of these keys
     first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M
-    group_size = H // HKV
-    for group in range(group_size):
-        h = hkv * group_size + group
+    for member in range(GROUP):
+        h = hkv * GROUP + member
+        first = (b * H + h) * Tq
         for start_m in range(first_m, Tq, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            offs_lse = (b * H + h) * Tq + offs_m
             q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
             grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
-            lse = tl.load(lse_ptr + offs_lse, mask=offs_m < Tq, other=float("inf")) * LOG2E
-            delta = tl.load(delta_ptr + offs_lse, mask=offs_m < Tq, other=0.0)
+            lse = tl.load(lse_ptr + first + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E
+            delta = tl.load(delta_ptr + first + offs_m, mask=offs_m < Tq, other=0.0)
             # -- recompute p, transposed --
             qk = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale  # [BLOCK_N, BLOCK_M]
             p = tl.exp2(qk - lse[None, :])
@@ -339,11 +342,12 @@ def attn_bwd_dkdv_kernel(
 @triton.jit
 def fallback_fwd_kernel(
     q_ptr, k_ptr, v_ptr, is_wide_ptr, lse_ptr, out_ptr, x_ptr, exp_v_ptr,
-    H, HKV, Tq, Tk, scale,
+    H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """out = LSE_j(qk + v) - LSE_j(qk); for the backward pass, x = rounding error of out, exp_v = v"""
-    b, h, hkv = query_head(H, HKV)
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
         return
     first_block = tl.program_id(0) * BLOCK_T
@@ -382,22 +386,22 @@ def fallback_fwd_kernel(
 def fallback_bwd_kernel(
     q_ptr, k_ptr, v_ptr, is_wide_ptr, lse_ptr, out_ptr, x_ptr, grad_out_ptr,
     dq_ptr, dk_ptr, dv_ptr,
-    H, HKV, Tq, Tk, scale,
+    H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """ds = sum_d grad_out * (posterior - p), dq = scale * ds @ k, dk = scale * ds^T @ q,
     dv = sum_i grad_out * posterior, for one key/value head and the query heads that attend to it"""
+    HKV = H // GROUP
     b, hkv = kv_head(HKV)
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
         return
     first_block = tl.program_id(0) * BLOCK_T
     step = tl.num_programs(0) * BLOCK_T
     past = Tk - Tq  # positions before the first query
-    group_size = H // HKV
 
     # dq: a block of queries, one key at a time
-    for group in range(group_size):
-        h = hkv * group_size + group
+    for member in range(GROUP):
+        h = hkv * GROUP + member
         for start_m in range(first_block, Tq, step):
             offs_m = start_m + tl.arange(0, BLOCK_T)
             q = load_tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BLOCK_T, D]
@@ -427,8 +431,8 @@ def fallback_bwd_kernel(
         v = load_tile(v_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)
         dk = tl.zeros((BLOCK_T, D), tl.float32)
         dv = tl.zeros((BLOCK_T, D), tl.float32)
-        for group in range(group_size):
-            h = hkv * group_size + group
+        for member in range(GROUP):
+            h = hkv * GROUP + member
             for i in range(tl.maximum(start_n - past, 0), Tq):
                 q = load_row(q_ptr, b, h, i, Tq, H, D)
                 grad_out = load_row(grad_out_ptr, b, h, i, Tq, H, D)
@@ -533,7 +537,7 @@ def attention_forward(q, k, exp_v, scale):
     config, _, _ = get_configs(q.dtype, D, is_hopper(q.device))
     grid = (ceil(Tq / config["BLOCK_M"]), B * H)
     tensors = q, k, exp_v, x, lse
-    launch(attn_fwd_kernel, grid, tensors, (H, HKV, Tq, Tk, scale), D=D, **config)
+    launch(attn_fwd_kernel, grid, tensors, (H, H // HKV, Tq, Tk, scale), D=D, **config)
     return x, lse
 
 
@@ -554,7 +558,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
     dk = torch.empty_like(k)
     dv = torch.empty_like(exp_v)
     inputs = q, k, exp_v, grad_x, lse, delta
-    sizes = H, HKV, Tq, Tk, scale
+    sizes = H, H // HKV, Tq, Tk, scale
     _, q_config, kv_config = get_configs(q.dtype, D, is_hopper(q.device))
     q_grid = (ceil(Tq / q_config["BLOCK_M"]), B * H)
     kv_grid = (ceil(Tk / kv_config["BLOCK_N"]), B * HKV)
@@ -599,12 +603,12 @@ def forward(
     x, lse = attention_forward(q, k, exp_v, scale)
     constants = {"D": D, "BLOCK_T": BLOCK_T}
     grid = (ceil(Tq / BLOCK_T), B * H)
-    launch(log_kernel, grid, (x, out, center, shift), (H, HKV, Tq), **constants)
+    launch(log_kernel, grid, (x, out, center, shift), (H, H // HKV, Tq), **constants)
 
     # redo heads with a wide channel
     grid = fallback_grid(Tq, B * H)
     tensors = q, k, v, is_wide, lse, out, x, exp_v
-    sizes = H, HKV, Tq, Tk, scale
+    sizes = H, H // HKV, Tq, Tk, scale
     launch(fallback_fwd_kernel, grid, tensors, sizes, num_warps=8, **constants)
     return out, exp_v, shift, is_wide, x, lse
 
@@ -623,7 +627,8 @@ def backward(
     # log, attention, exp
     constants = {"D": D, "BLOCK_T": BLOCK_T}
     grid = (ceil(Tq / BLOCK_T), B * H)
-    launch(grad_x_kernel, grid, (grad_out, x, shift, grad_x, delta), (H, HKV, Tq), **constants)
+    tensors = grad_out, x, shift, grad_x, delta
+    launch(grad_x_kernel, grid, tensors, (H, H // HKV, Tq), **constants)
     dq, dk, dv = attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale)
     grid = (ceil(Tk / BLOCK_T), B * HKV)
     launch(grad_v_kernel, grid, (dv, exp_v, shift), (HKV, Tk), **constants)
@@ -631,7 +636,7 @@ def backward(
     # redo heads with a wide channel, whose exp_v is v
     grid = fallback_grid(Tk, B * HKV)
     tensors = q, k, exp_v, is_wide, lse, out, x, grad_out, dq, dk, dv
-    sizes = H, HKV, Tq, Tk, scale
+    sizes = H, H // HKV, Tq, Tk, scale
     launch(fallback_bwd_kernel, grid, tensors, sizes, num_warps=8, **constants)
     return dq, dk, dv.to(q.dtype)
 

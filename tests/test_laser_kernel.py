@@ -194,6 +194,46 @@ def test_kernel_of_nothing(B, Tq):
     assert q.grad.shape == q.shape
 
 
+class FakeKernel:
+    """Records how it is launched: itself where Triton would compile, then what it returned."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            return self
+
+        return call
+
+
+def test_launch_compiles_once_for_each_kind_of_arguments():
+    fake = FakeKernel()
+    memory = torch.zeros(65, dtype=torch.float32)
+    tensors = (memory[:64], memory[:32])
+
+    def launch(tensors=tensors, numbers=(3, 0.5), D=16, num_warps=8):
+        kernel.launch(fake, (5, 7), tensors, numbers, num_warps=num_warps, D=D)
+        grid, arguments, _ = fake.calls[-1]
+        assert all(a is b for a, b in zip(arguments, tensors))
+        assert arguments[2:] == (*numbers, D)
+        return grid
+
+    assert launch() == (5, 7)
+    assert fake.calls[0][2] == {"num_warps": 8, "num_stages": 3}
+    assert launch() == (5, 7, 1), "the second launch needs no compilation, which takes a 2-D grid"
+    for change in (
+        {"numbers": (4, 0.5)},
+        {"D": 32},
+        {"num_warps": 4},
+        {"tensors": (memory[1:], memory[:32])},  # not aligned to 16 bytes
+        {"tensors": (memory[:64], memory[:32].half())},
+    ):
+        assert launch(**change) == (5, 7), f"{change} needs another binary"
+        assert launch(**change) == (5, 7, 1)
+
+
 def test_second_derivatives_are_refused():
     """The backward kernel is not differentiable; silently, they would be wrong by 11 to 51%."""
     q, k, v, _ = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
@@ -330,3 +370,30 @@ def test_kernel_compiles_as_one_graph():
     for T in (90, 130, 77):  # the second length makes the shape symbolic
         out = compiled(q[:, :, :T], k[:, :, :T], v[:, :, :T])
         assert torch.allclose(out.float(), laser.attention(q, k, v)[:, :, :T].float(), atol=0.05)
+
+
+@gpu
+def test_kernel_on_unaligned_memory():
+    """The same shapes with and without 16-byte alignment need kernels of their own."""
+    memory = torch.randn(3, 2 * 64 * 4 * 64 + 1, dtype=torch.float16, device="cuda")
+    q, k, v = (t[1:].view(2, 64, 4, 64).transpose(1, 2) for t in memory)
+    aligned = laser.attention(q.clone(), k.clone(), v.clone())
+    assert torch.equal(laser.attention(q, k, v), aligned)
+
+
+@gpu
+def test_kernel_in_a_cuda_graph():
+    q, k, v, grad_out = kernel_inputs(200, 200, 4, 2, 64, torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    torch.autograd.grad(laser.attention(*leaves), leaves, grad_out)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = laser.attention(*leaves)
+        gradients = torch.autograd.grad(out, leaves, grad_out)
+    v.mul_(100)  # a wide head takes the fallback, without a new capture
+    leaves[2].data.copy_(v)
+    graph.replay()
+    expected = with_gradients(laser.attention, q, k, v, grad_out)
+    for name, captured in zip(("out", "dq", "dk", "dv"), (out, *gradients)):
+        assert torch.allclose(captured.float(), expected[name].float(), rtol=0.02, atol=0.02)
