@@ -42,10 +42,10 @@ def causal_mask(Tq, Tk, device):
 
 
 def reference(q, k, v):
-    """LASER by its definition, o_i = LSE_j(s_ij + v_j) - LSE_j(s_ij), in any dtype.
+    """LASER by its definition, out_i = LSE_j(logit_ij + v_j) - LSE_j(logit_ij), in any dtype.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D). Causal; the queries are the last of
-    the positions. Makes a (B, H, Tq, Tk, D) tensor, so it is for tests.
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D); the queries are the last positions.
+    Makes a (B, H, Tq, Tk, D) tensor, so it is for tests.
     """
     _, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
@@ -61,8 +61,8 @@ def reference(q, k, v):
 def attention(q, k, v):
     """LASER attention without a (Tq, Tk, D) tensor; shapes and meaning as in `reference`.
 
-    Runs kernels/laser.py on a GPU, but PyTorch on a CPU, in float64, without Triton, and where
-    D > 128. Raises ValueError if the shapes do not fit each other.
+    Runs kernels/laser.py on a GPU; PyTorch on a CPU, in float64, without Triton, and where D > 128.
+    Raises ValueError if the shapes do not fit each other.
     """
     check_shapes(q, k, v)
     if q.numel() == 0:
@@ -93,9 +93,8 @@ def check_shapes(q, k, v):
 def attention_torch(q, k, v):
     """LASER attention in PyTorch: scaled_dot_product_attention over exp(v), then log.
 
-    Computes in float32 at least, under autocast too: exp(v) of a small v, rounded to bfloat16,
-    would keep little of v. torch.compile breaks its graph here, as the values decide how many
-    bands there are; the kernel compiles as a whole.
+    Computes in float32 at least, under autocast too, as exp(v) of a small v keeps little of it in
+    bfloat16. torch.compile breaks its graph here: the values decide how many bands there are.
     """
     dtype = q.dtype
     compute_dtype = torch.promote_types(dtype, torch.float32)
