@@ -201,7 +201,7 @@ def plot(record):
     right.axvline(0, color="black", lw=0.8)
     right.set_yticks(range(len(tasks)), [task.removesuffix(": LASER") for task in tasks])
     right.invert_yaxis()
-    right.set_xlabel("log10 of LASER's gradient over softmax's, 95% interval")
+    right.set_xlabel("log10 (LASER / softmax), 95% interval")
     return figure
 
 
