@@ -1,24 +1,19 @@
-"""LASER: attention with exponential transformation (Duvvuri, Dhillon; ICML
-2025, arXiv 2411.03493).
+"""LASER: attention with exponential transformation (Duvvuri, Dhillon; ICML 2025, arXiv 2411.03493).
 
-Softmax attention, o = sum_j p_j v_j, passes the gradient p_j (v_j - o) to its
-logits; it vanishes with the probability p_j. LASER attends to exp(v) and takes
-the logarithm of the result, separately for each channel:
+Softmax attention, out = sum_j p_j v_j, passes the gradient p_j (v_j - out) to its logits; it
+vanishes with the probability p_j. LASER attends to exp(v) and takes the logarithm of the result,
+separately for each channel:
 
-    o_i = log sum_j p_ij exp(v_j)      p_i = softmax_j(q_i . k_j / sqrt(D)),
-                                       over j <= i
+    out_i = log sum_j p_ij exp(v_j)        p_i = softmax_j(q_i . k_j / sqrt(D)), over j <= i
 
-    d o_i / d s_ij = b_ij - p_ij       posterior b_ij = p_ij exp(v_j - o_i),
-                                       which sums to 1 over j
+    d out_i / d logit_ij = b_ij - p_ij     posterior b_ij = p_ij exp(v_j - out_i), sums to 1 over j
 
-so a key with a large value gets a gradient even where its probability is
-small. The output lies between softmax attention and the largest value seen,
-and adding c to v adds c to o.
+so a key with a large value gets a larger gradient. The output lies between softmax attention and
+the largest value seen, and adding c to v adds c to out.
 
-Where we depart from the paper: it subtracts the maximum of v over all keys
-before exp. A single future token 110 above the others then underflows every
-earlier row to log 0. attention_torch splits values into bands of 64 around
-fixed centers instead, so that earlier rows do not change at all.
+Where we depart from the paper: it subtracts the maximum of v over all keys before exp. A single
+future token 110 above the others then underflows every earlier row to log 0. attention_torch splits
+values into bands of 64 around fixed centers instead, so that earlier rows do not change at all.
 kernels/laser.py describes what the GPU does.
 
     python laser.py                 gradients at the logits, and the numerics
@@ -47,10 +42,10 @@ def causal_mask(Tq, Tk, device):
 
 
 def reference(q, k, v):
-    """LASER by its definition, o_i = LSE_j(s_ij + v_j) - LSE_j(s_ij), in any dtype.
+    """LASER by its definition, out_i = LSE_j(logit_ij + v_j) - LSE_j(logit_ij), in any dtype.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D). Causal; the queries are the last of
-    the positions. Makes a (B, H, Tq, Tk, D) tensor, so it is for tests.
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D); the queries are the last positions.
+    Makes a (B, H, Tq, Tk, D) tensor, so it is for tests.
     """
     _, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
@@ -66,7 +61,7 @@ def reference(q, k, v):
 def attention(q, k, v):
     """LASER attention without a (Tq, Tk, D) tensor; shapes and meaning as in `reference`.
 
-    Runs kernels/laser.py on a GPU, else PyTorch. The kernel takes neither float64 nor D > 128.
+    Runs kernels/laser.py on a GPU; PyTorch on a CPU, in float64, without Triton, and where D > 128.
     Raises ValueError if the shapes do not fit each other.
     """
     check_shapes(q, k, v)
@@ -74,11 +69,9 @@ def attention(q, k, v):
         return 0.0 * q  # nothing to attend from; keeps the gradient
     if not q.is_cuda or q.dtype == torch.float64:
         return attention_torch(q, k, v)
-    if kernel is None:
-        warnings.warn("LASER runs in PyTorch, which is slower: pip install triton", stacklevel=2)
-        return attention_torch(q, k, v)
-    if q.shape[3] > 128:
-        warnings.warn("LASER runs in PyTorch, which is slower: head dim > 128", stacklevel=2)
+    if kernel is None or q.shape[3] > 128:
+        reason = "pip install triton" if kernel is None else "head dim > 128"
+        warnings.warn(f"LASER runs in PyTorch, which is slower: {reason}", stacklevel=2)
         return attention_torch(q, k, v)
     return kernel.attention(q, k, v)
 
@@ -87,21 +80,21 @@ def check_shapes(q, k, v):
     """Raise ValueError unless q is (B, H, Tq, D), and k and v are (B, Hkv, Tk, D) with Tq <= Tk."""
     if k.shape != v.shape or q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0]:
         raise ValueError(f"q, k, v are {[tuple(t.shape) for t in (q, k, v)]}; k and v must agree")
-    if q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in head dim, or the number of key "
-            f"heads does not divide that of the query heads"
-        )
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"there are {q.shape[2]} queries but only {k.shape[2]} keys")
+    _, H, Tq, D = q.shape
+    _, Hkv, Tk, key_dim = k.shape
+    if D != key_dim:
+        raise ValueError(f"q and k differ in head dim, {D} and {key_dim}")
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"the number of key heads, {Hkv}, does not divide that of queries, {H}")
+    if Tq > Tk:
+        raise ValueError(f"there are {Tq} queries but only {Tk} keys")
 
 
 def attention_torch(q, k, v):
     """LASER attention in PyTorch: scaled_dot_product_attention over exp(v), then log.
 
-    Computes in float32 at least, under autocast too: exp(v) of a small v, rounded to bfloat16,
-    would keep little of v. torch.compile breaks its graph here, as the values decide how many
-    bands there are; the kernel compiles as a whole.
+    Computes in float32 at least, under autocast too, as exp(v) of a small v keeps little of it in
+    bfloat16. torch.compile breaks its graph here: the values decide how many bands there are.
     """
     dtype = q.dtype
     compute_dtype = torch.promote_types(dtype, torch.float32)
@@ -130,9 +123,7 @@ def band_centers(v):
     low, high = (x.item() for x in v.detach().aminmax())
     if not math.isfinite(high - low):
         return [0.0]  # one band, in which NaN and infinity reach the output
-    first = round(low / BAND)
-    last = round(high / BAND)
-    return [BAND * n for n in range(first, last + 1)]
+    return [BAND * n for n in range(round(low / BAND), round(high / BAND) + 1)]
 
 
 def attend(q, k, v):

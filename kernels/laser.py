@@ -1,886 +1,719 @@
-"""LASER attention, forward and backward: o_i = log sum_j p_ij exp(v_j), never a (Tq, Tk) tensor, no atomics of ours.
+"""LASER attention, out_i = log sum_j p_ij exp(v_j), forward and backward, with no (Tq, Tk) tensor.
 
-    exp_kernel       e = exp(v - c) - one       once for each value; c, one: (B Hkv, D)
-    attention        x = p e                    cuDNN's in bfloat16 where it runs, else forward_kernel, flash attention
-    log_kernel       o = log(one + x) + c
-    gradient_kernel  g = do / (one + x)         then attention's backward with (e, x, g) in place of (v, o, do),
-    scale_kernel     dv = (one + e) de          in cuDNN or in backward_q_kernel and backward_kv_kernel
+    exp_kernel            exp_v = exp(v - center) - shift             once per value
+    attention             x = p @ exp_v                               cuDNN, else attn_fwd_kernel
+    log_kernel            out = log(x + shift) + center
+    grad_x_kernel         grad_x = grad_out / (x + shift)
+    attention, backward   dq, dk, grad_exp_v                          cuDNN, else attn_bwd_*_kernel
+    grad_v_kernel         dv = grad_exp_v * (exp_v + shift)
 
-Rows of p sum to 1, so one = 1 changes nothing on paper, but then e = expm1(v - c), and bfloat16 keeps small values: used in
-channels that stay near c. No maximum is subtracted. One over all keys would let a future token 110 above the rest send every
-earlier row to log 0, one over a block of keys the earlier rows of that block. c is a multiple of 16 (of 1 in small channels),
-and within 64 of each other the values of a channel neither overflow nor underflow. A head with a wider channel, or with NaN or
-infinity, is done over, key by key, by kernels that take the maximum of s_ij + v_j online, per row and channel, over just the
-keys the row sees. They read a flag that exp_kernel left on the device, so the host waits for nothing. A later key can change
-an earlier row in one way only: by moving c or that flag, and then by rounding.
+Each channel of a head has a center, and a shift that is 0 or 1. Where a channel stays near its
+center, exp(v - center) is close to 1 and bfloat16 would keep few digits of v. There shift is 1, so
+that exp_v = expm1(v - center); rows of p sum to 1, so x loses the same 1 and log_kernel adds it.
+A head with a channel wider than MAX_RANGE, NaN or infinity is redone by the fallback kernels, with
+an online maximum of qk + v per row and channel over the keys that the row sees. They read a flag on
+the device, so the host never waits. A future key can change an earlier row only by rounding.
 
-Beside the products forward moves 10 bytes an element of bfloat16 (v twice, e, x, o), backward 12; at 4.2 TB/s that is 0.08 and
-0.10 ms for the 33.5 M elements of B 4, H 16, T 4096, D 128. Times below are for those, forward + backward or of one kernel, on one
-H200, torch 2.11, triton 3.6, as the host saw them; beside the paper's form in eager PyTorch over cuDNN, 0.80 + 1.66 ms. The device
-alone, which kernels/bench.py takes now, needs 0.605 + 1.513, for the paper's form 0.762 + 1.513.
-1. Pre-pass of two kernels, range and exp: 0.76 + 1.62. Their blocks were small: 84 and 49 us, and 64 for the logarithm, since
-   Kahan's expm1 and log1p divide. Series for small arguments, fewer and larger blocks: 0.69 + 1.65.
-2. One pre-pass kernel that goes over a slice of 16 channels twice: 106 us -> 80. The running range is kept for each row of a
-   tile and reduced once; reduced tile by tile it took 102. Kept: 0.635 + 1.632.
-3. The kernels for wide heads merged into log_kernel and scale_kernel: their registers cost the common case 52 -> 99 and
-   47 -> 68 us. Undone. Apart, with at most 1024 programs in all, they take 3 to 6 us to leave.
-4. At B 16, H 12, T 1024, D 64 the host is the limit: without strides as arguments (the memory is (B, T, H, D), as projections
-   leave it) and with an autograd.Function in place of an operator, together, 0.35 + 0.40 -> 0.21 + 0.34.
-All in Triton, on an H200: forward tiles of 64 x 64, 4 warps, 0.70 ms -> 0.61 with the logarithm outside; (128, 64) 0.82, (128, 128) 0.92.
-dk, dv: 32 x 128 is the fastest that spills no register, 1.50 ms; 64 x 64 with 4 warps spills 256 bytes and takes 1.06.
+Grids are (blocks, B * heads); no atomics. Besides attention we move 10 bytes per bfloat16 element
+forward and 12 backward. B 4, H 16, T 4096, D 128 on one H200: 0.605 + 1.513 ms, where the paper's
+form over cuDNN takes 0.762 + 1.513. How these times came about is in kernels/NOTES.md.
 """
 
+import functools
+from math import ceil
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-RANGE = tl.constexpr(64.0)  # widest channel of v that one reference serves
 LOG2E = tl.constexpr(1.4426950408889634)
-# For each dtype and D: rows of q, rows of k, warps, stages of forward_kernel, backward_q_kernel, backward_kv_kernel. None spills.
-HOPPER = {
-    128: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2)),
-    64: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-}
-CONFIG = {
-    torch.bfloat16: {
-        128: ((64, 32, 4, 3), (64, 32, 4, 2), (32, 64, 8, 2)),
-        64: ((64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 2)),
-    },
-    torch.float16: {128: ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2))},
-    torch.float32: {128: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2))},
-}
-ROWS, SLICE = 32, 16  # rows and channels at a time where there are no products
-WATCH = 1024  # programs that look whether a head is wide
+MAX_RANGE = tl.constexpr(64.0)  # exp(+-32) is far from both ends of bfloat16 and float32
+BLOCK_T = 32  # rows per block of the elementwise and fallback kernels
+SLICE = 16  # channels per program of exp_kernel
+FALLBACK_PROGRAMS = 1024  # most programs that check whether a head is wide
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before and after: values to exponentials, what attention makes of them to its logarithm
-
-# Tensors are (B, T, H, D) in memory. b is int64; what is inside a batch fits int32.
+# --------------------------------------------------------------------------------------------------
+# Heads, loads and stores. Tensors are (B, T, H, D) in memory. b is int64, because a tensor may have
+# more than 2^31 elements; offsets inside one batch entry are int32.
 
 
 @triton.jit
-def tile(ptr, b, h, rows, T, H, D: tl.constexpr):
-    at = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    return tl.load(at, mask=(rows < T)[:, None], other=0.0)  # [rows, D]
+def query_head(H, GROUP):
+    """Query head of this program: b, h and the key/value head that its group shares."""
+    head = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    return b, h, h // GROUP
 
 
 @triton.jit
-def put(ptr, b, h, rows, x, T, H, D: tl.constexpr):
-    at = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=(rows < T)[:, None])
+def kv_head(HKV):
+    """Key/value head of this program: b and h."""
+    head = tl.program_id(1)
+    b = (head // HKV).to(tl.int64)
+    return b, head % HKV
 
 
 @triton.jit
-def vector(ptr, b, h, t, T, H, D: tl.constexpr):
-    return tl.load(ptr + (b * T * H + h) * D + t * (H * D) + tl.arange(0, D)).to(tl.float32)  # [D]
+def load_tile(ptr, b, h, rows, T, H, D: tl.constexpr):
+    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]  # [rows, D]
+    return tl.load(ptr + (b * T * H + h) * D + offs, mask=(rows < T)[:, None], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, x, b, h, rows, T, H, D: tl.constexpr):
+    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]  # [rows, D]
+    tl.store(ptr + (b * T * H + h) * D + offs, x.to(ptr.dtype.element_ty), (rows < T)[:, None])
+
+
+@triton.jit
+def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
+    offs = row * (H * D) + tl.arange(0, D)
+    return tl.load(ptr + (b * T * H + h) * D + offs).to(tl.float32)  # [D]
+
+
+@triton.jit
+def load_channels(ptr, b, hkv, HKV, D: tl.constexpr):
+    """One number per channel: a row of center, shift or is_wide."""
+    return tl.load(ptr + (b * HKV + hkv) * D + tl.arange(0, D))  # [D]
+
+
+# --------------------------------------------------------------------------------------------------
+# Elementwise passes before and after attention
 
 
 @triton.jit
 def exp_kernel(
-    v_ptr,
-    e_ptr,
-    centre_ptr,
-    one_ptr,
-    wide_ptr,  # centre, one (B Hkv, D), wide (B Hkv, D / SLICE)
-    HKV,
-    T,
-    D: tl.constexpr,
-    SLICE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """e = exp(v - centre) - one, a slice of the channels. one is 1 in channels whose values are all near the centre, else 0;
-    it is -1 in a slice with a channel wider than RANGE: there e = v."""
-    bh, slice = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    offs_t = tl.arange(0, ROWS)[:, None]
-    first, offs_d = (
-        (bh // HKV * T * HKV + bh % HKV) * D + slice * SLICE,
-        tl.arange(0, SLICE)[None, :],
-    )
-    v_ptr, e_ptr = v_ptr + first, e_ptr + first
-    low, high = (
-        tl.full((ROWS, SLICE), float("inf"), tl.float32),
-        tl.full((ROWS, SLICE), -float("inf"), tl.float32),
-    )
-    for start in range(0, T, ROWS):
-        again = tl.minimum(
-            start + offs_t, T - 1
-        )  # beyond the end the last row, which changes nothing
-        v = tl.load(v_ptr + again * (HKV * D) + offs_d).to(tl.float32)  # [ROWS, SLICE]
-        low, high = (
-            tl.minimum(low, v),
-            tl.maximum(high, tl.where(v == v, v, float("inf"))),
-        )  # NaN makes the slice wide
-    low, high = tl.min(low, 0), tl.max(high, 0)  # [SLICE]
+    v_ptr, exp_v_ptr,
+    center_ptr, shift_ptr, is_wide_ptr,  # (B * HKV, D)
+    HKV, T,
+    D: tl.constexpr, SLICE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """exp_v = exp(v - center) - shift, for SLICE channels of one head"""
+    b, hkv = kv_head(HKV)
+    offs_t = tl.arange(0, BLOCK_T)[:, None]
+    offs_d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    v_ptr += (b * T * HKV + hkv) * D
+    exp_v_ptr += (b * T * HKV + hkv) * D
 
+    # -- lowest and highest value of each channel --
+    low = tl.full((BLOCK_T, SLICE), float("inf"), tl.float32)
+    high = tl.full((BLOCK_T, SLICE), -float("inf"), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        rows = tl.minimum(start + offs_t, T - 1)  # past the end, read the last row again
+        v = tl.load(v_ptr + rows * (HKV * D) + offs_d[None, :]).to(tl.float32)
+        low = tl.minimum(low, v)
+        high = tl.maximum(high, tl.where(v == v, v, float("inf")))  # NaN makes a channel wide
+    low = tl.min(low, 0)  # [SLICE]
+    high = tl.max(high, 0)
+
+    # -- center of each channel, rounded so that one more key rarely moves it --
     middle = (low + high) / 2
-    near = tl.floor(middle + 0.5)  # moves in steps, so that a key more seldom changes it
-    small = (low - near >= -2) | (low == high)
-    centre = tl.where(low == high, low, tl.where(small, near, 16 * tl.floor(middle / 16 + 0.5)))
-    wide = tl.max(tl.where(high - low <= RANGE, 0, 1), 0)
-    one = tl.where(wide != 0, -1.0, tl.where(small, 1.0, 0.0))
-    channel = bh * D + slice * SLICE + tl.arange(0, SLICE)
-    tl.store(centre_ptr + channel, centre)
-    tl.store(one_ptr + channel, one)
-    tl.store(wide_ptr + bh * (D // SLICE) + slice, wide)
-    for start in range(0, T, ROWS):
-        at, known = (start + offs_t) * (HKV * D) + offs_d, start + offs_t < T
-        v = tl.load(v_ptr + at, mask=known, other=0.0).to(tl.float32)  # [ROWS, SLICE]
-        d = v - centre[None, :]
-        u = tl.exp(d)
-        e = tl.where(small[None, :], expm1(d, u), u)
-        tl.store(e_ptr + at, tl.where(wide != 0, v, e).to(e_ptr.dtype.element_ty), mask=known)
+    center_small = tl.floor(middle + 0.5)
+    center_large = 16 * tl.floor(middle / 16 + 0.5)
+    is_constant = low == high
+    is_small = (low - center_small >= -2) | is_constant  # values from center - 2 to center + 3
+    center = tl.where(is_small, center_small, center_large)
+    center = tl.where(is_constant, low, center)  # then exp_v is 0 and out is exactly v
+    shift = is_small.to(tl.float32)
+    is_narrow = high - low <= MAX_RANGE  # false for inf - inf
+    offs_c = (b * HKV + hkv) * D + offs_d
+    tl.store(center_ptr + offs_c, center)
+    tl.store(shift_ptr + offs_c, shift)
+    tl.store(is_wide_ptr + offs_c, tl.where(is_narrow, 0, 1))
+
+    # -- exponentiate --
+    for start in range(0, T, BLOCK_T):
+        rows = start + offs_t
+        offs = rows * (HKV * D) + offs_d[None, :]
+        v = tl.load(v_ptr + offs, mask=rows < T, other=0.0).to(tl.float32)
+        d = v - center[None, :]
+        use_series = is_small[None, :] & (tl.abs(d) < 1 / 8)
+        exp_v = tl.where(use_series, expm1_series(d), tl.exp(d) - shift[None, :])
+        tl.store(exp_v_ptr + offs, exp_v.to(exp_v_ptr.dtype.element_ty), mask=rows < T)
 
 
 @triton.jit
-def expm1(d, u):
-    """exp(d) - 1 without cancellation, u = exp(d)"""
-    return tl.where(
-        tl.abs(d) < 1 / 8, d * (1 + d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))), u - 1
-    )
+def expm1_series(x):
+    """exp(x) - 1 for |x| < 1/8, without cancellation"""
+    return x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120))))
 
 
 @triton.jit
-def log_of(x, centre, one):
-    """log(one + x) + centre: of e the value, of attention's x the output"""
-    series = x * (
-        1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6))))
-    )  # of log(1 + x)
-    return tl.where((one > 0) & (tl.abs(x) < 1 / 16), series, tl.log(one + x)) + centre
+def log1p_series(x):
+    """log(1 + x) for |x| < 1/16, without rounding 1 + x"""
+    return x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6)))))
 
 
 @triton.jit
 def log_kernel(
-    x_ptr, out_ptr, centre_ptr, one_ptr, H, GROUP, T, D: tl.constexpr, ROWS: tl.constexpr
+    x_ptr, out_ptr, center_ptr, shift_ptr, H, GROUP, T, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """out = log(one + x) + centre"""
-    bh = tl.program_id(1).to(tl.int64)
-    rows, at = (
-        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
-        bh // GROUP * D + tl.arange(0, D),
-    )  # b Hkv + h // GROUP
-    x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)  # [ROWS, D]
-    o = log_of(x, tl.load(centre_ptr + at)[None, :], tl.load(one_ptr + at)[None, :])
-    put(out_ptr, bh // H, bh % H, rows, o, T, H, D)
-
-
-@triton.jit
-def gradient_kernel(
-    do_ptr,
-    x_ptr,
-    one_ptr,
-    g_ptr,
-    delta_ptr,  # delta (B H, Tq)
-    H,
-    GROUP,
-    T,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """g = do / (one + x), delta = sum_d g x: the gradient of x"""
-    bh = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    one = tl.load(one_ptr + bh // GROUP * D + tl.arange(0, D))[None, :]
-    x = tile(x_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)  # [ROWS, D]
-    do = tile(do_ptr, bh // H, bh % H, rows, T, H, D).to(tl.float32)
-    g = (do / (one + x)).to(g_ptr.dtype.element_ty)
-    put(g_ptr, bh // H, bh % H, rows, g, T, H, D)
-    delta = tl.sum(g.to(tl.float32) * x, 1)  # of the rounded g, as the matrix products see it
-    tl.store(delta_ptr + bh * T + rows, delta, mask=rows < T)
-
-
-@triton.jit
-def scale_kernel(dv_ptr, e_ptr, one_ptr, HKV, T, D: tl.constexpr, ROWS: tl.constexpr):
-    """dv = (one + e) de, in place"""
-    bh = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b, h = bh // HKV, bh % HKV
-    de = tile(dv_ptr, b, h, rows, T, HKV, D).to(tl.float32)  # [ROWS, D]
-    e = tile(e_ptr, b, h, rows, T, HKV, D).to(tl.float32)
-    put(
-        dv_ptr,
-        b,
-        h,
-        rows,
-        de * (e + tl.load(one_ptr + bh * D + tl.arange(0, D))[None, :]),
-        T,
-        HKV,
-        D,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flash attention over e
-
-
-@triton.jit
-def forward_kernel(
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    x_ptr,
-    lse_ptr,  # lse (B H, Tq), natural logarithm
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest rows first
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
-    offs_m, offs_n, past = start_m + tl.arange(0, BM), tl.arange(0, BN), Tk - Tq
-    q = tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BM, D]
-    qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    m_i, l_i, acc = (
-        tl.full((BM,), -float("inf"), tl.float32),
-        tl.zeros((BM,), tl.float32),
-        tl.zeros((BM, D), tl.float32),
-    )
-
-    seen_by_all = (start_m + past + 1) // BN * BN
-    for some in tl.static_range(2):  # keys that all rows see, then those that some see
-        for start in range(
-            seen_by_all if some else 0,
-            tl.minimum(start_m + BM + past, Tk) if some else seen_by_all,
-            BN,
-        ):
-            k = tile(k_ptr, b, h // GROUP, start + offs_n, Tk, H // GROUP, D)  # [BN, D]
-            e = tile(e_ptr, b, h // GROUP, start + offs_n, Tk, H // GROUP, D)
-            s = tl.dot(q, tl.trans(k), input_precision=PREC) * qk_scale  # [BM, BN]
-            if some:
-                s = tl.where(
-                    (start + offs_n)[None, :] <= (offs_m + past)[:, None], s, -float("inf")
-                )
-            m_new = tl.maximum(m_i, tl.max(s, 1))  # finite: a row sees key 0 first
-            p, a = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
-            l_i, m_i = l_i * a + tl.sum(p, 1), m_new
-            acc = acc * a[:, None] + tl.dot(p.to(e.dtype), e, input_precision=PREC)
-
-    put(x_ptr, b, h, offs_m, acc / l_i[:, None], Tq, H, D)
-    tl.store(lse_ptr + bh * Tq + offs_m, (m_i + tl.log2(l_i)) / LOG2E, mask=offs_m < Tq)
-
-
-@triton.jit
-def backward_q_kernel(
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    g_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """ds = p * (g e^T - delta), dq = scale ds k"""
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
-    offs_m, offs_n, past = start_m + tl.arange(0, BM), tl.arange(0, BN), Tk - Tq
-    q = tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BM, D]
-    g = tile(g_ptr, b, h, offs_m, Tq, H, D)
-    lse = tl.load(lse_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E  # [BM]
-    delta = tl.load(delta_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=0.0)
-    qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    dq = tl.zeros((BM, D), tl.float32)
-
-    seen_by_all = (start_m + past + 1) // BN * BN
-    for some in tl.static_range(2):
-        for start in range(
-            seen_by_all if some else 0,
-            tl.minimum(start_m + BM + past, Tk) if some else seen_by_all,
-            BN,
-        ):
-            k = tile(k_ptr, b, h // GROUP, start + offs_n, Tk, H // GROUP, D)  # [BN, D]
-            e = tile(e_ptr, b, h // GROUP, start + offs_n, Tk, H // GROUP, D)
-            p = tl.exp2(
-                tl.dot(q, tl.trans(k), input_precision=PREC) * qk_scale - lse[:, None]
-            )  # [BM, BN]
-            if some:
-                p = tl.where((start + offs_n)[None, :] <= (offs_m + past)[:, None], p, 0.0)
-            ds = p * (tl.dot(g, tl.trans(e), input_precision=PREC) - delta[:, None])
-            dq += tl.dot(ds.to(k.dtype), k, input_precision=PREC)
-    put(dq_ptr, b, h, offs_m, dq * scale, Tq, H, D)
-
-
-@triton.jit
-def backward_kv_kernel(
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    g_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    de_ptr,
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """dk = scale ds^T q, de = p^T g, over the heads of the group, one after the other"""
-    start_n = tl.program_id(0) * BN  # the keys that most rows see first
-    bh = tl.program_id(1).to(tl.int64)
+    """out = log(x + shift) + center"""
+    b, h, hkv = query_head(H, GROUP)
     HKV = H // GROUP
-    b, hkv = bh // HKV, bh % HKV
-    offs_m, offs_n, past = tl.arange(0, BM), start_n + tl.arange(0, BN), Tk - Tq
-    k = tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)  # [BN, D]
-    e = tile(e_ptr, b, hkv, offs_n, Tk, HKV, D)
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
+    center = load_channels(center_ptr, b, hkv, HKV, D)[None, :]
+    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
+    use_series = (shift > 0) & (tl.abs(x) < 1 / 16)
+    out = tl.where(use_series, log1p_series(x), tl.log(x + shift)) + center
+    store_tile(out_ptr, out, b, h, offs_t, T, H, D)
+
+
+@triton.jit
+def grad_x_kernel(
+    grad_out_ptr, x_ptr, shift_ptr, grad_x_ptr,
+    delta_ptr,  # (B * H, T)
+    H, GROUP, T,
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """grad_x = grad_out / (x + shift), delta = sum_d grad_x * x"""
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
+    x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
+    grad_out = load_tile(grad_out_ptr, b, h, offs_t, T, H, D).to(tl.float32)
+    grad_x = (grad_out / (x + shift)).to(grad_x_ptr.dtype.element_ty)
+    store_tile(grad_x_ptr, grad_x, b, h, offs_t, T, H, D)
+    delta = tl.sum(grad_x.to(tl.float32) * x, 1)  # of the rounded grad_x, as tl.dot will see it
+    tl.store(delta_ptr + (b * H + h) * T + offs_t, delta, mask=offs_t < T)
+
+
+@triton.jit
+def grad_v_kernel(dv_ptr, exp_v_ptr, shift_ptr, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """dv = grad_exp_v * (exp_v + shift), in place: dv holds grad_exp_v on entry"""
+    b, hkv = kv_head(HKV)
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
+    grad_exp_v = load_tile(dv_ptr, b, hkv, offs_t, T, HKV, D).to(tl.float32)  # [BLOCK_T, D]
+    exp_v = load_tile(exp_v_ptr, b, hkv, offs_t, T, HKV, D).to(tl.float32)
+    store_tile(dv_ptr, grad_exp_v * (exp_v + shift), b, hkv, offs_t, T, HKV, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flash attention over exp_v, where cuDNN does not run. Row i sees the keys up to i + Tk - Tq.
+
+
+@triton.jit
+def attn_fwd_kernel(
+    q_ptr, k_ptr, exp_v_ptr, x_ptr,
+    lse_ptr,  # (B * H, Tq), natural logarithm
+    H, GROUP, Tq, Tk, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x = softmax(qk) @ exp_v"""
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
+    past = Tk - Tq  # positions before the first query
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    dk, de = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
+    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    for n in range(0, GROUP):
-        h = hkv * GROUP + n
-        at = (b * H + h) * Tq
-        for start in range(
-            tl.maximum(start_n - past, 0) // BM * BM, Tq, BM
-        ):  # no row before sees one of the keys
-            rows = start + offs_m
-            q = tile(q_ptr, b, h, rows, Tq, H, D)  # [BM, D]
-            g = tile(g_ptr, b, h, rows, Tq, H, D)
-            lse = (
-                tl.load(lse_ptr + at + rows, mask=rows < Tq, other=float("inf")) * LOG2E
-            )  # inf: p = 0
-            delta = tl.load(delta_ptr + at + rows, mask=rows < Tq, other=0.0)
-            p = tl.exp2(
-                tl.dot(k, tl.trans(q), input_precision=PREC) * qk_scale - lse[None, :]
-            )  # [BN, BM]
-            p = tl.where(offs_n[:, None] - past <= rows[None, :], p, 0.0)
-            de += tl.dot(p.to(g.dtype), g, input_precision=PREC)
-            ds = p * (tl.dot(e, tl.trans(g), input_precision=PREC) - delta[None, :])
-            dk += tl.dot(ds.to(q.dtype), q, input_precision=PREC)
-    put(dk_ptr, b, hkv, offs_n, dk * scale, Tk, HKV, D)
-    put(de_ptr, b, hkv, offs_n, de, Tk, HKV, D)
+    # stage 0: keys that all rows of the block see; stage 1: the diagonal, which needs the mask
+    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(start_m + BLOCK_M + past, Tk)
+    for stage in tl.static_range(2):
+        lo = diagonal if stage == 1 else 0
+        hi = end if stage == 1 else diagonal
+        for start_n in range(lo, hi, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)  # [BLOCK_N, D]
+            exp_v = load_tile(exp_v_ptr, b, hkv, offs_n, Tk, HKV, D)
+            # -- compute qk --
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+            if stage == 1:
+                qk = tl.where(offs_n[None, :] <= (offs_m + past)[:, None], qk, -float("inf"))
+            # -- online softmax; m_new is finite because every row sees key 0 --
+            m_new = tl.maximum(m_i, tl.max(qk, 1))
+            p = tl.exp2(qk - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_new
+            # -- update acc --
+            acc = acc * alpha[:, None]
+            acc += tl.dot(p.to(exp_v.dtype), exp_v, input_precision=PRECISION)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Wide heads, key by key, with a running maximum of s_ij + v_j for each row and channel; what was computed before is overwritten.
-# The others leave at once.
-
-
-@triton.jit
-def is_wide(wide_ptr, bh, SLICES: tl.constexpr):
-    return tl.max(tl.load(wide_ptr + bh * SLICES + tl.arange(0, SLICES)), 0) != 0
+    store_tile(x_ptr, acc / l_i[:, None], b, h, offs_m, Tq, H, D)
+    lse = (m_i + tl.log2(l_i)) / LOG2E
+    tl.store(lse_ptr + (b * H + h) * Tq + offs_m, lse, mask=offs_m < Tq)
 
 
 @triton.jit
-def value(e, centre, one):
-    return tl.where(one < 0, e, log_of(e, centre, one))
+def attn_bwd_dq_kernel(
+    q_ptr, k_ptr, exp_v_ptr, grad_x_ptr, lse_ptr, delta_ptr, dq_ptr,
+    H, GROUP, Tq, Tk, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ds = p * (grad_x @ exp_v^T - delta), dq = scale * ds @ k"""
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
+    past = Tk - Tq  # positions before the first query
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    lse_ptr += (b * H + h) * Tq
+    delta_ptr += (b * H + h) * Tq
+    q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
+    grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+    dq = tl.zeros((BLOCK_M, D), tl.float32)
+
+    # stage 0: keys that all rows of the block see; stage 1: the diagonal, which needs the mask
+    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(start_m + BLOCK_M + past, Tk)
+    for stage in tl.static_range(2):
+        lo = diagonal if stage == 1 else 0
+        hi = end if stage == 1 else diagonal
+        for start_n in range(lo, hi, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)  # [BLOCK_N, D]
+            exp_v = load_tile(exp_v_ptr, b, hkv, offs_n, Tk, HKV, D)
+            # -- recompute p --
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+            p = tl.exp2(qk - lse[:, None])
+            if stage == 1:
+                p = tl.where(offs_n[None, :] <= (offs_m + past)[:, None], p, 0.0)
+            # -- compute ds and dq --
+            dp = tl.dot(grad_x, tl.trans(exp_v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+
+    store_tile(dq_ptr, dq * scale, b, h, offs_m, Tq, H, D)
 
 
 @triton.jit
-def wide_kernel(
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    centre_ptr,
-    one_ptr,
-    wide_ptr,
-    x_ptr,
-    out_ptr,
-    lse_ptr,
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """out = LSE_j(s_ij + v_j) - LSE_j(s_ij). x keeps what out loses by rounding, for the backward pass takes exp(v - o)."""
-    bh = tl.program_id(1).to(tl.int64)
-    if is_wide(wide_ptr, bh // GROUP, SLICES):
-        b, h, past, offs_d = bh // H, bh % H, Tk - Tq, tl.arange(0, D)
-        centre, one = (
-            tl.load(centre_ptr + bh // GROUP * D + offs_d),
-            tl.load(one_ptr + bh // GROUP * D + offs_d),
-        )  # [D]
-        for start_m in range(tl.program_id(0) * BM, Tq, tl.num_programs(0) * BM):
-            offs_m = start_m + tl.arange(0, BM)
-            q = tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BM, D]
-            m, l = tl.full((BM, D), -3.0e38, tl.float32), tl.zeros((BM, D), tl.float32)
-            for key in range(0, tl.minimum(start_m + BM + past, Tk)):
-                k = vector(k_ptr, b, h // GROUP, key, Tk, H // GROUP, D)
-                v = value(vector(e_ptr, b, h // GROUP, key, Tk, H // GROUP, D), centre, one)
-                s = tl.sum(q * k[None, :], 1) * scale  # [BM]
-                t = tl.where(
-                    (key <= offs_m + past)[:, None], s[:, None] + v[None, :], -float("inf")
-                )  # [BM, D]
-                m_new = tl.maximum(m, t)
-                l, m = l * tl.exp(m - m_new) + tl.exp(t - m_new), m_new
-            o = (
-                m
-                + tl.log(l)
-                - tl.load(lse_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=0.0)[:, None]
-            )
-            rounded = o.to(out_ptr.dtype.element_ty)
-            put(out_ptr, b, h, offs_m, rounded, Tq, H, D)
-            put(x_ptr, b, h, offs_m, o - rounded.to(tl.float32), Tq, H, D)
+def attn_bwd_dkdv_kernel(
+    q_ptr, k_ptr, exp_v_ptr, grad_x_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    H, GROUP, Tq, Tk, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk = scale * ds^T @ q, dv = p^T @ grad_x = grad_exp_v, summed over the query heads"""
+    HKV = H // GROUP
+    b, hkv = kv_head(HKV)
+    past = Tk - Tq  # positions before the first query
+    start_n = tl.program_id(0) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)  # [BLOCK_N, D]
+    exp_v = load_tile(exp_v_ptr, b, hkv, offs_n, Tk, HKV, D)
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+    dk = tl.zeros((BLOCK_N, D), tl.float32)
+    dv = tl.zeros((BLOCK_N, D), tl.float32)
+
+    # rows before first_m see none of these keys
+    first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M
+    for member in range(GROUP):
+        h = hkv * GROUP + member
+        first = (b * H + h) * Tq
+        for start_m in range(first_m, Tq, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
+            grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
+            lse = tl.load(lse_ptr + first + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E
+            delta = tl.load(delta_ptr + first + offs_m, mask=offs_m < Tq, other=0.0)
+            # -- recompute p, transposed --
+            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale  # [BLOCK_N, BLOCK_M]
+            p = tl.exp2(qk - lse[None, :])
+            p = tl.where(offs_n[:, None] - past <= offs_m[None, :], p, 0.0)
+            # -- compute dv, ds and dk --
+            dv += tl.dot(p.to(grad_x.dtype), grad_x, input_precision=PRECISION)
+            dp = tl.dot(exp_v, tl.trans(grad_x), input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+
+    store_tile(dk_ptr, dk * scale, b, hkv, offs_n, Tk, HKV, D)
+    store_tile(dv_ptr, dv, b, hkv, offs_n, Tk, HKV, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fallback: overwrites the results of heads with a wide channel, in float32, one key (for dk and dv
+# one query) at a time. The posterior of a channel, p * exp(v - out), sums to 1 over the keys.
 
 
 @triton.jit
-def wide_q(
-    bh,
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    centre_ptr,
-    one_ptr,
-    wide_ptr,
-    x_ptr,
-    out_ptr,
-    lse_ptr,
-    do_ptr,
-    dq_ptr,
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """ds = sum_d do (b - p), posterior minus prior, with b = p exp(v - o)"""
-    if is_wide(wide_ptr, bh // GROUP, SLICES):
-        b, h, past, offs_d = bh // H, bh % H, Tk - Tq, tl.arange(0, D)
-        centre, one = (
-            tl.load(centre_ptr + bh // GROUP * D + offs_d),
-            tl.load(one_ptr + bh // GROUP * D + offs_d),
-        )  # [D]
-        for start_m in range(tl.program_id(0) * BM, Tq, tl.num_programs(0) * BM):
-            offs_m = start_m + tl.arange(0, BM)
-            q = tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BM, D]
-            do = tile(do_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
-            o = tile(out_ptr, b, h, offs_m, Tq, H, D).to(tl.float32) + tile(
-                x_ptr, b, h, offs_m, Tq, H, D
-            ).to(tl.float32)
-            lse = tl.load(lse_ptr + bh * Tq + offs_m, mask=offs_m < Tq, other=0.0)
-            dq = tl.zeros((BM, D), tl.float32)
-            for key in range(0, tl.minimum(start_m + BM + past, Tk)):
-                k = vector(k_ptr, b, h // GROUP, key, Tk, H // GROUP, D)
-                v = value(vector(e_ptr, b, h // GROUP, key, Tk, H // GROUP, D), centre, one)
-                logp, sees = tl.sum(q * k[None, :], 1) * scale - lse, key <= offs_m + past  # [BM]
-                posterior = tl.where(
-                    sees[:, None], tl.exp(logp[:, None] + v[None, :] - o), 0.0
-                )  # [BM, D]
-                ds = tl.sum(do * (posterior - tl.where(sees, tl.exp(logp), 0.0)[:, None]), 1)
+def fallback_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, is_wide_ptr, lse_ptr, out_ptr, x_ptr, exp_v_ptr,
+    H, GROUP, Tq, Tk, scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """out = LSE_j(qk + v) - LSE_j(qk); for the backward pass, x = rounding error of out, exp_v = v"""
+    b, h, hkv = query_head(H, GROUP)
+    HKV = H // GROUP
+    if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
+        return
+    first_block = tl.program_id(0) * BLOCK_T
+    step = tl.num_programs(0) * BLOCK_T
+    past = Tk - Tq  # positions before the first query
+
+    for start_m in range(first_block, Tq, step):
+        offs_m = start_m + tl.arange(0, BLOCK_T)
+        q = load_tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BLOCK_T, D]
+        lse = tl.load(lse_ptr + (b * H + h) * Tq + offs_m, mask=offs_m < Tq, other=0.0)
+        m_i = tl.full((BLOCK_T, D), -3.0e38, tl.float32)  # finite: -inf - -inf would be NaN
+        l_i = tl.zeros((BLOCK_T, D), tl.float32)
+        for j in range(tl.minimum(start_m + BLOCK_T + past, Tk)):
+            k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)
+            v = load_row(v_ptr, b, hkv, j, Tk, HKV, D)
+            # -- compute qk + v --
+            qk = tl.sum(q * k[None, :], 1) * scale  # [BLOCK_T]
+            logits = qk[:, None] + v[None, :]  # [BLOCK_T, D]
+            logits = tl.where((j <= offs_m + past)[:, None], logits, -float("inf"))
+            # -- online log-sum-exp, per row and channel --
+            m_new = tl.maximum(m_i, logits)
+            l_i = l_i * tl.exp(m_i - m_new) + tl.exp(logits - m_new)
+            m_i = m_new
+        out = m_i + tl.log(l_i) - lse[:, None]
+        rounded = out.to(out_ptr.dtype.element_ty)
+        store_tile(out_ptr, rounded, b, h, offs_m, Tq, H, D)
+        store_tile(x_ptr, out - rounded.to(tl.float32), b, h, offs_m, Tq, H, D)
+
+    for start_n in range(first_block, Tk, step):
+        offs_n = start_n + tl.arange(0, BLOCK_T)
+        v = load_tile(v_ptr, b, hkv, offs_n, Tk, HKV, D)
+        store_tile(exp_v_ptr, v, b, hkv, offs_n, Tk, HKV, D)
+
+
+@triton.jit
+def fallback_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, is_wide_ptr, lse_ptr, out_ptr, x_ptr, grad_out_ptr,
+    dq_ptr, dk_ptr, dv_ptr,
+    H, GROUP, Tq, Tk, scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """ds = sum_d grad_out * (posterior - p), dq = scale * ds @ k, dk = scale * ds^T @ q,
+    dv = sum_i grad_out * posterior, for one key/value head and the query heads that attend to it"""
+    HKV = H // GROUP
+    b, hkv = kv_head(HKV)
+    if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
+        return
+    first_block = tl.program_id(0) * BLOCK_T
+    step = tl.num_programs(0) * BLOCK_T
+    past = Tk - Tq  # positions before the first query
+
+    # dq: a block of queries, one key at a time
+    for member in range(GROUP):
+        h = hkv * GROUP + member
+        for start_m in range(first_block, Tq, step):
+            offs_m = start_m + tl.arange(0, BLOCK_T)
+            q = load_tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BLOCK_T, D]
+            grad_out = load_tile(grad_out_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
+            out = load_tile(out_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
+            out += load_tile(x_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
+            lse = tl.load(lse_ptr + (b * H + h) * Tq + offs_m, mask=offs_m < Tq, other=0.0)
+            dq = tl.zeros((BLOCK_T, D), tl.float32)
+            for j in range(tl.minimum(start_m + BLOCK_T + past, Tk)):
+                k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)
+                v = load_row(v_ptr, b, hkv, j, Tk, HKV, D)
+                # -- recompute p and the posterior --
+                log_p = tl.sum(q * k[None, :], 1) * scale - lse  # [BLOCK_T]
+                is_seen = j <= offs_m + past
+                p = tl.where(is_seen, tl.exp(log_p), 0.0)
+                posterior = tl.exp(log_p[:, None] + v[None, :] - out)  # [BLOCK_T, D]
+                posterior = tl.where(is_seen[:, None], posterior, 0.0)
+                # -- compute ds and dq --
+                ds = tl.sum(grad_out * (posterior - p[:, None]), 1)
                 dq += ds[:, None] * k[None, :]
-            put(dq_ptr, b, h, offs_m, dq * scale, Tq, H, D)
+            store_tile(dq_ptr, dq * scale, b, h, offs_m, Tq, H, D)
+
+    # dk and dv: a block of keys, one query at a time
+    for start_n in range(first_block, Tk, step):
+        offs_n = start_n + tl.arange(0, BLOCK_T)
+        k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)  # [BLOCK_T, D]
+        v = load_tile(v_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)
+        dk = tl.zeros((BLOCK_T, D), tl.float32)
+        dv = tl.zeros((BLOCK_T, D), tl.float32)
+        for member in range(GROUP):
+            h = hkv * GROUP + member
+            for i in range(tl.maximum(start_n - past, 0), Tq):
+                q = load_row(q_ptr, b, h, i, Tq, H, D)
+                grad_out = load_row(grad_out_ptr, b, h, i, Tq, H, D)
+                out = load_row(out_ptr, b, h, i, Tq, H, D)
+                out += load_row(x_ptr, b, h, i, Tq, H, D)
+                # -- recompute p and the posterior --
+                log_p = tl.sum(k * q[None, :], 1) * scale  # [BLOCK_T]
+                log_p -= tl.load(lse_ptr + (b * H + h) * Tq + i)
+                is_seen = offs_n <= i + past
+                p = tl.where(is_seen, tl.exp(log_p), 0.0)
+                posterior = tl.exp(log_p[:, None] + v - out[None, :])  # [BLOCK_T, D]
+                posterior = tl.where(is_seen[:, None], posterior, 0.0)
+                # -- compute dv, ds and dk --
+                dv += grad_out[None, :] * posterior
+                ds = tl.sum(grad_out[None, :] * (posterior - p[:, None]), 1)
+                dk += ds[:, None] * q[None, :]
+        store_tile(dk_ptr, dk * scale, b, hkv, offs_n, Tk, HKV, D)
+        store_tile(dv_ptr, dv, b, hkv, offs_n, Tk, HKV, D)
 
 
-@triton.jit
-def wide_kv(
-    bh,
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    centre_ptr,
-    one_ptr,
-    wide_ptr,
-    x_ptr,
-    out_ptr,
-    lse_ptr,
-    do_ptr,
-    dk_ptr,
-    dv_ptr,
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """dv = sum_i do b"""
-    if is_wide(wide_ptr, bh, SLICES):
-        HKV, past, offs_d = H // GROUP, Tk - Tq, tl.arange(0, D)
-        b, hkv = bh // HKV, bh % HKV
-        centre, one = (
-            tl.load(centre_ptr + bh * D + offs_d),
-            tl.load(one_ptr + bh * D + offs_d),
-        )  # [D]
-        for start_n in range(tl.program_id(0) * BN, Tk, tl.num_programs(0) * BN):
-            offs_n = start_n + tl.arange(0, BN)
-            k = tile(k_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)  # [BN, D]
-            v = value(
-                tile(e_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32),
-                centre[None, :],
-                one[None, :],
-            )
-            dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
-            for n in range(0, GROUP):
-                h = hkv * GROUP + n
-                for row in range(tl.maximum(start_n - past, 0), Tq):
-                    q, do = vector(q_ptr, b, h, row, Tq, H, D), vector(do_ptr, b, h, row, Tq, H, D)
-                    o = vector(out_ptr, b, h, row, Tq, H, D) + vector(x_ptr, b, h, row, Tq, H, D)
-                    logp = tl.sum(k * q[None, :], 1) * scale - tl.load(
-                        lse_ptr + (b * H + h) * Tq + row
-                    )  # [BN]
-                    sees = offs_n <= row + past
-                    posterior = tl.where(
-                        sees[:, None], tl.exp(logp[:, None] + v - o[None, :]), 0.0
-                    )  # [BN, D]
-                    dv += do[None, :] * posterior
-                    ds = tl.sum(
-                        do[None, :] * (posterior - tl.where(sees, tl.exp(logp), 0.0)[:, None]), 1
-                    )
-                    dk += ds[:, None] * q[None, :]
-            put(dk_ptr, b, hkv, offs_n, dk * scale, Tk, HKV, D)
-            put(dv_ptr, b, hkv, offs_n, dv, Tk, HKV, D)
+# --------------------------------------------------------------------------------------------------
+# Launches. Attention over exp_v runs in cuDNN or in our kernels.
+
+compiled_kernels = {}
 
 
-@triton.jit
-def wide_gradients_kernel(
-    q_ptr,
-    k_ptr,
-    e_ptr,
-    centre_ptr,
-    one_ptr,
-    wide_ptr,
-    x_ptr,
-    out_ptr,
-    lse_ptr,
-    do_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    BH,
-    H,
-    GROUP,
-    Tq,
-    Tk,
-    scale,
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    bh = tl.program_id(1).to(tl.int64)  # heads of q, then heads of k
-    if bh < BH:
-        wide_q(
-            bh,
-            q_ptr,
-            k_ptr,
-            e_ptr,
-            centre_ptr,
-            one_ptr,
-            wide_ptr,
-            x_ptr,
-            out_ptr,
-            lse_ptr,
-            do_ptr,
-            dq_ptr,
-            H,
-            GROUP,
-            Tq,
-            Tk,
-            scale,
-            D,
-            SLICES,
-            ROWS,
-        )
+def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constants):
+    """Launch the kernel on the grid; constants have the order of the kernel's constexpr arguments.
+
+    Like kernel[grid](...), where Triton examines every argument of every call to find the compiled
+    kernel specialized for it, 10 to 30 us on the host. We look it up, in a third of the time.
+    """
+    numbers += tuple(constants.values())
+    key = (kernel, tensors[0].device, numbers, num_warps, num_stages)
+    key += tuple([(t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    compiled = compiled_kernels.get(key)
+    if compiled is not None:
+        compiled[*grid, 1](*tensors, *numbers)
+        return
+
+    if len(compiled_kernels) > 10_000:  # numbers include the lengths, which may be many
+        compiled_kernels.clear()
+    # compile if need be and launch; the interpreter returns None
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled_kernels[key] = kernel[grid](*tensors, *numbers, **options)
+
+
+@functools.cache
+def get_configs(dtype, D, is_hopper):
+    """Return launch options of attn_fwd, attn_bwd_dq, attn_bwd_dkdv; no bfloat16 spills on Hopper."""
+    if dtype == torch.float32:
+        configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
+    elif dtype == torch.float16:
+        configs = (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)
+    elif is_hopper and D == 128:
+        configs = (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2)
+    elif is_hopper:
+        configs = (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)
+    elif D == 128:
+        configs = (64, 32, 4, 3), (64, 32, 4, 2), (32, 64, 8, 2)
     else:
-        wide_kv(
-            bh - BH,
-            q_ptr,
-            k_ptr,
-            e_ptr,
-            centre_ptr,
-            one_ptr,
-            wide_ptr,
-            x_ptr,
-            out_ptr,
-            lse_ptr,
-            do_ptr,
-            dk_ptr,
-            dv_ptr,
-            H,
-            GROUP,
-            Tq,
-            Tk,
-            scale,
-            D,
-            SLICES,
-            ROWS,
-        )
+        configs = (64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 2)
+    names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
+    precision = "ieee" if dtype == torch.float32 else "tf32"  # float16 inputs have a float32 exp_v
+    return [dict(zip(names, config), PRECISION=precision) for config in configs]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launches
+@functools.cache
+def is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def rows_first(t):
-    return (
-        t.transpose(1, 2).contiguous().transpose(1, 2)
-    )  # (B, T, H, D) in memory, as projections leave it: no copy then
+def to_bthd(t):
+    """Same shape (B, H, T, D), memory in the order (B, T, H, D). No copy if a projection made t."""
+    if t.transpose(1, 2).is_contiguous():
+        return t
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def watch(rows, heads):
-    return max(1, min(WATCH // heads, triton.cdiv(rows, ROWS))), heads
+def can_use_cudnn(q, k, exp_v):
+    """cuDNN takes bfloat16 and Tq == Tk; its backward is not deterministic."""
+    if not q.is_cuda or q.dtype != torch.bfloat16 or q.shape[2] != k.shape[2]:
+        return False
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    is_gqa = q.shape[1] != k.shape[1]
+    params = torch.backends.cuda.SDPAParams(q, k, exp_v, None, 0.0, True, is_gqa)
+    return torch.backends.cuda.can_use_cudnn_attention(params)
 
 
-def config(dtype, D, hopper):
-    by_width = HOPPER if hopper and dtype == torch.bfloat16 else CONFIG[dtype]
-    return by_width.get(
-        64 if D < 128 else 128, by_width[128]
-    ), "ieee" if dtype == torch.float32 else "tf32"
+def attention_forward(q, k, exp_v, scale):
+    """Causal softmax attention over exp_v: return x (B, H, Tq, D) and lse (B, H, Tq)."""
+    B, H, Tq, D = q.shape
+    _, HKV, Tk, _ = k.shape
+    if can_use_cudnn(q, k, exp_v):
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        x, lse, *_ = cudnn(q, k, exp_v, None, True, is_causal=True, scale=scale)
+        return to_bthd(x), lse.view(B, H, Tq)
+
+    x = torch.empty_like(q, dtype=exp_v.dtype)
+    lse = q.new_empty(B, H, Tq, dtype=torch.float32)
+    config, _, _ = get_configs(q.dtype, D, is_hopper(q.device))
+    grid = (ceil(Tq / config["BLOCK_M"]), B * H)
+    tensors = q, k, exp_v, x, lse
+    launch(attn_fwd_kernel, grid, tensors, (H, H // HKV, Tq, Tk, scale), D=D, **config)
+    return x, lse
 
 
-def on_hopper(q):
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
+    """Return dq, dk and grad_exp_v of attention_forward."""
+    B, H, Tq, D = q.shape
+    _, HKV, Tk, _ = k.shape
+    if can_use_cudnn(q, k, exp_v):
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        inputs = grad_x, q, k, exp_v, x, lse.unsqueeze(-1)
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # not used without dropout
+        dropout = {"philox_seed": seed, "philox_offset": seed, "dropout_p": 0.0}
+        varlen = {"cum_seq_q": None, "cum_seq_k": None, "max_q": Tq, "max_k": Tk}
+        grads = cudnn(*inputs, attn_bias=None, **dropout, **varlen, is_causal=True, scale=scale)
+        return [to_bthd(grad) for grad in grads]
+
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dv = torch.empty_like(exp_v)
+    inputs = q, k, exp_v, grad_x, lse, delta
+    sizes = H, H // HKV, Tq, Tk, scale
+    _, q_config, kv_config = get_configs(q.dtype, D, is_hopper(q.device))
+    q_grid = (ceil(Tq / q_config["BLOCK_M"]), B * H)
+    kv_grid = (ceil(Tk / kv_config["BLOCK_N"]), B * HKV)
+    launch(attn_bwd_dq_kernel, q_grid, (*inputs, dq), sizes, D=D, **q_config)
+    launch(attn_bwd_dkdv_kernel, kv_grid, (*inputs, dk, dv), sizes, D=D, **kv_config)
+    return dq, dk, dv
 
 
-def cudnn_takes(q, k, e):
-    """Whether cuDNN's attention runs here: bfloat16 (exp(v) leaves float16's range), causal squares, no wish for determinism."""
-    return (
-        q.is_cuda
-        and q.dtype == torch.bfloat16
-        and q.shape[2] == k.shape[2]
-        and not torch.are_deterministic_algorithms_enabled()
-        and torch.backends.cuda.can_use_cudnn_attention(
-            torch.backends.cuda.SDPAParams(q, k, e, None, 0.0, True, q.shape[1] != k.shape[1])
-        )
-    )
+# --------------------------------------------------------------------------------------------------
+# LASER: exp, attention, log, fallback
 
 
-def blank(q, k, v):
-    """-> out, e, centre, one, wide, not yet written. exp(v) needs the range of bfloat16 or float32."""
-    (B, Hkv), D, e_dtype = (
-        k.shape[:2],
-        q.shape[3],
-        torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
-    )
+def new_buffers(q, k, v):
+    """Return out, exp_v, center, shift and is_wide, not yet written."""
+    B, HKV, _, D = k.shape
+    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # float16 overflows
+    out = torch.empty_like(q)
+    exp_v = torch.empty_like(v, dtype=exp_dtype)
+    center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)
+    is_wide = q.new_empty(B * HKV, D, dtype=torch.int32)
+    return out, exp_v, center, shift, is_wide
 
-    def new(width, dtype):
-        return torch.empty(B * Hkv, width, dtype=dtype, device=q.device)
 
-    return (
-        torch.empty_like(q),
-        torch.empty_like(v, dtype=e_dtype),
-        new(D, torch.float32),
-        new(D, torch.float32),
-        new(D // SLICE, torch.int32),
-    )
+def fallback_grid(T, heads):
+    """Few programs, because most have nothing to do; those of a wide head loop over its blocks."""
+    blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
+    return max(blocks, 1), heads
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    sizes = H, H // Hkv, Tq, Tk, scale
-    out, e, centre, one, wide = blank(q, k, v)
-    exp_kernel[(D // SLICE, B * Hkv)](
-        v, e, centre, one, wide, Hkv, Tk, D, SLICE, 4 * ROWS, num_warps=8
-    )
-    if cudnn_takes(q, k, e):
-        x, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, e, None, True, 0.0, True, False, scale=scale
-        )[:2]
-        x, lse = rows_first(x), lse.view(B, H, Tq)
-    else:
-        x, lse = (
-            torch.empty_like(q, dtype=e.dtype),
-            torch.empty(B, H, Tq, dtype=torch.float32, device=q.device),
-        )
-        ((bm, bn, warps, stages), *_), prec = config(q.dtype, D, on_hopper(q))
-        forward_kernel[(triton.cdiv(Tq, bm), B * H)](
-            q, k, e, x, lse, *sizes, D, bm, bn, prec, num_warps=warps, num_stages=stages
-        )
-    log_kernel[(triton.cdiv(Tq, ROWS), B * H)](x, out, centre, one, H, H // Hkv, Tq, D, ROWS)
-    wide_kernel[watch(Tq, B * H)](
-        q, k, e, centre, one, wide, x, out, lse, *sizes, D, D // SLICE, ROWS, num_warps=8
-    )
-    return out, e, centre, one, wide, x, lse
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return out, and for the backward pass exp_v, shift, is_wide, x and lse."""
+    B, H, Tq, D = q.shape
+    _, HKV, Tk, _ = k.shape
+    out, exp_v, center, shift, is_wide = new_buffers(q, k, v)
+
+    # exp, attention, log
+    exp_tensors = v, exp_v, center, shift, is_wide
+    exp_constants = {"D": D, "SLICE": SLICE, "BLOCK_T": 4 * BLOCK_T}
+    launch(exp_kernel, (D // SLICE, B * HKV), exp_tensors, (HKV, Tk), num_warps=8, **exp_constants)
+    x, lse = attention_forward(q, k, exp_v, scale)
+    constants = {"D": D, "BLOCK_T": BLOCK_T}
+    grid = (ceil(Tq / BLOCK_T), B * H)
+    launch(log_kernel, grid, (x, out, center, shift), (H, H // HKV, Tq), **constants)
+
+    # redo heads with a wide channel
+    grid = fallback_grid(Tq, B * H)
+    tensors = q, k, v, is_wide, lse, out, x, exp_v
+    sizes = H, H // HKV, Tq, Tk, scale
+    launch(fallback_fwd_kernel, grid, tensors, sizes, num_warps=8, **constants)
+    return out, exp_v, shift, is_wide, x, lse
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    out: Tensor,
-    e: Tensor,
-    centre: Tensor,
-    one: Tensor,
-    wide: Tensor,
-    x: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    sizes = H, H // Hkv, Tq, Tk, scale
-    do = rows_first(do)
-    g, delta = torch.empty_like(x), torch.empty_like(lse)
-    gradient_kernel[(triton.cdiv(Tq, ROWS), B * H)](do, x, one, g, delta, *sizes[:3], D, ROWS)
-    if cudnn_takes(q, k, e):
-        none = torch.empty(
-            (), dtype=torch.int64, device=q.device
-        )  # the state of the dropout that there is not
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            g,
-            q,
-            k,
-            e,
-            x,
-            lse.unsqueeze(-1),
-            none,
-            none,
-            None,
-            None,
-            None,
-            Tq,
-            Tk,
-            0.0,
-            True,
-            scale=scale,
-        )
-        dq, dk, dv = map(rows_first, (dq, dk, dv))
-    else:
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(e)
-        (_, (bm, bn, warps, stages), (km, kn, kv_warps, kv_stages)), prec = config(
-            q.dtype, D, on_hopper(q)
-        )
-        backward_q_kernel[(triton.cdiv(Tq, bm), B * H)](
-            q, k, e, g, lse, delta, dq, *sizes, D, bm, bn, prec, num_warps=warps, num_stages=stages
-        )
-        backward_kv_kernel[(triton.cdiv(Tk, kn), B * Hkv)](
-            q,
-            k,
-            e,
-            g,
-            lse,
-            delta,
-            dk,
-            dv,
-            *sizes,
-            D,
-            km,
-            kn,
-            prec,
-            num_warps=kv_warps,
-            num_stages=kv_stages,
-        )
-    scale_kernel[(triton.cdiv(Tk, ROWS), B * Hkv)](dv, e, one, Hkv, Tk, D, ROWS)
-    wide_gradients_kernel[watch(Tk, B * (H + Hkv))](
-        q,
-        k,
-        e,
-        centre,
-        one,
-        wide,
-        x,
-        out,
-        lse,
-        do,
-        dq,
-        dk,
-        dv,
-        B * H,
-        *sizes,
-        D,
-        D // SLICE,
-        ROWS,
-        num_warps=8,
-    )
+    grad_out: Tensor, q: Tensor, k: Tensor, out: Tensor, exp_v: Tensor, shift: Tensor,
+    is_wide: Tensor, x: Tensor, lse: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dq, dk and dv."""
+    B, H, Tq, D = q.shape
+    _, HKV, Tk, _ = k.shape
+    grad_out = to_bthd(grad_out)
+    grad_x = torch.empty_like(x)
+    delta = torch.empty_like(lse)
+
+    # log, attention, exp
+    constants = {"D": D, "BLOCK_T": BLOCK_T}
+    grid = (ceil(Tq / BLOCK_T), B * H)
+    tensors = grad_out, x, shift, grad_x, delta
+    launch(grad_x_kernel, grid, tensors, (H, H // HKV, Tq), **constants)
+    dq, dk, dv = attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale)
+    grid = (ceil(Tk / BLOCK_T), B * HKV)
+    launch(grad_v_kernel, grid, (dv, exp_v, shift), (HKV, Tk), **constants)
+
+    # redo heads with a wide channel, whose exp_v is v
+    grid = fallback_grid(Tk, B * HKV)
+    tensors = q, k, exp_v, is_wide, lse, out, x, grad_out, dq, dk, dv
+    sizes = H, H // HKV, Tq, Tk, scale
+    launch(fallback_bwd_kernel, grid, tensors, sizes, num_warps=8, **constants)
     return dq, dk, dv.to(q.dtype)
 
 
-def keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], *output)
-    ctx.set_materialize_grads(False)
-    ctx.scale = inputs[3]
+def setup_context(ctx, inputs, output):
+    q, k, _, scale = inputs
+    ctx.save_for_backward(q, k, *output)
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that only the backward pass uses
+    ctx.scale = scale
 
 
 class Laser(torch.autograd.Function):
+    """For eager mode; costs the host less per call than a custom op."""
+
     @staticmethod
     def forward(ctx, *inputs):
         output = forward(*inputs)
-        keep(ctx, inputs, output)
-        return output[0]  # the host does less for one than for seven
+        setup_context(ctx, inputs, output)
+        return output[0]
 
     @staticmethod
-    def backward(ctx, do):
-        if torch.is_grad_enabled():  # create_graph=True: what is saved are constants
+    def backward(ctx, grad_out):
+        if torch.is_grad_enabled():  # create_graph=True; what is saved would count as constant
             raise RuntimeError("the LASER kernel has no second derivatives")
-        return *backward(do, *ctx.saved_tensors, ctx.scale), None
+        return *backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 
-# The same for torch.compile, which does not look inside an operator. An operator costs the host more at each call.
-laser, laser_backward = (
-    torch.library.custom_op(f"fivefold::{n}", f, mutates_args=())
-    for n, f in (("laser", forward), ("laser_backward", backward))
-)
-laser.register_autograd(
-    lambda ctx, do, *_: (*laser_backward(do, *ctx.saved_tensors, ctx.scale), None),
-    setup_context=keep,
-)
+# For torch.compile, which treats a custom op as opaque
+laser = torch.library.custom_op("fivefold::laser", forward, mutates_args=())
+laser_backward = torch.library.custom_op("fivefold::laser_backward", backward, mutates_args=())
 
 
 @laser.register_fake
 def _(q, k, v, scale):
-    out, e, *tables = blank(q, k, v)
-    return (
-        out,
-        e,
-        *tables,
-        torch.empty_like(q, dtype=e.dtype),
-        q.new_empty(q.shape[:3], dtype=torch.float32),
-    )
+    out, exp_v, _, shift, is_wide = new_buffers(q, k, v)
+    x = torch.empty_like(q, dtype=exp_v.dtype)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return out, exp_v, shift, is_wide, x, lse
 
 
 @laser_backward.register_fake
-def _(do, q, k, out, e, centre, one, wide, x, lse, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(e, dtype=q.dtype)
+def _(grad_out, q, k, out, exp_v, *saved):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(exp_v, dtype=q.dtype)
+
+
+def laser_autograd(ctx, grad_out, *unused):
+    return *laser_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+laser.register_autograd(laser_autograd, setup_context=setup_context)
 
 
 def attention(q, k, v):
-    """q (B, H, Tq, D), k, v (B, Hkv, Tk, D), float32, float16 or bfloat16, D <= 128 -> (B, H, Tq, D); causal, the queries
-    being the last of the positions. In bfloat16 on a GPU with cuDNN's attention that does the products."""
-    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
-    width = max(16, triton.next_power_of_2(D))  # channels of zeros change no score
-    if not (
-        1 <= D <= 128
-        and Hkv
-        and H % Hkv == 0
-        and Tq <= Tk
-        and k.shape == v.shape
-        and q.dtype == k.dtype == v.dtype
-    ):
+    """Causal LASER attention; the queries are the last of the positions.
+
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D), in float32, float16 or bfloat16, with
+    D <= 128. Raises ValueError if these do not fit each other, or are too large to be indexed.
+    """
+    B, H, Tq, D = q.shape
+    _, HKV, Tk, _ = k.shape
+    padded_D = max(16, triton.next_power_of_2(D))
+    shapes_fit = k.shape == v.shape and HKV > 0 and H % HKV == 0 and Tq <= Tk and 1 <= D <= 128
+    if not shapes_fit or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: need one dtype, D from 1 to 128, H a multiple of Hkv, Tq <= Tk"
+            f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit: "
+            f"need one dtype, D from 1 to 128, H a multiple of Hkv, Tq <= Tk"
         )
-    if B * H >= 2**16 or Tk * H * width >= 2**31:
-        raise ValueError(
-            "the grid must fit 16 bits, and a sequence of all heads 31 bits; give a smaller batch or shorter text"
-        )
+    if B * H >= 2**16 or Tk * H * padded_D >= 2**31:
+        raise ValueError("split the batch or the text: B * H fits 16 bits, Tk * H * D 31 bits")
     if q.numel() == 0:
         return 0.0 * q  # nothing to attend from; keeps the gradient
-    q, k, v = (
-        rows_first(torch.nn.functional.pad(t, (0, width - D)) if width > D else t)
-        for t in (q, k, v)
-    )
-    out = (
-        laser(q, k, v, D**-0.5)[0]
-        if torch.compiler.is_compiling()
-        else Laser.apply(q, k, v, D**-0.5)
-    )
-    return out if width == D else out[..., :D]
+
+    if padded_D > D:  # channels of zeros change no score
+        q, k, v = (F.pad(t, (0, padded_D - D)) for t in (q, k, v))
+    q, k, v = (to_bthd(t) for t in (q, k, v))
+    if torch.compiler.is_compiling():
+        out = laser(q, k, v, D**-0.5)[0]
+    else:
+        out = Laser.apply(q, k, v, D**-0.5)
+    return out if padded_D == D else out[..., :D]

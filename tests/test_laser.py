@@ -189,37 +189,61 @@ def test_trains(tiny):
 # -- the study -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attn", ["softmax", "laser"])
-def test_the_probe_computes_what_it_probes(attn):
-    model = small_gpt(attn=attn)
+def test_the_probe_computes_what_it_probes():
+    model = small_gpt(attn="laser")
     x = torch.randint(64, (2, 16))
     loss = model(x, x).item()
-    gradients, probed_loss = study.logit_gradients(model, x, x)
-    assert abs(probed_loss - loss) < 1e-5
-    assert len(gradients) == 2
-    assert all(0 < gradient < 100 for gradient in gradients)
+    probes, probed_loss = study.probe_model(model, x, x)
+    assert abs(probed_loss - loss) < 1e-6
+    assert [probe.out.grad.shape for probe in probes] == [(2, 4, 16, 8)] * 2
     assert abs(model(x, x).item() - loss) < 1e-6, "the probe leaves the model as it was"
 
 
+def test_gradients_at_the_logits_are_those_of_autograd():
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 5, 4, dtype=torch.float64)
+    grad_out = torch.randn(2, 3, 4, dtype=torch.float64)
+    p = logits.softmax(-1)
+    ours = study.logit_gradients(p, v, grad_out)
+    for name, out in (("softmax", p @ v), ("LASER", (p @ v.exp()).log())):
+        exact = torch.autograd.grad(out, logits, grad_out, retain_graph=True)[0].abs().sum(-1)
+        assert torch.allclose(ours[name], exact, atol=1e-12), name
+
+
+def test_peaked_rows_are_those_with_one_large_probability(monkeypatch):
+    model = small_gpt(attn="laser")
+    x = torch.randint(64, (2, 16))
+    monkeypatch.setattr(study, "PEAKED", 0.0)
+    gradients, rows = study.peaked_gradients(model, x, x)
+    assert rows == 2 * 2 * 4 * 15, "all rows of all heads and layers but the first"
+    assert 0 < gradients["softmax"] < 100 and 0 < gradients["LASER"] < 100
+    monkeypatch.setattr(study, "PEAKED", 1.1)
+    with pytest.raises(ValueError, match="train longer"):
+        study.peaked_gradients(model, x, x)
+
+
 def test_the_papers_form_underflows_and_ours_does_not():
-    errors = study.numerics(jumps=(10.0, 110.0))
-    assert errors["10"]["ours"] < 1e-5
-    assert errors["110"]["ours"] < 1e-5
-    assert errors["110"]["paper"] is None or errors["110"]["paper"] > 1.0
+    errors = study.numerics(jumps=(10, 110), stds=(1, 100))
+    assert all(row["ours"] < 1e-4 for row in errors.values())
+    assert errors["last value + 10"]["paper"] < 1e-5
+    assert errors["last value + 110"]["paper"] is None
+    assert errors["values of std 100"]["paper"] is None
 
 
 def test_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "the quick brown fox jumps over the lazy dog\n" * 200
     Path("text.txt").write_text(text)
-    monkeypatch.setattr(study, "FLAGS", "--n-layer 2 --n-embd 32 --n-head 2 --block-size 16")
-    monkeypatch.setattr(study, "DATA", "text.txt")
-    monkeypatch.setattr(study, "STEPS", 4)
+    flags = "--attn laser --n-layer 2 --n-embd 32 --n-head 2 --block-size 16"
+    settings = {"FLAGS": flags, "DATA": "text.txt", "STEPS": 4, "SEEDS": (1, 2), "PEAKED": 0.3}
+    for name, value in settings.items():
+        monkeypatch.setattr(study, name, value)
     record = laser.main(["--out", "shown"])
     assert {path.name for path in Path("shown").iterdir()} == {"laser-cpu.json", "laser-cpu.png"}
     saved = json.loads(Path("shown/laser-cpu.json").read_text())
     assert saved["differences"] == record["differences"]
-    assert saved["differences"]["LASER"]["n"] == len(study.SEEDS)
+    assert [difference["n"] for difference in saved["differences"].values()] == [2, 2, 2, 2]
+    assert saved["differences"]["random logits of std 1: LASER"]["mean"] > 0.03
     assert {"command", "commit", "hardware", "versions", "seconds"} <= set(saved)
 
 
