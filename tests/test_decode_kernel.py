@@ -69,19 +69,19 @@ def check_products(C, sizes, dtype, has_bias, config=None):
     y = randn(sizes[0])
 
     ours = run_twice(
-        lambda: decode.project(x, gain, EPS, weights, biases if has_bias else None, config)
+        lambda: decode.norm_linear(x, gain, EPS, weights, biases if has_bias else None, config)
     )
     eager = project_torch(x, gain, weights, biases)
     truth = project_torch(*double((x, gain)), double(weights), double(biases))
     assert_close("project", ours, eager, truth)
 
-    ours = run_twice(lambda: decode.swiglu(x, gain, EPS, weights[0], up, config))
+    ours = run_twice(lambda: decode.norm_swiglu(x, gain, EPS, weights[0], up, config))
     inputs = (x, gain, weights[0], up)
     assert_close("swiglu", ours, swiglu_torch(*inputs), swiglu_torch(*double(inputs)))
 
     def added():
         total = y.clone()
-        decode.add(total, x, up, config)
+        decode.linear_add(total, x, up, config)
         return total
 
     inputs = (y, x, up)
@@ -100,7 +100,7 @@ def check_products(C, sizes, dtype, has_bias, config=None):
     ],
 )
 def test_products(C, sizes, has_bias, dtype):
-    check_products(C, sizes, dtype, has_bias, (16, 64, 4))
+    check_products(C, sizes, dtype, has_bias, decode.Tile(16, 64, 4))
 
 
 @gpu
@@ -154,7 +154,7 @@ def check_attend(H, Hkv, D, size, length, dtype, has_norm, config=None):
 
     def ours():
         k, v = (t[0].clone() for t in kv)
-        o = decode.attend(heads.flatten(), gains, EPS, angles, position, k, v, config)
+        o = decode.attention(heads.flatten(), gains, EPS, angles, position, k, v, config)
         assert torch.equal(k[:, :length], kv[0, 0, :, :length]), "an old key was changed"
         assert k[:, length + 1 :].isnan().all(), "a later key was written"
         assert torch.equal(v[:, :length], kv[1, 0, :, :length]), "an old value was changed"
@@ -171,7 +171,7 @@ def check_attend(H, Hkv, D, size, length, dtype, has_norm, config=None):
 @pytest.mark.parametrize("H,Hkv,has_norm", [(4, 4, True), (6, 2, False), (17, 1, True)])
 @pytest.mark.parametrize("length", [0, 15, 16, 31, 32, 99])
 def test_attention(H, Hkv, has_norm, length, dtype, monkeypatch):
-    monkeypatch.setattr(decode, "PROGRAMS", 8)  # several blocks in a piece, several pieces
+    monkeypatch.setattr(decode, "ATTENTION_PROGRAMS", 8)  # several blocks in a piece, several pieces
     check_attend(H, Hkv, 16, 100, length, dtype, has_norm, (16, 4))
 
 
@@ -209,30 +209,30 @@ def test_attention_on_the_gpu(H, Hkv, D, norm, length, dtype):
 def test_products_refuse(change):
     arguments = {"x": torch.ones(8), "gain": torch.ones(8), "eps": EPS}
     arguments["weights"] = [torch.ones(4, 8)]
-    decode.project(**arguments)
+    decode.norm_linear(**arguments)
     with pytest.raises(ValueError):
-        decode.project(**{**arguments, **change})
+        decode.norm_linear(**{**arguments, **change})
 
 
 def test_swiglu_and_add_refuse():
     x = torch.ones(8)
     gate = torch.ones(4, 8)
-    decode.swiglu(x, x, EPS, gate, gate)
+    decode.norm_swiglu(x, x, EPS, gate, gate)
     for up in (torch.ones(5, 8), torch.ones(4, 7)):
         with pytest.raises(ValueError, match="up is"):
-            decode.swiglu(x, x, EPS, gate, up)
+            decode.norm_swiglu(x, x, EPS, gate, up)
     with pytest.raises(ValueError, match="no size of 0"):
-        decode.swiglu(x, x, EPS, torch.ones(0, 8), torch.ones(0, 8))
+        decode.norm_swiglu(x, x, EPS, torch.ones(0, 8), torch.ones(0, 8))
     with pytest.raises(ValueError, match="no size of 0"):
-        decode.add(torch.ones(0), x, torch.ones(0, 8))
+        decode.linear_add(torch.ones(0), x, torch.ones(0, 8))
     with pytest.raises(ValueError, match="weight is"):
-        decode.add(torch.ones(4), x, torch.ones(8, 4))
+        decode.linear_add(torch.ones(4), x, torch.ones(8, 4))
 
 
 def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
     k = torch.ones(Hkv, size, D, dtype=dtype)
     return {
-        "heads": torch.ones((H + 2 * Hkv) * D),
+        "qkv": torch.ones((H + 2 * Hkv) * D),
         "gains": None,
         "eps": EPS,
         "angles": train.rope_angles(0, size, D, 1e4, "cpu"),
@@ -256,7 +256,7 @@ def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
         ({}, {"v": torch.ones(1, 4, 16)}, "v is"),
         ({}, {"k": torch.ones(1, 16, 3).mT}, "not contiguous"),
         ({}, {"k": torch.ones(3, 16)}, "it must be (Hkv, size, D)"),
-        ({}, {"heads": torch.ones(65)}, "heads is"),
+        ({}, {"qkv": torch.ones(65)}, "qkv is"),
         ({}, {"gains": (torch.ones(16), torch.ones(8))}, "a gain is"),
         ({}, {"angles": train.rope_angles(0, 4, 16, 1e4, "cpu")}, "cos is"),
         ({}, {"k": torch.ones(1, 1, 1).expand(1, 2**27, 16)}, "below 2**31"),
@@ -265,7 +265,7 @@ def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
 )
 def test_attention_refuses(shape, change, part):
     with pytest.raises(ValueError) as caught:
-        decode.attend(**{**attend_arguments(**shape), **change})
+        decode.attention(**{**attend_arguments(**shape), **change})
     assert part in str(caught.value)
 
 
@@ -281,7 +281,7 @@ def test_attention_refuses(shape, change, part):
 def test_fused_step_equals_the_models(shape, monkeypatch):
     model = small_gpt(head_dim=16, block_size=8, norm_eps=EPS, rope_theta=100.0, **shape)
     expected = list(sample.generate(model, [5, 6, 7], 9, temperature=0))  # beyond the context
-    monkeypatch.setattr(decode, "FEW", (64, 64, 4))
+    monkeypatch.setattr(decode, "SMALL_MATRIX", decode.Tile(64, 64, 4))
     monkeypatch.setattr(sample, "can_fuse", lambda model: True)
     assert list(sample.generate(model, [5, 6, 7], 9, temperature=0, graph=True)) == expected
 
@@ -327,21 +327,21 @@ def test_fused_step_in_bf16_follows_fp32_on_the_gpu(shape):
 # --------------------------------------------------------------------------------------------------
 # Builds for GPUs that are not here
 
-FP32 = "gain q_gain k_gain cos sin lse heads parts".split()
+FP32 = "gain q_gain k_gain cos sin lse qkv split_out".split()
 
 
 def product_cases():
     """Products of SmolLM2-135M and Qwen3-4B. They use nothing of one GPU but the early start."""
     types = {f"{name}_ptr": "*fp32" for name in FP32}
-    project_types = types | {f"{name}_ptr": "*fp32" for name in ("y", "b1", "b2", "b3")}
+    linear_types = types | {f"{name}_ptr": "*fp32" for name in ("y", "b1", "b2", "b3")}
     for arch in (80, 90):
-        for (rows, columns, warps), C in ((decode.FEW, 576), (decode.MANY, 2560)):
-            constants = {"C": C, "BR": rows, "BK": columns, "PDL": arch >= 90}
-            how = {"arch": arch, "num_warps": warps, "uses_tensor_cores": False}
+        for tile, C in ((decode.SMALL_MATRIX, 576), (decode.LARGE_MATRIX, 2560)):
+            constants = {"C": C, "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "PDL": arch >= 90}
+            how = {"arch": arch, "num_warps": tile.num_warps, "uses_tensor_cores": False}
             with_bias = {**constants, "BIAS": C == 576}
-            yield Case("project_kernel", with_bias, project_types, **how)
-            yield Case("swiglu_kernel", constants, types, **how)
-            yield Case("add_kernel", constants, types, **how)
+            yield Case("norm_linear_kernel", with_bias, linear_types, **how)
+            yield Case("norm_swiglu_kernel", constants, types, **how)
+            yield Case("linear_add_kernel", constants, types, **how)
 
 
 def attention_cases():
@@ -350,16 +350,17 @@ def attention_cases():
         pdl = {"PDL": arch >= 90}
         for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
             is_fp32 = dtype == "fp32"
-            block, warps = decode.blocks(D, torch.float32 if is_fp32 else torch.bfloat16)
-            constants = {"g": 4, "R": 16, "D": D, "BN": block, "NORM": D == 128, **pdl}
-            constants["PREC"] = "ieee" if is_fp32 else "tf32"
-            how = {"dtype": dtype, "arch": arch, "num_warps": warps}
-            attend_types = {**types, "o_ptr": "*fp32"}
+            torch_dtype = torch.float32 if is_fp32 else torch.bfloat16
+            block_n, num_warps = decode.attention_block(D, torch_dtype)
+            constants = {"G": 4, "ROWS": 16, "D": D, "BLOCK_N": block_n, "NORM": D == 128, **pdl}
+            constants["PRECISION"] = "ieee" if is_fp32 else "tf32"
+            how = {"dtype": dtype, "arch": arch, "num_warps": num_warps}
+            out_types = {**types, "out_ptr": "*fp32"}
             yield Case(
-                "attend_kernel", constants, attend_types, uses_tensor_cores=not is_fp32, **how
+                "attention_kernel", constants, out_types, uses_tensor_cores=not is_fp32, **how
             )
-        join = {"D": 128, "P": 64, **pdl}
-        yield Case("join_kernel", join, types, arch=arch, uses_tensor_cores=False)
+        combine = {"D": 128, "SPLITS": 64, **pdl}
+        yield Case("combine_kernel", combine, types, arch=arch, uses_tensor_cores=False)
 
 
 def test_decode_kernels_build():
