@@ -361,9 +361,9 @@ REFUSED = {
     "index without": (edit(INDEX, lambda c: c.clear()), ["has no weight_map"]),
     "long name": (edit(INDEX, lambda c: c.update(weight_map={Q: "x" * 300})), ["lacks the file"]),
     "deep index": (write(INDEX, DEEP), ["index.json is nested too deeply"]),
-    "cut": (cut(1, -7), ["model-00002-of-", "cut off", "in the tensor model."]),
-    "cut header": (cut(0, 50), ["model-00001-of-", "cut off", "header"]),
-    "empty": (cut(2, 0), ["model-00003-of-", "cut off", "header"]),
+    "cut": (cut(1, -7), ["model-00002-of-", "cut off or damaged"]),
+    "cut header": (cut(0, 50), ["model-00001-of-", "cut off or damaged"]),
+    "empty": (cut(2, 0), ["model-00003-of-", "cut off or damaged"]),
     "shape": (
         edit_tensors(lambda t: t.update({Q: torch.zeros(32, 7)})),
         ["model-00002-of-", f"{Q} is (32, 7), not (32, 32)"],
@@ -375,7 +375,7 @@ REFUSED = {
     "missing": (edit_tensors(lambda t: t.pop(Q)), [f"the tensor {Q} is missing"]),
     "name": (
         edit_tensors(lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(1)})),
-        ["model-00002-of-", "mlp.extra.weight", "no place"],
+        ["model-00002-of-", "mlp.extra.weight", "the model lacks"],
     ),
     "twice": (
         edit_tensors(lambda t: t.update({"model.embed_tokens.weight": torch.zeros(1)})),
