@@ -303,15 +303,15 @@ def test_cached_equals_uncached(shape, how):
             next(sample.generate(model, [5], 1, graph=True))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
 @torch.no_grad()
 def test_a_full_context_drops_its_older_half(size):
     model = small_gpt(block_size=size)
-    for ids in ([5], [5, 6, 7], list(range(20, 50))):
-        expected = greedy_by_hand(model, ids, 40)
+    for ids in ([5], [5, 6, 7], list(range(20, 30))):
+        expected = greedy_by_hand(model, ids, 20)
         for way in ({}, {"cached": False}, {"graph": True}):
-            assert list(sample.generate(model, ids, 40, temperature=0, **way)) == expected, way
-        for n in (0, 1, 2, 5, 12):  # no more room is allocated than n tokens need
+            assert list(sample.generate(model, ids, 20, temperature=0, **way)) == expected, way
+        for n in (0, 1, 2, 5):  # no more room is allocated than n tokens need
             for way in ({}, {"graph": True}):
                 assert list(sample.generate(model, ids, n, temperature=0, **way)) == expected[:n]
 

@@ -359,9 +359,3 @@ def test_stdout_that_lacks_characters(run):
     env = {"PYTHONIOENCODING": "ascii"}
     done = run_script("sample.py", "--prompt", "aéb", "--max-tokens", "3", env=env)
     assert done.returncode == 0 and done.stdout.startswith("a") and done.stdout.isascii()
-
-
-def test_surrogates_on_the_command_line(run):
-    done = run_script("sample.py", "--prompt", WEIRD)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "not UTF-8 text" in done.stderr and done.stderr.count("\n") == 1
