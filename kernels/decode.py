@@ -358,15 +358,16 @@ def attention_block(D, dtype):
     return block_n, num_warps
 
 
-def check_tensor(name, tensor, *shape):
-    """Raise ValueError unless the kernels can read the tensor as one of this shape."""
-    found = tuple(tensor.shape)
-    if found != shape or 0 in shape:
-        raise ValueError(f"{name} is {found}; it must be {shape}, with no size of 0")
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} is {tensor.dtype}; give float32, float16 or bfloat16")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; call .contiguous() on it")
+def check_tensors(**expected):
+    """Raise ValueError unless the kernels can read the tensors. expected: name=(tensor, shape)"""
+    for name, (tensor, shape) in expected.items():
+        found = tuple(tensor.shape)
+        if found != shape or 0 in shape:
+            raise ValueError(f"{name} is {found}; it must be {shape}, with no size of 0")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; give float32, float16 or bfloat16")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous; call .contiguous() on it")
 
 
 def norm_linear(x, gain, eps, weights, biases=None, tile=None):
@@ -379,12 +380,11 @@ def norm_linear(x, gain, eps, weights, biases=None, tile=None):
         raise ValueError(f"there are {len(weights)} matrices; give one to three")
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"there are {len(biases)} biases for {len(weights)} matrices")
-    check_tensor("x", x, C)
-    check_tensor("gain", gain, C)
+    check_tensors(x=(x, (C,)), gain=(gain, (C,)))
     for weight in weights:
-        check_tensor("a weight", weight, len(weight), C)
+        check_tensors(weight=(weight, (len(weight), C)))
     for weight, bias in zip(weights, biases or ()):
-        check_tensor("a bias", bias, len(weight))
+        check_tensors(bias=(bias, (len(weight),)))
 
     # a missing matrix has no rows, so its pointers are never read
     n_missing = 3 - len(weights)
@@ -408,10 +408,7 @@ def norm_swiglu(x, gain, eps, gate, up, tile=None):
     """
     C = x.numel()
     n = len(gate)
-    check_tensor("x", x, C)
-    check_tensor("gain", gain, C)
-    check_tensor("gate", gate, n, C)
-    check_tensor("up", up, n, C)
+    check_tensors(x=(x, (C,)), gain=(gain, (C,)), gate=(gate, (n, C)), up=(up, (n, C)))
     y = x.new_empty(n)
     grid, options = matvec_grid(n, tile)
     norm_swiglu_kernel[grid](x, gain, gate, up, y, n, eps, C, **options, **pdl_options(x))
@@ -422,9 +419,7 @@ def linear_add(x, y, weight, tile=None):
     """x += weight y, in place: x (n,), y (C,), weight (n, C)"""
     n = x.numel()
     C = y.numel()
-    check_tensor("x", x, n)
-    check_tensor("y", y, C)
-    check_tensor("weight", weight, n, C)
+    check_tensors(x=(x, (n,)), y=(y, (C,)), weight=(weight, (n, C)))
     grid, options = matvec_grid(n, tile)
     linear_add_kernel[grid](y, weight, x, n, C, **options, **pdl_options(x))
 
@@ -442,16 +437,17 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
     Hkv, size, D = k.shape
     if size * D >= 2**31:
         raise ValueError(f"a head of the cache has {size} x {D} numbers; it must be below 2**31")
-    check_tensor("k", k, Hkv, size, D)
-    check_tensor("v", v, Hkv, size, D)
+    check_tensors(k=(k, (Hkv, size, D)), v=(v, (Hkv, size, D)))
     H = qkv.numel() // D - 2 * Hkv
     if H < 1 or H % Hkv:
         raise ValueError(f"{qkv.numel()} numbers are no heads of {D} over {Hkv} key/value heads")
-    check_tensor("qkv", qkv, (H + 2 * Hkv) * D)
-    for name, angle in zip(("cos", "sin"), angles):
-        check_tensor(name, angle, size, 1, D // 2)
-    for gain in gains or ():
-        check_tensor("a gain", gain, D)
+    cos, sin = angles
+    angles_shape = (size, 1, D // 2)
+    check_tensors(qkv=(qkv, ((H + 2 * Hkv) * D,)), cos=(cos, angles_shape), sin=(sin, angles_shape))
+    q_gain = k_gain = qkv  # not read without QK-norm
+    if gains is not None:
+        q_gain, k_gain = gains
+        check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
     # as many splits as fill the GPU, of whole blocks each
     block_n, num_warps = block or attention_block(D, k.dtype)
@@ -462,8 +458,6 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
     split_out = qkv.new_empty(n_splits, H, D)
     lse = qkv.new_empty(n_splits, H)
     out = k.new_empty(H * D)
-    q_gain, k_gain = gains or (qkv, qkv)  # not read without QK-norm
-    cos, sin = angles
     G = H // Hkv
     rows = max(16, triton.next_power_of_2(G + 1))  # tensor cores take at least 16
     precision = "ieee" if k.dtype == torch.float32 else "tf32"

@@ -270,7 +270,7 @@ def attention_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
         ({}, {"k": torch.ones(1, 16, 3).mT}, "not contiguous"),
         ({}, {"k": torch.ones(3, 16)}, "it must be (Hkv, size, D)"),
         ({}, {"qkv": torch.ones(65)}, "qkv is"),
-        ({}, {"gains": (torch.ones(16), torch.ones(8))}, "a gain is"),
+        ({}, {"gains": (torch.ones(16), torch.ones(8))}, "k_gain is"),
         ({}, {"angles": train.rope_angles(0, 4, 16, 1e4, "cpu")}, "cos is"),
         ({}, {"k": torch.ones(1, 1, 1).expand(1, 2**27, 16)}, "below 2**31"),
     ],
