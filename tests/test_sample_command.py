@@ -243,27 +243,23 @@ def test_prompts_that_are_not_text(run, tmp_path):
     assert sample.main([*flags, "--prompt", "@empty.txt"]) is not None
 
 
-@pytest.mark.parametrize(
-    "file, content",
-    [
+def test_damaged_folders(run):
+    whole = Path(run, "ckpt.pt").read_bytes()
+    damaged = [
         ("ckpt.pt", b""),
         ("ckpt.pt", b"not a checkpoint"),
-        ("ckpt.pt", "half"),
+        ("ckpt.pt", whole[: len(whole) // 2]),
         ("config.json", b""),
         ("config.json", b"{"),
         ("config.json", b"[" * 100_000),
         ("config.json", b'{"architectures": ["LlamaForCausalLM"]}'),
         ("config.json", b"\xff\xfe"),
-    ],
-    ids=range(8),
-)
-def test_damaged_folder(run, file, content):
-    if content == "half":
-        content = Path(run, "ckpt.pt").read_bytes()
-        content = content[: len(content) // 2]
-    Path("bad").mkdir()
-    Path("bad", file).write_bytes(content)
-    refused(["--init", "bad", "--device", "cpu"], "bad", main=sample.main)
+    ]
+    for number, (file, content) in enumerate(damaged):
+        folder = Path(f"bad{number}")
+        folder.mkdir()
+        (folder / file).write_bytes(content)
+        refused(["--init", str(folder), "--device", "cpu"], str(folder), main=sample.main)
 
 
 def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypatch, capsys):
