@@ -32,6 +32,7 @@ import train
 from support import checkpoint, data, distributed
 from support.cli import option
 from support.distributed import AsyncScalar, print0
+from support.kv_cache import KVCache, StaticKVCache
 
 try:
     from kernels import decode as kernels
@@ -40,88 +41,7 @@ except ModuleNotFoundError as missing:
         raise
     kernels = None
 
-GREEDY_BELOW = 1e-20  # colder than this, logits / temperature overflows float32
-
-# --------------------------------------------------------------------------------------------------
-# KV caches, one per layer: cache.attend(module, heads) stores the new keys and values, and attends
-
-
-class KVCache:
-    """One layer's keys, values and whatever else its attention takes, of the positions so far.
-
-    An input that is only seen through a window of w positions uses a ring buffer: position t lives
-    in slot t % w. size: the most positions there will be.
-    """
-
-    def __init__(self, size):
-        self.size = size
-        self.length = 0
-        self.tensors = None  # one (B, Hkv, w, D) per input after q, allocated at first use
-
-    def attend(self, module, heads):
-        """Attention of q (B, H, T, D) over the cache and the T new positions -> (B, H, T, D)"""
-        q, *new = heads
-        return module.function(q, *self.extend(module.windows, new), **module.options)
-
-    def extend(self, windows, new):
-        """Store T new positions per input, (B, Hkv, T, D); return what their queries may see."""
-        start = self.length
-        end = start + new[0].shape[2]
-        if end > self.size:
-            raise ValueError(f"the KV cache has room for {self.size} positions, not for {end}")
-        if self.tensors is None:
-            self.tensors = []
-            for t, window in zip(new, windows):
-                w = min(window or self.size, self.size)
-                self.tensors.append(t.new_empty(t.shape[0], t.shape[1], w, t.shape[3]))
-
-        seen = []
-        for old, t in zip(self.tensors, new):
-            w = old.shape[2]
-            if end == start + 1:  # one query sees all that is stored, so the order is free
-                old[:, :, start % w] = t[:, :, 0]
-                seen.append(old[:, :, : min(end, w)])
-            else:  # the stored positions in order, then the new ones
-                stored = torch.arange(max(0, start - w), start, device=t.device)
-                kept = torch.arange(max(0, end - w), end, device=t.device)
-                in_order = torch.cat([old[:, :, stored % w], t], dim=2)
-                old[:, :, kept % w] = in_order[:, :, -len(kept) :]
-                seen.append(in_order)
-        self.length = end
-        return seen
-
-
-class StaticKVCache:
-    """A KV cache for softmax attention whose tensors never move or grow, as CUDA graphs need.
-
-    length: int64 tensor (1) on the device, which the caller advances. So one more token is the same
-    work at every position.
-    """
-
-    def __init__(self, config, size, length, dtype):
-        shape = (1, config.n_kv_head, size, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=length.device)
-        self.v = torch.zeros_like(self.k)
-        self.length = length
-
-    def attend(self, module, heads):
-        """Attention of one new token over the cache, or of a prompt that starts at position 0."""
-        q, k, v = heads  # (1, H, T, D), (1, Hkv, T, D), (1, Hkv, T, D)
-        T = q.shape[2]
-        positions = self.length + torch.arange(T, device=q.device)
-        self.k.index_copy_(2, positions, k)
-        self.v.index_copy_(2, positions, v)
-        if T > 1:
-            return module.function(q, k, v, **module.options)
-
-        # one query against every slot; those after its position are masked
-        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (1, Hkv, H / Hkv, D)
-        scores = q @ self.k.transpose(2, 3) * q.shape[-1] ** -0.5  # (1, Hkv, H / Hkv, size)
-        unseen = torch.arange(self.k.shape[2], device=q.device) > self.length
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-        p = scores.masked_fill(unseen, -torch.inf).softmax(-1).to(q.dtype)
-        return (p @ self.v).flatten(1, 2).unsqueeze(2)  # (1, H, 1, D)
-
+GREEDY_BELOW = 1e-20  # at a lower temperature, logits / temperature would overflow float32
 
 # --------------------------------------------------------------------------------------------------
 # Decoding
@@ -147,10 +67,11 @@ def can_fuse(model):
     return model.config.head_dim in kernels.HEAD_DIMS
 
 
-def forward(model, ids, caches, device):
-    """Return the logits (V) after ids, a list that continues what is cached."""
+def last_logits(model, ids, caches=None):
+    """Return the logits (V,) after ids, a list that continues what is cached."""
+    ids = torch.tensor([ids], device=model.embed_tokens.weight.device)
     with torch.compiler.set_stance("force_eager"):  # or every length would be compiled
-        logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1]
+        logits = model(ids, cache=caches)[0, -1]
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits are not finite; its weights are damaged")
     return logits
@@ -159,13 +80,11 @@ def forward(model, ids, caches, device):
 class CUDAGraphDecoder:
     """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
 
-    A replay costs one launch instead of hundreds. The step reads the last token and its position
-    from the device and leaves the next ones there, so the next step can be in flight before the
-    host knows the token. Without CUDA the same step runs uncaptured.
+    A replay costs one launch instead of hundreds. Token and position stay on the device, so the next
+    step can be in flight before the host knows the token. On a CPU the step runs uncaptured.
 
-    size: the most positions. pick: logits (V) -> token id, on the device; generator: what it draws
-    from, if it draws. use_kernels: take kernels/decode.py instead of the model's own layers; None:
-    if it can.
+    size: the most positions. pick: logits (V,) -> token id, on the device, with random numbers from
+    `generator`. use_kernels: kernels/decode.py instead of the model's own layers; None: if it can.
     """
 
     def __init__(self, model, size, pick=torch.argmax, generator=None, use_kernels=None):
@@ -190,13 +109,12 @@ class CUDAGraphDecoder:
         """Read a prompt from the start of the text, and return the token after it."""
         self.in_flight = None
         self.length.zero_()
-        logits = forward(self.model, ids, self.caches, self.token.device)
-        self.token.fill_(self.pick(logits))
+        self.token.fill_(self.pick(last_logits(self.model, ids, self.caches)))
         self.length.fill_(len(ids))
         return int(self.token)
 
     def logits(self):
-        """Return the logits (V) after `token`, which enters the cache."""
+        """Return the logits (V,) after `token`, which enters the cache."""
         if self.use_kernels:
             kv = [(cache.k[0], cache.v[0]) for cache in self.caches]
             return kernels.fused_logits(self.model, self.token, self.length, self.angles, kv)
@@ -207,7 +125,7 @@ class CUDAGraphDecoder:
         self.length += 1
 
     def capture(self):
-        """Record a step as a CUDA graph; token, position and generator stay as they are."""
+        """Capture a step as a CUDA graph; token, position and generator stay as they are."""
         token = self.token.clone()
         length = self.length.clone()
         state = self.generator.get_state() if self.generator else None
@@ -243,11 +161,7 @@ class CUDAGraphDecoder:
         return AsyncScalar(self.token)
 
     def next(self, more=False):
-        """Return the token after the last one.
-
-        more: the one after that is wanted too, and there is room for it. It is started now, so that
-        the GPU does not wait for the host.
-        """
+        """Return the next token. more: start the step after it, too, so that the GPU is not idle."""
         current = self.in_flight or self.launch()
         self.in_flight = self.launch() if more else None
         return current.read()[0][0]
@@ -264,7 +178,7 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def pick_token(logits, limit, temperature, top_k, top_p, generator):
-    """Draw a token id from logits (V). Never waits for the device, so it can be captured."""
+    """Sample a token id from logits (V,). Never waits for the device, so it can be captured."""
     logits = logits[:limit]
     if temperature < GREEDY_BELOW:
         return logits.argmax()
@@ -273,12 +187,12 @@ def pick_token(logits, limit, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        is_dropped = p.cumsum(-1) - p >= top_p  # those before it hold that much already
+        is_dropped = p.cumsum(-1) - p >= top_p  # the likelier ones hold that much already
         is_dropped[:1].zero_()  # also where top_p is 0 in float32
         is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)
         logits = logits.masked_fill(is_dropped, -torch.inf)
     p = logits.softmax(-1)
-    # the largest p / Exp(1) is a draw from p, as in torch.multinomial
+    # argmax of p / Exp(1) is a sample of p, as in torch.multinomial
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
 
 
@@ -290,45 +204,45 @@ def generate(
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), top_p the fewest
     that hold this much probability. limit: ids from here on are padding of the vocabulary, never
-    drawn. When the context is full its older half is dropped and the rest read again, so that
+    sampled. When the context is full its older half is dropped and the rest read again, so that
     cached=False, which recomputes everything for each token, gives the same tokens. graph: decode
     with a CUDAGraphDecoder; needs softmax attention.
     """
     check_sampling(temperature, top_k, top_p)
-    config = model.config
-    size = config.block_size
-    weight = model.embed_tokens.weight
+    vocab_size = model.config.vocab_size
+    size = model.config.block_size
     window = [int(i) for i in ids][-size:]
     if not window:
         raise ValueError("there is no token to continue; give at least one")
-    if min(window) < 0 or max(window) >= config.vocab_size:
-        raise ValueError(f"a token id is not in the model's vocabulary of {config.vocab_size}")
-    room = min(size, len(window) + n - 1)  # an answer need not allocate a context of 40960
+    if min(window) < 0 or max(window) >= vocab_size:
+        raise ValueError(f"a token id is not in the model's vocabulary of {vocab_size}")
+    room = min(size, len(window) + n - 1)  # a short text need not allocate the whole context
 
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    if temperature < GREEDY_BELOW:
-        generator = None  # never drawn from
+    weight = model.embed_tokens.weight
+    generator = None
+    if temperature >= GREEDY_BELOW:
+        generator = torch.Generator(weight.device).manual_seed(seed)
     settings = {"limit": limit, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     pick = partial(pick_token, generator=generator, **settings)
 
     decoder = CUDAGraphDecoder(model, room, pick, generator) if graph else None
     caches = None
-    is_read = False  # whether all of the window but its last token is cached
+    n_cached = 0  # tokens of the window whose keys and values are in the cache
     for i in range(n):
         if len(window) > size:
             window = window[-max(1, size // 2) :]
-            is_read = False
+            n_cached = 0
         with torch.cuda.device_of(weight):  # events and Triton use the current device
-            if graph and is_read:
+            if graph and n_cached:
                 token = decoder.next(more=i + 1 < n and len(window) < size)
             elif graph:
                 token = decoder.prefill(window)
             else:
-                if cached and not is_read:
+                if cached and not n_cached:
                     caches = [KVCache(room) for _ in model.layers]
-                new_ids = window[-1:] if cached and is_read else window
-                token = int(pick(forward(model, new_ids, caches, weight.device)))
-        is_read = True
+                token = int(pick(last_logits(model, window[n_cached:], caches)))
+        if cached or graph:
+            n_cached = len(window)
         window.append(token)
         yield token
 
@@ -338,14 +252,14 @@ def generate(
 
 
 def first_ids(tokenizer):
-    """Return the ids before a document: the tokenizer's own, else the end of the one before."""
+    """Return the ids before a document: the tokenizer's own, else its end-of-text token."""
     if getattr(tokenizer, "start", None):
         return list(tokenizer.start)
     return [] if tokenizer.eot_token is None else [tokenizer.eot_token]
 
 
 def decode_stream(tokens, tokenizer):
-    """Yield a piece of text per token id, until a token ends the text, and then what is left.
+    """Yield the text of each token id, up to one that ends the text, and then what is left.
 
     Bytes that are not a whole character yet are held back; what is not UTF-8 becomes U+FFFD.
     """
@@ -371,8 +285,8 @@ class SampleConfig:
     chat: str = option("", "message to answer, or @FILE, in the model's chat template")
     max_tokens: int = option(300, "tokens to generate; an end-of-text token ends earlier")
     temperature: float = option(0.8, "the higher, the more surprising; 0: the likeliest", least=0)
-    top_k: int = option(50, "draw from the k likeliest tokens; 0: from all", least=0)
-    top_p: float = option(1.0, "draw from the fewest tokens that hold this much probability")
+    top_k: int = option(50, "sample from the k likeliest tokens; 0: from all", least=0)
+    top_p: float = option(1.0, "sample from the fewest tokens that hold this much probability")
     seed: int = option(1337, "equal seeds give equal texts", least=0)
     attn: str = option("", "use this attention instead of the checkpoint's")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
@@ -410,25 +324,18 @@ def encode_prompt(config, tokenizer, prompt):
     return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
-def write_stdout(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def export(config):
-    """Write the weights, adapters merged, as a Hugging Face folder; --dtype converts them."""
+def export(folder, run, attn=None, dtype=None, is_trusted=False):
+    """Write the weights of a run, adapters merged, as a Hugging Face folder."""
     from support import huggingface
 
-    model, tokenizer = train.load_model(checkpoint.find_run(config.init), attn=config.attn or None)
+    model, tokenizer = train.load_model(run, attn=attn, is_trusted=is_trusted)
     state = data.tokenizer_state(tokenizer)
-    dtype = train.DTYPES.get(config.dtype)
-    huggingface.export(config.export, model.state_dict(), asdict(model.config), state, dtype)
-    return {}
+    huggingface.export(folder, model.state_dict(), asdict(model.config), state, dtype)
 
 
 def show_sample(model, tokenizer, n, seed, stop):
     """Print text of up to n tokens that the model writes at the start of a document."""
-    start = getattr(tokenizer, "start", None) or [tokenizer.eot_token or 0]
+    start = first_ids(tokenizer) or [0]
     limit = tokenizer.n_vocab
     settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": seed, "limit": limit}
     ids = []
@@ -443,40 +350,43 @@ def show_sample(model, tokenizer, n, seed, stop):
 def main(argv=None):
     """Generate as the flags say; return the text, tokens_per_s, and the signal that ended it."""
     plugins = {"attn": train.PLUGINS["attn"]}
-    argv = sys.argv[1:] if argv is None else argv
     config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
     if config.export:
-        return export(config)
+        dtype = train.DTYPES.get(config.dtype)
+        export(config.export, checkpoint.find_run(config.init), config.attn or None, dtype)
+        return {}
+
+    # model and prompt
     prompt = read_prompt(config.chat or config.prompt)
     device = distributed.pick_device(config.device)
     dtype = train.DTYPES[distributed.pick_dtype(config.dtype, device)]
     run = checkpoint.find_run(config.init)
     model, tokenizer = train.load_model(run, device, dtype, config.attn or None)
-
     ids = encode_prompt(config, tokenizer, prompt)
     size = model.config.block_size
     print(f"{run} on {device}", file=sys.stderr)
     if len(ids) > size:
         print(f"the prompt has {len(ids)} tokens; the last {size} count", file=sys.stderr)
 
-    # stream the text; a signal ends it after the token under way
+    # stream the text; a signal ends it after the current token
     graph = config.cache and device.type == "cuda" and is_softmax(model.config)
     settings = (config.temperature, config.top_k, config.top_p, config.seed, tokenizer.n_vocab)
     tokens = generate(model, ids, config.max_tokens, *settings, config.cache, graph)
-    pieces = []
+    text = "" if config.chat else prompt
+    n_pieces = 0
     start_time = time.perf_counter()
     with distributed.StopSignal() as stop:
         tokens = itertools.takewhile(lambda token: not stop.now, tokens)
-        write_stdout("" if config.chat else prompt)
+        print(text, end="", flush=True)
         for piece in decode_stream(tokens, tokenizer):
-            pieces.append(piece)
-            write_stdout(piece)
-    n_tokens = len(pieces) - 1
-    tokens_per_s = n_tokens / (time.perf_counter() - start_time)
-    write_stdout("\n")
-    print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
+            print(piece, end="", flush=True)
+            text += piece
+            n_pieces += 1
+    print(flush=True)
 
-    text = "".join(pieces) if config.chat else prompt + "".join(pieces)
+    n_tokens = n_pieces - 1  # the last piece is what is left of the text
+    tokens_per_s = n_tokens / (time.perf_counter() - start_time)
+    print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
     return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}
 
 

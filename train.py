@@ -697,16 +697,6 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
     return total_loss / max(1, count)
 
 
-def export(folder, out):
-    """Write the weights of the run in `out`, adapters merged, as a Hugging Face folder."""
-    from support import huggingface
-
-    if rank() == 0:
-        model, tokenizer = load_model(out, is_trusted=True)
-        state = data.tokenizer_state(tokenizer)
-        huggingface.export(folder, model.state_dict(), asdict(model.config), state)
-
-
 def train(gpt_config, run, launch):
     """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal.
 
@@ -833,12 +823,12 @@ def train_in(out, gpt_config, run, launch, device, origin):
         result.update(step=step, out=str(out), signal=stop.now)
         log.finish(result)
         if step == run.steps and not stop.now:
-            if launch.sample:
-                import sample
+            import sample
 
+            if launch.sample:
                 sample.show_sample(model, tokenizer, launch.sample, run.seed, stop)
-            if launch.export:
-                export(launch.export, out)
+            if launch.export and rank() == 0:
+                sample.export(launch.export, out, is_trusted=True)
             result["signal"] = stop.now
     return result
 

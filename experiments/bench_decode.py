@@ -1,15 +1,15 @@
-"""Time a prompt and the tokens after it, against the floor of the memory.
+"""Time prefill and decoding at batch 1, against the floor set by memory bandwidth.
 
 python experiments/bench_decode.py              SmolLM2-135M; on a GPU Qwen3-4B
 python experiments/bench_decode.py --shapes qwen3-4b --compile
 python experiments/bench_decode.py --init DIR   a run or Hugging Face folder
 
-Presets get random weights; every token is the likeliest. Writes
-bench_decode.json with, per model:
+Presets get random weights; decoding is greedy. Writes bench_decode.json with,
+per model:
 
-    eager      operator by operator, a KV cache that grows
-    graph      a CUDA graph per token, with kernels/decode.py; not captured
-               on a CPU
+    eager      operator by operator, with a KVCache
+    graph      a CUDA graph per token, with kernels/decode.py; on a CPU the
+               same step, uncaptured
     compiled   a CUDA graph per token, the layers compiled (--compile)
 
 The floor of a token is the time to read every weight it needs and the keys and
@@ -31,8 +31,8 @@ import train
 from experiments.harness import check_writable, save_json, study_parser
 from support import checkpoint, cli, distributed
 
-WARM_UP = 5  # prompts and tokens that are not timed
-WAYS = ("eager", "graph", "compiled")
+WARMUP = 5  # prompts and tokens that are not timed
+VARIANTS = ("eager", "graph", "compiled")
 EAGER_TOKENS = 32  # at most, about 50 ms each
 VOCABULARY = 50304  # of presets that name none
 
@@ -60,11 +60,8 @@ def copy_bandwidth(device):
 @torch.no_grad()
 def random_model(preset, device, dtype):
     """Return a softmax GPT of the shape of a preset, with random weights."""
-    fields = {"vocab_size": VOCABULARY}
-    for name, value in train.PRESETS[preset].items():
-        if name in train.GPTConfig.__annotations__:
-            fields[name] = value
-    model = train.empty_model(train.GPTConfig(**fields), device, dtype)
+    config = cli.make_config(train.GPTConfig, {"vocab_size": VOCABULARY, **train.PRESETS[preset]})
+    model = train.empty_model(config, device, dtype)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
     return model
@@ -75,40 +72,47 @@ def bytes_per_token(model, n_before):
     config = model.config
     weights = sum(p.nbytes for p in model.parameters())
     if not config.tied:
-        weights -= model.embed_tokens.weight.nbytes  # one row of it
+        weights -= model.embed_tokens.weight.nbytes  # only one row of it is read
     kv_per_position = 2 * config.n_layer * config.n_kv_head * config.head_dim
     return weights + kv_per_position * model.dtype.itemsize * n_before
 
 
-def time_decoding(model, ids, n, graph):
-    """Return the times of one way to decode: of the prompt, the best of five, and of a token."""
+def time_decoding(model, ids, n, floor, graph):
+    """Return the times of one variant: of the prompt, the best of five, and of a token, the median.
+
+    floor: seconds per token at the speed of a copy.
+    """
+    # prefill
     device = model.embed_tokens.weight.device
 
     def first_token():
         return next(sample.generate(model, ids, 1, temperature=0, graph=graph))
 
-    prompt_seconds = min(timed(device, first_token)[1] for _ in range(WARM_UP))
-    tokens = sample.generate(model, ids, WARM_UP + n, temperature=0, graph=graph)
+    prompt_seconds = min(timed(device, first_token)[1] for _ in range(WARMUP))
+
+    # decode
+    tokens = sample.generate(model, ids, WARMUP + n, temperature=0, graph=graph)
     seconds = []
-    for _ in range(WARM_UP + n):
+    for _ in range(WARMUP + n):
         start_time = time.perf_counter()
         next(tokens)
         seconds.append(time.perf_counter() - start_time)
-    token_seconds = statistics.median(seconds[WARM_UP:])
+    token_seconds = statistics.median(seconds[WARMUP:])
     return {
         "prompt_ms": 1e3 * prompt_seconds,
         "prompt_tokens_per_s": len(ids) / prompt_seconds,
         "token_ms": 1e3 * token_seconds,
         "tokens_per_s": 1 / token_seconds,
+        "share_of_floor": floor / token_seconds,
     }
 
 
 def bench_model(model, n_prompt, n, with_compiled, bandwidth):
-    """Return the figures of one model."""
+    """Return the figures of one model, every variant included."""
     config = model.config
-    if n_prompt + WARM_UP + n > config.block_size:
+    if n_prompt + WARMUP + n > config.block_size:
         raise ValueError(
-            f"--prompt-tokens {n_prompt} and --tokens {n}, with {WARM_UP} to warm up, are more "
+            f"--prompt-tokens {n_prompt} and --tokens {n}, with {WARMUP} to warm up, are more "
             f"than the context of {config.block_size}"
         )
     generator = torch.Generator().manual_seed(0)
@@ -119,23 +123,31 @@ def bench_model(model, n_prompt, n, with_compiled, bandwidth):
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_per_token": n_bytes,
         "floor_ms": 1e3 * floor,
-        "eager": time_decoding(model, ids, min(n, EAGER_TOKENS), graph=False),
+        "eager": time_decoding(model, ids, min(n, EAGER_TOKENS), floor, graph=False),
     }
-    if sample.is_softmax(config):
-        figures["graph"] = time_decoding(model, ids, n, graph=True)
-        if with_compiled:
-            # reduces products with one row in tuned kernels, which come near the floor
-            with torch._inductor.config.patch(coordinate_descent_tuning=True):
-                model.compile()
-                figures["compiled"] = time_decoding(model, ids, n, graph=True)
-    for way in WAYS:
-        if way in figures:
-            figures[way]["share_of_floor"] = floor / (figures[way]["token_ms"] / 1e3)
+    if not sample.is_softmax(config):
+        return figures
+    figures["graph"] = time_decoding(model, ids, n, floor, graph=True)
+    if with_compiled:
+        # Inductor's tuned kernels for products with one row come near the floor
+        with torch._inductor.config.patch(coordinate_descent_tuning=True):
+            model.compile()
+            figures["compiled"] = time_decoding(model, ids, n, floor, graph=True)
     return figures
 
 
-def main(argv=None):
-    """Time every model, print a table and write bench_decode.json; return the record."""
+def print_figures(name, figures):
+    print(f"{name}: floor {figures['floor_ms']:.3f} ms per token")
+    for variant in VARIANTS:
+        if variant in figures:
+            row = figures[variant]
+            print(
+                f"  {variant:8} prompt {row['prompt_ms']:8.2f} ms, token {row['token_ms']:7.3f} ms, "
+                f"{row['share_of_floor']:4.0%} of the floor's speed"
+            )
+
+
+def parse_args(argv):
     parser = study_parser(__doc__)
     parser.add_argument(
         "--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help="presets to time"
@@ -149,32 +161,36 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.prompt_tokens < 1 or args.tokens < 1:
         raise ValueError("--prompt-tokens and --tokens must be at least 1")
+    return args
+
+
+def main(argv=None):
+    """Time every model, print a table and write bench_decode.json; return the record."""
+    args = parse_args(argv)
     out = check_writable(args.out)
     device = distributed.pick_device(args.device)
     dtype_name = distributed.pick_dtype(args.dtype, device)
     dtype = train.DTYPES[dtype_name]
     default = ["smollm2-135m"] if device.type == "cpu" else ["smollm2-135m", "qwen3-4b"]
-    names = [args.init] if args.init else args.shapes or default
 
     start_time = time.perf_counter()
     bandwidth = copy_bandwidth(device)
-    record = {"dtype": dtype_name, "prompt_tokens": args.prompt_tokens, "tokens": args.tokens}
-    record.update(copy_gb_per_s=bandwidth / 1e9, models={})
-    for name in names:
+    models = {}
+    for name in [args.init] if args.init else args.shapes or default:
         if args.init:
             model = train.load_model(checkpoint.find_run(name), device, dtype)[0]
         else:
             model = random_model(name, device, dtype)
-        figures = bench_model(model, args.prompt_tokens, args.tokens, args.compile, bandwidth)
-        record["models"][name] = figures
-        print(f"{name}: floor {figures['floor_ms']:.3f} ms per token")
-        for way in WAYS:
-            if way in figures:
-                row = figures[way]
-                prompt = f"prompt {row['prompt_ms']:8.2f} ms"
-                print(f"  {way:8} {prompt}, token {row['token_ms']:7.3f} ms", end="")
-                print(f", {row['share_of_floor']:4.0%} of the floor's speed")
-    record["seconds"] = time.perf_counter() - start_time
+        models[name] = bench_model(model, args.prompt_tokens, args.tokens, args.compile, bandwidth)
+        print_figures(name, models[name])
+    record = {
+        "dtype": dtype_name,
+        "prompt_tokens": args.prompt_tokens,
+        "tokens": args.tokens,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "models": models,
+        "seconds": time.perf_counter() - start_time,
+    }
     save_json(out / "bench_decode.json", record)
     return record
 

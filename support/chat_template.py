@@ -1,8 +1,8 @@
-"""Chat templates of Hugging Face folders: strangers' Jinja, run in a process with limits.
+"""Chat templates of Hugging Face folders: untrusted Jinja, rendered in a process with limits.
 
-Jinja's sandbox forbids access to files and to Python's inside, but not endless loops or texts of
-many GB. So a template is rendered by `python -m support.chat_template`, which reads JSON from
-stdin and writes JSON to stdout, and which may take SECONDS and MEMORY.
+Jinja's sandbox keeps a template away from files and from Python's internals, but not from endless
+loops or texts of many GB. So `python -m support.chat_template` renders it, from JSON on stdin to
+JSON on stdout, within SECONDS and MEMORY.
 """
 
 import json
@@ -30,9 +30,8 @@ def render(template, variables):
     except subprocess.TimeoutExpired:
         raise ValueError(f"it runs for more than {SECONDS} seconds") from None
     if process.returncode:
-        last_lines = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        reason = last_lines[0] if last_lines else f"its process ended with {process.returncode}"
-        raise ValueError(reason)
+        lines = process.stderr.decode(errors="replace").strip().splitlines()
+        raise ValueError(lines[-1] if lines else f"its process ended with {process.returncode}")
     reply = json.loads(process.stdout)
     if "error" in reply:
         raise ValueError(reply["error"])
@@ -40,7 +39,7 @@ def render(template, variables):
 
 
 def render_here(template, variables):
-    """Render in this process: transformers' Jinja environment, without its bookkeeping."""
+    """Render in this process, in the same Jinja environment as transformers."""
     import datetime
 
     import jinja2
@@ -49,7 +48,7 @@ def render_here(template, variables):
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks what the model wrote; it prints as is."""
+        """{% generation %} ... {% endgeneration %} marks the model's text, and prints it as is."""
 
         tags = {"generation"}
 
@@ -97,7 +96,7 @@ def main():
         reply = {"error": f"it takes more than {MEMORY >> 20} MB of memory"}
     except RecursionError:
         reply = {"error": "it calls itself too deeply"}
-    except Exception as error:  # whatever a template does wrong: TemplateError, TypeError, ...
+    except Exception as error:  # TemplateError, TypeError, whatever the template raises
         reply = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     print(json.dumps(reply))
 

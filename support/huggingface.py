@@ -1,8 +1,8 @@
 """Hugging Face folders, in and out: dense models of the Llama, SmolLM2, Qwen2.5 and Qwen3 families.
 
 config.json becomes the fields of train.GPTConfig, *.safetensors become tensors under train.GPT's
-names, each read when it is asked for. What the GPT does not compute exactly is refused: a
-ValueError with one sentence that names the file and the setting or tensor.
+names, read lazily. What the GPT does not compute exactly is refused: a ValueError with one sentence
+that names the file and the setting or tensor.
 """
 
 import json
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,9 +35,9 @@ FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
 
 
 def load_checkpoint(folder):
-    """Return the folder as a checkpoint from which no step has been taken: model, config, tokenizer.
+    """Return the folder as a checkpoint before its first step: model, config and tokenizer.
 
-    model: a mapping from names in train.GPT to tensors, each read when it is asked for.
+    model: a lazy mapping from names in train.GPT to tensors.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -55,20 +56,30 @@ FAMILIES = {  # what sets a family apart
     "Qwen2ForCausalLM": {"model_type": "qwen2", "qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"model_type": "qwen3", "qkv_bias": False, "qk_norm": True},
 }
-FIELDS = {  # ours: theirs, type, largest value
-    "vocab_size": ("vocab_size", int, 2**24),
-    "block_size": ("max_position_embeddings", int, 2**32),
-    "n_layer": ("num_hidden_layers", int, 1024),
-    "n_head": ("num_attention_heads", int, 1024),
-    "n_kv_head": ("num_key_value_heads", int, 1024),
-    "n_embd": ("hidden_size", int, 2**24),
-    "head_dim": ("head_dim", int, 2**24),
-    "n_hidden": ("intermediate_size", int, 2**24),
-    "tied": ("tie_word_embeddings", bool, True),
-    "norm_eps": ("rms_norm_eps", float, 1.0),
-    "rope_theta": ("rope_theta", float, 2**32),
+
+
+class Setting(NamedTuple):
+    """A setting of config.json that is a field of train.GPTConfig."""
+
+    name: str
+    type: type
+    largest: float = math.inf
+
+
+SETTINGS = {  # by field
+    "vocab_size": Setting("vocab_size", int, 2**24),
+    "block_size": Setting("max_position_embeddings", int, 2**32),
+    "n_layer": Setting("num_hidden_layers", int, 1024),
+    "n_head": Setting("num_attention_heads", int, 1024),
+    "n_kv_head": Setting("num_key_value_heads", int, 1024),
+    "n_embd": Setting("hidden_size", int, 2**24),
+    "head_dim": Setting("head_dim", int, 2**24),
+    "n_hidden": Setting("intermediate_size", int, 2**24),
+    "tied": Setting("tie_word_embeddings", bool),
+    "norm_eps": Setting("rms_norm_eps", float, 1.0),
+    "rope_theta": Setting("rope_theta", float, 2**32),
 }
-MUST_BE = {  # or absent, or null
+ONLY_VALUES = {  # of settings that the GPT does not implement; absent or null is fine, too
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -99,28 +110,31 @@ def gpt_fields(settings, path):
     rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
     check_supported(settings, rope, path)
 
-    # defaults of transformers' configuration classes
-    stated = {name: value for name, value in settings.items() if value is not None}
-    stated.setdefault("tie_word_embeddings", False)
-    stated.setdefault("num_key_value_heads", stated.get("num_attention_heads"))
-    stated["rope_theta"] = rope.get("rope_theta", stated.get("rope_theta", 10000.0))
+    # fill in the defaults of transformers' configuration classes
+    values = {name: value for name, value in settings.items() if value is not None}
+    values.setdefault("tie_word_embeddings", False)
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
 
-    config = {}
-    for ours, (theirs, value_type, largest) in FIELDS.items():
-        if theirs == "head_dim" and theirs not in stated:
+    fields = {}
+    for field, setting in SETTINGS.items():
+        name = setting.name
+        if name == "head_dim" and name not in values:
             is_qwen3 = architecture == "Qwen3ForCausalLM"
-            stated[theirs] = 128 if is_qwen3 else config["n_embd"] // config["n_head"]
-        value = stated.get(theirs)
-        if value_type is float and type(value) is int:
+            values[name] = 128 if is_qwen3 else fields["n_embd"] // fields["n_head"]
+        value = values.get(name)
+        if setting.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not value_type:
-            raise ValueError(f"{path} has {theirs} = {value!r}, not of type {value_type.__name__}")
-        is_allowed = value_type is bool or 0 < value <= largest
-        require(is_allowed, f"{path} has {theirs} = {value}; it must be above 0, at most {largest}")
-        config[ours] = value
-    config["qkv_bias"] = FAMILIES[architecture]["qkv_bias"]
-    config["qk_norm"] = FAMILIES[architecture]["qk_norm"]
-    return config
+        if type(value) is not setting.type:
+            raise ValueError(f"{path} has {name} = {value!r}, not of type {setting.type.__name__}")
+        if setting.type is not bool and not 0 < value <= setting.largest:
+            raise ValueError(
+                f"{path} has {name} = {value}; it must be above 0, at most {setting.largest}"
+            )
+        fields[field] = value
+    fields["qkv_bias"] = FAMILIES[architecture]["qkv_bias"]
+    fields["qk_norm"] = FAMILIES[architecture]["qk_norm"]
+    return fields
 
 
 def check_supported(settings, rope, path):
@@ -131,7 +145,7 @@ def check_supported(settings, rope, path):
             f"{path} asks for rotary positions of type {rope_type!r}, which are not implemented; "
             f"only one 'default' for all layers is"
         )
-    for name, needed in MUST_BE.items():
+    for name, needed in ONLY_VALUES.items():
         for value in (settings.get(name), rope.get(name)):
             if value is not None and value != needed:
                 value = json.dumps(value)[:60]
@@ -172,51 +186,28 @@ def tensor_shapes(config):
 # -- *.safetensors ---------------------------------------------------------------------------------
 
 
-def their_name(name):
+def to_their_name(name):
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 @contextmanager
 def open_tensors(path):
-    """Open a safetensors file; if it is cut off, name the first tensor that is not whole."""
+    """Open a safetensors file, to read tensors from it inside the block."""
     if not os.path.isfile(path):  # safe_open would wait for a FIFO to be written
         raise ValueError(f"{path} is not a regular file")
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        place = damaged_place(path)
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is cut off or damaged, {place} ({reason})") from None
-
-
-def damaged_place(path):
-    """Return which part of a safetensors file is beyond its end, in words."""
-    place = "in its header"
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            if header_size >= size:
-                return place
-            header = json.loads(file.read(header_size))
-        first_end = math.inf
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                end = 8 + header_size + tensor["data_offsets"][1]
-                if size < end < first_end:
-                    first_end = end
-                    place = f"in the tensor {name}"
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        pass
-    return place
+        raise ValueError(f"{path} is cut off or damaged ({reason})") from None
 
 
 class Weights(Mapping):
-    """The tensors of a folder under train.GPT's names, read one at a time.
+    """A lazy mapping from train.GPT's names to the tensors of a folder.
 
-    Names, shapes and types are checked at once, before any tensor is read. A tensor is read from a
-    mapping of its file that lives no longer than the tensor does, so memory holds one at a time.
+    Names, shapes and types are checked at once, before any tensor is read. The memory map of a file
+    lives no longer than the tensor read from it, so memory holds one tensor at a time.
     config: fields of train.GPTConfig.
     """
 
@@ -226,24 +217,23 @@ class Weights(Mapping):
         found = find_tensors(folder)  # {their name: (path, shape)}
         self.paths = {}  # {our name: path}
         for name, shape in shapes.items():
-            theirs = their_name(name)
-            if theirs not in found:
-                raise ValueError(f"{folder}: the tensor {theirs} is missing")
-            path, shape_there = found.pop(theirs)
-            if shape_there != shape:
+            their_name = to_their_name(name)
+            if their_name not in found:
+                raise ValueError(f"{folder}: the tensor {their_name} is missing")
+            path, found_shape = found.pop(their_name)
+            if found_shape != shape:
                 raise ValueError(
-                    f"{path}: the tensor {theirs} is {shape_there}, not {shape} as config.json says"
+                    f"{path}: the tensor {their_name} is {found_shape}, not {shape} as config.json "
+                    f"says"
                 )
             self.paths[name] = path
 
         # what is left: buffers of old versions, and the output layer of tied models
-        for theirs, (path, _) in found.items():
-            if theirs == "lm_head.weight":
+        for their_name, (path, _) in found.items():
+            if their_name == "lm_head.weight":
                 self.check_tied(path)
-            elif not theirs.endswith("rotary_emb.inv_freq"):
-                raise ValueError(
-                    f"{path} has the tensor {theirs}, for which the model has no place"
-                )
+            elif not their_name.endswith("rotary_emb.inv_freq"):
+                raise ValueError(f"{path} has the tensor {their_name}, which the model lacks")
 
     def check_tied(self, path):
         with open_tensors(path) as file:
@@ -255,7 +245,7 @@ class Weights(Mapping):
 
     def __getitem__(self, name):
         with open_tensors(self.paths[name]) as file:
-            return file.get_tensor(their_name(name))
+            return file.get_tensor(to_their_name(name))
 
     def __iter__(self):
         return iter(self.paths)
@@ -325,12 +315,34 @@ def family_of(config):
     return None
 
 
+@contextmanager
+def atomic_folder(folder):
+    """Yield a draft that becomes `folder` when the block ends well; otherwise nothing is left."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    is_ours = False
+    try:
+        draft.mkdir(parents=True)
+        is_ours = True
+        yield draft
+        for path in draft.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(draft, folder)
+    except BaseException as error:
+        if is_ours:
+            shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
+        raise
+
+
 def export(folder, weights, config, tokenizer, dtype=None):
     """Write a folder that transformers loads; it appears as a whole or not at all.
 
-    weights: {name in train.GPT: tensor}, at most one file's worth of which is asked for at a time.
-    config: fields of train.GPTConfig, by name. tokenizer: its state, as a checkpoint keeps it.
-    dtype: of the tensors; default: that of the folder that the weights came from, else theirs.
+    weights: {name in train.GPT: tensor}, read one shard at a time. config: fields of
+    train.GPTConfig, by name. tokenizer: its state, as a checkpoint keeps it. dtype: of the tensors;
+    default: that of the folder that the weights came from, else their own.
     """
     folder = Path(folder)
     check_exportable(folder, config)
@@ -343,29 +355,16 @@ def export(folder, weights, config, tokenizer, dtype=None):
     key = "dtype" if "dtype" in settings else "torch_dtype"
     settings[key] = str(dtype).removeprefix("torch.")
 
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    is_ours = False
-    try:
-        draft.mkdir(parents=True)
-        is_ours = True
+    with atomic_folder(folder) as draft:
         write_weights(draft, weights, shapes, dtype)
         for name in TOKENIZER_FILES:
             if name in tokenizer.get("files", {}):
                 (draft / name).write_text(tokenizer["files"][name], encoding="utf-8", newline="")
         (draft / "config.json").write_text(json.dumps(settings, indent=2))
-        for path in draft.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(draft, folder)
-    except BaseException as error:
-        if is_ours:
-            shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
-        raise
-    without = "" if "files" in tokenizer else ", without its tokenizer, which is none of theirs"
-    print0(f"exported {folder}, in {settings[key]}{without}")
+    remark = (
+        "" if "files" in tokenizer else ", without its tokenizer, which transformers cannot read"
+    )
+    print0(f"exported {folder}, in {settings[key]}{remark}")
 
 
 def export_settings(config, tokenizer):
@@ -387,13 +386,13 @@ def export_settings(config, tokenizer):
             settings = original
             # training on shorter windows does not shorten the context
             config = {**config, "block_size": max(config["block_size"], before["block_size"])}
-    for ours, (theirs, _, _) in FIELDS.items():
-        if config[ours] == before.get(ours):
+    for field, setting in SETTINGS.items():
+        if config[field] == before.get(field):
             continue
-        if ours == "rope_theta" and settings.get("rope_parameters"):
-            settings["rope_parameters"][theirs] = config[ours]
+        if field == "rope_theta" and settings.get("rope_parameters"):
+            settings["rope_parameters"][setting.name] = config[field]
         else:
-            settings[theirs] = config[ours]
+            settings[setting.name] = config[field]
     return settings
 
 
@@ -420,8 +419,8 @@ def write_weights(folder, weights, shapes, dtype):
             if tuple(tensor.shape) != shapes[name]:
                 raise ValueError(f"the tensor {name} is {tuple(tensor.shape)}, not {shapes[name]}")
             tensor = tensor.to("cpu", dtype)
-            tensors[their_name(name)] = tensor.clone(memory_format=torch.contiguous_format)
-            weight_map[their_name(name)] = file_name
+            tensors[to_their_name(name)] = tensor.clone(memory_format=torch.contiguous_format)
+            weight_map[to_their_name(name)] = file_name
         save_file(tensors, folder / file_name, {"format": "pt"})
     if len(shards) > 1:
         total_size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 
@@ -19,8 +20,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# SmolLM2 first cuts out each digit. What is left ends there, so all the white space before a digit
-# is one word.
+# SmolLM2 splits at every digit first, so all white space before a digit is one word
 SMOLLM_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}")
 SMOLLM_SPLIT = SMOLLM_SPLIT.replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
 QWEN_SPLIT = (
@@ -29,7 +29,7 @@ QWEN_SPLIT = (
 )
 LLAMA3_SPLIT = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 LONGEST_TOKEN = 1024  # bytes; checking one takes time that grows with the square of its length
-GUARD = "\ud800"  # a code point that no text can hold
+GUARD = "\ud800"  # a lone surrogate, which no valid text contains
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -46,14 +46,13 @@ def read_object(path, text=None):
     """Return the dict in a JSON file, or in `text`, which was read from it."""
     raw = read_user_file(path) if text is None else valid_text(text).encode()
     value = parse_json(raw, str(path))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+    require(isinstance(value, dict), f"{path} holds no JSON object")
     return value
 
 
 @contextmanager
 def malformed(path):
-    """Turn what a file of another structure than expected leads to into a ValueError."""
+    """Turn the exceptions of a file with an unexpected structure into a ValueError."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -68,7 +67,7 @@ def require(condition, message):
 def read_tokenizer(folder, vocab_size):
     """Return {name, files, stops}: the tokenizer's files as text, and the ids that end an answer.
 
-    vocab_size: ids from there on would have no embedding.
+    Raises ValueError for an id from vocab_size on, which would have no embedding.
     """
     files = {}
     for name in TOKENIZER_FILES:
@@ -77,27 +76,28 @@ def read_tokenizer(folder, vocab_size):
     require("tokenizer.json" in files, f"{folder} has no tokenizer.json; no other kind is read")
     name = folder.resolve().name
     path = Path(name) / "tokenizer.json"  # as Encoding calls it, so that it is parsed only once
-    ranks, special, *_ = parse_tokenizer(files["tokenizer.json"], path)
-    highest = max([*ranks.values(), *special.values()])
-    if highest >= vocab_size:
-        raise ValueError(
-            f"{path} has the id {highest}, but config.json has vocab_size {vocab_size}"
-        )
+    parsed = parse_tokenizer(files["tokenizer.json"], path)
+    highest = max([*parsed.ranks.values(), *parsed.special.values()])
+    require(
+        highest < vocab_size,
+        f"{path} has the id {highest}, but config.json has vocab_size {vocab_size}",
+    )
 
-    # ids that end an answer: the models' settings name them, and the tokenizer's the token
+    # two files list the ids that end an answer, a third names the token
     stops = []
     for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
-        found = [found] if found is not None and not isinstance(found, list) else found or []
-        if not all(type(i) is int and 0 <= i < vocab_size for i in found):
-            raise ValueError(f"{path} has eos_token_id = {found!r}, which are not all token ids")
-        stops += found
+        ids = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
+        if not isinstance(ids, list):
+            ids = [] if ids is None else [ids]
+        is_valid = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        require(is_valid, f"{path} has eos_token_id = {ids!r}, which are not all token ids")
+        stops += ids
     path = folder / "tokenizer_config.json"
     settings = read_object(path, files.get(path.name, "{}"))
     with malformed(path):
-        word = token_text(settings.get("eos_token"))
-        if word in special:
-            stops.append(special[word])
+        eos_token = token_text(settings.get("eos_token"))
+        if eos_token in parsed.special:
+            stops.append(parsed.special[eos_token])
     return {"name": name, "files": files, "stops": list(dict.fromkeys(stops))}
 
 
@@ -109,32 +109,37 @@ def token_text(token):
 # -- tokenizer.json --------------------------------------------------------------------------------
 
 
+class ParsedTokenizer(NamedTuple):
+    """What tokenizer.json says."""
+
+    ranks: dict  # {bytes of a token: its id}
+    special: dict  # {text of a special token: its id}
+    pattern: str  # regular expression that splits text into words
+    is_nfc: bool  # whether text is normalized to NFC first
+    start: list  # ids before any text
+
+
 @functools.lru_cache(4)
 def parse_tokenizer(text, path):
-    """Return (ranks, special tokens, split pattern, whether text is put into NFC, first ids).
+    """Return the content of tokenizer.json, the text of `path`, as a ParsedTokenizer.
 
-    tiktoken merges the neighbours whose concatenation has the lowest id, tokenizers those that
-    come first in its list of merges. The two agree on every text if the ids rise along the list
-    and each listed pair is what BPE itself leaves of its token just before that merge: nothing
-    merged across the token's ends, so it comes about in any word as it does alone.
+    Raises ValueError if tiktoken would not give the same ids.
     """
     data = read_object(path, text)
     with malformed(path):
-        model = data["model"]
-        is_nfc = data.get("normalizer") is not None
+        check_supported(data, path)
         pattern = split_pattern(data.get("pre_tokenizer") or {})
         require(
             pattern,
             f"{path} splits text into words in a way that is not implemented; those of GPT-2, "
             f"SmolLM2, Qwen and Llama 3 are",
         )
-        check_tokenizer(data, model, path)
         special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-        byte_of = shown_bytes()
         ranks = {}
-        for token, i in model["vocab"].items():
+        for token, i in data["model"]["vocab"].items():
             if token not in special:
-                ranks[bytes(byte_of[character] for character in token)] = i
+                ranks[token_bytes(token)] = i
+
         ids = [*ranks.values(), *special.values()]
         is_in_range = all(type(i) is int and 0 <= i < 2**24 for i in ids)
         require(
@@ -143,31 +148,33 @@ def parse_tokenizer(text, path):
         )
         longest = max(len(token) for token in ranks)
         require(longest <= LONGEST_TOKEN, f"{path} has a token of {longest} bytes: too long")
-        check_merges(model, ranks, byte_of, path)
-        start = first_ids(data.get("post_processor") or {})
+        check_merges(data["model"], ranks, path)
+        start = template_start(data.get("post_processor") or {})
         require(set(start) <= set(ids), f"{path} puts ids before a text that are no tokens")
-        return ranks, special, pattern, is_nfc, start
+        return ParsedTokenizer(ranks, special, pattern, data.get("normalizer") is not None, start)
 
 
-def check_tokenizer(data, model, path):
-    """Raise ValueError for what changes tokens and is not implemented."""
+def check_supported(data, path):
+    """Raise ValueError for a setting that changes ids and is not implemented."""
+    model = data["model"]
     is_bpe = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
     require(is_bpe, f"{path} is not a byte-level BPE, the only kind that is read")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         value = model.get(name)
         require(not value, f"{path} has {name} = {value!r}, which is not implemented")
     normalizer = data.get("normalizer")
-    is_known = normalizer is None or normalizer == {"type": "NFC"}
-    require(is_known, f"{path} has a normalizer other than NFC")
+    require(normalizer in (None, {"type": "NFC"}), f"{path} has a normalizer other than NFC")
+
+    unsupported = ["lstrip", "rstrip", "single_word"]
+    if normalizer is not None:
+        unsupported.append("normalized")
     for token in data.get("added_tokens") or []:
-        unsupported = ["lstrip", "rstrip", "single_word"] + ["normalized"] * (
-            normalizer is not None
-        )
+        text = token["content"]
         is_plain = not any(token.get(name) for name in unsupported)
         require(
-            is_plain and isinstance(token["content"], str) and token["content"],
-            f"{path} has the added token {token['content']!r} with lstrip, rstrip, single_word or "
-            f"normalized, or without text, which is not implemented",
+            is_plain and isinstance(text, str) and text,
+            f"{path} has the added token {text!r} with lstrip, rstrip, single_word or normalized, "
+            f"or without text, which is not implemented",
         )
 
 
@@ -191,26 +198,35 @@ def split_pattern(pre_tokenizer):
     return None
 
 
-def shown_bytes():
-    """Return {character: byte}: tokenizer.json shows each byte as one printable character."""
+@functools.cache
+def byte_of_character():
+    """Return {character: byte}: tokenizer.json writes each byte as one printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(b): b for b in printable}
     others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable}
     for n, b in enumerate(others):
         byte_of[chr(256 + n)] = b
     return byte_of
 
 
-def check_merges(model, ranks, byte_of, path):
-    """Raise ValueError unless BPE by the ids of the tokens gives what BPE by the merges gives."""
+def token_bytes(token):
+    byte_of = byte_of_character()
+    return bytes(byte_of[character] for character in token)
+
+
+def check_merges(model, ranks, path):
+    """Raise ValueError unless BPE by the ids of the tokens gives what BPE by the merges gives.
+
+    tiktoken merges the neighbours whose concatenation has the lowest id, tokenizers those that
+    come first in its list of merges. The two agree on every text if the ids rise along the list
+    and each listed pair is what BPE itself leaves of its token just before that merge: nothing
+    merged across the token's ends, so every word that contains it gets there in the same way.
+    """
     merges = []
     for merge in model["merges"]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         require(len(pair) == 2, f"{path} has a merge of {len(pair)} tokens")
-        left, right = pair
-        left = bytes(byte_of[character] for character in left)
-        right = bytes(byte_of[character] for character in right)
-        merges.append((left, right))
+        merges.append((token_bytes(pair[0]), token_bytes(pair[1])))
     ids = [ranks[left + right] for left, right in merges]
     require(ids == sorted(ids), f"{path} has merges in another order than tiktoken's, their ids")
 
@@ -220,10 +236,10 @@ def check_merges(model, ranks, byte_of, path):
         is_reached = last_pair(token, ranks) in listed
         require(is_reached, f"{path} has a merge into {token!r} that BPE itself would never reach")
     unmade = {token for token in ranks if len(token) > 1} - merged
-    is_whole = not unmade or model.get("ignore_merges")
-    require(is_whole, f"{path} has the token {min(unmade, default=b'')!r}, which no merge makes")
-    knows_all_bytes = all(bytes([b]) in ranks for b in range(256))
-    is_known = model.get("unk_token") is None or knows_all_bytes
+    is_complete = not unmade or model.get("ignore_merges")
+    require(is_complete, f"{path} has the token {min(unmade, default=b'')!r}, which no merge makes")
+    has_all_bytes = all(bytes([b]) in ranks for b in range(256))
+    is_known = model.get("unk_token") is None or has_all_bytes
     require(is_known, f"{path} has an unk_token, which is not implemented")
 
 
@@ -241,7 +257,7 @@ def last_pair(token, ranks):
     return tuple(parts)
 
 
-def first_ids(post_processor):
+def template_start(post_processor):
     """Return the ids that the post-processor's template puts before any text."""
     ids = []
     for processor in post_processor.get("processors", [post_processor]):
@@ -258,32 +274,34 @@ def first_ids(post_processor):
 
 
 class Encoding(BPETokenizer):
-    """A tiktoken encoding with the ids of a Hugging Face tokenizer, and what its folder says of text.
+    """A tiktoken encoding with the ids of a Hugging Face tokenizer, and its chat template.
 
-    start: ids before any text; eot_token: ends a document, or None; stops: ids that end an answer;
-    chat_template: Jinja, or None. state: as read_tokenizer returns it; a checkpoint keeps it.
+    state: as read_tokenizer returns it; a checkpoint keeps it. start: ids before any text;
+    eot_token: ends a document, or None; stops: ids that end an answer; chat_template: Jinja, or
+    None.
     """
 
     def __init__(self, state):
         name = state["name"]
         files = state["files"]
-        path = Path(name) / "tokenizer.json"
-        ranks, special, pattern, self.is_nfc, self.start = parse_tokenizer(
-            files["tokenizer.json"], path
-        )
-        known_ids = {*ranks.values(), *special.values()}
-        ends = [special.get("<|endoftext|>"), special.get("<|end_of_text|>"), *state["stops"]]
-        ends = [i for i in ends if i in known_ids]
-        super().__init__(name, pattern, ranks, special, eot_token=ends[0] if ends else None)
+        parsed = parse_tokenizer(files["tokenizer.json"], Path(name) / "tokenizer.json")
+        known_ids = {*parsed.ranks.values(), *parsed.special.values()}
+        ends = [parsed.special.get(text) for text in ("<|endoftext|>", "<|end_of_text|>")]
+        ends = [i for i in [*ends, *state["stops"]] if i in known_ids]
+        eot_token = ends[0] if ends else None
+        super().__init__(name, parsed.pattern, parsed.ranks, parsed.special, eot_token)
 
         self.state = state
+        self.start = parsed.start
         self.stops = set(state["stops"])
-        self.missing_bytes = bytes(b for b in range(256) if bytes([b]) not in ranks)  # SmolLM2's
-        self.settings = read_object(
-            Path(name) / "tokenizer_config.json", files.get("tokenizer_config.json", "{}")
-        )
+        self.is_nfc = parsed.is_nfc
+        missing = [b for b in range(256) if bytes([b]) not in parsed.ranks]
+        self.missing_bytes = bytes(missing)  # SmolLM2 lacks some
+
+        path = Path(name) / "tokenizer_config.json"
+        self.settings = read_object(path, files.get(path.name, "{}"))
         template = files.get("chat_template.jinja") or self.settings.get("chat_template")
-        with malformed(Path(name) / "tokenizer_config.json"):
+        with malformed(path):
             if isinstance(template, list):  # several of them, by name
                 by_name = {entry["name"]: entry["template"] for entry in template}
                 require("default" in by_name, f"{name} has chat templates, but none named default")
@@ -305,7 +323,7 @@ class Encoding(BPETokenizer):
         return ids
 
     def encode(self, text, *, allowed_special="all"):
-        """Return ids of text in which the names of special tokens stand for them; without `start`."""
+        """Return the ids of text in which names of special tokens stand for them; no `start`."""
         allowed = self._special_tokens if allowed_special == "all" else allowed_special
         ids = []
         end = 0
@@ -319,7 +337,7 @@ class Encoding(BPETokenizer):
         """Return the ids of the folder's chat template, up to where the answer begins.
 
         messages: [{"role": "user", "content": "..."}, ...]. The name of a special token inside a
-        message is text there, not the token: nobody but the template ends a turn.
+        message stays text, so that no message can end its turn.
         """
         if self.chat_template is None:
             raise ValueError(f"{self.name} has no chat template: it continues text; use --prompt")
@@ -329,6 +347,7 @@ class Encoding(BPETokenizer):
             if isinstance(token, str):
                 variables[f"{role}_token"] = token
 
+        # break the names of special tokens in messages; encode_ordinary drops the guard again
         first_character = re.compile(f"(?=(?:{any_of(self._special_tokens)}))(.)", re.DOTALL)
         variables["messages"] = []
         for message in messages:

@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not here, and read what the assembler reports.
 
-Triton compiles without a GPU, and its wheel carries ptxas. The interpreter of the tests cannot
-compile, so this runs in a process of its own. A test lists what real calls launch:
+Triton compiles without a GPU, and its wheel carries ptxas. A process in which Triton interprets
+cannot compile, so this runs in a process of its own. A test lists what real calls launch:
 
     CASES = [
         Case("forward_kernel", {"D": 128, "BN": 64, "PREC": "tf32"}, arch=90, num_warps=8),
@@ -36,16 +36,15 @@ TENSOR_CORE = r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*(?<!f64)\s"
 class Case:
     """One specialization of a kernel.
 
-    Types of the arguments, as Triton writes them: "*bf16", "i32", "fp32", "tensordesc<...>". Those not
-    in `types` are pointers to `dtype` if the name ends in _ptr, fp32 if it is in FLOATS, else i32.
-    Pointers are taken to be 16-byte aligned, as those of torch are.
+    constants: values of the constexpr arguments (Triton dtypes, too) and None pointers. types: of
+    the other arguments, as Triton writes them: "*bf16", "i32", "fp32", "tensordesc<...>". An
+    argument in neither is a pointer to `dtype` if its name ends in _ptr, fp32 if it is in FLOATS,
+    else i32. Pointers are taken to be 16-byte aligned, as those of torch are.
     """
 
     kernel: str  # its name in the module
-    constants: dict = field(
-        default_factory=dict
-    )  # constexpr values (Triton dtypes too), None pointers
-    types: dict = field(default_factory=dict)  # of the arguments that differ from the rule above
+    constants: dict = field(default_factory=dict)
+    types: dict = field(default_factory=dict)
     dtype: str = "bf16"
     arch: int = 90  # 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50
     num_warps: int = 4
@@ -72,10 +71,7 @@ def build(module, cases):
 
 
 def check_build(module, cases):
-    """Compile the cases and assert that they fit the GPU, do not spill, and multiply as they should.
-
-    Return the reports, for what a test asserts beyond that.
-    """
+    """Assert that the cases fit the GPU, hardly spill and use tensor cores as stated; -> reports"""
     reports = build(module, cases)
     check_reports(cases, reports)
     return reports

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import huggingface
+import train
+from support import data, huggingface
 from tests.common import small_gpt
 
 CHATML = (
@@ -119,19 +120,42 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(data))
 
 
+def make_folder(folder, **shape):
+    """Export a tiny GPT with changed fields, and a tokenizer, as a Hugging Face folder."""
+    model = small_gpt(vocab_size=320, block_size=64, **shape)
+    source = write_tokenizer(folder.parent / "tokenizer", tokenizer_json())
+    tokenizer = huggingface.read_tokenizer(source, 320)
+    huggingface.export(folder, model.state_dict(), asdict(model.config), tokenizer)
+
+
 @pytest.fixture
 def hf(tmp_path, monkeypatch):
     """Work in an empty folder; return function(changed fields of the GPT) -> a tiny model's folder."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name="hf", **shape):
-        model = small_gpt(vocab_size=320, block_size=64, **shape)
-        source = write_tokenizer(tmp_path / "tokenizer", tokenizer_json())
-        tokenizer = huggingface.read_tokenizer(source, 320)
-        huggingface.export(name, model.state_dict(), asdict(model.config), tokenizer)
-        return Path(name)
+    def make(**shape):
+        make_folder(tmp_path / "hf", **shape)
+        return Path("hf")
 
     return make
+
+
+def export_run(folder, target, dtype=None):
+    """Export a folder that was loaded, as train.py does at the end of a run."""
+    model, tokenizer = train.load_model(folder)
+    state = data.tokenizer_state(tokenizer)
+    huggingface.export(target, model.state_dict(), asdict(model.config), state, dtype)
+    return model
+
+
+def check_refused(call, *parts):
+    """The call raises ValueError with one sentence that has all the parts."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
 
 
 # -- models of transformers' own -------------------------------------------------------------------

