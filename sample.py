@@ -29,7 +29,7 @@ from functools import partial
 import torch
 
 import train
-from support import checkpoint, data, distributed
+from support import data, distributed, files, plugins, run_folder
 from support.cli import option
 from support.distributed import AsyncScalar
 
@@ -129,7 +129,7 @@ class StaticKVCache:
 
 def is_softmax(config):
     """Return whether every layer has plain softmax attention."""
-    return all(cli.parse_spec(spec)[0] == "softmax" for spec in config.attn.split(","))
+    return all(plugins.parse_spec(spec)[0] == "softmax" for spec in config.attn.split(","))
 
 
 def can_fuse(model):
@@ -393,7 +393,7 @@ def read_prompt(text):
         return text
     path = text[1:]
     try:
-        text = checkpoint.read_user_file(path).decode("utf-8-sig")
+        text = files.read_user_file(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -419,7 +419,7 @@ def export(config):
     """Write the weights, adapters merged, as a Hugging Face folder; --dtype converts them."""
     from support import huggingface
 
-    model, tokenizer = train.load_model(checkpoint.find_run(config.init), attn=config.attn or None)
+    model, tokenizer = train.load_model(run_folder.find_run(config.init), attn=config.attn or None)
     state = data.tokenizer_state(tokenizer)
     dtype = train.DTYPES.get(config.dtype)
     huggingface.export(config.export, model.state_dict(), asdict(model.config), state, dtype)
@@ -436,7 +436,7 @@ def main(argv=None):
     prompt = read_prompt(config.chat or config.prompt)
     device = distributed.pick_device(config.device)
     dtype = train.DTYPES[distributed.pick_dtype(config.dtype, device)]
-    run = checkpoint.find_run(config.init)
+    run = run_folder.find_run(config.init)
     model, tokenizer = train.load_model(run, device, dtype, config.attn or None)
 
     ids = encode_prompt(config, tokenizer, prompt)

@@ -29,7 +29,7 @@ import torch
 import sample
 import train
 from experiments.harness import check_writable, save_json, study_parser
-from support import checkpoint, cli, distributed
+from support import cli, distributed, run_folder
 
 WARM_UP = 5  # prompts and tokens that are not timed
 WAYS = ("eager", "graph", "compiled")
@@ -162,7 +162,7 @@ def main(argv=None):
     record.update(copy_gb_per_s=bandwidth / 1e9, models={})
     for name in names:
         if args.init:
-            model = train.load_model(checkpoint.find_run(name), device, dtype)[0]
+            model = train.load_model(run_folder.find_run(name), device, dtype)[0]
         else:
             model = random_model(name, device, dtype)
         figures = bench_model(model, args.prompt_tokens, args.tokens, args.compile, bandwidth)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import train
 from experiments.harness import check_writable, save_json, study_parser
-from support import cli, distributed
+from support import cli, distributed, plugins
 
 BASELINE = "softmax+adamw"
 VARIANTS = {  # name: attention, optimizer
@@ -48,7 +48,7 @@ class Variant:
         train.init_weights(self.model, seed=0)
         if device.type == "cuda":
             self.model.compile()
-        make_optimizer, options = cli.resolve(optim, *train.PLUGINS["optim"])
+        make_optimizer, options = plugins.resolve(optim, *train.PLUGINS["optim"])
         groups = train.param_groups(self.model, weight_decay=0.1)
         self.optimizer = make_optimizer(groups, preset["lr"], **options)
         self.tokens_per_step = preset["batch_size"] * config.block_size
