@@ -105,11 +105,10 @@ def run_train(flags, cache=None):
             result = train.main([*shlex.split(flags), "--out", out, "--sample", "0"])
         if result["signal"]:
             raise KeyboardInterrupt(result["signal"])
+        history = []
         with open(Path(out, "log.csv"), newline="") as file:
-            rows = list(csv.DictReader(file))
-    history = []
-    for row in rows:
-        history.append({name: float(text) for name, text in row.items() if text})
+            for row in csv.DictReader(file):
+                history.append({name: float(text) for name, text in row.items() if text})
     del result["out"]
     return {**result, "seconds": time.perf_counter() - start_time, "history": history}
 
@@ -190,8 +189,7 @@ def sweep(make_job, names, rates, minutes=None, max_extensions=3):
     new_rates = list(rates)
     for _ in range(max_extensions + 1):
         jobs = [make_job(name, rate, SWEEP_SEED) for name in names for rate in new_rates]
-        finished = parallel(run_variant, jobs, minutes=minutes, label="sweep")
-        for job, run in zip(jobs, finished):
+        for job, run in zip(jobs, parallel(run_variant, jobs, minutes=minutes, label="sweep")):
             runs[job["variant"]].append(run)
         for name in names:
             runs[name].sort(key=lambda run: run["lr"])
@@ -251,8 +249,7 @@ def compare(
         entry = {"settings": settings[variant], "sweep": swept[variant], "runs": runs[variant]}
         record["variants"][variant] = entry
         if variant != baseline:
-            difference = paired_difference(runs[variant], runs[baseline])
-            record["differences"][variant] = difference
+            record["differences"][variant] = paired_difference(runs[variant], runs[baseline])
     record["seconds"] = time.perf_counter() - start_time
     save_json(Path(out) / f"{name}-gpu.json", record)
     save_figure(plot_differences(record), Path(out) / f"{name}-gpu.png")
@@ -331,9 +328,8 @@ def commit():
         diff = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True)
     except OSError:  # git is not installed
         return None
-    if head.returncode:  # not a git repository
-        return None
-    return head.stdout.strip() + ("-dirty" if diff.returncode else "")
+    suffix = "-dirty" if diff.returncode else ""
+    return None if head.returncode else head.stdout.strip() + suffix
 
 
 def save_json(path, record):
