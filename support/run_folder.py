@@ -159,9 +159,6 @@ def unlock_folder(folder, lock, is_new):
     if lock is not None:
         with suppress(OSError):
             (folder / LOCK).unlink()  # while locked, so it cannot be another process's lock file
-        with suppress(OSError):
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child may keep the file open
         lock.close()
     if is_new:
         with suppress(OSError):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from support import data, documents
-from support.tokenizer import ByteTokenizer
+from support.tokenizer import BPETokenizer, ByteTokenizer
 from tests.common import fails
 
 BYTE = ByteTokenizer()
@@ -69,6 +69,15 @@ def caches(tmp_path):
     return sorted(path.name for path in (tmp_path / "cache").iterdir())
 
 
+def test_documents_are_shuffled_alike_every_time(tmp_path):
+    (tmp_path / "d").mkdir()
+    for i in range(30):
+        (tmp_path / f"d/{i:02}.txt").write_text(f"text {i}")
+    expected = [f"text {i}".encode() for i in range(30)]
+    random.Random(0).shuffle(expected)
+    assert bytes(load(tmp_path / "d")).split(b"\0")[:-1] == expected != sorted(expected)
+
+
 def test_cache_is_used_and_follows_its_data(tmp_path, monkeypatch):
     text = tmp_path / "a.txt"
     text.write_text("first")
@@ -93,6 +102,17 @@ def test_cache_is_used_and_follows_its_data(tmp_path, monkeypatch):
     text.write_text("third")
     load(text)
     assert len(caches(tmp_path)) == 6
+
+
+def test_each_tokenizer_has_its_own_cache(tmp_path):
+    def tokenizer(merged):
+        ranks = {bytes([b]): b for b in range(256)}
+        return BPETokenizer("x", r"\S+", {**ranks, merged: 256}, {"<|endoftext|>": 257})
+
+    (tmp_path / "a.txt").write_text("abcd")
+    for _ in range(2):
+        assert load(tmp_path / "a.txt", tokenizer(b"ab")).tolist() == [256, 99, 100, 257]
+        assert load(tmp_path / "a.txt", tokenizer(b"cd")).tolist() == [97, 98, 256, 257]
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "token", "flipped", "zeros", "longer"])

@@ -20,14 +20,14 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def test_atomic_write_replaces_a_file_as_a_whole():
-    with files.atomic_write("new/a.txt") as file:
+    with files.atomic_write("new/sub/a.txt") as file:
         file.write(b"one")
-        assert not Path("new/a.txt").exists()
-    with files.atomic_write("new/a.txt") as file:
+        assert not Path("new/sub/a.txt").exists()
+    with files.atomic_write("new/sub/a.txt") as file:
         file.write(b"two")
-        assert Path("new/a.txt").read_bytes() == b"one"
-    assert Path("new/a.txt").read_bytes() == b"two"
-    assert os.listdir("new") == ["a.txt"]
+        assert Path("new/sub/a.txt").read_bytes() == b"one"
+    assert Path("new/sub/a.txt").read_bytes() == b"two"
+    assert os.listdir("new/sub") == ["a.txt"]
 
 
 def test_atomic_write_is_on_the_disk_before_it_takes_the_place(monkeypatch):
@@ -40,19 +40,22 @@ def test_atomic_write_is_on_the_disk_before_it_takes_the_place(monkeypatch):
     assert events == [4, "replace"]
 
 
-@pytest.mark.parametrize("is_wrapped", [False, True])
-def test_atomic_write_names_what_the_disk_said(is_wrapped):
+@pytest.mark.parametrize("wrappers", [0, 1, 2])
+def test_atomic_write_names_what_the_disk_said(wrappers):
     Path("a").write_text("old")
 
     def write():
         with files.atomic_write("a") as file:
             file.write(b"half")
-            try:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            except OSError as error:
-                if is_wrapped:  # as torch.save does
-                    raise RuntimeError("unexpected pos") from error
-                raise
+            fail(wrappers)
+
+    def fail(wrappers):
+        if wrappers == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        try:
+            fail(wrappers - 1)
+        except (OSError, RuntimeError) as error:  # as torch.save does
+            raise RuntimeError("unexpected pos") from error
 
     fails(write, parts=["cannot write a (No space left on device)", "untouched"])
     assert Path("a").read_text() == "old" and os.listdir() == ["a"]
@@ -106,6 +109,8 @@ def test_only_temporary_files_of_dead_processes_are_removed():
     Path(f".config.json.{dead.pid}").mkdir()
     files.remove_stale_temp_files(".", ["ckpt.pt", "config.json", "????.uint16"])
     assert sorted(os.listdir()) == sorted([*stay, f".config.json.{dead.pid}"])
+    with without_rights():
+        assert files.is_alive(1) and not files.is_alive(dead.pid), "process 1 is somebody else's"
     sleeper.kill()
     sleeper.wait()
     files.remove_stale_temp_files("nowhere", ["*"])

@@ -82,6 +82,8 @@ def test_a_new_run_takes_the_first_free_folder():
         assert folder == Path("out/softmax-2")
     with run_folder.claim_folder("", "softmax,simplicial:w1=4:w2=8") as folder:
         assert folder == Path("out/softmax-simplicial-w1-4-w2-8")
+    with run_folder.claim_folder("", ".mine:") as folder:
+        assert folder == Path("out/mine"), "not hidden"
     with run_folder.claim_folder("", "a" * 300) as folder:
         assert folder == Path("out", "a" * 60)
 
