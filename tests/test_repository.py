@@ -185,8 +185,8 @@ def test_help_fits_80_columns(tmp_path):
 # -- style -----------------------------------------------------------------------------------------
 
 # coinages of earlier versions, for which the field has words
-COINAGES = """Behind FixedCache OnTheWay Recorded anew beside complain degrade foresees hollow refusing
-remembered starts_of warn_slow whoami""".split()
+COINAGES = """Behind FixedCache OnTheWay Recorded anew beside complain degrade foresees hollow
+refusing remembered starts_of warn_slow whoami""".split()
 
 
 def tokens_of(path, kind):
