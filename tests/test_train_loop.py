@@ -137,7 +137,7 @@ def test_messages(tiny, capsys, monkeypatch):
     assert result["out"] == "out/tiny-softmax"
     lines = {line[:9].strip(): line[9:] for line in words.splitlines()}
     assert "cpu: " in lines["device"] and "(set by flag)" in lines["device"]
-    assert lines["dtype"] == "fp32 (bf16 is for GPUs that have it)"
+    assert lines["dtype"] == "fp32 (bf16 needs a recent GPU)"
     assert lines["compile"] == "off (faster only on CUDA)"
     assert "text.txt" in lines["data"] and "(tiny)" in lines["model"]
     assert "2 layers of width 32, 2 heads, context 16, softmax attention, adamw" in lines["model"]
