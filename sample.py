@@ -29,7 +29,7 @@ from functools import partial
 import torch
 
 import train
-from support import checkpoint, data, distributed
+from support import data, distributed, files, plugins, run_folder
 from support.cli import option
 from support.distributed import AsyncScalar, print0
 from support.kv_cache import KVCache, StaticKVCache
@@ -49,7 +49,7 @@ GREEDY_BELOW = 1e-20  # at a lower temperature, logits / temperature would overf
 
 def is_softmax(config):
     """Return whether every layer has plain softmax attention."""
-    return all(cli.parse_spec(spec)[0] == "softmax" for spec in config.attn.split(","))
+    return all(plugins.parse_spec(spec)[0] == "softmax" for spec in config.attn.split(","))
 
 
 def can_fuse(model):
@@ -307,7 +307,7 @@ def read_prompt(text):
         return text
     path = text[1:]
     try:
-        text = checkpoint.read_user_file(path).decode("utf-8-sig")
+        text = files.read_user_file(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -353,14 +353,14 @@ def main(argv=None):
     config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
     if config.export:
         dtype = train.DTYPES.get(config.dtype)
-        export(config.export, checkpoint.find_run(config.init), config.attn or None, dtype)
+        export(config.export, run_folder.find_run(config.init), config.attn or None, dtype)
         return {}
 
     # model and prompt
     prompt = read_prompt(config.chat or config.prompt)
     device = distributed.pick_device(config.device)
     dtype = train.DTYPES[distributed.pick_dtype(config.dtype, device)]
-    run = checkpoint.find_run(config.init)
+    run = run_folder.find_run(config.init)
     model, tokenizer = train.load_model(run, device, dtype, config.attn or None)
     ids = encode_prompt(config, tokenizer, prompt)
     size = model.config.block_size

@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import checkpoint, cuda_graph, data, distributed
+from support import checkpoint, cuda_graph, data, distributed, plugins, run_folder
 from support.cli import adjustable, option
 from support.distributed import AsyncScalar, print0, rank, world_size
 from support.runlog import RunLog
@@ -230,8 +230,8 @@ class Attention(nn.Module):
 
     def __init__(self, config, attn):
         super().__init__()
-        self.function, self.options = cli.resolve(attn, *PLUGINS["attn"])
-        self.inputs = cli.signature(self.function)[0]  # q, k, v or q, k, v, k2, v2
+        self.function, self.options = plugins.resolve(attn, *PLUGINS["attn"])
+        self.inputs = plugins.signature(self.function)[0]  # q, k, v or q, k, v, k2, v2
         self.rope_inputs = getattr(self.function, "rotary", ("q", "k"))
         self.head_dim = config.head_dim
         if self.inputs[:3] != ["q", "k", "v"]:
@@ -315,7 +315,7 @@ class GPT(nn.Module):
         self.is_compiled = False
         pattern = config.attn.split(",")
         for spec in pattern:  # those for which there are too few layers, too
-            cli.resolve(spec, *PLUGINS["attn"])
+            plugins.resolve(spec, *PLUGINS["attn"])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList()
         for i in range(config.n_layer):
@@ -469,7 +469,7 @@ def param_groups(model, weight_decay):
 
 def make_optimizer(groups, run):
     """Return the optimizer that --optim names."""
-    make, options = cli.resolve(run.optim, *PLUGINS["optim"])
+    make, options = plugins.resolve(run.optim, *PLUGINS["optim"])
     try:
         return make(groups, run.lr, **options)
     except ValueError as error:
@@ -575,7 +575,7 @@ def build_model(gpt_config, run, launch, device, saved):
         return model, param_groups(model, run.weight_decay)
 
     torch.manual_seed(run.seed)  # adapters may draw their first weights
-    adapt, options = cli.resolve(run.adapter, *PLUGINS["adapter"])
+    adapt, options = plugins.resolve(run.adapter, *PLUGINS["adapter"])
     groups = adapt(model, **options)
     return model, [{"weight_decay": run.weight_decay, **group} for group in groups]
 
@@ -706,15 +706,15 @@ def train(gpt_config, run, launch):
     device, dtype, compile = distributed.prepare(launch.device, run.dtype, launch.compile)
     run = replace(run, dtype=dtype)
     launch = replace(launch, compile=compile)
-    origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
+    origin = run_folder.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if launch.eval_only:
         return train_in(None, gpt_config, run, launch, device, origin)
-    specs = [cli.parse_spec(spec)[0] for spec in gpt_config.attn.split(",")]
+    specs = [plugins.parse_spec(spec)[0] for spec in gpt_config.attn.split(",")]
     name = "-".join([launch.model or "gpt", *dict.fromkeys(specs)])
     if launch.init:
         name = origin.resolve().name
     resumed = origin if launch.resume else None
-    with checkpoint.claim_folder(launch.out, name, resumed) as out:
+    with run_folder.claim_folder(launch.out, name, resumed) as out:
         result = train_in(out, gpt_config, run, launch, device, origin)
     distributed.barrier()  # rank 0 has saved
     return result
@@ -738,7 +738,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
         from support import huggingface
 
         huggingface.check_exportable(launch.export, asdict(gpt_config))
-    cache_folder = checkpoint.get_cache_folder(out or Path(launch.out or "out/run"))
+    cache_folder = run_folder.get_cache_folder(out or Path(launch.out or "out/run"))
     text = data.load_dataset(run.data, tokenizer, T, cache_folder)
     settings = {"model": asdict(gpt_config), "run": asdict(run)}
     if run.data not in ("stdlib", "python"):
@@ -836,7 +836,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
 def starting_values(given):
     """Return the settings that the given flags override: of a preset, or of a saved run."""
     launch = cli.make_config(LaunchConfig, given)
-    origin = checkpoint.find_run(launch.resume or launch.init, resume=bool(launch.resume))
+    origin = run_folder.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if origin is None:
         on_cpu = distributed.pick_device(launch.device).type == "cpu"
         model = launch.model or ("tiny" if on_cpu else "small")

@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 import train
 from sample import KVCache, first_ids
-from support import checkpoint, distributed
+from support import distributed, files, run_folder
 from support.cli import option
 
 try:
@@ -371,7 +371,7 @@ def encode_prompt(tokenizer, prompt, question=""):
 def read_prompt(path):
     """Return the text of --prompt."""
     try:
-        text = checkpoint.read_user_file(path, PROMPT_LIMIT).decode("utf-8-sig")
+        text = files.read_user_file(path, PROMPT_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -419,7 +419,7 @@ def pick_run(args):
         result = train.main(["--sample", "0", *device])
         if result["signal"]:
             raise KeyboardInterrupt(result["signal"])
-    return checkpoint.find_run(args.init or "newest")
+    return run_folder.find_run(args.init or "newest")
 
 
 def check_fits(args, model, context, question):
@@ -497,7 +497,7 @@ def compare(model, tokenizer, ids, question, args, lr):
             total += original.square().sum().item()
             saved[f"layers.{i}.self_attn.q_proj.weight"] = weight.detach().cpu()
         if args.save_queries:
-            with checkpoint.atomic_write(args.save_queries) as file:
+            with files.atomic_write(args.save_queries) as file:
                 torch.save(saved, file)
 
     flops = flops_of_spans(model, args.steps * args.batch_spans * args.span, T)

@@ -29,7 +29,7 @@ import torch
 import sample
 import train
 from experiments.harness import check_writable, save_json, study_parser
-from support import checkpoint, cli, distributed
+from support import cli, distributed, run_folder
 
 WARMUP = 5  # prompts and tokens that are not timed
 VARIANTS = ("eager", "graph", "compiled")
@@ -178,7 +178,7 @@ def main(argv=None):
     models = {}
     for name in [args.init] if args.init else args.shapes or default:
         if args.init:
-            model = train.load_model(checkpoint.find_run(name), device, dtype)[0]
+            model = train.load_model(run_folder.find_run(name), device, dtype)[0]
         else:
             model = random_model(name, device, dtype)
         models[name] = bench_model(model, args.prompt_tokens, args.tokens, args.compile, bandwidth)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import train
 from experiments.harness import check_writable, save_json, study_parser
-from support import cli, cuda_graph, distributed
+from support import cli, cuda_graph, distributed, plugins
 from support.distributed import print0, rank
 
 BASELINE = "softmax+adamw"
@@ -60,7 +60,7 @@ class Variant:
             model.compile()
         if args.fsdp:
             distributed.shard(model, dtype, device)
-        make_optimizer, options = cli.resolve(optim, *train.PLUGINS["optim"])
+        make_optimizer, options = plugins.resolve(optim, *train.PLUGINS["optim"])
         groups = train.param_groups(model, weight_decay=0.1)
         optimizer = make_optimizer(groups, preset["lr"], **options)
 

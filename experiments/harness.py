@@ -1,16 +1,15 @@
-"""What every study needs: runs, sweeps, seeds, paired intervals, a disk cache, JSON, figures.
-
-A study is a declaration of its variants, for example
+"""What studies share: runs, sweeps, paired confidence intervals, a disk cache, JSON and figures.
 
     compare("laser", question, {"softmax": "--attn softmax", "LASER": "--attn laser"}, "softmax")
 
-trains each variant at every learning rate of a grid on one seed, then at its best rate on the other
-seeds, and reports the differences to the baseline, paired by seed, with 95% confidence intervals.
-Finished runs are kept in a disk cache, so an interrupted study resumes where it stopped.
+trains each variant at every learning rate of a grid on one seed, then at its best rate on other
+seeds, and reports the differences to the baseline with 95% confidence intervals. Finished runs are
+cached on disk, so an interrupted study resumes where it stopped.
 """
 
 import csv
 import hashlib
+import importlib.metadata
 import io
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,15 +31,19 @@ import torch
 from tqdm import tqdm
 
 import train
-from support.checkpoint import atomic_write, write_json
 from support.cli import Parser
+from support.files import atomic_write, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+METRIC = "val_loss"  # of language models
+SWEEP_SEED = 100  # learning rates are chosen on a seed that is not used afterwards
 
-# Two-sided 95% quantiles of Student's t, by degrees of freedom; from 30 on the normal one is near
-T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160]
-T_95 += [2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056]
-T_95 += [2.052, 2.048, 2.045]
+# Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
+T_95 = [
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+]  # fmt: skip
 
 
 # -- statistics ------------------------------------------------------------------------------------
@@ -56,7 +59,7 @@ def mean_ci95(values):
 
 
 def paired_difference(runs, baseline_runs):
-    """Return mean, half_width_95 and n of the differences in "value" between equal seeds."""
+    """Return mean, half_width_95 and n of the differences in "value" between runs of equal seed."""
     baseline = {run["seed"]: run["value"] for run in baseline_runs}
     differences = [run["value"] - baseline[run["seed"]] for run in runs if run["seed"] in baseline]
     mean, half_width = mean_ci95(differences)
@@ -67,7 +70,7 @@ def paired_difference(runs, baseline_runs):
 
 
 def code_fingerprint():
-    """Return a hash of the sources that decide the numbers of a run."""
+    """Return a hash of all source files that the result of a run depends on."""
     digest = hashlib.sha256()
     for folder in ("", "kernels", "support"):
         for path in sorted((REPOSITORY / folder).glob("*.py")):
@@ -77,9 +80,9 @@ def code_fingerprint():
 
 
 def disk_cache(folder, key, compute):
-    """Return compute(), which is plain data, or what it returned earlier for this key.
+    """Return the cached result for this key, or else call compute() and cache its result.
 
-    The key is plain data too and has to name everything that the result depends on.
+    Key and result must be JSON values. The key must contain everything the result depends on.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = Path(folder) / f"{name}.json"
@@ -89,78 +92,70 @@ def disk_cache(folder, key, compute):
 
 
 def run_train(flags, cache=None):
-    """Train with these flags and return the result, with "seconds" and "history", its log.csv.
+    """Train and return the result of train.main, with "seconds" and "history", the rows of log.csv.
 
-    flags: one string, as on the command line. cache: a folder for `disk_cache`.
+    flags: one string, as on the command line. cache: folder of the disk cache; None: no cache.
     """
     if cache is not None:
         return disk_cache(cache, [flags, code_fingerprint()], partial(run_train, flags))
     start_time = time.perf_counter()
-    Path("out").mkdir(exist_ok=True)  # runs under out/ share their tokens
-    with (
-        tempfile.TemporaryDirectory(dir="out", prefix="study-") as out,
-        redirect_stdout(io.StringIO()),
-    ):
-        result = train.main([*shlex.split(flags), "--out", out, "--sample", "0"])
+    Path("out").mkdir(exist_ok=True)  # runs under out/ share one token cache
+    with tempfile.TemporaryDirectory(dir="out", prefix="study-") as out:
+        with redirect_stdout(io.StringIO()):
+            result = train.main([*shlex.split(flags), "--out", out, "--sample", "0"])
         if result["signal"]:
             raise KeyboardInterrupt(result["signal"])
+        history = []
         with open(Path(out, "log.csv"), newline="") as file:
-            rows = list(csv.DictReader(file))
-    history = []
-    for row in rows:
-        history.append({name: float(text) for name, text in row.items() if text})
+            for row in csv.DictReader(file):
+                history.append({name: float(text) for name, text in row.items() if text})
     del result["out"]
     return {**result, "seconds": time.perf_counter() - start_time, "history": history}
 
 
-def start_worker(gpus, threads):
-    """Set up a worker process: one GPU, taken from the queue, or a share of the CPU cores."""
+def start_worker(gpu_queue, threads):
+    """Set up a worker process: assign it one GPU, or else a share of the CPU cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    if gpu_queue is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_queue.get()
     torch.set_num_threads(threads)
 
 
-def visible_gpus():
-    """Return the names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named:
-        return named.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())]
-
-
 def parallel(function, jobs, workers=None, minutes=None, label="runs"):
-    """Return [function(job) for job in jobs], one worker process per visible GPU or CPU core.
+    """Return [function(job) for job in jobs], computed by one process per visible GPU or CPU core.
 
-    function has to be importable, and jobs and results are pickled between our own processes.
-    minutes: after so long, start no further job, and raise TimeoutError when those under way are
-    done; with a disk cache inside `function` the next call goes on from there.
+    function must be importable, and jobs and results are pickled. After `minutes` no further job
+    is started, and TimeoutError is raised once the running ones are done. With a disk cache inside
+    `function`, the next call resumes there.
     """
-    gpus = visible_gpus() if torch.cuda.is_available() else []
+    gpus = []
+    if torch.cuda.is_available():
+        default = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or default).split(",")
     workers = min(workers or len(gpus) or os.cpu_count(), len(jobs))
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    bar = tqdm(total=len(jobs), desc=label, unit="run", leave=False)
+
+    # each worker takes one GPU from the queue
     context = multiprocessing.get_context("spawn")
-    gpu_queue = None
-    if gpus:
-        gpu_queue = context.Queue()
-        for i in range(workers):
-            gpu_queue.put(gpus[i % len(gpus)])
+    gpu_queue = context.Queue() if gpus else None
+    for i in range(workers if gpus else 0):
+        gpu_queue.put(gpus[i % len(gpus)])
     threads = max(1, os.cpu_count() // max(1, workers))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (gpu_queue, threads))
 
     results = {}
-    pool = ProcessPoolExecutor(workers, context, start_worker, (gpu_queue, threads))
+    waiting = list(enumerate(jobs))
+    running = {}  # future: index of its job
+    bar = tqdm(total=len(jobs), desc=label, unit="run", leave=False)
     try:
-        waiting = list(enumerate(jobs))[::-1]
-        running = {}
         while waiting or running:
             while waiting and len(running) < workers and time.monotonic() < deadline:
-                i, job = waiting.pop()
+                i, job = waiting.pop(0)
                 running[pool.submit(function, job)] = i
             if not running:
                 raise TimeoutError(f"{len(results)} of {len(jobs)} {label} are done")
-            future = next(as_completed(running))
-            results[running.pop(future)] = future.result()
+            finished = next(as_completed(running))
+            results[running.pop(finished)] = finished.result()
             bar.update()
     except BaseException:
         for process in multiprocessing.active_children():
@@ -176,31 +171,35 @@ def parallel(function, jobs, workers=None, minutes=None, label="runs"):
 
 
 def run_variant(job):
-    """Train one variant and return its run; job: {flags, lr, seed, metric, cache}."""
+    """Train one variant and return its run; job: {variant, flags, cache, lr, seed}."""
     flags = f"{job['flags']} --lr {job['lr']:g} --seed {job['seed']}"
     result = run_train(flags, job["cache"])
-    run = {"seed": job["seed"], "lr": job["lr"], "value": result[job["metric"]]}
     evaluated = [row for row in result["history"] if "val_loss" in row]
-    run["curve"] = [[int(row["step"]), row[job["metric"]]] for row in evaluated]
+    run = {"seed": job["seed"], "lr": job["lr"], "value": result[METRIC]}
+    run["curve"] = [[int(row["step"]), row[METRIC]] for row in evaluated]
     return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
 
 
-def sweep(jobs_of, names, rates, minutes=None, most_extensions=3):
-    """Return {variant: [run at each rate]}, the grid extended until every best lies inside it.
+def sweep(make_job, names, rates, minutes=None, max_extensions=3):
+    """Return {variant: [run at each rate]}; the grid grows until each best rate lies inside it.
 
-    jobs_of(names, rates) -> the jobs; all variants get the same grid. rates: ascending.
+    make_job(variant, rate, seed) -> job. rates: ascending; all variants get the same grid.
     """
     runs = {name: [] for name in names}
     new_rates = list(rates)
-    for _ in range(most_extensions + 1):
-        jobs = jobs_of(names, new_rates)
-        done = parallel(run_variant, jobs, minutes=minutes, label="sweep")
-        for i, name in enumerate(names):
-            part = done[i * len(new_rates) : (i + 1) * len(new_rates)]
-            runs[name] = sorted(runs[name] + part, key=lambda run: run["lr"])
-        best = [best_rate(runs[name]) for name in names]
+    for _ in range(max_extensions + 1):
+        jobs = [make_job(name, rate, SWEEP_SEED) for name in names for rate in new_rates]
+        for job, run in zip(jobs, parallel(run_variant, jobs, minutes=minutes, label="sweep")):
+            runs[job["variant"]].append(run)
+        for name in names:
+            runs[name].sort(key=lambda run: run["lr"])
+
+        # extend the grid at an edge where a variant has its best rate
+        best_rates = [best_rate(runs[name]) for name in names]
         tried = [run["lr"] for run in runs[names[0]]]
-        new_rates = [tried[0] / 2] * (tried[0] in best) + [tried[-1] * 2] * (tried[-1] in best)
+        below = [tried[0] / 2] if tried[0] in best_rates else []
+        above = [tried[-1] * 2] if tried[-1] in best_rates else []
+        new_rates = below + above
         if not new_rates:
             return runs
     raise ValueError(f"the best learning rate is still at an edge of {tried}; give a wider grid")
@@ -217,49 +216,40 @@ def compare(
     baseline,
     flags="--model small --data python --steps 3000 --eval-batches 100",
     rates=(5e-4, 1e-3, 2e-3),
-    sweep_seed=100,
     seeds=(1, 2, 3, 4, 5),
-    metric="val_loss",
     out="results",
     minutes=None,
 ):
     """Run a study of language models, write its JSON and figure, and return the record.
 
-    variants: {name: flags that set it apart}. rates: the learning-rate grid, swept on a seed that
-    is not used afterwards. Raises TimeoutError after `minutes`; call again to continue.
+    variants: {name: flags that differ}. rates: grid of learning rates, swept on a seed of its own.
+    Raises TimeoutError after `minutes`; call again to continue.
     """
     start_time = time.perf_counter()
     cache = str(Path("out") / f"{name}-study")
-    names = list(variants)
+    settings = {variant: f"{flags} {more}" for variant, more in variants.items()}
 
-    def job(variant, lr, seed):
-        common = {"metric": metric, "cache": cache}
-        return {"flags": f"{flags} {variants[variant]}", "lr": lr, "seed": seed, **common}
+    def make_job(variant, lr, seed):
+        job = {"variant": variant, "flags": settings[variant], "cache": cache}
+        return {**job, "lr": lr, "seed": seed}
 
-    def sweep_jobs(names, rates):
-        return [job(variant, lr, sweep_seed) for variant in names for lr in rates]
-
-    # the learning rate of each variant, then the seeds at its best rate
-    swept = sweep(sweep_jobs, names, rates, minutes)
+    # find the learning rate of each variant, then run all seeds at it
+    swept = sweep(make_job, list(variants), rates, minutes)
     jobs = []
-    for variant in names:
-        jobs += [job(variant, best_rate(swept[variant]), seed) for seed in seeds]
-    runs = parallel(run_variant, jobs, minutes=minutes, label="seeds")
+    for variant in variants:
+        lr = best_rate(swept[variant])
+        jobs += [make_job(variant, lr, seed) for seed in seeds]
+    runs = {variant: [] for variant in variants}
+    for job, run in zip(jobs, parallel(run_variant, jobs, minutes=minutes, label="seeds")):
+        runs[job["variant"]].append(run)
 
-    # the record
-    record = {"question": question, "metric": metric, "baseline": baseline}
+    record = {"question": question, "metric": METRIC, "baseline": baseline}
     record.update(variants={}, differences={})
-    for i, variant in enumerate(names):
-        record["variants"][variant] = {
-            "settings": f"{flags} {variants[variant]}",
-            "sweep": swept[variant],
-            "runs": runs[i * len(seeds) : (i + 1) * len(seeds)],
-        }
-    baseline_runs = record["variants"][baseline]["runs"]
-    for variant in names:
+    for variant in variants:
+        entry = {"settings": settings[variant], "sweep": swept[variant], "runs": runs[variant]}
+        record["variants"][variant] = entry
         if variant != baseline:
-            variant_runs = record["variants"][variant]["runs"]
-            record["differences"][variant] = paired_difference(variant_runs, baseline_runs)
+            record["differences"][variant] = paired_difference(runs[variant], runs[baseline])
     record["seconds"] = time.perf_counter() - start_time
     save_json(Path(out) / f"{name}-gpu.json", record)
     save_figure(plot_differences(record), Path(out) / f"{name}-gpu.png")
@@ -267,22 +257,21 @@ def compare(
 
 
 def print_differences(record):
-    """Print the mean of each variant and its difference to the baseline."""
+    """Print the mean of each variant, and its difference to the baseline."""
     baseline = record["baseline"]
     print(f"{record['question']} ({record['metric']}, baseline: {baseline})")
     for name, variant in record["variants"].items():
         mean = statistics.mean(run["value"] for run in variant["runs"])
         line = f"  {name:24} {mean:10.4f}"
-        if name in record["differences"]:
-            d = record["differences"][name]
-            line += (
-                f"   difference {d['mean']:+.4f} +- {d['half_width_95']:.4f} (95%, n = {d['n']})"
-            )
+        d = record["differences"].get(name)
+        if d:
+            interval = f"{d['mean']:+.4f} +- {d['half_width_95']:.4f}"
+            line += f"   difference {interval} (95%, n = {d['n']})"
         print(line)
 
 
 def plot_differences(record):
-    """Draw the difference of each variant to the baseline, with its 95% interval."""
+    """Plot the difference of each variant to the baseline, with its 95% confidence interval."""
     names = list(record["differences"])
     figure, axes = new_figure((7, 1.2 + 0.5 * len(names)))
     for i, name in enumerate(names):
@@ -299,7 +288,7 @@ def plot_differences(record):
 
 
 def study_parser(description, full=""):
-    """Return the parser of a study: --out, and --full where `full` says what it does."""
+    """Return the parser of a study: --out, and --full if its help text `full` is given."""
     parser = Parser(description=description)
     parser.add_argument("--out", default="results", help="folder of JSON and figure")
     if full:
@@ -308,54 +297,48 @@ def study_parser(description, full=""):
 
 
 def check_writable(folder):
-    """Return the folder as a Path; raise ValueError now, not at the end, if it is read-only."""
+    """Create the folder and return its Path; raise ValueError if it cannot be written to."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"cannot write in {folder} ({reason}); give --out another folder"
-        ) from None
+        raise ValueError(f"cannot write in {folder} ({reason}); give another --out") from None
     return Path(folder)
 
 
 def provenance():
     """Return what produced a result: command, commit, hardware and versions."""
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = None
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", "*.py"]
-        changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
-        commit = (head.stdout.strip() + ("-dirty" if changed else "")) or None
-    except OSError:  # no git here
-        pass
+    script = os.path.relpath(os.path.realpath(sys.argv[0]), REPOSITORY)
+    command = shlex.join(["python", script, *sys.argv[1:]])
+    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
+    with suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    return {"command": command, "commit": commit(), "hardware": hardware, "versions": versions}
 
-        versions["triton"] = triton.__version__
-    except ModuleNotFoundError:
-        pass
-    script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(REPOSITORY):
-        script = script.relative_to(REPOSITORY)
-    command = shlex.join(["python", str(script), *sys.argv[1:]])
-    return {"command": command, "commit": commit, "hardware": hardware, "versions": versions}
+
+def commit():
+    """Return the git commit, with "-dirty" if Python files have changed since; None without git."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        diff = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True)
+    except OSError:  # git is not installed
+        return None
+    suffix = "-dirty" if diff.returncode else ""
+    return None if head.returncode else head.stdout.strip() + suffix
 
 
 def save_json(path, record):
-    """Write a result together with its provenance. Write "seconds" into the record yourself."""
+    """Write a result with its provenance as JSON. The record itself must contain "seconds"."""
     write_json(path, {**provenance(), **record})
 
 
 def new_figure(size, *grid, **options):
-    """Return a figure and its axes like plt.subplots, without pyplot's global state."""
+    """Return a figure and its axes, as plt.subplots does, but without pyplot's global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")

@@ -1,10 +1,10 @@
-"""Turn the files in results/ into tables.
+"""Turn the JSON files in results/ into the tables of README.md.
 
-python experiments/report.py            write the tables of README.md, results/
-python experiments/report.py --check    only say what is out of date, status 2
+python experiments/report.py            write README.md and results/README.md
+python experiments/report.py --check    write nothing, list what is outdated
 
-A result is stale if the code that it depends on has changed since the commit
-that it records.
+A result is outdated if the code that it depends on has changed since the
+commit that it records. --check then ends with status 2.
 """
 
 import json
@@ -17,9 +17,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
-from support import cli
-from support.checkpoint import atomic_write
-from support.cli import Parser
+from support.cli import Parser, run_main
+from support.files import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
@@ -42,34 +41,32 @@ def load_results():
 
 
 def table(header, rows):
+    """Return a Markdown table; header and rows are lists of texts."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(value):
-    """Four significant digits."""
-    return f"{value:.4g}"
-
-
 def study_rows(name, record):
-    """One row per difference: question, baseline, variant, difference, verdict."""
-    rows = []
+    """Return one row of studies_table for each difference of a study."""
+    study = name.rpartition("-")[0]
     means = {}
-    for variant, content in record["variants"].items():
-        means[variant] = statistics.mean(run["value"] for run in content["runs"])
+    for variant, entry in record["variants"].items():
+        means[variant] = statistics.mean(run["value"] for run in entry["runs"])
+
+    rows = []
     for variant, difference in record["differences"].items():
-        # "TASK: VARIANT" is compared with the baseline of its own task
+        # a variant called "TASK: VARIANT" is compared with the baseline of its own task
         task, colon, _ = variant.rpartition(": ")
         baseline = f"{task}{colon}{record['baseline']}"
-        is_resolved = abs(difference["mean"]) > difference["half_width_95"]
-        interval = f"{number(difference['mean'])} ± {number(difference['half_width_95'])}"
+        mean = difference["mean"]
+        half_width = difference["half_width_95"]
         rows.append(
             [
-                f"{name.rpartition('-')[0]}, {record['metric']}",
-                f"{baseline} {number(means[baseline])}",
-                f"{variant} {number(means[variant])}",
-                f"{interval} (n = {difference['n']})",
-                "resolved" if is_resolved else "not resolved",
+                f"{study}, {record['metric']}",
+                f"{baseline} {means[baseline]:.4g}",
+                f"{variant} {means[variant]:.4g}",
+                f"{mean:.4g} ± {half_width:.4g} (n = {difference['n']})",
+                "resolved" if abs(mean) > half_width else "not resolved",
                 f"`{record['command']}`",
                 f"{record['seconds']:.0f} s",
             ]
@@ -78,6 +75,7 @@ def study_rows(name, record):
 
 
 def studies_table(records):
+    """Return the table of all studies: each variant and its difference to the baseline."""
     header = ["study, metric", "baseline", "variant", "difference, 95%", "", "command", "time"]
     rows = []
     for name, record in records.items():
@@ -87,29 +85,38 @@ def studies_table(records):
 
 
 def kernels_table(record):
+    """Return the table of our kernels, each compared with the fastest peer."""
     header = ["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"]
     rows = []
     for kernel, measured in record["kernels"].items():
         for row in measured:
-            if not row["name"].startswith(("ours", "band")) or "Triton" in row["name"]:
+            if not is_ours(row):
                 continue
-            same_shape = [peer for peer in measured if peer["shape"] == row["shape"]]
-            peers = [p for p in same_shape if is_peer(kernel, p)]
+            peers = [p for p in measured if p["shape"] == row["shape"] and is_peer(kernel, p)]
             best = min(peers, key=total_ms, default=None)
+            ours_ms = total_ms(row)
+            peer_text = "none"
+            ratio = ""
+            if best:
+                peer_text = f"{best['name']}: {total_ms(best):.3f}"
+                ratio = f"{ours_ms / total_ms(best):.2f}"
             name = kernel if row["name"] == "ours" else f"{kernel}, {row['name']}"
             shape = " x ".join(map(str, row["shape"]))
-            peer_text = f"{best['name']}: {total_ms(best):.3f}" if best else "none"
-            ratio = f"{total_ms(row) / total_ms(best):.2f}" if best else ""
             floor = f"{row['of_floor']:.0%}"
-            rows.append([name, shape, peer_text, f"{total_ms(row):.3f}", ratio, floor])
+            rows.append([name, shape, peer_text, f"{ours_ms:.3f}", ratio, floor])
     return table(header, rows)
 
 
+def is_ours(row):
+    """Return whether this is our fastest kernel, not the plain one beneath a Hopper kernel."""
+    return row["name"].startswith(("ours", "band")) and "Triton" not in row["name"]
+
+
 def is_peer(kernel, row):
-    """What computes the same; plain softmax attention does not compute LASER."""
+    """Return whether this is somebody else's fast way to compute the same as our kernel."""
     if row["name"].startswith(("ours", "band", "eager")):
         return False
-    return kernel != "laser" or row["name"].startswith("paper")
+    return kernel != "laser" or row["name"].startswith("paper")  # softmax attention is not LASER
 
 
 def total_ms(row):
@@ -117,13 +124,15 @@ def total_ms(row):
 
 
 def steps_table(record):
+    """Return the table of training steps: a row per variant, a column per size of the model."""
     header = ["training step", *record["shapes"]]
-    variants = list(next(iter(record["shapes"].values())))
+    shapes = list(record["shapes"].values())
     rows = []
-    for variant in variants:
+    for variant in shapes[0]:
         cells = [variant]
-        for shape in record["shapes"].values():
-            cells.append(f"{shape[variant]['ms_per_step']:.1f} ms, {shape[variant]['ratio']:.3f}")
+        for shape in shapes:
+            measured = shape[variant]
+            cells.append(f"{measured['ms_per_step']:.1f} ms, {measured['ratio']:.3f}")
         rows.append(cells)
     return table(header, rows)
 
@@ -144,7 +153,7 @@ def all_tables(records):
 
 
 def results_readme(records):
-    """Return results/README.md: a section per file."""
+    """Return the text of results/README.md: one section per JSON file."""
     parts = ["# Results", "Written by `python experiments/report.py`. A section per file."]
     for name, record in records.items():
         parts.append(f"## {name}")
@@ -162,11 +171,11 @@ def results_readme(records):
     return "\n\n".join(parts) + "\n"
 
 
-# -- what is out of date ---------------------------------------------------------------------------
+# -- what is outdated ------------------------------------------------------------------------------
 
 
 def dependencies(name):
-    """Return the files that decide the numbers of a result."""
+    """Return the source files that a result depends on."""
     if name == "kernels":
         return ["kernels"]
     if name.startswith("bench_"):
@@ -177,6 +186,7 @@ def dependencies(name):
 
 
 def is_stale(name, record):
+    """Return whether the code behind a result has changed since, or its commit is unknown."""
     commit = record["commit"] or "unknown"
     if commit.endswith("-dirty"):
         return True
@@ -203,9 +213,8 @@ def main(argv=None):
     records = load_results()
     stale = [name for name, record in records.items() if is_stale(name, record)]
     for name in stale:
-        print(
-            f"results/{name}.json is older than the code it depends on: {records[name]['command']}"
-        )
+        command = records[name]["command"]
+        print(f"results/{name}.json is older than the code it depends on; run {command}")
 
     changed = []
     for path, text in outputs(records).items():
@@ -222,4 +231,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    run_main(main)

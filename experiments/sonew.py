@@ -31,7 +31,7 @@ from experiments.harness import (
     study_parser,
 )
 from sonew import SONew, bias_correction, factor, precondition, reference
-from support.checkpoint import atomic_write, read_user_file
+from support.files import atomic_write, read_user_file
 
 WIDTHS = (784, 64, 32, 16)
 BATCH = 250

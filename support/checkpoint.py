@@ -1,4 +1,4 @@
-"""Checkpoints: saved as a whole, checked completely before use, and nothing is unpickled."""
+"""Checkpoints: written atomically, validated completely before use, never unpickled."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -6,22 +6,10 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map
 
-from support.cli import check_own, resolve
 from support.distributed import full_tensor, rank, shard_like
-
-# claim_folder and the others moved to support/files.py; still found here by their old place
-from support.files import (  # noqa: F401
-    atomic_write,
-    claim_folder,
-    find_run,
-    get_cache_folder,
-    is_file,
-    parse_json,
-    read_user_file,
-    remove_dead_drafts,
-    shown,
-    write_json,
-)
+from support.files import atomic_write, is_file, shown
+from support.plugins import check_own, resolve
+from support.tokenizer import tokenizer_from_state
 
 REQUIRED = {"model", "optimizer", "step", "config", "tokenizer", "data"}
 PLAIN = (bool, int, float, str, type(None))
@@ -41,8 +29,12 @@ def save(folder, model, optimizer, **more):
             return None
         return whole if whole is value else whole.cpu()
 
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state = {**tree_map(gather, state), **more}
+    optimizer_state = optimizer.state_dict()
+    for group in optimizer_state["param_groups"]:
+        for i in group["params"]:  # a parameter that never had a gradient has no state
+            optimizer_state["state"].setdefault(i, {})
+    state = tree_map(gather, {"model": model.state_dict(), "optimizer": optimizer_state})
+    state.update(more)
     if rank() == 0:
         try:
             check_values(state)
@@ -53,9 +45,9 @@ def save(folder, model, optimizer, **more):
 
 
 def check_values(value):
-    """Return the bytes of all tensors in a nest of dicts, lists and tuples.
+    """Check that nested dicts, lists and tuples hold only tensors and plain values.
 
-    Raises ValueError unless all else in it are numbers, strings, booleans and None.
+    Returns the number of bytes of all tensors. Raises ValueError for anything else in it.
     """
     if isinstance(value, torch.Tensor):
         is_dense = value.layout == torch.strided and not value.is_nested
@@ -75,14 +67,15 @@ def check_values(value):
 
 
 def load(folder, config_types, plugins, modules=()):
-    """Read the checkpoint of a run, or a Hugging Face folder, and check all of it.
+    """Read the checkpoint of a run, or a Hugging Face folder, and validate all of it.
 
-    config_types: {"model": dataclass, "run": dataclass} of its settings, whose constructors check
-    them. plugins: {setting: (function name, built-ins)}. modules: the settings by which the caller
-    will import a module that the user has not named: it has to be part of this repository.
+    config_types: {"model": dataclass, "run": dataclass} of its settings; their constructors raise
+        ValueError for bad values.
+    plugins: {setting: (function name, built-ins)} of the settings that name modules.
+    modules: the settings among them that the caller will import from the checkpoint without the
+        user having named them. They must be modules of this repository.
 
-    The tensors stay in the file until they are used. load_weights and restore compare their shapes
-    with those of the model. Raises ValueError.
+    The file is memory-mapped, so a tensor is read only when it is used. Raises ValueError.
     """
     path = Path(folder) / "ckpt.pt"
     if not is_file(path):
@@ -90,33 +83,33 @@ def load(folder, config_types, plugins, modules=()):
 
         return huggingface.load_checkpoint(folder)
     try:
-        size = path.stat().st_size
+        file_size = path.stat().st_size
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        check(saved, size, config_types, plugins, modules)
+        check_contents(saved, file_size)
+        check_settings(saved, file_size, config_types, plugins, modules)
     except OSError as error:
         raise ValueError(f"cannot read {shown(path)} ({error.strerror or error})") from None
-    except Exception as error:
+    except Exception as error:  # malformed contents can raise anything
         reason = "it is damaged, or holds more than tensors and plain values"
-        if type(error) is ValueError:  # not, for example, a UnicodeDecodeError of torch.load
+        if type(error) is ValueError:  # one of ours, not a subclass from inside torch.load
             reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{shown(path)} cannot be used: {reason}") from None
     return saved
 
 
-def check(saved, file_size, config_types, plugins, modules):
-    """Raise ValueError, or what Python raises for something malformed, if a run cannot use this."""
-    from support.data import tokenizer_from_state
-
-    # containers and tensors
+def check_contents(saved, file_size):
+    """Check the types of all entries, and that the tensors are not larger than the file."""
     missing = REQUIRED - set(saved)
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     for key in REQUIRED - {"step"}:
         if not isinstance(saved[key], dict):
             raise ValueError(f"its {key} is no dict")
-    # a tensor of stride 0 may describe any number of elements; twice: some may share their memory
+
+    # a tensor of stride 0 can claim any size; twice, because tied tensors share their storage
     if check_values(saved) > 2 * file_size:
         raise ValueError("its tensors describe more values than the file has")
+
     for name, tensor in saved["model"].items():
         if type(name) is not str or not torch.is_tensor(tensor):
             raise ValueError(f"its {name!r} is no weight")
@@ -125,25 +118,31 @@ def check(saved, file_size, config_types, plugins, modules):
     if type(saved["step"]) is not int or saved["step"] < 0:
         raise ValueError(f"its step is {saved['step']!r}")
 
-    # settings
+
+def check_settings(saved, file_size, config_types, plugins, modules):
+    """Check the settings, the modules they name, the size of the model, and the tokenizer."""
     for key, config_type in config_types.items():
         settings = saved["config"][key]
-        strange = set(settings) ^ {f.name for f in fields(config_type)}
-        if strange:
-            names = ", ".join(sorted(map(str, strange)))
+        unmatched = set(settings) ^ {f.name for f in fields(config_type)}
+        if unmatched:
+            names = ", ".join(sorted(map(str, unmatched)))
             raise ValueError(f"it is of another version of fivefold, which differs in: {names}")
         config_type(**settings)
+
+    # building the model must not allocate more than the file could fill
     sizes = {**saved["config"]["model"], "block_size": 0}
     largest = max(value for value in sizes.values() if type(value) is int)
     if largest > file_size or sizes["n_layer"] > len(saved["model"]):
         raise ValueError("its settings describe a larger model than it holds")
+
+    settings = {**saved["config"]["model"], **saved["config"]["run"]}
     for name in modules:
-        settings = {**saved["config"]["model"], **saved["config"]["run"]}
         check_own(settings[name], plugins[name][1])
     tokenizer_from_state(saved["tokenizer"])
 
 
 def get_weight(state, name, shape):
+    """Return a tensor of a state dict; raise ValueError if it is missing or of another shape."""
     if name not in state:
         raise ValueError(f"the checkpoint lacks the tensor {name}")
     tensor = state[name]
@@ -153,10 +152,10 @@ def get_weight(state, name, shape):
 
 
 def check_weights(model, state):
-    """Raise ValueError unless `state` has the tensors of a model, which may be on "meta" still.
+    """Raise ValueError unless the state dict has every tensor of the model, in the same shape.
 
-    So no memory is allocated for a model that the file does not hold. What reads the tensors of a
-    Hugging Face folder, one by one, has compared their shapes itself.
+    Call this while the model is on the meta device, before its memory is allocated. The lazy
+    state of a Hugging Face folder is not a dict; its shapes were checked when it was opened.
     """
     if isinstance(state, dict):
         for name, tensor in model.state_dict().items():
@@ -165,13 +164,13 @@ def check_weights(model, state):
 
 @torch.no_grad()
 def load_weights(model, state):
-    """Copy the tensors of `state` into the model, one at a time; a sharded model takes its part."""
+    """Copy a state dict into the model, one tensor at a time; a sharded model takes its shard."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(shard_like(tensor, get_weight(state, name, tensor.shape)))
 
 
 def merge_adapters(model, saved):
-    """Merge the adapters of a checkpoint into the weights, which are loaded already."""
+    """Load the adapters of a checkpoint, if it has any, and merge them into the model's weights."""
     spec = saved["config"]["run"].get("adapter")
     if spec:
         adapt, options = resolve(spec, "adapt")
@@ -186,12 +185,12 @@ def merge_adapters(model, saved):
 
 
 def check_unchanged(saved, configs, fingerprint, origin):
-    """Raise ValueError if the text, or a setting that is not adjustable, is not that of the run."""
+    """Raise ValueError if the data, or a setting that is not adjustable, differs from the run's."""
     before = {**saved["config"]["model"], **saved["config"]["run"]}
     for config in configs:
         for f in fields(config):
             value = getattr(config, f.name)
-            if value != before[f.name] and not f.metadata.get("adjustable"):
+            if value != before[f.name] and not f.metadata["adjustable"]:
                 flag = "--" + f.name.replace("_", "-")
                 raise ValueError(
                     f"{flag} is {value} here but {before[f.name]} in {shown(origin)}; leave it out"
@@ -205,30 +204,34 @@ def check_unchanged(saved, configs, fingerprint, origin):
 
 @torch.no_grad()
 def restore(model, optimizer, saved):
-    """Put back the weights and the optimizer's state of a run that continues.
+    """Restore the weights and the optimizer state of a run that is resumed.
 
-    Kernels of optimizers trust the shapes and strides of their state, so no tensor of the file is
-    handed to them. One step on gradients of zero makes the optimizer allocate its state, sharded
-    or not, and the saved values are copied into it. What does not fit, or is missing, is refused.
+    Optimizer kernels trust the shapes and strides of their state, so they never get a tensor of
+    the file. Instead, one step on zero gradients makes the optimizer allocate its own state, then
+    the saved values are copied into it. Raises ValueError for anything missing or of another shape.
     """
     if saved["step"] > 0:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
+        state = saved["optimizer"]
         try:
-            restore_state(optimizer, parameters, saved["optimizer"], saved["step"])
+            if set(state["state"]) != set(range(len(parameters))):
+                raise ValueError("the checkpoint lacks the optimizer's state of some parameters")
+            for i, p in enumerate(parameters):
+                if state["state"][i] != {}:  # otherwise it has never had a gradient
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            restore_state(optimizer, parameters, state, saved["step"])
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError("the checkpoint's optimizer state is malformed") from None
-    load_weights(model, saved["model"])  # last: that step may have decayed them
+    load_weights(model, saved["model"])  # last, since weight decay changed them in that step
 
 
 def restore_state(optimizer, parameters, state, step):
     """Copy the saved state of each parameter, and the numbers of each group, into the optimizer."""
-    if set(state["state"]) != set(range(len(parameters))):
-        raise ValueError("the checkpoint lacks the optimizer's state of some parameters")
     for i, p in enumerate(parameters):
+        if state["state"][i] == {}:
+            continue
         own = optimizer.state[p]
         own.update(copy_into(own, state["state"][i], f"state of parameter {i}"))
         count = float(own.get("step", step))
@@ -245,20 +248,17 @@ def restore_state(optimizer, parameters, state, step):
 
 
 def copy_into(own, saved, name):
-    """Return saved state of an optimizer in the form of its own, whose tensors take the values."""
+    """Copy saved optimizer state into the tensors of `own`, which has the same structure.
+
+    Returns `own` with its numbers and strings replaced. name: where this is in the state, for the
+    error. Raises ValueError where type, dtype, shape, keys or length differ.
+    """
+    if describe(saved) != describe(own):
+        raise ValueError(
+            f"the checkpoint's optimizer has {describe(saved)} as {name}, not {describe(own)}"
+        )
     if isinstance(own, torch.Tensor):
-        is_tensor = isinstance(saved, torch.Tensor)
-        if not is_tensor or saved.shape != own.shape or saved.dtype != own.dtype:
-            found = type(saved).__name__
-            if is_tensor:
-                found = f"{saved.dtype} of shape {tuple(saved.shape)}"
-            expected = f"{own.dtype} of shape {tuple(own.shape)}"
-            raise ValueError(f"the checkpoint's optimizer has {found} as {name}, not {expected}")
         return own.copy_(shard_like(own, saved))
-    if type(saved) is not type(own):
-        found = type(saved).__name__
-        expected = type(own).__name__
-        raise ValueError(f"the checkpoint's optimizer has {found} as {name}, not {expected}")
     if isinstance(own, dict):
         if saved.keys() != own.keys():
             keys = ", ".join(sorted(map(str, saved.keys() ^ own.keys())))
@@ -269,3 +269,10 @@ def copy_into(own, saved, name):
             raise ValueError(f"the checkpoint's optimizer has another length of {name}")
         return type(own)(copy_into(a, b, name) for a, b in zip(own, saved))
     return saved
+
+
+def describe(value):
+    """Return the type of a value, for a tensor its dtype and shape."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

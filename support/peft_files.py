@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from support.checkpoint import atomic_write, parse_json, read_user_file, write_json
+from support.files import atomic_write, parse_json, read_user_file, write_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

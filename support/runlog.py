@@ -1,4 +1,4 @@
-"""The files that a run leaves: checkpoint, settings and result, log, and a plot of the log."""
+"""The files of a run: checkpoint, settings and result, log, and a plot of the losses."""
 
 import math
 import os
@@ -11,10 +11,10 @@ from support.files import atomic_write, name_write_errors, read_user_file, shown
 
 
 class RunLog:
-    """The files of a run: ckpt.pt, config.json, log.csv with a row per step, loss.png.
+    """Write the files of a run: ckpt.pt, config.json, log.csv with a row per step, loss.png.
 
-    Opened at step n > 0 it drops the rows after n, which an interrupted run wrote past its
-    last checkpoint, and damaged ones. Only rank 0 writes.
+    When a run is resumed at step n, rows after n, written after its last checkpoint, are dropped,
+    and so are damaged rows. Only rank 0 writes.
     """
 
     columns = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
@@ -28,15 +28,15 @@ class RunLog:
         self.record = {"command": " ".join(sys.argv), **settings, "machine": machine}
         if rank() > 0:
             return
+        lines = [self.columns, *(row.values() for row in self.read_rows(step))]
         with atomic_write(self.path) as file:
-            for row in (self.columns, *self.read_rows(step)):
-                file.write((",".join(row) + "\n").encode())
-        with name_write_errors(self.path):  # unbuffered: close() has nothing left to write
+            file.writelines((",".join(line) + "\n").encode() for line in lines)
+        with name_write_errors(self.path):  # unbuffered, so that each row is written at once
             self.file = open(self.path, "ab", buffering=0)
         write_json(folder / "config.json", self.record)
 
     def read_rows(self, last_step):
-        """Return the rows up to last_step, each a list of texts, without those that are damaged."""
+        """Return the undamaged rows up to last_step, as {column: text}."""
         try:
             data = read_user_file(self.path)
         except ValueError:
@@ -44,16 +44,18 @@ class RunLog:
         rows = []
         previous_step = 0
         for line in data.splitlines():
-            row = line.decode(errors="replace").split(",")
+            values = line.decode(errors="replace").split(",")
+            if len(values) != len(self.columns):
+                continue
+            is_evaluated = values[4:] != ["", ""]  # then it has both val_loss and val_bpb
             try:
-                step = int(row[0])
-                for value in row[1:4] + [value for value in row[4:] if value]:
+                step = int(values[0])
+                for value in values[1:] if is_evaluated else values[1:4]:
                     float(value)
             except ValueError:
                 continue
-            is_whole = len(row) == len(self.columns) and (row[4] == "") == (row[5] == "")
-            if is_whole and previous_step < step <= last_step:
-                rows.append(row)
+            if previous_step < step <= last_step:
+                rows.append(dict(zip(self.columns, values)))
                 previous_step = step
         return rows
 
@@ -74,7 +76,7 @@ class RunLog:
             self.file.write(line.encode())
 
     def save(self, model, optimizer, step):
-        """Write the checkpoint, after the log up to this step."""
+        """Write the checkpoint, once the log up to this step is on the disk."""
         if rank() == 0:
             with name_write_errors(self.path):
                 os.fsync(self.file.fileno())
@@ -82,7 +84,7 @@ class RunLog:
         checkpoint.save(self.folder, model, optimizer, data=self.text.fingerprint, **state)
 
     def finish(self, result):
-        """Write the result and the plot, and say how to go on."""
+        """Write the result and the plot, and print the command that comes next."""
         if rank() > 0:
             return
         self.file.close()
@@ -96,22 +98,22 @@ class RunLog:
             print0(f"done; see what it writes with: python sample.py --init {shown(self.folder)}")
 
     def plot(self):
-        """Draw the training loss and the held-out loss in bits per byte."""
+        """Plot the training loss and the held-out loss in bits per byte."""
         from matplotlib.figure import Figure
 
         rows = self.read_rows(self.settings["run"]["steps"])
-        evaluated = [row for row in rows if row[5]]
-        steps = [int(row[0]) for row in rows]
-        losses = [float(row[2]) * self.text.bits_per_byte for row in rows]
-        val_steps = [int(row[0]) for row in evaluated]
-        val_bpb = [float(row[5]) for row in evaluated]
+        evaluated = [row for row in rows if row["val_bpb"]]
+        steps = [int(row["step"]) for row in rows]
+        losses = [float(row["loss"]) * self.text.bits_per_byte for row in rows]
+        val_steps = [int(row["step"]) for row in evaluated]
+        val_losses = [float(row["val_bpb"]) for row in evaluated]
 
         figure = Figure((7, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(steps, losses, lw=0.5, label="training batch")
-        axes.plot(val_steps, val_bpb, "o-", ms=4, label="held out")
+        axes.plot(val_steps, val_losses, "o-", ms=4, label="held out")
         axes.set(xlabel="step", ylabel="bits per byte")
-        axes.set_title(shown(self.folder.name), parse_math=False)  # a "$" is no formula
+        axes.set_title(shown(self.folder.name), parse_math=False)  # the name may contain "$"
         axes.grid(alpha=0.3)
         axes.legend()
         with atomic_write(self.folder / "loss.png") as file:

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, tiktoken's published encodings by name, and .tiktoken files by path."""
+"""Tokenizers: bytes, a published tiktoken encoding by name, or a .tiktoken file by path."""
 
 import base64
 import os
@@ -12,7 +12,7 @@ import tiktoken
 
 from support.files import read_user_file
 
-# How a text is split into words, which BPE then merges one by one
+# Patterns that split a text into words; BPE then merges the bytes of each word
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
@@ -32,21 +32,22 @@ CL100K_SPECIAL = {
     "<|fim_suffix|>": 100260,
     "<|endofprompt|>": 100276,
 }
-# A .tiktoken file holds the merges only. Name of the file: merges, split pattern, special tokens
+# What a .tiktoken file, which holds only the merges, does not say.
+# Name of the file: number of merges, split pattern, special tokens
 PUBLISHED = {
     "r50k_base": (50256, GPT2_SPLIT, {"<|endoftext|>": 50256}),
     "p50k_base": (50280, GPT2_SPLIT, {"<|endoftext|>": 50256}),
     "cl100k_base": (100256, CL100K_SPLIT, CL100K_SPECIAL),
     "o200k_base": (199998, O200K_SPLIT, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
-SAME_AS = {"gpt2": "r50k_base"}  # one vocabulary, and only the latter is published as .tiktoken
+SAME_AS = {"gpt2": "r50k_base"}  # the same vocabulary; only r50k_base is published as a file
 
 DOWNLOAD_SECONDS = 60
-LONGEST_BLANK = 400_000  # white space in a row; tiktoken panics at about a million characters
+LONGEST_BLANK = 400_000  # longest run of white space: tiktoken panics at about a million
 
 
 def valid_text(text):
-    """Return text with lone surrogates, which no encoding can represent, replaced by U+FFFD."""
+    """Replace lone surrogates, which UTF-8 cannot represent, by U+FFFD."""
     try:
         text.encode()
         return text
@@ -55,7 +56,7 @@ def valid_text(text):
 
 
 def cut_long_blanks(text):
-    """Split text inside white space that is too long for tiktoken; nearly always [text]."""
+    """Split text inside runs of white space that are too long for tiktoken. Usually [text]."""
     pieces = []
     start = 0
     for blank in re.finditer(rf"(?<!\s)\s{{{LONGEST_BLANK},}}", text):
@@ -66,7 +67,7 @@ def cut_long_blanks(text):
 
 
 class ByteTokenizer:
-    """Bytes as tokens, with tiktoken's methods; 0, which no text contains, ends a document."""
+    """Each byte is a token. Token 0, a byte that no text contains, ends a document."""
 
     name = "byte"
     n_vocab = 256
@@ -82,16 +83,16 @@ class ByteTokenizer:
 class BPETokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, made safe for any vocabulary, any text and any ids.
 
-    ranks: {token: id}, the lower the earlier it is merged. eot_token ends a document; None: <|endoftext|>,
-    if there is one.
+    ranks: {token as bytes: id}; lower ids are merged first. eot_token: id that ends a document, by
+    default that of <|endoftext|>, or None if the vocabulary lacks it.
     """
 
-    eot_token = None  # the property of the base class raises KeyError where there is none
+    eot_token = None  # the base class has a property, which raises KeyError if there is none
 
     def __init__(self, name, pat_str, ranks, special_tokens, eot_token=None):
         ids = [*ranks.values(), *special_tokens.values()]
         if not all(type(i) is int and 0 <= i < 2**24 for i in ids):
-            raise ValueError(f"the tokenizer {name} has ids that are no integers from 0 to 2^24")
+            raise ValueError(f"the tokenizer {name} has ids that are not integers from 0 to 2^24")
         if len(set(ids)) < len(ids):
             raise ValueError(f"the tokenizer {name} gives one id to two tokens")
         self.eot_token = special_tokens.get("<|endoftext|>") if eot_token is None else eot_token
@@ -99,8 +100,8 @@ class BPETokenizer(tiktoken.Encoding):
             super().__init__(
                 name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
             )
-        except ValueError:  # a regular expression that does not compile
-            raise ValueError(f"the tokenizer {name} has a split pattern that is none") from None
+        except ValueError:  # the regular expression does not compile
+            raise ValueError(f"the tokenizer {name} has an invalid split pattern") from None
 
     def encode_ordinary(self, text):
         ids = []
@@ -109,7 +110,7 @@ class BPETokenizer(tiktoken.Encoding):
         return ids
 
     def decode_bytes(self, ids):
-        """Return the bytes of the tokens; ids that the vocabulary skips stand for nothing."""
+        """Return the bytes of the tokens; ids that are not in the vocabulary are skipped."""
         with suppress(KeyError):
             return super().decode_bytes(ids)
         pieces = []
@@ -123,9 +124,9 @@ class BPETokenizer(tiktoken.Encoding):
 
 
 def get_tokenizer(name, saved=None):
-    """Return the tokenizer: byte, the name of a tiktoken encoding, or the path of a .tiktoken file.
+    """Return the tokenizer called `name`, or that of a checkpoint if `saved` is given.
 
-    saved: the checkpoint whose tokenizer to take instead.
+    name: byte, a tiktoken encoding (gpt2, cl100k_base, ...), or the path of a .tiktoken file.
     """
     if saved is not None:
         return tokenizer_from_state(saved["tokenizer"])
@@ -142,14 +143,14 @@ def get_tokenizer(name, saved=None):
 def published_tokenizer(name):
     """Return one of tiktoken's encodings, from its cache or the network.
 
-    tiktoken's download knows no time-out, so it gets a thread, which is given up after a minute.
+    tiktoken's download has no time-out, so it runs in a thread that is abandoned after a minute.
     """
     found = []
 
     def fetch():
         try:
             found.append(tiktoken.get_encoding(SAME_AS.get(name, name)))
-        except (OSError, ValueError):  # no network, or not what was published
+        except (OSError, ValueError):  # no network, or the checksum does not match
             pass
 
     thread = threading.Thread(target=fetch, daemon=True)
@@ -167,10 +168,10 @@ def published_tokenizer(name):
 
 
 def tokenizer_from_file(path):
-    """Return the tokenizer of a .tiktoken file: on each line a token in base64 and its rank.
+    """Return the tokenizer of a .tiktoken file, whose lines are a token in base64 and its rank.
 
-    A file does not say how text is split into words. One with the name of a published encoding
-    (cl100k_base.tiktoken) is taken to be that one, any other is split as GPT-2 splits.
+    The file does not say how text is split into words. If it has the name of a published encoding
+    (cl100k_base.tiktoken), text is split as that one does, otherwise as GPT-2 does.
     """
     ranks = {}
     for number, line in enumerate(read_user_file(path).splitlines(), 1):
@@ -185,7 +186,7 @@ def tokenizer_from_file(path):
                 f"{path} is not a .tiktoken file: line {number} is not a base64 token and its rank"
             ) from None
         if token in ranks:
-            raise ValueError(f"{path}, line {number}: the token {token!r} is there already")
+            raise ValueError(f"{path}, line {number}: the token {token!r} appears twice")
         ranks[token] = token_rank
     check_bytes(ranks, path)
 
@@ -201,7 +202,7 @@ def tokenizer_from_file(path):
 
 
 def check_bytes(ranks, path):
-    """Raise ValueError if a byte has no token, so that some texts could not be encoded."""
+    """Raise ValueError if a byte has no token: then some texts could not be encoded."""
     for b in range(256):
         if bytes([b]) not in ranks:
             raise ValueError(f"{path} is not a whole .tiktoken file: no token is the byte {b}")
@@ -209,7 +210,7 @@ def check_bytes(ranks, path):
 
 def tokenizer_state(tokenizer):
     """Return the tokenizer as plain data, so that a checkpoint needs no other file."""
-    if hasattr(tokenizer, "state"):  # of a Hugging Face folder
+    if hasattr(tokenizer, "state"):  # the tokenizer of a Hugging Face folder
         return tokenizer.state
     if isinstance(tokenizer, ByteTokenizer):
         return {"name": "byte"}
@@ -225,7 +226,7 @@ def tokenizer_state(tokenizer):
 
 
 def tokenizer_from_state(state):
-    """Return the tokenizer that tokenizer_state described; state comes from a stranger's file."""
+    """Return the tokenizer from tokenizer_state. The state may come from a stranger's file."""
     try:
         if state["name"] == "byte" and len(state) == 1:
             return ByteTokenizer()

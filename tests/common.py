@@ -1,5 +1,7 @@
-"""What several test files share: tolerances, tiny models, refused commands."""
+"""What several test files share: tolerances, tiny models, refused commands, scripts."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -57,7 +59,7 @@ def is_equal(a, b):
 
 
 def refused(argv, *parts, main=train.main):
-    """The call raises ValueError with one sentence that has all the parts."""
+    """Assert that main(argv) raises ValueError with one line that has all the parts; return it."""
     with pytest.raises(ValueError) as caught:
         main(argv)
     message = str(caught.value)
@@ -67,8 +69,79 @@ def refused(argv, *parts, main=train.main):
     return message
 
 
+def fails(function, *arguments, parts=()):
+    """Assert that the call raises ValueError with one printable line that has all the parts."""
+    message = refused(arguments, *parts, main=lambda arguments: function(*arguments))
+    assert message.isprintable(), ascii(message)
+    return message
+
+
+@contextlib.contextmanager
+def without_rights():
+    """Drop root's rights in this block, so that file permissions count if root runs the tests."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.chmod(".", 0o755)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
 def run_script(script, *argv, env=None, **options):
-    """Run a script of the repository in a process of its own, in the present folder."""
+    """Run a script of the repository in its own process, in the current folder."""
     command = [sys.executable, str(REPOSITORY / script), *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
+FORKS = """
+import contextlib, json, os, sys, tempfile, traceback
+import numpy, safetensors, tiktoken, torch, torch.distributed.tensor, tqdm
+with contextlib.suppress(ModuleNotFoundError):
+    import triton
+
+outcomes = []
+for source in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            status = 0
+            try:
+                exec(source, {"__name__": "__main__"})
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        output.seek(0)
+        outcomes.append([status, output.read().decode()])
+print(json.dumps(outcomes))
+"""
+
+
+def run_forked(sources, env=None, **options):
+    """Run each Python source in a fork of one process that has imported torch already.
+
+    As good as a process for each, but importing torch takes seconds. Returns a list of (exit
+    status, stdout and stderr).
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        input=json.dumps(sources),
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

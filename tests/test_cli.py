@@ -1,4 +1,4 @@
-"""support/cli.py: flags, plug-in specs, exit status, signals, output that is lost."""
+"""support/cli.py: flags, exit status, signals, output that is lost."""
 
 import os
 import signal
@@ -101,102 +101,6 @@ def test_help_fits_80_columns(monkeypatch, capsys):
     assert "100% free" in capsys.readouterr().out
 
 
-# -- plug-ins --------------------------------------------------------------------------------------
-
-MINE = """
-import torch
-import train
-
-number = 3
-
-def attention(q, k, v, *, sharp: float = 1.0, reach: int = 7, kind="a", soft=True, table=None):
-    '''Softmax with a factor.'''
-    return train.softmax_attention(q * sharp, k, v)
-
-attention.windows = {"k": "reach", "v": "reach"}
-
-def optimizer(groups, lr, *, nesterov=False, momentum=0.5):
-    if momentum > 1:
-        raise ValueError("momentum is above 1")
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
-"""
-
-
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """A reader's own module, mine.py, on the path."""
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    yield
-    sys.modules.pop("mine", None)
-
-
-def test_spec_gives_a_function_and_all_its_options(mine):
-    function, options = cli.resolve("mine:sharp=2:soft=false:kind=b", "attention")
-    assert function.__doc__ == "Softmax with a factor."
-    assert options == {"sharp": 2.0, "reach": 7, "kind": "b", "soft": False}
-    assert cli.signature(function)[0] == ["q", "k", "v"]
-    builtin = {"softmax": train.softmax_attention}
-    assert cli.resolve("softmax", "attention", builtin) == (train.softmax_attention, {})
-
-
-@pytest.mark.parametrize(
-    "spec, parts",
-    [
-        ("mine:blunt=1", ["no option 'blunt'", "sharp=1.0, reach=7, kind=a, soft=True"]),
-        ("mine:sharp", ["option=value", "'sharp'"]),
-        ("mine:sharp=", ["option=value"]),
-        ("mine:sharp=1:sharp=2", ["sharp twice"]),
-        ("mine:sharp=x", ["mine:sharp is 'x', not of type float"]),
-        ("mine:reach=1.5", ["not of type int"]),
-        ("mine:soft=maybe", ["true or false"]),
-        ("mine:table=3", ["no option 'table'"]),
-        ("softmax:x=1", ["no option 'x'", "none"]),
-        ("nix", ["no attention 'nix'", "softmax", "function attention"]),
-        ("os", ["no attention 'os'"]),
-        ("os.path", ["no attention 'os.path'"]),
-        ("", ["no attention ''"]),
-    ],
-)
-def test_specs_that_are_wrong_teach_what_is_right(mine, spec, parts):
-    with pytest.raises(ValueError) as error:
-        cli.resolve(spec, "attention", {"softmax": train.softmax_attention})
-    for part in parts:
-        assert part in str(error.value)
-    with pytest.raises(ValueError, match="there is no number 'mine'"):
-        cli.resolve("mine", "number")
-
-
-def test_errors_in_a_readers_module_are_not_hidden(tmp_path, monkeypatch):
-    (tmp_path / "broken_module.py").write_text("import no_such_module_here")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
-        cli.resolve("broken_module", "attention")
-
-
-def test_help_of_a_module(mine, capsys):
-    for argv in (["--attn", "mine:help"], ["--attn", "softmax,mine:help"]):
-        with pytest.raises(SystemExit) as end:
-            train.main(argv)
-        words = capsys.readouterr().out
-        assert end.value.code == 0
-        assert "  sharp=1.0\n  reach=7\n" in words and "Softmax with a factor." in words
-    with pytest.raises(SystemExit):
-        train.main(["--optim", "adamw:help"])
-    assert "beta2=0.95" in capsys.readouterr().out
-    refused(["--optim", "nix:help"], "no optimizer 'nix'")
-
-
-def test_checkpoints_name_modules_of_this_repository_alone():
-    builtin = {"softmax": None}
-    cli.check_own("softmax,laser,simplicial:w1=2", builtin)
-    cli.check_own("", builtin)
-    for specs in ("os", "softmax,mine:x=1", "conftest", "tests.common"):
-        with pytest.raises(ValueError, match="not part of this repository"):
-            cli.check_own(specs, builtin)
-
-
 # -- how scripts end -------------------------------------------------------------------------------
 
 
@@ -289,30 +193,32 @@ def test_signals_during_the_imports_end_in_a_line(tmp_path, signum):
 # -- output that is lost ---------------------------------------------------------------------------
 
 FLAGS = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --batch-size 4 --eval-batches 1"
-FLAGS = [*FLAGS.split(), *"--sample 0 --device cpu --data text.txt --out run".split()]
+FLAGS = f"{FLAGS} --eval-every 1 --sample 0 --device cpu --data text.txt --out run".split()
 
 
 def test_output_that_cannot_be_written_ends_no_run(tiny):
-    command = ["sh", "-c", 'exec "$@" >/dev/full 2>&-', "sh", sys.executable]
-    command += [str(REPOSITORY / "train.py"), *FLAGS, "--steps", "3", "--eval-every", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, env=environment, timeout=100).returncode == 0
-    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 3
-
-
-def test_a_reader_that_goes_away_ends_no_run(tiny):
-    read, write = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py"), *FLAGS, "--steps", "30"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=write,
-        stderr=write,
-    )
-    os.close(write)
-    os.read(read, 1)  # like head -c 1
-    os.close(read)
+    """The reader of stdout goes away, and stderr is a full disk."""
+    read_end, write_end = os.pipe()
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "train.py"), *FLAGS, "--steps", "8"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=write_end,
+            stderr=full,
+        )
+    os.close(write_end)
+    os.read(read_end, 1)  # like head -c 1
+    os.close(read_end)
     assert process.wait(100) == 0
-    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 30
+    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 8
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_the_caller_has_closed(name, own_signals, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(lambda: print("a line") or fail(ValueError("no")))
+    assert end.value.code == 2
 
 
 @pytest.mark.parametrize("rank, message", [("0", "x.py: no\n"), ("1", "x.py: process 1: no\n")])

@@ -56,12 +56,12 @@ def test_dtype(monkeypatch):
 @pytest.mark.parametrize(
     "asked, device, has_triton, expected",
     [
-        (None, CUDA, True, (True, "it pays on CUDA")),
+        (None, CUDA, True, (True, "faster on CUDA")),
         (None, CUDA, False, (False, "Triton is missing here: pip install triton")),
-        (None, CPU, True, (False, "it pays on CUDA alone")),
-        (True, CPU, False, (True, "as asked")),
-        (True, CUDA, True, (True, "as asked")),
-        (False, CUDA, False, (False, "as asked")),
+        (None, CPU, True, (False, "faster only on CUDA")),
+        (True, CPU, False, (True, "set by flag")),
+        (True, CUDA, True, (True, "set by flag")),
+        (False, CUDA, False, (False, "set by flag")),
     ],
 )
 def test_compilation_on_a_gpu_needs_triton(asked, device, has_triton, expected, monkeypatch):
@@ -204,14 +204,14 @@ def main():
 cli.run_main(main)
 """
 
-# a signal to one of two processes, in an evaluation
-TOLD = """
+# a signal to one of two processes, in its first evaluation
+SIGNALLED = """
 import os, signal, torch, train
-told = False
+is_signalled = False
 def attention(q, k, v):
-    global told
-    if os.environ["RANK"] == "1" and not torch.is_grad_enabled() and not told:
-        told = True
+    global is_signalled
+    if os.environ["RANK"] == "1" and not torch.is_grad_enabled() and not is_signalled:
+        is_signalled = True
         signal.raise_signal(signal.SIGTERM)
     return train.softmax_attention(q, k, v)
 """
@@ -243,7 +243,7 @@ def test_two_processes_equal_one(tiny, monkeypatch):
         answer = " even" if n % 2 == 0 else " an odd one"
         lines.append(json.dumps({"prompt": f"{n} is", "answer": answer}))
     Path("x.jsonl").write_text("\n".join(lines))
-    Path("told.py").write_text(TOLD)
+    Path("signalled.py").write_text(SIGNALLED)
     Path("script.py").write_text(SCRIPT)
     flags = [*tiny, "--steps", "12", "--eval-every", "6", "--sample", "0", "--lr", "1e-4"]
     answers = [*flags, "--data", "x.jsonl", "--optim", "adamw:eps=1e-4"]
@@ -253,10 +253,15 @@ def test_two_processes_equal_one(tiny, monkeypatch):
         [*answers, "--out", "out/answers-ddp", "--micro-batch", "1"],
         [*flags, "--out", "out/fsdp", "--fsdp", "--stop-after", "6"],
         [*resume, "--fsdp", "--stop-after", "3"],
-        [*flags, "--out", "out/told", "--attn", "told", "--eval-every", "5"],
+        [*flags, "--out", "out/signalled", "--attn", "signalled", "--eval-every", "5"],
+        [*flags, "--batch-size", "3"],
     ]
     done = torchrun("script.py", json.dumps(commands))
-    assert done.returncode == 0, done.stderr[:3000]
+
+    # bad flags, the last command, are answered once
+    assert done.returncode != 0
+    assert done.stderr.count("script.py: --batch-size 3 does not divide") == 1, done.stderr[:3000]
+    assert "process 1: " not in done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("out/ddp: steps 1 to 12") == 1
     train.main(resume)  # the last three steps in one process
     train.main([*flags, "--out", "out/one"])
@@ -275,13 +280,6 @@ def test_two_processes_equal_one(tiny, monkeypatch):
         assert len(read_losses(two)) == 12
         assert np.allclose(read_losses(one), read_losses(two), rtol=1e-5, equal_nan=True)
 
-    # both processes stopped after the step that told them, and saved
-    assert torch.load("out/told/ckpt.pt", weights_only=True)["step"] == 6
-    assert "--resume out/told" in done.stdout
-
-
-def test_bad_flags_under_torchrun_are_answered_once(tiny):
-    done = torchrun(str(REPOSITORY / "train.py"), *tiny, "--batch-size", "3")
-    assert done.returncode != 0
-    assert done.stderr.count("train.py: --batch-size 3 does not divide") == 1
-    assert "process 1: " not in done.stderr
+    # both processes stopped after the step in which they learned of the signal, and saved
+    assert torch.load("out/signalled/ckpt.pt", weights_only=True)["step"] == 6
+    assert "--resume out/signalled" in done.stdout

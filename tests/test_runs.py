@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from support.files import LOCK, claim_folder
+from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
 from tests.common import REPOSITORY, is_equal, refused, run_script
 

@@ -95,7 +95,7 @@ def test_a_file_with_a_published_name_is_that_encoding(name, monkeypatch, tmp_pa
 
 
 def test_published_names(tmp_path, monkeypatch):
-    """gpt2 is r50k_base, whose file is a .tiktoken; a name of the list beats a file of that name."""
+    """gpt2 is r50k_base, whose file is a .tiktoken; a published name beats a file of that name."""
     asked = []
 
     def get_encoding(name):
@@ -168,9 +168,9 @@ def test_bad_tiktoken_files(case, tmp_path):
     "extra,part",
     [
         ("YWJj 5\n", "one id to two tokens"),
-        ("YWJj -1\n", "no integers from 0"),
-        ("YWJj 99999999999\n", "no integers from 0"),
-        ("YQ== 300\n", "line 267: the token b'a' is there already"),
+        ("YWJj -1\n", "not integers from 0"),
+        ("YWJj 99999999999\n", "not integers from 0"),
+        ("YQ== 300\n", "line 267: the token b'a' appears twice"),
     ],
 )
 def test_bad_ranks(extra, part, tmp_path):

@@ -138,9 +138,9 @@ def test_messages(tiny, capsys, monkeypatch):
     words = capsys.readouterr().out
     assert result["out"] == "out/tiny-softmax"
     lines = {line[:9].strip(): line[9:] for line in words.splitlines()}
-    assert "cpu: " in lines["device"] and "(as asked)" in lines["device"]
-    assert lines["dtype"] == "fp32 (bf16 is for GPUs that have it)"
-    assert lines["compile"] == "off (it pays on CUDA alone)"
+    assert "cpu: " in lines["device"] and "(set by flag)" in lines["device"]
+    assert lines["dtype"] == "fp32 (bf16 needs a recent GPU)"
+    assert lines["compile"] == "off (faster only on CUDA)"
     assert "text.txt" in lines["data"] and "(tiny)" in lines["model"]
     assert "2 layers of width 32, 2 heads, context 16, softmax attention, adamw" in lines["model"]
     assert lines["run"] == "out/tiny-softmax: steps 1 to 2 of 2" and "5 tokens" in words
@@ -148,7 +148,9 @@ def test_messages(tiny, capsys, monkeypatch):
         [*tiny, "--steps", "2", "--sample", "0", "--dtype", "bf16", "--attn", "softmax,laser"]
     )
     words = capsys.readouterr().out
-    assert "bf16 (as asked)" in words and "tokens" not in words.split("run ")[1].split("/token")[0]
+    assert (
+        "bf16 (set by flag)" in words and "tokens" not in words.split("run ")[1].split("/token")[0]
+    )
     assert Path("out/tiny-softmax-laser/ckpt.pt").exists()
 
 
@@ -216,7 +218,7 @@ def merge(model):
 def test_adapters_train_resume_and_merge(short, tmp_path, monkeypatch, capsys):
     Path("deltas.py").write_text(ADAPTER)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("support.cli.own_modules", lambda: ["deltas"])
+    monkeypatch.setattr("support.plugins.own_modules", lambda: ["deltas"])
     base = train.main([*short, "--steps", "10", "--out", "out/base"])
     flags = ["--init", "out/base", "--adapter", "deltas:std=0.01", *short, "--steps", "10"]
     flags = [flag for flag in flags if flag]

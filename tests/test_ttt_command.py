@@ -11,7 +11,7 @@ import torch
 
 import train
 import ttt_context
-from support import checkpoint, tokenizer
+from support import run_folder, tokenizer
 from tests.common import REPOSITORY, refused
 from tests.hf import edit_json, hf  # noqa: F401
 
@@ -52,7 +52,7 @@ def test_command(tiny, capsys, monkeypatch):
     assert list(saved) == ["layers.0.self_attn.q_proj.weight"]
 
     # the saved weights are the trained ones
-    model, _ = train.load_model(checkpoint.find_run("newest"))
+    model, _ = train.load_model(run_folder.find_run("newest"))
     (weight,) = saved.values()
     original = model.layers[0].self_attn.q_proj.weight.detach()
     assert weight.shape == (32, 32)

@@ -1,0 +1,116 @@
+"""Plug-ins: a spec such as simplicial:w1=128:w2=16 becomes a function and its options.
+
+--attn, --optim and --adapter name modules this way: files of this repository or of the reader's.
+"""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def parse_spec(spec):
+    """Split the spec NAME:option=value:option=value into NAME and {option: text}."""
+    name, *parts = spec.split(":")
+    options = {}
+    for part in parts:
+        key, equals, text = part.partition("=")
+        if not (key and equals and text):
+            raise ValueError(f"{spec!r}: an option is written option=value, not {part!r}")
+        if key in options:
+            raise ValueError(f"{spec!r} gives the option {key} twice")
+        options[key] = text
+    return name, options
+
+
+def own_modules():
+    """Return the names of the modules at the top of this repository."""
+    return [path.stem for path in REPOSITORY.glob("*.py")]
+
+
+def check_own(specs, builtin):
+    """Check comma-separated specs from a checkpoint, which must not import a stranger's module.
+
+    Raises ValueError if one names neither a built-in nor a module of this repository.
+    """
+    for spec in filter(None, specs.split(",")):
+        name = parse_spec(spec)[0]
+        if name not in builtin and name not in own_modules():
+            raise ValueError(
+                f"the checkpoint asks for the module {name!r}, which is not part of this "
+                f"repository; name it with a flag to allow it"
+            )
+
+
+def find_plugin(name, function_name, builtin):
+    """Return the built-in called `name`, or else function_name from the module called `name`."""
+    if name in builtin:
+        return builtin[name]
+    known = "".join(f"{known}, or " for known in builtin)
+    error = (
+        f"there is no {function_name} {name!r}; give {known}the name of a module, beside "
+        f"train.py or on PYTHONPATH, that has a function {function_name}"
+    )
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ValueError(error)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name != name:  # the module exists, but one of its own imports failed
+            raise
+        raise ValueError(error) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(error)
+    return function
+
+
+def resolve(spec, function_name, builtin=None):
+    """Return the function that a plug-in spec names, and all its options, defaults included."""
+    name, given = parse_spec(spec)
+    function = find_plugin(name, function_name, builtin or {})
+    options = signature(function)[1]
+    for key, text in given.items():
+        if key not in options:
+            known = ", ".join(f"{k}={v}" for k, v in options.items()) or "none"
+            raise ValueError(f"{name} has no option {key!r}; its options are: {known}")
+        options[key] = parse_value(text, type(options[key]), f"{name}:{key}")
+    return function, options
+
+
+def parse_value(text, value_type, what):
+    """Convert the text of an option to the type of its default."""
+    try:
+        if value_type is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return value_type(text)
+    except KeyError:
+        raise ValueError(f"{what} is {text!r}; give true or false") from None
+    except ValueError:
+        raise ValueError(f"{what} is {text!r}, not of type {value_type.__name__}") from None
+
+
+def signature(function):
+    """Return the positional parameters of a plug-in, and {keyword option: default}."""
+    inputs = []
+    options = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            inputs.append(parameter.name)
+        elif isinstance(parameter.default, (bool, int, float, str)):
+            options[parameter.name] = parameter.default
+    return inputs, options
+
+
+def print_options(spec, function_name, builtin):
+    """Print the options of a plug-in and its docstring, for a spec NAME:help."""
+    name = spec.removesuffix(":help")
+    function, options = resolve(name, function_name, builtin)
+    print(f"{name}: {'these options and defaults' if options else 'no options'}")
+    for key, value in options.items():
+        print(f"  {key}={value}")
+    print(f"\n{inspect.getdoc(function) or ''}".rstrip())

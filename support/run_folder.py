@@ -1,0 +1,180 @@
+"""The folder of a run: found by name or age, and locked so that it holds one run at a time."""
+
+import os
+import re
+import socket
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from support.distributed import broadcast_object, rank
+from support.files import get_stat, is_file, remove_stale_temp_files, shown
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: nothing stops two runs with the same --out there
+    fcntl = None
+
+RUN_FILES = ("ckpt.pt", "config.json", "log.csv", "loss.png")
+LOCK = ".ckpt.pt.lock"
+
+
+def find_run(name, resume=False):
+    """Return the folder called `name`, or for "newest" the run under out/ with the newest ckpt.pt.
+
+    It must hold a run or, unless resume is true, a Hugging Face model. Returns None for "" or None.
+    """
+    if not name:
+        return None
+    if name == "newest":
+        return find_newest_run()
+    if is_file(Path(name, "ckpt.pt")) or (not resume and is_file(Path(name, "config.json"))):
+        return Path(name)
+    missing = shown(Path(name, "ckpt.pt"))
+    raise ValueError(f"{shown(name)} holds no run: there is no {missing}")
+
+
+def find_newest_run():
+    saved_at = {}
+    with suppress(OSError):
+        for folder in sorted(Path("out").iterdir()):
+            with suppress(OSError):  # no checkpoint yet, or just deleted
+                saved_at[folder] = (folder / "ckpt.pt").stat().st_mtime_ns
+    if not saved_at:
+        raise ValueError("there is no run under out/ yet; python train.py makes one")
+    return max(saved_at, key=saved_at.get)
+
+
+@contextmanager
+def claim_folder(out, name, origin=None):
+    """Lock the folder of a run and yield its path; it is unlocked when the block ends.
+
+    origin: the folder of the run to resume. Otherwise this is a new run, in `out` or, if that is
+    empty, in the first free one of out/NAME, out/NAME-2, ... Rank 0 locks it for all ranks. A new
+    folder that is still empty at the end is removed. Raises ValueError if another process has
+    locked the folder, or if it contains files that the run would overwrite.
+    """
+    folder = None
+    error = None
+    is_new = False
+    lock = None
+    if rank() == 0:
+        try:
+            if origin:
+                folder = origin
+            else:
+                folder, is_new = make_folder(out, name)
+            lock = lock_folder(folder)
+            if not origin:
+                check_free(folder)
+            remove_stale_temp_files(folder, RUN_FILES)
+        except ValueError as caught:
+            error = str(caught)
+            unlock_folder(folder, lock, is_new)
+    folder, error = broadcast_object((folder, error))  # so that all ranks fail alike
+    if error:
+        raise ValueError(error)
+    try:
+        yield folder
+    finally:
+        if rank() == 0:
+            unlock_folder(folder, lock, is_new)
+
+
+def make_folder(out, name):
+    """Create the folder of a new run; return it and whether it did not exist before."""
+    root = Path(out or "out")
+    try:
+        is_new = not root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+        if out:
+            return root, is_new
+        name = re.sub(r"[^\w.]+", "-", name)[:60].strip("-.")  # no : or , of plug-in specs
+        number = 1
+        while True:
+            folder = root / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()  # atomic: two runs that start together get different folders
+                return folder, True
+            except FileExistsError:
+                number += 1
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no folder can have that name"
+        raise ValueError(
+            f"cannot write in {shown(root)} ({reason}); give --out another folder"
+        ) from None
+
+
+def check_free(folder):
+    """Raise ValueError if a new run in this folder would overwrite a file."""
+    if os.path.lexists(folder / "ckpt.pt"):
+        path = shown(folder)
+        raise ValueError(f"{path} already holds a run; continue it with --resume {path}")
+    for name in RUN_FILES:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{shown(folder / name)} would be overwritten; give --out a new folder, or move "
+                f"that file away"
+            )
+
+
+def lock_folder(folder):
+    """Lock the folder for this process and return the open lock file.
+
+    The system drops the lock when the process ends, even by kill -9. Raises ValueError if another
+    process has locked it.
+    """
+    path = folder / LOCK
+    while True:
+        try:
+            lock = open(path, "a+")
+        except OSError as error:
+            raise ValueError(f"cannot write in {shown(folder)} ({error.strerror})") from None
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read(200) or "another process"
+            lock.close()
+            raise ValueError(
+                f"{shown(folder)} is in use by {shown(holder)}; wait for its end or stop it first"
+            ) from None
+        except OSError as error:
+            warnings.warn(f"{shown(folder)} cannot be locked ({error.strerror}): use it only once")
+
+        # try again if a run that has just ended deleted the file between our open and flock
+        info = get_stat(path)
+        if info is not None and os.path.samestat(info, os.fstat(lock.fileno())):
+            break
+        lock.close()
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def unlock_folder(folder, lock, is_new):
+    """Unlock a folder, and remove it if it is new and still empty."""
+    if lock is not None:
+        with suppress(OSError):
+            (folder / LOCK).unlink()  # while locked, so it cannot be another process's lock file
+        lock.close()
+    if is_new:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def get_cache_folder(folder):
+    """Return the folder in which the tokens of a run are cached.
+
+    Runs under out/ share out/.tokens, and runs elsewhere share an existing .tokens beside them.
+    Any other run keeps its tokens in its own folder, the only place known to be writable.
+    """
+    shared = folder.parent / ".tokens"
+    with suppress(OSError):
+        if folder.parent == Path("out"):
+            shared.mkdir(exist_ok=True)
+        if shared.is_dir() and os.access(shared, os.W_OK | os.X_OK):
+            return shared
+    return folder / ".tokens"

@@ -1,0 +1,163 @@
+"""support/documents.py: which files --data names, and what in them is text."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support import data, documents
+from tests.common import REPOSITORY, fails, refused, without_rights
+from tests.test_data import BYTE, load, write_jsonl
+
+
+def test_documents_of_a_folder(tmp_path, capsys):
+    contents = {
+        "a.txt": b"one",
+        "sub/b.md": b"two",
+        "copy.txt": b"one",
+        "empty": b"",
+        "pic.png": b"\x89PNG\0\0",
+        "nul.txt": b"a\0b",
+        "latin.txt": b"caf\xe9",
+        ".hidden": b"no",
+        ".git/c.txt": b"no",
+    }
+    for name, content in contents.items():
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "d" / name).write_bytes(content)
+    (tmp_path / "d/dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "d/pipe")
+    tokens = bytes(load(tmp_path / "d"))
+    assert sorted(tokens.split(b"\0")) == [b"", b"one", b"two"] and tokens.endswith(b"\0")
+    assert "skipped  5 of 7 documents" in capsys.readouterr().out
+
+
+def test_standard_library_is_there():
+    paths = documents.find_documents("stdlib")
+    assert len(paths) > 200 and paths == sorted(paths)
+    for path in paths:
+        tests = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        assert path.suffix == ".py" and not tests & set(path.parts)
+    everything = set(documents.find_documents("python"))
+    assert set(paths) <= everything and REPOSITORY / "train.py" not in everything
+
+
+def test_bad_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("binary").write_bytes(b"\x7fELF\0\1\2")
+    Path("nothing").mkdir()
+    os.mkfifo("pipe")
+    Path("loop").symlink_to("loop")
+    for name, parts in {
+        "": ["--data is empty"],
+        "nowhere": ["there is no data 'nowhere'", "a text file or a folder"],
+        "empty.txt/x": ["there is no data"],
+        "empty.txt": ["is empty"],
+        "binary": ["not a text file", "UTF-8"],
+        "nothing": ["no text files"],
+        "pipe": ["neither a file nor a folder"],
+        "/dev/zero": ["neither a file nor a folder"],
+        "loop": ["cannot read"],
+        "x" * 300: ["cannot read", "too long"],
+        "a\0b": [],
+    }.items():
+        fails(data.load_tokens, name, BYTE, tmp_path / "cache", parts=parts)
+    assert not Path("cache").exists()
+
+
+def test_unreadable_files_and_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parent in tmp_path.parents:
+        if parent.name.startswith(("pytest-", "popen-")):
+            parent.chmod(0o755)
+    for name in ("file.txt", "folder/a.txt", "deep/sub/a.txt", "deep/b.txt", "listed/a.txt"):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text("text")
+    modes = {"file.txt": 0o200, "folder": 0o300, "deep/sub": 0, "listed": 0o644}
+    for name, mode in modes.items():
+        Path(name).chmod(mode)
+    with without_rights():
+        for data_flag, name in zip(("file.txt", "folder", "deep", "listed"), modes):
+            parts = ["cannot read", name, "Permission denied"]
+            fails(data.load_tokens, data_flag, BYTE, Path("cache"), parts=parts)
+        readable = [path.name for path in documents.list_files(tmp_path / "deep")]
+        assert readable == ["b.txt"], "as of a library, of which the rest is taken"
+    for name in modes:
+        Path(name).chmod(0o755)
+
+
+def test_files_that_disappear_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    for name in "abc":
+        (tmp_path / "d" / name).write_text(f"text {name}")
+    found = documents.find_documents(str(tmp_path / "d"))
+    (tmp_path / "d/b").unlink()
+    monkeypatch.setattr(data, "find_documents", lambda _: found)
+    assert sorted(bytes(load(tmp_path / "d")).split(b"\0")) == [b"", b"text a", b"text c"]
+
+
+def test_json_lines_are_split_at_newlines_alone(tmp_path):
+    rows = [("a\u2028b\x85c", "d\u2029"), ("e\x0bf", "g\x0c\x1c")]
+    lines = [json.dumps({"prompt": p, "answer": a}, ensure_ascii=False) for p, a in rows]
+    text = "\r\n".join(lines) + "\n\n  \n"
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = []
+    for tokens in documents.read_answers(tmp_path / "x.jsonl", BYTE):
+        prompt = bytes((~tokens[tokens < 0]).tolist()).decode()
+        answer = bytes(tokens[tokens >= 0].tolist()).decode()
+        found.append((prompt, answer))
+    assert found == rows
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"prompt": "a"}',
+        b"[]",
+        b"3",
+        b"nonsense",
+        b'{"prompt": "a", "answer": 3}',
+        b'{"prompt": "", "answer": "b"}',
+        b'{"prompt": "a", "answer": ""}',
+        b'{"prompt": "a", "answer": "caf\xe9"}',
+        b'{"prompt": "a", "answer": ["b"]}',
+        b"[" * 100_000,
+        b'{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "b"}',
+    ],
+    ids=lambda line: line[:30].decode(errors="replace"),
+)
+def test_bad_json_lines(tmp_path, line):
+    (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "a", "answer": "b"}\n' + line)
+    fails(load, tmp_path / "x.jsonl", parts=["x.jsonl, line 2", "prompt"])
+
+
+def test_empty_jsonl(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\n \n")
+    fails(load, tmp_path / "x.jsonl", parts=["x.jsonl is empty"])
+    (tmp_path / "y.jsonl").mkdir()
+    (tmp_path / "y.jsonl/a.txt").write_text("a folder, whatever its name")
+    assert load(tmp_path / "y.jsonl").dtype == np.uint8
+
+
+def test_lone_surrogates_and_nul_in_answers(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [("\ud83d", "\0\udce9"), ("a", "b")])
+    tokens = load(tmp_path / "x.jsonl")
+    starts, answers = data.prompts_and_answers(tokens)
+    assert len(starts) == len(answers) == 2  # a NUL inside an answer begins no prompt
+    assert "\ufffd".encode() in bytes(tokens[tokens >= 0].tolist())
+
+
+def test_the_command_refuses_bad_data(tiny):
+    Path("deep.jsonl").write_text("[" * 100_000)
+    os.mkfifo("pipe")
+    for name, part in (
+        ("deep.jsonl", "line 1"),
+        ("pipe", "--data"),
+        ("", "--data"),
+        ("x" * 300, ""),
+    ):
+        refused([*tiny, "--data", name], part)
+        assert not list(Path("out").glob("*/ckpt.pt"))
