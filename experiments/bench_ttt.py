@@ -24,15 +24,9 @@ import sample
 import train
 from experiments.bench_decode import random_model, timed
 from experiments.harness import check_writable, save_json, study_parser
+from experiments.ttt_cost import flops_of_spans, thinking_tokens
 from support import cli, distributed
-from ttt_context import (
-    flops_of_spans,
-    prefill,
-    split_spans,
-    thinking_tokens,
-    train_queries,
-    trainable_queries,
-)
+from ttt_context import prefill, split_spans, train_queries, trainable_queries
 
 WARM_UP = 3  # steps that are not timed
 TOKENS_TIMED = 64

@@ -18,7 +18,7 @@ CASES = [  # S, H, Hkv, n, T, D, starts
     (1, 4, 1, 1, 127, 32, [126]),
     (1, 4, 4, 33, 127, 64, [94]),
     (2, 8, 1, 5, 40, 32, [0, 35]),
-    (3, 6, 2, 33, 100, 16, [67, 0, 20]),
+    (3, 6, 2, 17, 60, 16, [43, 0, 20]),
     (1, 2, 1, 128, 300, 128, [150]),
     (1, 3, 1, 17, 17, 16, [0]),
 ]
@@ -81,10 +81,10 @@ def test_half_precision_and_the_blocks_that_calls_take(case):
 def test_kernel_on_random_shapes(seed):
     rng = random.Random(seed)
     S = rng.randint(1, 3)
-    group = rng.randint(1, 8)
+    group = rng.randint(1, 6)
     Hkv = rng.choice([1, 2])
     n = rng.randint(1, 14)
-    T = n + rng.randint(0, 60)
+    T = n + rng.randint(0, 40)
     D = rng.choice([16, 32])
     starts = [rng.randint(0, T - n) for _ in range(S)]
     dtype = rng.choice([torch.float32, torch.float16])
@@ -94,15 +94,15 @@ def test_kernel_on_random_shapes(seed):
 def test_any_number_of_splits_gives_the_same_sum():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, 5, 16, generator=generator).to(DEVICE)
-    k, v = torch.randn(2, 2, 300, 16, generator=generator).to(DEVICE)
+    k, v = torch.randn(2, 2, 120, 16, generator=generator).to(DEVICE)
     do = torch.randn(q.shape, generator=generator).to(DEVICE)
-    starts = torch.tensor([290])
+    starts = torch.tensor([110])
     x = q.clone().requires_grad_()
     truth = ttt_context.reference(x, k, v, starts)
     (dq_truth,) = torch.autograd.grad(truth, x, do)
 
     counts = set()
-    for num_sms, keys in ((1, 64), (12, 16), (12, 64), (1000, 16)):
+    for num_sms, keys in ((1, 64), (6, 16), (1000, 16)):
         config = blocks(16, keys)
         _, num_splits, _ = kernel.split_keys(q, 2, starts, config, num_sms)
         counts.add(num_splits)
@@ -110,7 +110,7 @@ def test_any_number_of_splits_gives_the_same_sum():
         dq = kernel.backward(do, q, k, v, starts, o, lse, config, num_sms)
         assert torch.allclose(o, truth, atol=1e-5)
         assert torch.allclose(dq, dq_truth, atol=1e-4)
-    assert min(counts) == 1 and max(counts) >= 16, counts
+    assert min(counts) == 1 and max(counts) == 8 and len(counts) == 3, counts
 
 
 def test_lse_is_the_natural_logarithm():
@@ -247,7 +247,7 @@ def test_kernels_build():
     cases = [span_case("forward", "bf16", 64, kernel.HOPPER["forward"], 90)]
     for direction in ("forward", "backward"):
         cases.append(span_case(direction, "bf16", 128, kernel.HOPPER[direction], 90))
-        for arch in (80, 100, 120):
+        for arch in (80, 120) if direction == "forward" else (100, 120):
             cases.append(span_case(direction, "bf16", 128, kernel.OTHERS[direction], arch))
         cases.append(span_case(direction, "fp32", 128, kernel.FLOAT32, 90))
     types = {"split_o_ptr": "*fp32", "split_lse_ptr": "*fp32", "lse_ptr": "*fp32"}
@@ -293,9 +293,14 @@ def test_softmax_spans_take_the_kernel_and_other_functions_do_not():
     q = torch.randn(2, 4, 5, 32, device="cuda")
     k, v = torch.randn(2, 2, 40, 32, device="cuda")
     starts = torch.tensor([0, 30])
-    module = train.Attention(train.GPTConfig(n_head=4, n_kv_head=2, n_embd=128), "softmax").cuda()
+    config = {"n_head": 4, "n_kv_head": 2, "n_embd": 128, "vocab_size": 64}
+    model = train.GPT(train.GPTConfig(**config)).cuda()
+    assert ttt_context.can_use_kernel(model)
+    module = model.layers[0].self_attn
     module.function = lambda q, k, v: q  # whatever it is
-    ours = ttt_context.FrozenCache(k, v, starts, is_softmax=True).attend(module, [q])
+    ours = ttt_context.FrozenCache(k, v, starts, use_kernel=True).attend(module, [q])
     assert torch.equal(ours, kernel.span_attention(q, k, v, starts))
-    other = ttt_context.FrozenCache(k, v, starts, is_softmax=False).attend(module, [q])
+    other = ttt_context.FrozenCache(k, v, starts, use_kernel=False).attend(module, [q])
     assert torch.equal(other, q)
+    laser = train.GPT(train.GPTConfig(attn="softmax,laser", **config)).cuda()
+    assert not ttt_context.can_use_kernel(laser)
