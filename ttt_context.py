@@ -65,8 +65,6 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-MAX_HELD_OUT = 8  # spans that measure what was learned
-
 
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
@@ -89,21 +87,17 @@ def reference(q, k, v, starts):
     return scores.masked_fill(is_future, -torch.inf).softmax(-1) @ v
 
 
+@dataclass
 class FrozenCache:
-    """One layer's keys and values of the whole prompt, frozen, as the KV cache of S spans of it.
+    """One layer's keys and values of the whole prompt, frozen, as the KV cache of S spans of it."""
 
-    k and v (Hkv, T, D); starts (S), on the CPU: where the spans begin. use_kernel: run
-    kernels/ttt_context.py, which computes softmax attention on a GPU.
-    """
-
-    def __init__(self, k, v, starts, use_kernel):
-        self.k = k
-        self.v = v
-        self.starts = starts
-        self.use_kernel = use_kernel
+    k: torch.Tensor  # (Hkv, T, D)
+    v: torch.Tensor
+    starts: torch.Tensor  # (S), on the CPU: where the spans begin
+    use_kernel: bool  # kernels/ttt_context.py, for softmax attention on a GPU
 
     def attend(self, module, heads):
-        """Attention of the queries (S, H, n, D); the keys and values of the spans are not used."""
+        """Attend from the queries (S, H, n, D); the keys and values of the spans are not used."""
         q = heads[0]
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
@@ -219,7 +213,7 @@ def split_spans(T, n):
     Held out are up to 8 spans, evenly spaced, an eighth of the text at most, but one if there is
     room for any. To train on are all spans whose targets exist and are no held-out targets.
     """
-    n_held_out = min(MAX_HELD_OUT, max((T - 1) // (8 * n), int(T > 3 * n)))
+    n_held_out = min(8, max((T - 1) // (8 * n), int(T > 3 * n)))
     last = T - 1 - n  # its last target is the last token
     held_out = [round((i + 0.5) / n_held_out * last) for i in range(n_held_out)]
     held_out = torch.tensor(held_out, dtype=torch.int64)
@@ -385,13 +379,15 @@ def report(result):
     """Print what a run found."""
     print(f"--- as it is\n{result['plain']}")
     print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
-    before = result["held_out_before"]
-    if before is None:
+    if result["held_out_spans"] == 0:
         print("held-out spans: none, the prompt is shorter than three spans")
     else:
+        before = result["held_out_before"]
         after = result["held_out_after"]
-        change = f"{before:.4f} before, {after:.4f} after, {after - before:+.4f} nats/token"
-        print(f"loss on {result['held_out_spans']} held-out spans: {change}")
+        print(
+            f"loss on {result['held_out_spans']} held-out spans: {before:.4f} before, {after:.4f} "
+            f"after, {after - before:+.4f} nats/token"
+        )
     print(
         f"{result['steps']} steps in {result['seconds']:.2f} s; as many FLOPs "
         f"({result['flops']:.3g}) as {result['thinking_tokens']:,} tokens of thinking"
@@ -417,10 +413,11 @@ def run(args):
         )
     ttt_cost.check_memory(model, T + args.max_tokens, args.span * args.batch_spans)
     print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
-    factor = (T + len(question)) / model.config.block_size
-    if factor > 1:
-        trained = f"the {model.config.block_size:,} tokens the model was trained on"
-        print(f"that is {factor:.1f} times {trained}", file=sys.stderr)
+    block_size = model.config.block_size
+    if T + len(question) > block_size:
+        factor = (T + len(question)) / block_size
+        note = f"that is {factor:.1f} times the {block_size:,} tokens the model was trained on"
+        print(note, file=sys.stderr)
     lr = args.lr
     if lr is None:  # weights that were trained for long want smaller steps
         lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
@@ -436,7 +433,6 @@ def run(args):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     (args,) = cli.parse_configs(argv, __doc__, [AdaptConfig], {}, lambda given: {})
     if args.experiment:
         from experiments import ttt_context as experiment

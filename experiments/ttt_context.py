@@ -78,12 +78,13 @@ class QuestionCache:
     Leaves in `on_needles` (Q, H) how much each question's last token attends to `needles` (Q, T).
     """
 
+    on_needles = None
+
     def __init__(self, k, v, needles):
         self.k = k
         self.v = v
         self.length = k.shape[1]
         self.needles = needles
-        self.on_needles = None
 
     def attend(self, module, heads):
         q, k, v = heads  # (Q, H, n, D), twice (Q, Hkv, n, D)
@@ -170,9 +171,7 @@ def fit(model, variant, kv, ids, recipe, lr):
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
-        steps = train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr)
-        for _ in steps:
-            pass
+        list(train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr))
         return [w.detach().clone() for w in weights]
 
 
@@ -196,10 +195,8 @@ def make_context(task, recipe, T, seed, c):
     """
     generator = torch.Generator().manual_seed(10**6 * seed + 10 * T + c)
     key_column = 1 + c // 2 % 2
-    n_questions = recipe["questions"]
-    ids, _, questions = ttt_sandbox.make_context(
-        task, T, recipe, generator, n_questions, key_column
-    )
+    arguments = (task, T, recipe, generator, recipe["questions"], key_column)
+    ids, _, questions = ttt_sandbox.make_context(*arguments)
     return ids, questions
 
 
@@ -275,8 +272,8 @@ def study_model(job):
         model = ttt_sandbox.train_model(recipe, norm, seed)
         results = {}
         for task, T in itertools.product(TASKS, recipe["lengths"]):
-            scores = compare_variants(model, task, T, recipe, seed)
-            results |= {f"{task}, {norm}, {T}: {variant}": s for variant, s in scores.items()}
+            for variant, scores in compare_variants(model, task, T, recipe, seed).items():
+                results[f"{task}, {norm}, {T}: {variant}"] = scores
         return results
 
     return harness.disk_cache(CACHE, list(job), compute)

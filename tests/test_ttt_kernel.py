@@ -19,7 +19,7 @@ CASES = [  # S, H, Hkv, n, T, D, starts
     (1, 4, 4, 33, 127, 64, [94]),
     (2, 8, 1, 5, 40, 32, [0, 35]),
     (3, 6, 2, 17, 60, 16, [43, 0, 20]),
-    (1, 2, 1, 128, 300, 128, [150]),
+    (1, 2, 1, 64, 150, 128, [80]),
     (1, 3, 1, 17, 17, 16, [0]),
 ]
 
@@ -80,7 +80,7 @@ def test_half_precision_and_the_blocks_that_calls_take(case):
 @pytest.mark.parametrize("seed", range(6))
 def test_kernel_on_random_shapes(seed):
     rng = random.Random(seed)
-    S = rng.randint(1, 3)
+    S = rng.randint(1, 2)
     group = rng.randint(1, 6)
     Hkv = rng.choice([1, 2])
     n = rng.randint(1, 14)
@@ -185,18 +185,18 @@ def test_sizes_of_zero(shape):
 
 def test_refuses_what_does_not_fit():
     q = torch.randn(1, 4, 20, 16, device=DEVICE)
-    k = torch.randn(2, 500, 16, device=DEVICE)
-    start = torch.tensor([470])
+    k = torch.randn(2, 60, 16, device=DEVICE)
+    start = torch.tensor([30])
 
     def refused(q, k, v, start, match):
         with pytest.raises(ValueError, match=match):
             kernel.span_attention(q, k, v, start)
 
-    for bad in (torch.tensor([481]), torch.tensor([-1])):
+    for bad in (torch.tensor([41]), torch.tensor([-1])):
         refused(q, k, k, bad, "begin at")
     for bad in (torch.tensor([0, 1]), torch.tensor([0.0]), torch.tensor([[0]])):
         refused(q, k, k, bad, "integers")
-    assert kernel.span_attention(q, k, k, torch.tensor([480])).isfinite().all()  # the last key
+    assert kernel.span_attention(q, k, k, torch.tensor([40])).isfinite().all()  # the last key
     refused(q, k.half(), k, start, "one dtype")
     refused(q, k[:, :-1], k, start, "twice")
     refused(q[0], k, k, start, "S, H, n, D")
@@ -247,7 +247,7 @@ def test_kernels_build():
     cases = [span_case("forward", "bf16", 64, kernel.HOPPER["forward"], 90)]
     for direction in ("forward", "backward"):
         cases.append(span_case(direction, "bf16", 128, kernel.HOPPER[direction], 90))
-        for arch in (80, 120) if direction == "forward" else (100, 120):
+        for arch in (120,) if direction == "forward" else (80, 100):
             cases.append(span_case(direction, "bf16", 128, kernel.OTHERS[direction], arch))
         cases.append(span_case(direction, "fp32", 128, kernel.FLOAT32, 90))
     types = {"split_o_ptr": "*fp32", "split_lse_ptr": "*fp32", "lse_ptr": "*fp32"}
