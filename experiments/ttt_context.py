@@ -16,9 +16,9 @@ variants answer the same questions from the same cache:
 
 Learning rates are chosen on contexts of seed 0, which are not reported. The
 intervals are Student's t over models, paired by seed: a model's value is its
-mean over 4 contexts of 16 questions.
+mean over 4 contexts of 32 questions.
 
-    python ttt_context.py --experiment    three minutes on two CPU cores
+    python ttt_context.py --experiment    five minutes on two CPU cores
 
 writes results/ttt_context-cpu.json and .png.
 """
@@ -59,13 +59,16 @@ RECIPE = {
     "names": 256,  # tokens of a, and of b
     "values": 16,
     "train": {"steps": 300, "batch": 32, "tokens": 96, "lr": 1e-2, "examples": 2048},
-    "seeds": [1, 2, 3, 4],
+    "seeds": [1, 2, 3, 4, 5, 6],
     "lengths": [96, 768, 3072],
     "contexts": 4,
-    "questions": 16,
+    "questions": 32,
     "steps": 32,
     "span": 128,
-    "lrs": {"trained queries": [1e-3, 3e-3, 1e-2], "fitted temperature": [3e-2, 1e-1]},
+    "lrs": {
+        "trained queries": [1e-3, 3e-3, 1e-2, 3e-2],
+        "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1],
+    },
 }
 
 # --------------------------------------------------------------------------------------------------

@@ -429,7 +429,7 @@ def test_study(tiny, monkeypatch, capsys):
         return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
 
     monkeypatch.setattr(experiment.harness, "parallel", one_after_the_other)
-    monkeypatch.setattr(experiment, "RECIPE", TINY)
+    monkeypatch.setattr(experiment, "RECIPE", {**TINY, "steps": 1})
     result = ttt_context.main(["--experiment", "--out", "shown"])
     assert {p.name for p in Path("shown").iterdir()} == {
         "ttt_context-cpu.json",

@@ -77,7 +77,7 @@ def test_half_precision_and_the_blocks_that_calls_take(case):
     check_kernel(*case, torch.float16)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_kernel_on_random_shapes(seed):
     rng = random.Random(seed)
     S = rng.randint(1, 2)
