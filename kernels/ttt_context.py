@@ -67,9 +67,7 @@ def key_range(start, n, split, split_size, BLOCK_N: tl.constexpr):
     """Return where the keys of a split begin, where masks become necessary, and where they end."""
     first = split * split_size
     end = tl.minimum(start + n, first + split_size)
-    seen_by_all = tl.minimum(
-        start + 1, first + split_size
-    )  # the first query of the span sees these
+    seen_by_all = tl.minimum(start + 1, first + split_size)  # even by the first query
     masked = first + tl.maximum(seen_by_all - first, 0) // BLOCK_N * BLOCK_N
     return first, masked, end
 
@@ -401,7 +399,7 @@ def with_whole_rows(t):
 
 
 def span_attention(q, k, v, starts):
-    """Attend from S spans of n queries to one cache; query r of span s sees keys 0 ... starts[s] + r.
+    """Attend from S spans of n queries to one cache; row r of span s sees keys 0 ... starts[s] + r.
 
     q (S, H, n, D), k and v (Hkv, T, D), which may be views of a longer cache, all of one dtype;
     starts (S) integers on the CPU, starts + n <= T; D one of WIDTHS -> (S, H, n, D).

@@ -101,10 +101,13 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
 
 
 def test_thinking_comes_after_the_question(run):
-    result = ttt_context.main([*SMALL, "prompt.txt", "--question", "Who boils? " * 60])
+    question = "Who boils? " * 60
+    result = ttt_context.main([*SMALL, "prompt.txt", "--question", question])
     model, _ = train.load_model(run)
-    thinking = [ttt_cost.thinking_tokens(model, T, result["flops"]) for T in (1200, 1900)]
-    assert thinking[1] <= result["thinking_tokens"] < thinking[0]
+    T = result["context"]
+    after_context = ttt_cost.thinking_tokens(model, T, result["flops"])
+    after_question = ttt_cost.thinking_tokens(model, T + len(question), result["flops"])
+    assert result["thinking_tokens"] == after_question < after_context
 
 
 def test_damaged_numbers_and_an_interrupted_default_run_end_it(run, monkeypatch):
