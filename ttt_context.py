@@ -1,44 +1,38 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
 The longer the context, the thinner softmax attention spreads over it. Let z_j
-be the logit of key j and z_* that of the one relevant key, the needle. To put
-a probability of 1 - e on one of T keys takes
+be the logit of key j, and z_* that of the one relevant key, the needle. To
+give it probability 1 - e among T keys takes
 
-    z_* - z_j >= log((T - 1) (1 - e) / e)   grows with log T; weights do not
+    z_* - z_j >= log((T - 1) (1 - e) / e)         for all other keys j
 
-and m distractors within d of the needle leave it at most 1 / (1 + m exp(-d)).
-Thinking longer does not help: each new token reads the context through the
-same diluted attention. The paper (Bansal et al.) spends the compute on the
-queries instead: read the prompt once, freeze every key and value, take a few
-AdamW steps on the query projections W_Q of all layers with the next-token
-loss on random spans of the prompt, and answer from the same cache.
+which grows with log T, while the weights stay as they are; m distractors
+within d of the needle leave it at most 1 / (1 + m exp(-d)). Thinking longer
+does not help: each new token reads the context through the same attention.
+The paper (Bansal et al.) spends that compute on the queries: read the prompt
+once, freeze all keys and values, take a few AdamW steps on the query
+projections W_Q of all layers, with the next-token loss on random spans of the
+prompt, and answer from the same cache.
 
     loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
-                                  queries i from W_Q, keys j <= i from cache
-    dl/dq = (sum_j p_j k_j - k_*) / sqrt(D)                    for l = -log p_*
+    dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     for l = -log p_*
 
-A step moves a query from the mean key towards the needle, most where p is
-flat. The paper takes 32 steps, n = 128, t uniform, weight decay 0.01 and
-gradients clipped to 1, and reports for Qwen3-4B on LongBench-v2: 27.0 in
-context, 33.5 with thinking, 39.6 with trained queries. Others found that
-spans drawn at random hurt (arXiv 2607.09415). The lemmas assume a known
-needle and a free query; nothing proves a larger margin where the answer is
-read. A norm after W_Q (Qwen3) lets queries turn but not sharpen.
+A step moves a query from the mean key towards the needle. The paper takes 32
+steps with n = 128 and reports, for Qwen3-4B on LongBench-v2, 27.0 in context,
+33.5 with thinking, 39.6 with trained queries. Others found that random spans
+hurt (arXiv 2607.09415). Nothing proves a larger margin where the answer is
+read, and a norm after W_Q (Qwen3) lets queries turn but not sharpen.
 
-Where the paper is silent: the keys and values of a span come from the cache
-too. W_Q is kept in float32 at least, because at a learning rate of 1e-5 a
-bfloat16 weight would not move. The question is not part of the spans; it is
-read with the new W_Q. Up to 8 spans, an eighth of the prompt, are held out to
-measure what was learned: they share no target with a span that is trained on.
+Where the paper is silent, we choose: the keys and values of a span come from
+the cache, too. W_Q is trained in float32, since a bfloat16 weight would not
+move at a learning rate of 1e-5. Spans do not cover the question, which is
+read with the new W_Q. Up to 8 spans are held out to measure what was learned.
 
     python ttt_context.py --prompt my.txt --question "..."   the newest run
     python ttt_context.py --prompt my.txt --init DIR         run, Hugging Face
     python ttt_context.py --experiment                       small models, CPU
 
-The experiment trains small models on short streams and asks about long ones,
-with one fitted temperature per head as the baseline.
-
-The model is afterwards what it was, bit for bit.
+Afterwards the model is what it was, bit for bit.
 """
 
 from support import cli
@@ -46,11 +40,9 @@ from support import cli
 if __name__ == "__main__":
     cli.exit_on_signals()  # Ctrl-C during the imports
 
-import bisect
 import hashlib
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -62,7 +54,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from sample import KVCache, first_ids
+from sample import KVCache, decode_stream, first_ids, is_softmax, read_prompt
 from support import distributed, files, run_folder
 from support.cli import option
 
@@ -73,16 +65,13 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-PROMPT_LIMIT = 2**26  # bytes of a prompt file
-MAX_HELD_OUT = 8  # spans that measure what was learned
-
 
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
 
 
 def reference(q, k, v, starts):
-    """Attention of S spans over shared keys and values, by its definition, in any dtype.
+    """Attend from S spans to shared keys and values, by the definition, in any dtype.
 
     q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D). Query r of span s stands at
     position starts[s] + r and sees the keys up to there. Makes (S, H, n, T) tensors.
@@ -98,43 +87,49 @@ def reference(q, k, v, starts):
     return scores.masked_fill(is_future, -torch.inf).softmax(-1) @ v
 
 
+@dataclass
 class FrozenCache:
-    """One layer's keys and values of the whole prompt, frozen, as the cache of S spans of it.
+    """One layer's keys and values of the whole prompt, frozen, as the KV cache of S spans of it."""
 
-    k and v (Hkv, T, D); starts (S), on the CPU, where the spans begin. Only queries are
-    differentiable: the keys and values that the module computes for the span are not used.
-    """
-
-    def __init__(self, k, v, starts, is_softmax):
-        self.k = k
-        self.v = v
-        self.starts = starts
-        self.is_softmax = is_softmax
+    k: torch.Tensor  # (Hkv, T, D)
+    v: torch.Tensor
+    starts: torch.Tensor  # (S), on the CPU: where the spans begin
+    use_kernel: bool  # kernels/ttt_context.py, for softmax attention on a GPU
 
     def attend(self, module, heads):
-        q = heads[0]  # (S, H, n, D)
-        if self.is_softmax and q.is_cuda and q.dtype != torch.float64:
-            if kernel is not None and q.shape[3] in kernel.WIDTHS:
-                return kernel.span_attention(q, self.k, self.v, self.starts)
-            reason = "pip install triton" if kernel is None else f"head dim {q.shape[3]}"
-            warnings.warn(f"span attention runs in PyTorch, which is slower: {reason}")
+        """Attend from the queries (S, H, n, D); the keys and values of the spans are not used."""
+        q = heads[0]
+        if self.use_kernel:
+            return kernel.span_attention(q, self.k, self.v, self.starts)
 
-        # the queries are the last of the keys up to the end of their span
+        # one span at a time: its queries are the last of the positions up to its end
         outputs = []
-        for s, start in enumerate(self.starts.tolist()):
+        for q_span, start in zip(q.split(1), self.starts.tolist()):
             end = start + q.shape[2]
-            k = self.k[None, :, :end]
+            k = self.k[None, :, :end]  # (1, Hkv, end, D)
             v = self.v[None, :, :end]
-            outputs.append(module.function(q[s : s + 1], k, v, **module.options))
+            outputs.append(module.function(q_span, k, v, **module.options))
         return torch.cat(outputs)
+
+
+def can_use_kernel(model):
+    """Return whether kernels/ttt_context.py can compute the attention of this model."""
+    weight = model.embed_tokens.weight
+    if not weight.is_cuda or model.dtype == torch.float64 or not is_softmax(model.config):
+        return False
+    if kernel is not None and model.config.head_dim in kernel.WIDTHS:
+        return True
+    reason = "pip install triton" if kernel is None else f"head dim {model.config.head_dim}"
+    warnings.warn(f"span attention runs in PyTorch, which is slower: {reason}")
+    return False
 
 
 @torch.no_grad()
 def prefill(model, ids, room=0):
     """Read a prompt, ids (T), with the model as it is.
 
-    Return (caches, kv): for each layer its KVCache, with room for `room` more tokens, and views of
-    the T keys and values in it, (Hkv, T, D) each.
+    Return (caches, kv): one KVCache per layer, with room for `room` more tokens, and views of the T
+    keys and values in each, (Hkv, T, D) both.
     """
     for layer in model.layers:
         attention = layer.self_attn
@@ -154,12 +149,11 @@ def prefill(model, ids, room=0):
 
 
 def span_loss(model, kv, ids, starts, n):
-    """Return the mean loss over the targets ids[t + 1 : t + n + 1] of each t in starts.
+    """Return the mean next-token loss of the spans ids[t : t + n], t in starts, in nats.
 
     kv: the frozen keys and values of each layer, from `prefill`; ids (T); starts (S) on the CPU,
-    with 0 <= t < T - n. Of the attention's projections only W_Q and W_O matter, since the keys and
-    values of a span come from the cache. The layers project them all the same, which costs 3% of a
-    step's products in Qwen3-4B.
+    with 0 <= t < T - n. The layers project keys and values of the spans all the same; in Qwen3-4B
+    that is 3% of a step's products.
     """
     T = len(ids)
     if n < 1 or len(starts) == 0 or int(starts.min()) < 0 or int(starts.max()) + n >= T:
@@ -167,18 +161,20 @@ def span_loss(model, kv, ids, starts, n):
             f"spans of {n} tokens at {starts.tolist()} do not fit: they need {n} tokens of a text "
             f"of {T}, and the one after them"
         )
-    positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
-    head_dim = model.config.head_dim
-    theta = model.config.rope_theta
-    angles = [train.rope_angles(t, n, head_dim, theta, ids.device) for t in starts.tolist()]
-    cos = torch.stack([a[0] for a in angles])  # (S, n, 1, D/2)
-    sin = torch.stack([a[1] for a in angles])
 
+    # RoPE angles at the positions of each span
+    c = model.config
+    rope_args = (n, c.head_dim, c.rope_theta, ids.device)
+    angles = [train.rope_angles(start, *rope_args) for start in starts.tolist()]
+    cos = torch.stack([cos for cos, _ in angles])  # (S, n, 1, D/2)
+    sin = torch.stack([sin for _, sin in angles])
+
+    # the model's own layers, over the frozen cache
+    positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
-    attn = model.config.attn.split(",")  # cycled over the layers
-    for i, (layer, (k, v)) in enumerate(zip(model.layers, kv, strict=True)):
-        is_softmax = attn[i % len(attn)] == "softmax"
-        x = layer(x, cos, sin, FrozenCache(k, v, starts, is_softmax))
+    use_kernel = can_use_kernel(model)
+    for layer, (k, v) in zip(model.layers, kv, strict=True):
+        x = layer(x, cos, sin, FrozenCache(k, v, starts, use_kernel))
     x = model.norm(x).flatten(0, 1)  # (S n, C)
 
     weight = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight  # (V, C)
@@ -191,7 +187,7 @@ def span_loss(model, kv, ids, starts, n):
 
 @contextmanager
 def trainable_queries(model):
-    """Freeze everything but the W_Q of each layer, a copy in float32 at least; yield the list of them.
+    """Freeze all but a copy of each layer's W_Q, in float32 at least; yield the list of copies.
 
     At the end, also after an error, the model has its own tensors back.
     """
@@ -217,7 +213,7 @@ def split_spans(T, n):
     Held out are up to 8 spans, evenly spaced, an eighth of the text at most, but one if there is
     room for any. To train on are all spans whose targets exist and are no held-out targets.
     """
-    n_held_out = min(MAX_HELD_OUT, max((T - 1) // (8 * n), int(T > 3 * n)))
+    n_held_out = min(8, max((T - 1) // (8 * n), int(T > 3 * n)))
     last = T - 1 - n  # its last target is the last token
     held_out = [round((i + 0.5) / n_held_out * last) for i in range(n_held_out)]
     held_out = torch.tensor(held_out, dtype=torch.int64)
@@ -227,7 +223,7 @@ def split_spans(T, n):
 
 
 def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0):
-    """Train `weights` by AdamW on spans drawn from `starts`, `batch` per step; yield each step's loss.
+    """Train `weights` by AdamW on spans drawn from `starts`, `batch` per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`. The loss is that
     before the step. Equal seeds and texts give equal steps, and no two texts share their draws.
@@ -283,102 +279,7 @@ def answer(model, caches, T, question, n, limit=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Cost. A multiply-add counts as two FLOPs; norms, softmax and the embedding lookup are left out.
-
-
-def count_weights(model):
-    """Return how many numbers are in all matrices that a token is multiplied with, in the W_K and
-    W_V of all layers, and in one W_Q; and the width of all heads of all layers that attend."""
-    config = model.config
-    attention = model.layers[0].self_attn
-    total = model.embed_tokens.weight.numel()  # of the output layer, if it is tied or not
-    total += sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
-    kv = config.n_layer * (attention.k_proj.weight.numel() + attention.v_proj.weight.numel())
-    attending = [getattr(x.self_attn.function, "has_logits", True) for x in model.layers]
-    return (
-        total,
-        kv,
-        attention.q_proj.weight.numel(),
-        config.n_head * config.head_dim * sum(attending),
-    )
-
-
-def flops_of_tokens(model, T, n):
-    """FLOPs to generate n tokens after T, each of which attends to all before it and to itself."""
-    total, _, _, head_width = count_weights(model)
-    keys = n * T + n * (n + 1) // 2
-    return 2 * n * total + 4 * head_width * keys
-
-
-def flops_of_spans(model, tokens, T):
-    """FLOPs of the forward and backward pass of so many span tokens in a text of T.
-
-    A token sees half the text on average. The backward pass repeats each product once, for the
-    gradient of its input, but for the W_Q of the first layer; it adds W_Q's own gradient, and of
-    attention the scores, dP and dQ.
-    """
-    total, kv, q, head_width = count_weights(model)
-    n_layer = model.config.n_layer
-    linear = tokens * (4 * (total - kv) + 2 * (n_layer - 1) * q)
-    keys = tokens * (T + 1) // 2
-    return linear + (4 + 6) * head_width * keys
-
-
-def thinking_tokens(model, T, flops):
-    """Return how many tokens can be generated after T for at most so many FLOPs."""
-    most = int(flops // flops_of_tokens(model, T, 1))  # each later token costs more than the first
-    counts = range(1, most + 1)
-    return bisect.bisect_right(counts, flops, key=lambda n: flops_of_tokens(model, T, n))
-
-
-def free_memory(device):
-    """Return the free bytes of a device, infinity where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text())
-        return 1024 * int(found[1]) if found else math.inf
-    return math.inf
-
-
-# --------------------------------------------------------------------------------------------------
 # The command
-
-
-def encode_prompt(tokenizer, prompt, question=""):
-    """Return the token ids of the context and of the question.
-
-    With a chat template both are one message of the user: the question is what the message's ids do
-    not share with those of the message without it. Otherwise they are plain text, and without a
-    question the last token of the prompt takes its place. A template that fails raises ValueError.
-    """
-    if question and getattr(tokenizer, "chat_template", None):
-        content = f"{prompt}\n\n"
-        ids = tokenizer.chat([{"role": "user", "content": content + question}])
-        without_question = tokenizer.chat([{"role": "user", "content": content}])
-        n_context = len(os.path.commonprefix([ids, without_question]))
-    else:
-        ids = [*first_ids(tokenizer), *map(int, tokenizer.encode_ordinary(prompt))]
-        n_context = len(ids) if question else len(ids) - 1
-        if question:
-            ids += map(int, tokenizer.encode_ordinary(question))
-    if n_context == len(ids):
-        raise ValueError("nothing of --question is left in the tokens; ask it in other words")
-    return ids[:n_context], ids[n_context:]
-
-
-def read_prompt(path):
-    """Return the text of --prompt."""
-    try:
-        text = files.read_user_file(path, PROMPT_LIMIT).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"{path} is no text: what is needed is UTF-8 without NUL bytes")
-    if not text:
-        raise ValueError(f"{path} is empty")
-    return text
 
 
 @dataclass
@@ -387,7 +288,7 @@ class AdaptConfig:
 
     prompt: str = option("", "the context, a text file", metavar="FILE")
     question: str = option("", "about the context; default: continue where it ends")
-    init: str = option("", "a run or Hugging Face folder; default: the newest run under out/")
+    init: str = option("newest", "run or Hugging Face folder; newest: the newest run under out/")
     steps: int = option(32, "AdamW steps", least=0)
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
@@ -404,179 +305,145 @@ class AdaptConfig:
         cli.check_fields(self)
         if not self.prompt and not self.experiment:
             raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
-        if self.save_queries and os.path.lexists(self.save_queries):
-            raise ValueError(f"--save-queries {self.save_queries} exists; give a new name")
-        folder = Path(self.save_queries).parent
-        if self.save_queries and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise ValueError(f"--save-queries: there is no folder {folder} to write to")
+        path = Path(self.save_queries)
+        if self.save_queries and (os.path.lexists(path) or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"--save-queries {path}: give a new file in a folder you can write to")
 
 
-def pick_run(args):
-    """Return the folder of --init, else the newest run, else that of the default run, trained now."""
-    if not args.init and not any(Path("out").glob("*/ckpt.pt")):
+def encode_prompt(tokenizer, prompt, question=""):
+    """Return the token ids of the context and of the question.
+
+    With a chat template both are one message of the user, and the question is where it parts from
+    the same message without it. Otherwise they are plain text, and without a question the last
+    token of the prompt takes its place.
+    """
+    if question and getattr(tokenizer, "chat_template", None):
+        content = f"{prompt}\n\n"
+        ids = tokenizer.chat([{"role": "user", "content": content + question}])
+        without_question = tokenizer.chat([{"role": "user", "content": content}])
+        n_context = len(os.path.commonprefix([ids, without_question]))
+    else:
+        context = [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
+        ids = [*context, *tokenizer.encode_ordinary(question)]
+        n_context = len(context) if question else len(context) - 1
+    if n_context == len(ids):
+        raise ValueError("nothing of --question is left in the tokens; ask it in other words")
+    ids = [int(i) for i in ids]  # some tokenizers give NumPy's numbers
+    return ids[:n_context], ids[n_context:]
+
+
+def find_model(args):
+    """Return the folder of the model to adapt; where there is no run yet, train the default one."""
+    if args.init == "newest" and not any(Path("out").glob("*/ckpt.pt")):
         print("there is no run under out/ yet; training the default model first", file=sys.stderr)
         device = ["--device", args.device] if args.device else []
         result = train.main(["--sample", "0", *device])
         if result["signal"]:
             raise KeyboardInterrupt(result["signal"])
-    return run_folder.find_run(args.init or "newest")
+    return run_folder.find_run(args.init)
 
 
-def check_fits(args, model, context, question):
-    """Raise ValueError if the prompt is too short for a span, or the memory too small for both."""
+def compare(model, tokenizer, ids, question, args, lr):
+    """Answer, adapt, answer again. Return the answers, losses on held-out spans, and seconds."""
+    T = len(ids)
+    held_out, starts = split_spans(T, args.span)
+    options = {"n": args.span, "batch": args.batch_spans, "lr": lr, "seed": args.seed}
+    caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
+
+    @torch.no_grad()
+    def examine():
+        """Return the loss on the held-out spans, None if there are none, and the answer."""
+        loss = None
+        if len(held_out):
+            loss = span_loss(model, kv, ids, held_out, args.span).item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss on held-out spans is {loss}")
+        tokens = answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab)
+        return loss, "".join(decode_stream(tokens, tokenizer))
+
+    before, plain = examine()
+    start_time = time.perf_counter()
+    with adapt(model, kv, ids, starts, steps=args.steps, show_progress=True, **options) as weights:
+        seconds = time.perf_counter() - start_time
+        after, adapted = examine()
+        if args.save_queries:
+            names = [f"layers.{i}.self_attn.q_proj.weight" for i in range(len(weights))]
+            state = {name: weight.detach().cpu() for name, weight in zip(names, weights)}
+            with files.atomic_write(args.save_queries) as file:
+                torch.save(state, file)
+    losses = {"held_out_spans": len(held_out), "held_out_before": before, "held_out_after": after}
+    return {"plain": plain, "adapted": adapted, **losses, "seconds": seconds}
+
+
+def report(result):
+    """Print what a run found."""
+    print(f"--- as it is\n{result['plain']}")
+    print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
+    if result["held_out_spans"] == 0:
+        print("held-out spans: none, the prompt is shorter than three spans")
+    else:
+        before = result["held_out_before"]
+        after = result["held_out_after"]
+        print(
+            f"loss on {result['held_out_spans']} held-out spans: {before:.4f} before, {after:.4f} "
+            f"after, {after - before:+.4f} nats/token"
+        )
+    print(
+        f"{result['steps']} steps in {result['seconds']:.2f} s; as many FLOPs "
+        f"({result['flops']:.3g}) as {result['thinking_tokens']:,} tokens of thinking"
+    )
+
+
+def run(args):
+    """Adapt to --prompt, print the answer before and after, and return what was found."""
+    from experiments import ttt_cost
+
+    # the prompt and the model
+    text = read_prompt(f"@{args.prompt}")
+    device = distributed.pick_device(args.device)
+    dtype = train.DTYPES[distributed.pick_dtype(args.dtype, device)]
+    folder = find_model(args)
+    model, tokenizer = train.load_model(folder, device, dtype)
+    context, question = encode_prompt(tokenizer, text, args.question)
     T = len(context)
     if T <= args.span:
         raise ValueError(
             f"{args.prompt} has {T} tokens, but a span takes {args.span} and its last target; "
             f"give a longer text or a smaller --span"
         )
-
-    # keys and values, one layer's once more, and what an MLP holds; in training, of every layer
-    c = model.config
-    per_token = 2 * (c.n_layer + 1) * c.n_kv_head * c.head_dim + 3 * c.n_hidden + 4 * c.n_embd
-    per_span_token = c.n_layer * (4 * c.n_embd + 3 * c.n_hidden + 3 * c.n_head * c.head_dim)
-    numbers = per_token * (T + len(question) + args.max_tokens)
-    numbers += per_span_token * args.span * args.batch_spans
-    needed = numbers * model.dtype.itemsize
-    free = free_memory(model.embed_tokens.weight.device)
-    if needed > free:
-        raise ValueError(
-            f"{args.prompt} has {T} tokens, which takes {needed / 2**30:.1f} GB, but only "
-            f"{free / 2**30:.1f} GB are free; give a shorter text or a smaller --batch-spans"
-        )
-
-
-def stop_ids(tokenizer):
-    """Return the ids that end an answer."""
-    return {tokenizer.eot_token, *getattr(tokenizer, "stops", ())} - {None}
-
-
-def compare(model, tokenizer, ids, question, args, lr):
-    """Answer, adapt, answer again. Return what was found: texts, losses, seconds, FLOPs."""
-    T = len(ids)
-    held_out, starts = split_spans(T, args.span)
-    stops = stop_ids(tokenizer)
-
-    def synchronized_time():
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
-        return time.perf_counter()
-
-    @torch.no_grad()
-    def examine():
-        """Return the loss on the held-out spans, None if there are none, and an answer."""
-        losses = [span_loss(model, kv, ids, t[None], args.span).item() for t in held_out]
-        loss = sum(losses) / len(losses) if losses else None
-        if losses and not math.isfinite(loss):
-            raise FloatingPointError(f"the loss on held-out spans is {loss}; try a smaller --lr")
-        reply = []
-        for token in answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab):
-            if token in stops:
-                break
-            reply.append(token)
-        return loss, tokenizer.decode_bytes(reply).decode(errors="replace")
-
-    # read the prompt
-    start_time = synchronized_time()
-    caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
-    prefill_seconds = synchronized_time() - start_time
-    before, plain = examine()
-    originals = [layer.self_attn.q_proj.weight.detach().clone() for layer in model.layers]
-
-    # adapt and answer again
-    options = {"n": args.span, "batch": args.batch_spans, "lr": lr, "seed": args.seed}
-    start_time = synchronized_time()
-    with adapt(model, kv, ids, starts, steps=args.steps, show_progress=True, **options) as weights:
-        seconds = synchronized_time() - start_time
-        after, adapted = examine()
-        moved = 0.0
-        total = 0.0
-        saved = {}
-        for i, (weight, original) in enumerate(zip(weights, originals)):
-            moved += (weight.detach() - original).square().sum().item()
-            total += original.square().sum().item()
-            saved[f"layers.{i}.self_attn.q_proj.weight"] = weight.detach().cpu()
-        if args.save_queries:
-            with files.atomic_write(args.save_queries) as file:
-                torch.save(saved, file)
-
-    flops = flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
-    return {
-        "plain": plain,
-        "adapted": adapted,
-        "held_out_before": before,
-        "held_out_after": after,
-        "held_out_spans": len(held_out),
-        "context": T,
-        "prefill_seconds": prefill_seconds,
-        "seconds": seconds,
-        "flops": flops,
-        "thinking_tokens": thinking_tokens(model, T + len(question), flops),
-        "moved": math.sqrt(moved / max(total, 1e-30)),
-        "lr": lr,
-    }
-
-
-def report(result, steps):
-    """Print what `compare` found."""
-    r = result
-    print(
-        f"--- as it is\n{r['plain']}\n--- with queries trained on this prompt\n{r['adapted']}\n---"
-    )
-    if r["held_out_before"] is None:
-        print("held-out spans: none, the prompt is shorter than three spans")
-    else:
-        change = r["held_out_after"] - r["held_out_before"]
-        print(
-            f"loss on {r['held_out_spans']} held-out spans: {r['held_out_before']:.4f} before, "
-            f"{r['held_out_after']:.4f} after, {change:+.4f} nats/token"
-        )
-    print(
-        f"{steps} steps in {r['seconds']:.2f} s after a prefill of {r['prefill_seconds']:.2f} s; "
-        f"W_Q moved by {100 * r['moved']:.2f}%; as many FLOPs ({r['flops']:.3g}) as "
-        f"{r['thinking_tokens']:,} tokens of thinking"
-    )
-
-
-def run(args):
-    """Adapt to --prompt, print the answer before and after, and return what was found."""
-    # the prompt and the model
-    text = read_prompt(args.prompt)
-    device = distributed.pick_device(args.device)
-    dtype = train.DTYPES[distributed.pick_dtype(args.dtype, device)]
-    folder = pick_run(args)
-    model, tokenizer = train.load_model(folder, device, dtype)
-    context, question = encode_prompt(tokenizer, text, args.question)
-    check_fits(args, model, context, question)
+    ttt_cost.check_memory(model, T + args.max_tokens, args.span * args.batch_spans)
+    print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
+    block_size = model.config.block_size
+    if T + len(question) > block_size:
+        factor = (T + len(question)) / block_size
+        note = f"that is {factor:.1f} times the {block_size:,} tokens the model was trained on"
+        print(note, file=sys.stderr)
     lr = args.lr
     if lr is None:  # weights that were trained for long want smaller steps
         lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
 
-    T = len(context)
-    print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
-    factor = (T + len(question)) / model.config.block_size
-    if factor > 1:
-        trained = f"the {model.config.block_size:,} tokens the model was trained on"
-        print(f"that is {factor:.1f} times {trained}", file=sys.stderr)
+    # the answers, and what the steps cost
     ids = torch.tensor(context, device=device)
-    try:
-        result = compare(model, tokenizer, ids, question, args, lr)
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            "the GPU is out of memory; give a shorter text, or a smaller --span or --batch-spans"
-        ) from None
-    report(result, args.steps)
+    result = compare(model, tokenizer, ids, question, args, lr)
+    flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
+    thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
+    result.update(context=T, lr=lr, steps=args.steps, flops=flops, thinking_tokens=thinking_tokens)
+    report(result)
     return result
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     (args,) = cli.parse_configs(argv, __doc__, [AdaptConfig], {}, lambda given: {})
     if args.experiment:
         from experiments import ttt_context as experiment
 
         return experiment.main(["--out", args.out])
-    return run(args)
+    try:
+        return run(args)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            "the GPU is out of memory; give a shorter text, or a smaller --span or --batch-spans"
+        ) from None
 
 
 if __name__ == "__main__":

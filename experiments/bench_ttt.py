@@ -24,15 +24,9 @@ import sample
 import train
 from experiments.bench_decode import random_model, timed
 from experiments.harness import check_writable, save_json, study_parser
+from experiments.ttt_cost import flops_of_spans, thinking_tokens
 from support import cli, distributed
-from ttt_context import (
-    flops_of_spans,
-    prefill,
-    split_spans,
-    thinking_tokens,
-    train_queries,
-    trainable_queries,
-)
+from ttt_context import prefill, split_spans, train_queries, trainable_queries
 
 WARM_UP = 3  # steps that are not timed
 TOKENS_TIMED = 64
@@ -68,8 +62,11 @@ def bench(preset, T, device, dtype, n_steps, n):
     thinking = {}
     for name, count in (("2 N k", n_rule), ("equal FLOPs", thinking_tokens(model, T, flops))):
         seconds = count * token_seconds
-        over_steps = seconds / steps_seconds
-        thinking[name] = {"tokens": count, "seconds": seconds, "over_steps": over_steps}
+        thinking[name] = {
+            "tokens": count,
+            "seconds": seconds,
+            "over_steps": seconds / steps_seconds,
+        }
     return {
         "prefill_seconds": prefill_seconds,
         "steps_seconds": steps_seconds,
@@ -82,29 +79,27 @@ def bench(preset, T, device, dtype, n_steps, n):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument(
-        "--model", choices=train.PRESETS, metavar="NAME", default="qwen3-4b", help="preset to time"
-    )
+    parser.add_argument("--model", choices=train.PRESETS, metavar="NAME", default="qwen3-4b")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=32, help="AdamW steps")
     parser.add_argument("--span", type=int, default=128, help="tokens of a span")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--dtype", default="", choices=list(train.DTYPES))
     args = parser.parse_args(argv)
     if args.steps < 1 or args.span < 1 or args.context <= args.span:
         raise ValueError("--steps and --span must be at least 1, and --context more than --span")
     out = check_writable(args.out)
     device = distributed.pick_device(args.device)
-    dtype = distributed.pick_dtype(args.dtype, device)
+    dtype = distributed.pick_dtype("", device)
+
     start_time = time.perf_counter()
-    settings = {"model": args.model, "context": args.context, "span": args.span}
-    settings.update(steps=args.steps, dtype=dtype)
-    figures = bench(args.model, args.context, device, train.DTYPES[dtype], args.steps, args.span)
-    record = {**settings, **figures, "seconds": time.perf_counter() - start_time}
+    record = {name: getattr(args, name) for name in ("model", "context", "span", "steps")}
+    record["dtype"] = dtype
+    record |= bench(args.model, args.context, device, train.DTYPES[dtype], args.steps, args.span)
+    record["seconds"] = time.perf_counter() - start_time
     print(f"{args.steps} steps in {record['steps_seconds']:.2f} s")
     for name, row in record["thinking"].items():
-        print(f"{row['tokens']:,} tokens of thinking ({name}) in {row['seconds']:.2f} s", end="")
-        print(f", {row['over_steps']:.1f} times as long")
+        thinking = f"{row['tokens']:,} tokens of thinking ({name}) in {row['seconds']:.2f} s"
+        print(f"{thinking}, {row['over_steps']:.1f} times as long")
     save_json(out / "ttt_context-bench.json", record)
     return record
 

@@ -1,13 +1,15 @@
-"""The sandbox of experiments/ttt_context.py: streams of records, and models trained on short ones.
+"""The sandbox of experiments/ttt_context.py: contexts with questions, and models for them.
 
-A stream is a list of records a b value. In `records`, a and b together decide on the value. In
-`columns` one of them does, the other means nothing, and which one is not said: only the context
-shows it. Layers of the models alternate between `shift`, a short convolution that sees what stands
-side by side, and softmax attention without positions, so that length dilutes attention and does
-nothing else.
+A context is a list of records, three tokens each: a, b, value. In the task `records`, a and b
+together are the key that decides on the value. In `columns`, one of the two columns alone is the
+key, and only the context shows which one.
+
+Layers of the models alternate between `shift`, a short convolution that puts the tokens of a record
+together, and softmax attention without positions. So all that length does is dilute attention.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,83 +19,105 @@ import train
 TASKS = ("records", "columns")
 NORMS = ("no QK-norm", "QK-norm")
 
+
 # --------------------------------------------------------------------------------------------------
-# Streams of records
+# Contexts and questions
 
 
-def stream(task, n_tokens, recipe, generator, n_questions, kind=1, n_keys=None):
+class Questions(NamedTuple):
+    """Q questions about a context of T tokens."""
+
+    tokens: torch.Tensor  # (Q, 2), a and b of a record
+    answers: torch.Tensor  # (Q), its value
+    needles: torch.Tensor  # (Q, T) bool, the positions in the context that hold the answer
+
+
+def make_context(task, n_tokens, recipe, generator, n_questions, key_column=1, n_keys=None):
     """Return a context of at most n_tokens, and questions about it.
 
-    ids (T); follows (T) bool: the values that repeat an earlier record's; questions: tails (Q, 2),
-    answers (Q, 1) and needles (Q, T) bool, the positions that answer them. kind: the column that
-    counts in `columns`, 1 or 2. Questions on `records` are about pairs that occur once.
+    Returns ids (T), is_predictable (T) bool: values whose key has occurred before, and Questions.
+    key_column: 1 or 2, the column that is the key in `columns`. n_keys: by default half the number
+    of records. Questions on `records` are about keys that occur once.
     """
 
     def choose(n, k):
         return torch.randperm(n, generator=generator)[:k]
 
-    def draw(high, *shape):
+    def randint(high, *shape):
         return torch.randint(high, shape, generator=generator)
 
+    # keys and values, as numbers from 0
     names = recipe["names"]
     n_records = n_tokens // 3
     n_keys = n_keys or n_records // 2
-    side = names  # different values of a, and of b
     if task == "records":
-        side = min(names, max(4, math.ceil(1.5 * n_keys**0.5)))
-        key = choose(side * side, n_keys)[draw(min(n_keys, side * side), n_records)]
-        a = key // side
-        b = key % side
+        n_names = min(names, max(4, math.ceil(1.5 * n_keys**0.5)))
+        pairs = choose(n_names**2, n_keys)
+        key = pairs[randint(min(n_keys, n_names**2), n_records)]  # (n_records)
+        a = key // n_names
+        b = key % n_names
     else:
-        a = draw(min(n_keys, side), n_records)
-        b = draw(min(n_keys, side), n_records)
-        key = a if kind == 1 else b
-    value = draw(recipe["values"], int(key.max()) + 1)[key]
-    columns = [choose(names, side)[a], choose(names, side)[b] + names, value + 2 * names]
-    records = torch.stack(columns, dim=1)  # (R, 3)
+        n_names = names
+        a = randint(min(n_keys, n_names), n_records)
+        b = randint(min(n_keys, n_names), n_records)
+        key = a if key_column == 1 else b
+    value = randint(recipe["values"], int(key.max()) + 1)[key]
 
-    # a value follows if its key has occurred before
+    # tokens: a has the ids from 0, b those from `names`, values those from 2 `names`
+    a_tokens = choose(names, n_names)[a]
+    b_tokens = choose(names, n_names)[b] + names
+    records = torch.stack([a_tokens, b_tokens, value + 2 * names], dim=1)  # (n_records, 3)
+
     index = torch.arange(n_records)
-    first = torch.full((int(key.max()) + 1,), n_records).scatter_reduce(0, key, index, "amin")
-    follows = torch.zeros(n_records, 3, dtype=torch.bool)
-    follows[:, 2] = index > first[key]
+    first_index = torch.full((int(key.max()) + 1,), n_records)  # of each key
+    first_index = first_index.scatter_reduce(0, key, index, "amin")
+    is_predictable = torch.zeros(n_records, 3, dtype=torch.bool)
+    is_predictable[:, 2] = index > first_index[key]
 
-    # questions
-    asked = index
-    if task == "records" and (key.bincount()[key] == 1).any():
-        asked = (key.bincount()[key] == 1).nonzero()[:, 0]
-    asked = asked[choose(len(asked), n_questions)]  # (Q)
-    tails = records[asked, :2]
-    if task == "columns":  # a new pair: what means nothing is that of another record
-        tails[:, 2 - kind] = records[draw(n_records, len(asked)), 2 - kind]
-    needles = torch.zeros(len(asked), n_records, 3, dtype=torch.bool)
-    needles[..., 2] = key[asked, None] == key
-    return records.flatten(), follows.flatten(), (tails, records[asked, 2:], needles.flatten(1))
+    # questions; in `columns` about new pairs: the column that is no key is from another record
+    occurs_once = key.bincount()[key] == 1
+    candidates = index
+    if task == "records" and occurs_once.any():
+        candidates = occurs_once.nonzero()[:, 0]
+    chosen = candidates[choose(len(candidates), n_questions)]  # (Q)
+    question_tokens = records[chosen, :2]
+    if task == "columns":
+        other_column = 2 - key_column
+        question_tokens[:, other_column] = records[randint(n_records, len(chosen)), other_column]
+    needles = torch.zeros(len(chosen), n_records, 3, dtype=torch.bool)
+    needles[..., 2] = key[chosen, None] == key
+    questions = Questions(question_tokens, records[chosen, 2], needles.flatten(1))
+    return records.flatten(), is_predictable.flatten(), questions
 
 
-def lesson(task, T, recipe, generator):
-    """Return T + 1 ids to train on, a context and then questions with answers, and which follow."""
+def make_example(task, T, recipe, generator):
+    """Return T + 1 ids to train on, a context and then answered questions, and is_predictable."""
     n_keys = int(torch.randint(3, T // 6, (), generator=generator))
-    kind = 1 + int(torch.randint(2, (), generator=generator))
+    key_column = 1 + int(torch.randint(2, (), generator=generator))
     n_context = T + 1 - T // 6
-    ids, follows, questions = stream(task, n_context, recipe, generator, T, kind, n_keys)
-    asked = torch.cat(questions[:2], dim=1)  # (Q, 3)
-    n_asked = math.ceil((T + 1 - len(ids)) / 3)
-    asked = asked.repeat(math.ceil(n_asked / len(asked)), 1)[:n_asked]
-    answered = torch.tensor([False, False, True]).expand(n_asked, 3)
-    ids = torch.cat([ids, asked.flatten()])
-    follows = torch.cat([follows, answered.flatten()])
-    return ids[: T + 1], follows[: T + 1]
+    ids, is_predictable, questions = make_context(
+        task, n_context, recipe, generator, T, key_column, n_keys
+    )
+
+    # fill up with questions, repeated if need be
+    answered = torch.cat([questions.tokens, questions.answers[:, None]], dim=1)  # (Q, 3)
+    n_answered = math.ceil((T + 1 - len(ids)) / 3)
+    answered = answered.repeat(math.ceil(n_answered / len(answered)), 1)[:n_answered]
+    is_answer = torch.tensor([False, False, True]).repeat(n_answered)
+    ids = torch.cat([ids, answered.flatten()])
+    is_predictable = torch.cat([is_predictable, is_answer])
+    return ids[: T + 1], is_predictable[: T + 1]
 
 
-def rename(ids, recipe, generator):
-    """Give all things in ids (B, T) other names, different ones in each sequence."""
-    tables = []
+def permute_tokens(ids, recipe, generator):
+    """Permute the tokens of each column among themselves, differently in each sequence (B, T)."""
+    permutations = []
     low = 0
     for size in (recipe["names"], recipe["names"], recipe["values"]):
-        tables.append(low + torch.rand(len(ids), size, generator=generator).argsort(dim=1))
+        permutation = torch.rand(len(ids), size, generator=generator).argsort(dim=1)
+        permutations.append(low + permutation)
         low += size
-    return torch.cat(tables, dim=1).gather(1, ids)
+    return torch.cat(permutations, dim=1).gather(1, ids)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,7 +125,7 @@ def rename(ids, recipe, generator):
 
 
 def shift(q, k, v):
-    """Head h returns the value h + 1 positions back, whatever the query: a short convolution."""
+    """Return in head h the value h + 1 positions back, whatever the query: a short convolution."""
     _, H, n, _ = q.shape
     length = n + H
     v = v[:, :, -length:].repeat_interleave(H // v.shape[1], dim=1)
@@ -127,39 +151,44 @@ def build_model(recipe, norm, seed):
         layer.self_attn.rope_inputs = ()
         if i % 2 == 0:
             layer.self_attn.function = shift
+
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1:
-                std = 1.0 if "embed" in name else p.shape[1] ** -0.5
-                if "o_proj" in name or "down_proj" in name:
-                    std /= math.sqrt(2 * config.n_layer)
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            continue
+        std = 1.0 if "embed" in name else p.shape[1] ** -0.5
+        if "o_proj" in name or "down_proj" in name:
+            std /= math.sqrt(2 * config.n_layer)
+        p.data.copy_(torch.randn(p.shape, generator=generator) * std)
     return model
 
 
 def train_model(recipe, norm, seed):
-    """Train a model on short streams of all tasks.
+    """Train a model on short contexts of both tasks.
 
-    In the first half of the steps only what follows from the text counts, which is when the model
-    learns to look things up.
+    In the first half of the steps only predictable values count, which is when the model learns to
+    look things up.
     """
     model = build_model(recipe, norm, seed)
-    r = recipe["train"]
+    settings = recipe["train"]
     generator = torch.Generator().manual_seed(seed)
-    lessons = []
-    for i in range(r["lessons"]):
-        lessons.append(lesson(TASKS[i % 2], r["tokens"], recipe, generator))
-    ids, follows = (torch.stack(t) for t in zip(*lessons))  # (lessons, T + 1)
-    options = {"lr": r["lr"], "betas": (0.9, 0.98), "weight_decay": 0.01}
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, r["lr"], r["steps"], pct_start=0.1)
-    for step in range(r["steps"]):
-        drawn = torch.randint(len(ids), (r["batch"],), generator=generator)
-        batch = rename(ids[drawn], recipe, generator)  # (B, T + 1)
+    examples = []
+    for i in range(settings["examples"]):
+        examples.append(make_example(TASKS[i % 2], settings["tokens"], recipe, generator))
+    ids = torch.stack([ids for ids, _ in examples])  # (examples, T + 1)
+    is_predictable = torch.stack([predictable for _, predictable in examples])
+
+    lr = settings["lr"]
+    n_steps = settings["steps"]
+    parameters = model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, pct_start=0.1)
+    for step in range(n_steps):
+        drawn = torch.randint(len(ids), (settings["batch"],), generator=generator)
+        batch = permute_tokens(ids[drawn], recipe, generator)  # (B, T + 1)
         targets = batch[:, 1:]
-        if step < r["steps"] / 2:
-            targets = targets.masked_fill(~follows[drawn, 1:], -1)
+        if step < n_steps / 2:
+            targets = targets.masked_fill(~is_predictable[drawn, 1:], -1)
         loss = model(batch[:, :-1], targets)
         optimizer.zero_grad()
         loss.backward()

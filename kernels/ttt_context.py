@@ -1,28 +1,23 @@
-"""Attention of many short query spans over one frozen cache of keys and values: forward, and backward for the queries alone.
+"""Attention of short query spans over one frozen KV cache: forward, and backward in q alone.
 
-Row (s, h, r), query r of span s in head h, stands at start[s] + r and sees the keys up to there. The g heads of a KV head and the n
-queries of a span lie one after another in memory and are the rows of its tiles, so K and V are fetched once for the group.
+Query r of span s stands at position starts[s] + r and sees the keys up to there. The queries of all
+heads that share a KV head are rows of the same tiles, so K and V are read once for the group.
 
-    span_forward_kernel    online softmax of a tile of rows over one piece of the keys -> o of that piece, log-sum-exp
-    join_kernel            o = sum_p exp(lse_p - lse) o_p,  lse = log sum_p exp(lse_p)
-    span_backward_kernel   P = exp(S - lse)   dS = P (dO V^T - delta)   dQ_p = dS K / sqrt(D), of one piece;  delta = dO . O
-                           dQ is the sum over pieces, in order
+    span_forward_kernel     online softmax over one split of the keys -> its o and log-sum-exp (lse)
+    merge_kernel            lse = log sum_p exp(lse_p),  o = sum_p exp(lse_p - lse) o_p  over splits
+    span_backward_kernel    p = exp(qk - lse),  ds = p * (do v^T - do . o),  dq = ds k / sqrt(D)
+                            over one split; PyTorch sums the splits
 
-Nothing of the length of the cache is written: no dK, no dV. No atomics: two runs give the same bits. Keys behind the last query of a
-span are never read; those before its first query are read without a mask.
+A span has too few rows to fill a GPU, so the keys are split in both directions (split-K), into as
+many splits as let all programs run at once. The grid has one axis: tile of rows (fastest), KV head,
+span, split, so programs that run together read the same keys, and the L2 serves all but the first.
+No gradient of k or v is computed, and there are no atomics: two runs are bit-equal.
 
-Grid: (tile of rows fastest, KV head, span, piece), one axis: the tiles of a KV head read the same piece at about the same time, so
-the L2 serves all but the first. Pieces are as many as fill the multiprocessors once, which leaves 128 programs on 132 for one span of
-128 queries, 32 heads on 8. Partial results take pieces * rows * D float32.
-
-FLOPs 4 forward and 6 backward times rows * keys * D, where a stock backward takes 10. One layer of Qwen3-4B at 131,072 keys:
-275 + 412 GFLOP; at the 790 TFLOP/s of a large product 0.35 + 0.52 ms. On one H200 (torch 2.11, triton 3.6), kernels/bench.py:
-1. As described: 0.628 + 1.007 ms, beside 0.850 forward (flash) and 2.468 backward (cuDNN) of stock attention. At 32,768 keys
-   0.307 + 0.313: of the former half is not arithmetic. `start` was copied from memory that is not pinned, so the host waited.
-2. `start` pinned: 0.571 + 0.961, and 0.160 + 0.265 at 32,768.
-3. Nine tiles forward and eleven backward side by side, as bench.py times them: 128 keys a block forward 0.556 for 0.572, a third stage
-   backward 0.656 for 0.949, for with two a product waits for its keys. Kept; results/kernels.json is from before.
-Limits: D in WIDTHS; a head of K has fewer than 2**31 numbers; float32, float16 and bfloat16, sums in float32.
+FLOPs: 4 forward and 6 backward times rows * keys * D; a stock backward takes 10. Traffic: k and v
+once per KV head and span, and D float32 per row and split. One layer of Qwen3-4B, 128 queries and
+131,072 keys, on one H200: floor 0.35 + 0.52 ms (at 790 TFLOP/s), ours 0.56 + 0.66, stock attention
+0.85 (flash) + 2.47 (cuDNN); kernels/NOTES.md says how it got there.
+Limits: D in WIDTHS; float32, float16 or bfloat16, summed in float32; a head has < 2^31 numbers.
 """
 
 import torch
@@ -31,308 +26,299 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 WIDTHS = (16, 32, 64, 128)
-# Rows of a tile, keys of a block, warps, stages. HOPPER's are the fastest of 20 (step 3), without spills; OTHERS', untimed, fit 99 KB
-HOPPER = {"forward": (128, 128, 8, 3), "backward": (128, 64, 8, 3)}
-OTHERS = {"forward": (64, 32, 8, 2), "backward": (32, 32, 8, 2)}
-FLOAT32 = (16, 16, 8, 1)  # no tensor cores: larger tiles spill
-PROCESSORS = 4  # in the interpreter, to have pieces to join
-NUMBERS = [
-    "n",
-    "heads",
-    "spans",
-    "piece",
-    "stride_k",
-    "stride_v",
-]  # these change from prompt to prompt: compile once
+
+# The fastest of 20 on an H200, without spills
+HOPPER = {
+    "forward": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+    "backward": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+}
+# Not timed; they fit the 99 KB of shared memory of consumer GPUs
+OTHERS = {
+    "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "backward": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+}
+# No tensor cores, so larger tiles spill registers
+FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+INTERPRETER_SMS = 4  # so that there are splits to merge
+# These change from prompt to prompt; compile once for all values
+SIZES = ["n", "HKV", "S", "split_size", "stride_k", "stride_v"]
+
+# --------------------------------------------------------------------------------------------------
+# What a program computes. A row is a query of one of the GROUP heads that share a KV head.
 
 
 @triton.jit
-def whoami(start_ptr, n, heads, spans, piece, g: tl.constexpr, BM: tl.constexpr):
-    """-> the rows of this tile, [BM], among the g n of its span and KV head, and their positions; the number of that pair, the KV
-    head, the piece and its first key; where keys end that all rows see, that some row sees."""
-    tiles = tl.cdiv(n * g, BM)
+def program_coordinates(n, HKV, S, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the tile of rows, the KV head, the span and the split of this program."""
+    num_tiles = tl.cdiv(n * GROUP, BLOCK_M)
     pid = tl.program_id(0)
-    rows = pid % tiles * BM + tl.arange(0, BM)
-    head, s, p = (
-        pid // tiles % heads,
-        pid // (tiles * heads) % spans,
-        pid // (tiles * heads * spans),
-    )
-    start = tl.load(start_ptr + s)
-    low = p * piece
-    whole, end = tl.minimum(start + 1, low + piece), tl.minimum(start + n, low + piece)
-    return (
-        rows,
-        start + rows % n,
-        (s * heads + head).to(tl.int64),
-        head.to(tl.int64),
-        p.to(tl.int64),
-        low,
-        whole,
-        end,
-    )
+    tile = pid % num_tiles
+    head = pid // num_tiles % HKV
+    span = pid // (num_tiles * HKV) % S
+    split = pid // (num_tiles * HKV * S)
+    return tile, head, span, split
 
 
 @triton.jit
-def tile(x_ptr, offs, mask, D: tl.constexpr):
-    return tl.load(
-        x_ptr + offs[:, None] * D + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0
-    )
+def key_range(start, n, split, split_size, BLOCK_N: tl.constexpr):
+    """Return where the keys of a split begin, where masks become necessary, and where they end."""
+    first = split * split_size
+    end = tl.minimum(start + n, first + split_size)
+    seen_by_all = tl.minimum(start + 1, first + split_size)  # even by the first query
+    masked = first + tl.maximum(seen_by_all - first, 0) // BLOCK_N * BLOCK_N
+    return first, masked, end
 
 
 @triton.jit
-def whole_tile(x_ptr, offs, D: tl.constexpr):
-    return tl.load(x_ptr + offs[:, None] * D + tl.arange(0, D)[None, :])
+def load_rows(ptr, rows, mask, D: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Load rows of D numbers, [rows, D]."""
+    offs = rows[:, None] * D + tl.arange(0, D)[None, :]
+    if IS_MASKED:
+        x = tl.load(ptr + offs, mask=mask[:, None], other=0.0)
+    else:
+        x = tl.load(ptr + offs)
+    return x
 
 
-@triton.jit
-def attend(acc, m_i, l_i, q, k, v, qk_scale, at, keys, edge: tl.constexpr, PREC: tl.constexpr):
-    """One block of keys of an online softmax in base 2."""
-    s = tl.dot(q, tl.trans(k), input_precision=PREC) * qk_scale  # [BM, BN]
-    if edge:
-        s = tl.where(keys[None, :] <= at[:, None], s, -float("inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    m_safe = tl.where(
-        m_new == -float("inf"), 0.0, m_new
-    )  # a row with no key yet: any finite number will do
-    p, alpha = tl.exp2(s - m_safe[:, None]), tl.exp2(m_i - m_safe)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PREC)
-    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+# --------------------------------------------------------------------------------------------------
+# Forward
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=SIZES)
 def span_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    start_ptr,
-    o_ptr,
-    lse_ptr,  # (S, H, n, D), (Hkv, T, D) twice, (S), (P, S, H, n, D), (P, S, H, n)
-    n,
-    heads,
-    spans,
-    piece,
-    stride_k,
-    stride_v,
-    scale,
-    g: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    rows, at, pair, head, p, low, whole, end = whoami(start_ptr, n, heads, spans, piece, g, BM)
-    mask, offs_n, out = rows < n * g, tl.arange(0, BN), (p * spans * heads + pair) * n * g
-    k_ptr += head * stride_k * D  # rows, so that the compiler sees 16 byte loads
-    v_ptr += head * stride_v * D
-    q = tile(q_ptr + pair * n * g * D, rows, mask, D)
+    q_ptr,  # (S, H, n, D)
+    k_ptr, v_ptr,  # (HKV, T, D)
+    starts_ptr,  # (S,)
+    o_ptr, lse_ptr,  # (splits, S, H, n, D) and (splits, S, H, n), float32
+    n, HKV, S, split_size, stride_k, stride_v, scale,  # strides of a head, in rows
+    GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(qk) @ v and its log-sum-exp, over the keys of one split"""
+    tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = rows < n * GROUP
+    start = tl.load(starts_ptr + span)
+    positions = start + rows % n
+    row_start = (span * HKV + head).to(tl.int64) * n * GROUP
+    k_ptr += head.to(tl.int64) * stride_k * D
+    v_ptr += head.to(tl.int64) * stride_v * D
+
+    q = load_rows(q_ptr + row_start * D, rows, mask, D, True)  # [BLOCK_M, D]
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    acc, m_i, l_i = (
-        tl.zeros((BM, D), tl.float32),
-        tl.full((BM,), -float("inf"), tl.float32),
-        tl.zeros((BM,), tl.float32),
-    )
-    body = low + tl.maximum(whole - low, 0) // BN * BN
-    for j in range(low, body, BN):
-        k, v = whole_tile(k_ptr, j + offs_n, D), whole_tile(v_ptr, j + offs_n, D)
-        acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, at, j + offs_n, False, PREC)
-    for j in range(body, end, BN):
-        k, v = (
-            tile(k_ptr, j + offs_n, j + offs_n < end, D),
-            tile(v_ptr, j + offs_n, j + offs_n < end, D),
-        )
-        acc, m_i, l_i = attend(acc, m_i, l_i, q, k, v, qk_scale, at, j + offs_n, True, PREC)
-    l_safe = tl.where(
-        l_i == 0.0, 1.0, l_i
-    )  # this piece has no key for the row: 0, weighed with exp(-inf)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+
+    # stage 0: whole blocks of keys that all rows see; stage 1: the rest, which needs masks
+    first_key, masked_key, end_key = key_range(start, n, split, split_size, BLOCK_N)
+    for stage in tl.static_range(2):
+        lo = first_key if stage == 0 else masked_key
+        hi = masked_key if stage == 0 else end_key
+        for start_n in range(lo, hi, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load_rows(k_ptr, offs_n, offs_n < end_key, D, stage == 1)  # [BLOCK_N, D]
+            v = load_rows(v_ptr, offs_n, offs_n < end_key, D, stage == 1)
+            # -- compute qk, in base 2 --
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+            if stage == 1:
+                qk = tl.where(offs_n[None, :] <= positions[:, None], qk, -float("inf"))
+            # -- online softmax; a row without a key so far takes any finite maximum --
+            m_new = tl.maximum(m_i, tl.max(qk, 1))
+            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+            p = tl.exp2(qk - m_safe[:, None])
+            alpha = tl.exp2(m_i - m_safe)
+            # -- update acc --
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_new
+
+    # a row without a key in this split has weight exp(-inf) = 0
+    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     lse = tl.where(l_i == 0.0, -float("inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + out + rows, lse, mask=mask)
-    tl.store(
-        o_ptr + (out + rows[:, None]) * D + tl.arange(0, D)[None, :],
-        acc / l_safe[:, None],
-        mask=mask[:, None],
-    )
+    offs_out = (split.to(tl.int64) * S * HKV * n * GROUP + row_start) + rows
+    tl.store(lse_ptr + offs_out, lse, mask=mask)
+    o_offs = offs_out[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(o_ptr + o_offs, acc / l_safe[:, None], mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "pieces"])
-def join_kernel(
-    parts_ptr,
-    lses_ptr,
-    o_ptr,
-    lse_ptr,  # (P, R, D), (P, R), (R, D), (R)
-    rows,
-    pieces,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    mask, offs_d, size = offs < rows, tl.arange(0, D)[None, :], tl.cast(rows, tl.int64)
-    m_i, l_i, acc = (
-        tl.full((BM,), -float("inf"), tl.float32),
-        tl.zeros((BM,), tl.float32),
-        tl.zeros((BM, D), tl.float32),
-    )
-    for p in range(0, pieces):  # the first piece has a key for every row, so m_new is finite
-        lse = tl.load(lses_ptr + p * size + offs, mask=mask, other=0.0) * LOG2E
-        part = tl.load(
-            parts_ptr + (p * size + offs[:, None]) * D + offs_d, mask=mask[:, None], other=0.0
-        )  # [BM, D]
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def merge_kernel(
+    split_o_ptr, split_lse_ptr,  # (splits, rows, D) and (splits, rows), float32
+    o_ptr, lse_ptr,  # (rows, D) and (rows,)
+    num_rows, num_splits,
+    D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """o = sum_p exp(lse_p - lse) o_p, lse = log sum_p exp(lse_p), over the splits p"""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = rows < num_rows
+    offs_d = tl.arange(0, D)[None, :]
+    split_stride = tl.cast(num_rows, tl.int64)
+    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+
+    for split in range(0, num_splits):
+        offs = split * split_stride + rows
+        lse = tl.load(split_lse_ptr + offs, mask=mask, other=0.0) * LOG2E
+        o = tl.load(split_o_ptr + offs[:, None] * D + offs_d, mask=mask[:, None], other=0.0)
+        # -- m_new is finite, because every row sees a key of the first split --
         m_new = tl.maximum(m_i, lse)
-        alpha, weight = tl.exp2(m_i - m_new), tl.exp2(lse - m_new)
-        acc, l_i, m_i = acc * alpha[:, None] + weight[:, None] * part, l_i * alpha + weight, m_new
-    tl.store(lse_ptr + offs, (m_i + tl.log2(l_i)) * LN2, mask=mask)
-    tl.store(
-        o_ptr + offs[:, None] * D + offs_d,
-        (acc / l_i[:, None]).to(o_ptr.dtype.element_ty),
-        mask=mask[:, None],
-    )
+        alpha = tl.exp2(m_i - m_new)
+        weight = tl.exp2(lse - m_new)
+        acc = acc * alpha[:, None] + weight[:, None] * o
+        l_i = l_i * alpha + weight
+        m_i = m_new
+
+    o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(lse_ptr + rows, (m_i + tl.log2(l_i)) * LN2, mask=mask)
+    tl.store(o_ptr + rows[:, None] * D + offs_d, o, mask=mask[:, None])
 
 
-@triton.jit
-def dq_block(
-    acc, q, do, k, v, lse, delta, qk_scale, at, keys, edge: tl.constexpr, PREC: tl.constexpr
-):
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PREC) * qk_scale - lse[:, None])  # [BM, BN]
-    if edge:
-        p = tl.where(keys[None, :] <= at[:, None], p, 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PREC) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PREC)
+# --------------------------------------------------------------------------------------------------
+# Backward
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=SIZES)
 def span_backward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    start_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    dq_ptr,  # as in the forward; do like q, lse (S, H, n), dq (P, S, H, n, D)
-    n,
-    heads,
-    spans,
-    piece,
-    stride_k,
-    stride_v,
-    scale,
-    g: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    rows, at, pair, head, p, low, whole, end = whoami(start_ptr, n, heads, spans, piece, g, BM)
-    mask, offs_n, first = rows < n * g, tl.arange(0, BN), pair * n * g
-    k_ptr += head * stride_k * D  # rows, so that the compiler sees 16 byte loads
-    v_ptr += head * stride_v * D
-    do = tile(do_ptr + first * D, rows, mask, D)
-    delta = tl.sum(do.to(tl.float32) * tile(o_ptr + first * D, rows, mask, D).to(tl.float32), 1)
-    lse = (
-        tl.load(lse_ptr + first + rows, mask=mask, other=float("inf")) * LOG2E
-    )  # exp2(s - inf) = 0
-    q = tile(q_ptr + first * D, rows, mask, D)
+    q_ptr,  # (S, H, n, D)
+    k_ptr, v_ptr,  # (HKV, T, D)
+    starts_ptr,  # (S,)
+    o_ptr, do_ptr, lse_ptr,  # (S, H, n, D) twice and (S, H, n)
+    dq_ptr,  # (splits, S, H, n, D), float32
+    n, HKV, S, split_size, stride_k, stride_v, scale,  # strides of a head, in rows
+    GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """ds = p * (do @ v^T - delta), dq = scale * ds @ k, over the keys of one split"""
+    tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = rows < n * GROUP
+    start = tl.load(starts_ptr + span)
+    positions = start + rows % n
+    row_start = (span * HKV + head).to(tl.int64) * n * GROUP
+    k_ptr += head.to(tl.int64) * stride_k * D
+    v_ptr += head.to(tl.int64) * stride_v * D
+
+    do = load_rows(do_ptr + row_start * D, rows, mask, D, True)  # [BLOCK_M, D]
+    o = load_rows(o_ptr + row_start * D, rows, mask, D, True)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + row_start + rows, mask=mask, other=float("inf")) * LOG2E  # then p = 0
+    q = load_rows(q_ptr + row_start * D, rows, mask, D, True)
     scale = tl.cast(scale, tl.float32)
-    acc = tl.zeros((BM, D), tl.float32)
-    body = low + tl.maximum(whole - low, 0) // BN * BN
-    for j in range(low, body, BN):
-        k, v = whole_tile(k_ptr, j + offs_n, D), whole_tile(v_ptr, j + offs_n, D)
-        acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, at, j + offs_n, False, PREC)
-    for j in range(body, end, BN):
-        k, v = (
-            tile(k_ptr, j + offs_n, j + offs_n < end, D),
-            tile(v_ptr, j + offs_n, j + offs_n < end, D),
-        )
-        acc = dq_block(acc, q, do, k, v, lse, delta, scale * LOG2E, at, j + offs_n, True, PREC)
-    out = p * spans * heads * n * g + first
-    tl.store(
-        dq_ptr + (out + rows[:, None]) * D + tl.arange(0, D)[None, :],
-        acc * scale,
-        mask=mask[:, None],
-    )
+    dq = tl.zeros((BLOCK_M, D), tl.float32)
+
+    # stage 0: whole blocks of keys that all rows see; stage 1: the rest, which needs masks
+    first_key, masked_key, end_key = key_range(start, n, split, split_size, BLOCK_N)
+    for stage in tl.static_range(2):
+        lo = first_key if stage == 0 else masked_key
+        hi = masked_key if stage == 0 else end_key
+        for start_n in range(lo, hi, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load_rows(k_ptr, offs_n, offs_n < end_key, D, stage == 1)  # [BLOCK_N, D]
+            v = load_rows(v_ptr, offs_n, offs_n < end_key, D, stage == 1)
+            # -- recompute p --
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            p = tl.exp2(qk - lse[:, None])  # [BLOCK_M, BLOCK_N]
+            if stage == 1:
+                p = tl.where(offs_n[None, :] <= positions[:, None], p, 0.0)
+            # -- compute ds and dq --
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    offs_out = (split.to(tl.int64) * S * HKV * n * GROUP + row_start) + rows
+    dq_offs = offs_out[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dq_ptr + dq_offs, dq * scale, mask=mask[:, None])
 
 
 # --------------------------------------------------------------------------------------------------
 # Launch
 
 
-def config(kernel, q):
-    """Return (rows of a tile, keys of a block, warps, stages) for kernel "forward" or "backward"."""
+def get_config(direction, q):
+    """Return the block sizes and launch options of the "forward" or "backward" kernel."""
     if q.dtype == torch.float32:
         return FLOAT32
     is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    return HOPPER[kernel] if is_hopper else OTHERS[kernel]
+    return HOPPER[direction] if is_hopper else OTHERS[direction]
 
 
-def split_keys(q, n_kv_head, start, config, processors):
-    """Return how many keys one program reads, and how many such pieces the longest span has.
-
-    The pieces are as long as makes all programs together fill the processors once.
-    """
-    S, H, n, _ = q.shape
-    rows, block, _, _ = config
-    tiles = triton.cdiv(H // n_kv_head * n, rows) * n_kv_head  # of one span
-    total_keys = int(start.sum()) + S * n  # over all spans
-    programs = max(processors // (tiles * S), 1) * tiles * S
-    piece = triton.cdiv(triton.cdiv(tiles * total_keys, programs), block) * block
-    pieces = triton.cdiv(int(start.max()) + n, piece)
-    return tiles, piece, pieces
-
-
-def launch(kernel, config, q, k, v, start, inputs, outputs, split):
-    """Run the forward or backward kernel over all tiles and pieces; it writes to `outputs`."""
-    S, H, _, D = q.shape
-    Hkv = k.shape[0]
-    rows, block, num_warps, num_stages = config
-    tiles, piece, pieces = split
-    start = start.to(torch.int32)
-    if q.is_cuda:  # pinned, so that the host does not wait for the device
-        start = start.pin_memory().to(q.device, non_blocking=True)
-    kernel[(tiles * S * pieces,)](
-        q, k, v, start, *inputs, *outputs,
-        q.shape[2], Hkv, S, piece, k.stride(0) // D, v.stride(0) // D, D**-0.5,
-        H // Hkv, D, rows, block, "ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
-
-
-def count_processors(q):
+def count_sms(q):
     if q.is_cuda:
         return torch.cuda.get_device_properties(q.device).multi_processor_count
-    return PROCESSORS
+    return INTERPRETER_SMS
 
 
-def forward(q, k, v, start, cfg=None, processors=None):
+def split_keys(q, n_kv_head, starts, config, num_sms):
+    """Return how many keys one program reads, how many splits the longest span has, and the grid.
+
+    Splits are as long as makes all programs together fill the SMs once.
+    """
+    S, H, n, _ = q.shape
+    tiles = triton.cdiv(H // n_kv_head * n, config["BLOCK_M"]) * n_kv_head  # of one span
+    total_keys = int(starts.sum()) + S * n  # over all spans
+    programs = max(num_sms // (tiles * S), 1) * tiles * S
+    blocks = triton.cdiv(triton.cdiv(tiles * total_keys, programs), config["BLOCK_N"])
+    split_size = blocks * config["BLOCK_N"]
+    num_splits = triton.cdiv(int(starts.max()) + n, split_size)
+    return split_size, num_splits, (tiles * S * num_splits,)
+
+
+def copy_to_device(starts, q):
+    """Return starts as int32 on the device of q; pinned, so that the host does not wait."""
+    starts = starts.to(torch.int32)
+    if q.is_cuda:
+        starts = starts.pin_memory().to(q.device, non_blocking=True)
+    return starts
+
+
+def get_sizes(q, k, v, split_size):
+    """Return the arguments of both span kernels after the tensors, up to the block sizes."""
+    S, H, n, D = q.shape
+    HKV = k.shape[0]
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    strides = (k.stride(0) // D, v.stride(0) // D)
+    return n, HKV, S, split_size, *strides, D**-0.5, H // HKV, D, precision
+
+
+def forward(q, k, v, starts, config=None, num_sms=None):
     """Return o like q, and its log-sum-exp in natural logarithms, (S, H, n) float32.
 
     q contiguous; the rows of k and v are D numbers side by side, their heads whole rows apart.
-    processors: how many programs run at a time; by default those of the GPU.
+    num_sms: how many programs run at once; by default one per multiprocessor of the GPU.
     """
-    cfg = cfg or config("forward", q)
-    split = split_keys(q, k.shape[0], start, cfg, processors or count_processors(q))
-    pieces = split[2]
-    o_parts = q.new_empty(pieces, *q.shape, dtype=torch.float32)
-    lse_parts = q.new_empty(pieces, *q.shape[:3], dtype=torch.float32)
-    launch(span_forward_kernel, cfg, q, k, v, start, (), (o_parts, lse_parts), split)
+    config = config or get_config("forward", q)
+    num_sms = num_sms or count_sms(q)
+    split_size, num_splits, grid = split_keys(q, k.shape[0], starts, config, num_sms)
+    split_o = q.new_empty(num_splits, *q.shape, dtype=torch.float32)
+    split_lse = q.new_empty(num_splits, *q.shape[:3], dtype=torch.float32)
+    starts = copy_to_device(starts, q)
+    sizes = get_sizes(q, k, v, split_size)
+    span_forward_kernel[grid](q, k, v, starts, split_o, split_lse, *sizes, **config)
 
     o = torch.empty_like(q)
-    lse = torch.empty_like(lse_parts[0])
+    lse = torch.empty_like(split_lse[0])
     D = q.shape[3]
     rows = q.numel() // D
     grid = (triton.cdiv(rows, 16),)
-    join_kernel[grid](o_parts, lse_parts, o, lse, rows, pieces, D, 16, num_warps=4)
+    merge_kernel[grid](split_o, split_lse, o, lse, rows, num_splits, D, 16, num_warps=4)
     return o, lse
 
 
-def backward(do, q, k, v, start, o, lse, cfg=None, processors=None):
+def backward(do, q, k, v, starts, o, lse, config=None, num_sms=None):
     """Return dq like q."""
-    cfg = cfg or config("backward", q)
-    split = split_keys(q, k.shape[0], start, cfg, processors or count_processors(q))
-    dq_parts = q.new_empty(split[2], *q.shape, dtype=torch.float32)
-    launch(span_backward_kernel, cfg, q, k, v, start, (o, do, lse), (dq_parts,), split)
-    return dq_parts.sum(0).to(q.dtype)
+    config = config or get_config("backward", q)
+    num_sms = num_sms or count_sms(q)
+    split_size, num_splits, grid = split_keys(q, k.shape[0], starts, config, num_sms)
+    split_dq = q.new_empty(num_splits, *q.shape, dtype=torch.float32)
+    starts = copy_to_device(starts, q)
+    sizes = get_sizes(q, k, v, split_size)
+    span_backward_kernel[grid](q, k, v, starts, o, do, lse, split_dq, *sizes, **config)
+    return split_dq.sum(0).to(q.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,24 +326,24 @@ def backward(do, q, k, v, start, o, lse, cfg=None, processors=None):
 
 
 @custom_op("fivefold::span_attention", mutates_args=())
-def span_attention_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, start)
+def span_attention_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, starts)
 
 
 @span_attention_op.register_fake
-def _(q, k, v, start):
+def _(q, k, v, starts):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @custom_op("fivefold::span_attention_backward", mutates_args=())
 def span_attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, o: Tensor, lse: Tensor
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, o: Tensor, lse: Tensor
 ) -> Tensor:
-    return backward(do, q, k, v, start, o, lse)
+    return backward(do, q, k, v, starts, o, lse)
 
 
 @span_attention_backward_op.register_fake
-def _(do, q, k, v, start, o, lse):
+def _(do, q, k, v, starts, o, lse):
     return torch.empty_like(q)
 
 
@@ -366,60 +352,62 @@ def setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def differentiate(ctx, do, _):
-    return span_attention_backward_op(do.contiguous(), *ctx.saved_tensors), None, None, None
+def span_attention_autograd(ctx, do, unused):
+    dq = span_attention_backward_op(do.contiguous(), *ctx.saved_tensors)
+    return dq, None, None, None
 
 
-span_attention_op.register_autograd(differentiate, setup_context=setup_context)
+span_attention_op.register_autograd(span_attention_autograd, setup_context=setup_context)
 
 
 # --------------------------------------------------------------------------------------------------
 # Public function
 
 
-def check(q, k, v, start):
+def check_inputs(q, k, v, starts):
     """Raise ValueError if the kernel cannot take these."""
-    shapes = (
-        f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}"
-    )
-    is_alike = k.shape == v.shape and q.dtype == k.dtype == v.dtype
-    if q.dim() != 4 or k.dim() != 3 or not is_alike or not q.device == k.device == v.device:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 3 or k.shape != v.shape:
+        raise ValueError(f"{shapes}: needed are (S, H, n, D) and twice (Hkv, T, D)")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(
-            f"{shapes}: needed are (S, H, n, D) and twice (Hkv, T, D), of one dtype on one device"
+            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: needed is one dtype, one device"
         )
     S, H, n, D = q.shape
-    Hkv, T, _ = k.shape
-    if Hkv == 0 or H % Hkv or k.shape[2] != D:
+    HKV, T, _ = k.shape
+    if HKV == 0 or H % HKV or k.shape[2] != D:
         raise ValueError(f"{shapes}: heads or widths do not fit together")
     if D not in WIDTHS or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{shapes}: the kernel takes float32, float16, bfloat16, D in {WIDTHS}")
-    is_index = not (start.is_floating_point() or start.is_complex() or start.dtype == torch.bool)
-    if start.shape != (S,) or start.device.type != "cpu" or not is_index:
-        raise ValueError(f"start has to be {S} integers on the CPU, one for each span")
-    if S and (int(start.min()) < 0 or int(start.max()) + n > T):
-        raise ValueError(f"{S} spans of {n} begin at {start.tolist()}, not all within {T} keys")
-    if T * D >= 2**31 or H // Hkv * n * D >= 2**31:
+        raise ValueError(
+            f"{q.dtype}, D = {D}: needed are float32, float16, bfloat16, D in {WIDTHS}"
+        )
+    is_index = starts.dtype in (torch.int64, torch.int32)
+    if starts.shape != (S,) or starts.device.type != "cpu" or not is_index:
+        raise ValueError(f"starts has to be {S} integers on the CPU, one for each span")
+    if S and (int(starts.min()) < 0 or int(starts.max()) + n > T):
+        raise ValueError(f"{S} spans of {n} begin at {starts.tolist()}, not all within {T} keys")
+    if T * D >= 2**31 or H // HKV * n * D >= 2**31:
         raise ValueError(f"{T} keys or {n} queries are too many for one call")
 
 
 def with_whole_rows(t):
     """Return t (Hkv, T, D) as it is if its rows lie side by side, as in a view of a cache."""
-    Hkv, T, D = t.shape
+    D = t.shape[2]
     if t.stride()[1:] == (D, 1) and t.stride(0) % D == 0:
         return t
     return t.contiguous()
 
 
-def span_attention(q, k, v, start):
-    """Attention of S spans of n queries over one cache; query r of span s sees keys 0 ... start[s] + r.
+def span_attention(q, k, v, starts):
+    """Attend from S spans of n queries to one cache; row r of span s sees keys 0 ... starts[s] + r.
 
     q (S, H, n, D), k and v (Hkv, T, D), which may be views of a longer cache, all of one dtype;
-    start (S) integers on the CPU, start + n <= T. D has to be one of WIDTHS. Differentiable once,
-    and in q alone: k and v are constants. Returns (S, H, n, D).
+    starts (S) integers on the CPU, starts + n <= T; D one of WIDTHS -> (S, H, n, D).
+    Differentiable once, and in q alone: k and v are constants.
     """
-    check(q, k, v, start)
+    check_inputs(q, k, v, starts)
     if q.numel() == 0:
         return q.clone()
     k = with_whole_rows(k.detach())
     v = with_whole_rows(v.detach())
-    return span_attention_op(q.contiguous(), k, v, start)[0]
+    return span_attention_op(q.contiguous(), k, v, starts)[0]

@@ -11,6 +11,7 @@ import torch
 
 import train
 import ttt_context
+from experiments import ttt_cost
 from support import run_folder, tokenizer
 from tests.common import REPOSITORY, refused
 from tests.hf import edit_json, hf  # noqa: F401
@@ -32,7 +33,7 @@ def run(tiny):
 
 
 def test_command(tiny, capsys, monkeypatch):
-    small = {"n_layer": 1, "n_embd": 32, "n_head": 2, "steps": 2}
+    small = {"n_layer": 1, "n_embd": 32, "n_head": 2, "steps": 2, "data": "text.txt"}
     monkeypatch.setitem(train.PRESETS, "tiny", {**train.PRESETS["tiny"], **small})
     Path("text.txt").write_text(Path("text.txt").read_text()[:1200])
     Path("short.txt").write_text("seven wizards boil éclairs")
@@ -46,7 +47,7 @@ def test_command(tiny, capsys, monkeypatch):
     assert f"as it is\n{result['plain']}\n" in printed.out
     assert f"trained on this prompt\n{result['adapted']}\n" in printed.out
     size = len(Path("text.txt").read_bytes())  # and one token before, less the last, which asks
-    assert result["held_out_spans"] == 8 and result["context"] == size and result["moved"] > 0
+    assert result["held_out_spans"] == 8 and result["context"] == size
     assert result["held_out_before"] != result["held_out_after"] and result["lr"] == 1e-3
     saved = torch.load("w.pt", weights_only=True)
     assert list(saved) == ["layers.0.self_attn.q_proj.weight"]
@@ -56,10 +57,9 @@ def test_command(tiny, capsys, monkeypatch):
     (weight,) = saved.values()
     original = model.layers[0].self_attn.q_proj.weight.detach()
     assert weight.shape == (32, 32)
-    moved = ((weight - original).norm() / original.norm()).item()
-    assert result["moved"] == pytest.approx(moved, rel=1e-4)
-    assert result["flops"] == ttt_context.flops_of_spans(model, 3 * 2 * 16, size)
-    thinking = ttt_context.thinking_tokens(model, size + 1, result["flops"])
+    assert 0 < (weight - original).abs().max() < 3 * 1.2e-3, "three steps of AdamW"
+    assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
+    thinking = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
     assert result["thinking_tokens"] == thinking
 
     again = ttt_context.main([*SMALL, *flags])
@@ -71,7 +71,7 @@ def test_command(tiny, capsys, monkeypatch):
     other = ttt_context.main([*SMALL, *flags, "--seed", "7"])
     assert other["held_out_after"] != again["held_out_after"]
     still = ttt_context.main([*SMALL, "text.txt", "--lr", "0", "--question", "Who boils?"])
-    assert still["plain"] == still["adapted"] and still["moved"] == 0
+    assert still["plain"] == still["adapted"]
     assert still["held_out_before"] == still["held_out_after"] and still["context"] == size + 1
     assert ttt_context.main([*SMALL, "short.txt"])["held_out_spans"] == 0
     assert "held-out spans: none" in capsys.readouterr().out
@@ -101,10 +101,13 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
 
 
 def test_thinking_comes_after_the_question(run):
-    result = ttt_context.main([*SMALL, "prompt.txt", "--question", "Who boils? " * 60])
+    question = "Who boils? " * 60
+    result = ttt_context.main([*SMALL, "prompt.txt", "--question", question])
     model, _ = train.load_model(run)
-    thinking = [ttt_context.thinking_tokens(model, T, result["flops"]) for T in (1200, 1900)]
-    assert thinking[1] <= result["thinking_tokens"] < thinking[0]
+    T = result["context"]
+    after_context = ttt_cost.thinking_tokens(model, T, result["flops"])
+    after_question = ttt_cost.thinking_tokens(model, T + len(question), result["flops"])
+    assert result["thinking_tokens"] == after_question < after_context
 
 
 def test_damaged_numbers_and_an_interrupted_default_run_end_it(run, monkeypatch):
@@ -119,7 +122,7 @@ def test_damaged_numbers_and_an_interrupted_default_run_end_it(run, monkeypatch)
         ttt_context.main([*SMALL, "prompt.txt"])
 
 
-def test_an_answer_ends_at_a_stop_token(run, monkeypatch):
+def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
     def scripted(model, caches, T, question, n, limit):
         assert limit == 256, "no padding of the vocabulary"
         yield from [72, 105, 0, 33][:n]
@@ -128,21 +131,12 @@ def test_an_answer_ends_at_a_stop_token(run, monkeypatch):
     assert ttt_context.main([*SMALL, "prompt.txt"])["plain"] == "Hi"
 
 
-def test_stop_ids():
-    ranks = {bytes([i]): i for i in range(256)}
-    plain = tokenizer.BPETokenizer("x", ".", ranks, {})
-    assert ttt_context.stop_ids(plain) == set(), "no end-of-text token"
-    plain.stops = {5, 6}
-    assert ttt_context.stop_ids(plain) == {5, 6}
-    assert ttt_context.stop_ids(tokenizer.ByteTokenizer()) == {0}
-
-
 BAD_FLAGS = [
     ("", ["--prompt", "--experiment"]),
     ("--prompt none.txt", ["none.txt"]),
-    ("--prompt empty.txt", ["empty.txt is empty"]),
+    ("--prompt empty.txt", ["empty.txt has 0 tokens"]),
     ("--prompt binary", ["binary", "UTF-8"]),
-    ("--prompt nul.txt", ["nul.txt", "NUL"]),
+    ("--prompt nul.txt", ["nul.txt", "UTF-8"]),
     ("--prompt .", ["."]),
     ("--prompt fifo", ["fifo"]),
     (f"--prompt {'x' * 300}", ["xxx"]),
@@ -162,8 +156,8 @@ BAD_FLAGS = [
     ("--prompt text.txt --init nowhere", ["nowhere"]),
     ("--prompt text.txt --dtype fp8", ["fp8", "bf16"]),
     ("--prompt text.txt --device tpu", ["tpu"]),
-    ("--prompt text.txt --save-queries text.txt", ["text.txt exists"]),
-    ("--prompt text.txt --save-queries no/w.pt", ["no folder no"]),
+    ("--prompt text.txt --save-queries text.txt", ["--save-queries text.txt", "new"]),
+    ("--prompt text.txt --save-queries no/w.pt", ["--save-queries no/w.pt", "folder"]),
     ("--prompt text.txt --stpes 3", ["--stpes"]),
 ]
 
@@ -184,10 +178,7 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     question = ["--prompt", "text.txt", "--question", "caf\udce9"]
     refused(question, "caf", "UTF-8", main=ttt_context.main)
     with monkeypatch.context() as limits:
-        limits.setattr(ttt_context, "PROMPT_LIMIT", 100)
-        refused([*SMALL, "text.txt"], "text.txt", main=ttt_context.main)
-    with monkeypatch.context() as limits:
-        limits.setattr(ttt_context, "free_memory", lambda device: 2**20)
+        limits.setattr(ttt_cost, "free_bytes", lambda device: 2**20)
         refused([*SMALL, "text.txt"], "tokens", "are free", "shorter", main=ttt_context.main)
     assert Path("text.txt").read_bytes() == text
     assert {p.name for p in Path("out").iterdir() if not p.name.startswith(".")} == {"a"}
@@ -202,12 +193,12 @@ def test_refuses_a_prompt_without_permission(run):
 def test_a_byte_order_mark_is_no_text(run):
     text = Path("prompt.txt").read_bytes()
     Path("marked.txt").write_bytes(b"\xef\xbb\xbf" + text)
-    assert ttt_context.read_prompt("marked.txt") == ttt_context.read_prompt("prompt.txt")
+    results = [ttt_context.main([*SMALL, name]) for name in ("marked.txt", "prompt.txt")]
+    assert without_seconds(results[0]) == without_seconds(results[1])
 
 
 def test_memory_is_known():
-    free = ttt_context.free_memory(torch.device("cpu"))
-    assert 2**20 < free <= 2**50 or free == float("inf")
+    assert 2**20 < ttt_cost.free_bytes(torch.device("cpu")) < 2**50
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,8 +247,9 @@ def test_a_template_that_fails_is_an_error():
 
 def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
     folder = hf(n_kv_head=2, qk_norm=True)
-    flags = [*SMALL, "text.txt", "--question", "Who?", "--init", str(folder)]
-    text = Path("text.txt").read_text()
+    flags = [*SMALL, "prompt.txt", "--question", "Who?", "--init", str(folder)]
+    text = Path("text.txt").read_text()[:1200]
+    Path("prompt.txt").write_text(text)
     _, tokenizer = train.load_model(folder)
     n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
     result = ttt_context.main(flags)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train
 import ttt_context
-from experiments import bench_ttt
+from experiments import bench_ttt, ttt_cost
 from experiments import ttt_context as experiment
 from experiments import ttt_sandbox as sandbox
 from tests.common import DEVICE, refused, small_gpt
@@ -21,7 +21,7 @@ SMALL = copy.deepcopy(experiment.RECIPE)
 SMALL |= {"names": 16, "values": 4, "questions": 12}
 TINY = copy.deepcopy(experiment.RECIPE)
 TINY |= {"shape": {"n_layer": 2, "n_head": 2, "head_dim": 16, "n_embd": 32}, "names": 32}
-TINY |= {"train": {"steps": 2, "batch": 4, "tokens": 48, "lr": 1e-2, "lessons": 8}}
+TINY |= {"train": {"steps": 2, "batch": 4, "tokens": 48, "lr": 1e-2, "examples": 8}}
 TINY |= {"seeds": [1, 2], "lengths": [60, 120], "questions": 3, "steps": 2, "span": 16}
 TINY |= {"lrs": {"trained queries": [1e-3, 1e-2], "fitted temperature": [1e-1]}}
 
@@ -38,43 +38,43 @@ def long_read(T=40, **shape):
 
 
 # --------------------------------------------------------------------------------------------------
-# Streams
+# Contexts
 
 
 @pytest.mark.parametrize("kind", [1, 2])
 @pytest.mark.parametrize("task", sandbox.TASKS)
 def test_records_are_what_they_say(task, kind):
-    ids, follows, questions = sandbox.stream(task, 600, SMALL, generator(kind), 12, kind)
-    tails, answers, needles = (t.tolist() for t in questions)
+    ids, predictable, questions = sandbox.make_context(task, 600, SMALL, generator(kind), 12, kind)
+    tokens, answers, needles = (t.tolist() for t in questions)
     records = ids.view(-1, 3).tolist()
-    assert len(records) == 200 and len(tails) == 12
+    assert len(records) == 200 and len(tokens) == 12
 
     def key_of(a, b):
         return (a, b) if task == "records" else (a, b)[kind - 1]
 
     values = {}
-    for (a, b, value), marks in zip(records, follows.view(-1, 3).tolist()):
+    for (a, b, value), marks in zip(records, predictable.view(-1, 3).tolist()):
         assert a < 16 <= b < 32 <= value < 36
         key = key_of(a, b)
         assert marks == [False, False, key in values]
         assert values.setdefault(key, value) == value
-    assert len(set(values.values())) > 1 and follows.any()
-    for tail, answer, needle in zip(tails, answers, needles):
-        same = [key_of(a, b) == key_of(*tail) for a, b, _ in records]
-        assert answer == [values[key_of(*tail)]]
+    assert len(set(values.values())) > 1 and predictable.any()
+    for pair, answer, needle in zip(tokens, answers, needles):
+        same = [key_of(a, b) == key_of(*pair) for a, b, _ in records]
+        assert answer == values[key_of(*pair)]
         assert needle == [x for is_same in same for x in (False, False, is_same)]
         assert task == "columns" or sum(same) == 1, "a pair that occurs once"
     if task == "columns":
-        assert any([*tail, *answer] not in records for tail, answer in zip(tails, answers))
+        assert any([*pair, answer] not in records for pair, answer in zip(tokens, answers))
 
 
-def test_lessons_end_in_answered_questions():
+def test_examples_end_in_answered_questions():
     for i in range(20):
-        ids, follows = sandbox.lesson(sandbox.TASKS[i % 2], 96, SMALL, generator(i))
-        assert len(ids) == len(follows) == 97
+        ids, predictable = sandbox.make_example(sandbox.TASKS[i % 2], 96, SMALL, generator(i))
+        assert len(ids) == len(predictable) == 97
         n_context = 97 - 16 - (97 - 16) % 3
         asked = ids[n_context:][:15].view(-1, 3)
-        assert follows[n_context:][:15].view(-1, 3).tolist() == [[False, False, True]] * 5
+        assert predictable[n_context:][:15].view(-1, 3).tolist() == [[False, False, True]] * 5
         records = ids[:n_context].view(-1, 3).tolist()
         if i % 2 == 0:
             assert all(record in records for record in asked.tolist())
@@ -82,7 +82,8 @@ def test_lessons_end_in_answered_questions():
             for a, b, value in asked.tolist():
                 assert any((a == r[0] or b == r[1]) and value == r[2] for r in records)
     kinds = [
-        sandbox.lesson("columns", 96, SMALL, generator(i))[0][:81].view(-1, 3) for i in range(9)
+        sandbox.make_example("columns", 96, SMALL, generator(i))[0][:81].view(-1, 3)
+        for i in range(9)
     ]
     decides = [
         len({(a, v) for a, _, v in k.tolist()}) == len({a for a, _, _ in k.tolist()}) for k in kinds
@@ -90,15 +91,17 @@ def test_lessons_end_in_answered_questions():
     assert {True, False} == set(decides), "either column counts"
 
 
-def test_renaming_keeps_what_is_equal():
-    ids = torch.stack([sandbox.lesson("records", 96, SMALL, generator(i))[0] for i in range(3)])
-    other = sandbox.rename(ids, SMALL, generator())
+def test_permuted_tokens_stay_equal_where_they_were():
+    ids = torch.stack(
+        [sandbox.make_example("records", 96, SMALL, generator(i))[0] for i in range(3)]
+    )
+    other = sandbox.permute_tokens(ids, SMALL, generator())
     for a, b in zip(ids, other):
         assert torch.equal(a[:, None] == a, b[:, None] == b) and not torch.equal(a, b)
     for low, high in ((0, 16), (16, 32), (32, 36)):
         inside = (ids >= low) & (ids < high)
         assert inside.any() and torch.equal(inside, (other >= low) & (other < high))
-    same = sandbox.rename(ids[:1].repeat(2, 1), SMALL, generator())
+    same = sandbox.permute_tokens(ids[:1].repeat(2, 1), SMALL, generator())
     assert not torch.equal(same[0], same[1]), "different names in each sequence"
 
 
@@ -128,7 +131,7 @@ def test_models_alternate_and_know_no_positions(norm):
     y = attention(x, cos, sin)
     assert torch.equal(y, attention(x, torch.ones_like(cos), torch.zeros_like(sin)))
     # one of two layers attends
-    one_more_key = [ttt_context.flops_of_tokens(model, T, 1) for T in (10, 11)]
+    one_more_key = [ttt_cost.flops_of_tokens(model, T, 1) for T in (10, 11)]
     assert one_more_key[1] - one_more_key[0] == 4 * 2 * 16
     same = sandbox.build_model(TINY, norm, 1)
     other = sandbox.build_model(TINY, norm, 2)
@@ -139,9 +142,9 @@ def test_models_alternate_and_know_no_positions(norm):
 
 def test_training_lowers_the_loss():
     recipe = copy.deepcopy(TINY)
-    recipe["train"] |= {"steps": 60, "batch": 16, "lessons": 64}
-    ids, follows = sandbox.lesson("records", 48, recipe, generator(77))
-    targets = ids[1:].masked_fill(~follows[1:], -1)[None]
+    recipe["train"] |= {"steps": 60, "batch": 16, "examples": 64}
+    ids, predictable = sandbox.make_example("records", 48, recipe, generator(77))
+    targets = ids[1:].masked_fill(~predictable[1:], -1)[None]
     losses = []
     for steps in (1, 60):
         recipe["train"]["steps"] = steps
@@ -166,7 +169,7 @@ class Recorder(torch.nn.Module):
         return self.w
 
 
-def test_only_what_follows_counts_at_first_and_the_rate_ends_at_zero(monkeypatch):
+def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkeypatch):
     model = Recorder()
     monkeypatch.setattr(sandbox, "build_model", lambda *args: model)
     recipe = copy.deepcopy(TINY)
@@ -176,7 +179,7 @@ def test_only_what_follows_counts_at_first_and_the_rate_ends_at_zero(monkeypatch
     assert all(0.1 < share < 0.4 for share in shares[:20]), "a third of the tokens are values"
     assert shares[20:] == [1.0] * 20
     values = model.targets[0][model.targets[0] >= 0]
-    assert (values >= 2 * recipe["names"]).all(), "nothing but values follows"
+    assert (values >= 2 * recipe["names"]).all(), "nothing but values is predictable"
     moved = [a - b for a, b in zip(model.values, model.values[1:])]
     assert max(moved) == pytest.approx(1e-2, rel=0.2) and moved.index(max(moved)) < 10
     assert moved[0] < 1e-3 and moved[-1] < 1e-3
@@ -194,34 +197,35 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
     assert len(set(ids.values())) == 8
 
 
-def test_reads_on_as_a_plain_forward_does():
+def test_questions_are_answered_as_by_a_plain_forward():
     model, ids, kv = long_read(n_kv_head=2, qk_norm=True)
-    tails = torch.tensor([[7, 9], [1, 2]])
+    tokens = torch.tensor([[7, 9], [1, 2]])
     needles = torch.arange(40) % 3 == torch.tensor([[0], [1]])
-    logits, mass = experiment.read(model, kv, tails, needles)
-    for tail, row in zip(tails, logits):
-        assert torch.allclose(row, model(torch.cat([ids, tail])[None])[0, -1], atol=1e-10)
-    assert mass.shape == (2, 8)
+    questions = sandbox.Questions(tokens, None, needles)
+    logits, on_needles = experiment.ask(model, kv, questions)
+    for pair, row in zip(tokens, logits):
+        assert torch.allclose(row, model(torch.cat([ids, pair])[None])[0, -1], atol=1e-10)
+    assert on_needles.shape == (2, 8)
 
     # the best head of all layers, on average over the questions
-    best = mass.mean(0).argmax()
-    answers = logits.argmax(-1, keepdim=True)
-    found = experiment.score(model, kv, (tails, answers, needles))
-    p = mass[:, best]
-    assert found["accuracy"] == 1 and abs(found["mass"] - p.mean()) < 1e-12
+    best = on_needles.mean(0).argmax()
+    answers = logits.argmax(-1)
+    found = experiment.score(model, kv, questions._replace(answers=answers))
+    p = on_needles[:, best]
+    assert found["accuracy"] == 1 and abs(found["needle_attention"] - p.mean()) < 1e-12
     assert abs(found["margin"] - (p / (1 - p)).log().mean()) < 1e-12
-    wrong = answers + torch.tensor([[0], [1]])
-    assert experiment.score(model, kv, (tails, wrong, needles))["accuracy"] == 0.5
+    wrong = answers + torch.tensor([0, 1])
+    assert experiment.score(model, kv, questions._replace(answers=wrong))["accuracy"] == 0.5
 
 
-def test_needle_mass_is_that_of_the_softmax():
+def test_attention_to_needles_is_that_of_the_softmax():
     k, v = torch.randn(2, 2, 9, 8, generator=generator(), dtype=torch.float64)
     q = torch.randn(3, 4, 5, 8, generator=generator(), dtype=torch.float64)
     new_k, new_v = torch.randn(2, 3, 2, 5, 8, generator=generator(), dtype=torch.float64)
     needles = torch.rand(3, 9, generator=generator()) < 0.3
     config = train.GPTConfig(n_head=4, n_kv_head=2, n_embd=32)
     module = train.Attention(config, "softmax")
-    cache = experiment.TailCache(k, v, needles)
+    cache = experiment.QuestionCache(k, v, needles)
     y = cache.attend(module, [q, new_k, new_v])
     whole_k, whole_v = (
         torch.cat([old.expand(3, -1, -1, -1), new], dim=2) for old, new in ((k, new_k), (v, new_v))
@@ -229,21 +233,19 @@ def test_needle_mass_is_that_of_the_softmax():
     assert torch.allclose(y, train.softmax_attention(q, whole_k, whole_v), atol=1e-12)
     is_needle = F.pad(needles.double(), (0, 5))[:, None, :, None].expand(-1, 2, -1, 8)
     mass = train.softmax_attention(q, whole_k, is_needle)[:, :, -1, 0]
-    assert torch.allclose(cache.needle_mass, mass, atol=1e-12)
+    assert torch.allclose(cache.on_needles, mass, atol=1e-12)
     module.function = sandbox.shift
-    cache = experiment.TailCache(k, v, needles)
+    cache = experiment.QuestionCache(k, v, needles)
     y = cache.attend(module, [q, new_k, new_v])
-    assert torch.equal(y, sandbox.shift(q, whole_k, whole_v)) and cache.needle_mass is None
+    assert torch.equal(y, sandbox.shift(q, whole_k, whole_v)) and cache.on_needles is None
 
 
 def test_votes_of_many_samples(monkeypatch):
     """Of 0.6, 0.3 and 0.1 the first wins most of the time with many samples, 60% with one."""
     p = torch.tensor([0.0, 0.6, 0.3, 0.1]).repeat(400, 1)
-    monkeypatch.setattr(experiment, "read", lambda *args: (p.log(), None))
-    questions = (None, torch.ones(400, 1, dtype=torch.int64), None)
-    found = [
-        experiment.vote(None, None, questions, n, generator())["accuracy"] for n in (1, 9, 301)
-    ]
+    monkeypatch.setattr(experiment, "ask", lambda *args: (p.log(), None))
+    questions = sandbox.Questions(None, torch.ones(400, dtype=torch.int64), None)
+    found = [experiment.vote(None, None, questions, n, 0)["accuracy"] for n in (1, 9, 301)]
     assert 0.5 < found[0] < 0.7 < found[1] < 0.97 and found[2] > 0.99
 
 
@@ -254,11 +256,11 @@ def test_votes_of_many_samples(monkeypatch):
 @pytest.mark.parametrize("norm", [False, True])
 def test_temperatures_and_what_a_norm_takes_away(norm):
     model, ids, kv = long_read(qk_norm=norm)
-    tails = torch.tensor([[7, 9, 3]])
     needles = torch.zeros(1, 40, dtype=torch.bool)
+    questions = sandbox.Questions(torch.tensor([[7, 9, 3]]), None, needles)
 
     def logits():
-        return experiment.read(model, kv, tails, needles)[0]
+        return experiment.ask(model, kv, questions)[0]
 
     plain = logits()
     with experiment.temperatures(model) as logs:
@@ -326,7 +328,7 @@ def test_variants_get_what_they_are_called(monkeypatch):
         calls["score"].append((fitted.current, questions))
         return {"accuracy": 0.5, "mass": 0.5, "margin": 0.0}
 
-    def vote(model, kv, questions, n_samples, generator):
+    def vote(model, kv, questions, n_samples, seed):
         calls["vote"].append(n_samples)
         return {"accuracy": 0.5}
 
@@ -340,12 +342,11 @@ def test_variants_get_what_they_are_called(monkeypatch):
     lrs = {"trained queries": 1e-3, "fitted temperature": 1e-1}
     monkeypatch.setattr(experiment, "choose_rates", lambda *args: lrs)
     found = experiment.compare_variants(model, "columns", 120, recipe, 1)
-    assert set(found) == set(experiment.VARIANTS) and calls["fit"][:2] == list(lrs.items())
+    assert set(found) == {*experiment.COLORS, "log T"}
+    assert calls["fit"] == [item for item in lrs.items() for _ in range(4)]
     assert all(len(scores["accuracy"]) == 4 for scores in found.values())
     assert calls["factors"] == [math.log(120) / math.log(60)] * 4
-    n_samples = ttt_context.thinking_tokens(
-        model, 120, ttt_context.flops_of_spans(model, 2 * 16, 120)
-    )
+    n_samples = ttt_cost.thinking_tokens(model, 120, ttt_cost.flops_of_spans(model, 2 * 16, 120))
     assert calls["vote"] == [n_samples] * 4 and n_samples > 10
 
     ids = [experiment.make_context("columns", recipe, 120, 1, c)[0].tolist() for c in range(4)]
@@ -353,7 +354,7 @@ def test_variants_get_what_they_are_called(monkeypatch):
         owners = []
         for values, questions in calls["score"][6 * c : 6 * c + 6]:
             expected = experiment.make_context("columns", recipe, 120, 1, c)[1]
-            assert torch.equal(questions[0], expected[0]), "its own questions"
+            assert torch.equal(questions.tokens, expected.tokens), "its own questions"
             owners.append(values and (values[0][0], ids.index(list(values[0][1]))))
         queries = "trained queries"
         expected = [None, None, ("fitted temperature", c)]
@@ -407,10 +408,12 @@ def test_differences_are_paired_by_seed():
         return {"accuracy": accuracy, "lr": lr}
 
     results = []
-    for seed, (ours, theirs) in enumerate((([0.5, 1.0], [0.5, 0.5]), ([0.2, 0.4], [0.1, 0.1]))):
-        found = {"trained queries": scores(ours, 1e-3), "fitted temperature": scores(theirs, 0.1)}
-        results.append((seed, {"records, QK-norm, 96": found}))
-    variants, differences = experiment.summarize(results)
+    for ours, theirs in (([0.5, 1.0], [0.5, 0.5]), ([0.2, 0.4], [0.1, 0.1])):
+        setting = "records, QK-norm, 96"
+        found = {f"{setting}: trained queries": scores(ours, 1e-3)}
+        results.append({**found, f"{setting}: fitted temperature": scores(theirs, 0.1)})
+    jobs = [({}, seed, "QK-norm") for seed in (0, 1)]
+    variants, differences = experiment.summarize(jobs, results)
     assert list(differences) == ["records, QK-norm, 96: trained queries"]
     (difference,) = differences.values()
     assert difference["mean"] == pytest.approx((0.25 + 0.2) / 2) and difference["n"] == 2
@@ -426,7 +429,7 @@ def test_study(tiny, monkeypatch, capsys):
         return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
 
     monkeypatch.setattr(experiment.harness, "parallel", one_after_the_other)
-    monkeypatch.setattr(experiment, "RECIPE", TINY)
+    monkeypatch.setattr(experiment, "RECIPE", {**TINY, "steps": 1})
     result = ttt_context.main(["--experiment", "--out", "shown"])
     assert {p.name for p in Path("shown").iterdir()} == {
         "ttt_context-cpu.json",
@@ -461,7 +464,7 @@ def test_bench(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "ttt_context-bench.json").read_text())
     assert {key: saved[key] for key in result} == result and saved["command"]
     model = bench_ttt.random_model("tiny", torch.device("cpu"), torch.float32)
-    assert result["flops"] == ttt_context.flops_of_spans(model, 2 * 16, 300)
+    assert result["flops"] == ttt_cost.flops_of_spans(model, 2 * 16, 300)
     rule, exact = (result["thinking"][name] for name in ("2 N k", "equal FLOPs"))
     assert rule["tokens"] == 2 * 2 * 16 and 30 < exact["tokens"] < 64
     for row in (rule, exact):
