@@ -88,7 +88,9 @@ def test_it_is_the_papers_algorithm(r, n, m, size_of_B, options):
         with_grads = [(a.detach(), b.detach(), a.grad, b.grad) for a, b in leaves]
         lr = 0.05 * (1 - 0.5 * t / 50)
         arguments = {"clip": 1.0, **options}
-        factors = lora_rite.reference(with_grads, states, t + 1, lr, 0.9, 0.999, 1e-6, **arguments)
+        factors = lora_rite.reference(
+            with_grads, states, t + 1, lr, (0.9, 0.999), 1e-6, **arguments
+        )
     assert distance(ours, [b @ a.T for a, b in factors]) < 1e-11
 
     # the state is the paper's, but for the rotation of the bases
@@ -113,7 +115,7 @@ def test_the_reference_is_the_formula_of_the_paper():
     M_a = M_b = V_a = V_b = 0.0
     for t in (1, 2):
         ((next_a, next_b),) = lora_rite.reference(
-            [(a, b, ga, gb)], states, t, lr, beta1, beta2, eps, clip=2.0, weight_decay=decay
+            [(a, b, ga, gb)], states, t, lr, (beta1, beta2), eps, clip=2.0, weight_decay=decay
         )
         h_a, h_b = ga / b.norm(), gb / a.norm()
         scale = min(1.0, 2.0 / math.sqrt(h_a.square().sum() + h_b.square().sum()))
@@ -186,26 +188,6 @@ def test_it_trains_whatever_the_size_of_the_loss(scale):
     start = [(A, 0 * B) for A, B in pairs]
     _, losses, _ = descend(start, loss, dtype=torch.float32, scale=scale)
     assert losses[-1] < 0.8 * losses[0]
-    if scale == 1e3:
-        _, losses, optimizer = descend(start, loss, dtype=torch.float32, scale=scale, skip=1.0)
-        assert losses[-1] == losses[0], "the released default freezes here"
-        B = optimizer.param_groups[0]["params"][1]
-        assert numbers(optimizer, B).skipped == 50
-
-
-@pytest.mark.parametrize("factor", [0.99, 1.01])
-def test_skip_compares_with_the_rms_of_the_unmagnified_gradient(factor):
-    A, B = torch.eye(2, 6).double(), torch.eye(5, 2).double()  # orthonormal, so h is the gradient
-    generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(p.shape, generator=generator).double() for p in (A, B)]
-    rms = [g.square().mean().sqrt().item() for g in grads]
-    parameters = [nn.Parameter(A), nn.Parameter(B)]
-    optimizer = LoRARITE([{"params": parameters, "pair": True}], 0.1, skip=factor * min(rms))
-    for p, g in zip(parameters, grads):
-        p.grad = g
-    optimizer.step()
-    skipped = [numbers(optimizer, p).skipped.item() for p in parameters]
-    assert skipped == [float(factor * min(rms) < r) for r in rms]
 
 
 BEND = torch.diag(torch.tensor([1e8, 1.0, 1.0, 1e-4]).double())
@@ -323,7 +305,7 @@ def test_missing_gradients():
             if {i - i % 2, i - i % 2 + 1} <= set(missing):
                 continue
             state = numbers(optimizer, p)
-            root = numbers(optimizer, ps[i ^ 1]).root
+            root = numbers(optimizer, ps[i ^ 1]).R_inv
             M = optimizer.state[p]["M"]
             x, x_old = p.detach(), before[i]
             if i % 2 == 0:
@@ -355,18 +337,6 @@ def test_equal_pairs_are_batched_and_their_order_is_free():
     base = run([0, 1, 2, 3], False)
     assert distance(run([0, 1, 2, 3], True), base) < 1e-13
     assert distance(run([3, 1, 0, 2], False), base) < 1e-13
-
-
-def test_own_count_starts_with_the_first_gradient():
-    pairs, loss = low_rank()
-    zero = [(A, 0 * B) for A, B in pairs]
-    losses = {}
-    for own_count in (False, True):
-        _, losses[own_count], optimizer = descend(zero, loss, steps=3, own_count=own_count)
-        A, B = optimizer.param_groups[0]["params"][:2]
-        steps = numbers(optimizer, A).step.item(), numbers(optimizer, B).step.item()
-        assert steps == (3 - own_count, 3)
-    assert losses[False][:2] == losses[True][:2] and losses[False][2] != losses[True][2]
 
 
 def test_a_closure_is_called_with_gradients_on():
@@ -505,7 +475,6 @@ OPTION_ERRORS = [
     ({"eps": 0.0}, "eps is 0.0; it must be above 0"),
     ({"lr": -1.0}, "lr"),
     ({"clip": math.nan}, "clip"),
-    ({"skip": -1}, "skip"),
     ({"weight_decay": math.inf}, "weight_decay"),
 ]
 
@@ -532,7 +501,7 @@ def test_what_is_no_pair_is_refused():
 
 def test_options_of_the_plug_in():
     A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
-    given = {"eps": 1e-3, "clip": 2.0, "skip": 3.0, "escape": True, "own_count": True}
+    given = {"eps": 1e-3, "clip": 2.0, "escape": True}
     groups = [{"params": [A, B], "pair": True, "weight_decay": 0.3}]
     optimizer = lora_rite.optimizer(groups, 0.5, beta1=0.1, beta2=0.2, **given)
     expected = {**given, "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}

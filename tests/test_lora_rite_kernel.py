@@ -74,7 +74,7 @@ def check(
         assert_close(f"parameter {i}", ps[i], qs[i], rs[i])
         a, b, c = state_of(ours, ps, i), state_of(eager, qs, i), state_of(truth, rs, i)
         assert all(a[k] == b[k] for k in ("step", "lr", "shrink", "skipped"))
-        for k in ("V", "root", "M", "rho") if compare_state else ():
+        for k in ("V", "R_inv", "M", "rho") if compare_state else ():
             assert_close(f"{k} of {i}", a[k], b[k], c[k])
     for _ in range(runs - 1):
         again, optimizer = run(KERNEL, pairs, grads, dtype, **options)
@@ -93,7 +93,7 @@ def check(
         ),
         (
             [(3, 40, 50)],
-            {"clip": 0.0, "own_count": True, "betas": (0.0, 0.9), "dtype": torch.float16},
+            {"clip": 0.0, "betas": (0.0, 0.9), "dtype": torch.float16},
         ),
         ([(16, 300, 60)], {"clip": 0.3, "eps": 1e-2}),
     ],
@@ -135,7 +135,6 @@ CASES = {
     "B is 0": {"change": lambda A, B: (A, 0 * B), "steps": 3},
     "both are 0": {"change": lambda A, B: (0 * A, 0 * B)},
     "A copies a row": {"change": lambda A, B: (A[[0, 0, 1]], B)},
-    "skip": {"skip": 0.2, "own_count": True},
     "cond 1e8": {"change": condition, "compare_state": False},
     "no gradient": {"spoil": set_none},
     "NaN": {"spoil": set_nan, "weight_decay": 0.1},
@@ -147,10 +146,7 @@ CASES = {
 def test_kernel_on_bad_factors_and_gradients(case):
     ps, optimizer = check([(3, 20, 35), (3, 40, 12)], **CASES[case])
     skipped = [state_of(optimizer, ps, i)["skipped"].item() for i in range(4)]
-    if case == "skip":
-        assert 0 < sum(skipped) < 8, "a case that skips some"
-    else:
-        assert skipped == [0, case == "inf", case == "NaN", 0]
+    assert skipped == [0, case == "inf", case == "NaN", 0]
 
 
 def test_kernel_over_twelve_decades():
@@ -214,7 +210,7 @@ def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
 
 def test_four_launches_take_all_pairs(monkeypatch):
     launches = []
-    for name in ("grams", "roots", "moments", "apply"):
+    for name in ("gram", "root", "moment", "update"):
         original = getattr(kernel, f"{name}_kernel")
 
         class Counted:
@@ -225,30 +221,69 @@ def test_four_launches_take_all_pairs(monkeypatch):
         monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
     pairs, grads = problem([(2, 10 * i + 1, 300) for i in range(3)], 1, torch.float32)
     run(KERNEL, pairs, grads, torch.float32)
-    assert launches == [("grams", 9), ("roots", 6), ("moments", 6), ("apply", 9)]
+    assert launches == [("gram", 9), ("root", 6), ("moment", 6), ("update", 9)]
+
+
+@pytest.mark.parametrize("use_kernel", [KERNEL, EAGER])
+def test_batches_are_made_again_only_when_tensors_move(use_kernel):
+    pairs, grads = problem([(2, 9, 7), (2, 5, 8)], 1, torch.float32)
+    ps, optimizer = run(use_kernel, pairs, grads, torch.float32)
+    batches = optimizer.find_batches()
+    assert optimizer.find_batches() is batches and len(optimizer.plans) == 1
+
+    def moves(change):
+        before = optimizer.find_batches()
+        change()
+        after = optimizer.find_batches()
+        for _, batch in after if use_kernel is KERNEL else ():
+            present = [(p.data_ptr(), p.grad.data_ptr()) for p in batch.parameters]
+            assert [tuple(row[:2]) for row in batch.table.tolist()] == present
+        return after is not before
+
+    def replace(p, **values):
+        for name, value in values.items():
+            setattr(p, name, value)
+
+    state = optimizer.state[ps[1]]
+    assert moves(lambda: replace(ps[0], data=ps[0].data.clone()))
+    assert moves(lambda: replace(ps[3], grad=ps[3].grad.clone()))
+    assert moves(lambda: state.update(M=state["M"].clone()))
+    assert moves(lambda: state.update(packed=state["packed"].clone()))
+    assert moves(lambda: optimizer.load_state_dict(optimizer.state_dict()))
+    assert not moves(lambda: optimizer.param_groups[0].update(lr=0.3, clip=0.1))
+    before = optimizer.find_batches()
+    optimizer.use_kernel = not use_kernel
+    assert optimizer.find_batches() is not before
 
 
 def test_the_tables_of_a_graph_are_kept(monkeypatch):
     """A graph reads its tables at each replay; before that, its own uploads have not happened."""
-    monkeypatch.setattr(kernel, "RECENT_TABLES", {})
-    monkeypatch.setattr(kernel, "CAPTURED_TABLES", [])
-    cpu = torch.device("cpu")
-    rows = [((n, 0, 0, 0, 1, 0, 1), (n, 0, 0, 0, 1, 1, 2)) for n in range(99)]
+    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
+    ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
 
-    def table(n):
-        return kernel.pointer_table(rows[n], cpu)[0]
+    def table():
+        ((_, batch),) = optimizer.find_batches()
+        return weakref.ref(batch.table)
 
-    kept = [weakref.ref(table(0))]
-    monkeypatch.setattr(kernel, "is_capturing", lambda device: True)
-    kept += [weakref.ref(table(0)), weakref.ref(table(1))]
-    monkeypatch.setattr(kernel, "is_capturing", lambda device: False)
-    uncaptured = weakref.ref(table(1))
-    assert kept[0]() is kept[1]() and uncaptured() is not kept[2]()
-    for n in range(99):
-        values, owner = kernel.pointer_table(rows[n], cpu)
-        assert values.tolist() == [list(row) for row in rows[n]] and owner.tolist() == [0, 1, 1]
-    assert len(kernel.RECENT_TABLES) == 64
-    assert all(kept_table() is not None for kept_table in kept) and uncaptured() is None
+    def capturing(is_capturing):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_capturing)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+
+    kept = [table()]
+    capturing(True)
+    kept += [table()]
+    ps[0].grad = ps[0].grad.clone()
+    kept += [table()]
+    capturing(False)
+    eager = table()
+    assert kept[0]() is kept[1]() and eager() is not kept[2]()
+    moved = []  # alive, so that no gradient gets the place of an earlier one
+    for _ in range(2 * lora_rite.MAX_PLANS):
+        moved.append(ps[0].grad)
+        ps[0].grad = ps[0].grad.clone()
+        table()
+    assert len(optimizer.plans) == lora_rite.MAX_PLANS
+    assert all(table() is not None for table in kept) and eager() is None
 
 
 def test_kernel_and_pytorch_side_by_side():
@@ -325,7 +360,7 @@ def test_what_the_kernel_takes():
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
-    monkeypatch.setattr(kernel, "measure", None)
+    monkeypatch.setattr(kernel, "KernelBatch", None)
     by_default, _ = run(None, pairs, grads, torch.float32, "cpu")
     eager, _ = run(EAGER, pairs, grads, torch.float32, "cpu")
     assert is_equal(by_default, eager)
@@ -339,29 +374,33 @@ def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
 
 def builds():
     """Every kernel at three ranks for the GPU we tune on, at rank 16 for the others."""
-    types = {"table_ptr": "*i64", "owner_ptr": "*i32", "bad_ptr": "*i32", "move_ptr": "*fp32"}
-    for name in ("partial_ptr", "small_ptr", "number_ptr", "total_ptr", "lr_ptr"):
+    types = {"table_ptr": "*i64", "factor_of_program_ptr": "*i32", "bad_ptr": "*i32"}
+    types["matrix_ptr"] = "*fp32"
+    for name in ("partial_ptr", "work_ptr", "number_ptr", "total_ptr", "lr_ptr"):
         types[name] = "*fp64"
-    for name in ("limit", "lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"):
+    for name in ("lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"):
         types[name] = "fp64"
 
     tl = kernel.tl
     targets = [(90, 16, tl.float32), (90, 20, tl.float32), (90, 64, tl.bfloat16)]
     targets += [(arch, 16, tl.bfloat16) for arch in (80, 100, 120)]
-    for arch, rank, X in targets:
+    for arch, rank, dtype in targets:
         R = max(16, kernel.triton.next_power_of_2(rank))
-        block, chunk, row_warps, matrix_warps = kernel.CONFIG[R]
-        row = {"X": X, "ALIGNED": rank != 20, "RANK": rank, "R": R, "BLOCK": block, "CHUNK": chunk}
-        matrix = {"RANK": rank, "ROUNDS": kernel.triton.next_power_of_2(rank), "R": R}
-        moments = {"LR_THERE": False, "ESCAPE": rank == 16, "OWN_COUNT": False, **matrix}
+        row = {"DTYPE": dtype, "ALIGNED": rank != 20, "RANK": rank, "R": R}
+        row.update(TILE=kernel.TILE_ROWS[R], CHUNK=kernel.CHUNK_ROWS[R])
+        matrix = {"RANK": rank, "PADDED_RANK": kernel.triton.next_power_of_2(rank), "R": R}
+        moments = {"ESCAPE": rank == 16, **matrix}
+        if rank == 16:
+            moments["lr_ptr"] = None
         shared = {"types": types, "arch": arch, "uses_tensor_cores": False}  # float32 means float32
-        over_rows = {**shared, "num_warps": row_warps}
+        over_rows = {**shared, "num_warps": kernel.ROW_WARPS[R]}
         # r x r work is small and may spill more
-        over_matrices = {**shared, "num_warps": matrix_warps, "num_stages": 1, "max_spilled": 128}
-        yield Case("grams_kernel", row, **over_rows)
-        yield Case("roots_kernel", matrix, **over_matrices)
-        yield Case("moments_kernel", moments, **over_matrices)
-        yield Case("apply_kernel", row, **over_rows)
+        over_matrices = {**shared, "num_warps": kernel.MATRIX_WARPS[R], "num_stages": 1}
+        over_matrices["max_spilled"] = 128
+        yield Case("gram_kernel", row, **over_rows)
+        yield Case("root_kernel", matrix, **over_matrices)
+        yield Case("moment_kernel", moments, **over_matrices)
+        yield Case("update_kernel", row, **over_rows)
 
 
 def test_kernels_build():
@@ -440,7 +479,12 @@ def test_a_cuda_graph():
         if t == 3:
             with torch.cuda.graph(graph):
                 captured.step()
-            for n in range(70):  # would take the place of a table that had been freed
-                kernel.pointer_table(((n, 0, 0, 0, 1, 0, 1),) * 2, nets[0][0].device)
+            for _ in range(20):  # would take the place of a table that had been freed
+                moved = [p.grad for p in nets[0]]
+                for p in nets[0]:
+                    p.grad = p.grad.clone()
+                captured.find_batches()
+                for p, grad in zip(nets[0], moved):
+                    p.grad = grad
         graph.replay()
     assert is_equal(*nets) and state_of(captured, nets[0], 0)["step"] == 8
