@@ -28,11 +28,9 @@ new one with the last step undone. The released code skips steps with a large h,
 training if the loss is scaled by 1e3 (left out here), and takes roots of slightly negative
 eigenvalues (clamped here).
 
-Start with B = 0 or with factors of ordinary size: a tiny B that is not 0 is a trap. The step in A
-is lr M Rb^-T, inversely proportional to the size of B; multiplied by the step in B, it moves Z by
-about lr^2 / |B|. On the regression of the tests (lr 0.05, Z of norm 20) the first step moves Z by
-0.4 from B = 0 and by 78 from unit normals times 1e-4. This is the algorithm's own behaviour, and
-clip, which bounds gradients and not steps, does not prevent it.
+Start with B = 0 or with factors of ordinary size. The step in A, lr M Rb^-T, is inversely
+proportional to the size of B, so from a tiny B the first steps move Z by about lr^2 / |B|: by 78
+where Z has norm 20, in a test with B of size 1e-4. clip bounds gradients, not steps.
 
 On a GPU kernels/lora_rite.py takes the step for all pairs in four launches, elsewhere PyTorch does.
 
@@ -140,41 +138,34 @@ def pack(state):
     return torch.cat([field.flatten(-2) for field in state], -1)
 
 
-class Factor(NamedTuple):
-    """One factor of N pairs and its Gram matrices, which are float64."""
+class Factor:
+    """One factor of N pairs of equal shape, with its Gram matrices in float64.
 
-    x: torch.Tensor  # (N, rows, r)
-    grad: torch.Tensor  # (N, rows, r), 0 if there is none
-    M: torch.Tensor  # (N, rows, r) first moment
-    state: FactorState
-    has_grad: torch.Tensor  # (N, 1, 1)
-    xx: torch.Tensor  # (N, r, r) x^T x
-    gg: torch.Tensor  # (N, r, r) grad^T grad
-    xM: torch.Tensor  # (N, r, r) x^T M
-    R_inv: torch.Tensor  # (N, r, r) inverse root of x^T x
+    parameters: N of A (r, n), or N of B (m, r); states: {"M", "packed"} for each.
+    """
 
+    def __init__(self, parameters, states, is_A):
+        dtype = states[0]["M"].dtype
+        rank = parameters[0].shape[0 if is_A else 1]
 
-def read_factor(parameters, states, is_A):
-    """Return the Factor of N parameters of one shape, all A or all B, and their states."""
-    dtype = states[0]["M"].dtype
-    rank = parameters[0].shape[0 if is_A else 1]
+        def stack(tensors):
+            return torch.stack([t.mT if is_A else t for t in tensors]).to(dtype)
 
-    def stack(tensors):
-        return torch.stack([t.mT if is_A else t for t in tensors]).to(dtype)  # (N, rows, r)
+        self.x = stack(parameters)  # (N, rows, r)
+        self.M = stack([state["M"] for state in states])  # (N, rows, r)
+        self.grad = stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
+        self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
+        self.state = unpack(torch.stack([state["packed"] for state in states]), rank)
 
-    x = stack(parameters)
-    M = stack([state["M"] for state in states])
-    grad = stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-    has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
-    has_grad = has_grad.to(x.device, non_blocking=True)
-    state = unpack(torch.stack([state["packed"] for state in states]), rank)
-
-    xx = x.double().mT @ x.double()  # (N, r, r)
-    gg = grad.double().mT @ grad.double()
-    xM = x.double().mT @ M.double()
-    xx = torch.where(xx.isfinite(), xx, 0)
-    xM = torch.where(xM.isfinite(), xM, 0)
-    return Factor(x, grad, M, state, has_grad, xx, gg, xM, inverse_root(xx))
+        # Gram matrices, (N, r, r)
+        x = self.x.double()
+        xx = x.mT @ x
+        xM = x.mT @ self.M.double()
+        self.xx = torch.where(xx.isfinite(), xx, 0)
+        self.xM = torch.where(xM.isfinite(), xM, 0)
+        self.gg = self.grad.double().mT @ self.grad.double()
+        self.R_inv = inverse_root(self.xx)
 
 
 def inverse_root(K):
@@ -211,7 +202,7 @@ def unmagnified_gram(factor, partner):
     return torch.where(is_finite, hh, 0), is_finite
 
 
-def update(factor, partner, hh, is_finite, c, lr, *, betas, eps, weight_decay, escape):
+def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, escape):
     """Return x and M (N, rows, r) after a step, and the new FactorState.
 
     hh (N, r, r): h^T h before clipping; is_finite (N, 1, 1): False to skip the gradient;
@@ -269,20 +260,19 @@ class TorchBatch:
 
     def measure(self):
         """Take the first half of a step and return |h|^2 of these pairs, ()."""
-        A = read_factor(self.parameters[0], self.states[0], is_A=True)
-        B = read_factor(self.parameters[1], self.states[1], is_A=False)
+        A = Factor(self.parameters[0], self.states[0], is_A=True)
+        B = Factor(self.parameters[1], self.states[1], is_A=False)
         self.sides = (A, B, *unmagnified_gram(A, B)), (B, A, *unmagnified_gram(B, A))
         return sum(trace(hh).sum() for _, _, hh, _ in self.sides)
 
-    def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
+    def finish(self, total, clip, **options):
         """Take the second half, given |h|^2 of all pairs; clip: largest |h|, 0 for none."""
         norm = total.to(self.parameters[0][0].device).sqrt()
         c = torch.ones_like(norm)
         if clip:
             c = torch.where(norm > clip, clip / norm, 1.0)
-        options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "escape": escape}
         for parameters, states, side in zip(self.parameters, self.states, self.sides):
-            x, M, state = update(*side, c, lr, **options)
+            x, M, state = update(*side, c, **options)
             if parameters is self.parameters[0]:
                 x = x.mT  # A is (r, n)
                 M = M.mT
@@ -301,17 +291,6 @@ def pairs_of(group):
     return list(zip(group["params"][0::2], group["params"][1::2]))
 
 
-def check_pair(A, B):
-    """Raise ValueError if A and B are not factors A (r, n), B (m, r)."""
-    is_pair = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.numel() * B.numel() > 0
-    if not is_pair:
-        raise ValueError(f"{tuple(A.shape)} and {tuple(B.shape)} are no pair A (r, n), B (m, r)")
-    if A.device.type == "mps":
-        raise ValueError(
-            "LoRA-RITE needs float64 for its r x r matrices, which mps does not have; use the CPU"
-        )
-
-
 def check_options(group):
     """Raise ValueError if an option of a parameter group is out of range."""
     beta1, beta2 = group["betas"]
@@ -324,32 +303,33 @@ def check_options(group):
             raise ValueError(f"{name} is {group[name]}; it must be at least 0")
 
 
-def copy_state(p, rank, state):
-    """Return a loaded state of p in contiguous memory. ValueError if it does not fit."""
-    dtypes = {"M": torch.promote_types(p.dtype, torch.float32), "packed": torch.float64}
-    shapes = {"M": p.shape, "packed": (2 * rank * rank + 5,)}
-    is_good = isinstance(state, dict) and state.keys() == shapes.keys()
-    for name in shapes if is_good else ():
-        t = state[name]
-        is_good &= torch.is_tensor(t) and t.shape == shapes[name] and t.dtype in FLOATS
-        is_good = is_good and t.layout == torch.strided and not t.is_meta and is_finite(t)
-    if is_good:
-        numbers = unpack(state["packed"], rank)
-        is_good = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) >= 0
-        is_good &= numbers.shrink != 0
-    if not is_good:
+def new_state(p, rank):
+    """Return the state of p before its first step."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    packed = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
+    unpack(packed, rank).shrink.fill_(1)
+    return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
+
+
+def copy_state(p, rank, loaded):
+    """Return a copy of the loaded state of p. ValueError if it does not fit."""
+    state = new_state(p, rank)
+    fits = isinstance(loaded, dict) and loaded.keys() == state.keys()
+    for name in state if fits else ():
+        t = loaded[name]
+        fits = fits and torch.is_tensor(t) and t.layout == torch.strided and not t.is_meta
+        fits = fits and t.shape == state[name].shape and t.dtype in FLOATS and t.isfinite().all()
+    if fits:
+        numbers = unpack(loaded["packed"], rank)
+        fits = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) >= 0
+        fits = fits and numbers.shrink != 0
+    if not fits:
         raise ValueError(
             f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
         )
-    copied = {}
-    for name in shapes:
-        copied[name] = torch.empty(shapes[name], dtype=dtypes[name], device=p.device)
-        copied[name].copy_(state[name])
-    return copied
-
-
-def is_finite(t):
-    return bool(t.isfinite().all())
+    for name in state:
+        state[name].copy_(loaded[name])
+    return state
 
 
 class LoRARITE(torch.optim.Optimizer):
@@ -364,8 +344,7 @@ class LoRARITE(torch.optim.Optimizer):
     State: M like the parameter, in float32 at least, and "packed" in float64, see FactorState. The
     kernel takes contiguous pairs in float32, float16 and bfloat16 up to rank 64. A factor without
     gradient stays; one whose gradient or its square is not finite stays for that step, too, and
-    counts it as skipped. ValueError: an option out of range, a parameter without its partner, a
-    device without float64.
+    counts it as skipped. ValueError: an option out of range, a parameter without its partner.
     """
 
     clips_gradients = False  # a clip of the raw gradients depends on how Z is factored
@@ -401,7 +380,10 @@ class LoRARITE(torch.optim.Optimizer):
                 "--adapter lora_rite"
             )
         for A, B in pairs_of(group):
-            check_pair(A, B)
+            fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+            if not fits or 0 in (*A.shape, *B.shape):
+                shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+                raise ValueError(f"{shapes} are no pair A (r, n), B (m, r)")
 
     @property
     def capturable(self):
@@ -410,13 +392,11 @@ class LoRARITE(torch.optim.Optimizer):
         return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
 
     def init_state(self, p, rank):
-        """Return the state of p: new, or what is there, moved if p was moved or cast."""
+        """Return the state of p: new, or the present one, moved if p was moved or cast."""
         state = self.state[p]
-        dtype = torch.promote_types(p.dtype, torch.float32)
         if not state:
-            state["M"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-            state["packed"] = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
-            unpack(state["packed"], rank).shrink.fill_(1)
+            state.update(new_state(p, rank))
+        dtype = torch.promote_types(p.dtype, torch.float32)
         state["M"] = state["M"].to(p.device, dtype).contiguous()
         state["packed"] = state["packed"].to(p.device, torch.float64).contiguous()
         return state

@@ -328,7 +328,7 @@ def test_models_of_transformers(tied):
 
 def test_compiled_layers():
     ids = torch.randint(64, (2, 9))
-    plain, compiled = adapted(), adapted()
+    plain, compiled = adapted(n_layer=1), adapted(n_layer=1)
     for layer in compiled.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     for _ in range(2):
@@ -337,8 +337,8 @@ def test_compiled_layers():
         for model, loss in zip((plain, compiled), losses):
             loss.backward()
             lora_rite.LoRARITE(lora.adapter_groups(model), 0.01).step()
-    whole = torch.compile(adapted(), backend="aot_eager")
-    assert torch.allclose(whole(ids), adapted()(ids), atol=1e-4)
+    whole = torch.compile(adapted(n_layer=1), backend="aot_eager")
+    assert torch.allclose(whole(ids), adapted(n_layer=1)(ids), atol=1e-4)
 
 
 # -- train.py --------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
     base = f"{shape} --data {tmp_path}/text.txt --device cpu --sample 0"
     monkeypatch.setattr(study, "BASE", base)
-    monkeypatch.setattr(study, "STEPS", 4)
+    monkeypatch.setattr(study, "STEPS", 2)
     monkeypatch.setattr(study, "SEEDS", (1, 2))
     record = lora_rite.main(["--out", str(tmp_path / "results")])
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
@@ -466,7 +466,7 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     invariant = {"LoRA-RITE", "LoRA-RITE, its own clip"}
     for name, variant in record["variants"].items():
         for run in variant["runs"]:
-            assert len(run["distances"]) == 5 and run["distances"][0] < 1e-13
+            assert len(run["distances"]) == 3 and run["distances"][0] < 1e-13
             assert run["distances"][-1] == pytest.approx(10 ** run["value"])
             assert (run["distances"][-1] < 1e-11) == (name in invariant), (name, run)
         assert variant["runs"][0]["distances"] != variant["runs"][1]["distances"]

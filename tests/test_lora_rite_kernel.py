@@ -87,15 +87,12 @@ def check(
     "shapes,options",
     [
         ([(1, 40, 7), (1, 1, 300)], {"runs": 2}),
-        (
-            [(4, 70, 33), (4, 20, 9)],
-            {"runs": 2, "steps": 3, "escape": True, "weight_decay": 0.1},
-        ),
+        ([(4, 70, 33)], {"steps": 3, "escape": True, "weight_decay": 0.1}),
         (
             [(3, 40, 50)],
             {"clip": 0.0, "betas": (0.0, 0.9), "dtype": torch.float16},
         ),
-        ([(16, 300, 60)], {"clip": 0.3, "eps": 1e-2}),
+        ([(16, 270, 20)], {"clip": 0.3, "eps": 1e-2}),
     ],
     ids=str,
 )
@@ -104,10 +101,13 @@ def test_kernel(shapes, options):
 
 
 def test_kernel_at_rank_64():
-    check([(64, 130, 129)], steps=1)
+    def no_gradient_of_B(grads):
+        grads[0][1] = None
+
+    check([(64, 80, 70)], steps=1, spoil=no_gradient_of_B)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_kernel_on_random_shapes(seed):
     draw = random.Random(seed)
     shapes = [(draw.randint(1, 5), draw.randint(10, 90), draw.randint(10, 90))]
@@ -115,15 +115,9 @@ def test_kernel_on_random_shapes(seed):
     check(shapes, seed=seed, escape=draw.random() < 0.3, **options)
 
 
-def set_nan(grads):
-    grads[1][2].view(-1)[7] = math.nan
-
-
-def set_inf(grads):
+def spoil_some(grads):
     grads[0][1].view(-1)[7] = -math.inf
-
-
-def set_none(grads):
+    grads[1][2].view(-1)[7] = math.nan
     grads[1][0] = None
 
 
@@ -136,9 +130,7 @@ CASES = {
     "both are 0": {"change": lambda A, B: (0 * A, 0 * B)},
     "A copies a row": {"change": lambda A, B: (A[[0, 0, 1]], B)},
     "cond 1e8": {"change": condition, "compare_state": False},
-    "no gradient": {"spoil": set_none},
-    "NaN": {"spoil": set_nan, "weight_decay": 0.1},
-    "inf": {"spoil": set_inf},
+    "none, NaN and inf": {"spoil": spoil_some, "weight_decay": 0.1},
 }
 
 
@@ -146,46 +138,39 @@ CASES = {
 def test_kernel_on_bad_factors_and_gradients(case):
     ps, optimizer = check([(3, 20, 35), (3, 40, 12)], **CASES[case])
     skipped = [state_of(optimizer, ps, i)["skipped"].item() for i in range(4)]
-    assert skipped == [0, case == "inf", case == "NaN", 0]
+    assert skipped == ([0, 1, 1, 0] if "NaN" in case else [0, 0, 0, 0])
+
+
+def step_with_eigenvalues(w, seed):
+    """Return a pair and gradients that make V = Q diag(w) Q^T for A, and Q; A is (8, 64)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthonormal(rows):
+        return torch.linalg.qr(torch.randn(rows, 8, generator=generator, dtype=torch.float64)).Q
+
+    Q = orthonormal(8)
+    ga = (orthonormal(64) * (w * 64).sqrt()) @ Q.T  # h = ga, as the columns of B are orthonormal
+    pairs = [(orthonormal(64).T, torch.eye(20, 8).double())]
+    return pairs, [[ga.T.float(), torch.zeros(20, 8)]], Q
 
 
 def test_kernel_over_twelve_decades():
     """V has eigenvalues from 1 to 1e-12, some equal: M^T M / n must be V (V^1/2 + eps)^-2."""
-    r, n = 8, 64
-    generator = torch.Generator().manual_seed(0)
-
-    def orthonormal(rows):
-        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64)).Q
-
     w = torch.tensor([1.0, 1.0, 1.0, 1e-2, 1e-2, 1e-6, 1e-9, 1e-12]).double()
-    B = torch.eye(20, r).double()
-    Q = orthonormal(r)
-    ga = (orthonormal(n) * (w * n).sqrt()) @ Q.T  # h = ga, as the columns of B are orthonormal
-    pairs = [(orthonormal(n).T, B)]
-    grads = [[ga.T.float(), torch.zeros(20, r)]]
+    pairs, grads, Q = step_with_eigenvalues(w, seed=0)
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
     qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
     rs, truth = run(EAGER, pairs, grads, torch.float64, clip=0.0)
     M = ours.state[ps[0]]["M"]
     assert_close("M", M, eager.state[qs[0]]["M"], truth.state[rs[0]]["M"])
     expected = Q * (w.sqrt() / (w.sqrt() + 1e-6)) ** 2 @ Q.T
-    assert torch.allclose(M @ M.T / n, expected.to(M), atol=0.05), "gradients are float32"
+    assert torch.allclose(M @ M.T / 64, expected.to(M), atol=0.05), "gradients are float32"
 
 
 @pytest.mark.parametrize("seed", [1, 3])
 def test_jacobi_rotations_go_on_until_small_eigenvalues_are_right(seed):
     """Stopped at an off-diagonal part of 1e-6, M would be off by 14 to 33%."""
-    r, n = 8, 64
-    generator = torch.Generator().manual_seed(seed)
-
-    def orthonormal(rows):
-        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64)).Q
-
-    w = torch.logspace(0, -12, r, dtype=torch.float64)
-    Q = orthonormal(r)
-    ga = (orthonormal(n) * (w * n).sqrt()) @ Q.T
-    pairs = [(orthonormal(n).T, torch.eye(20, r).double())]
-    grads = [[ga.T.float(), torch.zeros(20, r)]]
+    pairs, grads, _ = step_with_eigenvalues(torch.logspace(0, -12, 8, dtype=torch.float64), seed)
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
     qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
     assert distance([ours.state[ps[0]]["M"]], [eager.state[qs[0]]["M"]]) < 0.02
@@ -358,6 +343,15 @@ def test_what_the_kernel_takes():
     assert kernel.takes(A, B) and not kernel.takes(huge, B)
 
 
+def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
+    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
+    _, optimizer = run(EAGER, pairs, grads, torch.float32)
+    _, double = run(EAGER, pairs, grads, torch.float64)
+    assert optimizer.capturable and not double.capturable
+    monkeypatch.setattr(lora_rite, "kernel", None)
+    assert not optimizer.capturable
+
+
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
     monkeypatch.setattr(kernel, "KernelBatch", None)
@@ -398,9 +392,11 @@ def builds():
         over_matrices = {**shared, "num_warps": kernel.MATRIX_WARPS[R], "num_stages": 1}
         over_matrices["max_spilled"] = 128
         yield Case("gram_kernel", row, **over_rows)
-        yield Case("root_kernel", matrix, **over_matrices)
-        yield Case("moment_kernel", moments, **over_matrices)
         yield Case("update_kernel", row, **over_rows)
+        if rank != 20:  # which differs from 16 in its alignment
+            yield Case("moment_kernel", moments, **over_matrices)
+        if arch in (80, 90) and rank != 20:
+            yield Case("root_kernel", matrix, **over_matrices)
 
 
 def test_kernels_build():
@@ -461,14 +457,23 @@ def test_pairs_on_two_gpus():
 
 
 @gpu
-def test_a_cuda_graph():
+@pytest.mark.parametrize("moves_grads", [False, True])
+def test_a_cuda_graph(moves_grads):
+    """lr is read on the device; tables are those of the steps before, or uploaded in the graph."""
     pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
     nets = [[nn.Parameter(p.cuda()) for pair in pairs for p in pair] for _ in range(2)]
-    captured, plain = (LoRARITE([{"params": ps, "pair": True}], 0.05) for ps in nets)
+    lr = torch.zeros((), dtype=torch.float64, device="cuda")
+    captured = LoRARITE([{"params": nets[0], "pair": True}], lr)
+    plain = LoRARITE([{"params": nets[1], "pair": True}])
     graph = torch.cuda.CUDAGraph()
     for p in (*nets[0], *nets[1]):
         p.grad = torch.empty_like(p)
     for t, step_grads in enumerate(grads):
+        lr.fill_(0.05 / (t + 1))
+        plain.param_groups[0]["lr"] = 0.05 / (t + 1)
+        if t == 3 and moves_grads:
+            for p in nets[0]:
+                p.grad = torch.empty_like(p)
         for ps in nets:
             for p, g in zip(ps, step_grads):
                 p.grad.copy_(g)
@@ -479,12 +484,12 @@ def test_a_cuda_graph():
         if t == 3:
             with torch.cuda.graph(graph):
                 captured.step()
-            for _ in range(20):  # would take the place of a table that had been freed
-                moved = [p.grad for p in nets[0]]
+            present = [p.grad for p in nets[0]]
+            for _ in range(2 * lora_rite.MAX_PLANS):  # would reuse the memory of a freed table
                 for p in nets[0]:
                     p.grad = p.grad.clone()
                 captured.find_batches()
-                for p, grad in zip(nets[0], moved):
-                    p.grad = grad
+            for p, grad in zip(nets[0], present):
+                p.grad = grad
         graph.replay()
     assert is_equal(*nets) and state_of(captured, nets[0], 0)["step"] == 8
