@@ -434,10 +434,12 @@ class LoRARITE(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 grad = p.grad
+                state = self.state.get(p)
                 found += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
                 if grad is not None:
                     found += (grad.data_ptr(), grad.dtype, grad.is_contiguous())
-                found += [t.data_ptr() for t in self.state.get(p, {}).values()]
+                if state:
+                    found += (state["M"].data_ptr(), state["packed"].data_ptr())
         return tuple(found)
 
     def find_batches(self):

@@ -406,12 +406,12 @@ def root_kernel(
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
     partner_number_ptr = partner_state_ptr + 2 * RANK * RANK
-    own_R_inv = load_state_matrix(state_ptr + RANK * RANK, RANK, R)
+    own_R_inv_old = load_state_matrix(state_ptr + RANK * RANK, RANK, R)
     xm = sum_partials(partner_row_ptr, partial_ptr, XM, R)
-    last_step = matmul(xm, tl.trans(own_R_inv), scratch_ptr, size, R)
+    last_step = matmul(xm, tl.trans(own_R_inv_old), scratch_ptr, size, R)
     xx_old = tl.load(P_ptrs) + tl.load(partner_number_ptr + LR) * last_step  # times shrink
-    partner_R_inv = load_state_matrix(partner_state_ptr + RANK * RANK, RANK, R)
-    xu_old = matmul(xx_old, partner_R_inv, scratch_ptr, size, R)
+    partner_R_inv_old = load_state_matrix(partner_state_ptr + RANK * RANK, RANK, R)
+    xu_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)
     xu_old = xu_old / tl.load(partner_number_ptr + SHRINK)
     P_new = matmul(tl.trans(tl.load(R_inv_ptrs)), xu_old, scratch_ptr, size, R)
     tl.store(P_ptrs, P_new)

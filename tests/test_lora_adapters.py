@@ -453,7 +453,7 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
     base = f"{shape} --data {tmp_path}/text.txt --device cpu --sample 0"
     monkeypatch.setattr(study, "BASE", base)
-    monkeypatch.setattr(study, "STEPS", 2)
+    monkeypatch.setattr(study, "STEPS", 3)
     monkeypatch.setattr(study, "SEEDS", (1, 2))
     record = lora_rite.main(["--out", str(tmp_path / "results")])
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
@@ -466,7 +466,7 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     invariant = {"LoRA-RITE", "LoRA-RITE, its own clip"}
     for name, variant in record["variants"].items():
         for run in variant["runs"]:
-            assert len(run["distances"]) == 3 and run["distances"][0] < 1e-13
+            assert len(run["distances"]) == 4 and run["distances"][0] < 1e-13
             assert run["distances"][-1] == pytest.approx(10 ** run["value"])
             assert (run["distances"][-1] < 1e-11) == (name in invariant), (name, run)
         assert variant["runs"][0]["distances"] != variant["runs"][1]["distances"]

@@ -86,7 +86,7 @@ def check(
 @pytest.mark.parametrize(
     "shapes,options",
     [
-        ([(1, 40, 7), (1, 1, 300)], {"runs": 2}),
+        ([(1, 1, 300)], {"runs": 2}),
         ([(4, 70, 33)], {"steps": 3, "escape": True, "weight_decay": 0.1}),
         (
             [(3, 40, 50)],
@@ -100,11 +100,11 @@ def test_kernel(shapes, options):
     check(shapes, **options)
 
 
-def test_kernel_at_rank_64():
+def test_kernel_beyond_rank_32():
     def no_gradient_of_B(grads):
         grads[0][1] = None
 
-    check([(64, 80, 70)], steps=1, spoil=no_gradient_of_B)
+    check([(40, 50, 45)], steps=1, spoil=no_gradient_of_B)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -395,7 +395,7 @@ def builds():
         yield Case("update_kernel", row, **over_rows)
         if rank != 20:  # which differs from 16 in its alignment
             yield Case("moment_kernel", moments, **over_matrices)
-        if arch in (80, 90) and rank != 20:
+        if arch == 90 and rank != 20:
             yield Case("root_kernel", matrix, **over_matrices)
 
 
