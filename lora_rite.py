@@ -33,6 +33,7 @@ proportional to the size of B, so from a tiny B the first steps move Z by about 
 where Z has norm 20, in a test with B of size 1e-4. clip bounds gradients, not steps.
 
 On a GPU kernels/lora_rite.py takes the step for all pairs in four launches, elsewhere PyTorch does.
+These two files are all that the optimizer needs in another project.
 
     python lora_rite.py             the drift between factorizations
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
@@ -52,7 +53,7 @@ except ModuleNotFoundError as missing:
     kernel = None
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_PLANS = 16  # remembered for gradients that move back and forth between a few places
+MAX_PLANS = 16  # kept, as gradients tend to move between a few places
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it

@@ -28,8 +28,8 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# Of the rank, padded: rows of a tile, rows of a program, warps of launches 1 and 4, and of 2 and 3.
-# On sm_90 launches 1 and 4 spill nothing, 2 and 3 at most 12 bytes (92 at rank 64 with escape).
+# By padded rank: rows of a tile and of a program, warps of launches 1 and 4, and of 2 and 3. On sm_90
+# launches 1 and 4 spill no registers, 2 and 3 at most 12 bytes (72 at rank 64 with escape).
 TILE_ROWS = {16: 32, 32: 32, 64: 16}
 CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}
 ROW_WARPS = {16: 2, 32: 8, 64: 8}
@@ -608,7 +608,7 @@ class KernelBatch:
         # the table, and the factor of each program of launches 1 and 4
         table = []
         num_programs = 0
-        all_bits = 0
+        all_bits = 0  # of addresses and lengths: are all multiples of 16?
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
             pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
@@ -630,22 +630,11 @@ class KernelBatch:
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in self.host]
 
         # options of the launches
-        self.row_options = {
-            "DTYPE": TL_DTYPES[parameters[0].dtype],
-            "ALIGNED": all_bits % 16 == 0,
-            "RANK": rank,
-            "R": R,
-            "TILE": TILE_ROWS[R],
-            "CHUNK": CHUNK_ROWS[R],
-            "num_warps": ROW_WARPS[R],
-        }
-        self.matrix_options = {
-            "RANK": rank,
-            "PADDED_RANK": triton.next_power_of_2(rank),
-            "R": R,
-            "num_warps": MATRIX_WARPS[R],
-            "num_stages": 1,
-        }
+        self.row_options = dict(DTYPE=TL_DTYPES[parameters[0].dtype], ALIGNED=all_bits % 16 == 0)
+        self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
+        self.row_options.update(num_warps=ROW_WARPS[R])
+        self.matrix_options = dict(RANK=rank, PADDED_RANK=triton.next_power_of_2(rank), R=R)
+        self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
         """Take the first half of a step and return |h|^2 of these pairs, ()."""
