@@ -174,7 +174,6 @@ def test_the_first_step_does_not_know_the_scale_of_the_loss():
 
 
 def test_a_tiny_B_explodes():
-    """The trap of the algorithm that the docstring warns of."""
     pairs, loss = low_rank()
     moved = {}
     for size in (0.0, 1.0, 1e-4, 1e-8):

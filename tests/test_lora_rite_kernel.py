@@ -41,9 +41,8 @@ def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
         for p, g in zip(ps, step_grads):
             p.grad = None if g is None else g.to(dtype).to(device)
-        torch.use_deterministic_algorithms(
-            use_kernel is KERNEL
-        )  # new tensors hold NaN until written
+        # new tensors hold NaN until written
+        torch.use_deterministic_algorithms(use_kernel is KERNEL)
         try:
             optimizer.step()
         finally:
@@ -92,7 +91,7 @@ def check(
             [(3, 40, 50)],
             {"clip": 0.0, "betas": (0.0, 0.9), "dtype": torch.float16},
         ),
-        ([(16, 270, 20)], {"clip": 0.3, "eps": 1e-2}),
+        ([(16, 270, 20)], {"clip": 0.3, "eps": 1e-2, "escape": True}),
     ],
     ids=str,
 )
@@ -121,6 +120,12 @@ def spoil_some(grads):
     grads[1][0] = None
 
 
+def columns_that_almost_vanish(A, B):
+    """B^T B has eigenvalues of 9e-14 or 9e-12 next to 1 and 0; only the second one counts."""
+    smallest = 3e-7 if len(B) == 35 else 3e-6
+    return A, torch.linalg.qr(B).Q * torch.tensor([1.0, smallest, 0.0])
+
+
 def condition(A, B):
     return A * torch.tensor([[1e-8], [1.0], [1.0]]), B * torch.tensor([1e8, 1.0, 1.0])
 
@@ -129,6 +134,7 @@ CASES = {
     "B is 0": {"change": lambda A, B: (A, 0 * B), "steps": 3},
     "both are 0": {"change": lambda A, B: (0 * A, 0 * B)},
     "A copies a row": {"change": lambda A, B: (A[[0, 0, 1]], B)},
+    "almost 0": {"change": columns_that_almost_vanish, "steps": 1},
     "cond 1e8": {"change": condition, "compare_state": False},
     "none, NaN and inf": {"spoil": spoil_some, "weight_decay": 0.1},
 }
@@ -154,6 +160,14 @@ def step_with_eigenvalues(w, seed):
     return pairs, [[ga.T.float(), torch.zeros(20, 8)]], Q
 
 
+def test_a_missing_gradient_is_not_a_bad_one():
+    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
+    pairs[0][0][0, 0] = math.nan
+    grads[0][0] = None
+    ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
+    assert state_of(optimizer, ps, 0)["skipped"] == 0
+
+
 def test_kernel_over_twelve_decades():
     """V has eigenvalues from 1 to 1e-12, some equal: M^T M / n must be V (V^1/2 + eps)^-2."""
     w = torch.tensor([1.0, 1.0, 1.0, 1e-2, 1e-2, 1e-6, 1e-9, 1e-12]).double()
@@ -177,8 +191,7 @@ def test_jacobi_rotations_go_on_until_small_eigenvalues_are_right(seed):
 
 
 def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
-    """If diagonals are equal to the last bit, rounding decides between 45 and -45 degrees, and both
-    rows of a pair must agree. These gradients of signs are among the few that show it."""
+    """If diagonals are equal, rounding decides between 45 and -45 degrees; both rows must agree."""
     signs = [
         [1, -1, -1, -1, -1, -1, -1, -1],
         [1, -1, 1, -1, -1, -1, -1, 1],
@@ -225,13 +238,9 @@ def test_batches_are_made_again_only_when_tensors_move(use_kernel):
             assert [tuple(row[:2]) for row in batch.table.tolist()] == present
         return after is not before
 
-    def replace(p, **values):
-        for name, value in values.items():
-            setattr(p, name, value)
-
     state = optimizer.state[ps[1]]
-    assert moves(lambda: replace(ps[0], data=ps[0].data.clone()))
-    assert moves(lambda: replace(ps[3], grad=ps[3].grad.clone()))
+    assert moves(lambda: setattr(ps[0], "data", ps[0].data.clone()))
+    assert moves(lambda: setattr(ps[3], "grad", ps[3].grad.clone()))
     assert moves(lambda: state.update(M=state["M"].clone()))
     assert moves(lambda: state.update(packed=state["packed"].clone()))
     assert moves(lambda: optimizer.load_state_dict(optimizer.state_dict()))
@@ -338,9 +347,8 @@ def test_what_the_kernel_takes():
     assert not kernel.takes(A.double(), B.double()) and not kernel.takes(A, B.half())
     assert not kernel.takes(A.T.contiguous().T, B) and not kernel.takes(A, B.T.contiguous().T)
     assert not kernel.takes(A.to("meta"), B)
-    A, B = (t.to("meta") for t in (torch.empty(2, 2), torch.empty(2, 2)))
-    huge = torch.empty(2, 2**30, device="meta")
-    assert kernel.takes(A, B) and not kernel.takes(huge, B)
+    B, huge = torch.empty(2, 2, device="meta"), torch.empty(2, 2**30, device="meta")
+    assert kernel.takes(B, B) and not kernel.takes(huge, B)
 
 
 def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
@@ -401,9 +409,6 @@ def builds():
 
 def test_kernels_build():
     check_build("kernels.lora_rite", list(builds()))
-
-
-# -- on a GPU --------------------------------------------------------------------------------------
 
 
 @gpu
