@@ -35,14 +35,16 @@ def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
 
 def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
     """Take a step with each of the gradients. Return the parameters and the optimizer."""
-    ps = [nn.Parameter(p.to(device, dtype, copy=True)) for pair in pairs for p in pair]
+    copies = [p.to(device, dtype, copy=True).contiguous() for pair in pairs for p in pair]
+    ps = [nn.Parameter(p) for p in copies]
     optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, use_kernel=use_kernel, **options)
     for t, step_grads in enumerate(grads):
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
         for p, g in zip(ps, step_grads):
-            p.grad = None if g is None else g.to(dtype).to(device)
-        # new tensors hold NaN until written
-        torch.use_deterministic_algorithms(use_kernel is KERNEL)
+            p.grad = None if g is None else g.to(device, dtype).contiguous()
+        fused = [isinstance(b, kernel.KernelBatch) for _, b in optimizer.find_batches()]
+        assert all(fused) if use_kernel else not any(fused)
+        torch.use_deterministic_algorithms(use_kernel is KERNEL)  # new tensors hold NaN
         try:
             optimizer.step()
         finally:
@@ -362,7 +364,6 @@ def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
-    monkeypatch.setattr(kernel, "KernelBatch", None)
     by_default, _ = run(None, pairs, grads, torch.float32, "cpu")
     eager, _ = run(EAGER, pairs, grads, torch.float32, "cpu")
     assert is_equal(by_default, eager)
