@@ -372,9 +372,6 @@ def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
         run(KERNEL, pairs, grads, torch.float32)
 
 
-# -- ahead of time ---------------------------------------------------------------------------------
-
-
 def builds():
     """Every kernel at three ranks for the GPU we tune on, at rank 16 for the others."""
     types = {"table_ptr": "*i64", "factor_of_program_ptr": "*i32", "bad_ptr": "*i32"}
