@@ -34,8 +34,9 @@ from experiments.harness import (
     save_json,
     study_parser,
 )
-from lora_rite import LoRARITE, adapter_groups, adapters, inject
+from lora_rite import LoRARITE
 from support import data
+from support.lora import adapter_groups, adapters, inject
 
 BASE = "--model tiny --steps 300 --data stdlib --device cpu --sample 0"
 RANK = 4

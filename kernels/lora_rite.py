@@ -1,636 +1,686 @@
 """LoRA-RITE's step for all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-A side is one factor of a pair, seen as x (rows, r): A transposed, or B. Sides 2 i and 2 i + 1 are
-partners. A table of pointers and sizes lets one launch serve sides of all lengths.
+Each factor is seen as a tall matrix x (rows, r): A transposed, or B. Factors 2i and 2i + 1 are
+partners. A table of addresses and sizes lets one launch serve factors of all lengths.
 
-1. grams_kernel, a program for 256 to 1024 rows of a side: x^T x, g^T g, x^T M in float64, where
-   products of float32 are exact. No atomics: the next launch adds the partial sums in order.
-2. roots_kernel, a program for each side: the inverse root of its partner's x^T x by Cholesky, or by
-   eigenvalues where that is inaccurate or B = 0; h^T h, P, P V P^T. Then torch adds up |h|^2.
-3. moments_kernel, a program for each side: clip, V and its inverse root; D, C, E in float32.
-4. apply_kernel, programs as in 1: M <- M D^T + g C, x <- shrink x - M E.
+1. gram_kernel: x^T x, grad^T grad and x^T M, float64 partial sums. One program per chunk of rows.
+2. root_kernel: R^-1 of the partner's x^T x, then h^T h, P and P V P^T. One program per factor.
+   PyTorch then sums |h|^2 over all factors.
+3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
+4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
-Eigenvalues by Jacobi rotations, the r / 2 pairs (i, i ^ k) at once for k = 1 ... r - 1; 6 to 12
-sweeps at r = 16, up to 19 at 64. Nothing waits for the host.
+R^-1 comes from Cholesky, or from eigenvalues where that is inaccurate. Eigenvalues come from Jacobi
+rotations, r / 2 at once. No atomics, so results repeat bit for bit; the host never waits.
 
-Memory traffic: 32 bytes per fp32 parameter (AdamW: 28), 0.04 ms for 72 pairs of 2048 x 16 on one
-H200. The r x r work dominates: 0.209 ms (torch 2.11, triton 3.6); fused AdamW 0.103, eager 12.
-Limits: r <= 64, float32, float16 and bfloat16 parameters, below 2^31 elements in a factor.
+Memory traffic per fp32 parameter: 32 bytes (AdamW 28), which would take 0.04 ms for 72 pairs of
+2048 x 16 on one H200. The r x r work dominates: 0.209 ms (torch 2.11, Triton 3.6), where fused
+AdamW takes 0.103 and PyTorch's version of this step 12.
+
+Limits: r <= 64; float32, float16 and bfloat16 parameters of fewer than 2^31 elements.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-# Largest rank: rows per tile, rows per program, warps for passes over rows, warps for r x r work.
-# On sm_90 passes spill nothing, r x r work up to 12 bytes, with escape at r = 64 up to 92.
-CONFIG = {16: (32, 256, 2, 1), 32: (32, 512, 8, 4), 64: (16, 1024, 8, 16)}
-# A row of the table: pointers to x, g (or 0), M, state; rows, first program, number of programs
-COLUMNS = tl.constexpr(7)
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Places of the numbers in a state, behind its two matrices
+MAX_RANK = 64
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# By padded rank: rows of a tile and of a program, warps of launches 1 and 4, and of 2 and 3. On sm_90
+# launches 1 and 4 spill no registers, 2 and 3 at most 12 bytes (72 at rank 64 with escape).
+TILE_ROWS = {16: 32, 32: 32, 64: 16}
+CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}
+ROW_WARPS = {16: 2, 32: 8, 64: 8}
+MATRIX_WARPS = {16: 1, 32: 4, 64: 16}
+
+# Columns of the table (S, 8), one row per factor; without a gradient GRAD_PTR is that of x
+X_PTR, GRAD_PTR, M_PTR, STATE_PTR = map(tl.constexpr, range(4))
+HAS_GRAD, ROWS, FIRST_PROGRAM, NUM_PROGRAMS = map(tl.constexpr, range(4, 8))
+COLUMNS = tl.constexpr(8)
+# Partial sums of a program of launch 1, (P, 3, R, R): x^T x, x^T M, grad^T grad
+XX, XM, GG = map(tl.constexpr, range(3))
+PARTIALS = tl.constexpr(3)
+# What launch 2 leaves for launch 3: (S, 6, R, R), the last two for operands of matmul, and (S, 2)
+PARTNER_R_INV, HH, P, PVP, SCRATCH = map(tl.constexpr, range(5))
+WORK = tl.constexpr(6)
+HH_TRACE, IS_SKIPPED = map(tl.constexpr, range(2))
+NUMBERS = tl.constexpr(2)
+# Matrices of launch 4, (S, 3, R, R)
+M_MATRIX, GRAD_MATRIX, X_MATRIX = map(tl.constexpr, range(3))
+MATRICES = tl.constexpr(3)
+# Numbers in a factor's state, after its matrices V and R^-1; see lora_rite.FactorState
 RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
+
+# --------------------------------------------------------------------------------------------------
+# Addresses. R is the rank padded to a power of two; padding is 0 wherever it is read.
 
 
 @triton.jit
-def pointer(row_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    ptr = tl.load(row_ptr + column).to(tl.pointer_type(TYPE))
+def load_ptr(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Read an address from the table. ALIGNED: all addresses and lengths are multiples of 16."""
+    ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16) if ALIGNED else ptr
 
 
 @triton.jit
-def square(ptr, RANK: tl.constexpr, R: tl.constexpr):
-    """-> where an (RANK, RANK) matrix of the state lies, [R, R], and which of these there are."""
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
-    return ptr + i * RANK + j, (i < RANK) & (j < RANK)
+def matrix_ptrs(ptr, index, R: tl.constexpr):
+    """Addresses of the matrix number `index` of an array (..., R, R), as [R, R]."""
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    return ptr + index * R * R + i * R + j
 
 
 @triton.jit
-def whole(ptr, R: tl.constexpr):  # where an (R, R) matrix of our own lies
-    return ptr + tl.arange(0, R)[:, None] * R + tl.arange(0, R)[None, :]
+def load_state_matrix(ptr, RANK: tl.constexpr, R: tl.constexpr):
+    """Load a matrix (RANK, RANK) of the state, padded to [R, R]."""
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    return tl.load(ptr + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
 
 
 @triton.jit
-def product(a, b, buffer_ptr, size, R: tl.constexpr):
-    """a b in float64, [R, R] each. If registers would not hold both, they come 16 columns and rows
-    at a time from memory, (2, R, R). size: R, but as a number that the compiler does not know, or
-    it would unroll the loop and hold them all the same."""
-    if R == 16:
-        return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
-    tl.debug_barrier()  # the last product has been read
-    tl.store(whole(buffer_ptr, R), a)
-    tl.store(whole(buffer_ptr + R * R, R), b)
-    tl.debug_barrier()
-    i, k = tl.arange(0, R), tl.arange(0, 16)
-    acc = tl.zeros((R, R), tl.float64)
-    for k0 in range(0, size, 16):
-        left = tl.load(buffer_ptr + i[:, None] * R + k0 + k[None, :])  # [R, 16]
-        right = tl.load(buffer_ptr + R * R + (k0 + k)[:, None] * R + i[None, :])  # [16, R]
-        acc = tl.dot(left, right, acc, out_dtype=tl.float64, input_precision="ieee")
-    return acc
+def store_state_matrix(ptr, matrix, RANK: tl.constexpr, R: tl.constexpr):
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    tl.store(ptr + i * RANK + j, matrix, mask=(i < RANK) & (j < RANK))
 
 
 @triton.jit
-def tile(
-    row0, stop, rows, A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
+def tile_offsets(
+    start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr
 ):
-    """-> offsets and mask, [BLOCK, R], of rows row0 ... of a side."""
-    i, j = row0 + tl.arange(0, BLOCK)[:, None], tl.arange(0, R)[None, :]
-    return i + j * rows if A else i * RANK + j, (i < stop) & (j < RANK)
+    """Offsets and mask, [TILE, R], of the rows from `start` of x (rows, r) = A^T or B."""
+    i = start + tl.arange(0, TILE)[:, None]
+    j = tl.arange(0, R)[None, :]
+    offs = i + j * rows if IS_A else i * RANK + j
+    return offs, (i < end) & (j < RANK)
 
 
 @triton.jit
-def span(table_ptr, owner_ptr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """-> this program's side, its row of the table, the first and the end of its rows of x, and how
-    many rows x has."""
+def load_tile(
+    ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Load rows start to end - 1, at most TILE, as float32 [TILE, R]; 0 beyond them."""
+    offs, mask = tile_offsets(start, end, rows, IS_A, RANK, R, TILE)
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def find_rows(table_ptr, factor_of_program_ptr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the factor of this program, its row of the table, and its chunk of rows: first, end.
+
+    Also returns how many rows the factor has.
+    """
     pid = tl.program_id(0)
-    side = tl.load(owner_ptr + pid)
-    row_ptr = table_ptr + side * COLUMNS
-    rows = tl.load(row_ptr + 4).to(tl.int32)
-    start = (pid - tl.load(row_ptr + 5).to(tl.int32)) * CHUNK
+    factor = tl.load(factor_of_program_ptr + pid)
+    row_ptr = table_ptr + factor * COLUMNS
+    rows = tl.load(row_ptr + ROWS).to(tl.int32)
+    start = (pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)) * CHUNK
     if ALIGNED:
         rows = tl.multiple_of(rows, 16)
-    return side, row_ptr, start, tl.minimum(start + CHUNK, rows), rows
+    end = tl.minimum(start + CHUNK, rows)
+    return factor, row_ptr, start, end, rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Launch 1: Gram matrices
 
 
 @triton.jit
-def read(
-    ptr,
-    row0,
-    stop,
-    rows,
-    there,
-    A: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    o, own = tile(row0, stop, rows, A, RANK, R, BLOCK)
-    return tl.load(ptr + o, mask=own & there, other=0.0).to(tl.float32)  # [BLOCK, R]
+def self_gram(
+    ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Return x^T x of these rows in float64, [R, R], and 1 if a value was not finite, taken as 0.
 
-
-@triton.jit
-def gram(
-    x_ptr,
-    y_ptr,
-    there,
-    start,
-    stop,
-    rows,
-    TWICE: tl.constexpr,
-    A: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """-> x^T y [R, R] of these rows, and whether x is not finite. TWICE: x^T x, with 0 for what is
-    not finite. Tiles are read one ahead: it saves time, and Triton 3.6 fails if a product of
-    float64 sees where bfloat16 comes from."""
-    acc, bad = tl.zeros((R, R), tl.float64), tl.zeros((BLOCK, R), tl.int32)
-    x = read(x_ptr, start, stop, rows, there, A, RANK, R, BLOCK)
-    y = x if TWICE else read(y_ptr, start, stop, rows, there, A, RANK, R, BLOCK)
-    for row0 in range(start, stop, BLOCK):
-        next_x = read(x_ptr, row0 + BLOCK, stop, rows, there, A, RANK, R, BLOCK)
-        next_y = (
-            next_x if TWICE else read(y_ptr, row0 + BLOCK, stop, rows, there, A, RANK, R, BLOCK)
-        )
-        if TWICE:
-            good = tl.abs(x) < float("inf")  # false for NaN too
-            bad += tl.where(good, 0, 1)
-            x = tl.where(good, x, 0.0)
-            y = x
-        acc = tl.dot(
-            tl.trans(x.to(tl.float64)),
-            y.to(tl.float64),
-            acc,
-            out_dtype=tl.float64,
-            input_precision="ieee",
-        )
-        x, y = next_x, next_y
+    The next tile is loaded ahead: it saves time, and Triton 3.6 cannot compile a float64 product
+    of values that were loaded as bfloat16 in the same iteration.
+    """
+    acc = tl.zeros((R, R), tl.float64)
+    bad = tl.zeros((TILE, R), tl.int32)
+    x = load_tile(ptr, start, end, rows, IS_A, RANK, R, TILE)
+    for tile_start in range(start, end, TILE):
+        next_x = load_tile(ptr, tile_start + TILE, end, rows, IS_A, RANK, R, TILE)
+        is_finite = tl.abs(x) < float("inf")  # false for NaN too
+        bad += tl.where(is_finite, 0, 1)
+        x = tl.where(is_finite, x, 0.0)
+        x_t = tl.trans(x.to(tl.float64))
+        acc = tl.dot(x_t, x.to(tl.float64), acc, out_dtype=tl.float64, input_precision="ieee")
+        x = next_x
     return acc, tl.max(tl.max(bad, 1), 0)
 
 
 @triton.jit
-def grams(
-    row_ptr,
-    partial_ptr,
-    bad_ptr,
-    start,
-    stop,
-    rows,
-    A: tl.constexpr,
-    X: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    x_ptr, g_ptr = pointer(row_ptr, 0, X, ALIGNED), pointer(row_ptr, 1, X, ALIGNED)
-    at, there = whole(partial_ptr, R), tl.load(row_ptr + 1) != 0
-    K, _ = gram(
-        x_ptr, x_ptr, True, start, stop, rows, True, A, RANK, R, BLOCK
-    )  # one after another: registers hold but one
-    tl.store(at, K)
-    T, _ = gram(
-        x_ptr,
-        pointer(row_ptr, 2, tl.float32, ALIGNED),
-        True,
-        start,
-        stop,
-        rows,
-        False,
-        A,
-        RANK,
-        R,
-        BLOCK,
-    )
-    tl.store(at + R * R, tl.where(tl.abs(T) < float("inf"), T, 0.0))
-    G, bad = gram(g_ptr, g_ptr, there, start, stop, rows, True, A, RANK, R, BLOCK)
-    tl.store(at + 2 * R * R, G)
-    tl.store(bad_ptr, bad)
-
-
-@triton.jit
-def grams_kernel(
-    table_ptr, owner_ptr, partial_ptr, bad_ptr,  # (S, COLUMNS), (P,), (P, 3, R, R), (P,)
-    X: tl.constexpr, ALIGNED: tl.constexpr,
-    RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+def cross_gram(
+    x_ptr, m_ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    side, row_ptr, start, stop, rows = span(table_ptr, owner_ptr, CHUNK, ALIGNED)
-    partial_ptr += pid * 3 * R * R
-    if side % 2 == 0:
-        grams(
-            row_ptr, partial_ptr, bad_ptr + pid, start, stop, rows, True, X, ALIGNED, RANK, R, BLOCK
-        )
-    else:
-        grams(
-            row_ptr,
-            partial_ptr,
-            bad_ptr + pid,
-            start,
-            stop,
-            rows,
-            False,
-            X,
-            ALIGNED,
-            RANK,
-            R,
-            BLOCK,
-        )
-
-
-@triton.jit
-def added(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
-    """-> the sum of a side's partial K (0), T (1) or G (2), in their order."""
-    acc, first = tl.zeros((R, R), tl.float64), tl.load(row_ptr + 5)
-    for n in range(0, tl.load(row_ptr + 6).to(tl.int32)):
-        acc += tl.load(whole(partial_ptr + ((first + n) * 3 + which) * R * R, R))
+    """Return x^T M of these rows in float64, [R, R]."""
+    acc = tl.zeros((R, R), tl.float64)
+    x = load_tile(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
+    m = load_tile(m_ptr, start, end, rows, IS_A, RANK, R, TILE)
+    for tile_start in range(start, end, TILE):
+        next_x = load_tile(x_ptr, tile_start + TILE, end, rows, IS_A, RANK, R, TILE)
+        next_m = load_tile(m_ptr, tile_start + TILE, end, rows, IS_A, RANK, R, TILE)
+        x_t = tl.trans(x.to(tl.float64))
+        acc = tl.dot(x_t, m.to(tl.float64), acc, out_dtype=tl.float64, input_precision="ieee")
+        x = next_x
+        m = next_m
     return acc
 
 
 @triton.jit
-def eigen(A, ROUNDS: tl.constexpr, R: tl.constexpr):
-    """A symmetric [R, R] matrix -> w [R], Q [R, R] with A = Q diag(w) Q^T, in no order. ROUNDS: a
-    power of 2; beyond it A is 0."""
-    one, i, j = tl.arange(0, R), tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
+def gram_chunk(
+    row_ptr, partial_ptr, bad_ptr, start, end, rows, IS_A: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
+    g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
+    m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
+    out_ptrs = matrix_ptrs(partial_ptr, 0, R)
+
+    # one after the other, as registers hold only one accumulator
+    xx, _ = self_gram(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
+    tl.store(out_ptrs + XX * R * R, xx)
+    xm = cross_gram(x_ptr, m_ptr, start, end, rows, IS_A, RANK, R, TILE)
+    xm = tl.where(tl.abs(xm) < float("inf"), xm, 0.0)
+    tl.store(out_ptrs + XM * R * R, xm)
+    gg, is_bad = self_gram(g_ptr, start, end, rows, IS_A, RANK, R, TILE)
+    tl.store(out_ptrs + GG * R * R, gg)
+    tl.store(bad_ptr, is_bad)
+
+
+@triton.jit
+def gram_kernel(
+    table_ptr,
+    factor_of_program_ptr, partial_ptr, bad_ptr,  # (P,), (P, PARTIALS, R, R), (P,)
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    factor, row_ptr, start, end, rows = find_rows(table_ptr, factor_of_program_ptr, CHUNK, ALIGNED)
+    partial_ptr += pid * PARTIALS * R * R
+    bad_ptr += pid
+    if factor % 2 == 0:  # two versions, as memory layouts are chosen at compile time
+        gram_chunk(
+            row_ptr, partial_ptr, bad_ptr, start, end, rows, True, DTYPE, ALIGNED, RANK, R, TILE
+        )
+    else:
+        gram_chunk(
+            row_ptr, partial_ptr, bad_ptr, start, end, rows, False, DTYPE, ALIGNED, RANK, R, TILE
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# r x r matrices in float64
+
+
+@triton.jit
+def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
+    """Return a @ b, [R, R].
+
+    Beyond R = 16, registers cannot hold both operands, so they go through memory, (2, R, R), and
+    come back 16 columns and rows at a time. size is R as a run-time number: a constant would make
+    the compiler unroll the loop and hold everything in registers after all.
+    """
+    if R == 16:
+        return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
+    tl.debug_barrier()  # all threads have read the last operands
+    tl.store(matrix_ptrs(scratch_ptr, 0, R), a)
+    tl.store(matrix_ptrs(scratch_ptr, 1, R), b)
+    tl.debug_barrier()
+    i = tl.arange(0, R)
+    acc = tl.zeros((R, R), tl.float64)
+    for start in range(0, size, 16):
+        k = start + tl.arange(0, 16)
+        a_columns = tl.load(scratch_ptr + i[:, None] * R + k[None, :])  # [R, 16]
+        b_rows = tl.load(scratch_ptr + R * R + k[:, None] * R + i[None, :])  # [16, R]
+        acc = tl.dot(a_columns, b_rows, acc, out_dtype=tl.float64, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def swap_columns(a, k, R: tl.constexpr):
+    """Return a[:, j ^ k]."""
+    j = tl.arange(0, R)[None, :]
+    return tl.gather(a, tl.broadcast_to(j ^ k, (R, R)), 1)
+
+
+@triton.jit
+def swap_rows(a, k, R: tl.constexpr):
+    """Return a[i ^ k, :]."""
+    i = tl.arange(0, R)[:, None]
+    return tl.gather(a, tl.broadcast_to(i ^ k, (R, R)), 0)
+
+
+@triton.jit
+def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
+    """Return w [R] and Q [R, R] with a = Q diag(w) Q^T, for symmetric a; w is not sorted.
+
+    Jacobi's method. Coordinates i and i ^ k form R / 2 disjoint pairs, so their rotations commute
+    and are done at once; k = 1 ... PADDED_RANK - 1, the rank padded to a power of two, is a sweep.
+    """
+    index = tl.arange(0, R)
+    i = index[:, None]
+    j = index[None, :]
     Q = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    size = tl.sum(tl.sum(A * A, 1), 0)
-    off, sweep = size, 0
-    while (off > 1.2e-32 * size) & (sweep < 30):  # 2^-106
-        for k in range(1, ROUNDS):
-            # all pairs (i, p = i ^ k): tan 2 theta = 2 A_ip / (A_pp - A_ii), |theta| <= pi / 4, and
-            # the angle of p is that of i, negative
-            d = tl.sum(tl.where(i == j, A, 0.0), 1)  # [R]
-            o = tl.sum(tl.where(j == (i ^ k), A, 0.0), 1)
-            o += tl.gather(o, one ^ k, 0)  # 2 A_ip, the same for both bit for bit
-            tau = (tl.gather(d, one ^ k, 0) - d) / tl.where(o != 0, o, 1.0)
-            sign = tl.where((tau > 0) | (tau == 0) & (one < (one ^ k)), 1.0, -1.0)
-            t = tl.where(o != 0, sign / (tl.abs(tau) + tl.sqrt(1 + tau * tau)), 0.0)
-            c = 1 / tl.sqrt(1 + t * t)
-            s = c * t
-            A = A * c[None, :] - tl.gather(A, tl.broadcast_to(j ^ k, (R, R)), 1) * s[None, :]
-            A = A * c[:, None] - tl.gather(A, tl.broadcast_to(i ^ k, (R, R)), 0) * s[:, None]
-            A = tl.where(j == (i ^ k), 0.0, tl.where(i == j, (d - t * o * 0.5)[:, None], A))
-            Q = Q * c[None, :] - tl.gather(Q, tl.broadcast_to(j ^ k, (R, R)), 1) * s[None, :]
-        off = tl.sum(tl.sum(tl.where(i == j, 0.0, A * A), 1), 0)
+    norm_squared = tl.sum(tl.sum(a * a, 1), 0)
+    off_squared = norm_squared  # of the part off the diagonal
+    sweep = 0
+    while (off_squared > 1.2e-32 * norm_squared) & (sweep < 30):  # 2^-106
+        for k in range(1, PADDED_RANK):
+            partner = index ^ k
+
+            # -- tangent of the angle that makes a[i, i ^ k] zero; that of i ^ k is its negative --
+            diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # [R]
+            off = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # a[i, i ^ k]
+            off += tl.gather(off, partner, 0)  # 2 a[i, i ^ k], the same bits for both
+            cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
+            cot_2theta = cot_2theta / tl.where(off != 0, off, 1.0)
+            is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
+            sign = tl.where(is_positive, 1.0, -1.0)
+            tan = sign / (tl.abs(cot_2theta) + tl.sqrt(1 + cot_2theta * cot_2theta))
+            tan = tl.where(off != 0, tan, 0.0)
+            cos = 1 / tl.sqrt(1 + tan * tan)
+            sin = cos * tan
+
+            # -- rotate columns, then rows; what is known exactly is set --
+            a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
+            a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
+            new_diagonal = diagonal - tan * off * 0.5
+            a = tl.where(i == j, new_diagonal[:, None], a)
+            a = tl.where(j == (i ^ k), 0.0, a)
+            Q = Q * cos[None, :] - swap_columns(Q, k, R) * sin[None, :]
+        off_squared = tl.sum(tl.sum(tl.where(i == j, 0.0, a * a), 1), 0)
         sweep += 1
-    return tl.sum(tl.where(i == j, A, 0.0), 1), Q
+    return tl.sum(tl.where(i == j, a, 0.0), 1), Q
 
 
 @triton.jit
 def inverse_root(
-    K_ptr, I_ptr, buffer_ptr, size, RANK: tl.constexpr, ROUNDS: tl.constexpr, R: tl.constexpr
-):
-    """lora_rite.inverse_root for one (R, R) matrix, from memory to memory."""
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
-    rest, W = (
-        tl.load(whole(K_ptr, R)),
-        tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64),
-    )  # W becomes the inverse of the lower factor
-    least, most = tl.full((), float("inf"), tl.float64), tl.zeros((), tl.float64)
-    for n in range(RANK):
-        row, column = (
-            tl.sum(tl.where(i == n, rest, 0.0), 0),
-            tl.sum(tl.where(j == n, rest, 0.0), 1),
-        )  # [R]
-        d = tl.sum(tl.where(tl.arange(0, R) == n, row, 0.0), 0)
-        pivot = tl.where(d > 0, tl.sqrt(tl.where(d > 0, d, 1.0)), -1.0)
-        least, most = tl.minimum(least, pivot), tl.maximum(most, pivot)
-        scale = 1 / pivot
-        rest -= (column * scale)[:, None] * (row * scale)[None, :]
-        w = tl.sum(tl.where(i == n, W, 0.0), 0) * scale
-        W = tl.where(
-            i == n, w[None, :], W - tl.where(i > n, (column * scale)[:, None] * w[None, :], 0.0)
-        )
-    tl.store(whole(I_ptr, R), tl.trans(W))
-    if (least > 1e-7 * most) == 0:
-        tl.debug_barrier()  # other threads write the same places below
-        w, Q = eigen(tl.load(whole(K_ptr, R)), ROUNDS, R)
-        live = w > 1e-12 * tl.max(w, 0)
-        w = tl.where(live, tl.rsqrt(tl.where(live, w, 1.0)), 0.0)
-        tl.store(whole(I_ptr, R), product(Q * w[None, :], tl.trans(Q), buffer_ptr, size, R))
-    tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["size"])
-def roots_kernel(
-    table_ptr, partial_ptr, bad_ptr,  # (S, COLUMNS), (P, 3, R, R), (P,)
-    small_ptr, number_ptr,  # (S, 6, R, R), (S, 3)
-    size, limit: "fp64",  # noqa: F821
-    RANK: tl.constexpr, ROUNDS: tl.constexpr, R: tl.constexpr,
+    K_ptr, R_inv_ptr, scratch_ptr, size,
+    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    side = tl.program_id(0)
-    row_ptr, other_ptr = table_ptr + side * COLUMNS, table_ptr + (side ^ 1) * COLUMNS
-    small_ptr += side.to(tl.int64) * 6 * R * R
-    out, buffer_ptr = whole(small_ptr, R), small_ptr + 4 * R * R
-    first, bad = tl.load(row_ptr + 5), tl.zeros((), tl.int32)
-    for n in range(0, tl.load(row_ptr + 6).to(tl.int32)):
-        bad = tl.maximum(bad, tl.load(bad_ptr + first + n))
+    """Read a Gram matrix K, write R^-1 with K = R^T R; see lora_rite.inverse_root."""
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
 
-    tl.store(out + 2 * R * R, added(other_ptr, partial_ptr, 0, R))
-    tl.debug_barrier()
-    inverse_root(
-        small_ptr + 2 * R * R, small_ptr, buffer_ptr, size, RANK, ROUNDS, R
-    )  # of the partner
-    G = tl.where(bad > 0, 0.0, added(row_ptr, partial_ptr, 2, R))
-    h2 = product(
-        G, tl.load(out), buffer_ptr, size, R
-    )  # what is used again is read again: registers are few
-    h2 = product(tl.trans(tl.load(out)), h2, buffer_ptr, size, R)
-    trace = tl.sum(
-        tl.sum(tl.where(tl.arange(0, R)[:, None] == tl.arange(0, R)[None, :], h2, 0.0), 1), 0
-    )
-    keep = (bad == 0) & (trace <= limit * tl.load(row_ptr + 4).to(tl.float64) * RANK)
-    tl.store(out + R * R, tl.where(keep, h2, 0.0))
-    tl.store(number_ptr + side * 3, tl.where(keep, trace, 0.0))
-    tl.store(number_ptr + side * 3 + 1, tl.where(keep, 0.0, 1.0))  # skipped
-    tl.store(
-        number_ptr + side * 3 + 2, tl.where((bad > 0) | (tl.load(row_ptr + 1) == 0), 1.0, 0.0)
-    )  # holds still
+    # -- Cholesky, K = L L^T: eliminate column n of K, and apply the same to the identity --
+    K = tl.load(matrix_ptrs(K_ptr, 0, R))
+    L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
+    min_pivot = tl.full((), float("inf"), tl.float64)
+    max_pivot = tl.zeros((), tl.float64)
+    for n in range(RANK):
+        row = tl.sum(tl.where(i == n, K, 0.0), 0)  # [R]
+        column = tl.sum(tl.where(j == n, K, 0.0), 1)  # [R]
+        K_nn = tl.sum(tl.where(tl.arange(0, R) == n, row, 0.0), 0)
+        pivot = tl.where(K_nn > 0, tl.sqrt(tl.where(K_nn > 0, K_nn, 1.0)), -1.0)
+        min_pivot = tl.minimum(min_pivot, pivot)
+        max_pivot = tl.maximum(max_pivot, pivot)
+        scale = 1 / pivot
+        L_column = (column * scale)[:, None]
+        K -= L_column * (row * scale)[None, :]
+        L_inv_row = (tl.sum(tl.where(i == n, L_inv, 0.0), 0) * scale)[None, :]
+        below = L_inv - tl.where(i > n, L_column * L_inv_row, 0.0)
+        L_inv = tl.where(i == n, L_inv_row, below)
+    tl.store(matrix_ptrs(R_inv_ptr, 0, R), tl.trans(L_inv))
 
-    state, other = pointer(row_ptr, 3, tl.float64, False), pointer(other_ptr, 3, tl.float64, False)
-    number = other + 2 * RANK * RANK
-    at, own = square(state, RANK, R)
-    undone = product(
-        added(other_ptr, partial_ptr, 1, R),
-        tl.trans(tl.load(at + RANK * RANK, mask=own, other=0.0)),
-        buffer_ptr,
-        size,
-        R,
-    )
-    undone = (
-        tl.load(out + 2 * R * R) + tl.load(number + LR) * undone
-    )  # x_now^T x_old of the partner, times shrink
-    other_at, own = square(other + RANK * RANK, RANK, R)
-    P = product(undone, tl.load(other_at, mask=own, other=0.0), buffer_ptr, size, R) / tl.load(
-        number + SHRINK
-    )
-    P = product(tl.trans(tl.load(out)), P, buffer_ptr, size, R)
-    tl.store(out + 2 * R * R, P)
-    moved = product(P, tl.load(at, mask=own, other=0.0), buffer_ptr, size, R)
+    # -- by eigenvalues where Cholesky is inaccurate, without directions that do not exist --
+    is_accurate = min_pivot > 1e-7 * max_pivot
+    if is_accurate == 0:
+        tl.debug_barrier()  # other threads have stored to the same places
+        w, Q = eigh(tl.load(matrix_ptrs(K_ptr, 0, R)), PADDED_RANK, R)
+        is_live = w > 1e-12 * tl.max(w, 0)
+        w_inv_root = tl.where(is_live, tl.rsqrt(tl.where(is_live, w, 1.0)), 0.0)
+        R_inv = matmul(Q * w_inv_root[None, :], tl.trans(Q), scratch_ptr, size, R)
+        tl.store(matrix_ptrs(R_inv_ptr, 0, R), R_inv)
     tl.debug_barrier()
-    tl.store(
-        out + 3 * R * R, product(moved, tl.trans(tl.load(out + 2 * R * R)), buffer_ptr, size, R)
-    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Launch 2: R^-1, h^T h, P
 
 
 @triton.jit
-def ascending(w, RANK: tl.constexpr, R: tl.constexpr):
-    """The first RANK of w [R], sorted; after them 0."""
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
-    across = tl.sum(tl.where(i == j, w[:, None], 0.0), 0)  # w once more, along columns
-    before = (across[None, :] < w[:, None]) | (across[None, :] == w[:, None]) & (j < i)
-    place = tl.sum(tl.where(before & (j < RANK), 1, 0), 1)  # of w_i
-    return tl.sum(tl.where((place[:, None] == j) & (i < RANK), w[:, None], 0.0), 0)
+def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
+    """Add up the partial sums of a factor (XX, XM or GG), always in the same order."""
+    acc = tl.zeros((R, R), tl.float64)
+    first = tl.load(row_ptr + FIRST_PROGRAM)
+    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):
+        acc += tl.load(matrix_ptrs(partial_ptr, (first + n) * PARTIALS + which, R))
+    return acc
+
+
+@triton.jit(do_not_specialize=["size"])
+def root_kernel(
+    table_ptr, partial_ptr, bad_ptr,
+    work_ptr, number_ptr,  # (S, WORK, R, R), (S, NUMBERS)
+    size, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """P = R^-T x^T x_old R_old^-1 of the partner, and h^T h = R^-T grad^T grad R^-1.
+
+    Registers are few, so what is needed again is loaded again.
+    """
+    factor = tl.program_id(0)
+    row_ptr = table_ptr + factor * COLUMNS
+    partner_row_ptr = table_ptr + (factor ^ 1) * COLUMNS
+    work_ptr += factor.to(tl.int64) * WORK * R * R
+    number_ptr += factor * NUMBERS
+    scratch_ptr = work_ptr + SCRATCH * R * R
+    R_inv_ptrs = matrix_ptrs(work_ptr, PARTNER_R_INV, R)
+    P_ptrs = matrix_ptrs(work_ptr, P, R)
+
+    # -- was any value of the gradient not finite? --
+    has_grad = tl.load(row_ptr + HAS_GRAD) != 0
+    is_bad = tl.zeros((), tl.int32)
+    first = tl.load(row_ptr + FIRST_PROGRAM)
+    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):
+        is_bad = tl.maximum(is_bad, tl.load(bad_ptr + first + n))
+    is_bad = tl.where(has_grad, is_bad, 0)
+
+    # -- R^-1 of the partner; its x^T x waits where P will be --
+    tl.store(P_ptrs, sum_partials(partner_row_ptr, partial_ptr, XX, R))
+    tl.debug_barrier()
+    inverse_root(
+        work_ptr + P * R * R, work_ptr + PARTNER_R_INV * R * R, scratch_ptr, size,
+        RANK, PADDED_RANK, R,
+    )  # fmt: skip
+
+    # -- h^T h --
+    gg = sum_partials(row_ptr, partial_ptr, GG, R)
+    gg = tl.where(has_grad & (is_bad == 0), gg, 0.0)
+    hh = matmul(gg, tl.load(R_inv_ptrs), scratch_ptr, size, R)
+    hh = matmul(tl.trans(tl.load(R_inv_ptrs)), hh, scratch_ptr, size, R)
+    is_diagonal = tl.arange(0, R)[:, None] == tl.arange(0, R)[None, :]
+    trace = tl.sum(tl.sum(tl.where(is_diagonal, hh, 0.0), 1), 0)
+    is_finite = (is_bad == 0) & (trace < float("inf"))
+    tl.store(matrix_ptrs(work_ptr, HH, R), tl.where(is_finite, hh, 0.0))
+    tl.store(number_ptr + HH_TRACE, tl.where(is_finite, trace, 0.0))
+    tl.store(number_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
+
+    # -- P: undo the partner's last step, x_old = (x + lr M R_inv^T) / shrink --
+    state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
+    partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
+    partner_number_ptr = partner_state_ptr + 2 * RANK * RANK
+    own_R_inv_old = load_state_matrix(state_ptr + RANK * RANK, RANK, R)
+    xm = sum_partials(partner_row_ptr, partial_ptr, XM, R)
+    last_step = matmul(xm, tl.trans(own_R_inv_old), scratch_ptr, size, R)
+    xx_old = tl.load(P_ptrs) + tl.load(partner_number_ptr + LR) * last_step  # times shrink
+    partner_R_inv_old = load_state_matrix(partner_state_ptr + RANK * RANK, RANK, R)
+    xu_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)
+    xu_old = xu_old / tl.load(partner_number_ptr + SHRINK)
+    P_new = matmul(tl.trans(tl.load(R_inv_ptrs)), xu_old, scratch_ptr, size, R)
+    tl.store(P_ptrs, P_new)
+
+    # -- P V P^T --
+    PV = matmul(P_new, load_state_matrix(state_ptr, RANK, R), scratch_ptr, size, R)
+    tl.debug_barrier()
+    PVP_new = matmul(PV, tl.trans(tl.load(P_ptrs)), scratch_ptr, size, R)
+    tl.store(matrix_ptrs(work_ptr, PVP, R), PVP_new)
+
+
+# --------------------------------------------------------------------------------------------------
+# Launch 3: moments
+
+
+@triton.jit
+def sort(w, RANK: tl.constexpr, R: tl.constexpr):
+    """Return the first RANK values of w [R], ascending; after them 0."""
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    w_i = w[:, None]
+    w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # w once more, along columns
+    is_before = (w_j < w_i) | (w_j == w_i) & (j < i)
+    place = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)  # of w_i
+    return tl.sum(tl.where((place[:, None] == j) & (i < RANK), w_i, 0.0), 0)
 
 
 @triton.jit
 def decay(log_beta, t):
-    """lora_rite.decay: beta (1 - beta^(t-1)) / (1 - beta^t), t >= 1; 0 for beta = 0."""
-    l = tl.maximum(tl.full((), log_beta, tl.float64), -1e300)  # 0 times this is 0
-    return tl.exp(l) * (1 - tl.exp((t - 1) * l)) / (1 - tl.exp(t * l))
+    """Return beta (1 - beta^(t-1)) / (1 - beta^t), t >= 1, as lora_rite.decay; 0 for beta = 0."""
+    log_beta = tl.maximum(tl.full((), log_beta, tl.float64), -1e300)  # 0 times this is 0
+    return tl.exp(log_beta) * (1 - tl.exp((t - 1) * log_beta)) / (1 - tl.exp(t * log_beta))
 
 
 @triton.jit(do_not_specialize=["size"])
-def moments_kernel(
-    table_ptr, small_ptr, number_ptr,  # (S, COLUMNS), (S, 6, R, R), (S, 3)
-    total_ptr, move_ptr,  # (), (S, 3, R, R)
-    size,
+def moment_kernel(
+    table_ptr, work_ptr, number_ptr,
+    total_ptr, matrix_ptr,  # (), (S, MATRICES, R, R)
+    lr_ptr,  # (), or None: then lr holds
     lr: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64",  # noqa: F821
     clip: "fp64", weight_decay: "fp64",  # noqa: F821
-    lr_ptr,  # (), read instead of lr if LR_THERE
-    LR_THERE: tl.constexpr, ESCAPE: tl.constexpr, OWN_COUNT: tl.constexpr,
-    RANK: tl.constexpr, ROUNDS: tl.constexpr, R: tl.constexpr,
+    size, ESCAPE: tl.constexpr,
+    RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    side = tl.program_id(0)
-    row_ptr = table_ptr + side * COLUMNS
-    state = pointer(row_ptr, 3, tl.float64, False)
-    number, rows = state + 2 * RANK * RANK, tl.load(row_ptr + 4).to(tl.float64)
-    at, buffer_ptr = (
-        whole(small_ptr + side.to(tl.int64) * 6 * R * R, R),
-        small_ptr + (side.to(tl.int64) * 6 + 4) * R * R,
-    )
-    trace, skipped, still = (
-        tl.load(number_ptr + side * 3),
-        tl.load(number_ptr + side * 3 + 1),
-        tl.load(number_ptr + side * 3 + 2),
-    )
+    """The r x r part of lora_rite.update: V, its inverse root, and the new state."""
+    factor = tl.program_id(0)
+    row_ptr = table_ptr + factor * COLUMNS
+    state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
+    state_number_ptr = state_ptr + 2 * RANK * RANK
+    rows = tl.load(row_ptr + ROWS).to(tl.float64)
+    partner_work_ptr = work_ptr + (factor ^ 1).to(tl.int64) * WORK * R * R
+    work_ptr += factor.to(tl.int64) * WORK * R * R
+    matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
+    scratch_ptr = work_ptr + SCRATCH * R * R
+
+    # -- clip, and decays of this step --
     norm = tl.sqrt(tl.load(total_ptr))
     c = tl.where(norm > clip, clip / norm, 1.0)
-    step = tl.load(number + STEP) + (tl.where(trace > 0, 1.0, 0.0) if OWN_COUNT else 1.0)
-    t = tl.maximum(step, 1.0)
-    d1, d2 = decay(log_beta1, t), decay(log_beta2, t)
+    t = tl.load(state_number_ptr + STEP) + 1.0
+    d1 = decay(log_beta1, t)
+    d2 = decay(log_beta2, t)
 
-    V_at, own = square(state, RANK, R)
-    rho = tl.load(number + RHO)
+    # -- second moment --
+    rho = tl.load(state_number_ptr + RHO)
     if ESCAPE:
-        V, moved = tl.load(V_at, mask=own, other=0.0), tl.load(at + 3 * R * R)
-        before, _ = eigen((V + tl.trans(V)) / 2, ROUNDS, R)
-        after, _ = eigen((moved + tl.trans(moved)) / 2, ROUNDS, R)
-        lost = ascending(before, RANK, R) - ascending(after, RANK, R)
-        rho = d2 * (
-            rho + tl.minimum(tl.maximum(tl.max(lost, 0), 0.0), tl.maximum(tl.sum(lost, 0), 0.0))
-        )
-    V = d2 * tl.load(at + 3 * R * R) + (1 - d2) * c * c * tl.load(at + R * R) / rows
-    tl.store(V_at, V, mask=own)
-    w, Q = eigen((V + tl.trans(V)) / 2, ROUNDS, R)
-    inverse = product(
-        Q * (1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps))[None, :],
-        tl.trans(Q),
-        buffer_ptr,
-        size,
-        R,
-    )
+        V_old = load_state_matrix(state_ptr, RANK, R)
+        before, _ = eigh((V_old + tl.trans(V_old)) / 2, PADDED_RANK, R)
+        before = sort(before, RANK, R)
+        V_moved = tl.load(matrix_ptrs(work_ptr, PVP, R))
+        after, _ = eigh((V_moved + tl.trans(V_moved)) / 2, PADDED_RANK, R)
+        lost = before - sort(after, RANK, R)
+        most_lost = tl.maximum(tl.max(lost, 0), 0.0)
+        trace_lost = tl.maximum(tl.sum(lost, 0), 0.0)
+        rho = d2 * (rho + tl.minimum(most_lost, trace_lost))
+    hh = tl.load(matrix_ptrs(work_ptr, HH, R))
+    V = d2 * tl.load(matrix_ptrs(work_ptr, PVP, R)) + (1 - d2) * c * c * hh / rows
+    store_state_matrix(state_ptr, V, RANK, R)
 
-    rate = tl.load(lr_ptr).to(tl.float64) if LR_THERE else tl.full((), lr, tl.float64)
-    rate = tl.where(still > 0, 0.0, rate)
-    shrink = 1 - rate * weight_decay
-    move_at = whole(move_ptr + side.to(tl.int64) * 3 * R * R, R)
-    I_other = tl.load(at)
-    tl.store(move_at, (d1 * tl.trans(tl.load(at + 2 * R * R))).to(tl.float32))
-    tl.store(
-        move_at + R * R,
-        ((1 - d1) * c * product(I_other, inverse, buffer_ptr, size, R)).to(tl.float32),
-    )
-    tl.store(move_at + 2 * R * R, (rate * tl.trans(I_other)).to(tl.float32))
-    I = tl.load(
-        whole(small_ptr + (side ^ 1).to(tl.int64) * 6 * R * R, R)
-    )  # this side's own, found for its partner
-    tl.store(V_at + RANK * RANK, I, mask=own)
-    tl.store(number + RHO, rho)
-    tl.store(number + STEP, step)
-    tl.store(number + LR, rate)
-    tl.store(number + SHRINK, shrink)
-    tl.store(number + SKIPPED, tl.load(number + SKIPPED) + skipped)
+    # -- ((V + rho)^1/2 + eps)^-1 --
+    w, Q = eigh((V + tl.trans(V)) / 2, PADDED_RANK, R)
+    scales = 1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps)
+    preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, size, R)
 
+    # -- learning rate, 0 for a factor that stays --
+    rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
+    is_skipped = tl.load(number_ptr + factor * NUMBERS + IS_SKIPPED)
+    has_grad = tl.load(row_ptr + HAS_GRAD) != 0
+    rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-@triton.jit
-def apply(
-    row_ptr,
-    start,
-    stop,
-    rows,
-    D,
-    C,
-    E,
-    shrink,
-    there,
-    A: tl.constexpr,
-    X: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    x_ptr, g_ptr = pointer(row_ptr, 0, X, ALIGNED), pointer(row_ptr, 1, X, ALIGNED)
-    m_ptr = pointer(row_ptr, 2, tl.float32, ALIGNED)
-    for row0 in range(start, stop, BLOCK):
-        o, own = tile(row0, stop, rows, A, RANK, R, BLOCK)
-        x = read(x_ptr, row0, stop, rows, True, A, RANK, R, BLOCK)
-        m = tl.dot(
-            read(m_ptr, row0, stop, rows, True, A, RANK, R, BLOCK), D, input_precision="ieee"
-        )
-        m = tl.dot(
-            read(g_ptr, row0, stop, rows, there, A, RANK, R, BLOCK), C, m, input_precision="ieee"
-        )
-        tl.store(m_ptr + o, m, mask=own)
-        tl.store(x_ptr + o, (shrink * x - tl.dot(m, E, input_precision="ieee")).to(X), mask=own)
+    # -- matrices of launch 4 --
+    partner_R_inv = tl.load(matrix_ptrs(work_ptr, PARTNER_R_INV, R))
+    M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
+    tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
+    grad_matrix = (1 - d1) * c * matmul(partner_R_inv, preconditioner, scratch_ptr, size, R)
+    tl.store(matrix_ptrs(matrix_ptr, GRAD_MATRIX, R), grad_matrix.to(tl.float32))
+    x_matrix = rate * tl.trans(partner_R_inv)
+    tl.store(matrix_ptrs(matrix_ptr, X_MATRIX, R), x_matrix.to(tl.float32))
 
-
-@triton.jit
-def apply_kernel(
-    table_ptr, owner_ptr, number_ptr, move_ptr,  # (S, COLUMNS), (P,), (S, 3), (S, 3, R, R)
-    X: tl.constexpr, ALIGNED: tl.constexpr,
-    RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    side, row_ptr, start, stop, rows = span(table_ptr, owner_ptr, CHUNK, ALIGNED)
-    at = whole(move_ptr + side.to(tl.int64) * 3 * R * R, R)
-    D, C, E = tl.load(at), tl.load(at + R * R), tl.load(at + 2 * R * R)
-    shrink = tl.load(pointer(row_ptr, 3, tl.float64, False) + 2 * RANK * RANK + SHRINK).to(
-        tl.float32
-    )
-    there = (tl.load(row_ptr + 1) != 0) & (tl.load(number_ptr + side * 3 + 1) == 0)
-    if side % 2 == 0:
-        apply(row_ptr, start, stop, rows, D, C, E, shrink, there, True, X, ALIGNED, RANK, R, BLOCK)
-    else:
-        apply(row_ptr, start, stop, rows, D, C, E, shrink, there, False, X, ALIGNED, RANK, R, BLOCK)
+    # -- state; the factor's own R^-1 was found by its partner's program --
+    own_R_inv = tl.load(matrix_ptrs(partner_work_ptr, PARTNER_R_INV, R))
+    store_state_matrix(state_ptr + RANK * RANK, own_R_inv, RANK, R)
+    skipped = tl.load(state_number_ptr + SKIPPED)
+    tl.store(state_number_ptr + RHO, rho)
+    tl.store(state_number_ptr + STEP, t)
+    tl.store(state_number_ptr + LR, rate)
+    tl.store(state_number_ptr + SHRINK, 1 - rate * weight_decay)
+    tl.store(state_number_ptr + SKIPPED, skipped + is_skipped)
 
 
 # --------------------------------------------------------------------------------------------------
-# Host: tables of pointers, launches
+# Launch 4: first moment and parameters
 
 
-class Measured(NamedTuple):
-    """What the first half of a step leaves for the second, for S factors of one rank."""
+@triton.jit
+def update_chunk(
+    row_ptr, start, end, grad_end, rows, M_matrix, grad_matrix, x_matrix, shrink,
+    IS_A: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
+    g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
+    m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
+    for tile_start in range(start, end, TILE):
+        offs, mask = tile_offsets(tile_start, end, rows, IS_A, RANK, R, TILE)
+        x = load_tile(x_ptr, tile_start, end, rows, IS_A, RANK, R, TILE)
+        m_old = load_tile(m_ptr, tile_start, end, rows, IS_A, RANK, R, TILE)
+        m = tl.dot(m_old, M_matrix, input_precision="ieee")
+        grad = load_tile(g_ptr, tile_start, grad_end, rows, IS_A, RANK, R, TILE)
+        m = tl.dot(grad, grad_matrix, m, input_precision="ieee")
+        tl.store(m_ptr + offs, m, mask=mask)
+        x = shrink * x - tl.dot(m, x_matrix, input_precision="ieee")
+        tl.store(x_ptr + offs, x.to(DTYPE), mask=mask)
 
-    parameters: list  # [A, B, A, B, ...]
-    tensors: list  # contiguous gradients, which the table points to: alive until the last launch
-    table: torch.Tensor  # (S, COLUMNS) int64
-    owner: torch.Tensor  # (P,) int32, the factor of each program of a pass over rows
-    small: torch.Tensor  # (S, 6, R, R) float64
-    number: torch.Tensor  # (S, 3) float64
-    row_options: dict  # of the launches that pass over rows
-    matrix_options: dict  # of the launches for r x r work
-    norm_squared: torch.Tensor  # () |h|^2 of these pairs
+
+@triton.jit
+def update_kernel(
+    table_ptr, factor_of_program_ptr, number_ptr, matrix_ptr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    factor, row_ptr, start, end, rows = find_rows(table_ptr, factor_of_program_ptr, CHUNK, ALIGNED)
+    matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
+    M_matrix = tl.load(matrix_ptrs(matrix_ptr, M_MATRIX, R))
+    grad_matrix = tl.load(matrix_ptrs(matrix_ptr, GRAD_MATRIX, R))
+    x_matrix = tl.load(matrix_ptrs(matrix_ptr, X_MATRIX, R))
+    state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
+    shrink = tl.load(state_ptr + 2 * RANK * RANK + SHRINK).to(tl.float32)
+
+    # a missing or skipped gradient counts as 0
+    has_grad = tl.load(row_ptr + HAS_GRAD) != 0
+    is_skipped = tl.load(number_ptr + factor * NUMBERS + IS_SKIPPED)
+    grad_end = tl.where(has_grad & (is_skipped == 0), end, start)
+    if factor % 2 == 0:
+        update_chunk(
+            row_ptr, start, end, grad_end, rows, M_matrix, grad_matrix, x_matrix, shrink,
+            True, DTYPE, ALIGNED, RANK, R, TILE,
+        )  # fmt: skip
+    else:
+        update_chunk(
+            row_ptr, start, end, grad_end, rows, M_matrix, grad_matrix, x_matrix, shrink,
+            False, DTYPE, ALIGNED, RANK, R, TILE,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Host: tables of addresses, launches
 
 
 def takes(A, B):
     """Return whether the kernels take a pair A (r, n), B (m, r)."""
-    return (
-        A.dtype == B.dtype
-        and A.dtype in TYPES
-        and A.device == B.device
-        and 0 < A.shape[0] <= 64
-        and A.is_contiguous()
-        and B.is_contiguous()
-        and max(A.numel(), B.numel()) < 2**31
-    )
+    for p in (A, B):
+        if p.dtype != A.dtype or p.device != A.device or p.numel() >= 2**31:
+            return False
+        for t in (p, p.grad):
+            if t is not None and not (t.is_contiguous() and t.dtype == A.dtype):
+                return False
+    return A.dtype in TL_DTYPES and 0 < len(A) <= MAX_RANK
 
 
-RECENT_TABLES = {}  # tables on the device, as parameters and gradients tend to stay where they are
-CAPTURED_TABLES = []  # a CUDA graph reads its tables at each replay, so they are never freed
+class KernelBatch:
+    """The launches for pairs of one rank, dtype and device, for as long as no tensor moves.
 
-
-def is_capturing(device):
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def pointer_table(rows, device):
-    """Return the table (S, COLUMNS) int64 of `rows`, and each program's factor (P,) int32.
-
-    While a graph is captured nothing is copied yet, so tables made then are not for other calls.
+    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each, see
+    lora_rite.FactorState. A CUDA graph that captures a step reads `table` at each replay, so the
+    batch must live as long as the graph.
     """
-    found = RECENT_TABLES.get((rows, device))
-    if not found:
-        table = torch.tensor(rows)
-        factors = torch.arange(len(rows), dtype=torch.int32)
-        host = [table, torch.repeat_interleave(factors, table[:, 6])]
-        if device.type == "cuda":  # pinned, or the host would wait
-            host = [t.pin_memory() for t in host]
-        found = [t.to(device, non_blocking=True) for t in host] + host
-        if not is_capturing(device):
-            RECENT_TABLES[rows, device] = found
-            if len(RECENT_TABLES) > 64:
-                del RECENT_TABLES[next(iter(RECENT_TABLES))]
-    if is_capturing(device):
-        CAPTURED_TABLES.append(found)
-    return found[0], found[1]
 
+    def __init__(self, parameters, states):
+        rank = len(parameters[0])
+        R = max(16, triton.next_power_of_2(rank))
+        self.parameters = parameters
+        self.R = R
 
-def measure(parameters, states, skip):
-    """Take the first half of a step, for pairs of one rank, dtype and device.
+        # the table, and the factor of each program of launches 1 and 4
+        table = []
+        num_programs = 0
+        all_bits = 0  # of addresses and lengths: are all multiples of 16?
+        for n, (p, state) in enumerate(zip(parameters, states)):
+            grad = p if p.grad is None else p.grad
+            pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
+            rows = p.shape[1 - n % 2]
+            programs = triton.cdiv(rows, CHUNK_ROWS[R])
+            numbers = [p.grad is not None, rows, num_programs, programs]
+            table.append([*pointers, state["packed"].data_ptr(), *numbers])
+            num_programs += programs
+            for value in (*pointers, rows):
+                all_bits |= value
+        table = torch.tensor(table)  # (S, COLUMNS) int64
+        factors = torch.arange(len(table), dtype=torch.int32)
+        self.host = [table, torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])]
 
-    parameters: [A (r, n), B (m, r), A, B, ...], contiguous; states: {"M", "packed"} for each, see
-    lora_rite.unpack. skip: largest RMS of an unmagnified gradient; 0: none.
-    """
-    rank = len(parameters[0])
-    device = parameters[0].device
-    X = TYPES[parameters[0].dtype]
-    R = max(16, triton.next_power_of_2(rank))
-    block, chunk, row_warps, matrix_warps = CONFIG[R]
+        # copy them; from pinned memory the host need not wait, but none can be had in a capture
+        device = parameters[0].device
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.host = [t.pin_memory() for t in self.host]
+        self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in self.host]
 
-    # the table of pointers and sizes
-    rows = []
-    grads = []
-    programs = 0
-    all_bits = 0  # of addresses and sizes, to see whether all are multiples of 16
-    for n, (p, state) in enumerate(zip(parameters, states)):
-        grad = None if p.grad is None else p.grad.to(p.dtype).contiguous()
-        grads.append(grad)
-        pointers = p.data_ptr(), 0 if grad is None else grad.data_ptr(), state["M"].data_ptr()
-        length = p.shape[1 - n % 2]
-        count = triton.cdiv(length, chunk)
-        rows.append((*pointers, state["packed"].data_ptr(), length, programs, count))
-        programs += count
-        all_bits |= pointers[0] | pointers[1] | pointers[2] | length
-    table, owner = pointer_table(tuple(rows), device)
+        # options of the launches
+        self.row_options = dict(DTYPE=TL_DTYPES[parameters[0].dtype], ALIGNED=all_bits % 16 == 0)
+        self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
+        self.row_options.update(num_warps=ROW_WARPS[R])
+        self.matrix_options = dict(RANK=rank, PADDED_RANK=triton.next_power_of_2(rank), R=R)
+        self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
-    # launch
-    row_options = dict(X=X, ALIGNED=all_bits % 16 == 0, RANK=rank, R=R, BLOCK=block, CHUNK=chunk)
-    row_options["num_warps"] = row_warps
-    matrix_options = dict(RANK=rank, ROUNDS=triton.next_power_of_2(rank), R=R)
-    matrix_options.update(num_warps=matrix_warps, num_stages=1)
-    S = len(rows)
-    partial = torch.empty(programs, 3, R, R, dtype=torch.float64, device=device)
-    bad = torch.empty(programs, dtype=torch.int32, device=device)
-    small = torch.empty(S, 6, R, R, dtype=torch.float64, device=device)
-    number = torch.empty(S, 3, dtype=torch.float64, device=device)
-    limit = float(skip) ** 2 if skip else math.inf
-    with torch.cuda.device_of(table):
-        grams_kernel[(programs,)](table, owner, partial, bad, **row_options)
-        roots_kernel[(S,)](table, partial, bad, small, number, R, limit, **matrix_options)
-    norm_squared = number[:, 0].sum()
-    return Measured(
-        parameters, grads, table, owner, small, number, row_options, matrix_options, norm_squared
-    )
-
-
-def finish(measured, total, *, clip, lr, betas, eps, weight_decay, escape, own_count):
-    """Take the second half of a step, given |h|^2 of all pairs (), on any device.
-
-    clip: largest |h|; 0: none. lr: a number, or a tensor () which is read on the device.
-    """
-    table = measured.table
-    device = table.device
-    R = measured.row_options["R"]
-    S = len(table)
-    move = torch.empty(S, 3, R, R, device=device)
-    total = total.to(device)
-    logs = [math.log(beta) if beta else -math.inf for beta in betas]
-    lr_on_device = torch.is_tensor(lr) and lr.device == device
-    lr_number = 0.0 if lr_on_device else float(lr)
-    lr_pointer = lr if lr_on_device else measured.number
-    with torch.cuda.device_of(table):
-        moments_kernel[(S,)](
-            table, measured.small, measured.number, total, move, R,
-            lr_number, *logs, float(eps), float(clip) or math.inf, float(weight_decay), lr_pointer,
-            lr_on_device, escape, own_count, **measured.matrix_options,
-        )  # fmt: skip
-        apply_kernel[(len(measured.owner),)](
-            table, measured.owner, measured.number, move, **measured.row_options
+    def measure(self):
+        """Take the first half of a step and return |h|^2 of these pairs, ()."""
+        R = self.R
+        device = self.table.device
+        S = len(self.table)
+        num_programs = len(self.factor_of_program)
+        partial = torch.empty(
+            num_programs, PARTIALS.value, R, R, dtype=torch.float64, device=device
         )
-    torch.autograd.graph.increment_version(measured.parameters)
+        bad = torch.empty(num_programs, dtype=torch.int32, device=device)
+        self.work = torch.empty(S, WORK.value, R, R, dtype=torch.float64, device=device)
+        self.numbers = torch.empty(S, NUMBERS.value, dtype=torch.float64, device=device)
+        with torch.cuda.device_of(self.table):
+            gram_kernel[(num_programs,)](
+                self.table, self.factor_of_program, partial, bad, **self.row_options
+            )
+            root_kernel[(S,)](
+                self.table, partial, bad, self.work, self.numbers, R, **self.matrix_options
+            )
+        return self.numbers[:, HH_TRACE.value].sum()
+
+    def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
+        """Take the second half of a step, given |h|^2 of all pairs, (), on any device.
+
+        clip: largest |h|; 0: none. lr: a number, or a tensor (), read on the device if it is there.
+        """
+        device = self.table.device
+        total = total.to(device)
+        matrices = torch.empty(len(self.table), MATRICES.value, self.R, self.R, device=device)
+        log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
+        if torch.is_tensor(lr) and lr.device == device:
+            lr_ptr = lr
+            lr = 0.0
+        else:
+            lr_ptr = None
+            lr = float(lr)
+        with torch.cuda.device_of(self.table):
+            moment_kernel[(len(self.table),)](
+                self.table, self.work, self.numbers, total, matrices, lr_ptr,
+                lr, *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
+                self.R, escape, **self.matrix_options,
+            )  # fmt: skip
+            update_kernel[(len(self.factor_of_program),)](
+                self.table, self.factor_of_program, self.numbers, matrices, **self.row_options
+            )
+        torch.autograd.graph.increment_version(self.parameters)
+        self.work = None
+        self.numbers = None

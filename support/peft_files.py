@@ -1,33 +1,71 @@
-"""Adapters on disk as Hugging Face's PEFT writes them: adapter_config.json and the weights."""
+"""LoRA adapters on disk, in the format of Hugging Face's PEFT: adapter_config.json and weights."""
 
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 
+from support import lora
 from support.files import atomic_write, parse_json, read_user_file, write_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Settings that say nothing about the product of the matrices, and may have any value ...
+# Settings that may have any value, as they do not change the product B A
 FREE = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision"),
     *("base_model_name_or_path", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # without effect, unless another setting is on
 }
-# ... those that plain LoRA has with these values ...
+# Settings that must have one of these values; other inits change the frozen weights, too
 PLAIN = {
     "peft_type": ["LORA"],
     "bias": ["none"],
-    "init_lora_weights": [True, False, "gaussian"],  # others change the frozen weights, too
+    "init_lora_weights": [True, False, "gaussian"],
 }
-# ... and whatever else there is must be off
+# All other settings must be off
 OFF = [None, False, {}, [], ""]
+
+
+def save(model, folder, prefix=""):
+    """Write the adapters alone, as PEFT does, into a folder that holds none yet.
+
+    prefix: what PEFT's model has in front of our layers' names: "model." for a train.GPT.
+    """
+    layers = lora.adapters(model)
+    if not layers:
+        raise ValueError("the model has no adapters to save")
+    tensors = {}
+    for name, linear in layers.items():
+        tensors[prefix + name] = linear.lora_A.detach(), linear.lora_B.detach()
+    write_adapters(folder, tensors, linear.lora_scale)  # the same for all layers
+
+
+@torch.no_grad()
+def load(model, folder, prefix=""):
+    """Inject the adapters that `save` or PEFT wrote, and return the model; dropout is not applied.
+
+    ValueError: the folder holds none, or another kind than plain LoRA, or they do not fit.
+    """
+    rank, alpha, tensors = read_adapters(folder)
+    linears = {prefix + name: m for name, m in lora.linear_layers(model).items()}
+    layers = {}
+    for name, (A, B) in tensors.items():
+        if name not in linears:
+            raise ValueError(f"{folder} adapts {name!r}, which is no linear layer of the model")
+        shape = linears[name].weight.shape
+        if shape != (len(B), A.shape[1]):
+            raise ValueError(f"{folder}: the adapter of {name} is not one of a matrix {shape}")
+        layers[name.removeprefix(prefix)] = linears[name]
+    lora.inject_layers(model, layers, rank, alpha)
+    for name, (A, B) in tensors.items():
+        linears[name].lora_A.copy_(A)
+        linears[name].lora_B.copy_(B)
+    return model
 
 
 def write_adapters(folder, tensors, scale):
@@ -54,7 +92,7 @@ def write_adapters(folder, tensors, scale):
         "target_modules": list(tensors),
     }
     with atomic_write(Path(folder, WEIGHTS)) as file:
-        file.write(save(named, {"format": "pt"}))
+        file.write(save_safetensors(named, {"format": "pt"}))
     write_json(Path(folder, CONFIG), config)
 
 
@@ -63,7 +101,7 @@ def read_adapters(folder):
     rank, alpha = read_config(Path(folder, CONFIG))
     path = Path(folder, WEIGHTS)
     try:
-        named = load(read_user_file(path))
+        named = load_safetensors(read_user_file(path))
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged") from error
 
@@ -72,7 +110,11 @@ def read_adapters(folder):
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
         if name not in (f"base_model.model.{layer}.lora_{k}.weight" for k in "AB"):
             raise ValueError(f"{path} holds {name[:80]!r}, which is no tensor of plain LoRA")
-        if tensor.dim() != 2 or tensor.dtype not in FLOATS or not tensor.isfinite().all():
+        if (
+            tensor.dim() != 2
+            or tensor.dtype not in lora.WEIGHT_DTYPES
+            or not tensor.isfinite().all()
+        ):
             raise ValueError(f"{path}: {name[:80]!r} is no matrix of finite floats")
         found.setdefault(layer, {})[factor[0]] = tensor
     if not found:

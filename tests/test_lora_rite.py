@@ -27,8 +27,7 @@ def low_rank(r=4, n=24, m=17, count=2, samples=None):
     X = randn(n, samples or 2 * n)
 
     def loss(products):
-        parts = [((p - z.to(p)) @ X.to(p)).square().mean() for p, z in zip(products, targets)]
-        return sum(parts)
+        return sum(((p - z.to(p)) @ X.to(p)).square().mean() for p, z in zip(products, targets))
 
     return pairs, loss
 
@@ -58,9 +57,8 @@ def distance(a, b):
 
 def numbers(optimizer, p):
     """Return the unpacked state of a parameter."""
-    parameters = optimizer.param_groups[0]["params"]
-    i = [q is p for q in parameters].index(True)
-    return lora_rite.unpack(optimizer.state[p]["packed"], len(parameters[i - i % 2]))
+    packed = optimizer.state[p]["packed"]  # (2 r^2 + 5,)
+    return lora_rite.unpack(packed, math.isqrt(len(packed) // 2 - 2))
 
 
 OPTIONS = [
@@ -71,11 +69,13 @@ OPTIONS = [
     {"clip": 0.3, "escape": True, "weight_decay": 0.1},
 ]
 SHAPES = [(4, 24, 17, 1), (1, 5, 9, 1), (16, 20, 33, 1), (4, 24, 17, 0), (3, 3, 3, 0)]
+CASES = [(options, SHAPES[0]) for options in OPTIONS]
+CASES += [(options, shape) for options in OPTIONS[::4] for shape in SHAPES[1:]]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("r,n,m,size_of_B", SHAPES)
-def test_it_is_the_papers_algorithm(r, n, m, size_of_B, options):
+@pytest.mark.parametrize("options,shape", CASES, ids=str)
+def test_it_is_the_papers_algorithm(options, shape):
+    r, n, m, size_of_B = shape
     pairs, loss = low_rank(r, n, m)
     pairs = [(A, B * size_of_B) for A, B in pairs]
     ours, _, optimizer = descend(pairs, loss, **options)
@@ -88,7 +88,9 @@ def test_it_is_the_papers_algorithm(r, n, m, size_of_B, options):
         with_grads = [(a.detach(), b.detach(), a.grad, b.grad) for a, b in leaves]
         lr = 0.05 * (1 - 0.5 * t / 50)
         arguments = {"clip": 1.0, **options}
-        factors = lora_rite.reference(with_grads, states, t + 1, lr, 0.9, 0.999, 1e-6, **arguments)
+        factors = lora_rite.reference(
+            with_grads, states, t + 1, lr, (0.9, 0.999), 1e-6, **arguments
+        )
     assert distance(ours, [b @ a.T for a, b in factors]) < 1e-11
 
     # the state is the paper's, but for the rotation of the bases
@@ -113,7 +115,7 @@ def test_the_reference_is_the_formula_of_the_paper():
     M_a = M_b = V_a = V_b = 0.0
     for t in (1, 2):
         ((next_a, next_b),) = lora_rite.reference(
-            [(a, b, ga, gb)], states, t, lr, beta1, beta2, eps, clip=2.0, weight_decay=decay
+            [(a, b, ga, gb)], states, t, lr, (beta1, beta2), eps, clip=2.0, weight_decay=decay
         )
         h_a, h_b = ga / b.norm(), gb / a.norm()
         scale = min(1.0, 2.0 / math.sqrt(h_a.square().sum() + h_b.square().sum()))
@@ -134,20 +136,23 @@ def test_the_reference_is_the_formula_of_the_paper():
         ga, gb = ga * 20, gb * 30  # now they are clipped
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("kind", ["any", "scalar", "rotation", "uneven"])
+@pytest.mark.parametrize(
+    "kind,options",
+    [("any", {}), ("scalar", {}), ("rotation", {})] + [("uneven", options) for options in OPTIONS],
+    ids=str,
+)
 def test_it_does_not_care_how_the_product_is_factored(kind, options):
     pairs, loss = low_rank()
     generator = torch.Generator().manual_seed(1)
     R = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
     Q = torch.linalg.qr(R).Q
     uneven = torch.diag(torch.tensor([10.0, 1.0, 0.3, 0.1]).double())
-    seven = 7.0 * torch.eye(4).double().expand(2, 4, 4)
-    R = {"any": R, "scalar": seven, "rotation": Q, "uneven": Q @ uneven}[kind]
+    scalar = 7.0 * torch.eye(4).double().expand(2, 4, 4)
+    R = {"any": R, "scalar": scalar, "rotation": Q, "uneven": Q @ uneven}[kind]
     other = [(torch.linalg.solve(r, A), B @ r) for r, (A, B) in zip(R, pairs)]
 
     one, losses, _ = descend(pairs, loss, **options)
-    two, _, _ = descend(other, loss, **options)
+    two = descend(other, loss, **options)[0]
     assert distance(one, two) < 1e-12 and losses[-1] < 0.9 * losses[0]
     if kind != "rotation":
         adamw = [descend(x, loss, make=torch.optim.AdamW)[0] for x in (pairs, other)]
@@ -169,13 +174,11 @@ def test_the_first_step_does_not_know_the_scale_of_the_loss():
 
 
 def test_a_tiny_B_explodes():
-    """The trap of the algorithm that the docstring warns of."""
     pairs, loss = low_rank()
     moved = {}
     for size in (0.0, 1.0, 1e-4, 1e-8):
-        start = [(A, B * size) for A, B in pairs]
-        after, _, _ = descend(start, loss, steps=1)
-        moved[size] = (after[0] - start[0][1] @ start[0][0]).norm().item()
+        (A, B), *_ = start = [(A, B * size) for A, B in pairs]
+        moved[size] = (descend(start, loss, steps=1)[0][0] - B @ A).norm().item()
     assert max(moved[0.0], moved[1.0]) < 1 and moved[1e-4] > 50, moved
     assert 9e3 < moved[1e-8] / moved[1e-4] < 1.1e4, moved
 
@@ -184,28 +187,8 @@ def test_a_tiny_B_explodes():
 def test_it_trains_whatever_the_size_of_the_loss(scale):
     pairs, loss = low_rank()
     start = [(A, 0 * B) for A, B in pairs]
-    _, losses, _ = descend(start, loss, dtype=torch.float32, scale=scale)
+    losses = descend(start, loss, dtype=torch.float32, scale=scale)[1]
     assert losses[-1] < 0.8 * losses[0]
-    if scale == 1e3:
-        _, losses, optimizer = descend(start, loss, dtype=torch.float32, scale=scale, skip=1.0)
-        assert losses[-1] == losses[0], "the released default freezes here"
-        B = optimizer.param_groups[0]["params"][1]
-        assert numbers(optimizer, B).skipped == 50
-
-
-@pytest.mark.parametrize("factor", [0.99, 1.01])
-def test_skip_compares_with_the_rms_of_the_unmagnified_gradient(factor):
-    A, B = torch.eye(2, 6).double(), torch.eye(5, 2).double()  # orthonormal, so h is the gradient
-    generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(p.shape, generator=generator).double() for p in (A, B)]
-    rms = [g.square().mean().sqrt().item() for g in grads]
-    parameters = [nn.Parameter(A), nn.Parameter(B)]
-    optimizer = LoRARITE([{"params": parameters, "pair": True}], 0.1, skip=factor * min(rms))
-    for p, g in zip(parameters, grads):
-        p.grad = g
-    optimizer.step()
-    skipped = [numbers(optimizer, p).skipped.item() for p in parameters]
-    assert skipped == [float(factor * min(rms) < r) for r in rms]
 
 
 BEND = torch.diag(torch.tensor([1e8, 1.0, 1.0, 1e-4]).double())
@@ -323,7 +306,7 @@ def test_missing_gradients():
             if {i - i % 2, i - i % 2 + 1} <= set(missing):
                 continue
             state = numbers(optimizer, p)
-            root = numbers(optimizer, ps[i ^ 1]).root
+            root = numbers(optimizer, ps[i ^ 1]).R_inv
             M = optimizer.state[p]["M"]
             x, x_old = p.detach(), before[i]
             if i % 2 == 0:
@@ -331,7 +314,7 @@ def test_missing_gradients():
             undone = (x + state.lr * M @ root.T) / state.shrink
             assert torch.allclose(undone, x_old, atol=1e-12)
     optimizer.zero_grad()
-    optimizer.step()  # no gradient at all
+    optimizer.step()  # without any gradient
 
 
 def test_equal_pairs_are_batched_and_their_order_is_free():
@@ -355,18 +338,6 @@ def test_equal_pairs_are_batched_and_their_order_is_free():
     base = run([0, 1, 2, 3], False)
     assert distance(run([0, 1, 2, 3], True), base) < 1e-13
     assert distance(run([3, 1, 0, 2], False), base) < 1e-13
-
-
-def test_own_count_starts_with_the_first_gradient():
-    pairs, loss = low_rank()
-    zero = [(A, 0 * B) for A, B in pairs]
-    losses = {}
-    for own_count in (False, True):
-        _, losses[own_count], optimizer = descend(zero, loss, steps=3, own_count=own_count)
-        A, B = optimizer.param_groups[0]["params"][:2]
-        steps = numbers(optimizer, A).step.item(), numbers(optimizer, B).step.item()
-        assert steps == (3 - own_count, 3)
-    assert losses[False][:2] == losses[True][:2] and losses[False][2] != losses[True][2]
 
 
 def test_a_closure_is_called_with_gradients_on():
@@ -408,15 +379,8 @@ def some_nets(dtype=torch.float32, count=2, **options):
     return grads, nets
 
 
-@pytest.mark.parametrize(
-    "dtype,options",
-    [
-        (torch.float32, {}),
-        (torch.float32, {"escape": True, "weight_decay": 0.1}),
-        (torch.bfloat16, {}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{}, {"escape": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_state_goes_through_a_file(dtype, options, tmp_path):
     grads, [(whole, a), (parts, b)] = some_nets(dtype, **options)
     run_steps(a, whole, grads, range(6))
@@ -456,22 +420,18 @@ def test_load_state_dict_respects_hooks_as_adam_does():
     assert is_equal(saved, before), "the loaded dict is not written to"
 
 
-def change(state, **values):
-    return {**state, **values}
-
-
 BAD_STATES = {
-    "M of another shape": lambda s: change(s, M=torch.ones(3)),
-    "packed is short": lambda s: change(s, packed=s["packed"][:-1]),
-    "NaN": lambda s: change(s, packed=s["packed"] * math.nan),
-    "meta": lambda s: change(s, M=s["M"].to("meta")),
-    "sparse": lambda s: change(s, M=s["M"].to_sparse()),
-    "integers": lambda s: change(s, M=s["M"].long()),
-    "strings": lambda s: change(s, M="M"),
+    "M of another shape": lambda s: dict(s, M=torch.ones(3)),
+    "packed is short": lambda s: dict(s, packed=s["packed"][:-1]),
+    "NaN": lambda s: dict(s, packed=s["packed"] * math.nan),
+    "meta": lambda s: dict(s, M=s["M"].to("meta")),
+    "sparse": lambda s: dict(s, M=s["M"].to_sparse()),
+    "integers": lambda s: dict(s, M=s["M"].long()),
+    "strings": lambda s: dict(s, M="M"),
     "M is missing": lambda s: {"packed": s["packed"]},
-    "more than that": lambda s: change(s, exp_avg=s["M"]),
-    "a negative step": lambda s: change(s, packed=s["packed"] * -1),
-    "shrink 0": lambda s: change(s, packed=s["packed"] * 0),
+    "more than that": lambda s: dict(s, exp_avg=s["M"]),
+    "a negative step": lambda s: dict(s, packed=s["packed"] * -1),
+    "shrink 0": lambda s: dict(s, packed=s["packed"] * 0),
     "a list": lambda s: [1, 2],
 }
 
@@ -482,9 +442,8 @@ def test_bad_states_are_refused(case):
     run_steps(a, parameters, grads, range(1))
     saved = a.state_dict()
     saved["state"][1] = BAD_STATES[case](saved["state"][1])
-    with pytest.raises(
-        ValueError, match=r"the state of a factor \(17, 4\) is not one of LoRA-RITE"
-    ):
+    message = r"the state of a factor \(17, 4\) is not one of LoRA-RITE"
+    with pytest.raises(ValueError, match=message):
         b.load_state_dict(saved)
     assert not b.state, "nothing was loaded"
 
@@ -496,7 +455,6 @@ def test_a_state_with_stride_0_becomes_real_memory():
     saved["state"][0]["M"] = torch.ones(1).expand(4, 24)
     b.load_state_dict(saved)
     assert b.state[others[0]]["M"].is_contiguous()
-    run_steps(b, others, grads, range(1, 2))
 
 
 OPTION_ERRORS = [
@@ -505,7 +463,6 @@ OPTION_ERRORS = [
     ({"eps": 0.0}, "eps is 0.0; it must be above 0"),
     ({"lr": -1.0}, "lr"),
     ({"clip": math.nan}, "clip"),
-    ({"skip": -1}, "skip"),
     ({"weight_decay": math.inf}, "weight_decay"),
 ]
 
@@ -532,7 +489,7 @@ def test_what_is_no_pair_is_refused():
 
 def test_options_of_the_plug_in():
     A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
-    given = {"eps": 1e-3, "clip": 2.0, "skip": 3.0, "escape": True, "own_count": True}
+    given = {"eps": 1e-3, "clip": 2.0, "escape": True}
     groups = [{"params": [A, B], "pair": True, "weight_decay": 0.3}]
     optimizer = lora_rite.optimizer(groups, 0.5, beta1=0.1, beta2=0.2, **given)
     expected = {**given, "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}

@@ -35,15 +35,16 @@ def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
 
 def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
     """Take a step with each of the gradients. Return the parameters and the optimizer."""
-    ps = [nn.Parameter(p.to(device, dtype, copy=True)) for pair in pairs for p in pair]
+    copies = [p.to(device, dtype, copy=True).contiguous() for pair in pairs for p in pair]
+    ps = [nn.Parameter(p) for p in copies]
     optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, use_kernel=use_kernel, **options)
     for t, step_grads in enumerate(grads):
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
         for p, g in zip(ps, step_grads):
-            p.grad = None if g is None else g.to(dtype).to(device)
-        torch.use_deterministic_algorithms(
-            use_kernel is KERNEL
-        )  # new tensors hold NaN until written
+            p.grad = None if g is None else g.to(device, dtype).contiguous()
+        fused = [isinstance(b, kernel.KernelBatch) for _, b in optimizer.find_batches()]
+        assert all(fused) if use_kernel else not any(fused)
+        torch.use_deterministic_algorithms(use_kernel is KERNEL)  # new tensors hold NaN
         try:
             optimizer.step()
         finally:
@@ -74,7 +75,7 @@ def check(
         assert_close(f"parameter {i}", ps[i], qs[i], rs[i])
         a, b, c = state_of(ours, ps, i), state_of(eager, qs, i), state_of(truth, rs, i)
         assert all(a[k] == b[k] for k in ("step", "lr", "shrink", "skipped"))
-        for k in ("V", "root", "M", "rho") if compare_state else ():
+        for k in ("V", "R_inv", "M", "rho") if compare_state else ():
             assert_close(f"{k} of {i}", a[k], b[k], c[k])
     for _ in range(runs - 1):
         again, optimizer = run(KERNEL, pairs, grads, dtype, **options)
@@ -86,16 +87,13 @@ def check(
 @pytest.mark.parametrize(
     "shapes,options",
     [
-        ([(1, 40, 7), (1, 1, 300)], {"runs": 2}),
-        (
-            [(4, 70, 33), (4, 20, 9)],
-            {"runs": 2, "steps": 3, "escape": True, "weight_decay": 0.1},
-        ),
+        ([(1, 1, 300)], {"runs": 2}),
+        ([(4, 70, 33)], {"steps": 3, "escape": True, "weight_decay": 0.1}),
         (
             [(3, 40, 50)],
-            {"clip": 0.0, "own_count": True, "betas": (0.0, 0.9), "dtype": torch.float16},
+            {"clip": 0.0, "betas": (0.0, 0.9), "dtype": torch.float16},
         ),
-        ([(16, 300, 60)], {"clip": 0.3, "eps": 1e-2}),
+        ([(16, 270, 20)], {"clip": 0.3, "eps": 1e-2, "escape": True}),
     ],
     ids=str,
 )
@@ -103,11 +101,14 @@ def test_kernel(shapes, options):
     check(shapes, **options)
 
 
-def test_kernel_at_rank_64():
-    check([(64, 130, 129)], steps=1)
+def test_kernel_beyond_rank_32():
+    def no_gradient_of_B(grads):
+        grads[0][1] = None
+
+    check([(40, 50, 45)], steps=1, spoil=no_gradient_of_B)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_kernel_on_random_shapes(seed):
     draw = random.Random(seed)
     shapes = [(draw.randint(1, 5), draw.randint(10, 90), draw.randint(10, 90))]
@@ -115,16 +116,16 @@ def test_kernel_on_random_shapes(seed):
     check(shapes, seed=seed, escape=draw.random() < 0.3, **options)
 
 
-def set_nan(grads):
-    grads[1][2].view(-1)[7] = math.nan
-
-
-def set_inf(grads):
+def spoil_some(grads):
     grads[0][1].view(-1)[7] = -math.inf
-
-
-def set_none(grads):
+    grads[1][2].view(-1)[7] = math.nan
     grads[1][0] = None
+
+
+def columns_that_almost_vanish(A, B):
+    """B^T B has eigenvalues of 9e-14 or 9e-12 next to 1 and 0; only the second one counts."""
+    smallest = 3e-7 if len(B) == 35 else 3e-6
+    return A, torch.linalg.qr(B).Q * torch.tensor([1.0, smallest, 0.0])
 
 
 def condition(A, B):
@@ -135,11 +136,9 @@ CASES = {
     "B is 0": {"change": lambda A, B: (A, 0 * B), "steps": 3},
     "both are 0": {"change": lambda A, B: (0 * A, 0 * B)},
     "A copies a row": {"change": lambda A, B: (A[[0, 0, 1]], B)},
-    "skip": {"skip": 0.2, "own_count": True},
+    "almost 0": {"change": columns_that_almost_vanish, "steps": 1},
     "cond 1e8": {"change": condition, "compare_state": False},
-    "no gradient": {"spoil": set_none},
-    "NaN": {"spoil": set_nan, "weight_decay": 0.1},
-    "inf": {"spoil": set_inf},
+    "none, NaN and inf": {"spoil": spoil_some, "weight_decay": 0.1},
 }
 
 
@@ -147,57 +146,54 @@ CASES = {
 def test_kernel_on_bad_factors_and_gradients(case):
     ps, optimizer = check([(3, 20, 35), (3, 40, 12)], **CASES[case])
     skipped = [state_of(optimizer, ps, i)["skipped"].item() for i in range(4)]
-    if case == "skip":
-        assert 0 < sum(skipped) < 8, "a case that skips some"
-    else:
-        assert skipped == [0, case == "inf", case == "NaN", 0]
+    assert skipped == ([0, 1, 1, 0] if "NaN" in case else [0, 0, 0, 0])
+
+
+def step_with_eigenvalues(w, seed):
+    """Return a pair and gradients that make V = Q diag(w) Q^T for A, and Q; A is (8, 64)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthonormal(rows):
+        return torch.linalg.qr(torch.randn(rows, 8, generator=generator, dtype=torch.float64)).Q
+
+    Q = orthonormal(8)
+    ga = (orthonormal(64) * (w * 64).sqrt()) @ Q.T  # h = ga, as the columns of B are orthonormal
+    pairs = [(orthonormal(64).T, torch.eye(20, 8).double())]
+    return pairs, [[ga.T.float(), torch.zeros(20, 8)]], Q
+
+
+def test_a_missing_gradient_is_not_a_bad_one():
+    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
+    pairs[0][0][0, 0] = math.nan
+    grads[0][0] = None
+    ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
+    assert state_of(optimizer, ps, 0)["skipped"] == 0
 
 
 def test_kernel_over_twelve_decades():
     """V has eigenvalues from 1 to 1e-12, some equal: M^T M / n must be V (V^1/2 + eps)^-2."""
-    r, n = 8, 64
-    generator = torch.Generator().manual_seed(0)
-
-    def orthonormal(rows):
-        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64)).Q
-
     w = torch.tensor([1.0, 1.0, 1.0, 1e-2, 1e-2, 1e-6, 1e-9, 1e-12]).double()
-    B = torch.eye(20, r).double()
-    Q = orthonormal(r)
-    ga = (orthonormal(n) * (w * n).sqrt()) @ Q.T  # h = ga, as the columns of B are orthonormal
-    pairs = [(orthonormal(n).T, B)]
-    grads = [[ga.T.float(), torch.zeros(20, r)]]
+    pairs, grads, Q = step_with_eigenvalues(w, seed=0)
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
     qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
     rs, truth = run(EAGER, pairs, grads, torch.float64, clip=0.0)
     M = ours.state[ps[0]]["M"]
     assert_close("M", M, eager.state[qs[0]]["M"], truth.state[rs[0]]["M"])
     expected = Q * (w.sqrt() / (w.sqrt() + 1e-6)) ** 2 @ Q.T
-    assert torch.allclose(M @ M.T / n, expected.to(M), atol=0.05), "gradients are float32"
+    assert torch.allclose(M @ M.T / 64, expected.to(M), atol=0.05), "gradients are float32"
 
 
 @pytest.mark.parametrize("seed", [1, 3])
 def test_jacobi_rotations_go_on_until_small_eigenvalues_are_right(seed):
     """Stopped at an off-diagonal part of 1e-6, M would be off by 14 to 33%."""
-    r, n = 8, 64
-    generator = torch.Generator().manual_seed(seed)
-
-    def orthonormal(rows):
-        return torch.linalg.qr(torch.randn(rows, r, generator=generator, dtype=torch.float64)).Q
-
-    w = torch.logspace(0, -12, r, dtype=torch.float64)
-    Q = orthonormal(r)
-    ga = (orthonormal(n) * (w * n).sqrt()) @ Q.T
-    pairs = [(orthonormal(n).T, torch.eye(20, r).double())]
-    grads = [[ga.T.float(), torch.zeros(20, r)]]
+    pairs, grads, _ = step_with_eigenvalues(torch.logspace(0, -12, 8, dtype=torch.float64), seed)
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
     qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
     assert distance([ours.state[ps[0]]["M"]], [eager.state[qs[0]]["M"]]) < 0.02
 
 
 def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
-    """If diagonals are equal to the last bit, rounding decides between 45 and -45 degrees, and both
-    rows of a pair must agree. These gradients of signs are among the few that show it."""
+    """If diagonals are equal, rounding decides between 45 and -45 degrees; both rows must agree."""
     signs = [
         [1, -1, -1, -1, -1, -1, -1, -1],
         [1, -1, 1, -1, -1, -1, -1, 1],
@@ -214,7 +210,7 @@ def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
 
 def test_four_launches_take_all_pairs(monkeypatch):
     launches = []
-    for name in ("grams", "roots", "moments", "apply"):
+    for name in ("gram", "root", "moment", "update"):
         original = getattr(kernel, f"{name}_kernel")
 
         class Counted:
@@ -225,30 +221,65 @@ def test_four_launches_take_all_pairs(monkeypatch):
         monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
     pairs, grads = problem([(2, 10 * i + 1, 300) for i in range(3)], 1, torch.float32)
     run(KERNEL, pairs, grads, torch.float32)
-    assert launches == [("grams", 9), ("roots", 6), ("moments", 6), ("apply", 9)]
+    assert launches == [("gram", 9), ("root", 6), ("moment", 6), ("update", 9)]
+
+
+@pytest.mark.parametrize("use_kernel", [KERNEL, EAGER])
+def test_batches_are_made_again_only_when_tensors_move(use_kernel):
+    pairs, grads = problem([(2, 9, 7), (2, 5, 8)], 1, torch.float32)
+    ps, optimizer = run(use_kernel, pairs, grads, torch.float32)
+    batches = optimizer.find_batches()
+    assert optimizer.find_batches() is batches and len(optimizer.plans) == 1
+
+    def moves(change):
+        before = optimizer.find_batches()
+        change()
+        after = optimizer.find_batches()
+        for _, batch in after if use_kernel is KERNEL else ():
+            present = [(p.data_ptr(), p.grad.data_ptr()) for p in batch.parameters]
+            assert [tuple(row[:2]) for row in batch.table.tolist()] == present
+        return after is not before
+
+    state = optimizer.state[ps[1]]
+    assert moves(lambda: setattr(ps[0], "data", ps[0].data.clone()))
+    assert moves(lambda: setattr(ps[3], "grad", ps[3].grad.clone()))
+    assert moves(lambda: state.update(M=state["M"].clone()))
+    assert moves(lambda: state.update(packed=state["packed"].clone()))
+    assert moves(lambda: optimizer.load_state_dict(optimizer.state_dict()))
+    assert not moves(lambda: optimizer.param_groups[0].update(lr=0.3, clip=0.1))
+    before = optimizer.find_batches()
+    optimizer.use_kernel = not use_kernel
+    assert optimizer.find_batches() is not before
 
 
 def test_the_tables_of_a_graph_are_kept(monkeypatch):
     """A graph reads its tables at each replay; before that, its own uploads have not happened."""
-    monkeypatch.setattr(kernel, "RECENT_TABLES", {})
-    monkeypatch.setattr(kernel, "CAPTURED_TABLES", [])
-    cpu = torch.device("cpu")
-    rows = [((n, 0, 0, 0, 1, 0, 1), (n, 0, 0, 0, 1, 1, 2)) for n in range(99)]
+    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
+    ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
 
-    def table(n):
-        return kernel.pointer_table(rows[n], cpu)[0]
+    def table():
+        ((_, batch),) = optimizer.find_batches()
+        return weakref.ref(batch.table)
 
-    kept = [weakref.ref(table(0))]
-    monkeypatch.setattr(kernel, "is_capturing", lambda device: True)
-    kept += [weakref.ref(table(0)), weakref.ref(table(1))]
-    monkeypatch.setattr(kernel, "is_capturing", lambda device: False)
-    uncaptured = weakref.ref(table(1))
-    assert kept[0]() is kept[1]() and uncaptured() is not kept[2]()
-    for n in range(99):
-        values, owner = kernel.pointer_table(rows[n], cpu)
-        assert values.tolist() == [list(row) for row in rows[n]] and owner.tolist() == [0, 1, 1]
-    assert len(kernel.RECENT_TABLES) == 64
-    assert all(kept_table() is not None for kept_table in kept) and uncaptured() is None
+    def capturing(is_capturing):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_capturing)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+
+    kept = [table()]
+    capturing(True)
+    kept += [table()]
+    ps[0].grad = ps[0].grad.clone()
+    kept += [table()]
+    capturing(False)
+    eager = table()
+    assert kept[0]() is kept[1]() and eager() is not kept[2]()
+    moved = []  # alive, so that no gradient gets the place of an earlier one
+    for _ in range(2 * lora_rite.MAX_PLANS):
+        moved.append(ps[0].grad)
+        ps[0].grad = ps[0].grad.clone()
+        table()
+    assert len(optimizer.plans) == lora_rite.MAX_PLANS
+    assert all(table() is not None for table in kept) and eager() is None
 
 
 def test_kernel_and_pytorch_side_by_side():
@@ -318,14 +349,21 @@ def test_what_the_kernel_takes():
     assert not kernel.takes(A.double(), B.double()) and not kernel.takes(A, B.half())
     assert not kernel.takes(A.T.contiguous().T, B) and not kernel.takes(A, B.T.contiguous().T)
     assert not kernel.takes(A.to("meta"), B)
-    A, B = (t.to("meta") for t in (torch.empty(2, 2), torch.empty(2, 2)))
-    huge = torch.empty(2, 2**30, device="meta")
-    assert kernel.takes(A, B) and not kernel.takes(huge, B)
+    B, huge = torch.empty(2, 2, device="meta"), torch.empty(2, 2**30, device="meta")
+    assert kernel.takes(B, B) and not kernel.takes(huge, B)
+
+
+def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
+    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
+    _, optimizer = run(EAGER, pairs, grads, torch.float32)
+    _, double = run(EAGER, pairs, grads, torch.float64)
+    assert optimizer.capturable and not double.capturable
+    monkeypatch.setattr(lora_rite, "kernel", None)
+    assert not optimizer.capturable
 
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
-    monkeypatch.setattr(kernel, "measure", None)
     by_default, _ = run(None, pairs, grads, torch.float32, "cpu")
     eager, _ = run(EAGER, pairs, grads, torch.float32, "cpu")
     assert is_equal(by_default, eager)
@@ -334,41 +372,41 @@ def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
         run(KERNEL, pairs, grads, torch.float32)
 
 
-# -- ahead of time ---------------------------------------------------------------------------------
-
-
 def builds():
     """Every kernel at three ranks for the GPU we tune on, at rank 16 for the others."""
-    types = {"table_ptr": "*i64", "owner_ptr": "*i32", "bad_ptr": "*i32", "move_ptr": "*fp32"}
-    for name in ("partial_ptr", "small_ptr", "number_ptr", "total_ptr", "lr_ptr"):
+    types = {"table_ptr": "*i64", "factor_of_program_ptr": "*i32", "bad_ptr": "*i32"}
+    types["matrix_ptr"] = "*fp32"
+    for name in ("partial_ptr", "work_ptr", "number_ptr", "total_ptr", "lr_ptr"):
         types[name] = "*fp64"
-    for name in ("limit", "lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"):
+    for name in ("lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"):
         types[name] = "fp64"
 
     tl = kernel.tl
     targets = [(90, 16, tl.float32), (90, 20, tl.float32), (90, 64, tl.bfloat16)]
     targets += [(arch, 16, tl.bfloat16) for arch in (80, 100, 120)]
-    for arch, rank, X in targets:
+    for arch, rank, dtype in targets:
         R = max(16, kernel.triton.next_power_of_2(rank))
-        block, chunk, row_warps, matrix_warps = kernel.CONFIG[R]
-        row = {"X": X, "ALIGNED": rank != 20, "RANK": rank, "R": R, "BLOCK": block, "CHUNK": chunk}
-        matrix = {"RANK": rank, "ROUNDS": kernel.triton.next_power_of_2(rank), "R": R}
-        moments = {"LR_THERE": False, "ESCAPE": rank == 16, "OWN_COUNT": False, **matrix}
+        row = {"DTYPE": dtype, "ALIGNED": rank != 20, "RANK": rank, "R": R}
+        row.update(TILE=kernel.TILE_ROWS[R], CHUNK=kernel.CHUNK_ROWS[R])
+        matrix = {"RANK": rank, "PADDED_RANK": kernel.triton.next_power_of_2(rank), "R": R}
+        moments = {"ESCAPE": rank == 16, **matrix}
+        if rank == 16:
+            moments["lr_ptr"] = None
         shared = {"types": types, "arch": arch, "uses_tensor_cores": False}  # float32 means float32
-        over_rows = {**shared, "num_warps": row_warps}
+        over_rows = {**shared, "num_warps": kernel.ROW_WARPS[R]}
         # r x r work is small and may spill more
-        over_matrices = {**shared, "num_warps": matrix_warps, "num_stages": 1, "max_spilled": 128}
-        yield Case("grams_kernel", row, **over_rows)
-        yield Case("roots_kernel", matrix, **over_matrices)
-        yield Case("moments_kernel", moments, **over_matrices)
-        yield Case("apply_kernel", row, **over_rows)
+        over_matrices = {**shared, "num_warps": kernel.MATRIX_WARPS[R], "num_stages": 1}
+        over_matrices["max_spilled"] = 128
+        yield Case("gram_kernel", row, **over_rows)
+        yield Case("update_kernel", row, **over_rows)
+        if rank != 20:  # which differs from 16 in its alignment
+            yield Case("moment_kernel", moments, **over_matrices)
+        if arch == 90 and rank != 20:
+            yield Case("root_kernel", matrix, **over_matrices)
 
 
 def test_kernels_build():
     check_build("kernels.lora_rite", list(builds()))
-
-
-# -- on a GPU --------------------------------------------------------------------------------------
 
 
 @gpu
@@ -422,14 +460,23 @@ def test_pairs_on_two_gpus():
 
 
 @gpu
-def test_a_cuda_graph():
+@pytest.mark.parametrize("moves_grads", [False, True])
+def test_a_cuda_graph(moves_grads):
+    """lr is read on the device; tables are those of the steps before, or uploaded in the graph."""
     pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
     nets = [[nn.Parameter(p.cuda()) for pair in pairs for p in pair] for _ in range(2)]
-    captured, plain = (LoRARITE([{"params": ps, "pair": True}], 0.05) for ps in nets)
+    lr = torch.zeros((), dtype=torch.float64, device="cuda")
+    captured = LoRARITE([{"params": nets[0], "pair": True}], lr)
+    plain = LoRARITE([{"params": nets[1], "pair": True}])
     graph = torch.cuda.CUDAGraph()
     for p in (*nets[0], *nets[1]):
         p.grad = torch.empty_like(p)
     for t, step_grads in enumerate(grads):
+        lr.fill_(0.05 / (t + 1))
+        plain.param_groups[0]["lr"] = 0.05 / (t + 1)
+        if t == 3 and moves_grads:
+            for p in nets[0]:
+                p.grad = torch.empty_like(p)
         for ps in nets:
             for p, g in zip(ps, step_grads):
                 p.grad.copy_(g)
@@ -440,7 +487,12 @@ def test_a_cuda_graph():
         if t == 3:
             with torch.cuda.graph(graph):
                 captured.step()
-            for n in range(70):  # would take the place of a table that had been freed
-                kernel.pointer_table(((n, 0, 0, 0, 1, 0, 1),) * 2, nets[0][0].device)
+            present = [p.grad for p in nets[0]]
+            for _ in range(2 * lora_rite.MAX_PLANS):  # would reuse the memory of a freed table
+                for p in nets[0]:
+                    p.grad = p.grad.clone()
+                captured.find_batches()
+            for p, grad in zip(nets[0], present):
+                p.grad = grad
         graph.replay()
     assert is_equal(*nets) and state_of(captured, nets[0], 0)["step"] == 8

@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lora_rite
-from support import peft_files
+from support import lora, peft_files
 from tests.common import is_equal, small_gpt
 from tests.test_lora_adapters import adapted
 
 
 @pytest.fixture
 def folder(tmp_path):
-    lora_rite.save(adapted(), tmp_path / "a", "model.")
+    peft_files.save(adapted(), tmp_path / "a", "model.")
     return tmp_path / "a"
 
 
@@ -25,13 +24,13 @@ def refuse(folder, *parts, prefix="model.", model=None):
     """Loading raises ValueError with one sentence and leaves the model as it was."""
     model = model or small_gpt()
     with pytest.raises(ValueError) as caught:
-        lora_rite.load(model, folder, prefix)
+        peft_files.load(model, folder, prefix)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600, message
     message.encode()  # it can be printed
     for part in parts:
         assert part in message, message
-    assert not lora_rite.adapters(model)
+    assert not lora.adapters(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -42,7 +41,7 @@ def edit(folder, **values):
 
 def test_adapters_go_through_a_folder(folder):
     model, ids = adapted(), torch.randint(64, (2, 9))
-    again = lora_rite.load(small_gpt(), folder, "model.")
+    again = peft_files.load(small_gpt(), folder, "model.")
     assert torch.equal(model(ids), again(ids))
     assert is_equal(dict(model.state_dict()), dict(again.state_dict()))
     names = sorted(path.name for path in folder.iterdir())
@@ -50,12 +49,12 @@ def test_adapters_go_through_a_folder(folder):
 
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="exists already"):
-        lora_rite.save(model, folder, "model.")
+        peft_files.save(model, folder, "model.")
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="no adapters"):
-        lora_rite.save(small_gpt(), folder / "b")
+        peft_files.save(small_gpt(), folder / "b")
     with pytest.raises(ValueError, match="cannot write"):
-        lora_rite.save(model, folder / ("n" * 256))
+        peft_files.save(model, folder / ("n" * 256))
 
 
 def test_only_the_layers_of_the_file_get_adapters(folder, tmp_path):
@@ -63,17 +62,17 @@ def test_only_the_layers_of_the_file_get_adapters(folder, tmp_path):
     model = torch.nn.ModuleDict()
     model["a"] = torch.nn.Linear(6, 5)
     model["b"] = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 5)})
-    lora_rite.inject(model, 2, targets=("a",))
+    lora.inject(model, 2, targets=("a",))
     tensors = {"a": (model["a"].lora_A.detach(), model["a"].lora_B.detach())}
     peft_files.write_adapters(tmp_path / "one", tensors, 1.0)
-    lora_rite.load(lora_rite.merge(model), tmp_path / "one")
-    assert list(lora_rite.adapters(model)) == ["a"]
+    peft_files.load(lora.merge(model), tmp_path / "one")
+    assert list(lora.adapters(model)) == ["a"]
 
 
 def test_alpha_zero_in_a_file_switches_the_adapter_off(folder):
     edit(folder, lora_alpha=0)
     ids = torch.randint(64, (2, 9))
-    model = lora_rite.load(small_gpt(), folder, "model.")
+    model = peft_files.load(small_gpt(), folder, "model.")
     assert torch.equal(model(ids), small_gpt()(ids))
 
 
@@ -120,7 +119,7 @@ INITS = ["pissa", "pissa_niter_4", "olora", "loftq", "eva", "corda", "orthogonal
 @pytest.mark.parametrize("name", HARMLESS)
 def test_settings_of_plain_lora_are_read(name, folder):
     edit(folder, **{name: HARMLESS[name]})
-    model = lora_rite.load(small_gpt(), folder, "model.")
+    model = peft_files.load(small_gpt(), folder, "model.")
     ids = torch.randint(64, (2, 9))
     assert torch.equal(model(ids), adapted()(ids))
 
@@ -169,15 +168,15 @@ def test_real_folders_of_peft(setting, tmp_path):
     ids = torch.randint(64, (2, 9))
     with torch.no_grad():
         expected = wrapped(ids).logits
-        ours = lora_rite.load(small_gpt(), tmp_path / "theirs", "model.")
+        ours = peft_files.load(small_gpt(), tmp_path / "theirs", "model.")
         assert torch.allclose(ours(ids), expected, atol=1e-3, rtol=1e-3)
         theirs = transformers.LlamaForCausalLM(config).eval()
         theirs.load_state_dict(weights, strict=False)
-        lora_rite.load(theirs, tmp_path / "theirs")
+        peft_files.load(theirs, tmp_path / "theirs")
         assert torch.allclose(theirs(ids).logits, expected, atol=1e-4)
 
     # and the other way round
-    lora_rite.save(ours, tmp_path / "ours", "model.")
+    peft_files.save(ours, tmp_path / "ours", "model.")
     plain = transformers.LlamaForCausalLM(config).eval()
     plain.load_state_dict(weights, strict=False)
     wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "ours")
@@ -323,7 +322,7 @@ def test_missing_and_strange_paths_are_refused(folder, tmp_path):
         refuse(folder, name)
         (folder / name).rmdir()
         (folder / name).write_bytes(content)
-    lora_rite.load(small_gpt(), folder, "model.")
+    peft_files.load(small_gpt(), folder, "model.")
 
 
 def test_a_tied_layer_in_a_file_is_refused(tmp_path):

@@ -1,0 +1,153 @@
+"""LoRA adapters on linear layers: y = W x + scale B A x, with W frozen. Needs torch only."""
+
+import hashlib
+import math
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def inject(model, rank, alpha=None, targets=("q_proj", "v_proj"), seed=0):
+    """Put adapters on every nn.Linear whose name ends with one of `targets`, and freeze all else.
+
+    The layers get parameters lora_A (rank, n) and lora_B (m, rank), in float32 at least. alpha: the
+    adapter counts alpha / rank times; None: once. Returns the model. ValueError: a target that no
+    layer has, a layer that cannot carry an adapter, a rank out of range, adapters already there.
+    """
+    return inject_layers(model, find_layers(model, targets), rank, alpha, seed)
+
+
+def inject_layers(model, layers, rank, alpha, seed=0):
+    """Put adapters on `layers`, {name: nn.Linear}, after checking everything; see `inject`."""
+    check_layers(model, layers)
+    largest, where = min((min(linear.weight.shape), name) for name, linear in layers.items())
+    if not 1 <= rank <= largest:
+        raise ValueError(f"the rank is {rank}; it must be from 1 to {largest}, the size of {where}")
+    if alpha is not None and not 0 <= alpha < 2**63:
+        raise ValueError(f"alpha is {alpha}; it must be at least 0")
+    if adapters(model):
+        raise ValueError("the model has adapters already; merge them first")
+
+    model.requires_grad_(False)
+    for name, linear in layers.items():
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        A = init_A(f"{name}.lora_A", (rank, linear.in_features), seed)
+        B = torch.zeros(linear.out_features, rank)
+        linear.lora_A = nn.Parameter(A.to(linear.weight.device, dtype))
+        linear.lora_B = nn.Parameter(B.to(linear.weight.device, dtype))
+        linear.lora_scale = 1.0 if alpha is None else alpha / rank
+        linear.lora_called = False
+        linear.lora_hook = linear.register_forward_hook(add_adapter)
+    model.lora_check = model.register_forward_hook(check_called)
+    return model
+
+
+def init_A(name, shape, seed):
+    """Return uniform numbers in +-1 / sqrt(n), as in PEFT, from a generator for each name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+
+
+def add_adapter(linear, inputs, y):
+    """Forward hook of a layer: x (..., n), y = W x (..., m) -> y + scale B A x."""
+    linear.lora_called = True
+    (x,) = inputs
+    z = F.linear(F.linear(x, linear.lora_A.to(x.dtype)), linear.lora_B.to(x.dtype))
+    return y + z * linear.lora_scale
+
+
+def adapters(model):
+    """Return {name: layer} of the layers that carry an adapter."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def adapter_groups(model):
+    """Return one parameter group A, B, A, B, ...; "pair": neighbours belong together."""
+    parameters = []
+    for linear in adapters(model).values():
+        parameters += [linear.lora_A, linear.lora_B]
+    return [{"params": parameters, "pair": True}]
+
+
+@torch.no_grad()
+def merge(model):
+    """Add each adapter to its layer's weight and remove it; all stays frozen. Returns the model."""
+    for linear in adapters(model).values():
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
+        linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded once
+        linear.lora_hook.remove()
+        del linear.lora_A, linear.lora_B, linear.lora_scale, linear.lora_called, linear.lora_hook
+    for module in model.modules():
+        if hasattr(module, "lora_check"):
+            module.lora_check.remove()
+            del module.lora_check
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Which layers can carry an adapter
+
+
+def linear_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def find_layers(model, targets):
+    """Return {name: layer} of the linear layers whose names end with one of the targets."""
+    linears = linear_layers(model)
+    chosen = set()
+    for target in targets:
+        found = {name for name in linears if fnmatchcase("." + name, f"*.{target}")}
+        if not found:
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise ValueError(f"no linear layer is called {target!r}; there are {ends or 'none'}")
+        chosen |= found
+    if not chosen:
+        raise ValueError("no targets are given; name the linear layers that get adapters")
+    return {name: linear for name, linear in linears.items() if name in chosen}
+
+
+def check_layers(model, layers):
+    """Raise ValueError for a weight that is no plain tensor, or that other modules use, too."""
+    owners = []  # of each tensor of the model: module, name, memory
+    for module_name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if type(tensor) in (torch.Tensor, nn.Parameter):
+                owners.append((module, f"{module_name}.{key}", tensor.untyped_storage()))
+
+    for name, linear in layers.items():
+        weight = linear._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.dtype not in WEIGHT_DTYPES or weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is no plain tensor of floats (it is sharded, quantized, "
+                f"computed or not there yet), so it cannot carry an adapter"
+            )
+        for module, owner, storage in owners:
+            if storage is weight.untyped_storage() and module is not linear:
+                raise ValueError(
+                    f"the weight of {name} is shared with {owner}, which an adapter would change, "
+                    f"too; choose other targets"
+                )
+
+
+def check_called(model, inputs, output):
+    """Forward hook of the model: after its first pass, refuse adapters on layers never called.
+
+    A model may use a layer's weight without calling the layer (an output layer inside the loss,
+    nn.MultiheadAttention). Such an adapter would do nothing in training, but something when merged.
+    """
+    if torch.compiler.is_compiling():
+        return
+    model.lora_check.remove()
+    for name, linear in adapters(model).items():
+        if not linear.lora_called:
+            raise ValueError(
+                f"the model does not call its layer {name}, so an adapter has no effect there; "
+                f"choose other targets"
+            )
