@@ -112,10 +112,9 @@ def consumer_rows(
 
 
 @gluon.jit
-def load_block(
-    desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
-):
+def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr):
     """Fetch `size` keys into the slot of a block, once it is empty. The copy arrives at `full`."""
+    STAGES: gl.constexpr = ring.full.shape[0]
     slot = block % STAGES
     mbarrier.wait(ring.empty.index(slot), (block // STAGES & 1) ^ 1)
     mbarrier.expect(ring.full.index(slot), size * D * 2)
@@ -148,7 +147,7 @@ def make_rows(
 def loader(
     q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges, k_ring, v_ring, row_ring, sizes, scale,
     GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     block = 0  # blocks of all tiles so far
     phase = 1  # of the barriers of row_ring
@@ -170,12 +169,12 @@ def loader(
         # -- keys and values --
         span = tile_span(tile, sizes, GROUP, CONSUMERS * QUERIES, BLOCK_N, HAS_EDGE)
         if HAS_EDGE:
-            load_block(k_edges, k_ring, block, bh, span.edge, EDGE, D, STAGES)
-            load_block(v_edges, v_ring, block, bh, span.edge, EDGE, D, STAGES)
+            load_block(k_edges, k_ring, block, bh, span.edge, EDGE, D)
+            load_block(v_edges, v_ring, block, bh, span.edge, EDGE, D)
             block += 1
         for b in range(span.blocks):
-            load_block(k_blocks, k_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D, STAGES)
-            load_block(v_blocks, v_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D, STAGES)
+            load_block(k_blocks, k_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D)
+            load_block(v_blocks, v_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D)
             block += 1
 
 
@@ -184,31 +183,29 @@ def loader(
 
 
 @gluon.jit
-def wait_full(ring, block, STAGES: gl.constexpr):
+def wait_full(ring, block):
+    STAGES: gl.constexpr = ring.full.shape[0]
     mbarrier.wait(ring.full.index(block % STAGES), block // STAGES & 1)
 
 
 @gluon.jit
-def release(ring, block, STAGES: gl.constexpr):
-    mbarrier.arrive(ring.empty.index(block % STAGES), count=1)
+def release(ring, block):
+    mbarrier.arrive(ring.empty.index(block % ring.full.shape[0]), count=1)
 
 
 @gluon.jit
-def slot_of(
-    ring, block, size: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
-):
-    return ring.slots.index(block % STAGES).reshape([BLOCK_N, D]).slice(0, size)  # [size, D]
+def slot_of(ring, block, size: gl.constexpr):
+    """The first `size` rows of the slot of a block, [size, D]"""
+    slot = ring.slots.index(block % ring.full.shape[0])  # [1, BLOCK_N, D]
+    return slot.reshape([slot.shape[1], slot.shape[2]]).slice(0, size)
 
 
 @gluon.jit
-def start_scores(
-    qk2, k_ring, block, size: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def start_scores(qk2, k_ring, block, size: gl.constexpr):
     """Start S = qk2 K^T of a block on the tensor cores. [64, size]"""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, size, 16])
-    wait_full(k_ring, block, STAGES)
-    k = slot_of(k_ring, block, size, BLOCK_N, D, STAGES)
+    wait_full(k_ring, block)
+    k = slot_of(k_ring, block, size)
     qk2 = gl.convert_layout(qk2, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
     zeros = gl.zeros([64, size], gl.float32, LAYOUT)
     return warpgroup_mma(qk2, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
@@ -228,18 +225,17 @@ def exponentials(s, position, start, w1, is_partial: gl.constexpr):
 @gluon.jit
 def attend_block(
     qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, is_partial: gl.constexpr,
+    BLOCK_N: gl.constexpr, is_partial: gl.constexpr,
 ):  # fmt: skip
     """acc += P V of the block before, while p of this one is computed. -> p, acc, l_i"""
-    before = block - 1
-    s = start_scores(qk2, k_ring, block, BLOCK_N, BLOCK_N, D, STAGES)
-    acc = warpgroup_mma(p, slot_of(v_ring, before, BLOCK_N, BLOCK_N, D, STAGES), acc, is_async=True)
+    s = start_scores(qk2, k_ring, block, BLOCK_N)
+    acc = warpgroup_mma(p, slot_of(v_ring, block - 1, BLOCK_N), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    release(k_ring, block, STAGES)
+    release(k_ring, block)
     p_next, l_next = exponentials(s, position, start, w1, is_partial)
-    wait_full(v_ring, block, STAGES)  # here, so that no exponential slips behind the next wait
+    wait_full(v_ring, block)  # here, so that no exponential slips behind the next wait
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    release(v_ring, before, STAGES)
+    release(v_ring, block - 1)
     return gl.convert_layout(p_next.to(p.dtype), p.type.layout), acc, l_i + l_next
 
 
@@ -247,7 +243,7 @@ def attend_block(
 def consumer(
     v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, consumer_id: gl.constexpr,
     GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -277,51 +273,47 @@ def consumer(
 
         # -- first block, after the small one if there is one --
         if HAS_EDGE:
-            s_edge = start_scores(qk2, k_ring, block, EDGE, BLOCK_N, D, STAGES)
-            before = block
+            s_edge = start_scores(qk2, k_ring, block, EDGE)
             block += 1
-            s = start_scores(qk2, k_ring, block, BLOCK_N, BLOCK_N, D, STAGES)
+            s = start_scores(qk2, k_ring, block, BLOCK_N)
             s_edge = warpgroup_mma_wait(1, deps=[s_edge])
-            release(k_ring, before, STAGES)
+            release(k_ring, block - 1)
             p, l_i = exponentials(s_edge, position, span.edge, w1, True)
             l_i = gl.convert_layout(l_i, gl.SliceLayout(1, SCORES))
             p = gl.convert_layout(p.to(dtype), P)
-            wait_full(v_ring, before, STAGES)
-            v = slot_of(v_ring, before, EDGE, BLOCK_N, D, STAGES)
+            wait_full(v_ring, block - 1)
+            v = slot_of(v_ring, block - 1, EDGE)
             acc = warpgroup_mma(p, v, acc, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
-            release(k_ring, block, STAGES)
+            release(k_ring, block)
             p_next, l_next = exponentials(s, position, span.start, w1, True)
             l_i += l_next
-            wait_full(v_ring, block, STAGES)
+            wait_full(v_ring, block)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            release(v_ring, before, STAGES)
+            release(v_ring, block - 1)
         else:
-            s = start_scores(qk2, k_ring, block, BLOCK_N, BLOCK_N, D, STAGES)
-            s = warpgroup_mma_wait(0, deps=[s])
-            release(k_ring, block, STAGES)
+            s = warpgroup_mma_wait(0, deps=[start_scores(qk2, k_ring, block, BLOCK_N)])
+            release(k_ring, block)
             p_next, l_i = exponentials(s, position, span.start, w1, True)
-            wait_full(v_ring, block, STAGES)
+            wait_full(v_ring, block)
         p = gl.convert_layout(p_next.to(dtype), P)
 
         # -- blocks that all rows see, then the last one --
         for b in range(1, span.blocks - 1):
             block += 1
+            start = span.start + b * BLOCK_N
             p, acc, l_i = attend_block(
-                qk2, p, acc, l_i, block, k_ring, v_ring, position, span.start + b * BLOCK_N, w1,
-                BLOCK_N, D, STAGES, False,
-            )  # fmt: skip
+                qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1, BLOCK_N, False
+            )
         if span.blocks > 1:
             block += 1
             last = span.start + (span.blocks - 1) * BLOCK_N
             p, acc, l_i = attend_block(
-                qk2, p, acc, l_i, block, k_ring, v_ring, position, last, w1,
-                BLOCK_N, D, STAGES, True,
-            )  # fmt: skip
-        v = slot_of(v_ring, block, BLOCK_N, BLOCK_N, D, STAGES)
-        acc = warpgroup_mma(p, v, acc, is_async=True)
+                qk2, p, acc, l_i, block, k_ring, v_ring, position, last, w1, BLOCK_N, True
+            )
+        acc = warpgroup_mma(p, slot_of(v_ring, block, BLOCK_N), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-        release(v_ring, block, STAGES)
+        release(v_ring, block)
         block += 1
 
         # -- multiply by v2, sum the rows of each query: without a maximum they simply add up --
@@ -395,24 +387,24 @@ def hopper_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 0,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
             (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 1,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
             (loader, (q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges,
                       k_ring, v_ring, row_ring, sizes, scale,
-                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
         ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 0,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
             (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 1,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
             (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 2,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
             (loader, (q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges,
                       k_ring, v_ring, row_ring, sizes, scale,
-                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, STAGES, HAS_EDGE, CONSUMERS)),
+                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
         ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS])
     # fmt: on
 
@@ -421,17 +413,10 @@ def key_layout():
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
-# by head dimension
-CONFIGS = {
-    128: {
-        "BLOCK_N": 64, "STAGES": 5, "CONSUMERS": 2,
-        "CONSUMER_REGISTERS": 208, "LOADER_REGISTERS": 88,
-    },
-    64: {
-        "BLOCK_N": 64, "STAGES": 8, "CONSUMERS": 3,
-        "CONSUMER_REGISTERS": 152, "LOADER_REGISTERS": 56,
-    },
-}  # fmt: skip
+CONFIGS = {  # by head dimension; registers are per thread
+    128: dict(BLOCK_N=64, STAGES=5, CONSUMERS=2, CONSUMER_REGISTERS=208, LOADER_REGISTERS=88),
+    64: dict(BLOCK_N=64, STAGES=8, CONSUMERS=3, CONSUMER_REGISTERS=152, LOADER_REGISTERS=56),
+}
 
 
 @functools.lru_cache(1024)
