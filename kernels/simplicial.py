@@ -40,9 +40,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 EDGE = tl.constexpr(16)  # keys per block at the old end of a window
 REPAIR_TILES = tl.constexpr(32)  # tiles per program of repair_kernel
 PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
+BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
 WIDTHS = (16, 32, 64, 128)  # head dimensions
 # a KV cache changes these with every token: do not compile again
-VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "buffer_rows"]
+VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "past", "N"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -552,6 +553,7 @@ def dq_dk2_dv2_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr,  # as in dq_dk2_dv2_kernel
+    is_seen_ptr,  # (B, Hkv, Tk) by a query with inf or NaN
     dk_ptr, dv_ptr,  # (B, Hkv, Tk, D)
     Tq, Tk, Tk2, w1, w2, scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
@@ -620,11 +622,74 @@ def dk_dv_kernel(
             dv = tl.where(is_last, 0.0, dv)
 
     # -- store; qk2 has a factor of LOG2E --
-    dk = (dk + dk_sum) * LN2
-    dv = dv + dv_sum
+    is_seen = tl.load(is_seen_ptr + bh * Tk + key, mask=key < Tk, other=0) != 0
+    dk = tl.where(is_seen[:, None], float("nan"), (dk + dk_sum) * LN2)
+    dv = tl.where(is_seen[:, None], float("nan"), dv + dv_sum)
     offs = key[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dk_ptr + offs, dk.to(k.dtype), mask=(key < Tk)[:, None])
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(key < Tk)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------
+# Backward: before and after. In products P = 0 does not hide inf and NaN, 0 * inf = NaN. So they
+# are taken out first, and the gradients of what meets them become NaN afterwards.
+
+
+@triton.jit(do_not_specialize=VARYING)
+def clean_kernel(
+    x_ptr, y_ptr, o_ptr, x_clean_ptr, y_clean_ptr,  # (N, D); o may be None
+    is_bad_ptr, delta_ptr,  # (N,) int8, (N,) float32
+    N, D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Copy x and y with 0 for inf and NaN, and flag rows with one. With o, delta = sum y * o."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs = rows[:, None] * D + tl.arange(0, D)[None, :]
+    mask = (rows < N)[:, None]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK_T, D]
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+    is_finite_x = tl.abs(x) < float("inf")
+    is_finite_y = tl.abs(y) < float("inf")
+    tl.store(x_clean_ptr + offs, tl.where(is_finite_x, x, 0.0), mask=mask)
+    tl.store(y_clean_ptr + offs, tl.where(is_finite_y, y, 0.0), mask=mask)
+    is_finite = tl.min((is_finite_x & is_finite_y).to(tl.int32), 1) > 0
+    if o_ptr is not None:
+        o = tl.load(o_ptr + offs, mask=mask, other=0.0)
+        delta = tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
+        is_finite = is_finite & (tl.abs(delta) < float("inf"))
+        tl.store(delta_ptr + rows, tl.where(is_finite, delta, 0.0), mask=rows < N)
+    tl.store(is_bad_ptr + rows, 1 - is_finite.to(tl.int8), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def sum_buffers_kernel(
+    dk2_buffers_ptr, dv2_buffers_ptr,  # of dq_dk2_dv2_kernel
+    is_seen_ptr,  # (B, Hkv, Tk2) by a query with inf or NaN
+    dk2_ptr, dv2_ptr,  # (B, Hkv, Tk2, D)
+    Tk2, past, pieces, piece, buffer_rows,  # past: positions of k2 before the first query
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dk2 and dv2: add up the buffers that hold a position, in order. NaN where is_seen."""
+    bh = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    exists = position < Tk2
+    query = position - past
+    before = tl.cdiv(buffer_rows - piece, piece)  # pieces before its own that a buffer reaches into
+    own_piece = (query + before * piece) // piece - before
+    dk2 = tl.zeros((BLOCK_T, D), tl.float32)
+    dv2 = tl.zeros((BLOCK_T, D), tl.float32)
+    for b in range(before + 1):
+        n = own_piece + b
+        row = query - (n + 1) * piece + buffer_rows  # a buffer ends at the end of its piece
+        mask = exists & (n >= 0) & (n < pieces) & (row >= 0)
+        buffer_row = (bh * pieces + n) * buffer_rows + row
+        dk2 += load_rows(dk2_buffers_ptr, buffer_row, mask, D)
+        dv2 += load_rows(dv2_buffers_ptr, buffer_row, mask, D)
+    is_seen = tl.load(is_seen_ptr + bh * Tk2 + position, mask=exists, other=0) != 0
+    dk2 = tl.where(is_seen[:, None], float("nan"), dk2)
+    dv2 = tl.where(is_seen[:, None], float("nan"), dv2)
+    offs = (bh * Tk2 + position)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dk2_ptr + offs, dk2.to(dk2_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(dv2_ptr + offs, dv2.to(dv2_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -745,9 +810,20 @@ def forward(
 # Backward on the host
 
 
-def has_nonfinite(x):
-    """x (..., D) -> (...) bool"""
-    return ~torch.linalg.vector_norm(x, torch.inf, -1).isfinite()
+def clean(x, y, o=None):
+    """-> x and y with 0 for inf and NaN, which rows had one, and with o, delta = (y * o).sum(-1)
+
+    x, y and o (..., D) -> twice the same, (...) bool, (...) float32 or None; delta is 0 where not
+    finite, and flagged
+    """
+    x_clean = torch.empty_like(x)
+    y_clean = torch.empty_like(y)
+    is_bad = x.new_empty(x.shape[:-1], dtype=torch.int8)
+    delta = None if o is None else x.new_empty(x.shape[:-1], dtype=torch.float32)
+    N = is_bad.numel()
+    tensors = x, y, o, x_clean, y_clean, is_bad, delta
+    clean_kernel[(triton.cdiv(N, BLOCK_T),)](*tensors, N, x.shape[-1], BLOCK_T)
+    return x_clean, y_clean, is_bad.bool(), delta
 
 
 def any_in_window(flags, w):
@@ -759,26 +835,7 @@ def any_in_window(flags, w):
 def seen_by(flags, T, w):
     """flags (..., Tq) bool of queries -> (..., T): does a True query see the position?"""
     padded = F.pad(flags, (T - flags.shape[-1], 0))
-    return any_in_window(padded.flip(-1), w).flip(-1)
-
-
-def sum_buffers(buffers, piece, past, T):
-    """Add up the buffers of all pieces, in order.
-
-    buffers (heads, pieces, rows, D) -> (heads, T, D). Buffer n ends before query (n + 1) * piece.
-    past: positions of k2 before the first query.
-    """
-    heads, pieces, rows, D = buffers.shape
-    before = triton.cdiv(rows - piece, piece)  # pieces before its own that a buffer reaches into
-    total = buffers.new_zeros(heads, before + pieces, piece, D)
-    for b in range(before + 1):
-        end = rows - b * piece  # of the part that belongs b pieces before
-        length = min(end, piece)
-        part = buffers[:, :, end - length : end]
-        total[:, before - b : before - b + pieces, piece - length :] += part
-    first = before * piece - past  # row of position 0
-    total = total.flatten(1, 2)[:, max(first, 0) : first + T]
-    return F.pad(total, (0, 0, max(-first, 0), 0))
+    return any_in_window(padded.flip(-1), w).flip(-1).to(torch.int8).contiguous()
 
 
 def backward(
@@ -798,18 +855,18 @@ def backward(
     group = H // Hkv
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
-    delta = (do.float() * o).sum(-1)  # (B, H, Tq)
 
-    # Take out inf and NaN, which P = 0 does not hide in a product: 0 * inf = NaN. A query that sees
-    # one gets lse = inf, so P = 0, and its gradients become NaN at the end.
-    sees_bad = any_in_window(has_nonfinite(k) | has_nonfinite(v), w1)[..., Tk - Tq :]
-    sees_bad |= any_in_window(has_nonfinite(k2) | has_nonfinite(v2), w2)[..., Tk2 - Tq :]
-    is_bad = ~(lse.isfinite() & delta.isfinite())  # (B, H, Tq)
-    is_bad |= sees_bad.repeat_interleave(group, 1)
+    # A query that sees inf or NaN gets lse = inf, so P = 0
+    q, do, is_bad, delta = clean(q, do, o)  # (B, H, Tq)
+    k, v, has_bad, _ = clean(k, v)  # (B, Hkv, Tk)
+    k2, v2, has_bad2, _ = clean(k2, v2)  # (B, Hkv, Tk2)
+    sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]
+    sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]
+    is_bad |= sees_bad.repeat_interleave(group, 1) | ~lse.isfinite()
+    by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq)
     lse = lse.masked_fill(is_bad, torch.inf)
     delta = delta.masked_fill(is_bad, 0)
-    tensors = [torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (q, k, v, k2, v2, do)]
-    tensors += lse, delta
+    tensors = q, k, v, k2, v2, do, lse, delta
     sizes = Tq, Tk, Tk2, w1, w2, D**-0.5
 
     # dk and dv
@@ -817,7 +874,8 @@ def backward(
     dv = torch.empty_like(v)
     options = get_options("dk_dv", q.dtype, q.device, group, D, w2)
     blocks = triton.cdiv(Tk, options["BLOCK_N"])
-    dk_dv_kernel[(blocks, heads)](*tensors, dk, dv, *sizes, **options)
+    is_seen = seen_by(by_kv_head, Tk, w1)
+    dk_dv_kernel[(blocks, heads)](*tensors, is_seen, dk, dv, *sizes, **options)
 
     # dq, and dk2 and dv2 in float32 buffers; a piece is made of whole tiles
     options = get_options("dq_dk2_dv2", q.dtype, q.device, group, D, w2)
@@ -829,15 +887,15 @@ def backward(
     dv2_buffers = torch.zeros_like(dk2_buffers)
     outputs = dq, dk2_buffers, dv2_buffers
     dq_dk2_dv2_kernel[(pieces, heads)](*tensors, *outputs, *sizes, piece, rows, **options)
-    dk2 = sum_buffers(dk2_buffers, piece, Tk2 - Tq, Tk2).view(k2.shape).to(k2.dtype)
-    dv2 = sum_buffers(dv2_buffers, piece, Tk2 - Tq, Tk2).view(v2.shape).to(v2.dtype)
+    dq.masked_fill_(is_bad[..., None], torch.nan)
 
-    # NaN where a gradient meets inf or NaN
-    by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq)
-    seen = seen_by(by_kv_head, Tk, w1)
-    seen2 = seen_by(by_kv_head, Tk2, w2)
-    for grad, mask in (dq, is_bad), (dk, seen), (dv, seen), (dk2, seen2), (dv2, seen2):
-        grad.masked_fill_(mask[..., None], torch.nan)
+    # dk2 and dv2
+    dk2 = torch.empty_like(k2)
+    dv2 = torch.empty_like(v2)
+    is_seen = seen_by(by_kv_head, Tk2, w2)
+    tensors = dk2_buffers, dv2_buffers, is_seen, dk2, dv2
+    sizes = Tk2, Tk2 - Tq, pieces, piece, rows
+    sum_buffers_kernel[(triton.cdiv(Tk2, BLOCK_T), heads)](*tensors, *sizes, D, BLOCK_T)
     return dq, dk, dv, dk2, dv2
 
 

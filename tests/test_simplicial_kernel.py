@@ -138,7 +138,7 @@ def test_kernels_where_exp_leaves_float16(shift):
 
 
 def test_kernels_over_long_windows():
-    check_kernels(200, 200, 1, 1, 16, 512, 8, torch.float32, (128, 64), B=1)
+    check_kernels(150, 150, 1, 1, 16, 512, 8, torch.float32, (128, 64), B=1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -172,7 +172,7 @@ def test_gradients_of_what_is_not_finite(dtype, w1, w2, g):
         return run_kernels(inputs, do, w1, w2, (64, 16))[:6]
 
     T = 24 if DEVICE == "cpu" else 70
-    cases = NONFINITE if g == 1 else NONFINITE[1::2]
+    cases = NONFINITE[1::2] if g == 2 else NONFINITE[:1] + NONFINITE[2:]
     check_gradients_of_nonfinite(gradients, DEVICE, dtype, 16, T, w1, w2, g, cases)
 
 
@@ -321,7 +321,7 @@ def plain_case(kernel_name, dtype, D, arch):
     if config.rows < 32:
         constants.update(QUERIES=1, OFFSETS=config.rows)
     constants.update(BLOCK_N=config.block_n, PRECISION="ieee" if dtype == "fp32" else "tf32")
-    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "is_seen_ptr": "*i8"}
     if kernel_name == "dq_dk2_dv2":
         types.update(dk2_ptr="*fp32", dv2_ptr="*fp32")
     for descriptor in ("k_blocks", "v_blocks"):
@@ -346,6 +346,10 @@ def test_kernels_build():
     cases = [plain_case(name, *build) for name in KERNELS for build in BUILDS]
     # repair_kernel is forward_kernel's code once more: its largest build will do
     cases.append(plain_case("repair", "bf16", 128, 90))
+    flags = {"is_bad_ptr": "*i8", "delta_ptr": "*fp32"}
+    cases.append(Case("clean_kernel", {"D": 128, "BLOCK_T": kernel.BLOCK_T}, flags))
+    buffers = {"dk2_buffers_ptr": "*fp32", "dv2_buffers_ptr": "*fp32", "is_seen_ptr": "*i8"}
+    cases.append(Case("sum_buffers_kernel", {"D": 128, "BLOCK_T": kernel.BLOCK_T}, buffers))
     check_build("kernels.simplicial", cases)
 
 
