@@ -1,34 +1,25 @@
-"""2-simplicial attention: Fast and Simplex (arXiv 2507.02754).
+"""2-simplicial attention: Fast and Simplex (Roy et al., arXiv 2507.02754).
 
-By Roy et al., after Clift et al. (arXiv 1909.00668).
-
-A query scores *pairs* of keys. The logit is trilinear in the query, a first
-key and a second key, one softmax runs over all pairs, and the output is the
-mean of the products of their two values:
+A query scores *pairs* of keys. The logit is trilinear in the query, a first key and a second key,
+one softmax runs over all pairs, and the output is the mean of the products of their two values:
 
     S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
     o_i   = sum_jk P_ijk (v_j * v2_k)     j in (i - w1, i], k in (i - w2, i]
 
-Windows include the query's own position. k and v have the window w1 (512 in
-the paper), k2 and v2 have w2 (32), and every fourth layer is of this kind. The
-paper claims, for models of 2 billion active parameters and up, a lower loss on
-mathematics and code at equal tokens, and a steeper scaling law.
+The windows include the query's own position: w1 (512 in the paper) is that of k and v, w2 (32) that
+of k2 and v2. Every fourth layer is of this kind. The paper claims, for models of 2 billion active
+parameters and up, a lower loss on mathematics and code at equal tokens, and a steeper scaling law.
 
-How to compute it: for a fixed offset d = i - k, the pair (i, d) is a row of
-ordinary attention with the query q_i * k2_{i-d} over (k, v) and the window w1.
-Let its result be a_id and its log-sum-exp e_id. The softmax over pairs is then
-a mixture of w2 ordinary attentions,
+How to compute it: for a fixed offset d = i - k, ordinary attention with the query q_i * k2_{i-d}
+over (k, v) and the window w1 gives an output a_id and a log-sum-exp e_id. The softmax over pairs is
+a mixture of these w2 ordinary attentions, so any flash attention can compute it:
 
     o_i = sum_d softmax_d(e_id) (a_id * v2_{i-d})
 
-so any flash attention can compute it; kernels/simplicial.py is one whose rows
-are pairs (i, d). The two windows may change places.
-
-Where we depart from the paper: the GPT applies no RoPE in these layers
-(`attention.rotary`), because a trilinear form is not invariant when q, k and
-k2 are rotated alike, and the paper does not say what it does. Freshly
-initialized weights make v * v2 tiny; the authors' code adds 1/D to k2 and 1 to
-v2, which the paper does not mention and we do not do.
+Where we depart from the paper: these layers have no RoPE (`attention.rotary`), because a trilinear
+form changes when q, k and k2 are rotated alike, and the paper does not say what it does. The
+authors' code adds 1/D to k2 and 1 to v2, since v * v2 is tiny with fresh weights; the paper does
+not mention this and we do not do it.
 
     python simplicial.py    Match3 and function composition
     python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
@@ -47,22 +38,21 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-LOGITS_AT_ONCE = 2**25  # that attention_torch holds at one time
+LOGITS_AT_ONCE = 2**25  # that attention_torch holds in memory
 
 
 def check(q, k, v, k2, v2, w1, w2):
     """Raise ValueError unless the shapes fit together and the windows hold the query itself."""
-    names = "q", "k", "v", "k2", "v2"
-    tensors = q, k, v, k2, v2
-    fits = all(t.dim() == 4 for t in tensors)
+    tensors = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
+    fits = all(t.dim() == 4 for t in tensors.values())
     fits = fits and k.shape == v.shape and k2.shape == v2.shape
     fits = fits and q.shape[0] == k.shape[0] == k2.shape[0] and k.shape[1] == k2.shape[1] > 0
     fits = fits and q.shape[1] % k.shape[1] == 0 and q.shape[3] == k.shape[3] == k2.shape[3] > 0
     if not fits:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(names, tensors))
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
         raise ValueError(
-            f"{shapes} do not fit together: q must be (B, H, Tq, D), the others (B, Hkv, Tk, D) with "
-            f"Hkv a divisor of H"
+            f"{shapes} do not fit together: q must be (B, H, Tq, D), the others (B, Hkv, Tk, D) "
+            f"with Hkv a divisor of H"
         )
     Tk = min(k.shape[2], k2.shape[2])
     if Tk < q.shape[2]:
@@ -71,15 +61,11 @@ def check(q, k, v, k2, v2, w1, w2):
         raise ValueError(f"w1 is {w1} and w2 is {w2}; a window holds at least 1 position")
 
 
-# --------------------------------------------------------------------------------------------------
-# The definition
-
-
 def get_windows(x, start, n, w):
-    """Return, for each of the positions start ... start + n - 1, the w positions up to it.
+    """Return the w positions up to each of the positions start ... start + n - 1.
 
-    x (B, H, T, D) -> (B, H, n, w, D), the newest last and zeros before position 0; and which of them
-    exist, (n, w) bool.
+    x (B, H, T, D) -> (B, H, n, w, D), the newest last and zeros before position 0; and which of
+    them exist, (n, w) bool.
     """
     padded = F.pad(x, (0, 0, w - 1, 0))[:, :, start : start + n + w - 1]
     windows = padded.unfold(2, w, 1).transpose(-1, -2)  # (B, H, n, w, D)
@@ -88,37 +74,24 @@ def get_windows(x, start, n, w):
     return windows, exists
 
 
-def to_trilinear(q, k, k2):
-    """Return q, k, k2 of twice the width whose trilinear form is sum_l det[q_l; k_l; k2_l], where l
-    runs over chunks of three channels (rule of Sarrus)."""
-    q, k, k2 = (t.unflatten(-1, (-1, 3)) for t in (q, k, k2))  # (..., D / 3, 3)
-    q = torch.cat([q, q], -1)
-    k = torch.cat([k.roll(-1, -1), -k.roll(1, -1)], -1)
-    k2 = torch.cat([k2.roll(1, -1), k2.roll(-1, -1)], -1)
-    return [t.flatten(-2) for t in (q, k, k2)]  # (..., 2 D)
-
-
-def reference(q, k, v, k2, v2, *, w1=512, w2=32, determinant=False):
+def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     """2-simplicial attention by its definition, in any dtype.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D) -> (B, H, Tq, D). Causal; the
-    queries are the last of the positions. determinant: the logits of equation 9, which do not change
-    when q, k and k2 are rotated alike; D must be a multiple of 3. Makes (B, H, Tq, w1, w2) and
-    (B, H, Tq, w1, D) tensors, so it is for tests.
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D) -> (B, H, Tq, D). Causal;
+    the queries are the last of the positions. Makes (B, H, Tq, w1, w2) and (B, H, Tq, w1, D)
+    tensors, so it is for tests.
     """
     check(q, k, v, k2, v2, w1, w2)
     _, H, Tq, D = q.shape
-    if determinant:
-        q, k, k2 = to_trilinear(q, k, k2)
-    k, v, k2, v2 = (
-        t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2)
-    )  # (B, H, Tk, D)
-    w1 = min(w1, k.shape[2])
-    w2 = min(w2, k2.shape[2])
-    k, exists = get_windows(k, k.shape[2] - Tq, Tq, w1)  # (B, H, Tq, w1, D)
-    v, _ = get_windows(v, v.shape[2] - Tq, Tq, w1)
-    k2, exists2 = get_windows(k2, k2.shape[2] - Tq, Tq, w2)  # (B, H, Tq, w2, D)
-    v2, _ = get_windows(v2, v2.shape[2] - Tq, Tq, w2)
+    Tk = k.shape[2]
+    Tk2 = k2.shape[2]
+    w1 = min(w1, Tk)
+    w2 = min(w2, Tk2)
+    k, v, k2, v2 = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2))  # H heads
+    k, exists = get_windows(k, Tk - Tq, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
+    v, _ = get_windows(v, Tk - Tq, Tq, w1)
+    k2, exists2 = get_windows(k2, Tk2 - Tq, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
+    v2, _ = get_windows(v2, Tk2 - Tq, Tq, w2)
 
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
@@ -127,7 +100,8 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32, determinant=False):
 
 
 # --------------------------------------------------------------------------------------------------
-# PyTorch
+# inf and NaN. A matrix product adds 0 * inf = NaN to queries that do not see the key, so one bad
+# position would spoil its neighbors.
 
 
 class FillGradient(torch.autograd.Function):
@@ -144,44 +118,49 @@ class FillGradient(torch.autograd.Function):
 
 
 def any_in_window(flags, w):
-    """flags (..., T) bool -> (..., T): is one of the w positions up to and including this one True?"""
+    """flags (..., T) bool -> (..., T): is one of the w positions up to this one True?"""
     count = F.pad(flags.cumsum(-1), (w, 0))
     return count[..., w:] > count[..., :-w]
 
 
 def remove_nonfinite(q, k, v, k2, v2, w1, w2):
-    """Return the inputs with 0 in place of what is not finite, and which queries see such a number.
+    """Return the inputs with 0 for inf and NaN, and which queries see such a number, (B, H, Tq).
 
-    A matrix product adds 0 * inf = NaN to queries that do not see the key, so that one bad position
-    would spoil its neighbors. The output of the queries that do see it, (B, H, Tq), must be NaN; the
-    gradients of what they see become NaN here.
+    The caller makes NaN of the output of these queries. The gradients of what they see become NaN.
     """
-    Hkv = k.shape[1]
+    Hkv, Tk = k.shape[1:3]
+    Tk2 = k2.shape[2]
     Tq = q.shape[2]
+
+    # queries that see a bad number
     is_bad = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
-    is_bad2 = ~(k2.isfinite() & v2.isfinite()).all(-1)
-    spoiled = any_in_window(is_bad, w1)[..., k.shape[2] - Tq :]  # (B, Hkv, Tq)
-    spoiled = spoiled | any_in_window(is_bad2, w2)[..., k2.shape[2] - Tq :]
-    spoiled = spoiled.repeat_interleave(q.shape[1] // Hkv, 1) | ~q.isfinite().all(-1)  # (B, H, Tq)
+    is_bad2 = ~(k2.isfinite() & v2.isfinite()).all(-1)  # (B, Hkv, Tk2)
+    sees_bad = any_in_window(is_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
+    sees_bad = sees_bad | any_in_window(is_bad2, w2)[..., Tk2 - Tq :]
+    sees_bad = sees_bad.repeat_interleave(q.shape[1] // Hkv, 1)  # (B, H, Tq)
+    sees_bad = sees_bad | ~q.isfinite().all(-1)
 
-    def seen_by_spoiled(T, w):
-        by_group = spoiled.unflatten(1, (Hkv, -1)).any(2)  # (B, Hkv, Tq)
-        return any_in_window(F.pad(by_group, (T - Tq, 0)).flip(-1), w).flip(-1)  # (B, Hkv, T)
+    # positions that such a query sees
+    by_kv_head = sees_bad.unflatten(1, (Hkv, -1)).any(2)  # (B, Hkv, Tq)
+    seen = any_in_window(F.pad(by_kv_head, (Tk - Tq, 0)).flip(-1), w1).flip(-1)  # (B, Hkv, Tk)
+    seen2 = any_in_window(F.pad(by_kv_head, (Tk2 - Tq, 0)).flip(-1), w2).flip(-1)
 
-    seen = seen_by_spoiled(k.shape[2], w1)
-    seen2 = seen_by_spoiled(k2.shape[2], w2)
     cleaned = []
-    for t, mask in (q, spoiled), (k, seen), (v, seen), (k2, seen2), (v2, seen2):
+    for t, mask in (q, sees_bad), (k, seen), (v, seen), (k2, seen2), (v2, seen2):
         t = FillGradient.apply(t, mask[..., None])
         cleaned.append(torch.where(t.isfinite(), t, 0))
-    return *cleaned, spoiled
+    return *cleaned, sees_bad
+
+
+# --------------------------------------------------------------------------------------------------
+# PyTorch
 
 
 def attend(q, k, v, k2, v2, is_visible, exists, scale):
     """The mixture above for a block of n queries, in one softmax.
 
     q (B, Hkv, g, n, D); k and v (B, Hkv, J, D), the J keys that one of the queries sees; k2 and v2
-    (B, Hkv, n, w2, D), each query's own second keys; is_visible (n, J); exists (n, w2)
+    (B, Hkv, n, w2, D), each query's own window; is_visible (n, J); exists (n, w2)
     -> (B, Hkv, g, n, D)
     """
     rows = q[..., None, :] * k2[:, :, None] * scale  # (B, Hkv, g, n, w2, D)
@@ -196,7 +175,7 @@ def attend(q, k, v, k2, v2, is_visible, exists, scale):
 def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_ONCE):
     """2-simplicial attention in PyTorch, a block of queries at a time, in float32 at least.
 
-    Where all blocks together hold many logits, the backward pass computes them again.
+    Where all blocks together hold more than `logits_at_once`, the backward computes them again.
     """
     if q.numel() == 0:  # an empty result that still depends on every input
         return q + 0 * sum(t.sum() for t in (k, v, k2, v2))
@@ -204,47 +183,50 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
         k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
     dtype = q.dtype
     B, H, Tq, D = q.shape
-    Tk = k.shape[2]
+    Hkv, Tk = k.shape[1:3]
     Tk2 = k2.shape[2]
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
     q, k, v, k2, v2 = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, k2, v2))
-    q, k, v, k2, v2, spoiled = remove_nonfinite(q, k, v, k2, v2, w1, w2)
-    q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
+    q, k, v, k2, v2, sees_bad = remove_nonfinite(q, k, v, k2, v2, w1, w2)
+    q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, g, Tq, D)
 
+    # queries per block
     if torch.compiler.is_compiling():  # it would unroll the loop again for every length
         n = Tq
-        starts = [0]
     else:
         n = max(1, min(Tq, max(w1 // 2, 16), logits_at_once // (2 * B * H * w1 * w2)))
-        starts = range(0, Tq, n)
     recompute = torch.is_grad_enabled() and B * H * Tq * w2 * (w1 + n) > logits_at_once
     outputs = []
-    for start in starts:
+    for start in [0] if n == Tq else range(0, Tq, n):
+        # keys that these queries see
         end = min(start + n, Tq)
         first_key = max(0, start + Tk - Tq - w1 + 1)
         last_key = end + Tk - Tq
         i = torch.arange(start, end, device=q.device)[:, None] + Tk - Tq
         j = torch.arange(first_key, last_key, device=q.device)
         is_visible = (j <= i) & (j > i - w1)  # (n, J)
+        keys = k[:, :, first_key:last_key]
+        values = v[:, :, first_key:last_key]
         k2_windows, exists = get_windows(k2, start + Tk2 - Tq, end - start, w2)
         v2_windows, _ = get_windows(v2, start + Tk2 - Tq, end - start, w2)
-        keys = k[:, :, first_key:last_key], v[:, :, first_key:last_key]
-        inputs = q[:, :, :, start:end], *keys, k2_windows, v2_windows, is_visible, exists, D**-0.5
-        with torch.autocast(q.device.type, enabled=False):  # it would undo the float32
+
+        # attend, without autocast, which would undo the float32
+        tensors = q[:, :, :, start:end], keys, values, k2_windows, v2_windows, is_visible, exists
+        with torch.autocast(q.device.type, enabled=False):
             if recompute:
-                outputs.append(checkpoint(attend, *inputs, use_reentrant=False))
+                outputs.append(checkpoint(attend, *tensors, D**-0.5, use_reentrant=False))
             else:
-                outputs.append(attend(*inputs))
+                outputs.append(attend(*tensors, D**-0.5))
     o = torch.cat(outputs, 3).flatten(1, 2)  # (B, H, Tq, D)
-    return o.masked_fill(spoiled[..., None], torch.nan).to(dtype)
+    return o.masked_fill(sees_bad[..., None], torch.nan).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
 # The public function
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile calls it, once, and does not trace it
+@torch.compiler.assume_constant_result  # torch.compile calls it once and does not trace it
 def warn_slow(reason):
     warnings.warn(f"2-simplicial attention runs in PyTorch, which is many times slower: {reason}")
 

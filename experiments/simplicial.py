@@ -4,30 +4,23 @@
     composition   tables of two functions f and g from Z_4 to Z_4, in any order; what is f(g(x))?
 
 One layer of the GPT, without positions, classifies the last token; only its attention differs, at
-equal parameters. Match3 has a closed-form solution too, which needs no training. The paper's Table 2
-is fitted again, with and without its smallest model.
+equal parameters. Match3 is also solved by weights set by hand. The paper's Table 2 is fitted again,
+with and without its smallest model.
 """
 
 import itertools
 import math
 import statistics
 import time
-from functools import partial
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from experiments.harness import (
-    check_writable,
-    new_figure,
-    paired_difference,
-    print_differences,
-    save_figure,
-    save_json,
-    study_parser,
-)
+from experiments import harness
 from simplicial import attention
 
 # --------------------------------------------------------------------------------------------------
@@ -35,7 +28,7 @@ from simplicial import attention
 
 
 def match3(x, M):
-    """The definition. x (B, T) -> (B, T) bool"""
+    """Solve Match3 by its definition. x (B, T) -> (B, T) bool"""
     T = x.shape[1]
     is_past = torch.ones(T, T, dtype=torch.bool).tril()  # (i, j)
     sums = x[:, :, None, None] + x[:, None, :, None] + x[:, None, None]  # (B, i, j, k)
@@ -44,72 +37,68 @@ def match3(x, M):
 
 
 def match3_by_hand(x, M, function=attention):
-    """Solve Match3 with one head of width 5 and no training. x (B, T) -> (B, T) bool
+    """Solve Match3 with one head of width 5 and weights set by hand. x (B, T) -> (B, T) bool
 
     cos(a + b + c) is trilinear in four products of a cosine and a sine each. A blank token comes
     first; the pair (blank, blank) scores as much as a match. Values are 1, the blank's is 0, so n
     matching pairs give n / (n + 1).
     """
     B, T = x.shape
-    # inverse temperature: all pairs that do not match together weigh a tenth of one that does
-    beta = math.log(10 * (T + 1) ** 2) / (1 - math.cos(2 * math.pi / M))
     angle = 2 * math.pi / M * x
     c = angle.cos()
     s = angle.sin()
     one = torch.ones_like(c)
     zero = torch.zeros_like(c)
 
-    def head(*channels, blank):
+    def with_blank(*channels, blank):
         tokens = torch.stack(channels, -1)  # (B, T, 5)
         first = torch.tensor(blank).to(tokens).expand(B, 1, 5)
         return torch.cat([first, tokens], 1)[:, None]  # (B, 1, 1 + T, 5)
 
-    last = [0.0, 0.0, 0.0, 0.0, 1.0]
-    q = head(c, c, s, s, one, blank=last) * beta * 5**0.5  # 5**0.5 undoes the scale
-    k = head(c, -s, -c, -s, zero, blank=last)
-    k2 = head(c, s, s, c, zero, blank=last)
-    v = head(one, one, one, one, one, blank=[0.0] * 5)
-    return function(q, k, v, k2, v, w1=T + 1, w2=T + 1)[:, 0, 1:, 0] > 0.4
-
-
-def most_right_of_four(h):
-    """One softmax head cannot solve Match3. h (N, 4), of N heads -> the most sequences of four that
-    one of them gets right.
-
-    For a fixed query, its output exceeds a threshold exactly if a sum over the tokens of some
-    h(token) exceeds 0: the sum of p (v - threshold), times the denominator. If {b, c} and {b', c'}
-    match but {b, c'} and {b', c} do not, h_b + h_c and h_b' + h_c' must be positive, h_b + h_c' and
-    h_b' + h_c negative; yet both pairs add up to the same.
-    """
-    b, c, b2, c2 = h.unbind(1)
-    is_right = torch.stack([b + c > 0, b2 + c2 > 0, b + c2 < 0, b2 + c < 0])
-    return is_right.sum(0).max().item()
+    # inverse temperature: all pairs that do not match together weigh a tenth of one that does
+    beta = math.log(10 * (T + 1) ** 2) / (1 - math.cos(2 * math.pi / M))
+    last_channel = [0.0, 0.0, 0.0, 0.0, 1.0]
+    q = with_blank(c, c, s, s, one, blank=last_channel) * beta * 5**0.5  # 5**0.5 undoes the scale
+    k = with_blank(c, -s, -c, -s, zero, blank=last_channel)
+    k2 = with_blank(c, s, s, c, zero, blank=last_channel)
+    v = with_blank(one, one, one, one, one, blank=[0.0] * 5)
+    o = function(q, k, v, k2, v, w1=T + 1, w2=T + 1)  # (B, 1, 1 + T, 5)
+    return o[:, 0, 1:, 0] > 0.4
 
 
 # --------------------------------------------------------------------------------------------------
-# Tasks: a batch of tokens, (B, T, number of tables) integers, and the answer for the last token, (B)
+# Tasks: tokens (B, T, number of tables), and the answer for the last token (B,)
 
 
 def match3_batch(B, generator, M=20, T=7):
-    """Half of the sequences have a match. In each, two tokens were set to sum with the last one to
-    0 or, a near miss, to 1 modulo M."""
+    """Make Match3 sequences, half of which have a match.
+
+    In each, two tokens were set to sum with the last one to 0 or, a near miss, to 1 modulo M.
+    -> tokens (B, T, 1), answers (B,) 0 or 1
+    """
     N = 12 * B
     x = torch.randint(M, (N, T), generator=generator)
-    places = torch.rand(N, T - 1, generator=generator).argsort(1)[:, :2]  # two of the others
+    order = torch.rand(N, T - 1, generator=generator).argsort(1)
+    first = order[:, 0]  # two of the tokens before the last
+    second = order[:, 1]
     is_miss = torch.arange(N) % 6 > 0
     rows = torch.arange(N)
-    x[rows, places[:, 1]] = (is_miss.long() - x[:, -1] - x[rows, places[:, 0]]) % M
+    x[rows, second] = (is_miss.long() - x[:, -1] - x[rows, first]) % M
+
+    # keep as many with a match, as without
     sums = x[:, None, :] + x[:, :, None] + x[:, -1, None, None]
-    y = (sums % M == 0).flatten(1).any(1)
-    matches = (y & ~is_miss).nonzero()[: B // 2, 0]
-    misses = (~y).nonzero()[: B - B // 2, 0]
-    keep = torch.cat([matches, misses])
-    return x[keep, :, None], y[keep].long()
+    has_match = (sums % M == 0).flatten(1).any(1)
+    matches = (has_match & ~is_miss).nonzero()[: B // 2, 0]
+    misses = (~has_match).nonzero()[: B - B // 2, 0]
+    kept = torch.cat([matches, misses])
+    return x[kept, :, None], has_match[kept].long()
 
 
 def composition_batch(B, generator, M=4):
-    """f and g map M things to M. The context lists (x, g(x)) and (y, f(y)) in any order, the last
-    token asks for f(g(x)). A token is (table, argument, value)."""
+    """Make sequences that list two functions f and g on M values, then ask for f(g(x)).
+
+    A token is (table, argument, value). -> tokens (B, 2 M + 1, 3), answers (B,)
+    """
     g = torch.randint(M, (B, M), generator=generator)
     f = torch.randint(M, (B, M), generator=generator)
     x = torch.randint(M, (B,), generator=generator)
@@ -140,48 +129,57 @@ def chance_levels(M=4):
 
 
 def product(q, k, v, k2, v2):
-    """Two softmax attentions multiplied: the trilinear form of additive logits, almost free."""
+    """Multiply two softmax attentions: 2-simplicial attention with additive logits, almost free."""
     return train.softmax_attention(q, k, v) * train.softmax_attention(q, k2, v2)
 
 
 def gate(q, k, v, k2, v2):
-    """w2 = 1: attention with the query q * k2, its result times v2. Multiplicative, but a function of
-    pairs of positions."""
+    """2-simplicial attention with w2 = 1: multiplicative, but a function of pairs of positions."""
     return train.softmax_attention(q * k2, k, v) * v2
 
 
 WIDTH = 48
 HIDDEN = 96
 WIDER = HIDDEN + 2 * WIDTH // 3  # as many parameters in the SwiGLU as two projections more
-VARIANTS = {  # attention, width of the SwiGLU
-    "2-simplicial": (attention, HIDDEN),
-    "product of two": (product, HIDDEN),
-    "gate": (gate, HIDDEN),
-    "softmax": (train.softmax_attention, WIDER),
-}
-TASKS = {  # batches, sizes of the embeddings, classes, steps
-    "Match3": (match3_batch, (20,), 2, 500),
-    "composition": (composition_batch, (3, 4, 4), 4, 300),
-}
 BASELINE = "softmax"
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 LR = 3e-3
 
 
+class Task(NamedTuple):
+    make_batch: Callable
+    vocabularies: tuple  # sizes of the embeddings
+    classes: int
+    steps: int
+
+
+VARIANTS = {
+    "2-simplicial": attention,
+    "product of two": product,
+    "gate": gate,
+    "softmax": train.softmax_attention,
+}
+TASKS = {
+    "Match3": Task(match3_batch, (20,), 2, 500),
+    "composition": Task(composition_batch, (3, 4, 4), 4, 300),
+}
+
+
 class OneLayer(nn.Module):
     """Embeddings, one layer of the GPT without positions, and a classifier of the last token."""
 
-    def __init__(self, function, hidden, vocabularies, classes):
+    def __init__(self, function, task):
         super().__init__()
-        self.embeddings = nn.ModuleList(nn.Embedding(size, WIDTH) for size in vocabularies)
-        config = train.GPTConfig(vocab_size=1, n_embd=WIDTH, n_head=4, n_hidden=hidden)
-        five_inputs = function is not train.softmax_attention
-        self.layer = train.Block(config, "simplicial" if five_inputs else "softmax")
+        self.embeddings = nn.ModuleList(nn.Embedding(size, WIDTH) for size in task.vocabularies)
+        has_three_inputs = function is train.softmax_attention
+        n_hidden = WIDER if has_three_inputs else HIDDEN
+        config = train.GPTConfig(vocab_size=1, n_embd=WIDTH, n_head=4, n_hidden=n_hidden)
+        self.layer = train.Block(config, "softmax" if has_three_inputs else "simplicial")
         self.layer.self_attn.function = function
         self.layer.self_attn.options = {}
         self.layer.self_attn.rope_inputs = ()
         self.norm = train.RMSNorm(WIDTH, 1e-5)
-        self.out = nn.Linear(WIDTH, classes)
+        self.out = nn.Linear(WIDTH, task.classes)
 
     def forward(self, tokens):
         """tokens (B, T, number of tables) -> (B, classes)"""
@@ -191,21 +189,21 @@ class OneLayer(nn.Module):
         return self.out(self.norm(self.layer(x, None, None)[:, -1]))
 
 
-def train_task(task, variant, seed, steps):
+def train_task(task_name, variant_name, seed, steps):
     """Train on new examples in every step. Return the run; value: accuracy on 2000 others.
 
-    The same seed draws the same examples for all variants.
+    All variants of a seed train on the same examples.
     """
-    make_batch, vocabularies, classes, _ = TASKS[task]
+    task = TASKS[task_name]
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = OneLayer(*VARIANTS[variant], vocabularies, classes)
+    model = OneLayer(VARIANTS[variant_name], task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
 
     start_time = time.perf_counter()
     for _ in range(steps):
-        x, y = make_batch(128, generator)
+        x, y = task.make_batch(128, generator)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -213,7 +211,7 @@ def train_task(task, variant, seed, steps):
     seconds = time.perf_counter() - start_time
 
     with torch.no_grad():
-        x, y = make_batch(2000, torch.Generator().manual_seed(0))
+        x, y = task.make_batch(2000, torch.Generator().manual_seed(0))
         accuracy = (model(x).argmax(-1) == y).float().mean().item()
     parameters = sum(p.numel() for p in model.parameters())
     return {"seed": seed, "value": accuracy, "seconds": seconds, "parameters": parameters}
@@ -253,8 +251,9 @@ def refit():
         exponents[benchmark] = {}
         for model, rows in TABLE2.items():
             losses = rows[benchmark]
-            pair = [fit_exponent(SIZES, losses), fit_exponent(SIZES[1:], losses[1:])]
-            exponents[benchmark][model] = pair
+            all_sizes = fit_exponent(SIZES, losses)
+            without_smallest = fit_exponent(SIZES[1:], losses[1:])
+            exponents[benchmark][model] = [all_sizes, without_smallest]
     return exponents
 
 
@@ -262,21 +261,20 @@ def refit():
 # The study
 
 
-def closed_form():
-    """Return accuracies of the hand-built weights, and how many of four sequences softmax gets."""
+def score_by_hand():
+    """Return the accuracies of the weights set by hand."""
     generator = torch.Generator().manual_seed(0)
     accuracies = {}
     for M, T in (16, 6), (64, 12), (256, 20), (997, 30):
         x = torch.randint(M, (64, T), generator=generator)
         is_right = match3_by_hand(x, M) == match3(x, M)
         accuracies[f"M={M}, T={T}"] = is_right.float().mean().item()
-    heads = torch.randn(20000, 4, generator=generator)
-    return {"match3_by_hand": accuracies, "softmax_right_of_4": most_right_of_four(heads)}
+    return accuracies
 
 
 def plot(record):
     """Draw the accuracy of every run and the means, with the chance levels."""
-    figure, axes = new_figure((9, 4), 1, len(TASKS))
+    figure, axes = harness.new_figure((9, 4), 1, len(TASKS))
     for panel, task in zip(axes, TASKS):
         for i, name in enumerate(VARIANTS):
             values = [run["value"] for run in record["variants"][f"{task}: {name}"]["runs"]]
@@ -295,8 +293,8 @@ def main(argv, description, seeds=SEEDS, steps=None):
 
     steps: optimizer steps of every run in place of those in TASKS.
     """
-    args = study_parser(description).parse_args(argv)
-    out = check_writable(args.out)
+    args = harness.study_parser(description).parse_args(argv)
+    out = harness.check_writable(args.out)
     start_time = time.perf_counter()
     record = {
         "question": "Does one layer of 2-simplicial attention solve tasks about three tokens?",
@@ -307,30 +305,35 @@ def main(argv, description, seeds=SEEDS, steps=None):
         "differences": {},
     }
     for task in TASKS:
-        task_steps = steps or TASKS[task][3]
-        run = partial(train_task, task, steps=task_steps)
-        runs = {name: [run(name, seed) for seed in seeds] for name in VARIANTS}
+        task_steps = steps or TASKS[task].steps
         settings = f"width {WIDTH}, 4 heads, {task_steps} steps of 128 examples, AdamW, lr {LR}"
+        runs = {}
         for name in VARIANTS:
-            key = f"{task}: {name}"
-            record["variants"][key] = {"settings": settings, "sweep": None, "runs": runs[name]}
+            runs[name] = [train_task(task, name, seed, task_steps) for seed in seeds]
+            variant = {"settings": settings, "sweep": None, "runs": runs[name]}
+            record["variants"][f"{task}: {name}"] = variant
+        for name in VARIANTS:
             if name != BASELINE:
-                record["differences"][key] = paired_difference(runs[name], runs[BASELINE])
-    record.update(closed_form(), table2_exponents=refit())
+                difference = harness.paired_difference(runs[name], runs[BASELINE])
+                record["differences"][f"{task}: {name}"] = difference
+    record.update(match3_by_hand=score_by_hand(), table2_exponents=refit())
     record["seconds"] = time.perf_counter() - start_time
 
-    save_json(out / "simplicial-cpu.json", record)
-    save_figure(plot(record), out / "simplicial-cpu.png")
-    print_differences(record)
+    harness.save_json(out / "simplicial-cpu.json", record)
+    harness.save_figure(plot(record), out / "simplicial-cpu.png")
+    harness.print_differences(record)
+    print_closed_form(record)
+    return record
+
+
+def print_closed_form(record):
     for task, levels in record["chance"].items():
         for level, accuracy in levels.items():
             print(f"  {task}: chance level ({level}) {accuracy:.3f}")
-    print(f"  Match3 by hand-built weights, one head: {record['match3_by_hand']}")
-    print(
-        "  exponents of the paper's Table 2, softmax and 2-simplicial, without its smallest model:"
-    )
+    print(f"  Match3 by weights set by hand, one head: {record['match3_by_hand']}")
+    print("  exponents of the paper's Table 2: softmax, 2-simplicial; without its smallest model")
     for benchmark, models in record["table2_exponents"].items():
-        softmax, ours = models["softmax"], models["2-simplicial"]
-        line = f"{softmax[0]:.4f} {ours[0]:.4f}, {softmax[1]:.4f} {ours[1]:.4f}"
+        softmax, softmax_without = models["softmax"]
+        ours, ours_without = models["2-simplicial"]
+        line = f"{softmax:.4f} {ours:.4f}; {softmax_without:.4f} {ours_without:.4f}"
         print(f"    {benchmark:9} {line}")
-    return record

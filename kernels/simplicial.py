@@ -1,36 +1,26 @@
-"""2-simplicial attention, forward and backward: pairs of a query and an offset are the rows of a tile.
+"""2-simplicial attention as flash attention, forward and backward.
 
-Row (i, d) has the query a_id = q_i * k2_{i-d} / sqrt(D) and attends to (k, v) through the window w1.
-Nothing of size (T, w1, w2) or (T, w2, D) leaves the chip; all sums are float32.
+A row is a query i with one of its offsets d < w2. Row (i, d) attends to k and v with the query
+q_i * k2_{i-d}. A tile has QUERIES queries with OFFSETS offsets each: ROWS rows in all.
 
-    forward_kernel   online softmax of each row, then, with p_id the share of row d in all pairs of i,
-                     o_i = sum_d p_id * (row's result) * v2_{i-d}
-                     lse_i: natural logarithm, over all pairs
-    repair_kernel    the queries that forward_kernel or kernels/simplicial_hopper.py has left, for
-                     which exp needs a running maximum, or that have met what is not finite
-    rows_kernel      P = exp(S - lse_i)   dP = (do_i * v2_{i-d}) . v_j   dS = P (dP - delta_i)
-                     U = P V   W = dS K   dq_i = sum_d W_id * k2_{i-d}
-                     dk2_k = sum_i W_{i,i-k} * q_i      dv2_k = sum_i U_{i,i-k} * do_i
-    columns_kernel   dk_j = sum_id dS a_id              dv_j = sum_id P (do_i * v2_{i-d})
+    forward_kernel       o_i = sum_d share_id * (output of row d) * v2_{i-d}, where share_id is the
+                         part of row d in the softmax of query i over all its pairs
+    repair_kernel        again, with a running maximum, for queries with huge scores, inf or NaN
+    dq_dk2_dv2_kernel    P = exp(S - lse_i), dP = (do_i * v2_{i-d}) . v_j, dS = P * (dP - delta_i)
+                         dq_i = sum_d (dS K)_id * k2_{i-d}
+                         dk2_{i-d} += (dS K)_id * q_i, dv2_{i-d} += (P V)_id * do_i
+    dk_dv_kernel         dk_j = sum_id dS * (q_i * k2_{i-d}), dv_j = sum_id P * (do_i * v2_{i-d})
 
-Roles change places when w2 > w1, so that rows take the shorter window. Sums over the rows of a tile
-are products with a 0/1 matrix. No atomics: a program of rows_kernel owns PIECE positions and adds to
-a float32 buffer of its own, which reaches into the pieces before its own as far as w2 does; the
-buffers are added up in order. Two runs give the same bits.
-
-Grid: (tiles of queries | pieces | blocks of keys, KV heads). A tile takes queries position by
-position, the g heads of a KV group side by side, so that neither g = 1 nor g = 64 wastes rows. Work,
-in units of B H T w1 w2 D: 4 forward, 16 backward (S and dP are computed in both kernels; a single
-pass, 12, would need atomics). Backward memory: 2 (1 + (w2 - 1) / PIECE) float32 tensors like k2.
-
-A query with a number that is not finite, or that sees one, gets NaN (unless a weight of exactly 0
-hides it); so do the gradients of what it sees. Others keep their bits, whatever is in their tile. One exception: where a product of finite
-factors overflows float16 in the backward pass (do * v2, U * do, W * q, W * k2), neighbors may get NaN.
-
-Why the tiles are what they are: kernels/NOTES.md.
+Grid: (tiles, pieces of PIECE positions or blocks of keys; B * Hkv). If w2 > w1, (k, v) and (k2, v2)
+change places. No atomics: two runs give the same bits. FLOPs / (B H T w1 w2 D): 4 forward and 16
+backward, as both backward kernels compute S and dP. A query that sees inf or NaN gets NaN, as do
+the gradients of what it sees; all others keep their bits, unless a product of finite float16
+numbers overflows in the backward pass. Tuning history and times: kernels/NOTES.md.
 """
 
+import functools
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,557 +37,734 @@ except (ImportError, AttributeError):  # a Triton without this Gluon
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# a cache changes some of these with each token: compile once
-NUMBERS = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "room"]
-PIECE = 64  # positions whose k2 and v2 one program gathers
-CLEAN_ROWS = 32  # of a program of clean_kernel and fill_kernel
-HEAD = tl.constexpr(16)  # keys of a block at the left edge of a window
-REPAIR_TILES = tl.constexpr(32)  # that one program looks through
+EDGE = tl.constexpr(16)  # keys per block at the old end of a window
+REPAIR_TILES = tl.constexpr(32)  # tiles per program of repair_kernel
+PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
+BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
+WIDTHS = (16, 32, 64, 128)  # head dimensions
+# a KV cache changes these with every token: do not compile again
+VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "past", "N"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tiles. Queries are numbered position by position, the GROUP query heads of a KV head side by side,
+# so that a tile is full whether GROUP is 1 or 64. A window w2 > OFFSETS takes several tiles in a
+# row, one for each chunk of OFFSETS offsets.
+
+
+class Sizes(NamedTuple):
+    Tq: tl.tensor  # positions of q, which are the last
+    Tk: tl.tensor  # positions of k and v
+    Tk2: tl.tensor  # positions of k2 and v2
+    w1: tl.tensor  # window in k and v
+    w2: tl.tensor  # window in k2 and v2
+
+
+class Rows(NamedTuple):
+    """The rows of a tile, (ROWS,) each."""
+
+    q_row: tl.tensor  # row of the query in the (GROUP, Tq) rows of q
+    position: tl.tensor  # of the query in k, i
+    position2: tl.tensor  # of the offset in k2, i - d
+    exists: tl.tensor
+    has_rivals: tl.tensor  # its query sees more than one pair; of a single one P = 1 and dS = 0
+
+
+class Span(NamedTuple):
+    """The keys that a tile sees: some at the old end of the window, then whole blocks."""
+
+    first_position: tl.tensor  # of the first query in k
+    first_key: tl.tensor
+    first_block: tl.tensor  # key where the whole blocks start
+    end: tl.tensor
 
 
 @triton.jit
-def pairs(t, g: tl.constexpr, Tq, Tk, Tk2, w1, w2, NQ: tl.constexpr, BD: tl.constexpr):
-    """Tile t: NQ queries with BD offsets each. -> [NQ * BD] each: the row of q, its position among k,
-    that of the offset among k2, whether there is such a pair, and whether the query sees several (of
-    a single one P = 1 and dS must be 0, without rounding); the first and the last position of the
-    tile."""
-    r, chunks = tl.arange(0, NQ * BD), tl.cdiv(w2, BD)
-    first, d = t // chunks * NQ, t % chunks * BD + r % BD
-    n = first + r // BD
-    i = tl.minimum(n // g, Tq - 1)  # rows past the end repeat the last position
-    i, i2 = i + Tk - Tq, i + Tk2 - Tq
-    lo, hi = tl.minimum(first // g, Tq - 1), tl.minimum((first + NQ - 1) // g, Tq - 1)
-    valid = (n < Tq * g) & (d < w2) & (d <= i2)
-    many = valid & (tl.minimum(i, w1 - 1) + tl.minimum(i2, w2 - 1) > 0)
-    return n % g * Tq + n // g, i, i2 - d, valid, many, lo + Tk - Tq, hi + Tk - Tq
+def query_row(query, sizes, GROUP: tl.constexpr):
+    """Row of a query in the (GROUP, Tq) rows of q."""
+    return query % GROUP * sizes.Tq + query // GROUP
 
 
 @triton.jit
-def product(x_ptr, y_ptr, row, k, valid, factor, D: tl.constexpr):
-    """factor * x[row] * y[k], rounded once to the dtype of x; 0 where the pair does not exist. [BM, D]"""
-    offs_d, mask = tl.arange(0, D)[None, :], valid[:, None]
-    x = tl.load(x_ptr + row[:, None] * D + offs_d, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + k[:, None] * D + offs_d, mask=mask, other=0.0).to(tl.float32)
+def tile_rows(tile, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+    row = tl.arange(0, QUERIES * OFFSETS)
+    chunks = tl.cdiv(sizes.w2, OFFSETS)
+    query = tile // chunks * QUERIES + row // OFFSETS
+    offset = tile % chunks * OFFSETS + row % OFFSETS
+    step = tl.minimum(query // GROUP, sizes.Tq - 1)  # rows past the end repeat the last position
+    i = step + sizes.Tk - sizes.Tq
+    i2 = step + sizes.Tk2 - sizes.Tq
+    exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
+    has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
+    return Rows(query_row(query, sizes, GROUP), i, i2 - offset, exists, has_rivals)
+
+
+@triton.jit
+def tile_span(
+    tile, sizes,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first_query = tile // tl.cdiv(sizes.w2, OFFSETS) * QUERIES
+    last_query = first_query + QUERIES - 1
+    first_position = tl.minimum(first_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
+    last_position = tl.minimum(last_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
+    end = last_position + 1
+    first_key = tl.maximum(first_position - sizes.w1 + 1, 0)
+    first_block = end - tl.minimum(sizes.w1, end) // BLOCK_N * BLOCK_N
+    return Span(first_position, first_key, first_block, end)
+
+
+@triton.jit
+def is_visible(position, key, w1, end):
+    return (key <= position) & (key > position - w1) & (key < end)
+
+
+@triton.jit
+def load_rows(ptr, rows, mask, D: tl.constexpr):
+    ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(ptrs, mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def load_block(ptr, start, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    rows = start + tl.arange(0, BLOCK_N)
+    return tl.load(ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def multiply_rows(x_ptr, y_ptr, rows, mask, factor, D: tl.constexpr):
+    """factor * x_i * y_{i-d}, rounded once; 0 outside the mask. [ROWS, D]"""
+    x = load_rows(x_ptr, rows.q_row, mask, D).to(tl.float32)
+    y = load_rows(y_ptr, rows.position2, mask, D).to(tl.float32)
     return (x * factor * y).to(x_ptr.dtype.element_ty)
 
 
-@triton.jit
-def keys(x_ptr, start, end, BN: tl.constexpr, D: tl.constexpr):
-    offs_n = start + tl.arange(0, BN)
-    ptrs = x_ptr + offs_n[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(ptrs, mask=(offs_n < end)[:, None], other=0.0)  # [BN, D]
+# --------------------------------------------------------------------------------------------------
+# Forward
+
+
+class Keys(NamedTuple):
+    """k and v of one KV head."""
+
+    k_ptr: tl.tensor
+    v_ptr: tl.tensor
+    k_blocks: tl.tensor  # TMA descriptors of all heads
+    v_blocks: tl.tensor
+    first_row: tl.tensor  # of this head in them
 
 
 @triton.jit
-def whole_keys(x_ptr, start, BN: tl.constexpr, D: tl.constexpr):
-    offs_n = start + tl.arange(0, BN)
-    return tl.load(x_ptr + offs_n[:, None] * D + tl.arange(0, D)[None, :])  # [BN, D]
-
-
-@triton.jit
-def visible(i, j, w1, end):
-    return (j <= i) & (j > i - w1) & (j < end)
-
-
-@triton.jit
-def sum_rows(member, x, PREC: tl.constexpr):
-    """member [R, BM] bool, x [BM, D] -> [R, D], the sum over the rows of x that are members
-
-    As a product with a 0/1 matrix, in which 0 * inf = NaN would reach all sums: a row that is not
-    finite makes NaN of the sums that it is a member of, and adds 0 to the others.
-    """
-    is_bad = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 0  # [BM]
-    x = tl.where(is_bad[:, None], 0.0, x)
-    total = tl.dot(member.to(x.dtype), x, input_precision=PREC)
-    spoiled = tl.max((member & is_bad[None, :]).to(tl.int32), 1) > 0  # [R]
-    return tl.where(spoiled[:, None], float("nan"), total)
-
-
-@triton.jit
-def attend(
-    acc, m_i, l_i, wild, a, k, v, i, start, end, w1, edge,
-    SAFE: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+def attend_block(
+    acc, m_i, l_i, qk2, k, v, position, start, end, w1, is_partial, needs_max,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. `edge`: some row does not see all of it. SAFE: the rows that are `wild` have
-    their maximum subtracted, and a value that is not finite makes NaN of the rows that see its key
-    alone; to the others this adds and multiplies exactly nothing."""
-    s = tl.dot(a, tl.trans(k), input_precision=PREC)  # [BM, BN], in units of log 2
-    if SAFE:
-        is_bad = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1) == 0  # [BN]
+    """Add a block of keys to acc = sum exp2(S - m_i) V and l_i = sum exp2(S - m_i) of each row.
+
+    is_partial: some row does not see the whole block. needs_max: None, then m_i stays 0; or the
+    rows that need a running maximum. The others keep their bits.
+    """
+    # -- compute scores, in base 2 --
+    s = tl.dot(qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
+    if needs_max is not None:
+        # inf in v must become NaN in rows that see its key, and not 0 * inf = NaN in the others
+        is_bad = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1) == 0  # [BLOCK_N]
         s = tl.where(is_bad[None, :], float("nan"), s)
-        v = tl.where(is_bad[:, None], 0.0, v)  # or rows that do not see it would get 0 * inf = NaN
-    if edge:
-        is_seen = visible(i[:, None], start + tl.arange(0, BN)[None, :], w1, end)
-        s = tl.where(is_seen, s, -float("inf"))
-    if SAFE:
-        m_new = tl.where(wild, tl.maximum(m_i, tl.max(s, 1)), 0.0)
-        # a row with no key yet: any finite number will do
-        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+        v = tl.where(is_bad[:, None], 0.0, v)
+    if is_partial:
+        key = start + tl.arange(0, k.shape[0])[None, :]
+        s = tl.where(is_visible(position[:, None], key, w1, end), s, -float("inf"))
+
+    # -- running maximum --
+    if needs_max is not None:
+        m_new = tl.where(needs_max, tl.maximum(m_i, tl.max(s, 1)), 0.0)
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key yet: any finite number
         s -= m_safe[:, None]
         alpha = tl.exp2(m_i - m_safe)
-        acc, l_i, m_i = acc * alpha[:, None], l_i * alpha, m_new
+        acc = acc * alpha[:, None]
+        l_i = l_i * alpha
+        m_i = m_new
+
+    # -- update sums --
     p = tl.exp2(s)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PREC), m_i, l_i + tl.sum(p, 1)
-
-
-@triton.jit
-def attend_all(
-    k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1,
-    SAFE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    acc, l_i = tl.zeros((m_i.shape[0], D), tl.float32), tl.zeros_like(m_i)
-    # as many whole blocks as the last position sees
-    body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN
-    for start in tl.range(first, body, HEAD, num_stages=1):
-        k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, wild, a, k, v, i, start, body, w1, True, SAFE, HEAD, PREC
-        )
-    for start in range(body, hi + 1, BN):
-        k, v = k_blocks.load([row0 + start, 0]), v_blocks.load([row0 + start, 0])
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, wild, a, k, v, i, start, hi + 1, w1, start + BN > lo + 1, SAFE, BN, PREC
-        )
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    l_i = l_i + tl.sum(p, 1)
     return acc, m_i, l_i
 
 
 @triton.jit
-def forward_tile(
-    tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
-    Tq, Tk, Tk2, w1, w2, scale,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    PREC: tl.constexpr, AGAIN: tl.constexpr,
+def attend(
+    keys, qk2, position, span, w1, needs_max,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The results of NQ queries. Without AGAIN, a query whose scores are out of range, or whose result
-    is not finite, is left with an infinite lse; with it, these alone are computed, with care."""
-    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
-    q_ptr += bh * g * Tq * D
-    o_ptr += bh * g * Tq * D
-    row0 = (bh * Tk).to(tl.int32)
-    k_ptr += bh * Tk * D
-    v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk2 * D
-    v2_ptr += bh * Tk2 * D
-    BM: tl.constexpr = NQ * BD
-    RQ: tl.constexpr = NQ if NQ > 16 else 16  # the least that a product takes
-    factor = tl.cast(scale, tl.float32) * LOG2E
+    """Attend from the rows of a tile to their windows. -> acc [ROWS, D], m_i and l_i [ROWS]"""
+    ROWS: tl.constexpr = qk2.shape[0]
+    m_i = tl.zeros((ROWS,), tl.float32)
+    if needs_max is not None:
+        m_i = tl.where(needs_max, -float("inf"), 0.0)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    l_i = tl.zeros((ROWS,), tl.float32)
+
+    # -- the keys before the whole blocks, a few at a time --
+    for start in tl.range(span.first_key, span.first_block, EDGE, num_stages=1):
+        key = start + tl.arange(0, EDGE)
+        k = load_rows(keys.k_ptr, key, key < span.first_block, D)
+        v = load_rows(keys.v_ptr, key, key < span.first_block, D)
+        acc, m_i, l_i = attend_block(
+            acc, m_i, l_i, qk2, k, v, position, start, span.first_block, w1, True, needs_max,
+            PRECISION,
+        )  # fmt: skip
+
+    # -- whole blocks; only those past the first query need a mask --
+    for start in range(span.first_block, span.end, BLOCK_N):
+        k = keys.k_blocks.load([keys.first_row + start, 0])  # [BLOCK_N, D]
+        v = keys.v_blocks.load([keys.first_row + start, 0])
+        is_partial = start + BLOCK_N > span.first_position + 1
+        acc, m_i, l_i = attend_block(
+            acc, m_i, l_i, qk2, k, v, position, start, span.end, w1, is_partial, needs_max,
+            PRECISION,
+        )  # fmt: skip
+    return acc, m_i, l_i
+
+
+@triton.jit
+def sum_rows(is_member, x, PRECISION: tl.constexpr):
+    """is_member [R, ROWS] bool, x [ROWS, D] -> [R, D], the sum of the rows that are members
+
+    The sum is a product with a 0/1 matrix, where 0 * inf = NaN would reach all sums. So a row that
+    is not finite is taken out, and makes NaN of the sums that it is a member of.
+    """
+    is_bad = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 0  # [ROWS]
+    x = tl.where(is_bad[:, None], 0.0, x)
+    total = tl.dot(is_member.to(x.dtype), x, input_precision=PRECISION)
+    has_bad = tl.max((is_member & is_bad[None, :]).to(tl.int32), 1) > 0  # [R]
+    return tl.where(has_bad[:, None], float("nan"), total)
+
+
+@triton.jit
+def forward_queries(
+    query_block, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
+    sizes, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
+):  # fmt: skip
+    """Compute o and lse of QUERIES queries.
+
+    There is no running maximum: a query whose sums leave the range of the dtype, or whose output is
+    not finite, gets lse = inf. With REPAIR, only these are computed, their sums with a maximum.
+    """
+    ROWS: tl.constexpr = QUERIES * OFFSETS
+    PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
     dtype = q_ptr.dtype.element_ty
-    # [RQ, BM]: rows of a query
-    mine = tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]
-    # The sum of a row's exp2(s) within which no maximum is needed: values up to 2^67 cannot overflow,
-    # in float16 P is a number.
+    # range of sum exp2(S) without a maximum: v up to 2^67 cannot overflow, P fits float16
     LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0**-60
     MOST: tl.constexpr = 2.0**15 if dtype == tl.float16 else 2.0**60
 
-    o, lse = tl.zeros((RQ, D), tl.float32), tl.full((RQ,), -float("inf"), tl.float32)
-    t = tile * chunks
-    row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)  # [BM, D]
-    first = tl.maximum(lo - w1 + 1, 0)
-    for c in range(chunks):
-        row, i, at, valid, many, lo, hi = pairs(t + c, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-        m_i = tl.zeros((BM,), tl.float32)
-        acc, m_i, l_i = attend_all(
-            k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, valid, a, i, lo, hi, first, w1,
-            False, D, BN, PREC,
-        )  # fmt: skip
-        wild = valid & ~((l_i > LEAST) & (l_i < MOST))
-        if AGAIN:  # with a maximum for the wild rows
-            m_i = tl.where(wild, -float("inf"), 0.0)
-            acc, m_i, l_i = attend_all(
-                k_blocks, v_blocks, row0, k_ptr, v_ptr, m_i, wild, a, i, lo, hi, first, w1,
-                True, D, BN, PREC,
-            )  # fmt: skip
-        else:
-            l_i = tl.where(wild, float("nan"), l_i)
+    # -- select the KV head --
+    bh = tl.program_id(1).to(tl.int64)
+    q_ptr += bh * GROUP * sizes.Tq * D
+    o_ptr += bh * GROUP * sizes.Tq * D
+    lse_ptr += bh * GROUP * sizes.Tq
+    first_row = (bh * sizes.Tk).to(tl.int32)
+    k_ptr += bh * sizes.Tk * D
+    v_ptr += bh * sizes.Tk * D
+    k2_ptr += bh * sizes.Tk2 * D
+    v2_ptr += bh * sizes.Tk2 * D
+    keys = Keys(k_ptr, v_ptr, k_blocks, v_blocks, first_row)
 
-        m_i = tl.where(valid, m_i, -float("inf"))
-        m_q = tl.max(tl.where(mine, m_i[None, :], -float("inf")), 1)  # [RQ]: over the offsets
-        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
-        p = tl.where(mine, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)  # [RQ, BM]
-        l_q = tl.sum(p, 1)  # [RQ], 0 without a pair
-        safe = tl.where(l_q == 0.0, 1.0, l_q)
-        # [BM]: a row's part of its query, over its own sum
-        share = tl.sum(tl.where(mine, p / safe[:, None], 0.0), 0) / l_i
-        ptrs = v2_ptr + at[:, None] * D + tl.arange(0, D)[None, :]
-        v2 = tl.load(ptrs, mask=valid[:, None], other=0.0)  # [BM, D]
-        rows = (acc * share[:, None] * v2).to(dtype)
-        if AGAIN:
-            part = sum_rows(mine, rows, PREC)  # [RQ, D]
-        else:
-            part = tl.dot(mine.to(dtype), rows, input_precision=PREC)
-        lse_c = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(safe))
-        m_q = tl.maximum(lse, lse_c)
-        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
-        before, now = tl.exp2(lse - m_q), tl.exp2(lse_c - m_q)
-        both = tl.where(before + now == 0.0, 1.0, before + now)
-        o = o * (before / both)[:, None] + part * (now / both)[:, None]
-        lse = tl.where(before + now == 0.0, -float("inf"), m_q + tl.log2(both))
-        if c + 1 < chunks:
-            row, i, at, valid, many, lo, hi = pairs(t + c + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-            a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
-        else:
-            a = tl.zeros((BM, D), dtype)
+    chunks = tl.cdiv(sizes.w2, OFFSETS)
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+    query_index = tl.arange(0, PADDED)
+    is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
+    o = tl.zeros((PADDED, D), tl.float32)
+    lse = tl.full((PADDED,), -float("inf"), tl.float32)
+    first_tile = query_block * chunks
+    first_rows = tile_rows(first_tile, sizes, GROUP, QUERIES, OFFSETS)
+    qk2 = multiply_rows(q_ptr, k2_ptr, first_rows, first_rows.exists, qk_scale, D)  # [ROWS, D]
+    for chunk in range(chunks):
+        rows = tile_rows(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS)
+        span = tile_span(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
 
-    n = tile * NQ + tl.arange(0, RQ)
-    mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
-    row = n % g * Tq + n // g
-    if AGAIN:
-        mask &= tl.load(lse_ptr + bh * g * Tq + row, mask=mask, other=0.0) == float("inf")
+        # -- attend from each row --
+        acc, m_i, l_i = attend(
+            keys, qk2, rows.position, span, sizes.w1, None, D, BLOCK_N, PRECISION
+        )
+        needs_max = rows.exists & ~((l_i > LEAST) & (l_i < MOST))
+        if REPAIR:
+            acc, m_i, l_i = attend(
+                keys, qk2, rows.position, span, sizes.w1, needs_max, D, BLOCK_N, PRECISION
+            )
+        else:
+            l_i = tl.where(needs_max, float("nan"), l_i)
+
+        # -- share of each row in the softmax of its query --
+        m_i = tl.where(rows.exists, m_i, -float("inf"))
+        m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
+        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
+        p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
+        l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
+        l_safe = tl.where(l_q == 0.0, 1.0, l_q)
+        share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS], over its sum
+
+        # -- multiply by v2, sum the rows of each query --
+        v2 = load_rows(v2_ptr, rows.position2, rows.exists, D)  # [ROWS, D]
+        x = (acc * share[:, None] * v2).to(dtype)
+        if REPAIR:
+            o_chunk = sum_rows(is_own, x, PRECISION)  # [PADDED, D]
+        else:
+            o_chunk = tl.dot(is_own.to(dtype), x, input_precision=PRECISION)
+        lse_chunk = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(l_safe))
+
+        # -- merge with the chunks before: a softmax over chunks --
+        m = tl.maximum(lse, lse_chunk)
+        m = tl.where(m == -float("inf"), 0.0, m)
+        weight = tl.exp2(lse - m)
+        weight_chunk = tl.exp2(lse_chunk - m)
+        total = tl.where(weight + weight_chunk == 0.0, 1.0, weight + weight_chunk)
+        o = o * (weight / total)[:, None] + o_chunk * (weight_chunk / total)[:, None]
+        lse = tl.where(weight + weight_chunk == 0.0, -float("inf"), m + tl.log2(total))
+
+        # -- the next chunk's qk2: made here, Triton keeps it in shared memory, not in registers --
+        if chunk + 1 < chunks:
+            next_rows = tile_rows(first_tile + chunk + 1, sizes, GROUP, QUERIES, OFFSETS)
+            qk2 = multiply_rows(q_ptr, k2_ptr, next_rows, next_rows.exists, qk_scale, D)
+        else:
+            qk2 = tl.zeros((ROWS, D), dtype)
+
+    # -- store --
+    query = query_block * QUERIES + query_index
+    row = query_row(query, sizes, GROUP)
+    mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
+    if REPAIR:
+        mask &= tl.load(lse_ptr + row, mask=mask, other=0.0) == float("inf")
     else:
         is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
         lse = tl.where(is_finite, lse, float("inf"))
-    tl.store(o_ptr + row[:, None] * D + tl.arange(0, D)[None, :], o.to(dtype), mask=mask[:, None])
-    tl.store(lse_ptr + bh * g * Tq + row, lse * LN2, mask=mask)
+    o_ptrs = o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(o_ptrs, o.to(dtype), mask=mask[:, None])
+    tl.store(lse_ptr + row, lse * LN2, mask=mask)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    # (B, H, Tq, D), (B, Hkv, Tk, D) twice, as descriptors, k2, v2
-    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr,
-    o_ptr, lse_ptr,  # like q, (B, H, Tq)
+    q_ptr,  # (B, H, Tq, D)
+    k_ptr, v_ptr, k_blocks, v_blocks,  # (B, Hkv, Tk, D), and TMA descriptors of (B * Hkv * Tk, D)
+    k2_ptr, v2_ptr,  # (B, Hkv, Tk2, D)
+    o_ptr, lse_ptr,  # (B, H, Tq, D), (B, H, Tq)
     Tq, Tk, Tk2, w1, w2, scale,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    PREC: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    forward_tile(
+    """o, lse = attention(q, k, v, k2, v2), of one tile; lse = inf is left to repair_kernel."""
+    forward_queries(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
-        Tq, Tk, Tk2, w1, w2, scale, g, D, NQ, BD, BN, PREC, False,
+        Sizes(Tq, Tk, Tk2, w1, w2), scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=VARYING)
 def repair_kernel(
     q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
     Tq, Tk, Tk2, w1, w2, scale,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    PREC: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What forward_kernel or hopper_kernel has left with an infinite lse. A program looks through the
-    queries of REPAIR_TILES tiles, which mostly is all."""
-    first = tl.program_id(0) * REPAIR_TILES
-    n = first * NQ + tl.arange(0, REPAIR_TILES * NQ)
-    to = tl.program_id(1).to(tl.int64) * g * Tq + n % g * Tq + n // g
-    left = tl.load(lse_ptr + to, mask=n < g * Tq, other=0.0) == float("inf")
-    if tl.max(left.to(tl.int32), 0) > 0:
-        for tile in range(first, first + REPAIR_TILES):
-            if tl.max((left & (n // NQ == tile)).to(tl.int32), 0) > 0:
-                forward_tile(
+    """Compute queries with lse = inf again. Mostly there are none; a program checks many tiles."""
+    sizes = Sizes(Tq, Tk, Tk2, w1, w2)
+    first_tile = tl.program_id(0) * REPAIR_TILES
+    query = first_tile * QUERIES + tl.arange(0, REPAIR_TILES * QUERIES)
+    row = tl.program_id(1).to(tl.int64) * GROUP * Tq + query_row(query, sizes, GROUP)
+    is_left = tl.load(lse_ptr + row, mask=query < GROUP * Tq, other=0.0) == float("inf")
+    if tl.max(is_left.to(tl.int32), 0) > 0:
+        for tile in range(first_tile, first_tile + REPAIR_TILES):
+            if tl.max((is_left & (query // QUERIES == tile)).to(tl.int32), 0) > 0:
+                forward_queries(
                     tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
-                    Tq, Tk, Tk2, w1, w2, scale, g, D, NQ, BD, BN, PREC, True,
+                    sizes, scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, True,
                 )  # fmt: skip
 
 
-@triton.jit
-def block_gradients(
-    u, w, a, h, k, v, lse, delta, i, start, end, w1, edge, BN: tl.constexpr, PREC: tl.constexpr
-):
-    """One block of keys for a tile of rows: U += P V, W += dS K, where dS = P * (dP - delta)."""
-    p = tl.exp2(tl.dot(a, tl.trans(k), input_precision=PREC) - lse[:, None])  # [BM, BN]
-    if edge:
-        p = tl.where(visible(i[:, None], start + tl.arange(0, BN)[None, :], w1, end), p, 0.0)
-    u = tl.dot(p.to(v.dtype), v, u, input_precision=PREC)  # [BM, D]
-    ds = p * (tl.dot(h, tl.trans(v), input_precision=PREC) - delta[:, None])
-    return u, tl.dot(ds.to(k.dtype), k, w, input_precision=PREC)
+# --------------------------------------------------------------------------------------------------
+# Backward: dq, dk2 and dv2, a program per piece of queries
+
+
+class RowInputs(NamedTuple):
+    """What the backward knows of the rows of a tile."""
+
+    qk2: tl.tensor  # q_i * k2_{i-d} * scale * LOG2E, [ROWS, D]
+    dov2: tl.tensor  # do_i * v2_{i-d}, [ROWS, D]
+    lse: tl.tensor  # in base 2, [ROWS]; inf where a row does not exist: exp2(s - inf) = 0
+    delta: tl.tensor  # [ROWS]
+    position: tl.tensor  # [ROWS]
 
 
 @triton.jit
-def both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, factor, D: tl.constexpr):
-    a = product(q_ptr, k2_ptr, row, at, valid, factor, D)
+def make_row_operands(
+    q_ptr, do_ptr, k2_ptr, v2_ptr, tile, sizes, qk_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
+    rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
+    qk2 = multiply_rows(q_ptr, k2_ptr, rows, rows.exists, qk_scale, D)
     tl.debug_barrier()  # or all loads come first, and registers spill
-    # with delta = 0 this makes dS = 0 for a single pair
-    return a, product(do_ptr, v2_ptr, row, at, many, 1.0, D)
+    return qk2, multiply_rows(do_ptr, v2_ptr, rows, rows.has_rivals, 1.0, D)
 
 
 @triton.jit
-def add_rows(x_ptr, rows, mask, x, D: tl.constexpr):
-    ptrs = x_ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
+def backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION: tl.constexpr):
+    """Add a block of keys to pv = P V and dsk = dS K of each row."""
+    # -- recompute p --
+    s = tl.dot(rows.qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
+    p = tl.exp2(s - rows.lse[:, None])
+    if is_partial:
+        key = start + tl.arange(0, k.shape[0])[None, :]
+        p = tl.where(is_visible(rows.position[:, None], key, w1, end), p, 0.0)
+    # -- compute pv, ds and dsk --
+    pv = tl.dot(p.to(v.dtype), v, pv, input_precision=PRECISION)  # [ROWS, D]
+    ds = p * (tl.dot(rows.dov2, tl.trans(v), input_precision=PRECISION) - rows.delta[:, None])
+    dsk = tl.dot(ds.to(k.dtype), k, dsk, input_precision=PRECISION)
+    return pv, dsk
+
+
+@triton.jit
+def add_to_buffer(ptr, x, rows, mask, D: tl.constexpr):
+    ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(ptrs, tl.load(ptrs, mask=mask[:, None], other=0.0) + x, mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def rows_kernel(
-    # as in the forward; do like q, delta like lse
-    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr,
-    dq_ptr, dk2_ptr, dv2_ptr,  # like q; (B, Hkv, pieces, room, D) twice, float32
-    Tq, Tk, Tk2, w1, w2, scale, piece, room,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    PREC: tl.constexpr,
+@triton.jit(do_not_specialize=VARYING)
+def dq_dk2_dv2_kernel(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr,  # do like q, else as in forward_kernel
+    lse_ptr, delta_ptr,  # (B, H, Tq)
+    dq_ptr,  # (B, H, Tq, D)
+    dk2_ptr, dv2_ptr,  # (B * Hkv, pieces, buffer_rows, D) float32, zeros on entry
+    Tq, Tk, Tk2, w1, w2, scale, piece, buffer_rows,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
-    q_ptr += bh * g * Tq * D
-    do_ptr += bh * g * Tq * D
-    dq_ptr += bh * g * Tq * D
-    lse_ptr += bh * g * Tq
-    delta_ptr += bh * g * Tq
-    k_ptr += bh * Tk * D
-    v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk2 * D
-    v2_ptr += bh * Tk2 * D
-    BM: tl.constexpr = NQ * BD
-    RQ: tl.constexpr = NQ if NQ > 16 else 16
-    MORE: tl.constexpr = BD if BD > NQ else NQ
-    # at least the NQ + BD - 1 positions of k2 in a tile
-    RK: tl.constexpr = 2 * MORE if MORE > 8 else 16
-    scale = tl.cast(scale, tl.float32)
+    """dq of the `piece` positions of a program, and what they add to dk2 and dv2.
+
+    These go to a buffer of the program's own. Its last `piece` rows are the positions of its
+    queries, its first w2 - 1 rows those before, which its oldest queries see as well.
+    """
+    ROWS: tl.constexpr = QUERIES * OFFSETS
+    PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
+    LARGER: tl.constexpr = OFFSETS if OFFSETS > QUERIES else QUERIES
+    # rows of k2 that a tile can meet: QUERIES + OFFSETS - 1 at most, to a power of two
+    MET: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
     dtype = q_ptr.dtype.element_ty
-    offs_d = tl.arange(0, D)[None, :]
 
-    tiles = piece * g // NQ * chunks
-    t0 = tl.program_id(0) * tiles
-    row, i, at, valid, many, lo, hi = pairs(t0, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-    a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, scale * LOG2E, D)
-    dq = tl.zeros((RQ, D), tl.float32)
-    for t in range(t0, tl.minimum(t0 + tiles, tl.cdiv(Tq * g, NQ) * chunks)):
-        row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-        lse = tl.load(lse_ptr + row, mask=valid, other=float("inf")) * LOG2E  # exp2(s - inf) = 0
-        delta = tl.load(delta_ptr + row, mask=many, other=0.0)
-        u, w = tl.zeros((BM, D), tl.float32), tl.zeros((BM, D), tl.float32)
-        body = hi + 1 - tl.minimum(w1, hi + 1) // BN * BN
-        for start in tl.range(tl.maximum(lo - w1 + 1, 0), body, HEAD, num_stages=1):
-            k, v = keys(k_ptr, start, body, HEAD, D), keys(v_ptr, start, body, HEAD, D)
-            u, w = block_gradients(
-                u, w, a, h, k, v, lse, delta, i, start, body, w1, True, HEAD, PREC
-            )
-        for start in range(body, hi + 1, BN):
-            k, v = whole_keys(k_ptr, start, BN, D), whole_keys(v_ptr, start, BN, D)
-            u, w = block_gradients(
-                u, w, a, h, k, v, lse, delta, i, start, hi + 1, w1, start + BN > lo + 1, BN, PREC
-            )
-
-        # The rows of a query are summed for dq, those of a position of k2 for dk2 and dv2, by products
-        # with a 0/1 matrix. Registers are full of U and W: the barriers keep loads from coming early,
-        # and what depends on w1 > 0, which is always so, the compiler cannot take from before the
-        # loop, so it is computed again.
-        row, i, at, valid, many, lo, hi = pairs(
-            tl.where(w1 > 0, t, 0), g, Tq, Tk, Tk2, w1, w2, NQ, BD
-        )
-        oldest = lo - Tk + Tk2 - t % chunks * BD - BD + 1  # position of k2 that this tile can meet
-        there = (tl.arange(0, RK)[:, None] + oldest == at[None, :]).to(dtype)  # [RK, BM]
-        tl.debug_barrier()
-        # rows of the buffer
-        rows = tl.arange(0, RK) + oldest - (Tk2 - Tq) + room - piece * (tl.program_id(0) + 1)
-        mask = (rows >= 0) & (rows < room)
-        do = tl.load(do_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)  # [BM, D]
-        own = (tl.where(w1 > 0, bh, 0) * tl.num_programs(0) + tl.program_id(0)) * room * D
-        dv2 = tl.dot(there, (u * do).to(dtype), input_precision=PREC)
-        add_rows(dv2_ptr + own, rows, mask, dv2, D)
-        tl.debug_barrier()
-        q = tl.load(q_ptr + row[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
-        dk2 = tl.dot(there, (w * q).to(dtype), input_precision=PREC) * scale
-        add_rows(dk2_ptr + own, rows, mask, dk2, D)
-        tl.debug_barrier()
-        k2 = tl.load(k2_ptr + at[:, None] * D + offs_d, mask=valid[:, None], other=0.0)
-        # [RQ, BM]
-        mine = (tl.arange(0, RQ)[:, None] == (tl.arange(0, BM) // BD)[None, :]).to(dtype)
-        part = tl.dot(mine, (w * k2).to(dtype), input_precision=PREC) * scale
-        dq = tl.where(t % chunks == 0, 0.0, dq) + part
-        n = t // chunks * NQ + tl.arange(0, RQ)
-        mask = (tl.arange(0, RQ) < NQ) & (n < g * Tq)
-        ptrs = dq_ptr + (n % g * Tq + n // g)[:, None] * D + offs_d
-        tl.store(ptrs, dq.to(dtype), mask=mask[:, None])
-        row, i, at, valid, many, lo, hi = pairs(t + 1, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-        a, h = both_products(q_ptr, do_ptr, k2_ptr, v2_ptr, row, at, valid, many, scale * LOG2E, D)
-        tl.debug_barrier()  # other threads add to these rows next
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def columns_kernel(
-    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    Tq, Tk, Tk2, w1, w2, scale,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    bh, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(w2, BD)
-    q_ptr += bh * g * Tq * D
-    do_ptr += bh * g * Tq * D
-    lse_ptr += bh * g * Tq
-    delta_ptr += bh * g * Tq
+    # -- select the KV head --
+    sizes = Sizes(Tq, Tk, Tk2, w1, w2)
+    bh = tl.program_id(1).to(tl.int64)
+    q_ptr += bh * GROUP * Tq * D
+    do_ptr += bh * GROUP * Tq * D
+    dq_ptr += bh * GROUP * Tq * D
+    lse_ptr += bh * GROUP * Tq
+    delta_ptr += bh * GROUP * Tq
     k_ptr += bh * Tk * D
     v_ptr += bh * Tk * D
     k2_ptr += bh * Tk2 * D
     v2_ptr += bh * Tk2 * D
-    dk_ptr += bh * Tk * D
-    dv_ptr += bh * Tk * D
-    start = tl.program_id(0) * BN
-    j = start + tl.arange(0, BN)
-    k, v = keys(k_ptr, start, Tk, BN, D), keys(v_ptr, start, Tk, BN, D)
-    dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
-    dk_sum, dv_sum = dk, dv
-    factor = tl.cast(scale, tl.float32) * LOG2E
 
-    # queries that see one of these keys: oldest ... newest - 1
-    oldest = tl.maximum(start - (Tk - Tq), 0)
-    newest = tl.minimum(start + BN + w1 - 1, Tk) - (Tk - Tq)
-    first, last = oldest * g // NQ, tl.cdiv(tl.maximum(newest, oldest) * g, NQ)
-    for t in range(first * chunks, last * chunks):
-        row, i, at, valid, many, lo, hi = pairs(t, g, Tq, Tk, Tk2, w1, w2, NQ, BD)
-        # of a single pair P = exp2(0 - 0), and dK gets nothing
-        a = product(q_ptr, k2_ptr, row, at, many, factor, D)
-        h = product(do_ptr, v2_ptr, row, at, valid, 1.0, D)
-        lse = tl.where(valid, tl.load(lse_ptr + row, mask=many, other=0.0) * LOG2E, float("inf"))
-        delta = tl.load(delta_ptr + row, mask=valid, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(a), input_precision=PREC) - lse[None, :])  # [BN, BM]
-        if (start + BN > lo + 1) | (hi - w1 >= start):
-            p = tl.where(visible(i[None, :], j[:, None], w1, Tk), p, 0.0)
-        dv = tl.dot(p.to(h.dtype), h, dv, input_precision=PREC)
-        ds = p * (tl.dot(v, tl.trans(h), input_precision=PREC) - delta[None, :])
-        dk = tl.dot(ds.to(a.dtype), a, dk, input_precision=PREC)
-        if PREC == "ieee":  # in float32 a long chain of sums would be the largest error
-            full = t % 64 == 63
-            dk_sum, dv_sum = dk_sum + tl.where(full, dk, 0.0), dv_sum + tl.where(full, dv, 0.0)
-            dk, dv = tl.where(full, 0.0, dk), tl.where(full, 0.0, dv)
-    offs, dk, dv = j[:, None] * D + tl.arange(0, D)[None, :], dk + dk_sum, dv + dv_sum
-    tl.store(dk_ptr + offs, (dk * LN2).to(k.dtype), mask=(j < Tk)[:, None])
-    tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(j < Tk)[:, None])
+    # -- steps of this program: tiles, and the chunks of their offsets --
+    chunks = tl.cdiv(w2, OFFSETS)
+    steps = piece * GROUP // QUERIES * chunks
+    first_tile = tl.program_id(0) * steps
+    last_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
+    scale = tl.cast(scale, tl.float32)
+    qk2, dov2 = make_row_operands(
+        q_ptr, do_ptr, k2_ptr, v2_ptr, first_tile, sizes,
+        scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
+    )  # fmt: skip
+    dq = tl.zeros((PADDED, D), tl.float32)
+    for tile in range(first_tile, last_tile):
+        # -- load lse and delta --
+        rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
+        span = tile_span(tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
+        lse = tl.load(lse_ptr + rows.q_row, mask=rows.exists, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + rows.q_row, mask=rows.has_rivals, other=0.0)
+        inputs = RowInputs(qk2, dov2, lse, delta, rows.position)
+
+        # -- compute pv and dsk: keys before the whole blocks, then the blocks --
+        pv = tl.zeros((ROWS, D), tl.float32)
+        dsk = tl.zeros((ROWS, D), tl.float32)
+        for start in tl.range(span.first_key, span.first_block, EDGE, num_stages=1):
+            key = start + tl.arange(0, EDGE)
+            k = load_rows(k_ptr, key, key < span.first_block, D)
+            v = load_rows(v_ptr, key, key < span.first_block, D)
+            pv, dsk = backward_block(
+                pv, dsk, inputs, k, v, start, span.first_block, w1, True, PRECISION
+            )
+        for start in range(span.first_block, span.end, BLOCK_N):
+            k = load_block(k_ptr, start, BLOCK_N, D)
+            v = load_block(v_ptr, start, BLOCK_N, D)
+            is_partial = start + BLOCK_N > span.first_position + 1
+            pv, dsk = backward_block(
+                pv, dsk, inputs, k, v, start, span.end, w1, is_partial, PRECISION
+            )
+
+        # Registers are full of pv and dsk. The barriers keep loads from coming early, and positions
+        # are computed again, not kept: w1 > 0 always holds, but the compiler does not know that.
+        same_tile = tl.where(w1 > 0, tile, 0)
+        same_bh = tl.where(w1 > 0, bh, 0)
+        rows = tile_rows(same_tile, sizes, GROUP, QUERIES, OFFSETS)
+        span = tile_span(same_tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
+
+        # -- sum the rows of each position of k2, by a product with a 0/1 matrix --
+        oldest = span.first_position - Tk + Tk2 - tile % chunks * OFFSETS - OFFSETS + 1
+        met_position = tl.arange(0, MET) + oldest
+        is_met = (met_position[:, None] == rows.position2[None, :]).to(dtype)  # [MET, ROWS]
+        tl.debug_barrier()
+        buffer_row = met_position - (Tk2 - Tq) + buffer_rows - piece * (tl.program_id(0) + 1)
+        in_buffer = (buffer_row >= 0) & (buffer_row < buffer_rows)
+        program = same_bh * tl.num_programs(0) + tl.program_id(0)
+        do = load_rows(do_ptr, rows.q_row, rows.exists, D)  # [ROWS, D]
+        dv2 = tl.dot(is_met, (pv * do).to(dtype), input_precision=PRECISION)  # [MET, D]
+        add_to_buffer(dv2_ptr + program * buffer_rows * D, dv2, buffer_row, in_buffer, D)
+        tl.debug_barrier()
+        q = load_rows(q_ptr, rows.q_row, rows.exists, D)
+        dk2 = tl.dot(is_met, (dsk * q).to(dtype), input_precision=PRECISION) * scale
+        add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
+        tl.debug_barrier()
+
+        # -- sum the rows of each query, over all its chunks --
+        k2 = load_rows(k2_ptr, rows.position2, rows.exists, D)
+        query_index = tl.arange(0, PADDED)
+        is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
+        dq_chunk = tl.dot(is_own.to(dtype), (dsk * k2).to(dtype), input_precision=PRECISION) * scale
+        dq = tl.where(tile % chunks == 0, 0.0, dq) + dq_chunk
+        query = tile // chunks * QUERIES + query_index
+        mask = (query_index < QUERIES) & (query < GROUP * Tq)
+        dq_ptrs = dq_ptr + query_row(query, sizes, GROUP)[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(dq_ptrs, dq.to(dtype), mask=mask[:, None])
+
+        # -- the rows of the next step, made here for the reason given in forward_queries --
+        qk2, dov2 = make_row_operands(
+            q_ptr, do_ptr, k2_ptr, v2_ptr, tile + 1, sizes,
+            scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads add to these rows of the buffers next
 
 
 # --------------------------------------------------------------------------------------------------
-# What is not finite, in the backward pass. There most sums over keys and queries are products, in
-# which P = 0 hides nothing: 0 * inf = NaN. So such numbers are taken out before, and the gradients of
-# what meets them are filled with NaN afterwards.
+# Backward: dk and dv, a program per block of keys
 
 
-@triton.jit
-def clean_kernel(
-    x_ptr, y_ptr, x_clean_ptr, y_clean_ptr, is_bad_ptr,  # (N, D) four times; (N)
-    N, D: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=VARYING)
+def dk_dv_kernel(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr,  # as in dq_dk2_dv2_kernel
+    is_seen_ptr,  # (B, Hkv, Tk) by a query with inf or NaN
+    dk_ptr, dv_ptr,  # (B, Hkv, Tk, D)
+    Tq, Tk, Tk2, w1, w2, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Copies x and y with 0 in place of what is not finite, and says which rows had such a number."""
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offs = n[:, None] * D + tl.arange(0, D)[None, :]
-    mask = (n < N)[:, None]
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    """dk = dS^T (q_i * k2_{i-d}) and dv = P^T (do_i * v2_{i-d}) of BLOCK_N keys."""
+    # -- select the KV head --
+    sizes = Sizes(Tq, Tk, Tk2, w1, w2)
+    bh = tl.program_id(1).to(tl.int64)
+    q_ptr += bh * GROUP * Tq * D
+    do_ptr += bh * GROUP * Tq * D
+    lse_ptr += bh * GROUP * Tq
+    delta_ptr += bh * GROUP * Tq
+    k_ptr += bh * Tk * D
+    v_ptr += bh * Tk * D
+    dk_ptr += bh * Tk * D
+    dv_ptr += bh * Tk * D
+    k2_ptr += bh * Tk2 * D
+    v2_ptr += bh * Tk2 * D
+
+    # -- load the keys --
+    start = tl.program_id(0) * BLOCK_N
+    key = start + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, key, key < Tk, D)  # [BLOCK_N, D]
+    v = load_rows(v_ptr, key, key < Tk, D)
+    dk = tl.zeros((BLOCK_N, D), tl.float32)
+    dv = tl.zeros((BLOCK_N, D), tl.float32)
+    dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
+    dv_sum = tl.zeros((BLOCK_N, D), tl.float32)
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+
+    # -- queries that see one of these keys: positions oldest ... newest - 1 of q --
+    oldest = tl.maximum(start - (Tk - Tq), 0)
+    newest = tl.minimum(start + BLOCK_N + w1 - 1, Tk) - (Tk - Tq)
+    first_block = oldest * GROUP // QUERIES
+    last_block = tl.cdiv(tl.maximum(newest, oldest) * GROUP, QUERIES)
+    chunks = tl.cdiv(w2, OFFSETS)
+    for tile in range(first_block * chunks, last_block * chunks):
+        # -- load the rows of a tile; of a single pair qk2 = 0 and lse = 0: P = 1, and dk gets 0 --
+        rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
+        span = tile_span(tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
+        qk2 = multiply_rows(q_ptr, k2_ptr, rows, rows.has_rivals, qk_scale, D)  # [ROWS, D]
+        dov2 = multiply_rows(do_ptr, v2_ptr, rows, rows.exists, 1.0, D)
+        lse = tl.load(lse_ptr + rows.q_row, mask=rows.has_rivals, other=0.0) * LOG2E
+        lse = tl.where(rows.exists, lse, float("inf"))  # exp2(s - inf) = 0
+        delta = tl.load(delta_ptr + rows.q_row, mask=rows.exists, other=0.0)
+
+        # -- recompute p, transposed --
+        s = tl.dot(k, tl.trans(qk2), input_precision=PRECISION)  # [BLOCK_N, ROWS]
+        p = tl.exp2(s - lse[None, :])
+        sees_all = (start + BLOCK_N <= span.first_position + 1) & (span.end - 1 - w1 < start)
+        if not sees_all:
+            p = tl.where(is_visible(rows.position[None, :], key[:, None], w1, Tk), p, 0.0)
+
+        # -- compute dv, ds and dk --
+        dv = tl.dot(p.to(dov2.dtype), dov2, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(dov2), input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(qk2.dtype), qk2, dk, input_precision=PRECISION)
+
+        # -- float32: sums of 64 steps each, as a long chain of sums would be the largest error --
+        if PRECISION == "ieee":
+            is_last = tile % 64 == 63
+            dk_sum += tl.where(is_last, dk, 0.0)
+            dv_sum += tl.where(is_last, dv, 0.0)
+            dk = tl.where(is_last, 0.0, dk)
+            dv = tl.where(is_last, 0.0, dv)
+
+    # -- store; qk2 has a factor of LOG2E --
+    is_seen = tl.load(is_seen_ptr + bh * Tk + key, mask=key < Tk, other=0) != 0
+    dk = tl.where(is_seen[:, None], float("nan"), (dk + dk_sum) * LN2)
+    dv = tl.where(is_seen[:, None], float("nan"), dv + dv_sum)
+    offs = key[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dk_ptr + offs, dk.to(k.dtype), mask=(key < Tk)[:, None])
+    tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(key < Tk)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------
+# Backward: before and after. In products P = 0 does not hide inf and NaN, 0 * inf = NaN. So they
+# are taken out first, and the gradients of what meets them become NaN afterwards.
+
+
+@triton.jit(do_not_specialize=VARYING)
+def clean_kernel(
+    x_ptr, y_ptr, o_ptr, x_clean_ptr, y_clean_ptr,  # (N, D); o may be None
+    is_bad_ptr, delta_ptr,  # (N,) int8, (N,) float32
+    N, D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Copy x and y with 0 for inf and NaN, and flag rows with one. With o, delta = sum y * o."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs = rows[:, None] * D + tl.arange(0, D)[None, :]
+    mask = (rows < N)[:, None]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK_T, D]
     y = tl.load(y_ptr + offs, mask=mask, other=0.0)
     is_finite_x = tl.abs(x) < float("inf")
     is_finite_y = tl.abs(y) < float("inf")
     tl.store(x_clean_ptr + offs, tl.where(is_finite_x, x, 0.0), mask=mask)
     tl.store(y_clean_ptr + offs, tl.where(is_finite_y, y, 0.0), mask=mask)
-    is_bad = tl.min((is_finite_x & is_finite_y).to(tl.int32), 1) == 0
-    tl.store(is_bad_ptr + n, is_bad.to(tl.int8), mask=n < N)
+    is_finite = tl.min((is_finite_x & is_finite_y).to(tl.int32), 1) > 0
+    if o_ptr is not None:
+        o = tl.load(o_ptr + offs, mask=mask, other=0.0)
+        delta = tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
+        is_finite = is_finite & (tl.abs(delta) < float("inf"))
+        tl.store(delta_ptr + rows, tl.where(is_finite, delta, 0.0), mask=rows < N)
+    tl.store(is_bad_ptr + rows, 1 - is_finite.to(tl.int8), mask=rows < N)
 
 
-@triton.jit
-def fill_kernel(
-    x_ptr, y_ptr, is_bad_ptr,  # (N, D) twice, (N)
-    N, D: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=VARYING)
+def sum_buffers_kernel(
+    dk2_buffers_ptr, dv2_buffers_ptr,  # of dq_dk2_dv2_kernel
+    is_seen_ptr,  # (B, Hkv, Tk2) by a query with inf or NaN
+    dk2_ptr, dv2_ptr,  # (B, Hkv, Tk2, D)
+    Tk2, past, pieces, piece, buffer_rows,  # past: positions of k2 before the first query
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Fills the bad rows of x and y with NaN."""
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_bad = tl.load(is_bad_ptr + n, mask=n < N, other=0) != 0
-    if tl.max(is_bad.to(tl.int32), 0) > 0:
-        offs = n[:, None] * D + tl.arange(0, D)[None, :]
-        nan = tl.full((ROWS, D), float("nan"), tl.float32).to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + offs, nan, mask=is_bad[:, None])
-        tl.store(y_ptr + offs, nan, mask=is_bad[:, None])
-
-
-def clean(x, y):
-    """-> x and y with 0 in place of what is not finite, and which rows of either had such a number
-
-    x and y (..., D) -> the same twice, (...) bool
-    """
-    x_clean = torch.empty_like(x)
-    y_clean = torch.empty_like(y)
-    is_bad = x.new_empty(x.shape[:-1], dtype=torch.int8)
-    grid = (triton.cdiv(is_bad.numel(), CLEAN_ROWS),)
-    tensors = x, y, x_clean, y_clean, is_bad
-    clean_kernel[grid](*tensors, is_bad.numel(), x.shape[-1], CLEAN_ROWS)
-    return x_clean, y_clean, is_bad.bool()
-
-
-def fill_nan(x, y, is_bad):
-    """Fill the bad rows of x and y (..., D) with NaN. is_bad (...) bool"""
-    grid = (triton.cdiv(is_bad.numel(), CLEAN_ROWS),)
-    flags = is_bad.to(torch.int8).contiguous()
-    fill_kernel[grid](x, y, flags, is_bad.numel(), x.shape[-1], CLEAN_ROWS)
-
-
-def any_in_window(flags, w):
-    """flags (..., T) bool -> (..., T): is one of the w positions up to and including this one True?"""
-    count = F.pad(flags.cumsum(-1), (w, 0))
-    return count[..., w:] > count[..., :-w]
+    """dk2 and dv2: add up the buffers that hold a position, in order. NaN where is_seen."""
+    bh = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    exists = position < Tk2
+    query = position - past
+    before = tl.cdiv(buffer_rows - piece, piece)  # pieces before its own that a buffer reaches into
+    own_piece = (query + before * piece) // piece - before
+    dk2 = tl.zeros((BLOCK_T, D), tl.float32)
+    dv2 = tl.zeros((BLOCK_T, D), tl.float32)
+    for b in range(before + 1):
+        n = own_piece + b
+        row = query - (n + 1) * piece + buffer_rows  # a buffer ends at the end of its piece
+        mask = exists & (n >= 0) & (n < pieces) & (row >= 0)
+        buffer_row = (bh * pieces + n) * buffer_rows + row
+        dk2 += load_rows(dk2_buffers_ptr, buffer_row, mask, D)
+        dv2 += load_rows(dv2_buffers_ptr, buffer_row, mask, D)
+    is_seen = tl.load(is_seen_ptr + bh * Tk2 + position, mask=exists, other=0) != 0
+    dk2 = tl.where(is_seen[:, None], float("nan"), dk2)
+    dv2 = tl.where(is_seen[:, None], float("nan"), dv2)
+    offs = (bh * Tk2 + position)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dk2_ptr + offs, dk2.to(dk2_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(dv2_ptr + offs, dv2.to(dv2_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 # --------------------------------------------------------------------------------------------------
-# Launch
+# Launch options
 
-# Rows of a tile, keys of a block, warps, stages and, if given, the most registers of a thread. Heads
-# under 64 take those of 64. Chosen by time on one H200, with registers spilled where that was faster
-# (step 7 in NOTES.md).
+
+class Config(NamedTuple):
+    rows: int  # of a tile, queries times offsets
+    block_n: int  # keys per block
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None  # most registers per thread
+
+
+# Chosen by time on one H200, with registers spilled where that was faster (step 7 in NOTES.md).
+# Heads narrower than 64 take the options of 64.
 HOPPER = {
-    ("forward", 128): (128, 32, 4, 3),
-    ("rows", 128): (128, 32, 8, 3),
-    ("columns", 128): (64, 128, 8, 1),
-    ("forward", 64): (128, 64, 4, 3, 168),
-    ("rows", 64): (128, 32, 4, 3),
-    ("columns", 64): (128, 64, 4, 1),
+    ("forward", 128): Config(rows=128, block_n=32, num_warps=4, num_stages=3),
+    ("dq_dk2_dv2", 128): Config(rows=128, block_n=32, num_warps=8, num_stages=3),
+    ("dk_dv", 128): Config(rows=64, block_n=128, num_warps=8, num_stages=1),
+    ("forward", 64): Config(rows=128, block_n=64, num_warps=4, num_stages=3, maxnreg=168),
+    ("dq_dk2_dv2", 64): Config(rows=128, block_n=32, num_warps=4, num_stages=3),
+    ("dk_dv", 64): Config(rows=128, block_n=64, num_warps=4, num_stages=1),
 }
-OTHERS = {  # untimed; fit 99 KB and do not spill
-    "forward": (64, 32, 8, 2),
-    "rows": (32, 32, 8, 2),
-    "columns": (32, 64, 8, 1),
+OTHERS = {  # untimed; fit 99 KB of shared memory and do not spill
+    "forward": Config(rows=64, block_n=32, num_warps=8, num_stages=2),
+    "dq_dk2_dv2": Config(rows=32, block_n=32, num_warps=8, num_stages=2),
+    "dk_dv": Config(rows=32, block_n=64, num_warps=8, num_stages=1),
 }
-FLOAT32 = (16, 16, 8, 1)  # no tensor cores: larger tiles spill
-WIDTHS = (16, 32, 64, 128)
+FLOAT32 = Config(rows=16, block_n=16, num_warps=8, num_stages=1)  # without tensor cores
 
 
-def get_config(kernel, q):
-    """Launch options of "forward", "rows" or "columns" for q."""
-    if q.dtype == torch.float32:
+def get_config(kernel, dtype, D, device):
+    if dtype == torch.float32:
         return FLOAT32
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        return HOPPER[kernel, max(q.shape[3], 64)]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return HOPPER[kernel, max(D, 64)]
     return OTHERS[kernel]
 
 
-def tile_shape(w2, rows):
-    """-> queries and offsets of a tile: the fewest offsets that hold w2, up to 32."""
-    offsets = min(32, rows, triton.next_power_of_2(w2))
-    return rows // offsets, offsets
+@functools.lru_cache(1024)
+def get_options(kernel, dtype, device, group, D, w2):
+    """-> compile-time arguments of "forward" (and repair), "dq_dk2_dv2" or "dk_dv"."""
+    config = get_config(kernel, dtype, D, device)
+    offsets = min(32, config.rows, triton.next_power_of_2(w2))  # the fewest that hold w2, up to 32
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options.update(GROUP=group, D=D, QUERIES=config.rows // offsets, OFFSETS=offsets)
+    options.update(BLOCK_N=config.block_n, PRECISION="ieee" if dtype == torch.float32 else "tf32")
+    return {**options, "maxnreg": config.maxnreg}
 
 
-def get_sizes(q, k, k2, w1, w2):
-    """-> number of KV heads in all, and the run-time arguments of the kernels."""
-    B, H, Tq, D = q.shape
-    _, Hkv, Tk, _ = k.shape
-    Tk2 = k2.shape[2]
-    heads = B * Hkv
-    longest = max(H // Hkv * Tq, Tk, Tk2)
+def check_size(heads, group, Tq, Tk, Tk2, D):
+    """Raise ValueError if a grid would exceed 16 bits, or an offset inside a head 31 bits."""
+    longest = max(group * Tq, Tk, Tk2)
     if heads >= 2**16 or longest * D >= 2**31 or heads * max(Tk, Tk2) >= 2**31:
         raise ValueError(
-            f"{heads} KV heads in the batch with {H // Hkv} x {Tq} queries each are too many for "
-            f"one call: split the batch"
+            f"{heads} KV heads in the batch with {group} x {Tq} queries each are too many for one "
+            f"call: split the batch"
         )
-    return heads, (Tq, Tk, Tk2, min(w1, Tk), min(w2, Tk2), D**-0.5)
 
 
-def launch(kernel, programs, config, q, k, w2, tensors, numbers):
-    """programs: (queries of a tile, keys of a block) -> grid"""
-    rows, block, warps, stages, *registers = config
-    NQ, BD = tile_shape(w2, rows)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of float32 operands only
-    constants = q.shape[1] // k.shape[1], q.shape[3], NQ, BD, block, precision
-    kernel[programs(NQ, block)](
-        *tensors,
-        *numbers,
-        *constants,
-        num_warps=warps,
-        num_stages=stages,
-        maxnreg=registers[0] if registers else None,
-    )
+# --------------------------------------------------------------------------------------------------
+# Forward on the host
 
 
-def try_hopper(q, k, v, k2, v2, o, lse, heads, numbers):
-    """Run the kernel for Hopper, if it applies. -> whether it did"""
+def try_hopper(q, k, v, k2, v2, o, lse, sizes):
+    """Run hopper_kernel if it applies. -> whether it did"""
     global hopper
-    if hopper is None:
+    if hopper is None or not q.is_cuda:
         return False
-    plan = hopper.plan(q, q.shape[1] // k.shape[1], *numbers[3:5])
+    plan = hopper.plan(q.dtype, q.device, q.shape[1] // k.shape[1], q.shape[3], *sizes[3:5])
     if plan is None:
         return False
     try:
-        hopper.launch(plan, heads, numbers, q, k, v, k2, v2, o, lse)
+        hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)
     except Exception as error:  # of a Triton with another Gluon; those of the GPU come later
         warnings.warn(f"2-simplicial attention is slower: hopper_kernel fails, {error!r:.300}")
         hopper = None
@@ -605,142 +772,144 @@ def try_hopper(q, k, v, k2, v2, o, lse, heads, numbers):
     return True
 
 
-def forward(q, k, v, k2, v2, w1, w2, config=None):
-    """-> o like q, lse (B, H, Tq) float32 in natural logarithms
-
-    All tensors contiguous. config: launch options of forward_kernel, see HOPPER.
-    """
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int
+) -> tuple[Tensor, Tensor]:
+    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All inputs are contiguous."""
     o = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return o, lse
-    if w2 > w1:  # the roles are symmetric: rows take the shorter window
+    if w2 > w1:  # the roles are symmetric: offsets take the shorter window
         k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
-    heads, numbers = get_sizes(q, k, k2, w1, w2)
-    k, v = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (k, v))  # as TMA wants them
+    B, H, Tq, D = q.shape
+    _, Hkv, Tk, _ = k.shape
+    Tk2 = k2.shape[2]
+    check_size(B * Hkv, H // Hkv, Tq, Tk, Tk2, D)
+    sizes = Tq, Tk, Tk2, min(w1, Tk), min(w2, Tk2)
 
-    is_done = False
-    if q.is_cuda and config is None:
-        is_done = try_hopper(q, k, v, k2, v2, o, lse, heads, numbers)
-    config = config or get_config("forward", q)
-    rows = q.shape[1] // k.shape[1] * q.shape[2]
-    blocks = []
-    for t in (k, v):
-        shape = [config[1], t.shape[3]]
-        blocks.append(TensorDescriptor.from_tensor(t.flatten(0, 2), shape))  # (B Hkv Tk, D)
-    tensors = q, k, v, *blocks, k2, v2, o, lse
+    # TMA wants addresses that are multiples of 16
+    k = k if k.data_ptr() % 16 == 0 else k.clone()
+    v = v if v.data_ptr() % 16 == 0 else v.clone()
+    is_done = try_hopper(q, k, v, k2, v2, o, lse, sizes)
+    options = get_options("forward", q.dtype, q.device, H // Hkv, D, min(w2, Tk2))
+    block = [options["BLOCK_N"], D]
+    k_blocks = TensorDescriptor.from_tensor(k.view(-1, D), block)  # (B * Hkv * Tk, D)
+    v_blocks = TensorDescriptor.from_tensor(v.view(-1, D), block)
+    tensors = q, k, v, k_blocks, v_blocks, k2, v2, o, lse
 
-    def programs(NQ, block):
-        return triton.cdiv(rows, NQ), heads
-
-    def repair_programs(NQ, block):
-        return triton.cdiv(rows, NQ * REPAIR_TILES.value), heads
-
+    tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])
     if not is_done:
-        launch(forward_kernel, programs, config, q, k, w2, tensors, numbers)
-    launch(repair_kernel, repair_programs, config, q, k, w2, tensors, numbers)
+        forward_kernel[(tiles, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
+    programs = triton.cdiv(tiles, REPAIR_TILES.value)
+    repair_kernel[(programs, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     return o, lse
 
 
-def backward(do, q, k, v, k2, v2, o, lse, w1, w2, rows_config=None, columns_config=None):
+# --------------------------------------------------------------------------------------------------
+# Backward on the host
+
+
+def clean(x, y, o=None):
+    """-> x and y with 0 for inf and NaN, which rows had one, and with o, delta = (y * o).sum(-1)
+
+    x, y and o (..., D) -> twice the same, (...) bool, (...) float32 or None; delta is 0 where not
+    finite, and flagged
+    """
+    x_clean = torch.empty_like(x)
+    y_clean = torch.empty_like(y)
+    is_bad = x.new_empty(x.shape[:-1], dtype=torch.int8)
+    delta = None if o is None else x.new_empty(x.shape[:-1], dtype=torch.float32)
+    N = is_bad.numel()
+    tensors = x, y, o, x_clean, y_clean, is_bad, delta
+    clean_kernel[(triton.cdiv(N, BLOCK_T),)](*tensors, N, x.shape[-1], BLOCK_T)
+    return x_clean, y_clean, is_bad.bool(), delta
+
+
+def any_in_window(flags, w):
+    """flags (..., T) bool -> (..., T): is one of the w positions up to this one True?"""
+    count = F.pad(flags.cumsum(-1), (w, 0))
+    return count[..., w:] > count[..., :-w]
+
+
+def seen_by(flags, T, w):
+    """flags (..., Tq) bool of queries -> (..., T): does a True query see the position?"""
+    padded = F.pad(flags, (T - flags.shape[-1], 0))
+    return any_in_window(padded.flip(-1), w).flip(-1).to(torch.int8).contiguous()
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, o: Tensor, lse: Tensor,
+    w1: int, w2: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv, dk2, dv2"""
     if q.numel() == 0:
         return tuple(torch.zeros_like(t) for t in (q, k, v, k2, v2))
-    if w2 > w1:
-        configs = rows_config, columns_config
-        dq, dk2, dv2, dk, dv = backward(do, q, k2, v2, k, v, o, lse, w2, w1, *configs)
+    if w2 > w1:  # the roles change places, as in forward
+        dq, dk2, dv2, dk, dv = backward(do, q, k2, v2, k, v, o, lse, w2, w1)
         return dq, dk, dv, dk2, dv2
-    heads, numbers = get_sizes(q, k, k2, w1, w2)
-    Tq, Tk, Tk2, w1, w2, _ = numbers
-    D = q.shape[3]
-    delta = (do.float() * o).sum(-1)  # (B, H, Tq)
+    B, H, Tq, D = q.shape
+    _, Hkv, Tk, _ = k.shape
+    Tk2 = k2.shape[2]
+    heads = B * Hkv
+    group = H // Hkv
+    w1 = min(w1, Tk)
+    w2 = min(w2, Tk2)
 
-    # Take out what is not finite. A query that sees such a number gets P = 0 through its lse.
-    q, do, _ = clean(q, do)  # the bad rows have a bad lse or delta
-    k, v, is_bad = clean(k, v)  # (B, Hkv, Tk)
-    k2, v2, is_bad2 = clean(k2, v2)
-    sees_bad = any_in_window(is_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
-    sees_bad |= any_in_window(is_bad2, w2)[..., Tk2 - Tq :]
-    spoiled = ~(lse.isfinite() & delta.isfinite())  # (B, H, Tq)
-    spoiled |= sees_bad.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    lse = lse.masked_fill(spoiled, torch.inf)
-    delta = delta.masked_fill(spoiled, 0)
-    dq = torch.empty_like(q)
+    # A query that sees inf or NaN gets lse = inf, so P = 0
+    q, do, is_bad, delta = clean(q, do, o)  # (B, H, Tq)
+    k, v, has_bad, _ = clean(k, v)  # (B, Hkv, Tk)
+    k2, v2, has_bad2, _ = clean(k2, v2)  # (B, Hkv, Tk2)
+    sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]
+    sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]
+    is_bad |= sees_bad.repeat_interleave(group, 1) | ~lse.isfinite()
+    by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq)
+    lse = lse.masked_fill(is_bad, torch.inf)
+    delta = delta.masked_fill(is_bad, 0)
+    tensors = q, k, v, k2, v2, do, lse, delta
+    sizes = Tq, Tk, Tk2, w1, w2, D**-0.5
+
+    # dk and dv
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
-    tensors = q, k, v, k2, v2, do, lse, delta
+    options = get_options("dk_dv", q.dtype, q.device, group, D, w2)
+    blocks = triton.cdiv(Tk, options["BLOCK_N"])
+    is_seen = seen_by(by_kv_head, Tk, w1)
+    dk_dv_kernel[(blocks, heads)](*tensors, is_seen, dk, dv, *sizes, **options)
 
-    # dk, dv: a program per block of keys
-    config = columns_config or get_config("columns", q)
-
-    def programs(NQ, block):
-        return triton.cdiv(Tk, block), heads
-
-    launch(columns_kernel, programs, config, q, k, w2, (*tensors, dk, dv), numbers)
-
-    # dq, dk2, dv2: a program per piece of queries, whole tiles, with its own buffers
-    config = rows_config or get_config("rows", q)
-    piece = max(PIECE, tile_shape(w2, config[0])[0])
+    # dq, and dk2 and dv2 in float32 buffers; a piece is made of whole tiles
+    options = get_options("dq_dk2_dv2", q.dtype, q.device, group, D, w2)
+    piece = max(PIECE, options["QUERIES"])
     pieces = triton.cdiv(Tq, piece)
-    room = piece + w2 - 1  # positions of k2 that a piece meets
-    dk2_parts = torch.zeros(heads, pieces, room, D, dtype=torch.float32, device=q.device)
-    dv2_parts = torch.zeros_like(dk2_parts)
+    rows = piece + w2 - 1
+    dq = torch.empty_like(q)
+    dk2_buffers = torch.zeros(heads, pieces, rows, D, dtype=torch.float32, device=q.device)
+    dv2_buffers = torch.zeros_like(dk2_buffers)
+    outputs = dq, dk2_buffers, dv2_buffers
+    dq_dk2_dv2_kernel[(pieces, heads)](*tensors, *outputs, *sizes, piece, rows, **options)
+    dq.masked_fill_(is_bad[..., None], torch.nan)
 
-    def programs(NQ, block):
-        return pieces, heads
-
-    tensors = *tensors, dq, dk2_parts, dv2_parts
-    launch(rows_kernel, programs, config, q, k, w2, tensors, (*numbers, piece, room))
-    dk2 = join_parts(dk2_parts, piece, Tk2 - Tq, Tk2).view(k2.shape).to(k2.dtype)
-    dv2 = join_parts(dv2_parts, piece, Tk2 - Tq, Tk2).view(v2.shape).to(v2.dtype)
-
-    # gradients of what meets something that is not finite
-    by_group = spoiled.unflatten(1, (k.shape[1], -1)).any(2)  # (B, Hkv, Tq)
-    fill_nan(dq, dq, spoiled)
-    fill_nan(dk, dv, any_in_window(F.pad(by_group, (Tk - Tq, 0)).flip(-1), w1).flip(-1))
-    fill_nan(dk2, dv2, any_in_window(F.pad(by_group, (Tk2 - Tq, 0)).flip(-1), w2).flip(-1))
+    # dk2 and dv2
+    dk2 = torch.empty_like(k2)
+    dv2 = torch.empty_like(v2)
+    is_seen = seen_by(by_kv_head, Tk2, w2)
+    tensors = dk2_buffers, dv2_buffers, is_seen, dk2, dv2
+    sizes = Tk2, Tk2 - Tq, pieces, piece, rows
+    sum_buffers_kernel[(triton.cdiv(Tk2, BLOCK_T), heads)](*tensors, *sizes, D, BLOCK_T)
     return dq, dk, dv, dk2, dv2
 
 
-def join_parts(parts, piece, past, length):
-    """Add up the buffers of all pieces, in order. (heads, pieces, room, D) -> (heads, length, D)
-
-    past: positions before those of the queries.
-    """
-    heads, pieces, room, D = parts.shape
-    back = triton.cdiv(room - piece, piece)  # pieces before its own that a buffer reaches into
-    total = parts.new_zeros(heads, back + pieces, piece, D)
-    for b in range(back + 1):
-        end = room - b * piece
-        rows = min(end, piece)
-        total[:, back - b : back - b + pieces, piece - rows :] += parts[:, :, end - rows : end]
-    first = back * piece - past  # the row of position 0
-    total = total.flatten(1, 2)[:, max(first, 0) : first + length]
-    return F.pad(total, (0, 0, max(-first, 0), 0))
-
-
 # --------------------------------------------------------------------------------------------------
-# Operators for torch.compile, which treats them as opaque
+# Operators, which torch.compile treats as opaque
 
 
-@custom_op("fivefold::simplicial", mutates_args=())
-def simplicial_op(
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int
-) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, k2, v2, w1, w2)
+simplicial_op = custom_op("fivefold::simplicial", forward, mutates_args=())
+simplicial_backward_op = custom_op("fivefold::simplicial_backward", backward, mutates_args=())
 
 
 @simplicial_op.register_fake
 def _(q, k, v, k2, v2, w1, w2):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@custom_op("fivefold::simplicial_backward", mutates_args=())
-def simplicial_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, o: Tensor, lse: Tensor,
-    w1: int, w2: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(do, q, k, v, k2, v2, o, lse, w1, w2)
 
 
 @simplicial_backward_op.register_fake
@@ -750,20 +919,26 @@ def _(do, q, k, v, k2, v2, o, lse, w1, w2):
 
 def setup_context(ctx, inputs, output):
     *tensors, ctx.w1, ctx.w2 = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
+    o, lse = output
+    ctx.save_for_backward(*tensors, o, lse)
+    ctx.mark_non_differentiable(lse)
 
 
-def differentiate(ctx, do, _):
-    return *simplicial_backward_op(do.contiguous(), *ctx.saved_tensors, ctx.w1, ctx.w2), None, None
+def simplicial_autograd(ctx, do, _):
+    grads = simplicial_backward_op(do.contiguous(), *ctx.saved_tensors, ctx.w1, ctx.w2)
+    return *grads, None, None
 
 
-simplicial_op.register_autograd(differentiate, setup_context=setup_context)
+simplicial_op.register_autograd(simplicial_autograd, setup_context=setup_context)
+
+
+# --------------------------------------------------------------------------------------------------
+# The public function
 
 
 def check(q, k, v, k2, v2, w1, w2):
     """Raise ValueError if `attention` cannot take these inputs."""
-    fits = all(t.dim() == 4 and t.dtype == q.dtype for t in (k, v, k2, v2)) and q.dim() == 4
+    fits = all(t.dim() == 4 and t.dtype == q.dtype for t in (q, k, v, k2, v2))
     fits = fits and k.shape == v.shape and k2.shape == v2.shape
     fits = fits and q.shape[0] == k.shape[0] == k2.shape[0] and k.shape[1] == k2.shape[1] > 0
     fits = fits and q.shape[1] % k.shape[1] == 0 and q.shape[2] <= min(k.shape[2], k2.shape[2])
@@ -771,17 +946,18 @@ def check(q, k, v, k2, v2, w1, w2):
     if not fits or min(w1, w2) < 1:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v, k2, v2))
         raise ValueError(
-            f"the kernels take q (B, H, Tq, D), and k, v, k2 and v2 (B, Hkv, Tk, D) of the same dtype "
-            f"with Hkv a divisor of H, Tk at least Tq, D one of {WIDTHS}, and windows of at least 1, "
-            f"not {shapes} with w1 = {w1} and w2 = {w2}"
+            f"q, k, v, k2 and v2 of shapes {shapes} with w1 = {w1} and w2 = {w2} do not fit: need "
+            f"(B, H, Tq, D) and four times (B, Hkv, Tk, D) of one dtype, Hkv a divisor of H, Tk at "
+            f"least Tq, D one of {WIDTHS}, windows of at least 1"
         )
 
 
 def attention(q, k, v, k2, v2, w1, w2):
-    """-> o (B, H, Tq, D), lse (B, H, Tq) float32 in natural logarithms, not differentiable
+    """Causal 2-simplicial attention; the queries are the last of the positions.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all of one dtype. D must be
-    one of WIDTHS. There are no second derivatives: asking for one raises RuntimeError.
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all float32, float16 or
+    bfloat16, D one of WIDTHS -> o (B, H, Tq, D), lse (B, H, Tq) float32 in natural logarithms, not
+    differentiable. Raises ValueError for other inputs, RuntimeError for a second derivative.
     """
     check(q, k, v, k2, v2, w1, w2)
     w1 = min(w1, max(k.shape[2], 1))  # an operator takes integers of 64 bits

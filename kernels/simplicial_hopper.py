@@ -1,17 +1,22 @@
-"""The forward pass of 2-simplicial attention in Gluon, for 16 bits and most windows on Hopper.
+"""The forward pass of 2-simplicial attention for Hopper, in Gluon: warp-specialized and persistent.
 
-Gluon is Triton's own level below, experimental: kernels/simplicial.py works without this file, and
-uses forward_kernel where this one does not build or does not apply.
+For 16 bits, D = 64 or 128 and most windows; kernels/simplicial.py runs its forward_kernel
+elsewhere. Gluon is the level below Triton, where layouts, TMA copies and barriers are explicit. In
+bfloat16 with windows 512 and 32 on one H200: 508 TFLOP/s at D = 128 and 392 at D = 64, where
+forward_kernel reaches 368 and 328 (one query head per KV head).
 
-A program stays on its multiprocessor and goes from tile to tile. Four warps, the loader, make row
-operands and fetch blocks of keys by TMA into a ring of stages; NC times four others, the consumers,
-take the 64 rows of NQ queries each. A consumer issues the scores of a block and then the product of
-the block before with its values, and takes the exponentials of the former while the latter runs.
-Barriers in shared memory: `full` of keys, values and row operands, then `empty`.
+One program per multiprocessor goes from tile to tile. Four of its warps, the loader, multiply q by
+k2 and fetch blocks of keys and values by TMA into rings in shared memory. CONSUMERS times four
+others take QUERIES queries, 64 rows, each. A consumer starts the scores of one block on the tensor
+cores, then the product of the block before with its values, and computes exp2 of the first while
+the second runs. Barriers say that a slot of a ring is full (loaded) or empty (used).
 
-There is no running maximum. Queries with a row out of range, or with a result that is not finite, get
-an infinite lse and are left to repair_kernel.
+There is no running maximum, as in forward_kernel: a query whose sums leave the range of the dtype
+gets lse = inf and is left to repair_kernel.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,118 +33,189 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-HEAD = tl.constexpr(16)  # keys of a block at the left edge of a window
+EDGE = tl.constexpr(16)  # keys of the small block at the old end of a window
 
-# head dim: keys of a block, stages, consumers, registers of a consumer's and of a loader's thread
-CONFIGS = {128: (64, 5, 2, 208, 88), 64: (64, 8, 3, 152, 56)}
+
+class Sizes(NamedTuple):
+    Tq: gl.tensor  # positions of q, which are the last
+    Tk: gl.tensor  # positions of k and v
+    Tk2: gl.tensor  # positions of k2 and v2
+    w1: gl.tensor  # window in k and v
+    w2: gl.tensor  # window in k2 and v2
+    tiles: gl.tensor  # per KV head
+    heads: gl.tensor  # KV heads in the batch
+
+
+class Ring(NamedTuple):
+    """Slots in shared memory, each with a barrier that it is full and one that it is empty."""
+
+    slots: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Span(NamedTuple):
+    """The keys that a tile sees: a small block of EDGE at the old end, then whole blocks."""
+
+    start: gl.tensor  # of the whole blocks
+    blocks: gl.tensor
+    edge: gl.tensor  # start of the small block
+
+
+class Rows(NamedTuple):
+    position: gl.tensor  # of the query in k, i
+    position2: gl.tensor  # of the offset in k2, i - d
+    exists: gl.tensor
 
 
 @gluon.jit
-def span(
-    t, g: tl.constexpr, Tq, Tk, w1,
-    NQ: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr,
+def tile_span(
+    tile, sizes,
+    GROUP: gl.constexpr, QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Tile t of NQ queries: the position where its blocks start, their number and where the small
-    block before them starts. They end at the last position, as in forward_kernel; up to 16 keys at
-    the old end are a small block's, more are one more block's."""
-    lo = gl.minimum(t * NQ // g, Tq - 1) + Tk - Tq
-    hi = gl.minimum((t * NQ + NQ - 1) // g, Tq - 1) + Tk - Tq
-    count = gl.maximum(gl.minimum(w1, hi + 1), 0) // BN
-    rest = hi + 1 - count * BN - gl.maximum(lo - w1 + 1, 0)
-    few = (rest > 0) & (rest <= HEAD) & (count > 0) & SMALL
-    small = gl.where(
-        few, hi + 1 - count * BN - HEAD, -HEAD
-    )  # before position 0 all is 0 and hidden
-    count += (((rest > 0) & (few == 0)) | (count == 0)).to(gl.int32)
-    return hi + 1 - count * BN, count, small
+    """Whole blocks end at the last position. Up to EDGE keys before them are the small block's,
+    more make one more whole block."""
+    Tq, Tk = sizes.Tq, sizes.Tk
+    first_position = gl.minimum(tile * QUERIES // GROUP, Tq - 1) + Tk - Tq
+    last_position = gl.minimum((tile * QUERIES + QUERIES - 1) // GROUP, Tq - 1) + Tk - Tq
+    end = last_position + 1
+    blocks = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
+    rest = end - blocks * BLOCK_N - gl.maximum(first_position - sizes.w1 + 1, 0)
+    use_edge = (rest > 0) & (rest <= EDGE) & (blocks > 0) & HAS_EDGE
+    # an unused small block lies before position 0, where keys are 0 and hidden
+    edge = gl.where(use_edge, end - blocks * BLOCK_N - EDGE, -EDGE)
+    blocks += (((rest > 0) & (use_edge == 0)) | (blocks == 0)).to(gl.int32)
+    return Span(end - blocks * BLOCK_N, blocks, edge)
 
 
 @gluon.jit
-def rows_of(t, r, g: tl.constexpr, Tq, Tk, Tk2, w2, NQ: tl.constexpr, BD: tl.constexpr):
-    """As pairs() of forward_kernel, for rows r of group t of 64: the row of q, its position among k,
-    that of the offset among k2, whether there is such a pair."""
-    n = t * NQ + r // BD
-    i = gl.minimum(n // g, Tq - 1)
-    d, i2 = r % BD, i + Tk2 - Tq
-    return n % g * Tq + n // g, i + Tk - Tq, i2 - d, (n < Tq * g) & (d < w2) & (d <= i2)
+def query_row(query, Tq, GROUP: gl.constexpr):
+    """Row in q, (GROUP, Tq), of a query numbered position by position."""
+    return query % GROUP * Tq + query // GROUP
 
 
 @gluon.jit
-def load_block(
-    c, bh, start, size: tl.constexpr, descs, stages, full, empty,
-    D: tl.constexpr, ST: tl.constexpr,
-):  # fmt: skip
-    for n in gl.static_range(2):  # keys, values
-        mbarrier.wait(empty[n].index(c % ST), (c // ST & 1) ^ 1)
-        mbarrier.expect(full[n].index(c % ST), size * D * 2)
-        stage = stages[n].index(c % ST).slice(0, size, 1)
-        tma.async_copy_global_to_shared(descs[n], [bh, start, 0], full[n].index(c % ST), stage)
+def consumer_rows(
+    part, row, sizes, GROUP: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr
+):
+    """Rows of a consumer's part of a tile, as tile_rows of kernels/simplicial.py."""
+    query = part * QUERIES + row // OFFSETS
+    step = gl.minimum(query // GROUP, sizes.Tq - 1)
+    offset = row % OFFSETS
+    i2 = step + sizes.Tk2 - sizes.Tq
+    exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
+    return Rows(step + sizes.Tk - sizes.Tq, i2 - offset, exists)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loader
+
+
+@gluon.jit
+def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr):
+    """Fetch `size` keys into the slot of a block, once it is empty. The copy arrives at `full`."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    slot = block % STAGES
+    mbarrier.wait(ring.empty.index(slot), (block // STAGES & 1) ^ 1)
+    mbarrier.expect(ring.full.index(slot), size * D * 2)
+    target = ring.slots.index(slot).slice(0, size, 1)
+    tma.async_copy_global_to_shared(desc, [bh, start, 0], ring.full.index(slot), target)
 
 
 @gluon.jit
 def make_rows(
-    to, q_ptr, k2_ptr, factor, t, g: tl.constexpr, D: tl.constexpr, Tq, Tk2, w2,
-    NQ: tl.constexpr, BD: tl.constexpr,
+    slot, q_ptr, k2_ptr, qk_scale, part, sizes,
+    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
 ):  # fmt: skip
-    """As product() of forward_kernel, for group t of 64 rows, into shared memory, query by query."""
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    d = gl.arange(0, BD, gl.SliceLayout(1, L))
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, L))
-    for m in gl.static_range(NQ):
-        n = gl.minimum(t * NQ + m, Tq * g - 1)
-        i2 = n // g + Tk2 - Tq
-        valid = (d < w2) & (d <= i2) & (t * NQ + m < Tq * g)
-        x = gl.load(q_ptr + (n % g * Tq + n // g) * D + offs_d).to(gl.float32) * factor  # [D]
-        y_ptr = k2_ptr + (i2 - d)[:, None] * D + offs_d[None, :]
-        y = gl.load(y_ptr, mask=valid[:, None], other=0.0).to(gl.float32)  # [BD, D]
-        to.slice(m * BD, BD).store((x[None, :] * y).to(q_ptr.dtype.element_ty))
+    """Store q_i * k2_{i-d} * qk_scale of 64 rows in shared memory, reading each query once."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    offset = gl.arange(0, OFFSETS, gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    for n in gl.static_range(QUERIES):
+        query = gl.minimum(part * QUERIES + n, sizes.Tq * GROUP - 1)
+        i2 = query // GROUP + sizes.Tk2 - sizes.Tq
+        exists = (offset < sizes.w2) & (offset <= i2) & (part * QUERIES + n < sizes.Tq * GROUP)
+        q = gl.load(q_ptr + query_row(query, sizes.Tq, GROUP) * D + offs_d)  # [D]
+        q = q.to(gl.float32) * qk_scale
+        k2_ptrs = k2_ptr + (i2 - offset)[:, None] * D + offs_d[None, :]
+        k2 = gl.load(k2_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)  # [OFFSETS, D]
+        qk2 = (q[None, :] * k2).to(q_ptr.dtype.element_ty)
+        slot.slice(n * OFFSETS, OFFSETS).store(qk2)
 
 
 @gluon.jit
 def loader(
-    q_ptr, k2_ptr, blocks, smalls, stages, rows, full, empty, numbers, scale,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    ST: tl.constexpr, SMALL: tl.constexpr, NC: tl.constexpr,
+    q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges, k_ring, v_ring, row_ring, sizes, scale,
+    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
+    BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    Tq, Tk, Tk2, w1, w2, tiles, heads = numbers
-    c, phase = 0, 1
-    for tile in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
-        bh, t = tile // tiles, tile % tiles
-        q = q_ptr + bh.to(gl.int64) * g * Tq * D
-        k2 = k2_ptr + bh.to(gl.int64) * Tk2 * D
-        for w in gl.static_range(NC):
-            mbarrier.wait(empty[2].index(w), phase)
-            group = t * NC + w
-            make_rows(rows.index(w), q, k2, scale * LOG2E, group, g, D, Tq, Tk2, w2, NQ, BD)
-            mbarrier.arrive(full[2].index(w), count=1)
+    block = 0  # blocks of all tiles so far
+    phase = 1  # of the barriers of row_ring
+    for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
+        bh = pid // sizes.tiles
+        tile = pid % sizes.tiles
+
+        # -- rows of each consumer --
+        q = q_ptr + bh.to(gl.int64) * GROUP * sizes.Tq * D
+        k2 = k2_ptr + bh.to(gl.int64) * sizes.Tk2 * D
+        for consumer_id in gl.static_range(CONSUMERS):
+            mbarrier.wait(row_ring.empty.index(consumer_id), phase)
+            part = tile * CONSUMERS + consumer_id
+            slot = row_ring.slots.index(consumer_id)
+            make_rows(slot, q, k2, scale * LOG2E, part, sizes, GROUP, D, QUERIES, OFFSETS)
+            mbarrier.arrive(row_ring.full.index(consumer_id), count=1)
         phase ^= 1
-        start, count, small = span(t, g, Tq, Tk, w1, NC * NQ, BN, SMALL)
-        if SMALL:
-            load_block(c, bh, small, HEAD, smalls, stages, full, empty, D, ST)
-            c += 1
-        for b in range(count):
-            load_block(c, bh, start + b * BN, BN, blocks, stages, full, empty, D, ST)
-            c += 1
+
+        # -- keys and values --
+        span = tile_span(tile, sizes, GROUP, CONSUMERS * QUERIES, BLOCK_N, HAS_EDGE)
+        if HAS_EDGE:
+            load_block(k_edges, k_ring, block, bh, span.edge, EDGE, D)
+            load_block(v_edges, v_ring, block, bh, span.edge, EDGE, D)
+            block += 1
+        for b in range(span.blocks):
+            load_block(k_blocks, k_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D)
+            load_block(v_blocks, v_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D)
+            block += 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Consumer
 
 
 @gluon.jit
-def scores(
-    a, stages, c, full, size: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, ST: tl.constexpr
-):
-    """Begins A K^T of the block in stage c. [64, size]"""
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, size, 16])
-    mbarrier.wait(full[0].index(c % ST), c // ST & 1)
-    k = stages[0].index(c % ST).reshape([BN, D]).slice(0, size)  # [size, D]
-    a = gl.convert_layout(a, gl.DotOperandLayout(0, L, 2), assert_trivial=True)
-    zeros = gl.zeros([64, size], gl.float32, L)
-    return warpgroup_mma(a, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+def wait_full(ring, block):
+    STAGES: gl.constexpr = ring.full.shape[0]
+    mbarrier.wait(ring.full.index(block % STAGES), block // STAGES & 1)
 
 
 @gluon.jit
-def exponentials(s, i, start, w1, edge: tl.constexpr):
-    """exp2 of scores, 0 where hidden, and their sums."""
-    if edge:
-        i = gl.convert_layout(i, gl.SliceLayout(1, s.type.layout))[:, None]
+def release(ring, block):
+    mbarrier.arrive(ring.empty.index(block % ring.full.shape[0]), count=1)
+
+
+@gluon.jit
+def slot_of(ring, block, size: gl.constexpr):
+    """The first `size` rows of the slot of a block, [size, D]"""
+    slot = ring.slots.index(block % ring.full.shape[0])  # [1, BLOCK_N, D]
+    return slot.reshape([slot.shape[1], slot.shape[2]]).slice(0, size)
+
+
+@gluon.jit
+def start_scores(qk2, k_ring, block, size: gl.constexpr):
+    """Start S = qk2 K^T of a block on the tensor cores. [64, size]"""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, size, 16])
+    wait_full(k_ring, block)
+    k = slot_of(k_ring, block, size)
+    qk2 = gl.convert_layout(qk2, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
+    zeros = gl.zeros([64, size], gl.float32, LAYOUT)
+    return warpgroup_mma(qk2, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def exponentials(s, position, start, w1, is_partial: gl.constexpr):
+    """-> exp2(s), 0 where the key is not seen, and its sum over the keys"""
+    if is_partial:
+        i = gl.convert_layout(position, gl.SliceLayout(1, s.type.layout))[:, None]
         j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
         s = gl.where((j <= i) & (j > gl.maximum(i - w1, -1)), s, -float("inf"))
     p = gl.exp2(s)
@@ -147,174 +223,189 @@ def exponentials(s, i, start, w1, edge: tl.constexpr):
 
 
 @gluon.jit
-def step(
-    a, p, acc, l, i, c, start, w1, stages, full, empty,
-    BN: tl.constexpr, D: tl.constexpr, ST: tl.constexpr, edge: tl.constexpr,
+def attend_block(
+    qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1,
+    BLOCK_N: gl.constexpr, is_partial: gl.constexpr,
 ):  # fmt: skip
-    """Block c + 1, and the product of p, of block c, with its values."""
-    before, c = c % ST, c + 1
-    s = scores(a, stages, c, full, BN, BN, D, ST)
-    acc = warpgroup_mma(p, stages[1].index(before).reshape([BN, D]), acc, is_async=True)
+    """acc += P V of the block before, while p of this one is computed. -> p, acc, l_i"""
+    s = start_scores(qk2, k_ring, block, BLOCK_N)
+    acc = warpgroup_mma(p, slot_of(v_ring, block - 1, BLOCK_N), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(empty[0].index(c % ST), count=1)
-    more, sums = exponentials(s, i, start, w1, edge)
-    # waited for here, so that no exponential slips behind the next wait
-    mbarrier.wait(full[1].index(c % ST), c // ST & 1)
+    release(k_ring, block)
+    p_next, l_next = exponentials(s, position, start, w1, is_partial)
+    wait_full(v_ring, block)  # here, so that no exponential slips behind the next wait
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    mbarrier.arrive(empty[1].index(before), count=1)
-    return gl.convert_layout(more.to(p.dtype), p.type.layout), acc, l + sums, c
+    release(v_ring, block - 1)
+    return gl.convert_layout(p_next.to(p.dtype), p.type.layout), acc, l_i + l_next
 
 
 @gluon.jit
 def consumer(
-    v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers,
-    w: tl.constexpr, g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, ST: tl.constexpr, SMALL: tl.constexpr, NC: tl.constexpr,
+    v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, consumer_id: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
+    BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    Tq, Tk, Tk2, w1, w2, tiles, heads = numbers
-    # layouts of scores, of the result, of p as an operand, and of one row per query
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    R: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, R, 2)
-    Q: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    OUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
     dtype: gl.constexpr = o_ptr.dtype.element_ty
-    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60  # as in forward_kernel
+    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60  # as in forward_queries
     MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
-    rows_s = gl.arange(0, 64, gl.SliceLayout(1, S))
-    rows_r = gl.arange(0, 64, gl.SliceLayout(1, R))
-    c, phase = 0, 0
-    for tile in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
-        bh, t = tile // tiles, tile % tiles
-        start, count, small = span(t, g, Tq, Tk, w1, NC * NQ, BN, SMALL)
-        row, i, at, valid = rows_of(t * NC + w, rows_s, g, Tq, Tk, Tk2, w2, NQ, BD)
-        mbarrier.wait(full[2].index(w), phase)
-        a = rows.index(w).load(gl.DotOperandLayout(0, S, 2))  # [64, D], in registers
-        mbarrier.arrive(empty[2].index(w), count=1)
+    score_row = gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+    acc_row = gl.arange(0, 64, gl.SliceLayout(1, ACC))
+    w1 = sizes.w1
+    block = 0  # blocks of all tiles so far
+    phase = 0  # of the barriers of row_ring
+    for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
+        bh = pid // sizes.tiles
+        part = pid % sizes.tiles * CONSUMERS + consumer_id
+        span = tile_span(pid % sizes.tiles, sizes, GROUP, CONSUMERS * QUERIES, BLOCK_N, HAS_EDGE)
+        rows = consumer_rows(part, score_row, sizes, GROUP, QUERIES, OFFSETS)
+        position = rows.position
+
+        # -- load the rows into registers --
+        mbarrier.wait(row_ring.full.index(consumer_id), phase)
+        qk2 = row_ring.slots.index(consumer_id).load(gl.DotOperandLayout(0, SCORES, 2))  # [64, D]
+        mbarrier.arrive(row_ring.empty.index(consumer_id), count=1)
         phase ^= 1
-        acc = gl.zeros([64, D], gl.float32, R)
-        if SMALL:
-            head = scores(a, stages, c, full, HEAD, BN, D, ST)
-            before, c = c, c + 1
-            s = scores(a, stages, c, full, BN, BN, D, ST)
-            head = warpgroup_mma_wait(1, deps=[head])
-            mbarrier.arrive(empty[0].index(before % ST), count=1)
-            p, l = exponentials(head, i, small, w1, True)
-            l = gl.convert_layout(l, gl.SliceLayout(1, S))
+        acc = gl.zeros([64, D], gl.float32, ACC)
+
+        # -- first block, after the small one if there is one --
+        if HAS_EDGE:
+            s_edge = start_scores(qk2, k_ring, block, EDGE)
+            block += 1
+            s = start_scores(qk2, k_ring, block, BLOCK_N)
+            s_edge = warpgroup_mma_wait(1, deps=[s_edge])
+            release(k_ring, block - 1)
+            p, l_i = exponentials(s_edge, position, span.edge, w1, True)
+            l_i = gl.convert_layout(l_i, gl.SliceLayout(1, SCORES))
             p = gl.convert_layout(p.to(dtype), P)
-            mbarrier.wait(full[1].index(before % ST), before // ST & 1)
-            v = stages[1].index(before % ST).reshape([BN, D]).slice(0, HEAD)
+            wait_full(v_ring, block - 1)
+            v = slot_of(v_ring, block - 1, EDGE)
             acc = warpgroup_mma(p, v, acc, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(empty[0].index(c % ST), count=1)
-            more, sums = exponentials(s, i, start, w1, True)
-            l += sums
-            mbarrier.wait(full[1].index(c % ST), c // ST & 1)
+            release(k_ring, block)
+            p_next, l_next = exponentials(s, position, span.start, w1, True)
+            l_i += l_next
+            wait_full(v_ring, block)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            mbarrier.arrive(empty[1].index(before % ST), count=1)
+            release(v_ring, block - 1)
         else:
-            s = warpgroup_mma_wait(0, deps=[scores(a, stages, c, full, BN, BN, D, ST)])
-            mbarrier.arrive(empty[0].index(c % ST), count=1)
-            more, l = exponentials(s, i, start, w1, True)
-            mbarrier.wait(full[1].index(c % ST), c // ST & 1)
-        p = gl.convert_layout(more.to(dtype), P)
-        for b in range(1, count - 1):  # what all rows see
-            p, acc, l, c = step(
-                a, p, acc, l, i, c, start + b * BN, w1, stages, full, empty, BN, D, ST, False
-            )
-        if count > 1:
-            last = start + (count - 1) * BN
-            p, acc, l, c = step(a, p, acc, l, i, c, last, w1, stages, full, empty, BN, D, ST, True)
-        v = stages[1].index(c % ST).reshape([BN, D])
-        acc = warpgroup_mma(p, v, acc, is_async=True)
-        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-        mbarrier.arrive(empty[1].index(c % ST), count=1)
-        c += 1
+            s = warpgroup_mma_wait(0, deps=[start_scores(qk2, k_ring, block, BLOCK_N)])
+            release(k_ring, block)
+            p_next, l_i = exponentials(s, position, span.start, w1, True)
+            wait_full(v_ring, block)
+        p = gl.convert_layout(p_next.to(dtype), P)
 
-        # No maximum: the rows of a query can be added as they are.
-        row, i, at, valid = rows_of(t * NC + w, rows_r, g, Tq, Tk, Tk2, w2, NQ, BD)
-        offs_d = gl.arange(0, D, gl.SliceLayout(0, R))[None, :]
-        v2 = v2_ptr + bh.to(gl.int64) * Tk2 * D + at[:, None] * D + offs_d
-        acc *= gl.load(v2, mask=valid[:, None], other=0.0).to(gl.float32)
-        l = gl.convert_layout(l, gl.SliceLayout(1, R))
-        l = gl.where(valid, gl.where((l > LEAST) & (l < MOST), l, float("nan")), 0.0)
-        o = gl.convert_layout(gl.sum(acc.reshape([NQ, BD, D]), 1), Q)  # [NQ, D]
-        l = gl.convert_layout(gl.sum(l.reshape([NQ, BD]), 1), gl.SliceLayout(1, Q))
-        o = (o / gl.where(l > 0.0, l, 1.0)[:, None]).to(dtype)
-        # P = 0 does not hide a value that is not finite: 0 * inf = NaN
+        # -- blocks that all rows see, then the last one --
+        for b in range(1, span.blocks - 1):
+            block += 1
+            start = span.start + b * BLOCK_N
+            p, acc, l_i = attend_block(
+                qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1, BLOCK_N, False
+            )
+        if span.blocks > 1:
+            block += 1
+            last = span.start + (span.blocks - 1) * BLOCK_N
+            p, acc, l_i = attend_block(
+                qk2, p, acc, l_i, block, k_ring, v_ring, position, last, w1, BLOCK_N, True
+            )
+        acc = warpgroup_mma(p, slot_of(v_ring, block, BLOCK_N), acc, is_async=True)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+        release(v_ring, block)
+        block += 1
+
+        # -- multiply by v2, sum the rows of each query: without a maximum they simply add up --
+        rows = consumer_rows(part, acc_row, sizes, GROUP, QUERIES, OFFSETS)
+        offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC))[None, :]
+        v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
+        acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
+        l_i = gl.convert_layout(l_i, gl.SliceLayout(1, ACC))
+        in_range = (l_i > LEAST) & (l_i < MOST)
+        l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
+        o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), OUT)  # [QUERIES, D]
+        l_q = gl.sum(l_i.reshape([QUERIES, OFFSETS]), 1)
+        l_q = gl.convert_layout(l_q, gl.SliceLayout(1, OUT))  # [QUERIES]
+        o = (o / gl.where(l_q > 0.0, l_q, 1.0)[:, None]).to(dtype)
+
+        # -- store; inf in v reaches all rows as 0 * inf = NaN, so these queries are left as well --
         is_finite = gl.min((gl.abs(o.to(gl.float32)) < float("inf")).to(gl.int32), 1) > 0
-        lse = gl.where(l > 0.0, gl.log2(l) * LN2, -float("inf"))
-        lse = gl.where((l == l) & is_finite, lse, float("inf"))
-        n = (t * NC + w) * NQ + gl.arange(0, NQ, gl.SliceLayout(1, Q))
-        to = bh.to(gl.int64) * g * Tq + n % g * Tq + n // g
-        gl.store(lse_ptr + to, lse, mask=n < g * Tq)
-        to = to[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, Q))[None, :]
-        gl.store(o_ptr + to, o, mask=(n < g * Tq)[:, None])
+        lse = gl.where(l_q > 0.0, gl.log2(l_q) * LN2, -float("inf"))
+        lse = gl.where((l_q == l_q) & is_finite, lse, float("inf"))  # noqa: PLR0124, NaN
+        query = part * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(1, OUT))
+        row = bh.to(gl.int64) * GROUP * sizes.Tq + query_row(query, sizes.Tq, GROUP)
+        gl.store(lse_ptr + row, lse, mask=query < GROUP * sizes.Tq)
+        offs = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+        gl.store(o_ptr + offs, o, mask=(query < GROUP * sizes.Tq)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernel and launch
+
+
+@gluon.jit
+def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """Give a ring its barriers. A slot is full by one arrival, and empty by one of each reader."""
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=READERS)
+    return Ring(slots, full, empty)
 
 
 @gluon.jit(do_not_specialize=["Tq", "Tk", "Tk2", "w1", "w2", "tiles", "heads"])
 def hopper_kernel(
-    q_ptr, k_blocks, v_blocks, k_small, v_small,  # (B, H, Tq, D), descriptors of (B Hkv, Tk, D)
-    k2_ptr, v2_ptr, o_ptr, lse_ptr,  # as in forward_kernel
+    q_ptr,  # (B, H, Tq, D)
+    k_blocks, v_blocks, k_edges, v_edges,  # TMA descriptors of (B * Hkv, Tk, D)
+    k2_ptr, v2_ptr, o_ptr, lse_ptr,  # (B, Hkv, Tk2, D) twice, (B, H, Tq, D), (B, H, Tq)
     Tq, Tk, Tk2, w1, w2, scale, tiles, heads,
-    g: tl.constexpr, D: tl.constexpr, NQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    ST: tl.constexpr, SMALL: tl.constexpr, NC: tl.constexpr,
-    MANY: tl.constexpr, FEW: tl.constexpr,  # registers of a consumer's thread and of a loader's
+    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,  # per thread
 ):  # fmt: skip
+    """o, lse = attention(q, k, v, k2, v2); lse = inf is left to repair_kernel."""
+    # -- rings in shared memory --
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    B: gl.constexpr = mbarrier.MBarrierLayout()
-    stages = (
-        gl.allocate_shared_memory(dtype, [ST, 1, BN, D], k_blocks.layout),
-        gl.allocate_shared_memory(dtype, [ST, 1, BN, D], v_blocks.layout),
-    )
-    rows = gl.allocate_shared_memory(dtype, [NC, 64, D], gl.NVMMASharedLayout(128, 16))
-    full = (
-        gl.allocate_shared_memory(gl.int64, [ST, 1], B),
-        gl.allocate_shared_memory(gl.int64, [ST, 1], B),
-        gl.allocate_shared_memory(gl.int64, [NC, 1], B),
-    )
-    empty = (
-        gl.allocate_shared_memory(gl.int64, [ST, 1], B),
-        gl.allocate_shared_memory(gl.int64, [ST, 1], B),
-        gl.allocate_shared_memory(gl.int64, [NC, 1], B),
-    )
-    for s in gl.static_range(ST):
-        for n in gl.static_range(2):
-            mbarrier.init(full[n].index(s), count=1)
-            mbarrier.init(empty[n].index(s), count=NC)
-    for w in gl.static_range(NC):
-        mbarrier.init(full[2].index(w), count=1)
-        mbarrier.init(empty[2].index(w), count=1)
-    numbers = (
-        gl.to_tensor(Tq),
-        gl.to_tensor(Tk),
-        gl.to_tensor(Tk2),
-        gl.to_tensor(w1),
-        gl.to_tensor(w2),
-        gl.to_tensor(tiles),
-        gl.to_tensor(heads),
-    )
+    k_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], k_blocks.layout)
+    v_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], v_blocks.layout)
+    row_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    row_slots = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], row_layout)
+    k_ring = make_ring(k_slots, STAGES, CONSUMERS)
+    v_ring = make_ring(v_slots, STAGES, CONSUMERS)
+    row_ring = make_ring(row_slots, CONSUMERS, 1)
+
+    sizes = Sizes(
+        gl.to_tensor(Tq), gl.to_tensor(Tk), gl.to_tensor(Tk2), gl.to_tensor(w1), gl.to_tensor(w2),
+        gl.to_tensor(tiles), gl.to_tensor(heads),
+    )  # fmt: skip
     scale = gl.cast(gl.to_tensor(scale), gl.float32)
+
+    # -- consumers and the loader, four warps each --
     # fmt: off
-    if NC == 2:
+    if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 0,
-                        g, D, NQ, BD, BN, ST, SMALL, NC)),
-            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 1,
-                        g, D, NQ, BD, BN, ST, SMALL, NC)),
-            (loader, (q_ptr, k2_ptr, (k_blocks, v_blocks), (k_small, v_small), stages, rows, full,
-                      empty, numbers, scale, g, D, NQ, BD, BN, ST, SMALL, NC)),
-        ], [4, 4], [MANY, FEW])
+            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 0,
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 1,
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+            (loader, (q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges,
+                      k_ring, v_ring, row_ring, sizes, scale,
+                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 0,
-                        g, D, NQ, BD, BN, ST, SMALL, NC)),
-            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 1,
-                        g, D, NQ, BD, BN, ST, SMALL, NC)),
-            (consumer, (v2_ptr, o_ptr, lse_ptr, stages, rows, full, empty, numbers, 2,
-                        g, D, NQ, BD, BN, ST, SMALL, NC)),
-            (loader, (q_ptr, k2_ptr, (k_blocks, v_blocks), (k_small, v_small), stages, rows, full,
-                      empty, numbers, scale, g, D, NQ, BD, BN, ST, SMALL, NC)),
-        ], [4, 4, 4], [MANY, MANY, FEW])
+            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 0,
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 1,
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 2,
+                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+            (loader, (q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges,
+                      k_ring, v_ring, row_ring, sizes, scale,
+                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
+        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS])
     # fmt: on
 
 
@@ -322,40 +413,55 @@ def key_layout():
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
-def plan(q, g, w1, w2):
-    """-> what `launch` needs, None where forward_kernel has to do.
+CONFIGS = {  # by head dimension; registers are per thread
+    128: dict(BLOCK_N=64, STAGES=5, CONSUMERS=2, CONSUMER_REGISTERS=208, LOADER_REGISTERS=88),
+    64: dict(BLOCK_N=64, STAGES=8, CONSUMERS=3, CONSUMER_REGISTERS=152, LOADER_REGISTERS=56),
+}
 
-    At most 16 keys next to the oldest whole block, or the whole of one more, may be hidden from some
-    rows of a tile, so windows of some lengths are not for this kernel.
+
+@functools.lru_cache(1024)
+def plan(dtype, device, group, D, w1, w2):
+    """-> compile-time arguments of hopper_kernel, or None where forward_kernel has to do
+
+    Only the small block or one more whole block may hold keys that some rows of a tile do not see,
+    which windows of some lengths exceed.
     """
-    if q.dtype == torch.float32 or q.shape[3] not in CONFIGS:
+    if dtype == torch.float32 or D not in CONFIGS:
         return None
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
+    if torch.cuda.get_device_capability(device)[0] != 9:
         return None
-    block, ST, NC, *registers = CONFIGS[q.shape[3]]
-    BD = min(32, triton.next_power_of_2(w2))  # offsets of a query
-    NQ = 64 // BD  # queries in the 64 rows of a consumer
-    tile = NC * NQ
-    spread = 0 if g % tile == 0 else (tile - 2) // g + 1  # positions of a tile after its first
-    oldest = w1 % block + spread  # keys before the whole blocks
-    if w2 > BD or BD < 16 or oldest > block:
+    config = CONFIGS[D]
+    offsets = min(32, triton.next_power_of_2(w2))
+    queries = 64 // offsets  # in the 64 rows of a consumer
+    queries_per_tile = config["CONSUMERS"] * queries
+    spread = 0  # positions of a tile after its first
+    if group % queries_per_tile != 0:
+        spread = (queries_per_tile - 2) // group + 1
+    edge = w1 % config["BLOCK_N"] + spread  # keys before the whole blocks
+    if not 16 <= offsets or w2 > offsets or edge > config["BLOCK_N"]:
         return None
-    small = 0 < oldest <= HEAD.value
-    return tile, block, (g, q.shape[3], NQ, BD, block, ST, small, NC, *registers)
+    shape = {"GROUP": group, "D": D, "QUERIES": queries, "OFFSETS": offsets}
+    return {**config, **shape, "HAS_EDGE": 0 < edge <= EDGE.value}
 
 
-def launch(how, heads, numbers, q, k, v, k2, v2, o, lse):
-    """Run hopper_kernel as `plan` says. Writes o, and lse, infinite where repair_kernel has to go."""
-    tile, block, constants = how
-    g = constants[0]
-    tiles = triton.cdiv(g * q.shape[2], tile)
+@functools.lru_cache
+def count_multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(options, q, k, v, k2, v2, o, lse, sizes):
+    """Run hopper_kernel. Writes o and lse, which is inf for the queries left to repair_kernel."""
+    D = q.shape[3]
     layout = key_layout()
     descriptors = []
-    for size in (block, HEAD.value):
+    for size in (options["BLOCK_N"], EDGE.value):
         for t in (k, v):
-            shape = [1, size, t.shape[3]]
-            descriptors.append(TensorDescriptor.from_tensor(t.flatten(0, 1), shape, layout))
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(multiprocessors, tiles * heads)
+            heads = t.view(-1, t.shape[2], D)  # (B * Hkv, Tk, D)
+            descriptors.append(TensorDescriptor.from_tensor(heads, [1, size, D], layout))
+
+    heads = k.shape[0] * k.shape[1]
+    queries = options["GROUP"] * q.shape[2]
+    tiles = triton.cdiv(queries, options["CONSUMERS"] * options["QUERIES"])
+    programs = min(count_multiprocessors(q.device), tiles * heads)
     tensors = q, *descriptors, k2, v2, o, lse
-    hopper_kernel[(programs,)](*tensors, *numbers, tiles, heads, *constants, num_warps=4)
+    hopper_kernel[(programs,)](*tensors, *sizes, D**-0.5, tiles, heads, **options, num_warps=4)
