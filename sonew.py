@@ -87,14 +87,11 @@ def reference(S, m):
     return X, X @ m
 
 
-def ahead(x, k):
-    """Return x[:, i + k], with zeros past the end of the chain. x: (R, C)."""
+def shift(x, k):
+    """Return x[:, i + k], with zeros past the ends of the chain. x: (R, C)."""
+    if k < 0:
+        return F.pad(x, (-k, 0))[:, : x.shape[1]]
     return F.pad(x, (0, k))[:, k:]
-
-
-def behind(x, k):
-    """Return x[:, i - k], with zeros before the start of the chain. x: (R, C)."""
-    return F.pad(x, (k, 0))[:, : x.shape[1]]
 
 
 def factor(S, gamma):
@@ -110,7 +107,7 @@ def factor(S, gamma):
     # W[p][q] = S between i+1+p and i+1+q, q <= p; c[p] = S between i and i+1+p
     W = []
     for p in range(b):
-        W.append([ahead(S[p - q], q + 1) for q in range(p + 1)])
+        W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
     c = list(S[1:])
     variance = [W[p][p] for p in range(b)]
 
@@ -147,12 +144,12 @@ def precondition(m, psi, s):
     """Return u = L diag(1/s) L^T m, all (R, C); s = 0 means no gradient so far, and gives 0."""
     w = m
     for k, x in enumerate(psi, start=1):
-        w = w - x * ahead(m, k)
+        w = w - x * shift(m, k)
     w = torch.where(s > 0, w / s, 0)
 
     u = w
     for k, x in enumerate(psi, start=1):
-        u = u - behind(x * w, k)
+        u = u - shift(x * w, -k)
     return u
 
 
@@ -176,7 +173,7 @@ def update_statistics(g, m, S, beta1, beta2):
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
     m = beta1 * m + (1 - beta1) * g
-    S = [beta2 * S_k + (1 - beta2) * (g * ahead(g, k)) for k, S_k in enumerate(S)]
+    S = [beta2 * S_k + (1 - beta2) * (g * shift(g, k)) for k, S_k in enumerate(S)]
     return m, S, is_good
 
 
@@ -211,8 +208,9 @@ class LocalParam(NamedTuple):
     state: dict  # step, skipped, scale (), and m, s0 ... sb like p
     band: int
     chain: int  # coordinates of a chain
+    is_adam: bool  # takes Adam's step
     numel: int  # coordinates of the whole parameter
-    is_plain: bool  # takes Adam's step
+    process_groups: tuple  # over which its rows are sharded
 
 
 def to_local(t):
@@ -234,21 +232,18 @@ def shard_groups(p, chain):
     return tuple(groups)
 
 
-def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce=None):
-    """Take one step in PyTorch, one tensor after the other; the arguments are those of kernel.step.
+def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
+    """Take one step in PyTorch, one tensor after the other.
 
-    params: LocalParam each, updated in place. lr: a number, or a tensor (). all_reduce(sums) adds
-    sums (3,) over the processes that hold other rows of the same parameters.
+    params: LocalParam each, updated in place. lr: a number, or a tensor ().
     """
     for param in params:
         # statistics and directions, in float32 or float64
         state = param.state
         dtype = torch.promote_types(param.p.dtype, torch.float32)
         names = ["m", *(f"s{k}" for k in range(param.band + 1))]
-        g, m, *S = (
-            t.to(dtype).view(-1, param.chain)  # (R, C)
-            for t in (param.grad, *(state[name] for name in names))
-        )
+        g = param.grad.to(dtype).view(-1, param.chain)  # (R, C)
+        m, *S = (state[name].to(dtype).view(-1, param.chain) for name in names)
         m, S, is_good = update_statistics(g, m, S, beta1, beta2)
         for name, new in zip(names, (m, *S), strict=True):
             state[name].copy_(new.view_as(param.p))
@@ -259,11 +254,11 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce
         # sums over the whole parameter
         root = torch.where(is_good, root, math.inf)
         sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
-        if all_reduce is not None:
-            all_reduce(sums)
+        for process_group in param.process_groups:
+            dist.all_reduce(sums, group=process_group)
         norm_a, norm_u = sums[:2].sqrt()
         graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
-        u = a if param.is_plain else graft * u
+        u = a if param.is_adam else graft * u
 
         # update, unless a gradient was bad
         all_good = sums[2] < math.inf
@@ -292,7 +287,12 @@ class SONew(torch.optim.Optimizer):
     by rows, or a state that does not fit the parameters.
     """
 
-    use_kernel = None  # a copy of the optimizer has it, too
+    # A step after the first can be captured in a CUDA graph, with lr as a tensor () on the device:
+    # it never waits, its counters live on the device, and the optimizer keeps what a replay reads.
+    capturable = True
+    # what copies of the optimizer start with
+    use_kernel = None
+    plan_cache = None
 
     def __init__(
         self,
@@ -327,52 +327,67 @@ class SONew(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # one call takes all parameters that share these
-            batches = {}
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            options["beta1"], options["beta2"] = group["betas"]
+            options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
+            for_kernel = []
+            for_torch = []
             for p in group["params"]:
                 if p.grad is not None:
-                    local = self._local_param(p, group)
-                    key = (self._step_function(local), local.p.device, local.is_plain)
-                    key = (*key, shard_groups(p, group["chain"]))
-                    batches.setdefault(key, []).append((p, local))
-            for (step_function, _, _, process_groups), batch in batches.items():
-                self._step_batch(step_function, batch, group, process_groups)
+                    (for_kernel if self._uses_kernel(p) else for_torch).append(p)
+            if for_torch:
+                tensors = self._local_tensors(for_torch, group)
+                step_torch(local_params(for_torch, tensors, group), **options)
+                copy_back(for_torch, tensors)
+            if for_kernel:
+                tensors = self._local_tensors(for_kernel, group)
+                kernel.run(self._plans(for_kernel, tensors, group), **options)
+                # autograd's version counters
+                torch.autograd.graph.increment_version([p for p, _, _ in tensors])
+                copy_back(for_kernel, tensors)
         return loss
 
-    def _local_param(self, p, group):
-        if p.grad.layout != torch.strided or not p.is_floating_point():
-            raise ValueError("SONew takes dense gradients of real numbers")
-        if not self.state[p]:
-            self.state[p] = init_state(p, group)
-            self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
-        state = {name: to_local(tensor) for name, tensor in self.state[p].items()}
-        band, chain = band_and_chain(p, group)
-        tensors = (to_local(p).contiguous(), to_local(p.grad).contiguous(), state)
-        return LocalParam(*tensors, band, chain, p.numel(), p.dim() < 2)
-
-    def _step_function(self, local):
+    def _uses_kernel(self, p):
         if self.use_kernel is not None:
-            return kernel.step if self.use_kernel else step_torch
-        if not local.p.is_cuda or local.p.dtype == torch.float64:
-            return step_torch
+            return self.use_kernel
+        if not p.is_cuda or p.dtype == torch.float64:
+            return False
         if kernel is None:
             warnings.warn("Triton is not installed: SONew takes the slower PyTorch path")
-            return step_torch
-        return kernel.step
+        return kernel is not None
 
-    def _step_batch(self, step_function, batch, group, process_groups):
-        def all_reduce(sums):
-            for process_group in process_groups:
-                dist.all_reduce(sums, group=process_group)
+    def _local_tensors(self, params, group):
+        """Return (p, gradient, state) of each parameter: what this process holds, contiguous."""
+        tensors = []
+        for p in params:
+            if p.grad.layout != torch.strided or not p.is_floating_point():
+                raise ValueError("SONew takes dense gradients of real numbers")
+            state = self.state[p]
+            if not state:
+                state = self._init_state(p, group)
+            if isinstance(p, DTensor):
+                state = {name: to_local(tensor) for name, tensor in state.items()}
+            tensors.append((to_local(p).contiguous(), to_local(p.grad).contiguous(), state))
+        return tensors
 
-        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        options["beta1"], options["beta2"] = group["betas"]
-        options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
-        options["all_reduce"] = all_reduce if process_groups else None
-        step_function([local for _, local in batch], **options)
-        for p, local in batch:
-            if not to_local(p).is_contiguous():
-                to_local(p).copy_(local.p)
+    def _init_state(self, p, group):
+        self.state[p] = init_state(p, group)
+        self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
+        return self.state[p]
+
+    def _plans(self, params, tensors, group):
+        """Return the launches of a step, which are made anew only when a tensor moves or changes."""
+        key = [group["chain"]]
+        for p, grad, state in tensors:
+            key += (p.shape, p.dtype, grad.dtype, state["m"].dtype, p.data_ptr(), grad.data_ptr())
+            key += [tensor.data_ptr() for tensor in state.values()]
+        if self.plan_cache is None:
+            self.plan_cache = kernel.PlanCache()
+
+        def make_params():
+            return local_params(params, tensors, group)
+
+        return self.plan_cache.get(tuple(key), make_params, tensors[0][0].device)
 
     def load_state_dict(self, state_dict):
         """Load a state as torch.optim.Adam does, hooks included, but keep the state's dtype.
@@ -417,6 +432,27 @@ def check_options(group):
         raise ValueError(f"band is {group['band']}; it must be 0 to 4")
     if group["chain"] not in ("row", "flat"):
         raise ValueError(f"chain is {group['chain']}; it must be row or flat")
+
+
+def local_params(params, tensors, group):
+    """Return a LocalParam for each parameter and its (p, gradient, state)."""
+    result = []
+    for p, (local, grad, state) in zip(params, tensors, strict=True):
+        band, chain = band_and_chain(p, group)
+        process_groups = shard_groups(p, group["chain"])
+        is_adam = p.dim() < 2
+        result.append(
+            LocalParam(local, grad, state, band, chain, is_adam, p.numel(), process_groups)
+        )
+    return result
+
+
+def copy_back(params, tensors):
+    """Write the parameters that were not contiguous from their contiguous copies."""
+    for p, (local, _, _) in zip(params, tensors, strict=True):
+        original = to_local(p)
+        if original is not local and not original.is_contiguous():
+            original.copy_(local)
 
 
 def band_and_chain(p, group):
