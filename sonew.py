@@ -327,24 +327,12 @@ class SONew(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-            options["beta1"], options["beta2"] = group["betas"]
-            options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
-            for_kernel = []
-            for_torch = []
+            batches = {}  # by whether the kernel takes them
             for p in group["params"]:
                 if p.grad is not None:
-                    (for_kernel if self._uses_kernel(p) else for_torch).append(p)
-            if for_torch:
-                tensors = self._local_tensors(for_torch, group)
-                step_torch(local_params(for_torch, tensors, group), **options)
-                copy_back(for_torch, tensors)
-            if for_kernel:
-                tensors = self._local_tensors(for_kernel, group)
-                kernel.run(self._plans(for_kernel, tensors, group), **options)
-                # autograd's version counters
-                torch.autograd.graph.increment_version([p for p, _, _ in tensors])
-                copy_back(for_kernel, tensors)
+                    batches.setdefault(self._uses_kernel(p), []).append(p)
+            for uses_kernel, params in batches.items():
+                self._step_params(params, group, uses_kernel)
         return loss
 
     def _uses_kernel(self, p):
@@ -356,38 +344,45 @@ class SONew(torch.optim.Optimizer):
             warnings.warn("Triton is not installed: SONew takes the slower PyTorch path")
         return kernel is not None
 
-    def _local_tensors(self, params, group):
-        """Return (p, gradient, state) of each parameter: what this process holds, contiguous."""
-        tensors = []
-        for p in params:
-            if p.grad.layout != torch.strided or not p.is_floating_point():
-                raise ValueError("SONew takes dense gradients of real numbers")
-            state = self.state[p]
-            if not state:
-                state = self._init_state(p, group)
-            if isinstance(p, DTensor):
-                state = {name: to_local(tensor) for name, tensor in state.items()}
-            tensors.append((to_local(p).contiguous(), to_local(p.grad).contiguous(), state))
-        return tensors
+    def _step_params(self, params, group, uses_kernel):
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options["beta1"], options["beta2"] = group["betas"]
+        options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
+        tensors = [self._local_tensors(p, group) for p in params]
 
-    def _init_state(self, p, group):
-        self.state[p] = init_state(p, group)
-        self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
-        return self.state[p]
+        def local_params():
+            pairs = zip(params, tensors, strict=True)
+            return [LocalParam(*local, *describe(p, group)) for p, local in pairs]
 
-    def _plans(self, params, tensors, group):
-        """Return the launches of a step, which are made anew only when a tensor moves or changes."""
-        key = [group["chain"]]
-        for p, grad, state in tensors:
-            key += (p.shape, p.dtype, grad.dtype, state["m"].dtype, p.data_ptr(), grad.data_ptr())
-            key += [tensor.data_ptr() for tensor in state.values()]
-        if self.plan_cache is None:
-            self.plan_cache = kernel.PlanCache()
+        if uses_kernel:
+            # launches are planned anew only where a tensor has moved or changed
+            if self.plan_cache is None:
+                self.plan_cache = kernel.PlanCache()
+            plans = self.plan_cache.get(tensors, group["chain"], local_params)
+            kernel.run(plans, **options)
+            torch.autograd.graph.increment_version([p for p, _, _ in tensors])
+        else:
+            step_torch(local_params(), **options)
 
-        def make_params():
-            return local_params(params, tensors, group)
+        # parameters that are not contiguous
+        for p, (local_p, _, _) in zip(params, tensors, strict=True):
+            if local_p is not p and not to_local(p).is_contiguous():
+                to_local(p).copy_(local_p)
 
-        return self.plan_cache.get(tuple(key), make_params, tensors[0][0].device)
+    def _local_tensors(self, p, group):
+        """Return this process's part of p, its gradient and its state; contiguous tensors."""
+        grad = p.grad
+        if grad.layout != torch.strided or not p.is_floating_point():
+            raise ValueError("SONew takes dense gradients of real numbers")
+        if not self.state[p]:
+            self.state[p] = init_state(p, group)
+            self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
+        state = self.state[p]
+        if isinstance(p, DTensor):
+            p = p.to_local()
+            grad = grad.to_local()
+            state = {name: to_local(tensor) for name, tensor in state.items()}
+        return p.contiguous(), grad.contiguous(), state
 
     def load_state_dict(self, state_dict):
         """Load a state as torch.optim.Adam does, hooks included, but keep the state's dtype.
@@ -434,33 +429,18 @@ def check_options(group):
         raise ValueError(f"chain is {group['chain']}; it must be row or flat")
 
 
-def local_params(params, tensors, group):
-    """Return a LocalParam for each parameter and its (p, gradient, state)."""
-    result = []
-    for p, (local, grad, state) in zip(params, tensors, strict=True):
-        band, chain = band_and_chain(p, group)
-        process_groups = shard_groups(p, group["chain"])
-        is_adam = p.dim() < 2
-        result.append(
-            LocalParam(local, grad, state, band, chain, is_adam, p.numel(), process_groups)
-        )
-    return result
-
-
-def copy_back(params, tensors):
-    """Write the parameters that were not contiguous from their contiguous copies."""
-    for p, (local, _, _) in zip(params, tensors, strict=True):
-        original = to_local(p)
-        if original is not local and not original.is_contiguous():
-            original.copy_(local)
-
-
 def band_and_chain(p, group):
     """Return the band of p's statistics and how many coordinates a chain has."""
     if p.dim() < 2:
         return 0, 1
     chain = p.numel() if group["chain"] == "flat" else math.prod(p.shape[1:])
     return group["band"], max(1, chain)
+
+
+def describe(p, group):
+    """Return the fields of LocalParam that are not tensors."""
+    band, chain = band_and_chain(p, group)
+    return band, chain, p.dim() < 2, p.numel(), shard_groups(p, group["chain"])
 
 
 def init_state(p, group):

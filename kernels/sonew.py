@@ -528,25 +528,35 @@ def make_plans(params):
 
 
 class PlanCache:
-    """The plans of one optimizer, which must live as long as CUDA graphs that it was captured in."""
+    """The plans of one optimizer."""
 
     CAPACITY = 16  # gradients may alternate between a few places
 
     def __init__(self):
         self.recent = {}  # key: plans
-        self.captured = []
+        self.captured = []  # CUDA graphs read their tables at each replay
 
-    def get(self, key, make_params, device):
-        """Return the plans of a key, or make them for the list of LocalParam make_params()."""
-        capturing = is_capturing(device)
+    def get(self, tensors, chain, local_params):
+        """Return the plans of a step, made anew only where something differs from recent steps.
+
+        tensors: (p, gradient, state) of each parameter. chain: an option of SONew. local_params()
+        returns the LocalParam of each.
+        """
+        key = [chain]
+        for p, grad, state in tensors:
+            key += (p.shape, p.dtype, grad.dtype, state["m"].dtype, p.data_ptr(), grad.data_ptr())
+            key += [tensor.data_ptr() for tensor in state.values()]
+        key = tuple(key)
+
+        capturing = is_capturing(tensors[0][0].device)
         plans = self.recent.get(key)
         if plans is None and capturing:
-            # set pinned memory free for the new plans
+            # set pinned memory free, which the new plans need
             for plan in [plan for plans in self.recent.values() for plan in plans]:
                 del plan.pinned[1:]
         if plans is None:
-            plans = make_plans(make_params())
-            if not capturing:  # a captured copy of tables happens at the replays only
+            plans = make_plans(local_params())
+            if not capturing:  # tables of a captured step have no contents before a replay
                 if len(self.recent) == self.CAPACITY:
                     del self.recent[next(iter(self.recent))]
                 self.recent[key] = plans
