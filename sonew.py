@@ -1,38 +1,33 @@
 """SONew: a sparsified online Newton optimizer (arXiv 2311.10085).
 
-A full second-order method preconditions a tensor's n gradients with the
-inverse of their (n, n) statistics S = E[g g^T]. SONew keeps b + 1 diagonals of
-S, S_k[i] = E[g_i g_{i+k}], and takes the banded X that is closest to the
-inverse of S in LogDet divergence:
+A full second-order method preconditions a tensor's n gradients with the inverse of their (n, n)
+statistics S = E[g g^T]. SONew keeps b + 1 diagonals of S, S_k[i] = E[g_i g_{i+k}], and takes the
+banded X that is closest to the inverse of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-On a chain the minimiser has a closed form, in which each coordinate needs its
-b successors only:
+On a chain the minimiser has a closed form, in which each coordinate needs its b successors only:
 
     psi_i = W_i^-1 c_i            W_i: S on i+1 ... i+b, c_i: S between i and these
     s_i   = S_0[i] - psi_i . c_i  Schur complement: variance its successors leave
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
     u     = X m                   the direction, m the momentum
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends
-linearly on those before it, its edge is dropped, so X stays positive definite.
-Grafting: each tensor's step takes the length of Adam's. With b = 0, u is m /
-S_0: Adam without its square root. Biases and gains take Adam's step.
+Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends linearly on those
+before it, its edge is dropped, so X stays positive definite. Grafting: each tensor's step takes the
+length of Adam's. With b = 0, u is m / S_0: Adam without its square root. Biases and gains take
+Adam's step.
 
-Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean
-root-mean-square gradient, mean_i sqrt(S_0[i]), after the step before; in the
-first step, the mean magnitude of its gradient. So eps has no unit, and
-multiplying all gradients by a constant leaves every step as it was. An
-absolute eps, as in the released PyTorch code, is right for one scale of
-gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0 in most
-coordinates of a GPT, whose gradients are far smaller.
+Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean root-mean-square
+gradient, mean_i sqrt(S_0[i]), after the step before; in the first step, the mean magnitude of its
+gradient. So eps has no unit, and multiplying all gradients by a constant leaves every step as it
+was. An absolute eps is right for one scale only: 1e-8, fine for an autoencoder of MNIST, exceeds
+S_0 in most coordinates of a GPT, whose gradients are far smaller.
 
-Where we depart from the released code: eps, as said; Adam's variance in the
-graft is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too
-long), and its step has no eps; the edge test is relative; chains end with the
-rows of a matrix, not with the tensor (chain="flat"); a gradient that is not
-finite is not spread.
+Where we depart from the released code: eps, which there is absolute; Adam's variance in the graft
+is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too long), and its step has no eps;
+the edge test is relative; chains end with the rows of a matrix, not with the tensor (chain="flat");
+a gradient that is not finite is not spread.
 
     python sonew.py                 the LogDet problem, an autoencoder of MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
@@ -282,16 +277,16 @@ class SONew(torch.optim.Optimizer):
     use_kernel: None, the Triton kernel for CUDA tensors; False, never; True, always.
 
     No step waits for the device. A gradient that is not finite, or whose square is not, counts as 0
-    in the statistics and holds its tensor for that step; state["skipped"] counts these steps.
+    in the statistics, and its tensor is not updated; state["skipped"] counts these steps.
+
     ValueError: an option out of range, a sparse or complex gradient, a parameter sharded other than
     by rows, or a state that does not fit the parameters.
     """
 
-    # A step after the first can be captured in a CUDA graph, with lr as a tensor () on the device:
-    # it never waits, its counters live on the device, and the optimizer keeps what a replay reads.
+    # Any step but the first can be captured in a CUDA graph: it never waits for the device, its
+    # counters live there, lr may be a tensor () there, and plan_cache keeps what replays read.
     capturable = True
-    # what copies of the optimizer start with
-    use_kernel = None
+    use_kernel = None  # of a copy of the optimizer
     plan_cache = None
 
     def __init__(
@@ -351,8 +346,15 @@ class SONew(torch.optim.Optimizer):
         tensors = [self._local_tensors(p, group) for p in params]
 
         def local_params():
-            pairs = zip(params, tensors, strict=True)
-            return [LocalParam(*local, *describe(p, group)) for p, local in pairs]
+            result = []
+            for p, (local_p, grad, state) in zip(params, tensors, strict=True):
+                band, chain = band_and_chain(p, group)
+                groups = shard_groups(p, group["chain"])
+                is_adam = p.dim() < 2
+                result.append(
+                    LocalParam(local_p, grad, state, band, chain, is_adam, p.numel(), groups)
+                )
+            return result
 
         if uses_kernel:
             # launches are planned anew only where a tensor has moved or changed
@@ -437,12 +439,6 @@ def band_and_chain(p, group):
     return group["band"], max(1, chain)
 
 
-def describe(p, group):
-    """Return the fields of LocalParam that are not tensors."""
-    band, chain = band_and_chain(p, group)
-    return band, chain, p.dim() < 2, p.numel(), shard_groups(p, group["chain"])
-
-
 def init_state(p, group):
     """Return the state of p before its first step: scalars step, skipped, scale; m, s0 ... sb."""
     wide = torch.promote_types(p.dtype, torch.float32)
@@ -470,12 +466,12 @@ def copy_state(p, group, saved):
     if saved.keys() != state.keys():
         raise ValueError(f"SONew's state has {sorted(saved)}; it must have {sorted(state)}")
     for name, tensor in state.items():
-        shape = tuple(getattr(saved[name], "shape", ()))
-        if not torch.is_tensor(saved[name]) or shape != tensor.shape:
-            raise ValueError(f"SONew's state {name} is {shape}; it must be {tuple(tensor.shape)}")
-        if saved[name].layout != torch.strided or saved[name].is_meta:
-            raise ValueError(f"SONew's state {name} is not a dense tensor with values")
-        tensor.copy_(saved[name])
+        value = saved[name]
+        is_dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+        if not is_dense or value.shape != tensor.shape:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"SONew's state {name} must be a dense tensor of shape {shape}")
+        tensor.copy_(value)
     return state
 
 
