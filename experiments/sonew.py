@@ -72,20 +72,18 @@ class Variant(NamedTuple):
     best: tuple  # the best of both
 
 
-SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-ADAM_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-SONEW_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (1e-2, 3e-2, 1e-1, 3e-1)
 SMALL_EPS = (1e-7, 1e-6, 1e-5)
 LARGE_EPS = (1e-6, 1e-5, 1e-4)
 VARIANTS = {
-    "SGD": Variant(sgd, SGD_RATES, (0.8, 0.9, 0.95), (3e-2, 0.8)),
-    "RMSProp": Variant(rmsprop, SGD_RATES, (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
-    "Adam": Variant(adam, ADAM_RATES, (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
-    "SONew, band 0": Variant(sonew(band=0), SONEW_RATES, SMALL_EPS, (1e-1, 1e-6)),
-    "SONew, band 1": Variant(sonew(), SONEW_RATES, SMALL_EPS, (1e-1, 1e-6)),
-    "band 1, flat": Variant(sonew(chain="flat"), SONEW_RATES, SMALL_EPS, (1e-1, 1e-6)),
-    "band 1, shuffled": Variant(sonew(), SONEW_RATES, LARGE_EPS, (1e-1, 1e-5)),
-    "SONew, band 4": Variant(sonew(band=4), SONEW_RATES, LARGE_EPS, (1e-1, 1e-5)),
+    "SGD": Variant(sgd, (1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
+    "RMSProp": Variant(rmsprop, (1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
+    "Adam": Variant(adam, (3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
+    "SONew, band 0": Variant(sonew(band=0), RATES, SMALL_EPS, (1e-1, 1e-6)),
+    "SONew, band 1": Variant(sonew(), RATES, SMALL_EPS, (1e-1, 1e-6)),
+    "band 1, flat": Variant(sonew(chain="flat"), RATES, SMALL_EPS, (1e-1, 1e-6)),
+    "band 1, shuffled": Variant(sonew(), RATES, LARGE_EPS, (1e-1, 1e-5)),
+    "SONew, band 4": Variant(sonew(band=4), RATES, LARGE_EPS, (1e-1, 1e-5)),
 }
 
 # -- data and network ------------------------------------------------------------------------------
@@ -210,14 +208,13 @@ def edge_statistics(optimizer):
     n_edges = 0
     least = math.inf
     for group in optimizer.param_groups:
-        for p in group["params"]:
+        matrices = [p for p in group["params"] if "s1" in optimizer.state[p]]
+        for p in matrices:
+            # bias-corrected and damped statistics in units of the scale, b+1 of (R, C)
             state = optimizer.state[p]
-            if "s1" not in state:
-                continue
-            # bias-corrected statistics in units of the scale, b+1 of (R, C), damped
             n_chains = len(p) if group["chain"] == "row" else 1
             correction = bias_correction(group["betas"][1], state["step"]) * state["scale"] ** 2
-            names = sorted(name for name in state if name[1:].isdigit())
+            names = [f"s{k}" for k in range(group["band"] + 1)]
             S = [state[name].view(n_chains, -1) / correction for name in names]
             S[0] = S[0] + group["eps"]
 
@@ -228,9 +225,7 @@ def edge_statistics(optimizer):
             n_edges += has_edge.sum().item()
             if is_kept.any():
                 least = min(least, (s / S[0])[is_kept].min().item())
-    if n_edges == 0:
-        return {}
-    return {"edges_removed": n_removed / n_edges, "least_schur": least}
+    return {"edges_removed": n_removed / n_edges, "least_schur": least} if n_edges else {}
 
 
 def sweep(images):
@@ -306,12 +301,10 @@ def plot(record, C, inverses):
     left, middle, right = axes[1]
 
     # LogDet divergence by band
-    for name, label, style in (
-        ("divergence", "pixels in order", "o-"),
-        ("divergence_shuffled", "pixels shuffled", "s--"),
-    ):
-        values = record["logdet"][name]
-        left.plot(list(values), list(values.values()), style, label=label)
+    logdet = record["logdet"]
+    left.plot(range(5), list(logdet["divergence"].values()), "o-", label="pixels in order")
+    shuffled = list(logdet["divergence_shuffled"].values())
+    left.plot(range(5), shuffled, "s--", label="pixels shuffled")
     left.set(xlabel="band", ylabel="LogDet divergence", title="distance to the statistics")
     left.set_xticks(range(5))
     left.legend(fontsize=8)
@@ -357,22 +350,18 @@ def compare(images):
         runs = [train_variant(name, variant.best, images, seed) for seed in SEEDS]
         variants[name] = {"settings": settings, "sweep": grid, "runs": runs}
 
-    differences = {}
-    differences_to_band_1 = {}
-    adam_runs = variants["Adam"]["runs"]
-    band_1_runs = variants["SONew, band 1"]["runs"]
-    for name, variant in variants.items():
-        if name != "Adam":
-            differences[name] = paired_difference(variant["runs"], adam_runs)
-        if "band" in name and name != "SONew, band 1":
-            differences_to_band_1[name] = paired_difference(variant["runs"], band_1_runs)
+    runs = {name: variant["runs"] for name, variant in variants.items()}
+    others = [name for name in runs if name != "Adam"]
+    differences = {name: paired_difference(runs[name], runs["Adam"]) for name in others}
+    bands = [name for name in others if "band" in name and name != "SONew, band 1"]
+    to_band_1 = {name: paired_difference(runs[name], runs["SONew, band 1"]) for name in bands}
     return {
         "question": "Does SONew train an autoencoder of MNIST faster than Adam?",
         "metric": "test cross-entropy, nats per image",
         "baseline": "Adam",
         "variants": variants,
         "differences": differences,
-        "differences_to_band_1": differences_to_band_1,
+        "differences_to_band_1": to_band_1,
     }
 
 
@@ -388,9 +377,7 @@ def print_record(record):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument(
-        "--mnist", metavar="FILE", help="mnist.npz; default: out/mnist.npz, fetched"
-    )
+    parser.add_argument("--mnist", metavar="FILE", help="default: out/mnist.npz, fetched")
     parser.add_argument("--sweep", action="store_true", help="find the settings, on seed 0")
     args = parser.parse_args(argv)
     out = check_writable(args.out)
