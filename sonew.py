@@ -333,11 +333,10 @@ class SONew(torch.optim.Optimizer):
     def _uses_kernel(self, p):
         if self.use_kernel is not None:
             return self.use_kernel
-        if not p.is_cuda or p.dtype == torch.float64:
-            return False
-        if kernel is None:
+        if p.is_cuda and kernel is None:
             warnings.warn("Triton is not installed: SONew takes the slower PyTorch path")
-        return kernel is not None
+            return False
+        return p.is_cuda and p.dtype != torch.float64
 
     def _step_params(self, params, group, uses_kernel):
         options = {name: group[name] for name in ("lr", "weight_decay", "eps")}

@@ -93,13 +93,12 @@ def check_kernel(
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"betas": (0.9, 0.0)},
         {"band": 4, "chain": "flat"},
-        {"band": 2, "betas": (0.9, 0.0)},
         {"band": 3, "transposed": True, "gamma": 0.3, "betas": (0.0, 0.999)},  # few edges are left
         {"band": 0, "eps": 1e-6, "betas": (0.9, 0.9999), "lr": torch.tensor(0.1, device=DEVICE)},
     ],
-    ids=["band 1", "band 4, flat", "beta2 0", "band 3, transposed", "band 0, lr a tensor"],
+    ids=["band 1", "band 4, flat", "band 3, transposed", "band 0, lr a tensor"],
 )
 def test_kernel(options, version, monkeypatch):
     use_small_blocks(monkeypatch)
@@ -108,7 +107,7 @@ def test_kernel(options, version, monkeypatch):
     check_kernel(shapes, **options)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_kernel_on_random_shapes(seed, monkeypatch):
     rng = random.Random(seed)
     shapes = []
