@@ -148,7 +148,7 @@ def test_kernel_does_not_depend_on_its_blocks(version, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["fastest", "simple"])
-@pytest.mark.parametrize("options", [{"band": 0}, {"band": 2, "chain": "flat"}], ids=str)
+@pytest.mark.parametrize("options", [{"band": 2, "chain": "flat"}], ids=str)
 def test_the_scale_of_gradients_does_not_matter_to_the_kernel(options, version, monkeypatch):
     use_small_blocks(monkeypatch)
     use_version(monkeypatch, version)
@@ -198,8 +198,8 @@ def test_kernel_on_gradients_that_wake_late(version, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["fastest", "simple"])
-@pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e30])
-def test_kernel_on_bad_gradients(bad, version, monkeypatch):
+@pytest.mark.parametrize("bad, other_bad", [(math.nan, 1e30), (-math.inf, math.nan)])
+def test_kernel_on_bad_gradients(bad, other_bad, version, monkeypatch):
     use_small_blocks(monkeypatch)
     use_version(monkeypatch, version)
     nets = []
@@ -215,7 +215,7 @@ def test_kernel_on_bad_gradients(bad, version, monkeypatch):
                 p.grad = torch.cos(t + torch.arange(p.numel(), device=DEVICE)).view_as(p)
             if t == 1:
                 net[0].grad[1, 30] = bad
-                net[2].grad[0] = bad
+                net[2].grad[0] = other_bad
             optimizer.step()
         held = [torch.equal(p, x) for p, x in zip(net, before, strict=True)]
         assert held == [True, False, True]

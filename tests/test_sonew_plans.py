@@ -174,9 +174,7 @@ def simple_cases():
     for name, variant, arch in (
         ("direction_kernel", VARIANTS[1], 80),
         ("direction_kernel", VARIANTS[2], 90),
-        ("direction_kernel", VARIANTS[3], 100),
-        ("update_kernel", VARIANTS[1], 90),
-        ("update_kernel", VARIANTS[2], 120),
+        ("update_kernel", VARIANTS[1], 120),
     ):
         constants = {**constants_of(*variant[:4]), "BLOCK": kernel.BLOCK}
         cases.append(Case(name, constants, arch=arch, num_warps=kernel.WARPS, **OPTIONS))
@@ -190,7 +188,7 @@ def fused_cases():
         (80, VARIANTS[1:2]),
         (90, VARIANTS),
         (100, VARIANTS[:1]),
-        (120, VARIANTS[1:2]),
+        (120, VARIANTS[2:3]),
     ):
         for *variant, halo in variants:
             config = fused.CONFIG[variant[2]]
@@ -227,4 +225,4 @@ def hopper_cases():
 def test_kernels_build():
     pytest.importorskip("triton.experimental.gluon")
     cases = [*simple_cases(), *fused_cases(), *hopper_cases()]
-    assert len(check_build("tests.sonew_kernels", cases)) == len(cases) >= 15
+    assert len(check_build("tests.sonew_kernels", cases)) == len(cases) >= 13
