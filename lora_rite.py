@@ -348,7 +348,6 @@ class LoRARITE(torch.optim.Optimizer):
     counts it as skipped. ValueError: an option out of range, a parameter without its partner.
     """
 
-    capturable = True
     clips_gradients = False  # a clip of the raw gradients depends on how Z is factored
 
     def __init__(

@@ -1,38 +1,33 @@
 """SONew: a sparsified online Newton optimizer (arXiv 2311.10085).
 
-A full second-order method preconditions a tensor's n gradients with the
-inverse of their (n, n) statistics S = E[g g^T]. SONew keeps b + 1 diagonals of
-S, S_k[i] = E[g_i g_{i+k}], and takes the banded X that is closest to the
-inverse of S in LogDet divergence:
+A full second-order method preconditions a tensor's n gradients with the inverse of their (n, n)
+statistics S = E[g g^T]. SONew keeps b + 1 diagonals of S, S_k[i] = E[g_i g_{i+k}], and takes the
+banded X that is closest to the inverse of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-On a chain the minimiser has a closed form, in which each coordinate needs its
-b successors only:
+On a chain the minimiser has a closed form, in which each coordinate needs its b successors only:
 
     psi_i = W_i^-1 c_i            W_i: S on i+1 ... i+b, c_i: S between i and these
     s_i   = S_0[i] - psi_i . c_i  Schur complement: variance its successors leave
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
     u     = X m                   the direction, m the momentum
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends
-linearly on those before it, its edge is dropped, so X stays positive definite.
-Grafting: each tensor's step takes the length of Adam's. With b = 0, u is m /
-S_0: Adam without its square root. Biases and gains take Adam's step.
+Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends linearly on those
+before it, its edge is dropped, so X stays positive definite. Grafting: each tensor's step takes the
+length of Adam's. With b = 0, u is m / S_0: Adam without its square root. Biases and gains take
+Adam's step.
 
-Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean
-root-mean-square gradient, mean_i sqrt(S_0[i]), after the step before; in the
-first step, the mean magnitude of its gradient. So eps has no unit, and
-multiplying all gradients by a constant leaves every step as it was. An
-absolute eps, as in the released PyTorch code, is right for one scale of
-gradients only: 1e-8, fine for an autoencoder of MNIST, exceeds S_0 in most
-coordinates of a GPT, whose gradients are far smaller.
+Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean root-mean-square
+gradient, mean_i sqrt(S_0[i]), after the step before; in the first step, the mean magnitude of its
+gradient. So eps has no unit, and multiplying all gradients by a constant leaves every step as it
+was. An absolute eps is right for one scale only: 1e-8, fine for an autoencoder of MNIST, exceeds
+S_0 in most coordinates of a GPT, whose gradients are far smaller.
 
-Where we depart from the released code: eps, as said; Adam's variance in the
-graft is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too
-long), and its step has no eps; the edge test is relative; chains end with the
-rows of a matrix, not with the tensor (chain="flat"); a gradient that is not
-finite is not spread.
+Where we depart from the released code: eps, which there is absolute; Adam's variance in the graft
+is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too long), and its step has no eps;
+the edge test is relative; chains end with the rows of a matrix, not with the tensor (chain="flat");
+a gradient that is not finite is not spread.
 
     python sonew.py                 the LogDet problem, an autoencoder of MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
@@ -87,14 +82,11 @@ def reference(S, m):
     return X, X @ m
 
 
-def ahead(x, k):
-    """Return x[:, i + k], with zeros past the end of the chain. x: (R, C)."""
+def shift(x, k):
+    """Return x[:, i + k], with zeros past the ends of the chain. x: (R, C)."""
+    if k < 0:
+        return F.pad(x, (-k, 0))[:, : x.shape[1]]
     return F.pad(x, (0, k))[:, k:]
-
-
-def behind(x, k):
-    """Return x[:, i - k], with zeros before the start of the chain. x: (R, C)."""
-    return F.pad(x, (k, 0))[:, : x.shape[1]]
 
 
 def factor(S, gamma):
@@ -110,7 +102,7 @@ def factor(S, gamma):
     # W[p][q] = S between i+1+p and i+1+q, q <= p; c[p] = S between i and i+1+p
     W = []
     for p in range(b):
-        W.append([ahead(S[p - q], q + 1) for q in range(p + 1)])
+        W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
     c = list(S[1:])
     variance = [W[p][p] for p in range(b)]
 
@@ -147,12 +139,12 @@ def precondition(m, psi, s):
     """Return u = L diag(1/s) L^T m, all (R, C); s = 0 means no gradient so far, and gives 0."""
     w = m
     for k, x in enumerate(psi, start=1):
-        w = w - x * ahead(m, k)
+        w = w - x * shift(m, k)
     w = torch.where(s > 0, w / s, 0)
 
     u = w
     for k, x in enumerate(psi, start=1):
-        u = u - behind(x * w, k)
+        u = u - shift(x * w, -k)
     return u
 
 
@@ -176,7 +168,7 @@ def update_statistics(g, m, S, beta1, beta2):
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
     m = beta1 * m + (1 - beta1) * g
-    S = [beta2 * S_k + (1 - beta2) * (g * ahead(g, k)) for k, S_k in enumerate(S)]
+    S = [beta2 * S_k + (1 - beta2) * (g * shift(g, k)) for k, S_k in enumerate(S)]
     return m, S, is_good
 
 
@@ -211,8 +203,9 @@ class LocalParam(NamedTuple):
     state: dict  # step, skipped, scale (), and m, s0 ... sb like p
     band: int
     chain: int  # coordinates of a chain
+    is_adam: bool  # takes Adam's step
     numel: int  # coordinates of the whole parameter
-    is_plain: bool  # takes Adam's step
+    process_groups: tuple  # over which its rows are sharded
 
 
 def to_local(t):
@@ -234,21 +227,18 @@ def shard_groups(p, chain):
     return tuple(groups)
 
 
-def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce=None):
-    """Take one step in PyTorch, one tensor after the other; the arguments are those of kernel.step.
+def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
+    """Take one step in PyTorch, one tensor after the other.
 
-    params: LocalParam each, updated in place. lr: a number, or a tensor (). all_reduce(sums) adds
-    sums (3,) over the processes that hold other rows of the same parameters.
+    params: LocalParam each, updated in place. lr: a number, or a tensor ().
     """
     for param in params:
         # statistics and directions, in float32 or float64
         state = param.state
         dtype = torch.promote_types(param.p.dtype, torch.float32)
         names = ["m", *(f"s{k}" for k in range(param.band + 1))]
-        g, m, *S = (
-            t.to(dtype).view(-1, param.chain)  # (R, C)
-            for t in (param.grad, *(state[name] for name in names))
-        )
+        g = param.grad.to(dtype).view(-1, param.chain)  # (R, C)
+        m, *S = (state[name].to(dtype).view(-1, param.chain) for name in names)
         m, S, is_good = update_statistics(g, m, S, beta1, beta2)
         for name, new in zip(names, (m, *S), strict=True):
             state[name].copy_(new.view_as(param.p))
@@ -259,11 +249,11 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce
         # sums over the whole parameter
         root = torch.where(is_good, root, math.inf)
         sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
-        if all_reduce is not None:
-            all_reduce(sums)
+        for process_group in param.process_groups:
+            dist.all_reduce(sums, group=process_group)
         norm_a, norm_u = sums[:2].sqrt()
         graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
-        u = a if param.is_plain else graft * u
+        u = a if param.is_adam else graft * u
 
         # update, unless a gradient was bad
         all_good = sums[2] < math.inf
@@ -287,13 +277,17 @@ class SONew(torch.optim.Optimizer):
     use_kernel: None, the Triton kernel for CUDA tensors; False, never; True, always.
 
     No step waits for the device. A gradient that is not finite, or whose square is not, counts as 0
-    in the statistics and holds its tensor for that step; state["skipped"] counts these steps.
+    in the statistics, and its tensor is not updated; state["skipped"] counts these steps.
+
     ValueError: an option out of range, a sparse or complex gradient, a parameter sharded other than
     by rows, or a state that does not fit the parameters.
     """
 
+    # Any step but the first can be captured in a CUDA graph: it never waits for the device, its
+    # counters live there, lr may be a tensor () there, and plan_cache keeps what replays read.
     capturable = True
-    use_kernel = None  # a copy of the optimizer has it, too
+    use_kernel = None  # of a copy of the optimizer
+    plan_cache = None
 
     def __init__(
         self,
@@ -328,52 +322,68 @@ class SONew(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # one call takes all parameters that share these
-            batches = {}
+            batches = {}  # by whether the kernel takes them
             for p in group["params"]:
                 if p.grad is not None:
-                    local = self._local_param(p, group)
-                    key = (self._step_function(local), local.p.device, local.is_plain)
-                    key = (*key, shard_groups(p, group["chain"]))
-                    batches.setdefault(key, []).append((p, local))
-            for (step_function, _, _, process_groups), batch in batches.items():
-                self._step_batch(step_function, batch, group, process_groups)
+                    batches.setdefault(self._uses_kernel(p), []).append(p)
+            for uses_kernel, params in batches.items():
+                self._step_params(params, group, uses_kernel)
         return loss
 
-    def _local_param(self, p, group):
-        if p.grad.layout != torch.strided or not p.is_floating_point():
+    def _uses_kernel(self, p):
+        if self.use_kernel is not None:
+            return self.use_kernel
+        if p.is_cuda and kernel is None:
+            warnings.warn("Triton is not installed: SONew takes the slower PyTorch path")
+            return False
+        return p.is_cuda and p.dtype != torch.float64
+
+    def _step_params(self, params, group, uses_kernel):
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options["beta1"], options["beta2"] = group["betas"]
+        options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
+        tensors = [self._local_tensors(p, group) for p in params]
+
+        def local_params():
+            result = []
+            for p, (local_p, grad, state) in zip(params, tensors, strict=True):
+                band, chain = band_and_chain(p, group)
+                groups = shard_groups(p, group["chain"])
+                is_adam = p.dim() < 2
+                result.append(
+                    LocalParam(local_p, grad, state, band, chain, is_adam, p.numel(), groups)
+                )
+            return result
+
+        if uses_kernel:
+            # launches are planned anew only where a tensor has moved or changed
+            if self.plan_cache is None:
+                self.plan_cache = kernel.PlanCache()
+            plans = self.plan_cache.get(tensors, group["chain"], local_params)
+            kernel.run(plans, **options)
+            torch.autograd.graph.increment_version([p for p, _, _ in tensors])
+        else:
+            step_torch(local_params(), **options)
+
+        # parameters that are not contiguous
+        for p, (local_p, _, _) in zip(params, tensors, strict=True):
+            if local_p is not p and not to_local(p).is_contiguous():
+                to_local(p).copy_(local_p)
+
+    def _local_tensors(self, p, group):
+        """Return this process's part of p, its gradient and its state; contiguous tensors."""
+        grad = p.grad
+        if grad.layout != torch.strided or not p.is_floating_point():
             raise ValueError("SONew takes dense gradients of real numbers")
         if not self.state[p]:
             self.state[p] = init_state(p, group)
             self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
-        state = {name: to_local(tensor) for name, tensor in self.state[p].items()}
-        band, chain = band_and_chain(p, group)
-        tensors = (to_local(p).contiguous(), to_local(p.grad).contiguous(), state)
-        return LocalParam(*tensors, band, chain, p.numel(), p.dim() < 2)
-
-    def _step_function(self, local):
-        if self.use_kernel is not None:
-            return kernel.step if self.use_kernel else step_torch
-        if not local.p.is_cuda or local.p.dtype == torch.float64:
-            return step_torch
-        if kernel is None:
-            warnings.warn("Triton is not installed: SONew takes the slower PyTorch path")
-            return step_torch
-        return kernel.step
-
-    def _step_batch(self, step_function, batch, group, process_groups):
-        def all_reduce(sums):
-            for process_group in process_groups:
-                dist.all_reduce(sums, group=process_group)
-
-        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        options["beta1"], options["beta2"] = group["betas"]
-        options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
-        options["all_reduce"] = all_reduce if process_groups else None
-        step_function([local for _, local in batch], **options)
-        for p, local in batch:
-            if not to_local(p).is_contiguous():
-                to_local(p).copy_(local.p)
+        state = self.state[p]
+        if isinstance(p, DTensor):
+            p = p.to_local()
+            grad = grad.to_local()
+            state = {name: to_local(tensor) for name, tensor in state.items()}
+        return p.contiguous(), grad.contiguous(), state
 
     def load_state_dict(self, state_dict):
         """Load a state as torch.optim.Adam does, hooks included, but keep the state's dtype.
@@ -455,12 +465,12 @@ def copy_state(p, group, saved):
     if saved.keys() != state.keys():
         raise ValueError(f"SONew's state has {sorted(saved)}; it must have {sorted(state)}")
     for name, tensor in state.items():
-        shape = tuple(getattr(saved[name], "shape", ()))
-        if not torch.is_tensor(saved[name]) or shape != tensor.shape:
-            raise ValueError(f"SONew's state {name} is {shape}; it must be {tuple(tensor.shape)}")
-        if saved[name].layout != torch.strided or saved[name].is_meta:
-            raise ValueError(f"SONew's state {name} is not a dense tensor with values")
-        tensor.copy_(saved[name])
+        value = saved[name]
+        is_dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+        if not is_dense or value.shape != tensor.shape:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"SONew's state {name} must be a dense tensor of shape {shape}")
+        tensor.copy_(value)
     return state
 
 

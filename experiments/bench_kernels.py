@@ -136,7 +136,7 @@ def simplicial():
     w2 = 32
     for B, H, Hkv, T, D in (4, 64, 1, 4096, 128), (2, 16, 16, 4096, 128), (2, 32, 32, 4096, 64):
         few = [random_heads(1, 700, h, D) for h in (2 * H // Hkv, 2, 2, 2, 2)]  # past both windows
-        exact = attention_torch(*few, w1, w2)
+        exact = attention_torch(*few, w1=w1, w2=w2)
         error = (attention(*few, w1, w2)[0] - exact).abs().max().item()
         require(error < 0.05, f"2-simplicial attention is off by {error}")
         inputs = [random_heads(B, T, h, D) for h in (H, Hkv, Hkv, Hkv, Hkv)]

@@ -128,7 +128,7 @@ def measure(base, text, name, seed):
     for step in range(STEPS):
         batch = train.get_batch(text, run, BLOCK_SIZE, step, BATCH_SIZE, torch.device("cpu"))
         for model, optimizer in zip(models, optimizers):
-            loss, grad_norm, _ = train.train_step(model, optimizer, batch, clip)
+            loss, grad_norm, _ = train.train_step(train.Step(model, optimizer, clip), batch)
             if model is models[0]:
                 losses.append(loss)
         distances.append(distance(*models))

@@ -1,12 +1,11 @@
-"""SONew on two CPU cores: the LogDet problem on real statistics, and an
-autoencoder of MNIST's digits against other optimizers.
+"""SONew on two CPU cores: the LogDet problem on real statistics, and an autoencoder of MNIST's digits
+against other optimizers.
 
-The autoencoder is that of the paper, made smaller and trained for 300 steps.
-Every optimizer got the same number of settings: 4 learning rates times 3
-values of a second option, on seed 0 and at the length they are used at
-(--sweep). Adam, SGD and RMSProp are the baselines; SONew's own are the
-diagonal (band 0), chains through the whole tensor (flat), and pixels in a
-random order, so that neighbours in a row of weights are neighbours no more.
+The autoencoder is that of the paper, made smaller and trained for 300 steps. Every optimizer got the
+same number of settings: 4 learning rates times 3 values of a second option, on seed 0 and at the
+length they are used at (--sweep). Adam, SGD and RMSProp are the baselines; the ablations of SONew are
+the diagonal (band 0), chains through the whole tensor (flat), and pixels in a random order, so that
+neighbours in a row of weights are no longer neighbours in the image.
 """
 
 import hashlib
@@ -16,6 +15,7 @@ import statistics
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ MNIST = (
 )
 MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 
-# -- optimizers: constructor(parameters, lr, second option) ----------------------------------------
+# -- optimizers: make(parameters, lr, second option) -----------------------------------------------
 
 
 def sgd(parameters, lr, momentum):
@@ -65,18 +65,25 @@ def sonew(**options):
     return make
 
 
-# name: constructor, learning rates, values of the second option, the best of them
+class Variant(NamedTuple):
+    make: object
+    rates: tuple  # learning rates of the sweep
+    seconds: tuple  # values of the second option
+    best: tuple  # the best of both
+
+
 RATES = (1e-2, 3e-2, 1e-1, 3e-1)
-EPS = (1e-7, 1e-6, 1e-5)
+SMALL_EPS = (1e-7, 1e-6, 1e-5)
+LARGE_EPS = (1e-6, 1e-5, 1e-4)
 VARIANTS = {
-    "SGD": (sgd, (1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
-    "RMSProp": (rmsprop, (1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
-    "Adam": (adam, (3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
-    "SONew, band 0": (sonew(band=0), RATES, EPS, (1e-1, 1e-6)),
-    "SONew, band 1": (sonew(), RATES, EPS, (1e-1, 1e-6)),
-    "band 1, flat": (sonew(chain="flat"), RATES, EPS, (1e-1, 1e-6)),
-    "band 1, shuffled": (sonew(), RATES, (1e-6, 1e-5, 1e-4), (1e-1, 1e-5)),
-    "SONew, band 4": (sonew(band=4), RATES, (1e-6, 1e-5, 1e-4), (1e-1, 1e-5)),
+    "SGD": Variant(sgd, (1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
+    "RMSProp": Variant(rmsprop, (1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
+    "Adam": Variant(adam, (3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
+    "SONew, band 0": Variant(sonew(band=0), RATES, SMALL_EPS, (1e-1, 1e-6)),
+    "SONew, band 1": Variant(sonew(), RATES, SMALL_EPS, (1e-1, 1e-6)),
+    "band 1, flat": Variant(sonew(chain="flat"), RATES, SMALL_EPS, (1e-1, 1e-6)),
+    "band 1, shuffled": Variant(sonew(), RATES, LARGE_EPS, (1e-1, 1e-5)),
+    "SONew, band 4": Variant(sonew(band=4), RATES, LARGE_EPS, (1e-1, 1e-5)),
 }
 
 # -- data and network ------------------------------------------------------------------------------
@@ -87,10 +94,10 @@ def load_mnist(path=None):
 
     path: an .npz file; by default out/mnist.npz, fetched if it is not there.
     """
-    kept = Path("out", "mnist.npz")
-    if path is None and not kept.is_file():
-        fetch_mnist(kept)
-    path = path or kept
+    if path is None:
+        path = Path("out", "mnist.npz")
+        if not path.is_file():
+            fetch_mnist(path)
     content = read_user_file(path, limit=2**30)
     try:
         with np.load(io.BytesIO(content)) as arrays:
@@ -103,6 +110,7 @@ def load_mnist(path=None):
 
 
 def fetch_mnist(path):
+    """Download MNIST to path, from the first address that has the right file."""
     for url in MNIST:
         try:
             content = urllib.request.urlopen(url, timeout=10).read()
@@ -158,8 +166,7 @@ def train_variant(name, setting, images, seed):
         images = shuffle_pixels(images)
     train_images, test_images = images
     net = autoencoder(WIDTHS, seed)
-    make_optimizer = VARIANTS[name][0]
-    optimizer = make_optimizer(list(net.parameters()), *setting)
+    optimizer = VARIANTS[name].make(list(net.parameters()), *setting)
     generator = torch.Generator().manual_seed(seed)
     curve = []
     step_seconds = []
@@ -177,12 +184,17 @@ def train_variant(name, setting, images, seed):
         step_seconds.append(time.perf_counter() - step_start)
 
     train_loss = evaluate(net, train_images[:10000])
-    run = {"seed": seed, "value": evaluate(net, test_images), "train": train_loss}
-    run["curve"] = [*curve, [STEPS, train_loss]]
-    run["ms_per_optimizer_step"] = 1e3 * statistics.median(step_seconds)
+    run = {
+        "seed": seed,
+        "value": evaluate(net, test_images),
+        "train": train_loss,
+        "curve": [*curve, [STEPS, train_loss]],
+        "ms_per_optimizer_step": 1e3 * statistics.median(step_seconds),
+    }
     if isinstance(optimizer, SONew):
         run.update(edge_statistics(optimizer))
-    return {**run, "seconds": time.perf_counter() - start_time}
+    run["seconds"] = time.perf_counter() - start_time
+    return run
 
 
 @torch.no_grad()
@@ -196,15 +208,16 @@ def edge_statistics(optimizer):
     n_edges = 0
     least = math.inf
     for group in optimizer.param_groups:
-        for p in group["params"]:
+        matrices = [p for p in group["params"] if "s1" in optimizer.state[p]]
+        for p in matrices:
+            # bias-corrected and damped statistics in units of the scale, b+1 of (R, C)
             state = optimizer.state[p]
-            if "s1" not in state:
-                continue
-            chain = -1 if group["chain"] == "row" else p.numel()
-            S = [state[name] for name in sorted(state) if name[1:].isdigit()]
+            n_chains = len(p) if group["chain"] == "row" else 1
             correction = bias_correction(group["betas"][1], state["step"]) * state["scale"] ** 2
-            S = [S_k.view(len(p) if chain < 0 else 1, -1) / correction for S_k in S]
+            names = [f"s{k}" for k in range(group["band"] + 1)]
+            S = [state[name].view(n_chains, -1) / correction for name in names]
             S[0] = S[0] + group["eps"]
+
             psi, s = factor(S, group["gamma"])
             has_edge = torch.stack(S[1:]).any(0)
             is_kept = torch.stack(psi).any(0)
@@ -218,14 +231,16 @@ def edge_statistics(optimizer):
 def sweep(images):
     """Return {variant: [[lr, second option, training loss], ...]}, best first, on seed 0."""
     found = {}
-    for name, (_, rates, seconds, _) in VARIANTS.items():
-        tried = []
-        for setting in [(lr, second) for lr in rates for second in seconds]:
-            tried.append([*setting, train_variant(name, setting, images, 0)["train"]])
-        tried.sort(key=lambda row: row[2] if math.isfinite(row[2]) else math.inf)
-        found[name] = tried
-        losses = " ".join(f"{row[2]:.1f}" for row in tried)
-        print(f"{name:18s} lr {tried[0][0]:g}, second {tried[0][1]:g}: {losses}", flush=True)
+    for name, variant in VARIANTS.items():
+        rows = []
+        for lr in variant.rates:
+            for second in variant.seconds:
+                run = train_variant(name, (lr, second), images, 0)
+                rows.append([lr, second, run["train"]])
+        rows.sort(key=lambda row: row[2] if math.isfinite(row[2]) else math.inf)
+        found[name] = rows
+        losses = " ".join(f"{loss:.1f}" for _, _, loss in rows)
+        print(f"{name:18s} lr {rows[0][0]:g}, second {rows[0][1]:g}: {losses}", flush=True)
     return found
 
 
@@ -282,44 +297,87 @@ def logdet_problem(images):
 
 def plot(record, C, inverses):
     figure, axes = new_figure((12, 7.4), 2, 3)
-
-    # the statistics and their completions, as correlations
-    size = C.diagonal().sqrt()
-    shown = [("statistics $E[g g^T]$, as correlations", C)]
-    shown += [(f"$X^{{-1}}$, band {b}", inverses[b]) for b in (1, 4)]
-    for ax, (title, matrix) in zip(axes[0], shown, strict=True):
-        correlation = (matrix / size / size[:, None]).numpy()
-        ax.imshow(correlation, vmin=-1, vmax=1, cmap="RdBu_r")
-        ax.set(xticks=[], yticks=[], title=title)
-
+    plot_statistics(axes[0], C, inverses)
     left, middle, right = axes[1]
-    for name, style in (("divergence", "o-"), ("divergence_shuffled", "s--")):
-        values = record["logdet"][name]
-        label = "pixels shuffled" if "shuffled" in name else "pixels as they lie"
-        left.plot(list(values), list(values.values()), style, label=label)
-    left.set(xlabel="band", ylabel="LogDet divergence", title="what neighbours explain")
+
+    # LogDet divergence by band
+    logdet = record["logdet"]
+    left.plot(range(5), list(logdet["divergence"].values()), "o-", label="pixels in order")
+    shuffled = list(logdet["divergence_shuffled"].values())
+    left.plot(range(5), shuffled, "s--", label="pixels shuffled")
+    left.set(xlabel="band", ylabel="LogDet divergence", title="distance to the statistics")
     left.set_xticks(range(5))
     left.legend(fontsize=8)
 
-    for i, (name, variant) in enumerate(record["variants"].items()):
-        steps, losses = zip(*variant["runs"][0]["curve"], strict=True)
-        middle.plot(steps, losses, f"C{i}", label=name)
-        values = [run["value"] for run in variant["runs"]]
+    # training curves, without the two ablations of chains
+    names = list(record["variants"])
+    for i, name in enumerate(names):
+        runs = record["variants"][name]["runs"]
+        if not name.startswith("band 1,"):
+            steps, losses = zip(*runs[0]["curve"], strict=True)
+            middle.plot(steps, losses, f"C{i}", label=name)
+        values = [run["value"] for run in runs]
         right.plot(values, [-i] * len(values), "o", color=f"C{i}", alpha=0.6)
     title = f"autoencoder of MNIST, seed {SEEDS[0]}"
     middle.set(xlabel="step", ylabel="training loss, nats per image", yscale="log", title=title)
     middle.legend(fontsize=7)
-    names = list(record["variants"])
     right.set_yticks([-i for i in range(len(names))], names)
     right.set(xlabel="test loss, nats per image", title=f"{len(SEEDS)} seeds")
     return figure
 
 
+def plot_statistics(axes, C, inverses):
+    """Show the statistics and their completions, as correlations."""
+    size = C.diagonal().sqrt()
+    matrices = {
+        "statistics $E[g g^T]$, as correlations": C,
+        "$X^{-1}$, band 1": inverses[1],
+        "$X^{-1}$, band 4": inverses[4],
+    }
+    for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        correlation = (matrix / size / size[:, None]).numpy()
+        ax.imshow(correlation, vmin=-1, vmax=1, cmap="RdBu_r")
+        ax.set(xticks=[], yticks=[], title=title)
+
+
+def compare(images):
+    """Train each variant at its best setting, on new seeds. Return the record of the study."""
+    variants = {}
+    for name, variant in VARIANTS.items():
+        lr, second = variant.best
+        settings = {"lr": lr, "second": second, "widths": WIDTHS, "batch": BATCH, "steps": STEPS}
+        grid = {"lr": variant.rates, "second": variant.seconds, "seed": 0}
+        runs = [train_variant(name, variant.best, images, seed) for seed in SEEDS]
+        variants[name] = {"settings": settings, "sweep": grid, "runs": runs}
+
+    runs = {name: variant["runs"] for name, variant in variants.items()}
+    others = [name for name in runs if name != "Adam"]
+    differences = {name: paired_difference(runs[name], runs["Adam"]) for name in others}
+    bands = [name for name in others if "band" in name and name != "SONew, band 1"]
+    to_band_1 = {name: paired_difference(runs[name], runs["SONew, band 1"]) for name in bands}
+    return {
+        "question": "Does SONew train an autoencoder of MNIST faster than Adam?",
+        "metric": "test cross-entropy, nats per image",
+        "baseline": "Adam",
+        "variants": variants,
+        "differences": differences,
+        "differences_to_band_1": to_band_1,
+    }
+
+
+def print_record(record):
+    print_differences(record)
+    for name, d in record["differences_to_band_1"].items():
+        print(f"  {name} less band 1: {d['mean']:+.1f} +- {d['half_width_95']:.1f}")
+    logdet = record["logdet"]
+    print(f"X^-1 = S on the band to {max(logdet['from_band'].values()):.0e}; LogDet divergence:")
+    for b, divergence in logdet["divergence"].items():
+        print(f"  band {b}: {divergence:.0f}, {logdet['divergence_shuffled'][b]:.0f} shuffled")
+
+
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument(
-        "--mnist", metavar="FILE", help="mnist.npz; default: out/mnist.npz, fetched"
-    )
+    parser.add_argument("--mnist", metavar="FILE", help="default: out/mnist.npz, fetched")
     parser.add_argument("--sweep", action="store_true", help="find the settings, on seed 0")
     args = parser.parse_args(argv)
     out = check_writable(args.out)
@@ -331,34 +389,10 @@ def main(argv=None):
         save_json(out / "sonew-cpu-sweep.json", record)
         return record
 
-    # each variant at its best setting, on new seeds
-    record = {"question": "Does SONew train an autoencoder of MNIST faster than Adam?"}
-    record.update(metric="test cross-entropy, nats per image", baseline="Adam", variants={})
-    for name, (_, rates, seconds, setting) in VARIANTS.items():
-        runs = [train_variant(name, setting, images, seed) for seed in SEEDS]
-        grid = {"lr": rates, "second": seconds, "seed": 0}
-        settings = {"lr": setting[0], "second": setting[1], "widths": WIDTHS, "batch": BATCH}
-        settings["steps"] = STEPS
-        record["variants"][name] = {"settings": settings, "sweep": grid, "runs": runs}
-    runs = {name: variant["runs"] for name, variant in record["variants"].items()}
-    record["differences"] = {}
-    record["differences_to_band_1"] = {}
-    for name in runs:
-        if name != "Adam":
-            record["differences"][name] = paired_difference(runs[name], runs["Adam"])
-        if "band" in name and name != "SONew, band 1":
-            difference = paired_difference(runs[name], runs["SONew, band 1"])
-            record["differences_to_band_1"][name] = difference
+    record = compare(images)
     record["logdet"], C, inverses = logdet_problem(images)
     record["seconds"] = time.perf_counter() - start_time
-
     save_json(out / "sonew-cpu.json", record)
     save_figure(plot(record, C, inverses), out / "sonew-cpu.png", dpi=110)
-    print_differences(record)
-    for name, d in record["differences_to_band_1"].items():
-        print(f"  {name} less band 1: {d['mean']:+.1f} +- {d['half_width_95']:.1f}")
-    logdet = record["logdet"]
-    print(f"X^-1 = S on the band to {max(logdet['from_band'].values()):.0e}; LogDet divergence:")
-    for b, divergence in logdet["divergence"].items():
-        print(f"  band {b}: {divergence:.0f}, {logdet['divergence_shuffled'][b]:.0f} shuffled")
+    print_record(record)
     return record

@@ -1,690 +1,576 @@
-"""SONew's step over many tensors at once; see sonew.py for the method.
+"""SONew's step in Triton, the readable version: three launches over a list of tensors.
 
-1. halo_kernel, only where chains are longer than chunks: copies g, m and S beside each chunk, since
-   state is updated in place and a neighbour could find it updated already.
-2. step_kernel, one program per run of chunks. Half of the programs update m and S, write u and sum
-   |a|^2, |u|^2 and sqrt(S_0); the last program of a tensor to finish adds the sums, always in the
-   same order. The other half then apply u: p -= lr (scale u + wd p). They are numbered a little
-   later, and programs start in the order of their numbers.
-   Where u fits into shared memory (Hopper), ring_kernel of sonew_hopper.py does the same.
+1. direction_kernel computes the new m and S_0 ... S_b in registers, and from them the direction u
+   and Adam's step a. It writes u and, per program, the sums of a^2, u^2 and sqrt(S_0).
+2. norms_kernel adds the sums of each tensor's programs, always in the same order. Where parameters
+   are sharded, an all-reduce adds those of the other processes.
+3. update_kernel writes p, m, S_0 ... S_b, the step counters and the tensor's scale.
 
-A chunk is a tile of lines of 32 lanes, 4 consecutive elements (a quad) per lane, so that the next
-b <= 4 elements are in the same thread or one lane further on. Lines overlap by two quads, whose
-lanes only serve their neighbours. A table of pointers and sizes lets one launch serve all tensors.
+Grid: one program per BLOCK - 2b elements of a tensor in 1 and 3, one program per tensor in 2.
 
-Memory traffic per fp32 parameter, band b: g, m, S_0..S_b read; m, S_0..S_b written; p read and
-written; u written and read: 8 b + 36 bytes (28 for AdamW); without u, in sonew_hopper.py, 8 b + 28.
-Floor on an H200 for 125 M parameters at b = 1: 1.06 ms; measured times are in results/kernels.json.
+u_i needs the statistics of b neighbours on either side, and some of these belong to other programs.
+So 1 must not write the statistics, or a neighbour would count a gradient twice; 3 computes them again.
 
-Limits: band 0 to 4; float32, float16, bfloat16 parameters; float32 or bfloat16 state; float32
-arithmetic. NOTES.md tells what was tried.
+Memory traffic per fp32 parameter, band b: 1 reads g, m, S_0 ... S_b and writes u; 3 reads these, u
+and p, and writes p, m, S_0 ... S_b: 12 b + 48 bytes. Arithmetic is float32.
+
+Limits: band 0 to 4; float32, float16, bfloat16 parameters; float32 or bfloat16 state. It takes any
+alignment, chain length and sharding. Faster: sonew_fused.py and, on Hopper, sonew_hopper.py.
 """
 
-import functools
 import math
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 
-try:
-    from triton.experimental.gluon import language as gl
-except ImportError:  # an older Triton; without Gluon no call passes a layout
-    gl = None
+BLOCK = 1024  # elements of a program, neighbours included
+WARPS = 8
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+LEAST_SCALE = tl.constexpr(1e-15)  # below it, squares of gradients lose their digits in float32
+FAR = tl.constexpr(2**30)  # longer than any block
 
-# By band: lines of a chunk, warps, chunks of a run, stages of a pipeline, after how many programs a
-# tensor's updates follow its statistics, and the most registers of a thread on Hopper, where all of
-# this was timed
-CONFIG = {
-    0: (8, 8, 8, 1, 1024, 48),
-    1: (8, 4, 8, 1, 1024, 96),
-    **dict.fromkeys((2, 3, 4), (4, 4, 16, 1, 1024, 96)),
-}
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-FAR = tl.constexpr(2**29)  # no lane is as far from the end of its chain as this
-LEAST_SCALE = tl.constexpr(1e-15)  # below it, squares of gradients lose their digits
-
-# Columns of the table, one row per tensor; S_PTR is that of S_0, the first of band + 1
+# Columns of the table of tensors, int64. Its rows end with the pointers of S_0 ... S_b.
 P_PTR = tl.constexpr(0)
 G_PTR = tl.constexpr(1)
 M_PTR = tl.constexpr(2)
 STEP_PTR = tl.constexpr(3)
 SKIPPED_PTR = tl.constexpr(4)
 SCALE_PTR = tl.constexpr(5)
-SIZE = tl.constexpr(6)  # elements here
+SIZE = tl.constexpr(6)  # elements on this process
 WHOLE_SIZE = tl.constexpr(7)  # elements on all processes
 CHAIN = tl.constexpr(8)  # elements of a chain
-CHUNK = tl.constexpr(9)  # elements of a chunk
-FIRST_PROGRAM = tl.constexpr(10)  # of those that update its statistics
-PROGRAMS = tl.constexpr(11)
-TOTALS = tl.constexpr(12)  # its row in total_ptr
-S_PTR = tl.constexpr(13)
+CHUNK = tl.constexpr(9)  # elements that are computed together
+FIRST_PROGRAM = tl.constexpr(10)  # of those that compute its directions
+PROGRAMS = tl.constexpr(11)  # how many do
+S_PTR = tl.constexpr(12)
 
-SUMS = tl.constexpr(3)  # |a|^2, |u|^2, and sqrt(S_0), which a bad gradient makes inf
+# Columns of the partial sums and of the totals
+SUM_A = tl.constexpr(0)  # of a^2
+SUM_U = tl.constexpr(1)  # of u^2
+SUM_ROOT = tl.constexpr(2)  # of sqrt(S_0) in units of the scale; inf if a gradient is not finite
+SUMS = tl.constexpr(3)
 
-
-@triton.jit
-def pointer(row_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    ptr = tl.load(row_ptr + column).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(ptr, 16) if ALIGNED else ptr
-
-
-@triton.jit
-def place_of(chunk_index, chunk, n, ALIGNED: tl.constexpr):
-    """Return where a chunk of a tensor of n elements starts, and its length."""
-    start = chunk_index * chunk  # int64
-    length = tl.minimum(n - start, chunk).to(tl.int32)
-    if ALIGNED:
-        start = tl.multiple_of(start, 4)
-        length = tl.multiple_of(length, 4)
-    return start, length
+# --------------------------------------------------------------------------------------------------
+# Device functions that sonew_fused.py and sonew_hopper.py share
 
 
-@triton.jit
-def columns(x, LINES: tl.constexpr):
-    """[32, LINES, 4] -> 4 of [32, LINES], within each thread."""
-    even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
+class Options(NamedTuple):
+    """The numbers of a step, in float32. new1 and new2 are 1 - beta1 and 1 - beta2."""
+
+    beta1: tl.tensor
+    beta2: tl.tensor
+    new1: tl.tensor
+    new2: tl.tensor
+    log_beta1: tl.tensor
+    log_beta2: tl.tensor
+    eps: tl.tensor
+    gamma: tl.tensor
+    weight_decay: tl.tensor
 
 
-@triton.jit
-def quad_of(y, LINES: tl.constexpr, L: tl.constexpr):
-    """4 of [32, LINES] -> [32, LINES, 4]. L: its layout in Gluon; None in Triton."""
-    x = tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (32, LINES, 4))
-    return x if L is None else gl.convert_layout(x, L, assert_trivial=True)
+class Units(NamedTuple):
+    """What turns the statistics of a tensor into units of its scale, and damps them."""
+
+    m_factor: tl.tensor
+    S_factor: tl.tensor
+    S0_weight: tl.tensor  # S_0 is replaced by S0_weight S_0 + eps
+    eps: tl.tensor
+    gamma: tl.tensor
 
 
 @triton.jit
-def shuffled(x, lane, by: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """x [32, LINES] of the lane `by` further on; past the ends that of the last lane."""
-    lane = tl.minimum(tl.maximum(lane + by, 0), 31)
-    lane = tl.broadcast_to(lane[:, None], (32, LINES))
-    return tl.gather(
-        x, lane if L is None else gl.convert_layout(lane, x.type.layout, assert_trivial=True), 0
+def make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay):
+    return Options(
+        beta1=tl.cast(beta1, tl.float32),
+        beta2=tl.cast(beta2, tl.float32),
+        new1=tl.cast(new1, tl.float32),
+        new2=tl.cast(new2, tl.float32),
+        log_beta1=tl.cast(log_beta1, tl.float32),
+        log_beta2=tl.cast(log_beta2, tl.float32),
+        eps=tl.cast(eps, tl.float32),
+        gamma=tl.cast(gamma, tl.float32),
+        weight_decay=tl.cast(weight_decay, tl.float32),
     )
 
 
 @triton.jit
-def ahead(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """x[i + k] for the elements i = 4 lane + phase of each row of [32, LINES, 4], k <= 4.
-
-    What lies past the last lane is not defined.
-    """
-    if k == 0:
-        return x
-    z = columns(x, LINES)
-    for phase in tl.static_range(4):
-        z = z + (shuffled(z[phase], lane, 1, LINES, L),)
-    return quad_of((z[k], z[k + 1], z[k + 2], z[k + 3]), LINES, L)
+def load_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
+    """Load a pointer to elements of DTYPE from a row of the table."""
+    return tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
-def behind(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """sum_k x_k[i - k] for a tuple x_1 ... x_BAND of [32, LINES, 4].
-
-    What a lane sends to the next, four numbers, it adds up first.
-    """
-    z = ()
-    sums = ()
-    for k in tl.static_range(BAND):
-        z = z + columns(x[k], LINES)
-    for phase in tl.static_range(4):
-        if phase < BAND:
-            total = z[4 * phase + 3]  # k = phase + 1
-            for k in tl.static_range(phase + 2, BAND + 1):
-                total += z[3 * k + phase]
-            total = shuffled(total, lane, -1, LINES, L)
-            for k in tl.static_range(1, phase + 1):
-                total += z[3 * k + phase - 4]
-        else:
-            total = z[phase - 1]
-            for k in tl.static_range(2, BAND + 1):
-                total += z[3 * k + phase - 4]
-        sums = sums + (total,)
-    return quad_of(sums, LINES, L)
+def bias_correction(step, log_beta):
+    """Return 1 - beta^step without cancellation: in float32, 1 - 0.999 is off by 3e-5 of itself."""
+    x = step * log_beta
+    # the Taylor series -x (1 + x/2 (1 + x/3 (1 + x/4 (1 + x/5 (1 + x/6)))))
+    series = 1 + x * (1 / 6)
+    for k in tl.static_range(5, 1, -1):
+        series = 1 + x * (1 / k) * series
+    series = -x * series
+    return tl.where(x > -0.3, series, 1 - tl.exp(x))
 
 
 @triton.jit
-def solve(W, c, d, s, gamma, N: tl.constexpr):
-    """Return psi = W^-1 c and s - psi . c for N successors, as in sonew.py.
+def load_units(row_ptr, options):
+    """Return the Units of a tensor: its factors also correct the bias of m and S.
 
-    W: the lower triangle in one tuple, row after row; d: its diagonal before elimination.
+    Without a scale, after gradients of 0, S_0 becomes 1 and all edges are removed, so that u is m.
+    """
+    step = tl.load(load_pointer(row_ptr, STEP_PTR, tl.float32)) + 1
+    scale = tl.load(load_pointer(row_ptr, SCALE_PTR, tl.float32))
+    has_scale = scale > LEAST_SCALE
+    unit = tl.where(has_scale, scale, 1.0)
+    return Units(
+        m_factor=1 / (bias_correction(step, options.log_beta1) * unit),
+        S_factor=1 / (bias_correction(step, options.log_beta2) * (unit * unit)),
+        S0_weight=tl.where(has_scale, 1.0, 0.0),
+        eps=tl.where(has_scale, options.eps, 1.0),
+        gamma=tl.where(has_scale, options.gamma, float("inf")),
+    )
+
+
+@triton.jit
+def solve(W, c, variance, s, gamma, N: tl.constexpr):
+    """Return psi = W^-1 c and s - psi . c, for N successors, by Gaussian elimination.
+
+    Eliminates the nearest successor, solves for the others and substitutes back.
+
+    W: W[p][q], q <= p, is S between successors p and q. c: c[p] is S between the element and its
+    successor p. variance: the diagonal of W before elimination. All are tuples of blocks.
     """
     psi = ()
     if N > 0:
-        inverse = tl.where(W[0] > gamma * d[0], 1 / W[0], 0.0)
-        rest = ()
+        # drop the successor if it depends linearly on those before it
+        inverse = tl.where(W[0][0] > gamma * variance[0], 1 / W[0][0], 0.0)
+
+        # eliminate it from the others
+        W_rest = ()
         c_rest = ()
-        d_rest = ()
+        variance_rest = ()
         for p in tl.static_range(1, N):
-            ratio = W[p * (p + 1) // 2] * inverse
-            for r in tl.static_range(1, p + 1):
-                rest = rest + (W[p * (p + 1) // 2 + r] - ratio * W[r * (r + 1) // 2],)
+            ratio = W[p][0] * inverse
+            row = ()
+            for q in tl.static_range(1, p + 1):
+                row = row + (W[p][q] - ratio * W[q][0],)
+            W_rest = W_rest + (row,)
             c_rest = c_rest + (c[p] - ratio * c[0],)
-            d_rest = d_rest + (d[p],)
-        psi, s = solve(rest, c_rest, d_rest, s - c[0] * (c[0] * inverse), gamma, N - 1)
+            variance_rest = variance_rest + (variance[p],)
+        s = s - c[0] * (c[0] * inverse)
+        psi_rest, s = solve(W_rest, c_rest, variance_rest, s, gamma, N - 1)
+
+        # substitute back
         first = c[0] * inverse
         for p in tl.static_range(1, N):
-            first -= W[p * (p + 1) // 2] * inverse * psi[p - 1]
-        psi = (first,) + psi
+            first -= W[p][0] * inverse * psi_rest[p - 1]
+        psi = (first,) + psi_rest
     return psi, s
 
 
 @triton.jit
-def one_minus_power(t, log_beta):
-    """1 - beta^t without cancellation: 1 - 0.999 taken in float32 is off by 3e-5 of itself."""
-    d = t * tl.cast(log_beta, tl.float32)
-    series = -d * (
-        1
-        + d
-        * (1 / 2)
-        * (1 + d * (1 / 3) * (1 + d * (1 / 4) * (1 + d * (1 / 5) * (1 + d * (1 / 6)))))
-    )
-    return tl.where(d > -0.3, series, 1 - tl.exp(d))
-
-
-@triton.jit
-def halo_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (P, 2)
-    halo_ptr,  # (P RUN, BAND + 3, 2, 4) of G and M
-    G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    item = items_ptr + tl.program_id(0) * 2
-    row_ptr = table_ptr + tl.load(item) * COLUMNS
-    run = tl.load(item + 1)
-    n = tl.load(row_ptr + SIZE)
-    chunk = tl.load(row_ptr + CHUNK)
-    sub = tl.arange(0, triton.next_power_of_2(RUN))[:, None]
-    o = tl.arange(0, 8)[None, :]
-    # [RUN, 8]: the quads before the chunks and after them
-    i = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)
-    there = (i >= 0) & (i < n) & (sub < RUN)
-    halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + sub) * (BAND + 3) * 8
-    for slot in tl.static_range(BAND + 3):
-        if slot == 0:
-            ptr = pointer(row_ptr, G_PTR, G, False)
-        elif slot == 1:
-            ptr = pointer(row_ptr, M_PTR, M, False)
-        else:
-            ptr = pointer(row_ptr, S_PTR + slot - 2, M, False)
-        x = tl.load(ptr + i, mask=there, other=0.0)
-        tl.store((halo_ptr + slot * 8).to(ptr.dtype) + o, x, mask=sub < RUN)
-
-
-@triton.jit
-def places(
-    ptr, quad, phase, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Pointers [32, LINES, 4] to a chunk's quads [32, LINES, 1].
-
-    With HALO, those before and after the chunk point to the copies that halo_kernel made.
-    """
-    QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2
-    ptrs = ptr + 4 * quad
-    if HALO:
-        aside = (halo_ptr + slot * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
-        ptrs = tl.where((quad < 0) | (4 * quad >= chunk), aside, ptrs)
-    if ALIGNED:
-        ptrs = tl.multiple_of(ptrs, (QUAD_BYTES, QUAD_BYTES, QUAD_BYTES))
-    return ptrs + phase
-
-
-@triton.jit
-def to_the_end(o, chain, place, left0):
-    """Number of elements from o to the end of its chain, itself included.
-
-    place: where in its chain the chunk begins; left0: elements from there to the chain's end.
-    """
-    x = left0 - o
-    left = tl.where(x > 0, x, chain - (-x) % chain)
-    # before the chunk there may be earlier chains
-    return tl.where(place + o < 0, (-(place + o) - 1) % chain + 1, left)
-
-
-@triton.jit
-def add3(x0, x1, x2, y0, y1, y2):
-    return x0 + y0, x1 + y1, x2 + y2
-
-
-@triton.jit
-def tile(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
-    """Offsets of a chunk's elements, for index = (lane, line, phase), each counted from 0.
-
-    Returns quads [32, LINES, 1]; and [32, LINES, 4]: offsets from the chunk's start, whether to
-    read them, whether to write them.
-    """
-    # the first and the last lane of a line are its neighbours'
-    EDGE: tl.constexpr = 1 if BAND > 0 else 0
-    lane = index[0][:, None, None]
-    quad = index[1][None, :, None] * (32 - 2 * EDGE) + lane - EDGE
-    o = 4 * quad + index[2][None, None, :]
-    there = (o >= 0) & (o < length)
-    reads = there | (quad < 0) | (o >= chunk) if HALO else there
-    own = there & (lane >= EDGE) & (lane < 32 - EDGE)
-    return quad, o, reads, own
-
-
-@triton.jit
-def statistics(
-    index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo_ptr,
-    correct1, correct2, weight, eps, gamma,  # of units()
-    beta1, beta2, new1, new2,  # new = 1 - beta, rounded once
-    M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr,
-    L: tl.constexpr,
-):  # fmt: skip
-    """Update m and S of one chunk in place.
-
-    Returns u [32, LINES, 4], and the SUMS of each line and lane, a tuple of [32, LINES].
-    """
-    lane = index[0]
-    phase = index[2][None, None, :]
-    quad, o, reads, own = tile(index, length, chunk, BAND, HALO)
-    g_ptrs = places(g_ptr + start, quad, phase, halo_ptr, 0, chunk, HALO, ALIGNED)
-    g = tl.load(g_ptrs, mask=reads, other=0.0).to(tl.float32)
-    m_ptrs = places(m_ptr + start, quad, phase, halo_ptr, 1, chunk, HALO, ALIGNED)
-    m = tl.load(m_ptrs, mask=reads, other=0.0).to(tl.float32)
-    old = ()
-    for k in tl.static_range(BAND + 1):
-        S_k_ptrs = places(S_ptrs[k] + start, quad, phase, halo_ptr, 2 + k, chunk, HALO, ALIGNED)
-        old = old + (tl.load(S_k_ptrs, mask=reads, other=0.0).to(tl.float32),)
-    if BAND > 0:
-        tl.debug_barrier()  # a row's neighbours write what it has read
-    good = g * g < float("inf")  # false for NaN too
-    g = tl.where(good, g, 0.0)
-    m = beta1 * m + new1 * g
-    tl.store(m_ptr + start + o, m.to(M), mask=own, eviction_policy="evict_first")
-    m *= correct1
-    if BAND > 0:
-        place = start % chain if HALO else start * 0
-        left0 = tl.minimum(chain - place, FAR).to(tl.int32)
-        place = tl.minimum(place, FAR).to(tl.int32)
-        chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
-        left = to_the_end(4 * quad if ALIGNED else o, chain, place, left0)
-        if ALIGNED:  # a quad lies in one chain
-            left = left - phase
-    S = ()
-    for k in tl.static_range(BAND + 1):
-        product = g * ahead(g, lane, k, LINES, L)
-        if k > 0:
-            product = tl.where(left > k, product, 0.0)
-        new = beta2 * old[k] + new2 * product
-        tl.store(S_ptrs[k] + start + o, new.to(M), mask=own, eviction_policy="evict_first")
-        S = S + (new * correct2,)
-    root = tl.sqrt(S[0])
-    a = tl.where(root > 0, m / root, 0.0)
-
-    if PLAIN:
-        u = a
-    else:
-        S0 = weight * S[0] + eps
-        W = ()
-        c = ()
-        d = ()
-        for p in tl.static_range(1, BAND + 1):
-            for q in tl.static_range(1, p):
-                W = W + (ahead(S[p - q], lane, q, LINES, L),)
-            W = W + (ahead(S0, lane, p, LINES, L),)
-            c = c + (S[p],)
-            d = d + (W[p * (p + 1) // 2 - 1],)
-        psi, s = solve(W, c, d, S0, gamma, BAND)
-        keep = s > gamma * S0
-        s = tl.where(keep, s, S0)
-        w = m
-        for k in tl.static_range(1, BAND + 1):
-            w -= tl.where(keep, psi[k - 1], 0.0) * ahead(m, lane, k, LINES, L)
-        w = tl.where(s > 0, w / s, 0.0)
-        u = w
-        x = ()
-        for k in tl.static_range(BAND):
-            x = x + (tl.where(keep, psi[k], 0.0) * w,)
-        if BAND > 0:
-            u -= behind(x, lane, BAND, LINES, L)
-    sum_a = tl.sum(tl.where(own, a * a, 0.0), 2)
-    sum_root = tl.sum(tl.where(own, tl.where(good, root, float("inf")), 0.0), 2)
-    sum_u = tl.sum(tl.where(own, u * u, 0.0), 2)
-    return u, (sum_a, sum_u, sum_root)
-
-
-@triton.jit
-def units(row_ptr, log_beta1, log_beta2, eps, gamma):
-    """Factors that correct the bias of m and S and divide them by the tensor's scale and its square.
-
-    Returns both, and weight, eps and gamma, with which S_0 is damped, weight S_0 + eps, and edges
-    are removed. Without a scale, after gradients of 0, S_0 becomes 1 and has no edges: u is m.
-    """
-    t = tl.load(pointer(row_ptr, STEP_PTR, tl.float32, False)) + 1
-    scale = tl.load(pointer(row_ptr, SCALE_PTR, tl.float32, False))
-    has_scale = scale > LEAST_SCALE
-    unit = tl.where(has_scale, scale, 1.0)
-    correct1 = 1 / (one_minus_power(t, log_beta1) * unit)
-    correct2 = 1 / (one_minus_power(t, log_beta2) * (unit * unit))
-    weight = tl.where(has_scale, 1.0, 0.0)
-    eps = tl.where(has_scale, tl.cast(eps, tl.float32), 1.0)
-    gamma = tl.where(has_scale, tl.cast(gamma, tl.float32), float("inf"))
-    return correct1, correct2, weight, eps, gamma
-
-
-@triton.jit
-def norms(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
-    """Add up the sums of a tensor's programs, in their order, whoever does it. offs: [BLOCK]."""
+def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
+    """Add the sums of a tensor's programs, in the order of the programs. offs: 0 ... BLOCK - 1."""
     for column in tl.static_range(SUMS):
         ptrs = partial_ptr + offs * SUMS + column
         acc = tl.load(ptrs, mask=offs < programs, other=0.0, cache_modifier=".cg")
-        for begin in range(BLOCK, programs, BLOCK):
-            mask = begin + offs < programs
-            acc += tl.load(ptrs + begin * SUMS, mask=mask, other=0.0, cache_modifier=".cg")
+        for start in range(BLOCK, programs, BLOCK):
+            mask = start + offs < programs
+            acc += tl.load(ptrs + start * SUMS, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(total_ptr + column, tl.sum(acc, 0))
 
 
 @triton.jit
-def awaited(ready_ptr, total_ptr, lr, LR_THERE: tl.constexpr, PLAIN: tl.constexpr):
-    """Wait for a tensor's norms. Returns the learning rate, 0 if a gradient was bad, and u's scale."""
-    while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:
-        pass
-    rate = tl.load(lr).to(tl.float32) if LR_THERE else tl.cast(lr, tl.float32)
-    sum_root = tl.load(total_ptr + 2, cache_modifier=".cg")
+def load_step_size(total_ptr, lr, LR_ON_DEVICE: tl.constexpr, ADAM: tl.constexpr):
+    """Return the learning rate, 0 if a gradient was not finite, and the factor of u, |a| / |u|."""
+    rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else tl.cast(lr, tl.float32)
+    sum_root = tl.load(total_ptr + SUM_ROOT, cache_modifier=".cg")
     rate = tl.where(sum_root < float("inf"), rate, 0.0)
-    scale = tl.cast(1.0, tl.float32)
-    if not PLAIN:
-        norm_a = tl.sqrt(tl.load(total_ptr, cache_modifier=".cg"))
-        norm_u = tl.sqrt(tl.load(total_ptr + 1, cache_modifier=".cg"))
-        scale = tl.where(norm_u > 0, norm_a / norm_u, 0.0)
-    return rate, scale
+    graft = tl.cast(1.0, tl.float32)
+    if not ADAM:
+        norm_a = tl.sqrt(tl.load(total_ptr + SUM_A, cache_modifier=".cg"))
+        norm_u = tl.sqrt(tl.load(total_ptr + SUM_U, cache_modifier=".cg"))
+        graft = tl.where(norm_u > 0, norm_a / norm_u, 0.0)
+    return rate, graft
 
 
 @triton.jit
-def publish(
-    offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, BLOCK: tl.constexpr
-):
-    """Store a program's sums; the last program of a tensor adds them all. Returns whether it did."""
-    sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
-    for column in tl.static_range(SUMS):
-        tl.store(own_ptr + column, sums[column])
-    tl.debug_barrier()
-    last = tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
-    if last:
-        norms(offs, partial_ptr, programs, total_ptr, BLOCK)
-        tl.debug_barrier()
-        tl.atomic_xchg(ready_ptr, 1, sem="release")
-    return last
-
-
-@triton.jit
-def count(row_ptr, total_ptr):
-    """Write a tensor's counters, and its scale for the next step. One program per tensor does."""
-    step_ptr = pointer(row_ptr, STEP_PTR, tl.float32, False)
+def update_counters(row_ptr, total_ptr):
+    """Write step, skipped and scale of a tensor. One program per tensor does it."""
+    step_ptr = load_pointer(row_ptr, STEP_PTR, tl.float32)
     tl.store(step_ptr, tl.load(step_ptr) + 1)
-    skipped_ptr = pointer(row_ptr, SKIPPED_PTR, tl.float32, False)
-    sum_root = tl.load(total_ptr + 2, cache_modifier=".cg")
+    skipped_ptr = load_pointer(row_ptr, SKIPPED_PTR, tl.float32)
+    sum_root = tl.load(total_ptr + SUM_ROOT, cache_modifier=".cg")
     is_good = sum_root < float("inf")
     tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_good, 0.0, 1.0))
 
-    # the sum is in units of the scale so far, which stays after a bad gradient
-    scale_ptr = pointer(row_ptr, SCALE_PTR, tl.float32, False)
+    # the sum is in units of the scale so far, which stays if a gradient was not finite
+    scale_ptr = load_pointer(row_ptr, SCALE_PTR, tl.float32)
     scale = tl.load(scale_ptr)
     unit = tl.where(scale > LEAST_SCALE, scale, 1.0)
     whole_size = tl.load(row_ptr + WHOLE_SIZE).to(tl.float32)
     tl.store(scale_ptr, tl.where(is_good, sum_root / whole_size * unit, scale))
 
 
+# --------------------------------------------------------------------------------------------------
+# Device functions of this version, for blocks of shape (BLOCK,)
+
+
 @triton.jit
-def apply(
-    p_ptr, u_ptr, start, length, rate, scale, weight_decay, P: tl.constexpr, BLOCK: tl.constexpr
-):
-    """p -= rate (scale u + weight_decay p), for one chunk."""
-    o = tl.arange(0, BLOCK)
-    own = o < length
-    u = tl.load(u_ptr + start + o, mask=own, other=0.0, cache_modifier=".cg")
-    p = tl.load(p_ptr + start + o, mask=own, other=0.0, eviction_policy="evict_first")
-    p = p.to(tl.float32)
-    p -= rate * (scale * u + weight_decay * p)
-    tl.store(p_ptr + start + o, p.to(P), mask=own, eviction_policy="evict_first")
+def shift(x, lane, k: tl.constexpr, BLOCK: tl.constexpr):
+    """Return x[lane + k]; what lies beyond the block is wrong."""
+    source = tl.minimum(tl.maximum(lane + k, 0), BLOCK - 1)
+    return tl.gather(x, source, 0)
 
 
-@triton.jit(do_not_specialize=["item0", "tensors"])
-def step_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS) int64; (2 P, 2): tensor or -1 - tensor, run
-    halo_ptr, u_ptr,  # (P RUN, BAND + 3, 2, 4), (P RUN 128 LINES)
-    partial_ptr, total_ptr,  # (P, SUMS), (all tensors, SUMS)
-    count_ptr,  # (2 T + 1): programs done, whether the norms are ready, next run
-    item0, tensors,
-    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr,
-    LR_THERE: tl.constexpr, HALO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
-    RUN: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit
+def distance_to_chain_end(start, offs, chain):
+    """Return how many elements there are from offs to the end of its chain, itself included.
+
+    start: the smallest of offs that is in the tensor, int64.
+    """
+    distance = tl.minimum(chain - start % chain, FAR).to(tl.int32) - (offs - start).to(tl.int32)
+    chain = tl.minimum(chain, FAR).to(tl.int32)
+    return tl.where(distance > 0, distance, chain - (-distance) % chain)
+
+
+@triton.jit
+def load_gradient(g_ptr, offs, mask):
+    """Return gradients, 0 where they or their squares are not finite, and where they are."""
+    g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    is_good = g * g < float("inf")  # false for NaN too
+    return tl.where(is_good, g, 0.0), is_good
+
+
+@triton.jit
+def load_statistics(
+    row_ptr, offs, mask, to_chain_end, options,
+    GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    # what to do: the statistics of a run, or (tensor < 0) the update with its u
-    items_ptr += 2 * (tl.program_id(0) + item0)
-    tensor = tl.load(items_ptr)
-    run = tl.load(items_ptr + 1)
-    applying = tensor < 0
-    tensor = tl.where(applying, -1 - tensor, tensor)
+    """Load a gradient and the old statistics. Return the new m and S_0 ... S_BAND, and is_good."""
+    g_ptr = load_pointer(row_ptr, G_PTR, GRAD)
+    m_ptr = load_pointer(row_ptr, M_PTR, STATE)
+    g, is_good = load_gradient(g_ptr, offs, mask)
+    m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    m = options.beta1 * m + options.new1 * g
 
-    # its tensor
-    row_ptr = table_ptr + tensor * COLUMNS
-    done_ptr = count_ptr + tensor
-    ready_ptr = count_ptr + tensors + tensor
-    total_ptr += tl.load(row_ptr + TOTALS) * SUMS
-    n = tl.load(row_ptr + SIZE)
-    chunk = tl.load(row_ptr + CHUNK)
-    first = tl.load(row_ptr + FIRST_PROGRAM)
-    last = tl.minimum((run + 1) * RUN, tl.cdiv(n, chunk).to(tl.int32))
-    u_ptr += first * (RUN * 128 * LINES)
+    S = ()
+    for k in tl.static_range(BAND + 1):
+        g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # 0 past the chain
+        S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
+        S_k = tl.load(S_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        S = S + (options.beta2 * S_k + options.new2 * (g * g_k),)
+    return m, S, is_good
 
-    if applying:  # programs start in order: what this one waits for has begun
-        p_ptr = pointer(row_ptr, P_PTR, P, ALIGNED)
-        weight_decay = tl.cast(weight_decay, tl.float32)
-        rate, scale = awaited(ready_ptr, total_ptr, lr, LR_THERE, PLAIN)
-        for c in tl.range(run * RUN, last, num_stages=STAGES):
-            start, length = place_of(c, chunk, n, ALIGNED)
-            apply(p_ptr, u_ptr, start, length, rate, scale, weight_decay, P, 128 * LINES)
-        if run == 0:
-            count(row_ptr, total_ptr)
-    else:
-        index = (tl.arange(0, 32), tl.arange(0, LINES), tl.arange(0, 4))
-        g_ptr = pointer(row_ptr, G_PTR, G, ALIGNED)
-        m_ptr = pointer(row_ptr, M_PTR, M, ALIGNED)
-        S_ptrs = ()
-        for k in tl.static_range(BAND + 1):
-            S_ptrs = S_ptrs + (pointer(row_ptr, S_PTR + k, M, ALIGNED),)
-        chain = tl.load(row_ptr + CHAIN)
-        correct1, correct2, weight, eps, gamma = units(row_ptr, log_beta1, log_beta2, eps, gamma)
-        beta1 = tl.cast(beta1, tl.float32)
-        beta2 = tl.cast(beta2, tl.float32)
-        new1 = tl.cast(new1, tl.float32)
-        new2 = tl.cast(new2, tl.float32)
-        zero = tl.zeros((32, LINES), tl.float32)
-        sum_a, sum_u, sum_root = zero, zero, zero
-        for c in tl.range(run * RUN, last, num_stages=STAGES):
-            start, length = place_of(c, chunk, n, ALIGNED)
-            halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
-            _, o, _, own = tile(index, length, chunk, BAND, HALO)
-            u, sums = statistics(
-                index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo, correct1, correct2, weight, eps, gamma,
-                beta1, beta2, new1, new2, M, BAND, PLAIN, HALO, ALIGNED, LINES, None,
-            )  # fmt: skip
-            tl.store(u_ptr + start + o, u, mask=own, eviction_policy="evict_last")
-            sum_a += sums[0]
-            sum_u += sums[1]
-            sum_root += sums[2]
-        sums = (sum_a, sum_u, sum_root)
-        partial_ptr += first * SUMS
-        programs = tl.load(row_ptr + PROGRAMS).to(tl.int32)
-        offs = tl.arange(0, 1024)
-        own_ptr = partial_ptr + run * SUMS
-        publish(offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, 1024)
+
+@triton.jit
+def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
+    """Return psi_1 ... psi_BAND and s, with edges removed, as factor in sonew.py does."""
+    # W[p][q] = S between i+1+p and i+1+q; c[p] = S between i and i+1+p
+    W = ()
+    c = ()
+    variance = ()
+    for p in tl.static_range(BAND):
+        row = ()
+        for q in tl.static_range(p):
+            row = row + (shift(S[p - q], lane, q + 1, BLOCK),)
+        diagonal = shift(S0_damped, lane, p + 1, BLOCK)
+        W = W + (row + (diagonal,),)
+        c = c + (S[p + 1],)
+        variance = variance + (diagonal,)
+    psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
+
+    # edge removal
+    keep = s > gamma * S0_damped
+    kept_psi = ()
+    for k in tl.static_range(BAND):
+        kept_psi = kept_psi + (tl.where(keep, psi[k], 0.0),)
+    return kept_psi, tl.where(keep, s, S0_damped)
 
 
 # --------------------------------------------------------------------------------------------------
-# Launch
+# Kernels
 
 
-def chunk_size(n, chain, band, lines):
-    """Return how many elements of a tensor of n a chunk takes, and whether chunks need a halo."""
-    most = 4 * lines * (30 if band else 32)
-    if band == 0 or n <= most:
-        return most, False
-    if chain <= most and chain % 4 == 0:
-        return most // chain * chain, False
-    return most, True
+@triton.jit
+def direction_kernel(
+    table_ptr, blocks_ptr,  # (T, COLUMNS), (programs, 2) int64
+    u_ptr, partial_ptr, total_ptr,  # (programs, OWN), (programs, SUMS), (T, SUMS) float32
+    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
+    ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
+
+    # which block of which tensor
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(blocks_ptr + 2 * program)
+    block = tl.load(blocks_ptr + 2 * program + 1)
+    row_ptr = table_ptr + tensor * COLUMNS
+    n = tl.load(row_ptr + SIZE)
+    chain = tl.load(row_ptr + CHAIN)
+
+    # the first and the last BAND lanes are neighbours of the program's own elements
+    OWN: tl.constexpr = BLOCK - 2 * BAND
+    lane = tl.arange(0, BLOCK)
+    start = block * OWN - BAND
+    offs = start + lane
+    mask = (offs >= 0) & (offs < n)
+    is_own = mask & (lane >= BAND) & (lane < BLOCK - BAND)
+
+    # -- statistics, in units of the tensor's scale --
+    to_chain_end = distance_to_chain_end(tl.maximum(start, 0), offs, chain)
+    m, S, is_good = load_statistics(row_ptr, offs, mask, to_chain_end, options, GRAD, STATE, BAND)
+    units = load_units(row_ptr, options)
+    m_hat = m * units.m_factor
+    S_hat = ()
+    for k in tl.static_range(BAND + 1):
+        S_hat = S_hat + (S[k] * units.S_factor,)
+
+    # -- Adam's step --
+    root = tl.sqrt(S_hat[0])
+    a = tl.where(root > 0, m_hat / root, 0.0)
+
+    if ADAM:
+        u = a
+    else:
+        # -- w = diag(1/s) L^T m --
+        S0_damped = units.S0_weight * S_hat[0] + units.eps
+        psi, s = factor(S_hat, S0_damped, lane, units.gamma, BAND, BLOCK)
+        w = m_hat
+        for k in tl.static_range(1, BAND + 1):
+            w -= psi[k - 1] * shift(m_hat, lane, k, BLOCK)
+        w = tl.where(s > 0, w / s, 0.0)
+
+        # -- u = L w --
+        u = w
+        for k in tl.static_range(1, BAND + 1):
+            u -= shift(psi[k - 1] * w, lane, -k, BLOCK)
+    tl.store(u_ptr + program * OWN + lane - BAND, u, mask=is_own)
+
+    # -- partial sums --
+    root = tl.where(is_good, root, float("inf"))
+    partial_ptr += program * SUMS
+    tl.store(partial_ptr + SUM_A, tl.sum(tl.where(is_own, a * a, 0.0), 0))
+    tl.store(partial_ptr + SUM_U, tl.sum(tl.where(is_own, u * u, 0.0), 0))
+    tl.store(partial_ptr + SUM_ROOT, tl.sum(tl.where(is_own, root, 0.0), 0))
 
 
-@functools.lru_cache(64)
-def schedule(sizes, updates_last, run, lag):
-    """Plan the programs for tensors of `sizes`, pairs of elements and elements of a chunk.
-
-    Returns the first program and the number of programs of each tensor, the number of all, P, and
-    what they do in which order, (2 P, 2) int32: a tensor and a run of chunks whose statistics to
-    update, or -1 - tensor to apply their u. A tensor's updates begin `lag` programs after the last
-    of its statistics, alternating with statistics of later tensors; with updates_last, after all.
-    """
-    counts = torch.tensor([-(-n // (chunk * run)) for n, chunk in sizes])
-    ends = counts.cumsum(0)
-    firsts = ends - counts
-    P = int(counts.sum())
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)  # (P,)
-    part = torch.arange(P) - firsts[tensor]
-
-    # program i of the statistics has time i, its update a later one
-    updates = ends[tensor] + (P if updates_last else lag) + part
-    order = torch.cat([torch.arange(P), updates]).argsort(stable=True)  # (2 P,)
-    items = torch.stack([torch.cat([tensor, -1 - tensor]), part.repeat(2)], 1)
-    return firsts.tolist(), counts.tolist(), P, items[order].int()
+@triton.jit
+def norms_kernel(table_ptr, partial_ptr, total_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    tensor = tl.program_id(0)
+    row_ptr = table_ptr + tensor * COLUMNS
+    partial_ptr += tl.load(row_ptr + FIRST_PROGRAM) * SUMS
+    programs = tl.load(row_ptr + PROGRAMS).to(tl.int32)
+    add_partial_sums(tl.arange(0, BLOCK), partial_ptr, programs, total_ptr + tensor * SUMS, BLOCK)
 
 
-recent_tables = {}  # (contents, device) -> device and host tensor; pointers mostly stay the same
-captured_tables = []  # those that CUDA graphs copy and read at each replay: never freed
+@triton.jit
+def update_kernel(
+    table_ptr, blocks_ptr, u_ptr, partial_ptr, total_ptr,  # as those of direction_kernel
+    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
+    ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
+
+    # which block of which tensor
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(blocks_ptr + 2 * program)
+    block = tl.load(blocks_ptr + 2 * program + 1)
+    row_ptr = table_ptr + tensor * COLUMNS
+    total_ptr += tensor * SUMS
+    n = tl.load(row_ptr + SIZE)
+    chain = tl.load(row_ptr + CHAIN)
+
+    OWN: tl.constexpr = BLOCK - 2 * BAND
+    lane = tl.arange(0, BLOCK)
+    start = block * OWN
+    offs = start + lane
+    mask = (lane < OWN) & (offs < n)
+
+    # -- statistics --
+    to_chain_end = distance_to_chain_end(start, offs, chain)
+    m, S, _ = load_statistics(row_ptr, offs, mask, to_chain_end, options, GRAD, STATE, BAND)
+    m_ptr = load_pointer(row_ptr, M_PTR, STATE)
+    tl.store(m_ptr + offs, m.to(STATE), mask=mask)
+    for k in tl.static_range(BAND + 1):
+        S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
+        tl.store(S_ptr + offs, S[k].to(STATE), mask=mask)
+
+    # -- parameters --
+    rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
+    u = tl.load(u_ptr + program * OWN + lane, mask=mask, other=0.0)
+    p_ptr = load_pointer(row_ptr, P_PTR, PARAM)
+    p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    p -= rate * (graft * u + options.weight_decay * p)
+    tl.store(p_ptr + offs, p.to(PARAM), mask=mask)
+
+    if block == 0:
+        update_counters(row_ptr, total_ptr)
 
 
-def on_device(key, make, device):
-    """Return the tensor make() on the device, or a recent one of the same key."""
-    if device.type != "cuda":
-        return make().to(device)
-    is_capturing = torch.cuda.is_current_stream_capturing()
-    tables = recent_tables.get((key, device))
-    if tables is None:
-        host = make().pin_memory()  # otherwise the copy would wait for the device
-        tables = host.to(device, non_blocking=True), host
-        if not is_capturing:  # until a graph is replayed, nothing has been copied
-            recent_tables[key, device] = tables
-            if len(recent_tables) > 128:
-                del recent_tables[next(iter(recent_tables))]
-    if is_capturing:
-        captured_tables.append(tables)
-    return tables[0]
+# --------------------------------------------------------------------------------------------------
+# Launch plans: what the launches of a step need, built once and used while tensors stay in place
 
 
-def count_empty(param, sums):
-    """Do what count does, for a shard without rows, which no program serves. sums: (3,)."""
-    state = param.state
-    is_good = sums[2] < math.inf
-    state["step"] += 1
-    state["skipped"] += ~is_good
-    scale = state["scale"]
-    unit = torch.where(scale > LEAST_SCALE.value, scale, 1)
-    scale.copy_(torch.where(is_good, sums[2] / max(1, param.numel) * unit, scale))
+def is_capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def step(params, *, lr, weight_decay, beta1, beta2, eps, gamma, all_reduce=None):
-    """Take one step for a list of LocalParam of sonew.py, all on one device and of one band.
-
-    Their tensors are contiguous. A parameter of fewer than two dimensions takes Adam's step; all
-    are of that kind, or none. lr: a number, or a tensor () on the device. all_reduce(sums) adds
-    sums (T, 3) over the processes that hold other rows of the same parameters, in the same order.
-    """
-    device = params[0].p.device
-    plain = params[0].is_plain
-    band = params[0].band
-    lines, warps, run, stages, lag, registers = CONFIG[band]
-    if lines < warps:
-        raise ValueError("a chunk needs at least as many lines as warps, or threads would race")
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    hopper = None
-    if is_hopper and gl is not None and all_reduce is None:
-        from kernels import sonew_hopper as hopper  # it imports this file
-
-    # sort into jobs: tensors of one launch share dtypes and layout
-    jobs = {}
-    for index, param in enumerate(params):
-        n = param.p.numel()
-        if n == 0:
-            continue
+def table_rows(params, chunk_sizes, first_programs, programs):
+    """Return a row of the table for each LocalParam of sonew.py, lists of integers."""
+    rows = []
+    for i, param in enumerate(params):
         state = param.state
-        S = [state[f"s{k}"] for k in range(band + 1)]
-        chunk, halo = chunk_size(n, param.chain, band, lines)
-        pointers = [t.data_ptr() for t in (param.p, param.grad, state["m"])]
+        pointers = [param.p.data_ptr(), param.grad.data_ptr(), state["m"].data_ptr()]
         counters = [state[name].data_ptr() for name in ("step", "skipped", "scale")]
-        S_pointers = [t.data_ptr() for t in S]
-        aligned = n % 4 == 0 and (band == 0 or param.chain % 4 == 0)
-        aligned = aligned and all(address % 16 == 0 for address in pointers + S_pointers)
-        fits_ring = aligned and hopper is not None and n <= hopper.capacity(band, device) * chunk
-        before = (*pointers, *counters, n, param.numel, param.chain, chunk)
-        key = (param.p.dtype, param.grad.dtype, state["m"].dtype, halo, aligned, fits_ring)
-        jobs.setdefault(key, []).append((before, index, S_pointers))
+        sizes = [param.p.numel(), max(1, param.numel), param.chain, chunk_sizes[i]]
+        S_pointers = [state[f"s{k}"].data_ptr() for k in range(param.band + 1)]
+        rows.append([*pointers, *counters, *sizes, first_programs[i], programs[i], *S_pointers])
+    return rows
 
-    # numbers
+
+class Plan:
+    """Launches for tensors of one device, band and set of dtypes.
+
+    A plan refers to its tensors by their addresses alone, so it keeps no gradient alive. Its tables
+    must outlive a CUDA graph that has captured its launches.
+    """
+
+    def __init__(self, params):
+        first = params[0]
+        self.device = first.p.device
+        self.band = first.band
+        self.is_adam = first.is_adam
+        self.n_tensors = len(params)
+        dtypes = (first.p.dtype, first.grad.dtype, first.state["m"].dtype)
+        self.dtypes = tuple(TL_DTYPES[dtype] for dtype in dtypes)
+
+    def upload(self, *tables):
+        """Copy tables of integers to the device in one piece; nobody waits for the copy."""
+        tables = [torch.as_tensor(table) for table in tables]
+        host = torch.cat([table.flatten() for table in tables])
+        self.pinned = []
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+            self.pinned.append(host)  # a CUDA graph copies it again at each replay
+            if not is_capturing(self.device):
+                # for the plan of a captured step, which itself cannot pin memory
+                self.pinned.append(torch.empty_like(host, pin_memory=True))
+        on_device = host.to(self.device, non_blocking=True)
+        pieces = on_device.split([table.numel() for table in tables])
+        return [piece.view_as(table) for piece, table in zip(pieces, tables, strict=True)]
+
+
+class SimplePlan(Plan):
+    """The three launches of this file."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        own = BLOCK - 2 * self.band
+
+        # at least one block per tensor: a shard without rows counts its steps, too
+        n_blocks = torch.tensor([max(1, triton.cdiv(param.p.numel(), own)) for param in params])
+        first_programs = n_blocks.cumsum(0) - n_blocks
+        tensor = torch.repeat_interleave(torch.arange(len(params)), n_blocks)  # (programs,)
+        block = torch.arange(len(tensor)) - first_programs[tensor]
+        rows = table_rows(params, [own] * len(params), first_programs.tolist(), n_blocks.tolist())
+        self.table, self.blocks = self.upload(rows, torch.stack([tensor, block], 1))
+
+        self.process_groups = params[0].process_groups
+        self.partial = torch.empty(len(block), SUMS.value, device=self.device)
+        self.totals = torch.empty(len(params), SUMS.value, device=self.device)
+
+    def step(self, numbers, lr_on_device):
+        n_programs = len(self.blocks)
+        columns = self.table.shape[1]
+        u = torch.empty(n_programs * (BLOCK - 2 * self.band), device=self.device)
+        tensors = (self.table, self.blocks, u, self.partial, self.totals)
+        constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, columns, BLOCK)
+
+        direction_kernel[(n_programs,)](*tensors, *numbers, *constants, num_warps=WARPS)
+        norms_kernel[(self.n_tensors,)](self.table, self.partial, self.totals, columns, 1024)
+        for group in self.process_groups:
+            dist.all_reduce(self.totals, group=group)
+        update_kernel[(n_programs,)](*tensors, *numbers, *constants, num_warps=WARPS)
+
+
+def choose_plan(param):
+    """Return the class of plan that takes a parameter fastest, and its further arguments.
+
+    sonew_fused.py takes whole tensors, four elements at a time; sonew_hopper.py, those of them
+    whose u fits into the shared memory of a Hopper GPU.
+    """
+    from kernels import sonew_fused  # it imports this file
+
+    if param.process_groups or not sonew_fused.is_aligned(param):
+        return SimplePlan, ()
+    _, needs_halo = sonew_fused.chunk_size(param)
+    if sonew_fused.has_hopper(param.p.device):
+        from kernels import sonew_hopper
+
+        if sonew_hopper.fits(param):
+            return sonew_hopper.RingPlan, (needs_halo,)
+    return sonew_fused.FusedPlan, (needs_halo,)
+
+
+def make_plans(params):
+    """Return the plans of a step for a list of LocalParam; tensors of one plan have much in common."""
+    batches = {}
+    for param in params:
+        dtypes = (param.p.dtype, param.grad.dtype, param.state["m"].dtype)
+        shared = (param.p.device, dtypes, param.band, param.is_adam, param.process_groups)
+        batches.setdefault((choose_plan(param), shared), []).append(param)
+    return [plan_class(batch, *more) for ((plan_class, more), _), batch in batches.items()]
+
+
+class PlanCache:
+    """The plans of one optimizer."""
+
+    CAPACITY = 16  # gradients may alternate between a few places
+
+    def __init__(self):
+        self.recent = {}  # key: plans
+        self.captured = []  # CUDA graphs read their tables at each replay
+
+    def get(self, tensors, chain, local_params):
+        """Return the plans of a step, made anew only where something differs from recent steps.
+
+        tensors: (p, gradient, state) of each parameter. chain: an option of SONew. local_params()
+        returns the LocalParam of each.
+        """
+        key = [chain]
+        for p, grad, state in tensors:
+            key += (p.shape, p.dtype, grad.dtype, state["m"].dtype, p.data_ptr(), grad.data_ptr())
+            key += [tensor.data_ptr() for tensor in state.values()]
+        key = tuple(key)
+
+        capturing = is_capturing(tensors[0][0].device)
+        plans = self.recent.get(key)
+        if plans is None and capturing:
+            # set pinned memory free, which the new plans need
+            for plan in [plan for plans in self.recent.values() for plan in plans]:
+                del plan.pinned[1:]
+        if plans is None:
+            plans = make_plans(local_params())
+            if not capturing:  # tables of a captured step have no contents before a replay
+                if len(self.recent) == self.CAPACITY:
+                    del self.recent[next(iter(self.recent))]
+                self.recent[key] = plans
+        if capturing:
+            self.captured.append(plans)
+        return plans
+
+
+def run(plans, *, lr, weight_decay, beta1, beta2, eps, gamma):
+    """Launch the plans of a step. lr: a number, or a tensor (), read by the kernels if it can be."""
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-    lr_there = torch.is_tensor(lr) and lr.device == device
-    lr = lr if lr_there else float(lr)
-    numbers = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs)
-    numbers = (*numbers, float(eps), float(gamma), lr, float(weight_decay))
-
-    totals = torch.zeros(len(params), SUMS.value, device=device)
-    with torch.cuda.device_of(totals):
-        launches = []
-        for (*dtypes, halo, aligned, fits_ring), job in jobs.items():
-            run_chunks = hopper.CONFIG[band].run if fits_ring else run
-            sizes = tuple((before[SIZE.value], before[CHUNK.value]) for before, _, _ in job)
-            plan = (sizes, fits_ring or all_reduce is not None, run_chunks, lag)
-            firsts, counts, programs, items = schedule(*plan)
-            rows = []
-            for (before, index, S_pointers), first, count in zip(job, firsts, counts, strict=True):
-                rows.append((*before, first, count, index, *S_pointers))
-            columns = len(rows[0])
-            table = on_device(tuple(rows), functools.partial(torch.tensor, rows), device)
-            items = on_device(plan, items.clone, device)
-
-            P, G, M = (TYPES[dtype] for dtype in dtypes)
-            halos = torch.empty(programs * run_chunks if halo else 0, band + 3, 8, device=device)
-            if halo:
-                # the items of the statistics alone: those of a plan with the updates last
-                statistics_plan = (sizes, True, run_chunks, lag)
-                statistics_items = schedule(*statistics_plan)[3]
-                statistics_items = on_device(statistics_plan, statistics_items.clone, device)
-                halo_kernel[(programs,)](
-                    table, statistics_items, halos, G, M, band, columns, run_chunks, num_warps=1
-                )
-
-            partial = torch.empty(programs, SUMS.value, device=device)
-            counters = torch.zeros(2 * len(rows) + 1, dtype=torch.int32, device=device)
-            constants = (P, G, M, band, plain, lr_there, halo)
-            if fits_ring:
-                tensors = (table, items, halos, partial, totals, counters)
-                constants = (*constants, columns, lines, run_chunks)
-                hopper.launch(band, device, tensors, programs, len(rows), numbers, constants, warps)
-                continue
-            u = torch.empty(programs * run_chunks * 128 * lines, device=device)
-            tensors = (table, items, halos, u, partial, totals, counters)
-            constants = (*constants, aligned, columns, lines, run_chunks, stages)
-            limit = registers if aligned and is_hopper else None
-            launches.append((tensors, len(rows), constants, limit, programs))
-
-        def launch(part, first_item, n):
-            tensors, T, constants, limit, _ = part
-            options = {"num_warps": warps, "maxnreg": limit}
-            step_kernel[(n,)](*tensors, first_item, T, *numbers, *constants, **options)
-
-        for part in launches:
-            programs = part[-1]
-            launch(part, 0, 2 * programs if all_reduce is None else programs)
-        if all_reduce is not None:
-            all_reduce(totals)
-            for part in launches:
-                launch(part, part[-1], part[-1])
-
-    for param, sums in zip(params, totals, strict=True):
-        if param.p.numel() == 0:
-            count_empty(param, sums)
-    torch.autograd.graph.increment_version([param.p for param in params])
+    betas = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs)
+    for plan in plans:
+        lr_on_device = torch.is_tensor(lr) and lr.device == plan.device
+        numbers = (*betas, float(eps), float(gamma), lr if lr_on_device else float(lr))
+        with torch.cuda.device_of(plan.table):
+            plan.step((*numbers, float(weight_decay)), lr_on_device)

@@ -1,41 +1,45 @@
-"""SONew's step on Hopper, in Gluon: sonew.step_kernel with u in shared memory until it is applied.
+"""SONew's step on Hopper, in Gluon: sonew_fused.py with u in shared memory until it is applied.
 
-As many programs as run at once each take a run of chunks from a counter, update its statistics and
-keep its u in a ring in shared memory, which holds two runs. Before a program takes another run, it
-applies u of the one before the last, whose norms are known by then. So u never goes through memory:
-8 b + 28 bytes per fp32 parameter.
+A persistent kernel: as many programs as run at once each take a run of chunks from a counter,
+update its statistics and keep its u in a ring buffer in shared memory, which holds two runs. Before
+a program takes another run, it applies u of the run before the last, whose sums are known by then.
+So u never goes through memory: 8 b + 28 bytes per fp32 parameter. Measured on an H200 for 125 M
+parameters, before eps became relative: 0.89, 1.23 and 2.16 ms at band 0, 1 and 4 where
+sonew_fused.py took 1.11, 1.42 and 2.37 (steps 5, 6 and 9 in NOTES.md).
 
-A tensor of more than two runs per program does not fit: all programs would hold two and wait for
-its norms for ever. Nor can norms be summed over processes in the midst of it. Both take step_kernel.
+Limits: those of sonew_fused.py, and the runs of a tensor must fit, one per program. With more than
+two per program, all would hold two and wait for its sums for ever; one may be another tensor's.
 """
 
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.sonew import (
-    CHAIN,
     CHUNK,
     FIRST_PROGRAM,
-    G_PTR,
-    M_PTR,
     P_PTR,
     PROGRAMS,
-    S_PTR,
     SIZE,
     SUMS,
-    TOTALS,
-    awaited,
-    count,
-    place_of,
-    pointer,
-    publish,
-    statistics,
-    tile,
-    units,
+    load_step_size,
+    load_units,
+    make_options,
+    update_counters,
+)
+from kernels.sonew_fused import (
+    FusedPlan,
+    Index,
+    aligned_pointer,
+    chunk_bounds,
+    chunk_offsets,
+    chunk_size,
+    load_tensors,
+    publish_sums,
+    update_statistics,
+    wait_for_sums,
 )
 
 
@@ -46,132 +50,153 @@ class RingConfig(NamedTuple):
 
 
 CONFIG = {  # by band
-    0: RingConfig(4, 64, 5),
-    1: RingConfig(5, 96, 4),
-    **dict.fromkeys((2, 3, 4), RingConfig(4, 128, 10)),
+    0: RingConfig(programs=4, registers=64, run=5),
+    1: RingConfig(programs=5, registers=96, run=4),
+    2: RingConfig(programs=4, registers=128, run=10),
+    3: RingConfig(programs=4, registers=128, run=10),
+    4: RingConfig(programs=4, registers=128, run=10),
 }
 
 
+class Launch(NamedTuple):
+    """What the updates of all runs have in common."""
+
+    table_ptr: gl.tensor
+    items_ptr: gl.tensor
+    total_ptr: gl.tensor
+    ready_ptr: gl.tensor
+    lr: gl.tensor  # a number or a pointer
+    weight_decay: gl.tensor
+
+
 @gluon.jit
-def settle(
-    index, ring, slot, table_ptr, item_ptr, total_ptr, ready_ptr, lr, weight_decay,
-    P: tl.constexpr, PLAIN: tl.constexpr, LR_THERE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
-    L: tl.constexpr,
+def apply_run(
+    index, ring, slot, item, launch,
+    PARAM: gl.constexpr, BAND: gl.constexpr, ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr,
+    COLUMNS: gl.constexpr, RUN: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Apply the u of a run, in the ring from `slot` on, once the norms of its tensor are known."""
-    tensor = gl.load(item_ptr)
-    run = gl.load(item_ptr + 1)
-    row_ptr = table_ptr + tensor * COLUMNS
-    p_ptr = pointer(row_ptr, P_PTR, P, True)
+    """Apply u of a run, in the ring from `slot` on, once the sums of its tensor are known."""
+    tensor = gl.load(launch.items_ptr + 2 * item).to(gl.int32)
+    run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
+    row_ptr = launch.table_ptr + tensor * COLUMNS
+    p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
     n = gl.load(row_ptr + SIZE)
     chunk = gl.load(row_ptr + CHUNK)
 
     # load all parameters of the run before waiting
     p = ()
     for k in gl.static_range(RUN):
-        start, length = place_of(run * RUN + k, chunk, n, True)
-        _, o, _, own = tile(index, length, chunk, BAND, False)
-        p = p + (gl.load(p_ptr + start + o, mask=own, other=0.0, eviction_policy="evict_first"),)
-    total_ptr += gl.load(row_ptr + TOTALS) * SUMS
-    rate, scale = awaited(ready_ptr + tensor, total_ptr, lr, LR_THERE, PLAIN)
+        start, length = chunk_bounds(run * RUN + k, chunk, n)
+        _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, False)
+        p_ptrs = p_ptr + start + offs
+        p = p + (gl.load(p_ptrs, mask=is_own, other=0.0, eviction_policy="evict_first"),)
+    wait_for_sums(launch.ready_ptr + tensor)
+    total_ptr = launch.total_ptr + tensor * SUMS
+    rate, graft = load_step_size(total_ptr, launch.lr, LR_ON_DEVICE, ADAM)
 
     for k in gl.static_range(RUN):
-        start, length = place_of(run * RUN + k, chunk, n, True)
-        _, o, _, own = tile(index, length, chunk, BAND, False)
-        new = p[k].to(gl.float32)
-        new -= rate * (scale * ring.index(slot + k).load(L) + weight_decay * new)
-        gl.store(p_ptr + start + o, new.to(P), mask=own, eviction_policy="evict_first")
+        start, length = chunk_bounds(run * RUN + k, chunk, n)
+        _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, False)
+        u = ring.index(slot + k).load(L)
+        new_p = p[k].to(gl.float32)
+        new_p -= rate * (graft * u + launch.weight_decay * new_p)
+        p_ptrs = p_ptr + start + offs
+        gl.store(p_ptrs, new_p.to(PARAM), mask=is_own, eviction_policy="evict_first")
 
 
-@gluon.jit(do_not_specialize=["runs", "tensors"])
+@gluon.jit(do_not_specialize=["n_runs", "n_tensors"])
 def ring_kernel(
-    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, count_ptr,  # as of step_kernel
-    runs, tensors,
+    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, counters_ptr,  # as of step_kernel
+    n_runs, n_tensors,
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BAND: tl.constexpr, PLAIN: tl.constexpr,
-    LR_THERE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, RUN: tl.constexpr,
+    PARAM: gl.constexpr, GRAD: gl.constexpr, STATE: gl.constexpr, BAND: gl.constexpr,
+    ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr, HALO: gl.constexpr, COLUMNS: gl.constexpr,
+    LINES: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
+    # layouts: a warp per line, a quad per thread
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
     ring = gl.allocate_shared_memory(
         gl.float32, [2 * RUN, 32, LINES, 4], gl.SwizzledSharedLayout(4, 1, 1, [2, 0, 1])
     )
-    lane = gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    phase = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    index = (lane, line, phase)
+    index = Index(
+        lane=gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, L))),
+        line=gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, L))),
+        phase=gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L))),
+    )
     offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
-    beta1 = gl.cast(beta1, gl.float32)
-    beta2 = gl.cast(beta2, gl.float32)
-    new1 = gl.cast(new1, gl.float32)
-    new2 = gl.cast(new2, gl.float32)
-    weight_decay = gl.cast(weight_decay, gl.float32)
-    ready_ptr = count_ptr + tensors
+    options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
+    ready_ptr = counters_ptr + n_tensors
+    next_run_ptr = counters_ptr + 2 * n_tensors
+    launch = Launch(table_ptr, items_ptr, total_ptr, ready_ptr, lr, options.weight_decay)
 
-    # items whose u is in the ring: the newer one, and the older one, from `slot` on
+    # runs whose u is in the ring: the newer one, and the older one, from `slot` on
     slot = gl.to_tensor(0)
     older = gl.to_tensor(-1)
     newer = gl.to_tensor(-1)
     item = gl.to_tensor(0)
-    while item < runs:
-        if older >= 0:  # before another run is taken, so that nobody waits for one that waits
-            settle(
-                index, ring, slot, table_ptr, items_ptr + 2 * older, total_ptr, ready_ptr, lr, weight_decay,
-                P, PLAIN, LR_THERE, BAND, COLUMNS, RUN, L,
+    while item < n_runs:
+        # -- apply a run, before another is taken: so nobody waits for a program that waits --
+        if older >= 0:
+            apply_run(
+                index, ring, slot, older, launch,
+                PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
             )  # fmt: skip
             older = gl.to_tensor(-1)
-        item = gl.atomic_add(count_ptr + 2 * tensors, 1, sem="relaxed")
-        if item < runs:
-            tensor = gl.load(items_ptr + 2 * item)
-            run = gl.load(items_ptr + 2 * item + 1)
+
+        # -- take a run --
+        item = gl.atomic_add(next_run_ptr, 1, sem="relaxed")
+        if item < n_runs:
+            tensor = gl.load(items_ptr + 2 * item).to(gl.int32)
+            run = gl.load(items_ptr + 2 * item + 1).to(gl.int32)
             row_ptr = table_ptr + tensor * COLUMNS
             n = gl.load(row_ptr + SIZE)
-            chain = gl.load(row_ptr + CHAIN)
-            chunk = gl.load(row_ptr + CHUNK)
             first = gl.load(row_ptr + FIRST_PROGRAM)
-            g_ptr = pointer(row_ptr, G_PTR, G, True)
-            m_ptr = pointer(row_ptr, M_PTR, M, True)
-            S_ptrs = ()
-            for k in gl.static_range(BAND + 1):
-                S_ptrs = S_ptrs + (pointer(row_ptr, S_PTR + k, M, True),)
-            correct1, correct2, weight, damping, edge = units(
-                row_ptr, log_beta1, log_beta2, eps, gamma
-            )
+            tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
+            units = load_units(row_ptr, options)
 
-            # statistics
+            # -- its statistics; u goes to the ring --
             zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, L))
-            sum_a, sum_u, sum_root = zero, zero, zero
-            for c in range(run * RUN, gl.minimum((run + 1) * RUN, gl.cdiv(n, chunk).to(gl.int32))):
-                start, length = place_of(c, chunk, n, True)
-                halo = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
-                u, sums = statistics(
-                    index, g_ptr, m_ptr, S_ptrs, start, length, chunk, chain, halo, correct1, correct2, weight,
-                    damping, edge, beta1, beta2, new1, new2, M, BAND, PLAIN, HALO, True, LINES, L,
+            sum_a = zero
+            sum_u = zero
+            sum_root = zero
+            end = gl.minimum((run + 1) * RUN, gl.cdiv(n, tensors.chunk).to(gl.int32))
+            for c in range(run * RUN, end):
+                start, length = chunk_bounds(c, tensors.chunk, n)
+                chunk_halo_ptr = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
+                u, chunk_a, chunk_u, chunk_root = update_statistics(
+                    index, tensors, start, length, chunk_halo_ptr, units, options,
+                    STATE, BAND, ADAM, HALO, LINES, L,
                 )  # fmt: skip
-                sum_a += sums[0]
-                sum_u += sums[1]
-                sum_root += sums[2]
+                sum_a += chunk_a
+                sum_u += chunk_u
+                sum_root += chunk_root
                 ring.index(slot + c - run * RUN).store(u)
+
+            # -- norms --
             sums = (sum_a, sum_u, sum_root)
-            totals = total_ptr + gl.load(row_ptr + TOTALS) * SUMS
-            first_ptr = partial_ptr + first * SUMS
             programs = gl.load(row_ptr + PROGRAMS).to(gl.int32)
-            if publish(
-                offs, sums, first_ptr + run * SUMS, first_ptr, programs, totals, count_ptr + tensor, ready_ptr + tensor,
-                1024,
+            first_ptr = partial_ptr + first * SUMS
+            own_ptr = first_ptr + run * SUMS
+            own_total_ptr = total_ptr + tensor * SUMS
+            done_ptr = counters_ptr + tensor
+            if publish_sums(
+                offs, sums, own_ptr, first_ptr, programs, own_total_ptr, done_ptr, ready_ptr + tensor, 1024
             ):  # fmt: skip
-                count(row_ptr, totals)
+                update_counters(row_ptr, own_total_ptr)
             older = newer
             newer = item
             slot = RUN - slot
+
+    # -- apply what is left --
     if older >= 0:
-        settle(
-            index, ring, slot, table_ptr, items_ptr + 2 * older, total_ptr, ready_ptr, lr, weight_decay,
-            P, PLAIN, LR_THERE, BAND, COLUMNS, RUN, L,
+        apply_run(
+            index, ring, slot, older, launch,
+            PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
         )  # fmt: skip
     if newer >= 0:
-        settle(
-            index, ring, RUN - slot, table_ptr, items_ptr + 2 * newer, total_ptr, ready_ptr, lr, weight_decay,
-            P, PLAIN, LR_THERE, BAND, COLUMNS, RUN, L,
+        apply_run(
+            index, ring, RUN - slot, newer, launch,
+            PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
         )  # fmt: skip
 
 
@@ -181,14 +206,31 @@ def resident_programs(band, device):
     return CONFIG[band].programs * multiprocessors
 
 
-def capacity(band, device):
-    """Return the most chunks of a tensor: one run per program, as each may hold another tensor's."""
-    return CONFIG[band].run * resident_programs(band, device)
+def fits(param):
+    """Return whether a LocalParam has at most one run per program."""
+    chunk, _ = chunk_size(param)
+    capacity = CONFIG[param.band].run * resident_programs(param.band, param.p.device)
+    return param.p.numel() <= capacity * chunk
 
 
-def launch(band, device, tensors, runs, n_tensors, numbers, constants, warps):
-    """Launch ring_kernel; cooperatively, so that all programs run at once or none."""
-    grid = (min(resident_programs(band, device), runs),)
-    options = {"num_warps": warps, "maxnreg": CONFIG[band].registers}
-    options["launch_cooperative_grid"] = True
-    ring_kernel[grid](*tensors, runs, n_tensors, *numbers, *constants, **options)
+class RingPlan(FusedPlan):
+    """halo_kernel, if chunks need it, and ring_kernel."""
+
+    def prepare(self, params, run, lag):
+        super().prepare(params, CONFIG[self.band].run, lag)
+
+    def step(self, numbers, lr_on_device):
+        self.copy_halos()
+        self.counters.zero_()
+        ring = CONFIG[self.band]
+        lines = self.config.lines
+        tensors = (self.table, self.in_order, self.halos, self.partial, self.totals, self.counters)
+        constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, self.needs_halo)
+        constants = (*constants, self.table.shape[1], lines, self.run)
+        grid = (min(resident_programs(self.band, self.device), self.n_programs),)
+        ring_kernel[grid](
+            *tensors, self.n_programs, self.n_tensors, *numbers, *constants,
+            num_warps=self.config.warps,
+            maxnreg=ring.registers,
+            launch_cooperative_grid=True,  # all programs run at once, or none
+        )  # fmt: skip

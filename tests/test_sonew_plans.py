@@ -1,0 +1,228 @@
+"""Which SONew kernel is launched for which tensor, when launches are planned, and for which GPUs the
+kernels compile."""
+
+import math
+import weakref
+
+import pytest
+import torch
+
+import sonew
+from tests.common import DEVICE, gpu, is_equal
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+
+from kernels import sonew as kernel
+from kernels import sonew_fused as fused
+from tests.build import Case, check_build
+from tests.test_sonew_kernel import check_kernel, use_small_blocks
+
+
+def test_the_fastest_version_that_takes_a_tensor_is_chosen():
+    def chosen(shape, offset=0, band=1, groups=()):
+        n = math.prod(shape)
+        p, grad, m, *S = (torch.zeros(n + 4)[offset : n + offset].view(shape) for _ in range(8))
+        state = {"m": m, **{f"s{k}": S_k for k, S_k in enumerate(S)}}
+        chain = math.prod(shape[1:])
+        param = sonew.LocalParam(p, grad, state, band, chain, len(shape) < 2, n, groups)
+        plan_class, more = kernel.choose_plan(param)
+        return {kernel.SimplePlan: "simple", fused.FusedPlan: "fused"}[plan_class], *more
+
+    assert chosen((8, 960)) == ("fused", False), "a chunk is a row"
+    assert chosen((8, 964)) == ("fused", True), "a row is longer than a chunk"
+    assert chosen((1, 960)) == chosen((8, 64)) == chosen((964,), band=0) == ("fused", False)
+    assert chosen((8, 964), groups=("sharded",)) == ("simple",)
+    for shape, offset in (((8, 961), 0), ((8, 960), 1), ((4, 3), 0), ((0, 8), 0)):
+        assert chosen(shape, offset) == ("simple",)
+    assert chosen((4, 3), band=0) == ("fused", False)
+
+
+def count_calls(monkeypatch, owner, name):
+    """Return a list that grows with each call of a function of owner."""
+    calls = []
+    original = getattr(owner, name)
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_kernel_takes_many_tensors_at_once(monkeypatch):
+    use_small_blocks(monkeypatch)
+    fused_steps = count_calls(monkeypatch, fused.FusedPlan, "step")
+    simple_steps = count_calls(monkeypatch, kernel.SimplePlan, "step")
+    check_kernel([(2, 4)] * 10 + [(3,)] * 10 + [(1, 4), (8,)], steps=1)
+    assert len(fused_steps) == 2, "matrices, and vectors"
+    assert len(simple_steps) == 1, "odd vectors"
+
+
+def test_plans_are_made_once(monkeypatch):
+    use_small_blocks(monkeypatch)
+    made = count_calls(monkeypatch, kernel, "make_plans")
+    p = torch.nn.Parameter(torch.ones(4, 8, device=DEVICE))
+    optimizer = sonew.SONew([p], 0.1, use_kernel=True)
+    grads = torch.randn(4, 4, 8, device=DEVICE)
+    p.grad = grads[0]
+    for lr in (0.1, 0.2):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    assert len(made) == 1
+
+    p.grad = grads[1]  # elsewhere
+    optimizer.step()
+    p.grad = grads[0]
+    optimizer.step()
+    assert len(made) == 2, "both are known"
+    p.data = p.data.view(8, 4)
+    p.grad = grads[0].view(8, 4)
+    for name in ("m", "s0", "s1"):
+        optimizer.state[p][name] = optimizer.state[p][name].view(8, 4)
+    optimizer.step()
+    assert len(made) == 3, "the same memory, other chains"
+    optimizer.param_groups[0]["chain"] = "flat"
+    optimizer.step()
+    assert len(made) == 4
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert len(made) == 5, "the state was copied"
+    monkeypatch.setattr(kernel.PlanCache, "CAPACITY", 5)
+    momenta = [optimizer.state[p]["m"].clone() for _ in range(2)]
+    for m in momenta:
+        optimizer.state[p]["m"] = m
+        optimizer.step()
+    assert len(made) == 7 and len(optimizer.plan_cache.recent) == 5
+
+
+def test_plans_keep_no_gradient_alive(monkeypatch):
+    use_small_blocks(monkeypatch)
+    p = torch.nn.Parameter(torch.ones(4, 8, device=DEVICE))
+    optimizer = sonew.SONew([p], 0.1, use_kernel=True)
+    p.grad = torch.ones_like(p)
+    grad = weakref.ref(p.grad)
+    version = p._version
+    optimizer.step()
+    assert p._version > version, "autograd knows of the change"
+    p.grad = None
+    assert grad() is None
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
+def test_in_a_cuda_graph(shape):
+    """With gradients that are elsewhere than those of the steps before, and a learning rate in it."""
+    nets = []
+    optimizers = []
+    for _ in range(2):
+        nets.append([torch.nn.Parameter(torch.ones(s, device="cuda")) for s in (shape, (8,))])
+        lr = torch.tensor(0.1, device="cuda")
+        optimizers.append(sonew.SONew(nets[-1], lr))
+    grads = torch.randn(8, *shape, device="cuda")
+
+    def step(i, t):
+        for p in nets[i]:
+            p.grad = grads[t].clone() if p.dim() > 1 else grads[t][0, :8].clone()
+        optimizers[i].step()
+
+    for t in range(3):
+        step(0, t)
+        step(1, t)
+    source = grads[3].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        nets[0][0].grad = source * 1
+        nets[0][1].grad = source[0, :8] * 1
+        optimizers[0].step()
+    optimizers[0].plan_cache.recent.clear()  # the graph keeps what it reads
+    others = [torch.full((64,), -1, device="cuda") for _ in range(1000)]
+    for t in range(3, 8):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"].fill_(0.1 / t)
+        source.copy_(grads[t])
+        graph.replay()
+        step(1, t)
+    assert is_equal(nets[0], nets[1]) and len(others) == 1000
+    assert optimizers[0].state[nets[0][0]]["step"] == 8
+
+
+# What real calls launch: parameters, state, band, whether they take Adam's step, chunks need a halo
+VARIANTS = [
+    (tl.float32, tl.float32, 1, False, True),
+    (tl.float32, tl.float32, 4, False, True),
+    (tl.bfloat16, tl.bfloat16, 1, False, False),
+    (tl.float32, tl.float32, 0, True, False),
+]
+FLOATS = "beta1 beta2 new1 new2 log_beta1 log_beta2 gamma lr weight_decay".split()
+TYPES = {"table_ptr": "*i64", "items_ptr": "*i64", "blocks_ptr": "*i64", "counters_ptr": "*i32"}
+TYPES.update(dict.fromkeys(FLOATS, "fp32"))
+# a register limit for more programs at once is worth some spills
+OPTIONS = {"types": TYPES, "dtype": "fp32", "uses_tensor_cores": False, "max_spilled": 72}
+
+
+def constants_of(P, M, band, is_adam):
+    columns = kernel.S_PTR.value + band + 1
+    constants = {"PARAM": P, "GRAD": P, "STATE": M, "BAND": band, "ADAM": is_adam}
+    return {**constants, "LR_ON_DEVICE": False, "COLUMNS": columns}
+
+
+def simple_cases():
+    cases = []
+    for name, variant, arch in (
+        ("direction_kernel", VARIANTS[1], 80),
+        ("direction_kernel", VARIANTS[2], 90),
+        ("update_kernel", VARIANTS[1], 120),
+    ):
+        constants = {**constants_of(*variant[:4]), "BLOCK": kernel.BLOCK}
+        cases.append(Case(name, constants, arch=arch, num_warps=kernel.WARPS, **OPTIONS))
+    constants = {"COLUMNS": 14, "BLOCK": 1024}
+    return [*cases, Case("norms_kernel", constants, types=TYPES, dtype="fp32")]
+
+
+def fused_cases():
+    cases = []
+    for arch, variants in (
+        (80, VARIANTS[1:2]),
+        (90, VARIANTS),
+        (100, VARIANTS[:1]),
+        (120, VARIANTS[2:3]),
+    ):
+        for *variant, halo in variants:
+            config = fused.CONFIG[variant[2]]
+            sizes = {
+                "HALO": halo,
+                "LINES": config.lines,
+                "RUN": config.run,
+                "STAGES": config.stages,
+            }
+            limits = {
+                "num_warps": config.warps,
+                "maxnreg": config.registers if arch == 90 else None,
+            }
+            constants = {**constants_of(*variant), **sizes}
+            cases.append(Case("step_kernel", constants, arch=arch, **limits, **OPTIONS))
+    fp32 = tl.float32
+    constants = {"GRAD": fp32, "STATE": fp32, "BAND": 4, "COLUMNS": 17, "RUN": 16}
+    return [*cases, Case("halo_kernel", constants, types=TYPES, dtype="fp32", num_warps=1)]
+
+
+def hopper_cases():
+    from kernels import sonew_hopper
+
+    cases = []
+    for *variant, halo in VARIANTS:
+        config = fused.CONFIG[variant[2]]
+        ring = sonew_hopper.CONFIG[variant[2]]
+        constants = {**constants_of(*variant), "HALO": halo, "LINES": config.lines, "RUN": ring.run}
+        limits = {"num_warps": config.warps, "maxnreg": ring.registers}
+        cases.append(Case("ring_kernel", constants, **limits, **OPTIONS))
+    return cases
+
+
+def test_kernels_build():
+    pytest.importorskip("triton.experimental.gluon")
+    cases = [*simple_cases(), *fused_cases(), *hopper_cases()]
+    assert len(check_build("tests.sonew_kernels", cases)) == len(cases) >= 13
