@@ -1,19 +1,24 @@
-"""LASER: attention with exponential transformation (Duvvuri, Dhillon; ICML 2025, arXiv 2411.03493).
+"""LASER: attention with exponential transformation.
 
-Softmax attention, out = sum_j p_j v_j, passes the gradient p_j (v_j - out) to its logits; it
-vanishes with the probability p_j. LASER attends to exp(v) and takes the logarithm of the result,
-separately for each channel:
+Duvvuri and Dhillon, ICML 2025, arXiv 2411.03493.
 
-    out_i = log sum_j p_ij exp(v_j)        p_i = softmax_j(q_i . k_j / sqrt(D)), over j <= i
+Softmax attention, out = sum_j p_j v_j, passes the gradient p_j (v_j - out) to
+its logits; it vanishes with the probability p_j. LASER attends to exp(v) and
+takes the logarithm of the result, separately for each channel:
 
-    d out_i / d logit_ij = b_ij - p_ij     posterior b_ij = p_ij exp(v_j - out_i), sums to 1 over j
+    out_i = log sum_j p_ij exp(v_j)
+    p_i = softmax_j(q_i . k_j / sqrt(D)), over j <= i
 
-so a key with a large value gets a larger gradient. The output lies between softmax attention and
-the largest value seen, and adding c to v adds c to out.
+    d out_i / d logit_ij = b_ij - p_ij
+    posterior b_ij = p_ij exp(v_j - out_i), sums to 1 over j
 
-Where we depart from the paper: it subtracts the maximum of v over all keys before exp. A single
-future token 110 above the others then underflows every earlier row to log 0. attention_torch splits
-values into bands of 64 around fixed centers instead, so that earlier rows do not change at all.
+so a key with a large value gets a larger gradient. The output lies between
+softmax attention and the largest value seen, and adding c to v adds c to out.
+
+Where we depart from the paper: it subtracts the maximum of v over all keys
+before exp. A single future token 110 above the others then underflows every
+earlier row to log 0. attention_torch splits values into bands of 64 around
+fixed centers instead, so that earlier rows do not change at all.
 kernels/laser.py describes what the GPU does.
 
     python laser.py                 gradients at the logits, and the numerics

@@ -1,13 +1,17 @@
-"""LoRA-RITE: an optimizer for LoRA that does not depend on how Z = B A is factored.
+"""LoRA-RITE: an optimizer for LoRA that does not depend on how Z = B A is
+factored.
 
-Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv 2410.20625.
+Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
+2410.20625.
 
-LoRA (support/lora.py) freezes a matrix W and trains Z = B A beside it, A (r, n), B (m, r). The
-factors B R and R^-1 A have the same product for every invertible R, yet Adam and LoRA+ take a
-different step in Z for each R. LoRA-RITE takes the same one. Write a = A^T, b = B and a = Ua Ra,
-b = Ub Rb, where U has orthonormal columns. The gradient of each factor is measured in the basis of
-the other one, where R cancels but for a rotation, and preconditioned there with an r x r second
-moment. For a, at step t = 1, 2, ... (for b, exchange the letters):
+LoRA (support/lora.py) freezes a matrix W and trains Z = B A beside it, A (r,
+n), B (m, r). The factors B R and R^-1 A have the same product for every
+invertible R, yet Adam and LoRA+ take a different step in Z for each R.
+LoRA-RITE takes the same one. Write a = A^T, b = B and a = Ua Ra, b = Ub Rb,
+where U has orthonormal columns. The gradient of each factor is measured in the
+basis of the other one, where R cancels but for a rotation, and preconditioned
+there with an r x r second moment. For a, at step t = 1, 2, ... (for b, exchange
+the letters):
 
     h = ga Rb^-1                        the unmagnified gradient, dL/dZ^T Ub, (n, r)
     P = Ub^T Ub,old                     moves the state into the new basis, (r, r)
@@ -17,23 +21,27 @@ moment. For a, at step t = 1, 2, ... (for b, exchange the letters):
 
     d1, d2 = beta (1 - beta^(t-1)) / (1 - beta^t) for beta1 and beta2
 
-h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs. rho ("escape", off by
-default as in the released recipe) adds back what V loses when it moves between bases. Clipping the
-raw gradients from outside would break the invariance.
+h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs.
+rho ("escape", off by default as in the released recipe) adds back what V loses
+when it moves between bases. Clipping the raw gradients from outside would break
+the invariance.
 
-Where we depart from the paper: no basis is kept and no QR taken, since every r x r matrix follows
-from Gram matrices of a, b, ga, gb, Ma and Mb in float64. Rb may be any root of b^T b: Cholesky's,
-or the symmetric one without the missing directions if b is 0 or rank-deficient. The old b is the
-new one with the last step undone. The released code skips steps with a large h, which freezes
-training if the loss is scaled by 1e3 (left out here), and takes roots of slightly negative
-eigenvalues (clamped here).
+Where we depart from the paper: no basis is kept and no QR taken, since every r
+x r matrix follows from Gram matrices of a, b, ga, gb, Ma and Mb in float64. Rb
+may be any root of b^T b: Cholesky's, or the symmetric one without the missing
+directions if b is 0 or rank-deficient. The old b is the new one with the last
+step undone. The released code skips steps with a large h, which freezes
+training if the loss is scaled by 1e3 (left out here), and takes roots of
+slightly negative eigenvalues (clamped here).
 
-Start with B = 0 or with factors of ordinary size. The step in A, lr M Rb^-T, is inversely
-proportional to the size of B, so from a tiny B the first steps move Z by about lr^2 / |B|: by 78
-where Z has norm 20, in a test with B of size 1e-4. clip bounds gradients, not steps.
+Start with B = 0 or with factors of ordinary size. The step in A, lr M Rb^-T, is
+inversely proportional to the size of B, so from a tiny B the first steps move Z
+by about lr^2 / |B|: by 78 where Z has norm 20, in a test with B of size 1e-4.
+clip bounds gradients, not steps.
 
-On a GPU kernels/lora_rite.py takes the step for all pairs in four launches, elsewhere PyTorch does.
-These two files are all that the optimizer needs in another project.
+On a GPU kernels/lora_rite.py takes the step for all pairs in four launches,
+elsewhere PyTorch does. These two files are all that the optimizer needs in
+another project.
 
     python lora_rite.py             the drift between factorizations
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
@@ -388,7 +396,7 @@ class LoRARITE(torch.optim.Optimizer):
 
     @property
     def capturable(self):
-        """Whether a CUDA graph can capture step(): the kernels, which never wait, take all pairs."""
+        """Whether a CUDA graph can capture step(): the kernels take all pairs, and never wait."""
         pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
         return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
 
@@ -445,17 +453,22 @@ class LoRARITE(torch.optim.Optimizer):
 
     def find_batches(self):
         """Return the batches of this step, made when tensors have moved since the last one."""
-        is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         batches = self.plans.get(self.addresses())
+        is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if batches is None and is_capturing:
+            raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
         if batches is None:
             batches = self.make_batches()
-            if not is_capturing:  # else its tables are copied to the device in a replay only
-                self.plans[self.addresses()] = batches
+            self.plans[self.addresses()] = batches
         if is_capturing:
             self.captured_plans.append(batches)
         if len(self.plans) > MAX_PLANS:
             del self.plans[next(iter(self.plans))]
         return batches
+
+    def prepare(self):
+        """Plan a step with the gradients where they are: a capture cannot upload its tables."""
+        self.find_batches()
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -80,8 +80,8 @@ def last_logits(model, ids, caches=None):
 class CUDAGraphDecoder:
     """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
 
-    A replay costs one launch instead of hundreds. Token and position stay on the device, so the next
-    step can be in flight before the host knows the token. On a CPU the step runs uncaptured.
+    A replay costs one launch instead of hundreds. Token and position stay on the device, so the
+    next step can be in flight before the host knows the token. On a CPU the step runs uncaptured.
 
     size: the most positions. pick: logits (V,) -> token id, on the device, with random numbers from
     `generator`. use_kernels: kernels/decode.py instead of the model's own layers; None: if it can.
@@ -161,7 +161,7 @@ class CUDAGraphDecoder:
         return AsyncScalar(self.token)
 
     def next(self, more=False):
-        """Return the next token. more: start the step after it, too, so that the GPU is not idle."""
+        """Return the next token. more: start the step after it, too, to keep the GPU busy."""
         current = self.in_flight or self.launch()
         self.in_flight = self.launch() if more else None
         return current.read()[0][0]

@@ -1,25 +1,29 @@
 """2-simplicial attention: Fast and Simplex (Roy et al., arXiv 2507.02754).
 
-A query scores *pairs* of keys. The logit is trilinear in the query, a first key and a second key,
-one softmax runs over all pairs, and the output is the mean of the products of their two values:
+A query scores *pairs* of keys. The logit is trilinear in the query, a first key
+and a second key, one softmax runs over all pairs, and the output is the mean of
+the products of their two values:
 
     S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
     o_i   = sum_jk P_ijk (v_j * v2_k)     j in (i - w1, i], k in (i - w2, i]
 
-The windows include the query's own position: w1 (512 in the paper) is that of k and v, w2 (32) that
-of k2 and v2. Every fourth layer is of this kind. The paper claims, for models of 2 billion active
-parameters and up, a lower loss on mathematics and code at equal tokens, and a steeper scaling law.
+The windows include the query's own position: w1 (512 in the paper) is that of k
+and v, w2 (32) that of k2 and v2. Every fourth layer is of this kind. The paper
+claims, for models of 2 billion active parameters and up, a lower loss on
+mathematics and code at equal tokens, and a steeper scaling law.
 
-How to compute it: for a fixed offset d = i - k, ordinary attention with the query q_i * k2_{i-d}
-over (k, v) and the window w1 gives an output a_id and a log-sum-exp e_id. The softmax over pairs is
-a mixture of these w2 ordinary attentions, so any flash attention can compute it:
+How to compute it: for a fixed offset d = i - k, ordinary attention with the
+query q_i * k2_{i-d} over (k, v) and the window w1 gives an output a_id and a
+log-sum-exp e_id. The softmax over pairs is a mixture of these w2 ordinary
+attentions, so any flash attention can compute it:
 
     o_i = sum_d softmax_d(e_id) (a_id * v2_{i-d})
 
-Where we depart from the paper: these layers have no RoPE (`attention.rotary`), because a trilinear
-form changes when q, k and k2 are rotated alike, and the paper does not say what it does. The
-authors' code adds 1/D to k2 and 1 to v2, since v * v2 is tiny with fresh weights; the paper does
-not mention this and we do not do it.
+Where we depart from the paper: these layers have no RoPE (`attention.rotary`),
+because a trilinear form changes when q, k and k2 are rotated alike, and the
+paper does not say what it does. The authors' code adds 1/D to k2 and 1 to v2,
+since v * v2 is tiny with fresh weights; the paper does not mention this and we
+do not do it.
 
     python simplicial.py    Match3 and function composition
     python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
@@ -227,7 +231,7 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it once and does not trace it
-def warn_slow(reason):
+def warn_fallback(reason):
     warnings.warn(f"2-simplicial attention runs in PyTorch, which is many times slower: {reason}")
 
 
@@ -241,9 +245,9 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
     k, v, k2, v2 = (t.to(q.dtype) for t in (k, v, k2, v2))
     if q.is_cuda and q.dtype != torch.float64:
         if kernel is None:
-            warn_slow("pip install triton")
+            warn_fallback("pip install triton")
         elif q.shape[3] not in kernel.WIDTHS:
-            warn_slow(f"the kernel has no heads of width {q.shape[3]}")
+            warn_fallback(f"the kernel has no heads of width {q.shape[3]}")
         else:
             return kernel.attention(q, k, v, k2, v2, w1, w2)[0]
     return attention_torch(q, k, v, k2, v2, w1=w1, w2=w2)

@@ -1,38 +1,43 @@
 """SONew: a sparsified online Newton optimizer (arXiv 2311.10085).
 
-A full second-order method preconditions a tensor's n gradients with the inverse of their (n, n)
-statistics S = E[g g^T]. SONew keeps b + 1 diagonals of S, S_k[i] = E[g_i g_{i+k}], and takes the
-banded X that is closest to the inverse of S in LogDet divergence:
+A full second-order method preconditions a tensor's n gradients with the inverse
+of their (n, n) statistics S = E[g g^T]. SONew keeps b + 1 diagonals of S,
+S_k[i] = E[g_i g_{i+k}], and takes the banded X that is closest to the inverse
+of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-On a chain the minimiser has a closed form, in which each coordinate needs its b successors only:
+On a chain the minimiser has a closed form, in which each coordinate needs its b
+successors only:
 
     psi_i = W_i^-1 c_i            W_i: S on i+1 ... i+b, c_i: S between i and these
     s_i   = S_0[i] - psi_i . c_i  Schur complement: variance its successors leave
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
     u     = X m                   the direction, m the momentum
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends linearly on those
-before it, its edge is dropped, so X stays positive definite. Grafting: each tensor's step takes the
-length of Adam's. With b = 0, u is m / S_0: Adam without its square root. Biases and gains take
-Adam's step.
+Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends
+linearly on those before it, its edge is dropped, so X stays positive definite.
+Grafting: each tensor's step takes the length of Adam's. With b = 0, u is m /
+S_0: Adam without its square root. Biases and gains take Adam's step.
 
-Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean root-mean-square
-gradient, mean_i sqrt(S_0[i]), after the step before; in the first step, the mean magnitude of its
-gradient. So eps has no unit, and multiplying all gradients by a constant leaves every step as it
-was. An absolute eps is right for one scale only: 1e-8, fine for an autoencoder of MNIST, exceeds
+Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean
+root-mean-square gradient, mean_i sqrt(S_0[i]), after the step before; in the
+first step, the mean magnitude of its gradient. So eps has no unit, and
+multiplying all gradients by a constant leaves every step as it was. An absolute
+eps is right for one scale only: 1e-8, fine for an autoencoder of MNIST, exceeds
 S_0 in most coordinates of a GPT, whose gradients are far smaller.
 
-Where we depart from the released code: eps, which there is absolute; Adam's variance in the graft
-is bias-corrected (their first step is 1 / sqrt(1 - beta2) times too long), and its step has no eps;
-the edge test is relative; chains end with the rows of a matrix, not with the tensor (chain="flat");
-a gradient that is not finite is not spread.
+Where we depart from the released code: eps, which there is absolute; Adam's
+variance in the graft is bias-corrected (their first step is 1 / sqrt(1 - beta2)
+times too long), and its step has no eps; the edge test is relative; chains end
+with the rows of a matrix, not with the tensor (chain="flat"); a gradient that
+is not finite is not spread.
 
     python sonew.py                 the LogDet problem, an autoencoder of MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
 """
 
+import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -156,7 +161,7 @@ def bias_correction(beta, step):
 
 
 def unit_of(scale):
-    """Return what gradients are measured in: the tensor's scale, or 1 before there is one. (): ()"""
+    """Return what gradients are measured in, (): the tensor's scale, or 1 before there is one."""
     return torch.where(scale > LEAST_SCALE, scale, 1)
 
 
@@ -283,8 +288,8 @@ class SONew(torch.optim.Optimizer):
     by rows, or a state that does not fit the parameters.
     """
 
-    # Any step but the first can be captured in a CUDA graph: it never waits for the device, its
-    # counters live there, lr may be a tensor () there, and plan_cache keeps what replays read.
+    # A CUDA graph can capture a step after prepare(): it never waits for the device, its counters
+    # live there, lr may be a tensor () there, and plan_cache keeps what replays read.
     capturable = True
     use_kernel = None  # of a copy of the optimizer
     plan_cache = None
@@ -321,14 +326,27 @@ class SONew(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            batches = {}  # by whether the kernel takes them
-            for p in group["params"]:
-                if p.grad is not None:
-                    batches.setdefault(self._uses_kernel(p), []).append(p)
-            for uses_kernel, params in batches.items():
-                self._step_params(params, group, uses_kernel)
+        for group, params, uses_kernel in self._batches():
+            self._step_params(params, group, uses_kernel)
         return loss
+
+    @torch.no_grad()
+    def prepare(self):
+        """Plan a step with the gradients where they are: a capture cannot upload its tables."""
+        for group, params, uses_kernel in self._batches():
+            if uses_kernel:
+                self._find_plans(params, [self._local_tensors(p, group) for p in params], group)
+
+    def _batches(self):
+        """Return (group, parameters with gradients, whether the kernel takes them)."""
+        batches = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for uses_kernel in (True, False):
+                batch = [p for p in params if self._uses_kernel(p) == uses_kernel]
+                if batch:
+                    batches.append((group, batch, uses_kernel))
+        return batches
 
     def _uses_kernel(self, p):
         if self.use_kernel is not None:
@@ -344,31 +362,23 @@ class SONew(torch.optim.Optimizer):
         options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
         tensors = [self._local_tensors(p, group) for p in params]
 
-        def local_params():
-            result = []
-            for p, (local_p, grad, state) in zip(params, tensors, strict=True):
-                band, chain = band_and_chain(p, group)
-                groups = shard_groups(p, group["chain"])
-                is_adam = p.dim() < 2
-                result.append(
-                    LocalParam(local_p, grad, state, band, chain, is_adam, p.numel(), groups)
-                )
-            return result
-
         if uses_kernel:
-            # launches are planned anew only where a tensor has moved or changed
-            if self.plan_cache is None:
-                self.plan_cache = kernel.PlanCache()
-            plans = self.plan_cache.get(tensors, group["chain"], local_params)
-            kernel.run(plans, **options)
+            kernel.run(self._find_plans(params, tensors, group), **options)
             torch.autograd.graph.increment_version([p for p, _, _ in tensors])
         else:
-            step_torch(local_params(), **options)
+            step_torch(local_params(params, tensors, group), **options)
 
         # parameters that are not contiguous
         for p, (local_p, _, _) in zip(params, tensors, strict=True):
             if local_p is not p and not to_local(p).is_contiguous():
                 to_local(p).copy_(local_p)
+
+    def _find_plans(self, params, tensors, group):
+        """Return the kernel's launches, planned again only where a tensor has moved or changed."""
+        if self.plan_cache is None:
+            self.plan_cache = kernel.PlanCache()
+        make_params = functools.partial(local_params, params, tensors, group)
+        return self.plan_cache.get(tensors, group["chain"], make_params)
 
     def _local_tensors(self, p, group):
         """Return this process's part of p, its gradient and its state; contiguous tensors."""
@@ -412,6 +422,17 @@ class SONew(torch.optim.Optimizer):
         finally:
             pre_hook.remove()
             post_hook.remove()
+
+
+def local_params(params, tensors, group):
+    """Return the LocalParam of each parameter; tensors: its (p, gradient, state) here."""
+    result = []
+    for p, (local_p, grad, state) in zip(params, tensors, strict=True):
+        band, chain = band_and_chain(p, group)
+        groups = shard_groups(p, group["chain"])
+        is_adam = p.dim() < 2
+        result.append(LocalParam(local_p, grad, state, band, chain, is_adam, p.numel(), groups))
+    return result
 
 
 def check_options(group):

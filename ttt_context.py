@@ -1,18 +1,18 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
 The longer the context, the thinner softmax attention spreads over it. Let z_j
-be the logit of key j, and z_* that of the one relevant key, the needle. To
-give it probability 1 - e among T keys takes
+be the logit of key j, and z_* that of the one relevant key, the needle. To give
+it probability 1 - e among T keys takes
 
     z_* - z_j >= log((T - 1) (1 - e) / e)         for all other keys j
 
-which grows with log T, while the weights stay as they are; m distractors
-within d of the needle leave it at most 1 / (1 + m exp(-d)). Thinking longer
-does not help: each new token reads the context through the same attention.
-The paper (Bansal et al.) spends that compute on the queries: read the prompt
-once, freeze all keys and values, take a few AdamW steps on the query
-projections W_Q of all layers, with the next-token loss on random spans of the
-prompt, and answer from the same cache.
+which grows with log T, while the weights stay as they are; m distractors within
+d of the needle leave it at most 1 / (1 + m exp(-d)). Thinking longer does not
+help: each new token reads the context through the same attention. The paper
+(Bansal et al.) spends that compute on the queries: read the prompt once, freeze
+all keys and values, take a few AdamW steps on the query projections W_Q of all
+layers, with the next-token loss on random spans of the prompt, and answer from
+the same cache.
 
     loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
     dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     for l = -log p_*
@@ -25,8 +25,8 @@ read, and a norm after W_Q (Qwen3) lets queries turn but not sharpen.
 
 Where the paper is silent, we choose: the keys and values of a span come from
 the cache, too. W_Q is trained in float32, since a bfloat16 weight would not
-move at a learning rate of 1e-5. Spans do not cover the question, which is
-read with the new W_Q. Up to 8 spans are held out to measure what was learned.
+move at a learning rate of 1e-5. Spans do not cover the question, which is read
+with the new W_Q. Up to 8 spans are held out to measure what was learned.
 
     python ttt_context.py --prompt my.txt --question "..."   the newest run
     python ttt_context.py --prompt my.txt --init DIR         run, Hugging Face

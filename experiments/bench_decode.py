@@ -142,8 +142,8 @@ def print_figures(name, figures):
         if variant in figures:
             row = figures[variant]
             print(
-                f"  {variant:8} prompt {row['prompt_ms']:8.2f} ms, token {row['token_ms']:7.3f} ms, "
-                f"{row['share_of_floor']:4.0%} of the floor's speed"
+                f"  {variant:8} prompt {row['prompt_ms']:8.2f} ms, "
+                f"token {row['token_ms']:7.3f} ms, {row['share_of_floor']:4.0%} of the floor"
             )
 
 

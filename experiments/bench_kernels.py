@@ -36,7 +36,7 @@ from support import cli
 PASSES = ("forward_ms", "backward_ms", "step_ms")
 
 
-# -- parts ------------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 
 def random_heads(B, T, H, D):
@@ -128,7 +128,7 @@ def laser():
 
 
 def simplicial():
-    """2-simplicial attention, windows 512 and 32, at B, H, Hkv, T, D = 4, 64, 1, 4096, 128 and two more"""
+    """2-simplicial attention, windows 512, 32, at B, H, Hkv, T, D = 4, 64, 1, 4096, 128 and more"""
     from kernels.simplicial import attention
     from simplicial import attention_torch
 
@@ -151,7 +151,7 @@ def simplicial():
 
 
 def sonew_error(**options):
-    """Our step, with statistics of 20 gradients, against the PyTorch path, in units of its length."""
+    """Return how far the kernel's step is from PyTorch's, in units of its length."""
     from sonew import SONew
 
     updates = []
@@ -189,7 +189,7 @@ def sonew():
 
 
 def lora_rite():
-    """one LoRA-RITE step for 72 pairs of 2048 x 16 and 16 x 2048, and 48 of 768, against fused AdamW"""
+    """one LoRA-RITE step for 72 pairs of 2048 x 16 and 16 x 2048, and 48 of 768, and fused AdamW"""
     from lora_rite import LoRARITE
 
     for pairs, d, r in (72, 2048, 16), (48, 768, 16):
@@ -298,7 +298,7 @@ def unmasked(backend):
 
 
 def ttt_context():
-    """128 queries of 32 heads after 131,072 keys of 8 heads (and 32,768), D = 128, gradient of q alone"""
+    """128 queries of 32 heads after 131,072 and 32,768 keys of 8 heads, D = 128, gradient of q"""
     from kernels.ttt_context import span_attention
     from ttt_context import reference
 

@@ -128,7 +128,7 @@ def peaked_gradients(model, x, y):
 
 
 def trained_gradients(seed, folder):
-    """Train a model with LASER; return `peaked_gradients` on held-out text, the same for all models."""
+    """Train a model with LASER; return its `peaked_gradients` on the same held-out text."""
     out = Path(folder, str(seed))
     flags = f"{FLAGS} --data {DATA} --seed {seed} --lr {LR} --steps {STEPS} --sample 0"
     with redirect_stdout(io.StringIO()):  # the progress bar on stderr is enough

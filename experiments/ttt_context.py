@@ -217,7 +217,7 @@ def choose_rates(model, task, T, recipe):
 
 
 def compare_variants(model, task, T, recipe, seed):
-    """Return {variant: {score: [one per context], "seconds", "lr"}} of one model, task and length."""
+    """Return {variant: {score: [one per context], "seconds", "lr"}} of a model, task and length."""
     lrs = choose_rates(model, task, T, recipe)
     contexts = [make_context(task, recipe, T, seed, c) for c in range(recipe["contexts"])]
     caches = [prefill(model, ids)[1] for ids, _ in contexts]

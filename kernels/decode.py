@@ -1,7 +1,7 @@
 """One decoding step of a Llama or Qwen3 layer at batch 1, in six launches.
 
     norm_linear_kernel    q, k, v = W RMSNorm(x) + b; after the last layer, logits = W RMSNorm(x)
-    attention_kernel      QK-norm, RoPE, append to the KV cache, attention over one split of the keys
+    attention_kernel      QK-norm, RoPE, append to the KV cache, attention over a split of the keys
     combine_kernel        out = sum_s exp(lse_s - lse) out_s over the splits s
     linear_add_kernel     x += W out
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
@@ -185,7 +185,7 @@ def linear_add_kernel(
 
 @triton.jit
 def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
-    """Weights of QK-norm: [ROWS, D], those of queries where is_query [ROWS, 1], else those of keys"""
+    """Gains of QK-norm [ROWS, D]: of queries where is_query [ROWS, 1], else of keys"""
     q_gain = tl.load(q_gain_ptr + offs_d)[None, :]
     k_gain = tl.load(k_gain_ptr + offs_d)[None, :]
     return tl.where(is_query, q_gain, k_gain)

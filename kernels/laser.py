@@ -345,7 +345,7 @@ def fallback_fwd_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """out = LSE_j(qk + v) - LSE_j(qk); for the backward pass, x = rounding error of out, exp_v = v"""
+    """out = LSE_j(qk + v) - LSE_j(qk); for the backward pass x = out's rounding error, exp_v = v"""
     b, h, hkv = query_head(H, GROUP)
     HKV = H // GROUP
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
@@ -482,7 +482,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 
 @functools.cache
 def get_configs(dtype, D, is_hopper):
-    """Return launch options of attn_fwd, attn_bwd_dq, attn_bwd_dkdv; no bfloat16 spills on Hopper."""
+    """Return options of attn_fwd, attn_bwd_dq, attn_bwd_dkdv; bfloat16 does not spill on Hopper."""
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:

@@ -28,8 +28,8 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# By padded rank: rows of a tile and of a program, warps of launches 1 and 4, and of 2 and 3. On sm_90
-# launches 1 and 4 spill no registers, 2 and 3 at most 12 bytes (72 at rank 64 with escape).
+# By padded rank: rows of a tile and of a program, warps of launches 1 and 4, and of 2 and 3. On
+# sm_90 launches 1 and 4 spill no registers, 2 and 3 at most 12 bytes (72 at rank 64 with escape).
 TILE_ROWS = {16: 32, 32: 32, 64: 16}
 CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}
 ROW_WARPS = {16: 2, 32: 8, 64: 8}
@@ -621,13 +621,13 @@ class KernelBatch:
                 all_bits |= value
         table = torch.tensor(table)  # (S, COLUMNS) int64
         factors = torch.arange(len(table), dtype=torch.int32)
-        self.host = [table, torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])]
+        tables = [table, torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])]
 
-        # copy them; from pinned memory the host need not wait, but none can be had in a capture
+        # copy them; from pinned memory the host need not wait
         device = parameters[0].device
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self.host = [t.pin_memory() for t in self.host]
-        self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in self.host]
+        if device.type == "cuda":
+            tables = [t.pin_memory() for t in tables]
+        self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
         # options of the launches
         self.row_options = dict(DTYPE=TL_DTYPES[parameters[0].dtype], ALIGNED=all_bits % 16 == 0)

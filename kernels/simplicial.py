@@ -38,7 +38,7 @@ except (ImportError, AttributeError):  # a Triton without this Gluon
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 EDGE = tl.constexpr(16)  # keys per block at the old end of a window
-REPAIR_TILES = tl.constexpr(32)  # tiles per program of repair_kernel
+REPAIR_QUERIES = tl.constexpr(128)  # queries that a program of repair_kernel looks at, at least
 PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
 BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
 WIDTHS = (16, 32, 64, 128)  # head dimensions
@@ -336,9 +336,6 @@ def forward_queries(
     mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
     if REPAIR:
         mask &= tl.load(lse_ptr + row, mask=mask, other=0.0) == float("inf")
-    else:
-        is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
-        lse = tl.where(is_finite, lse, float("inf"))
     o_ptrs = o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(o_ptrs, o.to(dtype), mask=mask[:, None])
     tl.store(lse_ptr + row, lse * LN2, mask=mask)
@@ -354,7 +351,7 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o, lse = attention(q, k, v, k2, v2), of one tile; lse = inf is left to repair_kernel."""
+    """o, lse = attention(q, k, v, k2, v2) of a tile; repair_kernel takes rows out of range."""
     forward_queries(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
         Sizes(Tq, Tk, Tk2, w1, w2), scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False,
@@ -368,14 +365,29 @@ def repair_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute queries with lse = inf again. Mostly there are none; a program checks many tiles."""
+    """Compute again, with a running maximum, what is left: queries with lse = inf, or o not finite.
+
+    inf in v reaches all rows of a tile as 0 * inf = NaN. Mostly nothing is left.
+    """
+    TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
-    first_tile = tl.program_id(0) * REPAIR_TILES
-    query = first_tile * QUERIES + tl.arange(0, REPAIR_TILES * QUERIES)
+    first_tile = tl.program_id(0) * TILES
+    query = first_tile * QUERIES + tl.arange(0, TILES * QUERIES)
     row = tl.program_id(1).to(tl.int64) * GROUP * Tq + query_row(query, sizes, GROUP)
-    is_left = tl.load(lse_ptr + row, mask=query < GROUP * Tq, other=0.0) == float("inf")
+    mask = query < GROUP * Tq
+
+    # -- find them --
+    lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
+    o_ptrs = o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
+    o = tl.load(o_ptrs, mask=mask[:, None], other=0.0).to(tl.float32)
+    is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
+    is_left = (lse == float("inf")) | ~is_finite
+
+    # -- compute them again --
     if tl.max(is_left.to(tl.int32), 0) > 0:
-        for tile in range(first_tile, first_tile + REPAIR_TILES):
+        tl.store(lse_ptr + row, float("inf"), mask=mask & is_left)
+        tl.debug_barrier()  # forward_queries reads it
+        for tile in range(first_tile, first_tile + TILES):
             if tl.max((is_left & (query // QUERIES == tile)).to(tl.int32), 0) > 0:
                 forward_queries(
                     tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
@@ -801,7 +813,7 @@ def forward(
     tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])
     if not is_done:
         forward_kernel[(tiles, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
-    programs = triton.cdiv(tiles, REPAIR_TILES.value)
+    programs = triton.cdiv(tiles, max(1, REPAIR_QUERIES.value // options["QUERIES"]))
     repair_kernel[(programs, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     return o, lse
 

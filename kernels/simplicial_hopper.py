@@ -329,10 +329,9 @@ def consumer(
         l_q = gl.convert_layout(l_q, gl.SliceLayout(1, OUT))  # [QUERIES]
         o = (o / gl.where(l_q > 0.0, l_q, 1.0)[:, None]).to(dtype)
 
-        # -- store; inf in v reaches all rows as 0 * inf = NaN, so these queries are left as well --
-        is_finite = gl.min((gl.abs(o.to(gl.float32)) < float("inf")).to(gl.int32), 1) > 0
+        # -- store; a query with a row out of range is left to repair_kernel --
         lse = gl.where(l_q > 0.0, gl.log2(l_q) * LN2, -float("inf"))
-        lse = gl.where((l_q == l_q) & is_finite, lse, float("inf"))  # noqa: PLR0124, NaN
+        lse = gl.where(l_q == l_q, lse, float("inf"))  # noqa: PLR0124, NaN
         query = part * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(1, OUT))
         row = bh.to(gl.int64) * GROUP * sizes.Tq + query_row(query, sizes.Tq, GROUP)
         gl.store(lse_ptr + row, lse, mask=query < GROUP * sizes.Tq)

@@ -9,7 +9,8 @@
 Grid: one program per BLOCK - 2b elements of a tensor in 1 and 3, one program per tensor in 2.
 
 u_i needs the statistics of b neighbours on either side, and some of these belong to other programs.
-So 1 must not write the statistics, or a neighbour would count a gradient twice; 3 computes them again.
+So 1 must not write the statistics, or a neighbour would count a gradient twice; 3 computes them
+again.
 
 Memory traffic per fp32 parameter, band b: 1 reads g, m, S_0 ... S_b and writes u; 3 reads these, u
 and p, and writes p, m, S_0 ... S_b: 12 b + 48 bytes. Arithmetic is float32.
@@ -453,13 +454,8 @@ class Plan:
         """Copy tables of integers to the device in one piece; nobody waits for the copy."""
         tables = [torch.as_tensor(table) for table in tables]
         host = torch.cat([table.flatten() for table in tables])
-        self.pinned = []
         if self.device.type == "cuda":
-            host = host.pin_memory()
-            self.pinned.append(host)  # a CUDA graph copies it again at each replay
-            if not is_capturing(self.device):
-                # for the plan of a captured step, which itself cannot pin memory
-                self.pinned.append(torch.empty_like(host, pin_memory=True))
+            host = host.pin_memory()  # otherwise the copy would wait for the device
         on_device = host.to(self.device, non_blocking=True)
         pieces = on_device.split([table.numel() for table in tables])
         return [piece.view_as(table) for piece, table in zip(pieces, tables, strict=True)]
@@ -518,7 +514,7 @@ def choose_plan(param):
 
 
 def make_plans(params):
-    """Return the plans of a step for a list of LocalParam; tensors of one plan have much in common."""
+    """Return the plans of a step for a list of LocalParam, sorted by what a plan has in common."""
     batches = {}
     for param in params:
         dtypes = (param.p.dtype, param.grad.dtype, param.state["m"].dtype)
@@ -536,10 +532,10 @@ class PlanCache:
         self.recent = {}  # key: plans
         self.captured = []  # CUDA graphs read their tables at each replay
 
-    def get(self, tensors, chain, local_params):
+    def get(self, tensors, chain, make_params):
         """Return the plans of a step, made anew only where something differs from recent steps.
 
-        tensors: (p, gradient, state) of each parameter. chain: an option of SONew. local_params()
+        tensors: (p, gradient, state) of each parameter. chain: an option of SONew. make_params()
         returns the LocalParam of each.
         """
         key = [chain]
@@ -551,22 +547,19 @@ class PlanCache:
         capturing = is_capturing(tensors[0][0].device)
         plans = self.recent.get(key)
         if plans is None and capturing:
-            # set pinned memory free, which the new plans need
-            for plan in [plan for plans in self.recent.values() for plan in plans]:
-                del plan.pinned[1:]
+            raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
         if plans is None:
-            plans = make_plans(local_params())
-            if not capturing:  # tables of a captured step have no contents before a replay
-                if len(self.recent) == self.CAPACITY:
-                    del self.recent[next(iter(self.recent))]
-                self.recent[key] = plans
+            plans = make_plans(make_params())
+            if len(self.recent) == self.CAPACITY:
+                del self.recent[next(iter(self.recent))]
+            self.recent[key] = plans
         if capturing:
             self.captured.append(plans)
         return plans
 
 
 def run(plans, *, lr, weight_decay, beta1, beta2, eps, gamma):
-    """Launch the plans of a step. lr: a number, or a tensor (), read by the kernels if it can be."""
+    """Launch the plans of a step. lr: a number, or a tensor (), read by the kernels if possible."""
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     betas = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs)
     for plan in plans:

@@ -9,13 +9,14 @@ Where chains are longer than chunks, halo_kernel copies what lies beside each ch
 are updated in place, and a chunk's neighbours could find them updated already.
 
 A chunk is a tile of LINES x 32 lanes x 4 elements (a quad), one lane per thread: the next b <= 4
-elements are in the same thread or in the next lane, a warp shuffle away. Lines overlap by two quads,
-whose lanes only serve their neighbours.
+elements are in the same thread or in the next lane, a warp shuffle away. Lines overlap by two
+quads, whose lanes only serve their neighbours.
 
 Memory traffic per fp32 parameter, band b: read g, m, S_0 ... S_b; write m, S_0 ... S_b; write and
-read u; read and write p: 8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an H200
-for 125 M parameters at b = 1: 1.06 ms. Steps 1 and 6 in NOTES.md: 1.64 ms in three launches, 1.42
-in one. Limits: quads, so sizes, chains and addresses are multiples of 4; tensors are not sharded.
+read u; read and write p: 8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an
+H200 for 125 M parameters at b = 1: 1.06 ms. Steps 1 and 6 in NOTES.md: 1.64 ms in three launches,
+1.42 in one. Limits: quads, so sizes, chains and addresses are multiples of 4; tensors are not
+sharded.
 """
 
 import functools
@@ -165,7 +166,7 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def aligned_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
-    """Load a pointer as load_pointer does, and tell the compiler that it is a multiple of 16 bytes."""
+    """Load a pointer as load_pointer does, and tell the compiler it is a multiple of 16 bytes."""
     ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))  # a call would lose what is told
     return tl.multiple_of(ptr, 16)
 
@@ -383,7 +384,7 @@ def halo_kernel(
     GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
-    """Copy the quads before and after each chunk: of g to slot 0, m to slot 1, S_k to slot 2 + k."""
+    """Copy the quads beside each chunk: of g to slot 0, of m to slot 1, of S_k to slot 2 + k."""
     item_ptr = items_ptr + tl.program_id(0) * 2
     row_ptr = table_ptr + tl.load(item_ptr) * COLUMNS
     run = tl.load(item_ptr + 1)
@@ -509,7 +510,7 @@ def has_hopper(device):
 
 
 def is_aligned(param):
-    """Return whether all memory of a LocalParam can be read in quads, of which a chain has whole."""
+    """Return whether a LocalParam is aligned in memory, and its chains are whole quads."""
     n = param.p.numel()
     if n == 0 or n % 4 or (param.band > 0 and param.chain % 4):
         return False

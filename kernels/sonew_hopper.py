@@ -180,7 +180,8 @@ def ring_kernel(
             own_total_ptr = total_ptr + tensor * SUMS
             done_ptr = counters_ptr + tensor
             if publish_sums(
-                offs, sums, own_ptr, first_ptr, programs, own_total_ptr, done_ptr, ready_ptr + tensor, 1024
+                offs, sums, own_ptr, first_ptr, programs,
+                own_total_ptr, done_ptr, ready_ptr + tensor, 1024,
             ):  # fmt: skip
                 update_counters(row_ptr, own_total_ptr)
             older = newer

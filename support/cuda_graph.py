@@ -1,4 +1,4 @@
-"""A training step as CUDA graphs: recorded once, then replayed without the host's work in between."""
+"""A training step as CUDA graphs: captured once, then replayed without the host's work."""
 
 import warnings
 
@@ -60,6 +60,8 @@ class CapturedStep:
         static_batch = self.micro_batches, self.count
         self.forward_graph, self.total_loss = self.capture(step.forward, static_batch)
         self.backward_graph, self.grad_norm = self.capture(step.backward)
+        if hasattr(self.optimizer, "prepare"):  # the gradients have their final addresses now
+            self.optimizer.prepare()
         self.update_graph, _ = self.capture(step.optimizer.step)
 
     def capture(self, function, *args):
@@ -95,5 +97,8 @@ def capture_step(step, batch):
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"the step runs eagerly, since it cannot be captured: {reason}")
+        # PyTorch leaves its random numbers in the state of a capture
+        generator = torch.cuda.default_generators[batch[1].device.index]
+        generator.graphsafe_set_state(generator.clone_state())
         step.clear()
         return step

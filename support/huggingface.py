@@ -150,7 +150,8 @@ def check_supported(settings, rope, path):
             if value is not None and value != needed:
                 value = json.dumps(value)[:60]
                 raise ValueError(
-                    f"{path} has {name} = {value}, which is not implemented; {json.dumps(needed)} is"
+                    f"{path} has {name} = {value}, which is not implemented; "
+                    f"{json.dumps(needed)} is"
                 )
     if set(settings.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"{path} has layer_types other than full_attention: not implemented")
@@ -267,7 +268,8 @@ def find_tensors(folder):
                     raise ValueError(f"{path} has the tensor {name}, and {other} has it too")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
-                        f"{path}: the tensor {name} is of type {dtype}, not a float of 16 or more bits"
+                        f"{path}: the tensor {name} is of type {dtype}, "
+                        f"not a float of 16 or more bits"
                     )
                 found[name] = path, tuple(tensor.get_shape())
     return found

@@ -5,15 +5,15 @@ cannot compile, so this runs in a process of its own. A test lists what real cal
 
     CASES = [
         Case("forward_kernel", {"D": 128, "BN": 64, "PREC": "tf32"}, arch=90, num_warps=8),
-        Case("forward_kernel", {"D": 64, "BN": 16, "PREC": "ieee"}, dtype="fp32", uses_tensor_cores=False),
+        Case("forward_kernel", {"D": 64, "BN": 16, "PREC": "ieee"}, dtype="fp32"),
     ]
 
     def test_kernels_build():
         check_build("kernels.mine", CASES)
 
 `build(module, cases)` returns the reports without checking them: a list of dicts with the keys
-kernel, chip, constants, registers (per thread), spilled (bytes per thread), shared (bytes per block),
-tensor_core_instructions, has_tf32.
+kernel, chip, constants, registers (per thread), spilled (bytes per thread), shared (bytes per
+block), tensor_core_instructions, has_tf32.
 """
 
 import json

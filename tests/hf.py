@@ -130,7 +130,7 @@ def make_folder(folder, **shape):
 
 @pytest.fixture
 def hf(tmp_path, monkeypatch):
-    """Work in an empty folder; return function(changed fields of the GPT) -> a tiny model's folder."""
+    """Work in an empty folder; return function(changed GPT fields) -> a tiny model folder."""
     monkeypatch.chdir(tmp_path)
 
     def make(**shape):

@@ -18,7 +18,7 @@ EPS = 0.01  # large enough that a kernel without it is off
 
 
 def run_poisoned(function):
-    """Run with new tensors that hold NaN until they are written; on a GPU twice, with equal bits."""
+    """Run with new tensors that hold NaN until written; on a GPU twice, with equal bits."""
     torch.use_deterministic_algorithms(True)
     try:
         result = function()

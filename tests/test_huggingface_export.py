@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 import train
 from support import data, huggingface
 from tests.common import is_equal, small_gpt
-from tests.hf import check_refused, edit_json, export_run, hf, transformers, write_model  # noqa: F401
+from tests.hf import (
+    check_refused,
+    edit_json,
+    export_run,
+    hf,  # noqa: F401, a fixture
+    transformers,
+    write_model,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-untied", "qwen3"])

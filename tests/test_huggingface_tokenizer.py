@@ -5,6 +5,7 @@ import json
 import random
 import time
 import unicodedata
+from functools import partial
 
 import pytest
 
@@ -175,7 +176,8 @@ def test_no_end_of_text(tmp_path):
     assert ours.eot_token is None and ours.stops == set()
     assert ours.encode("the<|a|>") == [257, 261]
     (tmp_path / "a.txt").write_text("the " * 100)
-    load = lambda: data.load_dataset(str(tmp_path / "a.txt"), ours, 8, tmp_path / "cache")  # noqa: E731
+    text = str(tmp_path / "a.txt")
+    load = partial(data.load_dataset, text, ours, 8, tmp_path / "cache")
     check_refused(load, "hf has no end-of-text token")
 
 

@@ -56,7 +56,7 @@ def kernel_inputs(Tq, Tk, H, Hkv, D, dtype, std=1.0, seed=0):
 
 
 def check(*shape, dtype, std=1.0, deterministic=True, change=None, seed=0):
-    """Compare with float64; deterministic: new tensors hold NaN, and on a GPU two runs are equal."""
+    """Compare with float64. deterministic: new tensors hold NaN, two runs on a GPU are equal."""
     q, k, v, grad_out = kernel_inputs(*shape, dtype, std, seed)
     if change:
         change(v)
@@ -122,7 +122,7 @@ def test_kernel_when_a_program_has_many_blocks(monkeypatch):
 
 
 def check_future(*shape, dtype, exact):
-    """A key changes: earlier rows stay bit for bit, or to rounding where the head's path changes."""
+    """A key changes: earlier rows keep their bits, or to rounding where the head's path changes."""
     jumps = {4.0: [2.0], 0.02: [0.1], 1.0: [50.0, 110.0, 300.0, math.inf, math.nan]}
     row = shape[0] - 7
     for std in jumps:

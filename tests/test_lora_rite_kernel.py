@@ -265,21 +265,24 @@ def test_the_tables_of_a_graph_are_kept(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_capturing)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
 
-    kept = [table()]
+    kept = table()
     capturing(True)
-    kept += [table()]
+    assert table()() is kept()
     ps[0].grad = ps[0].grad.clone()
-    kept += [table()]
+    with pytest.raises(RuntimeError, match="has moved since prepare"):
+        table()
     capturing(False)
-    eager = table()
-    assert kept[0]() is kept[1]() and eager() is not kept[2]()
+    optimizer.prepare()
+    capturing(True)
+    eager = weakref.ref(optimizer.plans[optimizer.addresses()][0][1].table)
+    capturing(False)
     moved = []  # alive, so that no gradient gets the place of an earlier one
     for _ in range(2 * lora_rite.MAX_PLANS):
         moved.append(ps[0].grad)
         ps[0].grad = ps[0].grad.clone()
         table()
     assert len(optimizer.plans) == lora_rite.MAX_PLANS
-    assert all(table() is not None for table in kept) and eager() is None
+    assert kept() is not None and eager() is None
 
 
 def test_kernel_and_pytorch_side_by_side():
@@ -462,7 +465,7 @@ def test_pairs_on_two_gpus():
 @gpu
 @pytest.mark.parametrize("moves_grads", [False, True])
 def test_a_cuda_graph(moves_grads):
-    """lr is read on the device; tables are those of the steps before, or uploaded in the graph."""
+    """lr is read on the device; tables are those of the steps before, or of prepare()."""
     pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
     nets = [[nn.Parameter(p.cuda()) for pair in pairs for p in pair] for _ in range(2)]
     lr = torch.zeros((), dtype=torch.float64, device="cuda")
@@ -485,6 +488,7 @@ def test_a_cuda_graph(moves_grads):
             captured.step()
             continue
         if t == 3:
+            captured.prepare()
             with torch.cuda.graph(graph):
                 captured.step()
             present = [p.grad for p in nets[0]]

@@ -1,4 +1,4 @@
-"""Whole runs: they resume bit for bit, survive kill -9, signals and full disks, and do not collide."""
+"""Whole runs: they resume bit for bit, survive kill -9 and full disks, and never collide."""
 
 import csv
 import math

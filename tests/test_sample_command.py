@@ -142,7 +142,7 @@ def words(tmp_path, monkeypatch):
     words = Words()
     model = small_gpt(vocab_size=12)  # padded: ids from 8 on have no token
     monkeypatch.setattr(train, "load_model", lambda *args: (model, words))
-    monkeypatch.setattr(sample.checkpoint, "find_run", Path)
+    monkeypatch.setattr(sample.run_folder, "find_run", Path)
     return words
 
 

@@ -336,7 +336,7 @@ def test_autocast_does_not_undo_float32():
 
 def test_warning_survives_the_compiler():
     def slow(x):
-        simplicial.warn_slow("a reason")
+        simplicial.warn_fallback("a reason")
         return x + 1
 
     for function in (slow, torch.compile(slow, fullgraph=True, backend="aot_eager")):

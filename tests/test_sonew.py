@@ -312,7 +312,7 @@ def test_small_and_empty_parameters(shape, chain):
 
 
 def test_the_first_step_and_its_scale():
-    """The first scale is the mean magnitude of the first gradient, which then damps its own step."""
+    """The first scale is the mean magnitude of the first gradient, which damps its own step."""
     g = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     path, optimizer = take_steps({"lr": 0.1, "eps": 0.5, "band": 1}, [g], (4, 5))
     (state,) = optimizer.state.values()

@@ -1,5 +1,5 @@
-"""Which SONew kernel is launched for which tensor, when launches are planned, and for which GPUs the
-kernels compile."""
+"""Which SONew kernel is launched for which tensor, when launches are planned, and for which GPUs
+the kernels compile."""
 
 import math
 import weakref
@@ -114,7 +114,7 @@ def test_plans_keep_no_gradient_alive(monkeypatch):
 @gpu
 @pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
 def test_in_a_cuda_graph(shape):
-    """With gradients that are elsewhere than those of the steps before, and a learning rate in it."""
+    """With gradients elsewhere than in the steps before, and a learning rate on the device."""
     nets = []
     optimizers = []
     for _ in range(2):
@@ -133,9 +133,12 @@ def test_in_a_cuda_graph(shape):
         step(1, t)
     source = grads[3].clone()
     graph = torch.cuda.CUDAGraph()
+    nets[0][0].grad = torch.empty_like(source)  # elsewhere than in the steps before
+    nets[0][1].grad = torch.empty_like(source[0, :8])
+    optimizers[0].prepare()
     with torch.cuda.graph(graph):
-        nets[0][0].grad = source * 1
-        nets[0][1].grad = source[0, :8] * 1
+        nets[0][0].grad.copy_(source)
+        nets[0][1].grad.copy_(source[0, :8])
         optimizers[0].step()
     optimizers[0].plan_cache.recent.clear()  # the graph keeps what it reads
     others = [torch.full((64,), -1, device="cuda") for _ in range(1000)]

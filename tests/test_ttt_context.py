@@ -1,4 +1,4 @@
-"""Query-only test-time training: spans, training, answers, cost. The command: test_ttt_command.py."""
+"""Query-only test-time training: spans, training, answers, cost."""
 
 import math
 
@@ -40,7 +40,7 @@ class WholePrefix:
 
 
 def dense_loss(model, kv, ids, starts, n):
-    """The loss of spans by a forward pass over the whole text, all logits, keys and values given."""
+    """The loss of spans by a forward pass over the whole text, keys and values given."""
     caches = [WholePrefix(k, v) for k, v in kv]
     x = model.embed_tokens(ids[None]).to(model.dtype)
     T, theta = len(ids), model.config.rope_theta
