@@ -10,8 +10,8 @@ of S in LogDet divergence:
 On a chain the minimiser has a closed form, in which each coordinate needs its b
 successors only:
 
-    psi_i = W_i^-1 c_i            W_i: S on i+1 ... i+b, c_i: S between i and these
-    s_i   = S_0[i] - psi_i . c_i  Schur complement: variance its successors leave
+    psi_i = W_i^-1 c_i           W_i: S on i+1 ... i+b, c_i: S of i with these
+    s_i   = S_0[i] - psi_i . c_i Schur complement: variance successors leave
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
     u     = X m                   the direction, m the momentum
 

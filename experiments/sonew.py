@@ -1,11 +1,12 @@
-"""SONew on two CPU cores: the LogDet problem on real statistics, and an autoencoder of MNIST's
-digits against other optimizers.
+"""SONew on two CPU cores: the LogDet problem on real statistics, and an
+autoencoder of MNIST's digits against other optimizers.
 
-The autoencoder is that of the paper, made smaller and trained for 300 steps. Every optimizer got
-the same number of settings: 4 learning rates times 3 values of a second option, on seed 0 and at
-the length they are used at (--sweep). Adam, SGD and RMSProp are the baselines; the ablations of
-SONew are the diagonal (band 0), chains through the whole tensor (flat), and pixels in a random
-order, so that neighbours in a row of weights are no longer neighbours in the image.
+The autoencoder is that of the paper, made smaller and trained for 300 steps.
+Every optimizer got the same number of settings: 4 learning rates times 3 values
+of a second option, on seed 0 and at the length they are used at (--sweep).
+Adam, SGD and RMSProp are the baselines; the ablations of SONew are the diagonal
+(band 0), chains through the whole tensor (flat), and pixels in a random order,
+so that neighbours in a row of weights are no longer neighbours in the image.
 """
 
 import hashlib
