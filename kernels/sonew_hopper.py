@@ -4,8 +4,7 @@ A persistent kernel: as many programs as run at once each take a run of chunks f
 update its statistics and keep its u in a ring buffer in shared memory, which holds two runs. Before
 a program takes another run, it applies u of the run before the last, whose sums are known by then.
 So u never goes through memory: 8 b + 28 bytes per fp32 parameter. Measured on an H200 for 125 M
-parameters, before eps became relative: 0.89, 1.23 and 2.16 ms at band 0, 1 and 4 where
-sonew_fused.py took 1.11, 1.42 and 2.37 (steps 5, 6 and 9 in NOTES.md).
+parameters: 0.95, 1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
 
 Limits: those of sonew_fused.py, and the runs of a tensor must fit, one per program. With more than
 two per program, all would hold two and wait for its sums for ever; one may be another tensor's.
@@ -50,8 +49,8 @@ class RingConfig(NamedTuple):
 
 
 CONFIG = {  # by band
-    0: RingConfig(programs=4, registers=64, run=5),
-    1: RingConfig(programs=5, registers=96, run=4),
+    0: RingConfig(programs=3, registers=80, run=7),
+    1: RingConfig(programs=4, registers=112, run=5),
     2: RingConfig(programs=4, registers=128, run=10),
     3: RingConfig(programs=4, registers=128, run=10),
     4: RingConfig(programs=4, registers=128, run=10),
