@@ -1,11 +1,11 @@
 """Time whole training steps of all variants side by side, on random tokens.
 
-python experiments/bench_train.py             small and gpt2 on a GPU, tiny on a CPU
+python experiments/bench_train.py              small and gpt2 on a GPU, or tiny
 python experiments/bench_train.py --shapes gpt2 --steps 40
-python experiments/bench_train.py --no-graph  without CUDA graphs
+python experiments/bench_train.py --no-graph   without CUDA graphs
 torchrun --nproc-per-node 2 experiments/bench_train.py --shapes gpt2
-                                              several GPUs, each with the batch
-                                              of one; DDP, or --fsdp for FSDP2
+                                               several GPUs, each with the batch
+                                               of one; DDP, or --fsdp for FSDP2
 
 Writes bench_train.json. For each variant: milliseconds per step (median), the
 host's part of it (launching everything, without waiting), the device's part
