@@ -591,7 +591,7 @@ def get_batch(text, run, block_size, step, micro_batch, device):
     a resumed run has no position in the data to restore.
     """
     starts = data.batch_starts(run.seed, step, text.starts, run.batch_size)
-    windows = data.read_windows(text.train, starts, block_size)  # (batch_size, T + 1)
+    windows = data.read_sequences(text.train, starts, block_size)  # (batch_size, T + 1)
     n_counted = float((windows[:, 1:] >= 0).sum())
     x, y = data.to_device(windows[rank() :: world_size()], device)  # (batch_size / ranks, T) each
     count = torch.full((), max(1.0, n_counted), device=device)  # does not wait for the device
@@ -664,22 +664,14 @@ def set_lr(optimizer, lr):
 
 @torch.no_grad()
 def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
-    """Return the mean loss over the counted targets of some held-out windows, or None if stopped.
+    """Return the mean loss over the counted targets of held-out sequences, or None if stopped."""
+    starts = data.eval_starts(text, run.eval_batches * run.batch_size, block_size)
 
-    The windows are evenly spaced and always the same, on any number of ranks: at most as many as
-    there are prompts, for answers, or as cover the text.
-    """
-    is_answers = np.ndim(text.val_starts) > 0
-    possible = text.val_starts if is_answers else range(text.val_starts)
-    n_windows = len(possible) if is_answers else math.ceil((len(text.val) - 1) / block_size)
-    n_windows = min(run.eval_batches * run.batch_size, n_windows)
-    chosen = np.linspace(0, len(possible) - 1, n_windows).astype(int)
-    starts = np.array([possible[i] for i in chosen])
-
-    # every forward pass has the same shape: windows that fill up the last one are not counted
+    # every forward pass has the same shape: what fills up the last one is not counted
+    n_sequences = len(starts)
     per_forward = micro_batch * world_size()
-    n_filled = math.ceil(n_windows / per_forward) * per_forward
-    is_counted = (np.arange(n_filled) < n_windows)[rank() :: world_size()]
+    n_filled = math.ceil(n_sequences / per_forward) * per_forward
+    is_counted = (np.arange(n_filled) < n_sequences)[rank() :: world_size()]
     starts = np.resize(starts, n_filled)[rank() :: world_size()]
 
     total_loss = torch.zeros((), device=device)
@@ -688,11 +680,11 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
         if stop is not None and stop.now:
             return None
         chunk = slice(i, i + micro_batch)
-        windows = data.read_windows(text.val, starts[chunk], block_size)  # (micro_batch, T + 1)
-        windows[~is_counted[chunk]] = -1
-        x, y = data.to_device(windows, device)
+        tokens = data.read_sequences(text.val, starts[chunk], block_size)  # (micro_batch, T + 1)
+        tokens[~is_counted[chunk]] = -1
+        x, y = data.to_device(tokens, device)
         total_loss += net(x, y, 1)
-        count += int((windows[:, 1:] >= 0).sum())
+        count += int((tokens[:, 1:] >= 0).sum())
     total_loss, count = distributed.mean_over_ranks(total_loss, count).tolist()
     return total_loss / max(1, count)
 

@@ -142,7 +142,7 @@ def trained_gradients(seed, folder):
         text = data.load_dataset(DATA, tokenizer, T, out / ".tokens")
     starts = range(0, HELD_OUT_WINDOWS * (T + 1), T + 1)
     starts = [start for start in starts if start + T < len(text.val)]
-    x, y = data.to_device(data.read_windows(text.val, starts, T), torch.device("cpu"))
+    x, y = data.to_device(data.read_sequences(text.val, starts, T), torch.device("cpu"))
     return peaked_gradients(model, x, y)
 
 

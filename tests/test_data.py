@@ -52,7 +52,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 def test_windows_and_their_targets():
     tokens = np.arange(50, dtype=np.uint8)
-    windows = data.read_windows(tokens, [0, 45], 4)
+    windows = data.read_sequences(tokens, [0, 45], 4)
     assert windows.tolist() == [[0, 1, 2, 3, 4], [45, 46, 47, 48, 49]] and windows.dtype == np.int64
     x, y = data.to_device(windows, CPU)
     assert x.tolist() == [[0, 1, 2, 3], [45, 46, 47, 48]] and torch.equal(y, x + 1)
@@ -218,7 +218,7 @@ def test_a_twentieth_is_held_out(tmp_path, capsys):
     # the last window of each ends with its last token
     assert dataset.starts == len(dataset.train) - 16 and dataset.val_starts == n_val - 16
     for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
-        assert data.read_windows(tokens, [starts - 1], 16)[0, -1] == tokens[-1]
+        assert data.read_sequences(tokens, [starts - 1], 16)[0, -1] == tokens[-1]
     assert dataset.fingerprint == {"tokens": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     assert dataset.bits_per_byte == pytest.approx(1 / math.log(2))
     assert dataset.tokenizer_state == {"name": "byte"}
@@ -277,11 +277,11 @@ def test_prompts_whose_answer_is_out_of_reach_are_left_out(tmp_path, capsys):
     write_jsonl(tmp_path / "x.jsonl", rows)
     dataset = load_dataset(tmp_path / "x.jsonl", 8)
     for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
-        windows = data.read_windows(tokens, starts, 8)
+        windows = data.read_sequences(tokens, starts, 8)
         lengths = (np.maximum.accumulate(windows >= 0, axis=1) == 0).sum(1)
         assert len(lengths) and lengths.min() >= 4 and lengths.max() <= 8
         assert (windows[:, 1:] >= 0).any(1).all()
-    assert 8 in lengths or 8 in (data.read_windows(dataset.train, dataset.starts, 8) < 0).sum(1)
+    assert 8 in lengths or 8 in (data.read_sequences(dataset.train, dataset.starts, 8) < 0).sum(1)
     assert "15 of 30 prompts" in capsys.readouterr().out
 
 
@@ -316,5 +316,5 @@ def test_held_out_text_has_a_prompt_with_its_answer(tmp_path):
     dataset = load_dataset(tmp_path / "x.jsonl", 16)
     assert len(dataset.starts) and len(dataset.val_starts)
     for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
-        windows = data.read_windows(tokens, starts, 16)
+        windows = data.read_sequences(tokens, starts, 16)
         assert all(bytes((~row[:5]).tolist()) == b"short" for row in windows)

@@ -331,7 +331,7 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
         calls.append(len(tokens))
         if calls.count(min(calls)) == 1 and len(set(calls)) == 2:  # the held-out text is shorter
             signals.append(signal.raise_signal(signal.SIGHUP))
-        return read_windows(tokens, *more)
+        return read_sequences(tokens, *more)
 
     def hit_generate(*_, **__):
         for token in b"abcde":
@@ -339,13 +339,13 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
             yield token
 
     batch_starts = data.batch_starts
-    read_windows = data.read_windows
+    read_sequences = data.read_sequences
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # no nohup
         if where == "train":
             patch.setattr(data, "batch_starts", hit_train)
         if where == "evaluate":
-            patch.setattr(data, "read_windows", hit_evaluate)
+            patch.setattr(data, "read_sequences", hit_evaluate)
         if where == "generate":
             patch.setattr(sample, "generate", hit_generate)
         result = train.main([*flags, "--out", "out/a"])
