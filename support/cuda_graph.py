@@ -29,7 +29,9 @@ def prepare(asked, device, optimizer):
 
     use_graph = asked is not False and obstacle is None
     reason = obstacle or "they save the host's work"
-    print0(f"graphs   {'on' if use_graph else 'off'} ({reason if asked is None else 'as asked'})")
+    if asked is not None:
+        reason = "set by flag"
+    print0(f"graphs   {'on' if use_graph else 'off'} ({reason})")
     if use_graph:
         lr = torch.zeros((), device=device)
         for group in optimizer.param_groups:
@@ -87,7 +89,7 @@ class CapturedStep:
         self.update_graph.replay()
 
     def clear(self):
-        """Do nothing: the next backward pass overwrites the gradients."""
+        """Keep the gradients: the next backward pass overwrites them."""
 
 
 def capture_step(step, batch):

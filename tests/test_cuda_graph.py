@@ -41,7 +41,7 @@ class Counter(torch.optim.SGD):
 def test_a_cpu_takes_eager_steps(asked, capsys):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     assert not cuda_graph.prepare(asked, torch.device("cpu"), optimizer)
-    reason = "they need a CUDA GPU" if asked is None else "as asked"
+    reason = "they need a CUDA GPU" if asked is None else "set by flag"
     assert capsys.readouterr().out == f"graphs   off ({reason})\n"
     assert optimizer.param_groups[0]["lr"] == 0.5
 
