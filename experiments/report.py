@@ -125,16 +125,22 @@ def total_ms(row):
 
 def steps_table(record):
     """Return the table of training steps: a row per variant, a column per size of the model."""
-    header = ["training step", *record["shapes"]]
-    shapes = list(record["shapes"].values())
+    shapes = record["shapes"].values()
+    variants = dict.fromkeys(variant for shape in shapes for variant in shape)
     rows = []
-    for variant in shapes[0]:
+    for variant in variants:
         cells = [variant]
         for shape in shapes:
-            measured = shape[variant]
-            cells.append(f"{measured['ms_per_step']:.1f} ms, {measured['ratio']:.3f}")
+            cells.append(step_cell(shape[variant]) if variant in shape else "")
         rows.append(cells)
-    return table(header, rows)
+    return table(["training step", *record["shapes"]], rows)
+
+
+def step_cell(row):
+    """Return the time of a step, and its ratio to the baseline or its weak scaling."""
+    if "weak_scaling" in row:
+        return f"{row['ms_per_step']:.1f} ms, weak scaling {row['weak_scaling']:.3f}"
+    return f"{row['ms_per_step']:.1f} ms, {row['ratio']:.3f}"
 
 
 def all_tables(records):
