@@ -37,8 +37,8 @@ except (ImportError, AttributeError):  # a Triton without this Gluon
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EDGE = tl.constexpr(16)  # keys per block at the old end of a window
-REPAIR_QUERIES = tl.constexpr(128)  # queries that a program of repair_kernel looks at, at least
+EDGE = tl.constexpr(16)  # keys per small block, at the start of a window
+REPAIR_QUERIES = tl.constexpr(128)  # queries that a program of repair_kernel checks, at least
 PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
 BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
 WIDTHS = (16, 32, 64, 128)  # head dimensions
@@ -48,8 +48,9 @@ VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "pas
 
 # --------------------------------------------------------------------------------------------------
 # Tiles. Queries are numbered position by position, the GROUP query heads of a KV head side by side,
-# so that a tile is full whether GROUP is 1 or 64. A window w2 > OFFSETS takes several tiles in a
-# row, one for each chunk of OFFSETS offsets.
+# so that a tile is full whether GROUP is 1 or 64. A window w2 > OFFSETS takes several consecutive
+# tiles, one per chunk of OFFSETS offsets. With QUERIES = OFFSETS = 2, w2 = 4, rows (query, offset):
+#     tile 0: (0, 0) (0, 1) (1, 0) (1, 1)     tile 1: (0, 2) (0, 3) (1, 2) (1, 3)
 
 
 class Sizes(NamedTuple):
@@ -67,15 +68,15 @@ class Rows(NamedTuple):
     position: tl.tensor  # of the query in k, i
     position2: tl.tensor  # of the offset in k2, i - d
     exists: tl.tensor
-    has_rivals: tl.tensor  # its query sees more than one pair; of a single one P = 1 and dS = 0
+    has_rivals: tl.tensor  # its query sees several pairs; with a single pair, P = 1 and dS = 0
 
 
 class Span(NamedTuple):
-    """The keys that a tile sees: some at the old end of the window, then whole blocks."""
+    """The keys that a tile sees: small blocks up to first_block, then whole blocks up to end."""
 
     first_position: tl.tensor  # of the first query in k
     first_key: tl.tensor
-    first_block: tl.tensor  # key where the whole blocks start
+    first_block: tl.tensor
     end: tl.tensor
 
 
@@ -204,7 +205,7 @@ def attend(
     acc = tl.zeros((ROWS, D), tl.float32)
     l_i = tl.zeros((ROWS,), tl.float32)
 
-    # -- the keys before the whole blocks, a few at a time --
+    # -- small blocks, up to where the whole blocks start --
     for start in tl.range(span.first_key, span.first_block, EDGE, num_stages=1):
         key = start + tl.arange(0, EDGE)
         k = load_rows(keys.k_ptr, key, key < span.first_block, D)
@@ -274,7 +275,8 @@ def forward_queries(
     chunks = tl.cdiv(sizes.w2, OFFSETS)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     query_index = tl.arange(0, PADDED)
-    is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
+    # is_own[q, r]: is row r of the tile a row of its query q? [PADDED, ROWS]
+    is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
     o = tl.zeros((PADDED, D), tl.float32)
     lse = tl.full((PADDED,), -float("inf"), tl.float32)
     first_tile = query_block * chunks
@@ -296,14 +298,14 @@ def forward_queries(
         else:
             l_i = tl.where(needs_max, float("nan"), l_i)
 
-        # -- share of each row in the softmax of its query --
+        # -- share of each row in the softmax of its query; "/ l_i" because acc is not normalized --
         m_i = tl.where(rows.exists, m_i, -float("inf"))
         m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
         m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
         p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
         l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
         l_safe = tl.where(l_q == 0.0, 1.0, l_q)
-        share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS], over its sum
+        share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
 
         # -- multiply by v2, sum the rows of each query --
         v2 = load_rows(v2_ptr, rows.position2, rows.exists, D)  # [ROWS, D]
@@ -323,7 +325,7 @@ def forward_queries(
         o = o * (weight / total)[:, None] + o_chunk * (weight_chunk / total)[:, None]
         lse = tl.where(weight + weight_chunk == 0.0, -float("inf"), m + tl.log2(total))
 
-        # -- the next chunk's qk2: made here, Triton keeps it in shared memory, not in registers --
+        # -- compute qk2 of the next chunk: here, so that Triton keeps it in shared memory --
         if chunk + 1 < chunks:
             next_rows = tile_rows(first_tile + chunk + 1, sizes, GROUP, QUERIES, OFFSETS)
             qk2 = multiply_rows(q_ptr, k2_ptr, next_rows, next_rows.exists, qk_scale, D)
@@ -365,9 +367,9 @@ def repair_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute again, with a running maximum, what is left: queries with lse = inf, or o not finite.
+    """Recompute queries with lse = inf or an o that is not finite, with a running maximum.
 
-    inf in v reaches all rows of a tile as 0 * inf = NaN. Mostly nothing is left.
+    An inf in v reaches all rows of a tile, as 0 * inf = NaN. Usually there is nothing to repair.
     """
     TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
@@ -376,19 +378,19 @@ def repair_kernel(
     row = tl.program_id(1).to(tl.int64) * GROUP * Tq + query_row(query, sizes, GROUP)
     mask = query < GROUP * Tq
 
-    # -- find them --
+    # -- find these queries --
     lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
     o_ptrs = o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
     o = tl.load(o_ptrs, mask=mask[:, None], other=0.0).to(tl.float32)
     is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
-    is_left = (lse == float("inf")) | ~is_finite
+    needs_repair = (lse == float("inf")) | ~is_finite
 
-    # -- compute them again --
-    if tl.max(is_left.to(tl.int32), 0) > 0:
-        tl.store(lse_ptr + row, float("inf"), mask=mask & is_left)
+    # -- recompute the tiles that hold one --
+    if tl.max(needs_repair.to(tl.int32), 0) > 0:
+        tl.store(lse_ptr + row, float("inf"), mask=mask & needs_repair)
         tl.debug_barrier()  # forward_queries reads it
         for tile in range(first_tile, first_tile + TILES):
-            if tl.max((is_left & (query // QUERIES == tile)).to(tl.int32), 0) > 0:
+            if tl.max((needs_repair & (query // QUERIES == tile)).to(tl.int32), 0) > 0:
                 forward_queries(
                     tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
                     sizes, scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, True,
@@ -400,7 +402,7 @@ def repair_kernel(
 
 
 class RowInputs(NamedTuple):
-    """What the backward knows of the rows of a tile."""
+    """Inputs of the backward pass for the rows of a tile."""
 
     qk2: tl.tensor  # q_i * k2_{i-d} * scale * LOG2E, [ROWS, D]
     dov2: tl.tensor  # do_i * v2_{i-d}, [ROWS, D]
@@ -417,7 +419,7 @@ def make_row_operands(
     """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
     rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
     qk2 = multiply_rows(q_ptr, k2_ptr, rows, rows.exists, qk_scale, D)
-    tl.debug_barrier()  # or all loads come first, and registers spill
+    tl.debug_barrier()  # without it all loads come first, and registers spill
     return qk2, multiply_rows(do_ptr, v2_ptr, rows, rows.has_rivals, 1.0, D)
 
 
@@ -453,16 +455,16 @@ def dq_dk2_dv2_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of the `piece` positions of a program, and what they add to dk2 and dv2.
+    """Compute dq of the `piece` positions of a program, and their share of dk2 and dv2.
 
-    These go to a buffer of the program's own. Its last `piece` rows are the positions of its
-    queries, its first w2 - 1 rows those before, which its oldest queries see as well.
+    The shares go to a buffer of the program. Its last `piece` rows are the positions of its
+    queries; its first w2 - 1 rows are the positions before, which its first queries see as well.
     """
     ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
     LARGER: tl.constexpr = OFFSETS if OFFSETS > QUERIES else QUERIES
-    # rows of k2 that a tile can meet: QUERIES + OFFSETS - 1 at most, to a power of two
-    MET: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
+    # positions of k2 that a tile reads: at most QUERIES + OFFSETS - 1, padded to a power of two
+    K2_ROWS: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
     dtype = q_ptr.dtype.element_ty
 
     # -- select the KV head --
@@ -497,7 +499,7 @@ def dq_dk2_dv2_kernel(
         delta = tl.load(delta_ptr + rows.q_row, mask=rows.has_rivals, other=0.0)
         inputs = RowInputs(qk2, dov2, lse, delta, rows.position)
 
-        # -- compute pv and dsk: keys before the whole blocks, then the blocks --
+        # -- compute pv and dsk: over small blocks of keys, then whole blocks --
         pv = tl.zeros((ROWS, D), tl.float32)
         dsk = tl.zeros((ROWS, D), tl.float32)
         for start in tl.range(span.first_key, span.first_block, EDGE, num_stages=1):
@@ -515,47 +517,54 @@ def dq_dk2_dv2_kernel(
                 pv, dsk, inputs, k, v, start, span.end, w1, is_partial, PRECISION
             )
 
-        # Registers are full of pv and dsk. The barriers keep loads from coming early, and positions
-        # are computed again, not kept: w1 > 0 always holds, but the compiler does not know that.
+        # pv and dsk fill the registers. So the barriers below delay the loads, and rows and span are
+        # recomputed: w1 > 0 is always true, but the compiler, not knowing it, cannot reuse them.
         same_tile = tl.where(w1 > 0, tile, 0)
         same_bh = tl.where(w1 > 0, bh, 0)
         rows = tile_rows(same_tile, sizes, GROUP, QUERIES, OFFSETS)
         span = tile_span(same_tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
 
-        # -- sum the rows of each position of k2, by a product with a 0/1 matrix --
-        oldest = span.first_position - Tk + Tk2 - tile % chunks * OFFSETS - OFFSETS + 1
-        met_position = tl.arange(0, MET) + oldest
-        is_met = (met_position[:, None] == rows.position2[None, :]).to(dtype)  # [MET, ROWS]
+        # -- sum the rows that read the same position of k2, by a product with a 0/1 matrix --
+        first_position2 = span.first_position - Tk + Tk2  # of the first query in k2
+        first_read = first_position2 - tile % chunks * OFFSETS - OFFSETS + 1  # its largest offset
+        k2_position = tl.arange(0, K2_ROWS) + first_read
+        reads = (k2_position[:, None] == rows.position2[None, :]).to(dtype)  # [K2_ROWS, ROWS]
         tl.debug_barrier()
-        buffer_row = met_position - (Tk2 - Tq) + buffer_rows - piece * (tl.program_id(0) + 1)
+        # the last row of the buffer is the last position of the piece
+        q_position = k2_position - (Tk2 - Tq)
+        buffer_row = q_position + buffer_rows - piece * (tl.program_id(0) + 1)
         in_buffer = (buffer_row >= 0) & (buffer_row < buffer_rows)
         program = same_bh * tl.num_programs(0) + tl.program_id(0)
         do = load_rows(do_ptr, rows.q_row, rows.exists, D)  # [ROWS, D]
-        dv2 = tl.dot(is_met, (pv * do).to(dtype), input_precision=PRECISION)  # [MET, D]
+        dv2 = tl.dot(reads, (pv * do).to(dtype), input_precision=PRECISION)  # [K2_ROWS, D]
         add_to_buffer(dv2_ptr + program * buffer_rows * D, dv2, buffer_row, in_buffer, D)
         tl.debug_barrier()
         q = load_rows(q_ptr, rows.q_row, rows.exists, D)
-        dk2 = tl.dot(is_met, (dsk * q).to(dtype), input_precision=PRECISION) * scale
+        dk2 = tl.dot(reads, (dsk * q).to(dtype), input_precision=PRECISION) * scale
         add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
         tl.debug_barrier()
 
-        # -- sum the rows of each query, over all its chunks --
+        # -- sum the rows of each query; dq starts at 0 in its first chunk --
         k2 = load_rows(k2_ptr, rows.position2, rows.exists, D)
         query_index = tl.arange(0, PADDED)
         is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
-        dq_chunk = tl.dot(is_own.to(dtype), (dsk * k2).to(dtype), input_precision=PRECISION) * scale
+        dsk_k2 = (dsk * k2).to(dtype)
+        dq_chunk = tl.dot(is_own.to(dtype), dsk_k2, input_precision=PRECISION) * scale
         dq = tl.where(tile % chunks == 0, 0.0, dq) + dq_chunk
+
+        # -- store dq; the store of the last chunk is the one that stays --
         query = tile // chunks * QUERIES + query_index
         mask = (query_index < QUERIES) & (query < GROUP * Tq)
-        dq_ptrs = dq_ptr + query_row(query, sizes, GROUP)[:, None] * D + tl.arange(0, D)[None, :]
+        q_row = query_row(query, sizes, GROUP)
+        dq_ptrs = dq_ptr + q_row[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(dq_ptrs, dq.to(dtype), mask=mask[:, None])
 
-        # -- the rows of the next step, made here for the reason given in forward_queries --
+        # -- compute qk2 and dov2 of the next tile: here, for the reason given in forward_queries --
         qk2, dov2 = make_row_operands(
             q_ptr, do_ptr, k2_ptr, v2_ptr, tile + 1, sizes,
             scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
         )  # fmt: skip
-        tl.debug_barrier()  # other threads add to these rows of the buffers next
+        tl.debug_barrier()  # in the next step other threads add to the same rows of the buffers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -597,14 +606,14 @@ def dk_dv_kernel(
     dv_sum = tl.zeros((BLOCK_N, D), tl.float32)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
 
-    # -- queries that see one of these keys: positions oldest ... newest - 1 of q --
-    oldest = tl.maximum(start - (Tk - Tq), 0)
-    newest = tl.minimum(start + BLOCK_N + w1 - 1, Tk) - (Tk - Tq)
-    first_block = oldest * GROUP // QUERIES
-    last_block = tl.cdiv(tl.maximum(newest, oldest) * GROUP, QUERIES)
+    # -- tiles with queries that see one of these keys: positions first ... end - 1 of q --
+    first = tl.maximum(start - (Tk - Tq), 0)
+    end = tl.minimum(start + BLOCK_N + w1 - 1, Tk) - (Tk - Tq)
+    first_block = first * GROUP // QUERIES
+    end_block = tl.cdiv(tl.maximum(end, first) * GROUP, QUERIES)
     chunks = tl.cdiv(w2, OFFSETS)
-    for tile in range(first_block * chunks, last_block * chunks):
-        # -- load the rows of a tile; of a single pair qk2 = 0 and lse = 0: P = 1, and dk gets 0 --
+    for tile in range(first_block * chunks, end_block * chunks):
+        # -- load the rows; with a single pair, qk2 = 0 and lse = 0, so P = 1 and dk gets 0 --
         rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
         span = tile_span(tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
         qk2 = multiply_rows(q_ptr, k2_ptr, rows, rows.has_rivals, qk_scale, D)  # [ROWS, D]
@@ -625,7 +634,7 @@ def dk_dv_kernel(
         ds = p * (tl.dot(v, tl.trans(dov2), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(qk2.dtype), qk2, dk, input_precision=PRECISION)
 
-        # -- float32: sums of 64 steps each, as a long chain of sums would be the largest error --
+        # -- float32: sum 64 tiles at a time, since one long sum would be the largest error --
         if PRECISION == "ieee":
             is_last = tile % 64 == 63
             dk_sum += tl.where(is_last, dk, 0.0)
@@ -643,8 +652,8 @@ def dk_dv_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Backward: before and after. In products P = 0 does not hide inf and NaN, 0 * inf = NaN. So they
-# are taken out first, and the gradients of what meets them become NaN afterwards.
+# Backward: inf and NaN. P = 0 does not hide them in a product, as 0 * inf = NaN. So clean_kernel
+# replaces them by 0 first, and afterwards the gradients that depend on them are set to NaN.
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -684,14 +693,16 @@ def sum_buffers_kernel(
     bh = tl.program_id(1).to(tl.int64)
     position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = position < Tk2
-    query = position - past
-    before = tl.cdiv(buffer_rows - piece, piece)  # pieces before its own that a buffer reaches into
-    own_piece = (query + before * piece) // piece - before
+    q_position = position - past  # negative before the first query
+
+    # A position is in the buffer of its own piece and in those of up to `reach` pieces after it.
+    reach = tl.cdiv(buffer_rows - piece, piece)
+    own_piece = (q_position + reach * piece) // piece - reach  # // of a number >= 0 rounds down
     dk2 = tl.zeros((BLOCK_T, D), tl.float32)
     dv2 = tl.zeros((BLOCK_T, D), tl.float32)
-    for b in range(before + 1):
+    for b in range(reach + 1):
         n = own_piece + b
-        row = query - (n + 1) * piece + buffer_rows  # a buffer ends at the end of its piece
+        row = q_position - (n + 1) * piece + buffer_rows  # a buffer ends at the end of its piece
         mask = exists & (n >= 0) & (n < pieces) & (row >= 0)
         buffer_row = (bh * pieces + n) * buffer_rows + row
         dk2 += load_rows(dk2_buffers_ptr, buffer_row, mask, D)
@@ -772,7 +783,9 @@ def try_hopper(q, k, v, k2, v2, o, lse, sizes):
     global hopper
     if hopper is None or not q.is_cuda:
         return False
-    plan = hopper.plan(q.dtype, q.device, q.shape[1] // k.shape[1], q.shape[3], *sizes[3:5])
+    _, _, _, w1, w2 = sizes
+    group = q.shape[1] // k.shape[1]
+    plan = hopper.plan(q.dtype, q.device, group, q.shape[3], w1, w2)
     if plan is None:
         return False
     try:
@@ -823,10 +836,10 @@ def forward(
 
 
 def clean(x, y, o=None):
-    """-> x and y with 0 for inf and NaN, which rows had one, and with o, delta = (y * o).sum(-1)
+    """Replace inf and NaN in x and y by 0. With o, compute delta = (y * o).sum(-1), too.
 
-    x, y and o (..., D) -> twice the same, (...) bool, (...) float32 or None; delta is 0 where not
-    finite, and flagged
+    x, y and o (..., D) -> x and y cleaned (..., D); is_bad (...), which rows had an inf or NaN, in
+    delta as well; delta (...) float32, 0 where not finite, or None
     """
     x_clean = torch.empty_like(x)
     y_clean = torch.empty_like(y)
@@ -840,7 +853,7 @@ def clean(x, y, o=None):
 
 def any_in_window(flags, w):
     """flags (..., T) bool -> (..., T): is one of the w positions up to this one True?"""
-    count = F.pad(flags.cumsum(-1), (w, 0))
+    count = F.pad(flags.cumsum(-1), (w, 0))  # count[t + w]: flags up to t
     return count[..., w:] > count[..., :-w]
 
 
@@ -857,7 +870,7 @@ def backward(
     """-> dq, dk, dv, dk2, dv2"""
     if q.numel() == 0:
         return tuple(torch.zeros_like(t) for t in (q, k, v, k2, v2))
-    if w2 > w1:  # the roles change places, as in forward
+    if w2 > w1:  # swap the roles, as forward does
         dq, dk2, dv2, dk, dv = backward(do, q, k2, v2, k, v, o, lse, w2, w1)
         return dq, dk, dv, dk2, dv2
     B, H, Tq, D = q.shape
@@ -889,7 +902,7 @@ def backward(
     is_seen = seen_by(by_kv_head, Tk, w1)
     dk_dv_kernel[(blocks, heads)](*tensors, is_seen, dk, dv, *sizes, **options)
 
-    # dq, and dk2 and dv2 in float32 buffers; a piece is made of whole tiles
+    # dq, and the shares of dk2 and dv2 in float32 buffers; a piece is a whole number of tiles
     options = get_options("dq_dk2_dv2", q.dtype, q.device, group, D, w2)
     piece = max(PIECE, options["QUERIES"])
     pieces = triton.cdiv(Tq, piece)
@@ -901,7 +914,7 @@ def backward(
     dq_dk2_dv2_kernel[(pieces, heads)](*tensors, *outputs, *sizes, piece, rows, **options)
     dq.masked_fill_(is_bad[..., None], torch.nan)
 
-    # dk2 and dv2
+    # dk2 and dv2, the sums of the buffers
     dk2 = torch.empty_like(k2)
     dv2 = torch.empty_like(v2)
     is_seen = seen_by(by_kv_head, Tk2, w2)
@@ -951,10 +964,14 @@ simplicial_op.register_autograd(simplicial_autograd, setup_context=setup_context
 def check(q, k, v, k2, v2, w1, w2):
     """Raise ValueError if `attention` cannot take these inputs."""
     fits = all(t.dim() == 4 and t.dtype == q.dtype for t in (q, k, v, k2, v2))
-    fits = fits and k.shape == v.shape and k2.shape == v2.shape
-    fits = fits and q.shape[0] == k.shape[0] == k2.shape[0] and k.shape[1] == k2.shape[1] > 0
-    fits = fits and q.shape[1] % k.shape[1] == 0 and q.shape[2] <= min(k.shape[2], k2.shape[2])
-    fits = fits and q.shape[3] == k.shape[3] == k2.shape[3] and q.shape[3] in WIDTHS
+    if fits:
+        B, H, Tq, D = q.shape
+        _, Hkv, Tk, _ = k.shape
+        Tk2 = k2.shape[2]
+        fits = k.shape == v.shape == (B, Hkv, Tk, D)
+        fits = fits and k2.shape == v2.shape == (B, Hkv, Tk2, D)
+        fits = fits and Hkv > 0 and H % Hkv == 0
+        fits = fits and Tq <= min(Tk, Tk2) and D in WIDTHS
     if not fits or min(w1, w2) < 1:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v, k2, v2))
         raise ValueError(
@@ -965,14 +982,14 @@ def check(q, k, v, k2, v2, w1, w2):
 
 
 def attention(q, k, v, k2, v2, w1, w2):
-    """Causal 2-simplicial attention; the queries are the last of the positions.
+    """Causal 2-simplicial attention, from the last Tq positions.
 
     q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all float32, float16 or
     bfloat16, D one of WIDTHS -> o (B, H, Tq, D), lse (B, H, Tq) float32 in natural logarithms, not
     differentiable. Raises ValueError for other inputs, RuntimeError for a second derivative.
     """
     check(q, k, v, k2, v2, w1, w2)
-    w1 = min(w1, max(k.shape[2], 1))  # an operator takes integers of 64 bits
+    w1 = min(w1, max(k.shape[2], 1))  # the operator's arguments are int64: cut larger windows
     w2 = min(w2, max(k2.shape[2], 1))
     q, k, v, k2, v2 = (t.contiguous() for t in (q, k, v, k2, v2))
     return simplicial_op(q, k, v, k2, v2, w1, w2)
