@@ -1,12 +1,12 @@
 """SONew's step in Triton, fused: one launch computes the statistics, the norms and the update.
 
-Half of the programs update m and S of a run of chunks, write u and sum |a|^2, |u|^2 and sqrt(S_0).
-The last program of a tensor to finish adds the sums, always in the same order. The other half wait
-for these sums and then apply u: p -= lr (graft u + weight_decay p). They have higher numbers, and
-programs start in the order of their numbers, so nobody waits for a program that has not started.
+Half of the programs update m and S of a run of consecutive chunks, write the direction u and sum
+|a|^2 (a: Adam's step), |u|^2 and sqrt(S_0). The last program of a tensor adds all its sums, always
+in the same order. The other half wait for them and apply u: p -= lr (graft u + weight_decay p).
+They have higher numbers, and programs start in that order: none waits for one not yet started.
 
-Where chains are longer than chunks, halo_kernel copies what lies beside each chunk before: m and S
-are updated in place, and a chunk's neighbours could find them updated already.
+Where chains are longer than chunks, halo_kernel first copies the elements next to each chunk: m and
+S are updated in place, so a neighbouring program could otherwise read them already updated.
 
 A chunk is a tile of LINES x 32 lanes x 4 elements (a quad), one lane per thread: the next b <= 4
 elements are in the same thread or in the next lane, a warp shuffle away. Lines overlap by two
@@ -73,8 +73,9 @@ CONFIG = {  # by band
 FAR = tl.constexpr(2**29)  # no lane is as far from the end of its chain as this
 
 # --------------------------------------------------------------------------------------------------
-# Shifts within a chunk. Blocks are [32, LINES, 4]: lane, line, and phase, the place in a quad.
-# L is their layout in Gluon, None in Triton.
+# Shifts within a chunk. Blocks are [32, LINES, 4]: lane, line, and phase, the position in a quad of
+# 4 consecutive elements. Element i of a line is in lane i // 4 at phase i % 4. L is the layout of
+# blocks in Gluon, None in Triton.
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def join_quads(y, LINES: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def shuffle(x, lane, distance: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """Return x [32, LINES] of the lane `distance` further on; beyond the ends, of the last lane."""
+    """Return x [32, LINES] from `distance` lanes further on, clamped to lanes 0 to 31."""
     source = tl.minimum(tl.maximum(lane + distance, 0), 31)
     source = tl.broadcast_to(source[:, None], (32, LINES))
     if L is not None:
@@ -108,36 +109,39 @@ def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """Return x[i + k] for each element i of a line, 0 <= k <= 4; wrong in the last lane."""
     if k == 0:
         return x
-    z = split_quads(x, LINES)
+    # 8 consecutive elements: the quad of this lane, then that of the next
+    eight = split_quads(x, LINES)
     for phase in tl.static_range(4):
-        z = z + (shuffle(z[phase], lane, 1, LINES, L),)
-    return join_quads((z[k], z[k + 1], z[k + 2], z[k + 3]), LINES, L)
+        eight = eight + (shuffle(eight[phase], lane, 1, LINES, L),)
+    return join_quads((eight[k], eight[k + 1], eight[k + 2], eight[k + 3]), LINES, L)
 
 
 @triton.jit
 def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """Return sum_k x_k[i - k] for the tuple x_1 ... x_BAND; wrong in the first lane.
 
-    Each lane first adds up what it sends to the next lane, so that 4 numbers are shuffled at most.
+    x_k[i - k] is in the same lane at phase(i) - k, or if that is negative, in the lane before at
+    phase(i) - k + 4. Each lane adds up what the next lane needs, then shuffles 4 sums at most.
     """
-    z = ()  # x_k at phase q is z[4 * (k - 1) + q]
+    quads = ()  # x_k at a phase is quads[k - 1][phase]
     for k in tl.static_range(BAND):
-        z = z + split_quads(x[k], LINES)
+        quads = quads + (split_quads(x[k], LINES),)
     sums = ()
     for phase in tl.static_range(4):
         if phase < BAND:
-            # from the lane before: x_k with k > phase
-            total = z[4 * phase + 3]
+            # from the lane before: k > phase
+            total = quads[phase][3]
             for k in tl.static_range(phase + 2, BAND + 1):
-                total += z[4 * (k - 1) + phase - k + 4]
+                total += quads[k - 1][phase - k + 4]
             total = shuffle(total, lane, -1, LINES, L)
-            # from the same lane
+            # from the same lane: k <= phase
             for k in tl.static_range(1, phase + 1):
-                total += z[4 * (k - 1) + phase - k]
+                total += quads[k - 1][phase - k]
         else:
-            total = z[phase - 1]
+            # all from the same lane
+            total = quads[0][phase - 1]
             for k in tl.static_range(2, BAND + 1):
-                total += z[4 * (k - 1) + phase - k]
+                total += quads[k - 1][phase - k]
         sums = sums + (total,)
     return join_quads(sums, LINES, L)
 
@@ -147,7 +151,7 @@ def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.c
 
 
 class Index(NamedTuple):
-    """Where an element is in a chunk, three vectors that count from 0."""
+    """Coordinates of the elements of a chunk: three vectors 0, 1, 2, ..."""
 
     lane: tl.tensor  # [32]
     line: tl.tensor  # [LINES]
@@ -155,7 +159,7 @@ class Index(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """What the statistics of a tensor are computed from."""
+    """Pointers and sizes that the statistics of one parameter are computed from."""
 
     g_ptr: tl.tensor
     m_ptr: tl.tensor
@@ -167,7 +171,7 @@ class Tensors(NamedTuple):
 @triton.jit
 def aligned_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
     """Load a pointer as load_pointer does, and tell the compiler it is a multiple of 16 bytes."""
-    ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))  # a call would lose what is told
+    ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))  # load_pointer() loses the hint
     return tl.multiple_of(ptr, 16)
 
 
@@ -191,26 +195,32 @@ def chunk_bounds(chunk_index, chunk, n):
 
 @triton.jit
 def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
-    """Return quads [32, LINES, 1], their number in the chunk, negative before its start; and, as
-    [32, LINES, 4], offsets from the chunk's start, whether to read there, and whether to write."""
-    # the first and the last lane of a line are its neighbours'
-    EDGE: tl.constexpr = 1 if BAND > 0 else 0
+    """Return where the elements of a block are in a chunk of `length` elements.
+
+    quad [32, LINES, 1]: number of the quad in the chunk, -1 for the one before. [32, LINES, 4]:
+    offs, from the chunk's start; is_read: load it; is_own: it is this lane's to store.
+    """
+    # With a band, lines overlap: lanes 0 and 31 hold quads that the lines beside it store. So lanes
+    # 0 to 31 hold quads -1 to 30 in line 0 and 29 to 60 in line 1.
+    OVERLAP: tl.constexpr = 1 if BAND > 0 else 0
     lane = index.lane[:, None, None]
-    quad = index.line[None, :, None] * (32 - 2 * EDGE) + lane - EDGE
+    quad = index.line[None, :, None] * (32 - 2 * OVERLAP) + lane - OVERLAP
     offs = 4 * quad + index.phase[None, None, :]
     is_inside = (offs >= 0) & (offs < length)
+    # the halo, a copy of the quads before and after the chunk, is read as well
     is_read = is_inside | (quad < 0) | (offs >= chunk) if HALO else is_inside
-    is_own = is_inside & (lane >= EDGE) & (lane < 32 - EDGE)
+    is_own = is_inside & (lane >= OVERLAP) & (lane < 32 - OVERLAP)
     return quad, offs, is_read, is_own
 
 
 @triton.jit
 def quad_pointers(ptr, quad, phase, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexpr):
-    """Return pointers [32, LINES, 4] to the quads [32, LINES, 1] of the chunk at ptr.
+    """Return pointers [32, LINES, 4] to the elements of quads [32, LINES, 1] of the chunk at ptr.
 
-    With HALO, quads before and after the chunk are in the copies that halo_kernel made.
+    With HALO, quads before and after the chunk are read from the copies that halo_kernel made:
+    slot 0 for g, 1 for m, 2 + k for S_k, with 4 elements before the chunk and 4 after it.
     """
-    QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2
+    QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 times bits / 8
     ptrs = ptr + 4 * quad
     if HALO:
         copies = (halo_ptr + slot * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
@@ -221,14 +231,14 @@ def quad_pointers(ptr, quad, phase, halo_ptr, slot: tl.constexpr, chunk, HALO: t
 
 @triton.jit
 def distance_to_chain_end(offs, chain, start_in_chain, start_to_end):
-    """Return how many elements there are from offs to the end of their chain, themselves included.
+    """Return how many elements there are from offs to the end of their chain, inclusive.
 
-    start_in_chain: where in its chain the chunk starts. start_to_end: elements from there to the
-    chain's end.
+    start_in_chain: position of the chunk's start in its chain. start_to_end: elements from there to
+    the chain's end.
     """
     x = start_to_end - offs
-    distance = tl.where(x > 0, x, chain - (-x) % chain)
-    # before the chunk there may be earlier chains
+    distance = tl.where(x > 0, x, chain - (-x) % chain)  # x <= 0: in a later chain
+    # elements before the chunk may be in an earlier chain
     position = start_in_chain + offs
     return tl.where(position < 0, (-position - 1) % chain + 1, distance)
 
@@ -248,7 +258,7 @@ def update_statistics(
     chunk = tensors.chunk
     quad, offs, is_read, is_own = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load all before the first store: a line's neighbours write what it has read --
+    # -- load everything before the first store: lines overlap, and each stores what others read --
     g_ptrs = quad_pointers(tensors.g_ptr + start, quad, phase, halo_ptr, 0, chunk, HALO)
     g = tl.load(g_ptrs, mask=is_read, other=0.0).to(tl.float32)
     m_ptrs = quad_pointers(tensors.m_ptr + start, quad, phase, halo_ptr, 1, chunk, HALO)
@@ -392,7 +402,7 @@ def halo_kernel(
     chunk = tl.load(row_ptr + CHUNK)
 
     # [RUN, 8]: the quads before the chunks and after them
-    sub = tl.arange(0, triton.next_power_of_2(RUN))[:, None]
+    sub = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
     o = tl.arange(0, 8)[None, :]
     offs = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)
     mask = (offs >= 0) & (offs < n) & (sub < RUN)
@@ -438,7 +448,7 @@ def step_kernel(
 ):  # fmt: skip
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # what to do: the statistics of a run of chunks, or (tensor < 0) the update with its u
+    # select the work: the statistics of a run of chunks, or (tensor < 0) its update of p
     items_ptr += 2 * tl.program_id(0)
     tensor = tl.load(items_ptr).to(tl.int32)
     run = tl.load(items_ptr + 1).to(tl.int32)
@@ -522,7 +532,7 @@ def is_aligned(param):
 def chunk_size(param):
     """Return how many elements a chunk of a LocalParam has, and whether chunks need a halo."""
     n = param.p.numel()
-    lanes = 30 if param.band else 32  # those that do not only serve their neighbours
+    lanes = 30 if param.band else 32  # without the two that overlap with other lines
     most = 4 * CONFIG[param.band].lines * lanes
     if param.band == 0 or n <= most:
         return most, False
@@ -533,7 +543,7 @@ def chunk_size(param):
 
 @functools.lru_cache(64)
 def schedule(n_programs, lag):
-    """Order the programs of tensors, each with its number of programs for the statistics.
+    """Order the programs of a launch, given how many each tensor needs for its statistics.
 
     Returns (2 P, 2): a tensor and a run of chunks whose statistics to update, or -1 - tensor to
     apply their u. A tensor's updates begin `lag` programs after the last of its statistics, and
@@ -545,7 +555,7 @@ def schedule(n_programs, lag):
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     run = torch.arange(P) - (ends - counts)[tensor]
 
-    # program i of the statistics has time i, its update a later one
+    # sort by time: program i of the statistics has time i, its update a later one
     update_times = ends[tensor] + (P if lag is None else lag) + run
     order = torch.cat([torch.arange(P), update_times]).argsort(stable=True)  # (2 P,)
     items = torch.stack([torch.cat([tensor, -1 - tensor]), run.repeat(2)], 1)
@@ -576,7 +586,7 @@ class FusedPlan(Plan):
             self.n_programs += n_programs[-1]
         rows = table_rows(params, chunks, first_programs, n_programs)
 
-        # the statistics alone in the order of the tensors, for halo_kernel; then all
+        # statistics only, in the order of the tensors, for halo_kernel; then statistics and updates
         in_order = schedule(tuple(n_programs), None)[: self.n_programs]
         items = schedule(tuple(n_programs), lag)
         self.table, self.in_order, self.items = self.upload(rows, in_order, items)

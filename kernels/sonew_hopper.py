@@ -6,8 +6,8 @@ a program takes another run, it applies u of the run before the last, whose sums
 So u never goes through memory: 8 b + 28 bytes per fp32 parameter. Measured on an H200 for 125 M
 parameters: 0.95, 1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
 
-Limits: those of sonew_fused.py, and the runs of a tensor must fit, one per program. With more than
-two per program, all would hold two and wait for its sums for ever; one may be another tensor's.
+Limits: those of sonew_fused.py, and a tensor may have at most one run per program. Otherwise all
+programs could hold two runs and wait forever for the sums of one that nobody has taken.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ CONFIG = {  # by band
 
 
 class Launch(NamedTuple):
-    """What the updates of all runs have in common."""
+    """Arguments shared by the updates of all runs."""
 
     table_ptr: gl.tensor
     items_ptr: gl.tensor
@@ -74,7 +74,10 @@ def apply_run(
     PARAM: gl.constexpr, BAND: gl.constexpr, ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr,
     COLUMNS: gl.constexpr, RUN: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Apply u of a run, in the ring from `slot` on, once the sums of its tensor are known."""
+    """Wait for the sums of a run's tensor, then apply its u, which is in the ring from `slot` on.
+
+    item: number of the run in items. p -= rate * (graft * u + weight_decay * p).
+    """
     tensor = gl.load(launch.items_ptr + 2 * item).to(gl.int32)
     run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
     row_ptr = launch.table_ptr + tensor * COLUMNS
@@ -112,8 +115,9 @@ def ring_kernel(
     ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr, HALO: gl.constexpr, COLUMNS: gl.constexpr,
     LINES: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
-    # layouts: a warp per line, a quad per thread
+    # layouts: each warp takes a line of the chunk, each thread 4 consecutive elements
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
+    # ring buffer in shared memory: 2 runs of RUN chunks, the first from slot 0, the second from RUN
     ring = gl.allocate_shared_memory(
         gl.float32, [2 * RUN, 32, LINES, 4], gl.SwizzledSharedLayout(4, 1, 1, [2, 0, 1])
     )
@@ -128,13 +132,14 @@ def ring_kernel(
     next_run_ptr = counters_ptr + 2 * n_tensors
     launch = Launch(table_ptr, items_ptr, total_ptr, ready_ptr, lr, options.weight_decay)
 
-    # runs whose u is in the ring: the newer one, and the older one, from `slot` on
+    # items of the two runs whose u is in the ring, -1: none. `older` starts at `slot`, which the
+    # next run takes over; `newer` starts at RUN - slot.
     slot = gl.to_tensor(0)
     older = gl.to_tensor(-1)
     newer = gl.to_tensor(-1)
     item = gl.to_tensor(0)
     while item < n_runs:
-        # -- apply a run, before another is taken: so nobody waits for a program that waits --
+        # -- apply the older run now, when no run that others wait for is unfinished here --
         if older >= 0:
             apply_run(
                 index, ring, slot, older, launch,
@@ -153,7 +158,7 @@ def ring_kernel(
             tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
             units = load_units(row_ptr, options)
 
-            # -- its statistics; u goes to the ring --
+            # -- update its statistics, and keep u in the ring --
             zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, L))
             sum_a = zero
             sum_u = zero
@@ -171,7 +176,7 @@ def ring_kernel(
                 sum_root += chunk_root
                 ring.index(slot + c - run * RUN).store(u)
 
-            # -- norms --
+            # -- publish its sums; the last program of the tensor adds them up --
             sums = (sum_a, sum_u, sum_root)
             programs = gl.load(row_ptr + PROGRAMS).to(gl.int32)
             first_ptr = partial_ptr + first * SUMS
@@ -187,7 +192,7 @@ def ring_kernel(
             newer = item
             slot = RUN - slot
 
-    # -- apply what is left --
+    # -- apply the runs left in the ring --
     if older >= 0:
         apply_run(
             index, ring, slot, older, launch,
