@@ -207,7 +207,7 @@ def update_counters(row_ptr, total_ptr):
     is_good = sum_root < float("inf")
     tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_good, 0.0, 1.0))
 
-    # the sum is in units of the scale so far, which stays if a gradient was not finite
+    # the sum is in units of the old scale, which is kept if a gradient was not finite
     scale_ptr = load_pointer(row_ptr, SCALE_PTR, tl.float32)
     scale = tl.load(scale_ptr)
     unit = tl.where(scale > LEAST_SCALE, scale, 1.0)
@@ -221,14 +221,14 @@ def update_counters(row_ptr, total_ptr):
 
 @triton.jit
 def shift(x, lane, k: tl.constexpr, BLOCK: tl.constexpr):
-    """Return x[lane + k]; what lies beyond the block is wrong."""
+    """Return x[lane + k]; wrong where lane + k is outside the block."""
     source = tl.minimum(tl.maximum(lane + k, 0), BLOCK - 1)
     return tl.gather(x, source, 0)
 
 
 @triton.jit
 def distance_to_chain_end(start, offs, chain):
-    """Return how many elements there are from offs to the end of its chain, itself included.
+    """Return how many elements there are from offs to the end of its chain, inclusive.
 
     start: the smallest of offs that is in the tensor, int64.
     """
@@ -268,8 +268,8 @@ def load_statistics(
 
 @triton.jit
 def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
-    """Return psi_1 ... psi_BAND and s, with edges removed, as factor in sonew.py does."""
-    # W[p][q] = S between i+1+p and i+1+q; c[p] = S between i and i+1+p
+    """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does."""
+    # element i and its successors: W[p][q] = S between i+1+p and i+1+q, c[p] = S between i and i+1+p
     W = ()
     c = ()
     variance = ()
@@ -283,7 +283,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
 
-    # edge removal
+    # remove the edges of elements with a small s: psi = 0, as if they had no successors
     keep = s > gamma * S0_damped
     kept_psi = ()
     for k in tl.static_range(BAND):
@@ -305,7 +305,7 @@ def direction_kernel(
 ):  # fmt: skip
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # which block of which tensor
+    # find this program's block and tensor
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks_ptr + 2 * program)
     block = tl.load(blocks_ptr + 2 * program + 1)
@@ -313,7 +313,7 @@ def direction_kernel(
     n = tl.load(row_ptr + SIZE)
     chain = tl.load(row_ptr + CHAIN)
 
-    # the first and the last BAND lanes are neighbours of the program's own elements
+    # blocks overlap: a program computes u for OWN elements, and reads BAND more on either side
     OWN: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
     start = block * OWN - BAND
@@ -330,7 +330,7 @@ def direction_kernel(
     for k in tl.static_range(BAND + 1):
         S_hat = S_hat + (S[k] * units.S_factor,)
 
-    # -- Adam's step --
+    # -- Adam's step, a --
     root = tl.sqrt(S_hat[0])
     a = tl.where(root > 0, m_hat / root, 0.0)
 
@@ -377,7 +377,7 @@ def update_kernel(
 ):  # fmt: skip
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # which block of which tensor
+    # find this program's block and tensor
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks_ptr + 2 * program)
     block = tl.load(blocks_ptr + 2 * program + 1)
@@ -414,7 +414,7 @@ def update_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Launch plans: what the launches of a step need, built once and used while tensors stay in place
+# Launch plans: the tables and buffers of a step, built once and reused until a tensor moves
 
 
 def is_capturing(device):
@@ -422,7 +422,7 @@ def is_capturing(device):
 
 
 def table_rows(params, chunk_sizes, first_programs, programs):
-    """Return a row of the table for each LocalParam of sonew.py, lists of integers."""
+    """Return a list of integers for each LocalParam of sonew.py, in the order of the columns."""
     rows = []
     for i, param in enumerate(params):
         state = param.state
@@ -451,11 +451,11 @@ class Plan:
         self.dtypes = tuple(TL_DTYPES[dtype] for dtype in dtypes)
 
     def upload(self, *tables):
-        """Copy tables of integers to the device in one piece; nobody waits for the copy."""
+        """Copy tables of integers to the device in one asynchronous copy; return them there."""
         tables = [torch.as_tensor(table) for table in tables]
         host = torch.cat([table.flatten() for table in tables])
         if self.device.type == "cuda":
-            host = host.pin_memory()  # otherwise the copy would wait for the device
+            host = host.pin_memory()  # otherwise the copy would be synchronous
         on_device = host.to(self.device, non_blocking=True)
         pieces = on_device.split([table.numel() for table in tables])
         return [piece.view_as(table) for piece, table in zip(pieces, tables, strict=True)]
@@ -468,7 +468,7 @@ class SimplePlan(Plan):
         super().__init__(params)
         own = BLOCK - 2 * self.band
 
-        # at least one block per tensor: a shard without rows counts its steps, too
+        # at least one block per tensor, because update_kernel counts the steps even of empty shards
         n_blocks = torch.tensor([max(1, triton.cdiv(param.p.numel(), own)) for param in params])
         first_programs = n_blocks.cumsum(0) - n_blocks
         tensor = torch.repeat_interleave(torch.arange(len(params)), n_blocks)  # (programs,)
@@ -495,10 +495,10 @@ class SimplePlan(Plan):
 
 
 def choose_plan(param):
-    """Return the class of plan that takes a parameter fastest, and its further arguments.
+    """Return the fastest class of plan for a parameter, and its arguments after the parameters.
 
-    sonew_fused.py takes whole tensors, four elements at a time; sonew_hopper.py, those of them
-    whose u fits into the shared memory of a Hopper GPU.
+    sonew_fused.py needs unsharded tensors whose sizes are multiples of four; sonew_hopper.py also
+    needs a u that fits into the shared memory of a Hopper GPU.
     """
     from kernels import sonew_fused  # it imports this file
 
@@ -514,13 +514,18 @@ def choose_plan(param):
 
 
 def make_plans(params):
-    """Return the plans of a step for a list of LocalParam, sorted by what a plan has in common."""
+    """Return the plans of a step: one for all parameters with the same kind of plan and dtypes."""
     batches = {}
     for param in params:
         dtypes = (param.p.dtype, param.grad.dtype, param.state["m"].dtype)
         shared = (param.p.device, dtypes, param.band, param.is_adam, param.process_groups)
         batches.setdefault((choose_plan(param), shared), []).append(param)
-    return [plan_class(batch, *more) for ((plan_class, more), _), batch in batches.items()]
+
+    plans = []
+    for (choice, _), batch in batches.items():
+        plan_class, arguments = choice
+        plans.append(plan_class(batch, *arguments))
+    return plans
 
 
 class PlanCache:
@@ -533,10 +538,10 @@ class PlanCache:
         self.captured = []  # CUDA graphs read their tables at each replay
 
     def get(self, tensors, chain, make_params):
-        """Return the plans of a step, made anew only where something differs from recent steps.
+        """Return the plans of a step, reusing those of a recent step with the same tensors.
 
-        tensors: (p, gradient, state) of each parameter. chain: an option of SONew. make_params()
-        returns the LocalParam of each.
+        tensors: (p, gradient, state) of each parameter. chain: SONew's option. make_params():
+        returns a LocalParam for each, and is called only if new plans are needed.
         """
         key = [chain]
         for p, grad, state in tensors:
@@ -551,7 +556,8 @@ class PlanCache:
         if plans is None:
             plans = make_plans(make_params())
             if len(self.recent) == self.CAPACITY:
-                del self.recent[next(iter(self.recent))]
+                oldest = next(iter(self.recent))
+                del self.recent[oldest]
             self.recent[key] = plans
         if capturing:
             self.captured.append(plans)
