@@ -6,10 +6,11 @@ bfloat16 with windows 512 and 32 on one H200: 508 TFLOP/s at D = 128 and 392 at 
 forward_kernel reaches 368 and 328 (one query head per KV head).
 
 One program per multiprocessor goes from tile to tile. Four of its warps, the loader, multiply q by
-k2 and fetch blocks of keys and values by TMA into rings in shared memory. CONSUMERS times four
-others take QUERIES queries, 64 rows, each. A consumer starts the scores of one block on the tensor
-cores, then the product of the block before with its values, and computes exp2 of the first while
-the second runs. Barriers say that a slot of a ring is full (loaded) or empty (used).
+k2 and fetch blocks of keys and values by TMA into ring buffers in shared memory. The others are
+CONSUMERS groups of four warps, each with 64 rows: QUERIES queries with OFFSETS offsets each. A
+consumer starts the scores of one block on the tensor cores, then P V of the block before, and
+computes exp2 of the scores while P V runs. Barriers say that a slot of a ring buffer is full
+(loaded) or empty (used).
 
 There is no running maximum, as in forward_kernel: a query whose sums leave the range of the dtype
 gets lse = inf and is left to repair_kernel.
@@ -33,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EDGE = tl.constexpr(16)  # keys of the small block at the old end of a window
+EDGE = tl.constexpr(16)  # keys of the small block at the start of a window
 
 
 class Sizes(NamedTuple):
@@ -47,7 +48,10 @@ class Sizes(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Slots in shared memory, each with a barrier that it is full and one that it is empty."""
+    """A ring buffer in shared memory: block b is in slot b % STAGES.
+
+    Each slot has two barriers, for full and for empty; their phase flips at each round of the ring.
+    """
 
     slots: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -55,11 +59,11 @@ class Ring(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The keys that a tile sees: a small block of EDGE at the old end, then whole blocks."""
+    """The keys that a tile sees: a small block of EDGE keys, then whole blocks."""
 
-    start: gl.tensor  # of the whole blocks
-    blocks: gl.tensor
-    edge: gl.tensor  # start of the small block
+    start: gl.tensor  # first key of the whole blocks
+    blocks: gl.tensor  # how many
+    edge: gl.tensor  # first key of the small block
 
 
 class Rows(NamedTuple):
@@ -73,16 +77,20 @@ def tile_span(
     tile, sizes,
     GROUP: gl.constexpr, QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Whole blocks end at the last position. Up to EDGE keys before them are the small block's,
-    more make one more whole block."""
-    Tq, Tk = sizes.Tq, sizes.Tk
+    """Divide the keys of a tile into blocks that end at its last position.
+
+    The keys before the w1 // BLOCK_N whole blocks go to the small block if they are at most EDGE,
+    else to one more whole block.
+    """
+    Tq = sizes.Tq
+    Tk = sizes.Tk
     first_position = gl.minimum(tile * QUERIES // GROUP, Tq - 1) + Tk - Tq
     last_position = gl.minimum((tile * QUERIES + QUERIES - 1) // GROUP, Tq - 1) + Tk - Tq
     end = last_position + 1
     blocks = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
     rest = end - blocks * BLOCK_N - gl.maximum(first_position - sizes.w1 + 1, 0)
     use_edge = (rest > 0) & (rest <= EDGE) & (blocks > 0) & HAS_EDGE
-    # an unused small block lies before position 0, where keys are 0 and hidden
+    # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
     edge = gl.where(use_edge, end - blocks * BLOCK_N - EDGE, -EDGE)
     blocks += (((rest > 0) & (use_edge == 0)) | (blocks == 0)).to(gl.int32)
     return Span(end - blocks * BLOCK_N, blocks, edge)
@@ -98,7 +106,7 @@ def query_row(query, Tq, GROUP: gl.constexpr):
 def consumer_rows(
     part, row, sizes, GROUP: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr
 ):
-    """Rows of a consumer's part of a tile, as tile_rows of kernels/simplicial.py."""
+    """Rows of one consumer, as tile_rows in kernels/simplicial.py. part: tile * CONSUMERS + its id"""
     query = part * QUERIES + row // OFFSETS
     step = gl.minimum(query // GROUP, sizes.Tq - 1)
     offset = row % OFFSETS
@@ -213,7 +221,7 @@ def start_scores(qk2, k_ring, block, size: gl.constexpr):
 
 @gluon.jit
 def exponentials(s, position, start, w1, is_partial: gl.constexpr):
-    """-> exp2(s), 0 where the key is not seen, and its sum over the keys"""
+    """-> p = exp2(s), 0 where a row does not see the key, and the sum of p over the keys"""
     if is_partial:
         i = gl.convert_layout(position, gl.SliceLayout(1, s.type.layout))[:, None]
         j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
@@ -227,13 +235,13 @@ def attend_block(
     qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1,
     BLOCK_N: gl.constexpr, is_partial: gl.constexpr,
 ):  # fmt: skip
-    """acc += P V of the block before, while p of this one is computed. -> p, acc, l_i"""
+    """Add P V of the block before to acc, while computing p of this block. -> p, acc, l_i"""
     s = start_scores(qk2, k_ring, block, BLOCK_N)
     acc = warpgroup_mma(p, slot_of(v_ring, block - 1, BLOCK_N), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     release(k_ring, block)
     p_next, l_next = exponentials(s, position, start, w1, is_partial)
-    wait_full(v_ring, block)  # here, so that no exponential slips behind the next wait
+    wait_full(v_ring, block)  # keeps the compiler from moving exp2 behind the next wait
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     release(v_ring, block - 1)
     return gl.convert_layout(p_next.to(p.dtype), p.type.layout), acc, l_i + l_next
@@ -271,7 +279,7 @@ def consumer(
         phase ^= 1
         acc = gl.zeros([64, D], gl.float32, ACC)
 
-        # -- first block, after the small one if there is one --
+        # -- p of the first whole block, after P V of the small block if there is one --
         if HAS_EDGE:
             s_edge = start_scores(qk2, k_ring, block, EDGE)
             block += 1
@@ -316,7 +324,7 @@ def consumer(
         release(v_ring, block)
         block += 1
 
-        # -- multiply by v2, sum the rows of each query: without a maximum they simply add up --
+        # -- multiply by v2, sum the rows of each query; no rescaling, as there is no maximum --
         rows = consumer_rows(part, acc_row, sizes, GROUP, QUERIES, OFFSETS)
         offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC))[None, :]
         v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
@@ -345,7 +353,7 @@ def consumer(
 
 @gluon.jit
 def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
-    """Give a ring its barriers. A slot is full by one arrival, and empty by one of each reader."""
+    """Make the barriers of a ring. Full takes one arrival; empty takes one from each reader."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -420,10 +428,10 @@ CONFIGS = {  # by head dimension; registers are per thread
 
 @functools.lru_cache(1024)
 def plan(dtype, device, group, D, w1, w2):
-    """-> compile-time arguments of hopper_kernel, or None where forward_kernel has to do
+    """-> compile-time arguments of hopper_kernel, or None if it does not apply
 
-    Only the small block or one more whole block may hold keys that some rows of a tile do not see,
-    which windows of some lengths exceed.
+    At the start of the window only one block is masked, small or whole. It must hold all keys that
+    some rows of a tile see and others do not, which is not so for every w1.
     """
     if dtype == torch.float32 or D not in CONFIGS:
         return None
@@ -431,16 +439,21 @@ def plan(dtype, device, group, D, w1, w2):
         return None
     config = CONFIGS[D]
     offsets = min(32, triton.next_power_of_2(w2))
+    if offsets < 16 or w2 > offsets:
+        return None
     queries = 64 // offsets  # in the 64 rows of a consumer
     queries_per_tile = config["CONSUMERS"] * queries
-    spread = 0  # positions of a tile after its first
+
+    # the windows of a tile's queries start at up to 1 + extra_positions different keys
+    extra_positions = 0
     if group % queries_per_tile != 0:
-        spread = (queries_per_tile - 2) // group + 1
-    edge = w1 % config["BLOCK_N"] + spread  # keys before the whole blocks
-    if not 16 <= offsets or w2 > offsets or edge > config["BLOCK_N"]:
+        extra_positions = (queries_per_tile - 2) // group + 1
+    partial_keys = w1 % config["BLOCK_N"] + extra_positions  # keys before the whole blocks
+    if partial_keys > config["BLOCK_N"]:
         return None
-    shape = {"GROUP": group, "D": D, "QUERIES": queries, "OFFSETS": offsets}
-    return {**config, **shape, "HAS_EDGE": 0 < edge <= EDGE.value}
+    has_edge = 0 < partial_keys <= EDGE.value
+    sizes = {"GROUP": group, "D": D, "QUERIES": queries, "OFFSETS": offsets}
+    return {**config, **sizes, "HAS_EDGE": has_edge}
 
 
 @functools.lru_cache
