@@ -386,7 +386,7 @@ def norm_linear(x, gain, eps, weights, biases=None, tile=None):
     for weight, bias in zip(weights, biases or ()):
         check_tensors(bias=(bias, (len(weight),)))
 
-    # a missing matrix has no rows, so its pointers are never read
+    # the kernel takes three matrices: a missing one has 0 rows, so its pointers are never read
     n_missing = 3 - len(weights)
     has_bias = biases is not None
     sizes = [len(weight) for weight in weights] + [0] * n_missing
@@ -425,12 +425,15 @@ def linear_add(x, y, weight, tile=None):
 
 
 def attention(qkv, gains, eps, angles, length, k, v, block=None):
-    """Append a token's key and value to the KV cache, and return its attention over all positions.
+    """Append a token's key and value to the KV cache, and attend from it to all positions so far.
 
-    qkv: from `norm_linear`, ((H + 2 Hkv) D,) float32. gains: the weights of QK-norm for q and k,
-    (D,) each, or None. angles: cos and sin, (size, 1, D / 2) each. length (1,) int64: the token's
-    position, below size (not checked: it stays on the device). k and v: the cache, (Hkv, size, D).
-    block: keys per block and warps. Returns (H D,) in the dtype of k.
+    qkv: from `norm_linear`, ((H + 2 Hkv) D,) float32
+    gains: the weights of QK-norm for q and k, (D,) each, or None
+    angles: cos and sin of RoPE, (size, 1, D / 2) each
+    length: the token's position, (1,) int64; must be below size, which is not checked
+    k, v: the cache, (Hkv, size, D) each
+    block: keys per block and number of warps
+    Returns (H D,) in the dtype of k.
     """
     if k.dim() != 3 or k.shape[2] not in HEAD_DIMS:
         raise ValueError(f"k is {tuple(k.shape)}; it must be (Hkv, size, D), D one of {HEAD_DIMS}")
@@ -440,7 +443,9 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
     check_tensors(k=(k, (Hkv, size, D)), v=(v, (Hkv, size, D)))
     H = qkv.numel() // D - 2 * Hkv
     if H < 1 or H % Hkv:
-        raise ValueError(f"{qkv.numel()} numbers are no heads of {D} over {Hkv} key/value heads")
+        raise ValueError(
+            f"qkv has {qkv.numel()} numbers; with D = {D} and Hkv = {Hkv} that does not fit"
+        )
     cos, sin = angles
     angles_shape = (size, 1, D // 2)
     check_tensors(qkv=(qkv, ((H + 2 * Hkv) * D,)), cos=(cos, angles_shape), sin=(sin, angles_shape))
@@ -449,7 +454,7 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
         q_gain, k_gain = gains
         check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
-    # as many splits as fill the GPU, of whole blocks each
+    # enough splits to fill the GPU, each a whole number of blocks
     block_n, num_warps = block or attention_block(D, k.dtype)
     wanted_splits = min(MAX_SPLITS, max(1, ATTENTION_PROGRAMS // Hkv))
     split_size = triton.cdiv(size, block_n * wanted_splits) * block_n
@@ -459,7 +464,8 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
     lse = qkv.new_empty(n_splits, H)
     out = k.new_empty(H * D)
     G = H // Hkv
-    rows = max(16, triton.next_power_of_2(G + 1))  # tensor cores take at least 16
+    # tile rows: the G queries and the new key; tensor cores take at least 16
+    rows = max(16, triton.next_power_of_2(G + 1))
     precision = "ieee" if k.dtype == torch.float32 else "tf32"
     attention_kernel[(n_splits, Hkv)](
         qkv, q_gain, k_gain, cos, sin, length, k, v, split_out, lse,
@@ -481,9 +487,8 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
 def fused_logits(model, token, length, angles, kv):
     """Return the logits (V,) of a softmax GPT after token (1, 1) at position length (1,).
 
-    They are those of the model's own layers. kv: the KV cache, a pair of (Hkv, size, D) per layer.
-    This is the one place where the layer is written a second time, because each kernel fuses a
-    product with the norm before it or the sum after it.
+    kv: the KV cache, a pair of (Hkv, size, D) per layer. This repeats the forward pass of the
+    model's layers, because each kernel fuses a product with the norm before or the sum after it.
     """
     eps = model.config.norm_eps
     x = model.embed_tokens.weight.index_select(0, token[0])[0]  # (C,)
