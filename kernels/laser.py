@@ -548,7 +548,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
     if can_use_cudnn(q, k, exp_v):
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
         inputs = grad_x, q, k, exp_v, x, lse.unsqueeze(-1)
-        seed = torch.empty((), dtype=torch.int64, device=q.device)  # not used without dropout
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # unused: there is no dropout
         dropout = {"philox_seed": seed, "philox_offset": seed, "dropout_p": 0.0}
         varlen = {"cum_seq_q": None, "cum_seq_k": None, "max_q": Tq, "max_k": Tk}
         grads = cudnn(*inputs, attn_bias=None, **dropout, **varlen, is_causal=True, scale=scale)
@@ -572,18 +572,22 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
 
 
 def new_buffers(q, k, v):
-    """Return out, exp_v, center, shift and is_wide, not yet written."""
+    """Allocate what exp_kernel and log_kernel write. Returns out, exp_v, center, shift, is_wide.
+
+    center, shift (B * HKV, D) float32 and is_wide (B * HKV, D) int32: one value per channel of v
+    """
     B, HKV, _, D = k.shape
-    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # float16 overflows
+    # float16 would overflow
+    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     out = torch.empty_like(q)
     exp_v = torch.empty_like(v, dtype=exp_dtype)
-    center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)
+    center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)  # views of one tensor
     is_wide = q.new_empty(B * HKV, D, dtype=torch.int32)
     return out, exp_v, center, shift, is_wide
 
 
 def fallback_grid(T, heads):
-    """Few programs, because most have nothing to do; those of a wide head loop over its blocks."""
+    """Return a small grid, as heads rarely need the fallback; each program loops over blocks."""
     blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
     return max(blocks, 1), heads
 
@@ -591,12 +595,15 @@ def fallback_grid(T, heads):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return out, and for the backward pass exp_v, shift, is_wide, x and lse."""
+    """Return out, and for the backward pass exp_v, shift, is_wide, x and lse.
+
+    x is the output of the attention over exp_v, and lse its log-sum-exp.
+    """
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape
     out, exp_v, center, shift, is_wide = new_buffers(q, k, v)
 
-    # exp, attention, log
+    # exp_v = exp(v - center) - shift, x = attention(q, k, exp_v), out = log(x + shift) + center
     exp_tensors = v, exp_v, center, shift, is_wide
     exp_constants = {"D": D, "SLICE": SLICE, "BLOCK_T": 4 * BLOCK_T}
     launch(exp_kernel, (D // SLICE, B * HKV), exp_tensors, (HKV, Tk), num_warps=8, **exp_constants)
