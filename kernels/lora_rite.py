@@ -261,8 +261,9 @@ def swap_rows(a, k, R: tl.constexpr):
 def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
     """Return w [R] and Q [R, R] with a = Q diag(w) Q^T, for symmetric a; w is not sorted.
 
-    Jacobi's method. Coordinates i and i ^ k form R / 2 disjoint pairs, so their rotations commute
-    and are done at once; k = 1 ... PADDED_RANK - 1, the rank padded to a power of two, is a sweep.
+    Jacobi's method: rotate pairs of coordinates until a is diagonal. The pairs (i, i ^ k), such as
+    (0, 1), (2, 3), ... for k = 1, are disjoint, so they are rotated all at once. A sweep over
+    k = 1 ... PADDED_RANK - 1 rotates every pair once; PADDED_RANK: the rank as a power of two.
     """
     index = tl.arange(0, R)
     i = index[:, None]
@@ -278,7 +279,7 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
             # -- tangent of the angle that makes a[i, i ^ k] zero; that of i ^ k is its negative --
             diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # [R]
             off = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # a[i, i ^ k]
-            off += tl.gather(off, partner, 0)  # 2 a[i, i ^ k], the same bits for both
+            off += tl.gather(off, partner, 0)  # a[i, i ^ k] + a[i ^ k, i]: same bits for both
             cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
             cot_2theta = cot_2theta / tl.where(off != 0, off, 1.0)
             is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
@@ -288,7 +289,7 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
             cos = 1 / tl.sqrt(1 + tan * tan)
             sin = cos * tan
 
-            # -- rotate columns, then rows; what is known exactly is set --
+            # -- rotate columns, then rows; set the entries whose exact values are known --
             a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
             a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
             new_diagonal = diagonal - tan * off * 0.5
@@ -309,7 +310,8 @@ def inverse_root(
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
 
-    # -- Cholesky, K = L L^T: eliminate column n of K, and apply the same to the identity --
+    # -- Cholesky, K = L L^T: eliminate column n of K, with the same row operations on the identity --
+    # R = L^T, so R^-1 is the transpose of L^-1. A failed pivot is -1, and the result is not used.
     K = tl.load(matrix_ptrs(K_ptr, 0, R))
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
     min_pivot = tl.full((), float("inf"), tl.float64)
@@ -325,17 +327,17 @@ def inverse_root(
         L_column = (column * scale)[:, None]
         K -= L_column * (row * scale)[None, :]
         L_inv_row = (tl.sum(tl.where(i == n, L_inv, 0.0), 0) * scale)[None, :]
-        below = L_inv - tl.where(i > n, L_column * L_inv_row, 0.0)
-        L_inv = tl.where(i == n, L_inv_row, below)
+        rows_below = L_inv - tl.where(i > n, L_column * L_inv_row, 0.0)
+        L_inv = tl.where(i == n, L_inv_row, rows_below)
     tl.store(matrix_ptrs(R_inv_ptr, 0, R), tl.trans(L_inv))
 
-    # -- by eigenvalues where Cholesky is inaccurate, without directions that do not exist --
+    # -- if Cholesky is inaccurate: K^(-1/2) by eigenvalues, dropping those that are rounding error --
     is_accurate = min_pivot > 1e-7 * max_pivot
     if is_accurate == 0:
-        tl.debug_barrier()  # other threads have stored to the same places
+        tl.debug_barrier()  # other threads have stored to the same addresses
         w, Q = eigh(tl.load(matrix_ptrs(K_ptr, 0, R)), PADDED_RANK, R)
-        is_live = w > 1e-12 * tl.max(w, 0)
-        w_inv_root = tl.where(is_live, tl.rsqrt(tl.where(is_live, w, 1.0)), 0.0)
+        is_kept = w > 1e-12 * tl.max(w, 0)
+        w_inv_root = tl.where(is_kept, tl.rsqrt(tl.where(is_kept, w, 1.0)), 0.0)
         R_inv = matmul(Q * w_inv_root[None, :], tl.trans(Q), scratch_ptr, size, R)
         tl.store(matrix_ptrs(R_inv_ptr, 0, R), R_inv)
     tl.debug_barrier()
@@ -363,7 +365,7 @@ def root_kernel(
 ):  # fmt: skip
     """P = R^-T x^T x_old R_old^-1 of the partner, and h^T h = R^-T grad^T grad R^-1.
 
-    Registers are few, so what is needed again is loaded again.
+    Matrices are loaded again each time they are needed, because registers are scarce.
     """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
@@ -382,7 +384,7 @@ def root_kernel(
         is_bad = tl.maximum(is_bad, tl.load(bad_ptr + first + n))
     is_bad = tl.where(has_grad, is_bad, 0)
 
-    # -- R^-1 of the partner; its x^T x waits where P will be --
+    # -- R^-1 of the partner; P's memory holds its x^T x until P is stored --
     tl.store(P_ptrs, sum_partials(partner_row_ptr, partial_ptr, XX, R))
     tl.debug_barrier()
     inverse_root(
@@ -429,14 +431,16 @@ def root_kernel(
 
 @triton.jit
 def sort(w, RANK: tl.constexpr, R: tl.constexpr):
-    """Return the first RANK values of w [R], ascending; after them 0."""
+    """Sort the first RANK values of w [R], ascending; the others become 0."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     w_i = w[:, None]
-    w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # w once more, along columns
+    w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # transposed
+
+    # the position of w_i is the number of values before it
     is_before = (w_j < w_i) | (w_j == w_i) & (j < i)
-    place = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)  # of w_i
-    return tl.sum(tl.where((place[:, None] == j) & (i < RANK), w_i, 0.0), 0)
+    position = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)
+    return tl.sum(tl.where((position[:, None] == j) & (i < RANK), w_i, 0.0), 0)
 
 
 @triton.jit
@@ -495,7 +499,7 @@ def moment_kernel(
     scales = 1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps)
     preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, size, R)
 
-    # -- learning rate, 0 for a factor that stays --
+    # -- learning rate, 0 for a factor without a valid gradient --
     rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
     is_skipped = tl.load(number_ptr + factor * NUMBERS + IS_SKIPPED)
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
@@ -605,14 +609,14 @@ class KernelBatch:
         self.parameters = parameters
         self.R = R
 
-        # the table, and the factor of each program of launches 1 and 4
+        # a row of the table for each factor, A and B alternating
         table = []
         num_programs = 0
         all_bits = 0  # of addresses and lengths: are all multiples of 16?
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
             pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
-            rows = p.shape[1 - n % 2]
+            rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # columns of A (r, n), rows of B (m, r)
             programs = triton.cdiv(rows, CHUNK_ROWS[R])
             numbers = [p.grad is not None, rows, num_programs, programs]
             table.append([*pointers, state["packed"].data_ptr(), *numbers])
@@ -620,10 +624,13 @@ class KernelBatch:
             for value in (*pointers, rows):
                 all_bits |= value
         table = torch.tensor(table)  # (S, COLUMNS) int64
-        factors = torch.arange(len(table), dtype=torch.int32)
-        tables = [table, torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])]
 
-        # copy them; from pinned memory the host need not wait
+        # the factor of each program of launches 1 and 4, such as 0, 0, 0, 1, 2, 2
+        factors = torch.arange(len(table), dtype=torch.int32)
+        factor_of_program = torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])
+
+        # copy both to the device, from pinned memory, so that the host need not wait
+        tables = [table, factor_of_program]
         device = parameters[0].device
         if device.type == "cuda":
             tables = [t.pin_memory() for t in tables]
@@ -637,7 +644,7 @@ class KernelBatch:
         self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
-        """Take the first half of a step and return |h|^2 of these pairs, ()."""
+        """Launch the first half of a step. Returns the sum of |h|^2 over these pairs, a tensor ()."""
         R = self.R
         device = self.table.device
         S = len(self.table)
@@ -658,9 +665,10 @@ class KernelBatch:
         return self.numbers[:, HH_TRACE.value].sum()
 
     def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
-        """Take the second half of a step, given |h|^2 of all pairs, (), on any device.
+        """Launch the second half of a step. total: |h|^2 of all pairs, a tensor () on any device.
 
-        clip: largest |h|; 0: none. lr: a number, or a tensor (), read on the device if it is there.
+        clip: largest |h|, or 0 for no limit. lr: a number or a tensor (); a tensor on the device of
+        the pairs is read there, so that the host need not wait.
         """
         device = self.table.device
         total = total.to(device)
