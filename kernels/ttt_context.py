@@ -1,6 +1,6 @@
 """Attention of short query spans over one frozen KV cache: forward, and backward in q alone.
 
-Query r of span s stands at position starts[s] + r and sees the keys up to there. The queries of all
+Query r of span s has position starts[s] + r and sees the keys up to that one. The queries of all
 heads that share a KV head are rows of the same tiles, so K and V are read once for the group.
 
     span_forward_kernel     online softmax over one split of the keys -> its o and log-sum-exp (lse)
@@ -47,12 +47,15 @@ INTERPRETER_SMS = 4  # so that there are splits to merge
 SIZES = ["n", "HKV", "S", "split_size", "stride_k", "stride_v"]
 
 # --------------------------------------------------------------------------------------------------
-# What a program computes. A row is a query of one of the GROUP heads that share a KV head.
+# Which rows and keys a program takes. A row is a query of one of the GROUP heads of a KV head.
 
 
 @triton.jit
 def program_coordinates(n, HKV, S, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the tile of rows, the KV head, the span and the split of this program."""
+    """Return the tile of rows, the KV head, the span and the split of this program.
+
+    program_id = ((split * S + span) * HKV + head) * num_tiles + tile
+    """
     num_tiles = tl.cdiv(n * GROUP, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % num_tiles
@@ -64,17 +67,20 @@ def program_coordinates(n, HKV, S, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def key_range(start, n, split, split_size, BLOCK_N: tl.constexpr):
-    """Return where the keys of a split begin, where masks become necessary, and where they end."""
+    """Return the first key of a split, the first key that needs a mask, and the end of the keys.
+
+    start: position of the span's first query, which sees start + 1 keys; the last sees start + n.
+    """
     first = split * split_size
     end = tl.minimum(start + n, first + split_size)
-    seen_by_all = tl.minimum(start + 1, first + split_size)  # even by the first query
-    masked = first + tl.maximum(seen_by_all - first, 0) // BLOCK_N * BLOCK_N
+    end_unmasked = tl.minimum(start + 1, first + split_size)  # all queries see the keys before it
+    masked = first + tl.maximum(end_unmasked - first, 0) // BLOCK_N * BLOCK_N  # whole blocks
     return first, masked, end
 
 
 @triton.jit
 def load_rows(ptr, rows, mask, D: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Load rows of D numbers, [rows, D]."""
+    """Load rows of D numbers, [rows, D]; with IS_MASKED, 0 where the mask is False."""
     offs = rows[:, None] * D + tl.arange(0, D)[None, :]
     if IS_MASKED:
         x = tl.load(ptr + offs, mask=mask[:, None], other=0.0)
@@ -256,7 +262,7 @@ def count_sms(q):
 def split_keys(q, n_kv_head, starts, config, num_sms):
     """Return how many keys one program reads, how many splits the longest span has, and the grid.
 
-    Splits are as long as makes all programs together fill the SMs once.
+    Splits are as long as it takes for all programs together to fill the SMs once.
     """
     S, H, n, _ = q.shape
     tiles = triton.cdiv(H // n_kv_head * n, config["BLOCK_M"]) * n_kv_head  # of one span
