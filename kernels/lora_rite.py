@@ -310,7 +310,7 @@ def inverse_root(
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
 
-    # -- Cholesky, K = L L^T: eliminate column n of K, with the same row operations on the identity --
+    # -- Cholesky, K = L L^T: eliminate column n of K; the same row operations on I give L^-1 --
     # R = L^T, so R^-1 is the transpose of L^-1. A failed pivot is -1, and the result is not used.
     K = tl.load(matrix_ptrs(K_ptr, 0, R))
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
@@ -331,7 +331,7 @@ def inverse_root(
         L_inv = tl.where(i == n, L_inv_row, rows_below)
     tl.store(matrix_ptrs(R_inv_ptr, 0, R), tl.trans(L_inv))
 
-    # -- if Cholesky is inaccurate: K^(-1/2) by eigenvalues, dropping those that are rounding error --
+    # -- if Cholesky is inaccurate: K^(-1/2) from eigenvalues, without those that are just noise --
     is_accurate = min_pivot > 1e-7 * max_pivot
     if is_accurate == 0:
         tl.debug_barrier()  # other threads have stored to the same addresses
@@ -644,7 +644,7 @@ class KernelBatch:
         self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
-        """Launch the first half of a step. Returns the sum of |h|^2 over these pairs, a tensor ()."""
+        """Launch the first half of a step. Returns the sum of |h|^2 of these pairs, ()."""
         R = self.R
         device = self.table.device
         S = len(self.table)

@@ -517,8 +517,8 @@ def dq_dk2_dv2_kernel(
                 pv, dsk, inputs, k, v, start, span.end, w1, is_partial, PRECISION
             )
 
-        # pv and dsk fill the registers. So the barriers below delay the loads, and rows and span are
-        # recomputed: w1 > 0 is always true, but the compiler, not knowing it, cannot reuse them.
+        # pv and dsk fill the registers. So the barriers below delay the loads, and rows and span
+        # are recomputed: w1 > 0 is always true, but the compiler cannot know, so it keeps neither.
         same_tile = tl.where(w1 > 0, tile, 0)
         same_bh = tl.where(w1 > 0, bh, 0)
         rows = tile_rows(same_tile, sizes, GROUP, QUERIES, OFFSETS)

@@ -106,7 +106,7 @@ def query_row(query, Tq, GROUP: gl.constexpr):
 def consumer_rows(
     part, row, sizes, GROUP: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr
 ):
-    """Rows of one consumer, as tile_rows in kernels/simplicial.py. part: tile * CONSUMERS + its id"""
+    """Rows of one consumer, as tile_rows in simplicial.py. part: tile * CONSUMERS + consumer_id"""
     query = part * QUERIES + row // OFFSETS
     step = gl.minimum(query // GROUP, sizes.Tq - 1)
     offset = row % OFFSETS

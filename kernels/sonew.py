@@ -269,7 +269,7 @@ def load_statistics(
 @triton.jit
 def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
     """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does."""
-    # element i and its successors: W[p][q] = S between i+1+p and i+1+q, c[p] = S between i and i+1+p
+    # of element i: W[p][q] = S between successors i+1+p and i+1+q; c[p] = S between i and i+1+p
     W = ()
     c = ()
     variance = ()

@@ -132,20 +132,20 @@ def ring_kernel(
     next_run_ptr = counters_ptr + 2 * n_tensors
     launch = Launch(table_ptr, items_ptr, total_ptr, ready_ptr, lr, options.weight_decay)
 
-    # items of the two runs whose u is in the ring, -1: none. `older` starts at `slot`, which the
-    # next run takes over; `newer` starts at RUN - slot.
+    # items of the two runs whose u is in the ring, -1: none. `older_item` starts at `slot`, which
+    # the next run takes over; `newer_item` starts at RUN - slot.
     slot = gl.to_tensor(0)
-    older = gl.to_tensor(-1)
-    newer = gl.to_tensor(-1)
+    older_item = gl.to_tensor(-1)
+    newer_item = gl.to_tensor(-1)
     item = gl.to_tensor(0)
     while item < n_runs:
         # -- apply the older run now, when no run that others wait for is unfinished here --
-        if older >= 0:
+        if older_item >= 0:
             apply_run(
-                index, ring, slot, older, launch,
+                index, ring, slot, older_item, launch,
                 PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
             )  # fmt: skip
-            older = gl.to_tensor(-1)
+            older_item = gl.to_tensor(-1)
 
         # -- take a run --
         item = gl.atomic_add(next_run_ptr, 1, sem="relaxed")
@@ -188,19 +188,19 @@ def ring_kernel(
                 own_total_ptr, done_ptr, ready_ptr + tensor, 1024,
             ):  # fmt: skip
                 update_counters(row_ptr, own_total_ptr)
-            older = newer
-            newer = item
+            older_item = newer_item
+            newer_item = item
             slot = RUN - slot
 
     # -- apply the runs left in the ring --
-    if older >= 0:
+    if older_item >= 0:
         apply_run(
-            index, ring, slot, older, launch,
+            index, ring, slot, older_item, launch,
             PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
         )  # fmt: skip
-    if newer >= 0:
+    if newer_item >= 0:
         apply_run(
-            index, ring, RUN - slot, newer, launch,
+            index, ring, RUN - slot, newer_item, launch,
             PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
         )  # fmt: skip
 
