@@ -177,7 +177,6 @@ def attend(q, k, v, k2, v2, is_visible, exists, scale):
     s = products.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
     s = s.unflatten(2, products.shape[2:5])  # (B, Hkv, g, n, w2, J)
     s = s.masked_fill(~(is_visible[:, None] & exists[:, :, None]), -torch.inf)
-
     # softmax over all pairs (w2, J), then the sum over J, then that over w2
     p = s.flatten(-2).softmax(-1).view(s.shape)
     a = (p.flatten(2, 4) @ v).view(products.shape)  # (B, Hkv, g, n, w2, D)
