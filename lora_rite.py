@@ -5,19 +5,19 @@ Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
 2410.20625.
 
 LoRA (support/lora.py) freezes a weight W and trains a low-rank update Z = B A,
-with A (r, n) and B (m, r). For every invertible (r, r) matrix T, the factors
-B T and T^-1 A have the same product, yet Adam and LoRA+ change Z differently
-for each T. LoRA-RITE makes the same change for all. Let a = A^T and b = B, with
+with A (r, n) and B (m, r). For every invertible (r, r) matrix C, the factors
+B C and C^-1 A have the same product, yet Adam and LoRA+ change Z differently
+for each C. LoRA-RITE makes the same change for all. Let a = A^T and b = B, with
 gradients ga and gb, and take their QR decompositions a = Ua Ra and b = Ub Rb.
 The gradient of each factor is expressed in the orthonormal basis U of the other
-factor. There, T leaves at most a rotation. Step t = 1, 2, ... of a (for b,
+factor. There, C leaves at most a rotation. Step t = 1, 2, ... of a (for b,
 exchange the letters):
 
     h = ga Rb^-1             the "unmagnified" gradient, dL/dZ^T Ub, (n, r)
     P = Ub^T Ub,old          moves V and M into the new basis, (r, r)
     V = d2 P V P^T + (1 - d2) h^T h / n                 second moment, (r, r)
     M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1  first moment, (n, r)
-    a <- a - lr (M Rb^-T + weight_decay a)              with the old b
+    a <- a - lr (M Rb^-T + weight_decay a)              Rb: before b's step
 
     d1, d2 = beta (1 - beta^(t-1)) / (1 - beta^t) for beta1 and beta2
 
@@ -232,8 +232,8 @@ def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, esca
     d1 = decay(betas[0], step)  # (N, 1, 1)
     d2 = decay(betas[1], step)
 
-    # P = U^T U_old = R^-T (x^T x_old) R_old^-1, all of the partner. Its last step used this factor's
-    # R_inv, x = shrink x_old - lr M R_inv^T, so shrink x^T x_old = x^T x + lr (x^T M) R_inv^T.
+    # P = U^T U_old = R^-T (x^T x_old) R_old^-1, all of the partner. Its last step used state.R_inv:
+    # x = shrink x_old - lr M R_inv^T, so shrink x^T x_old = x^T x + lr (x^T M) R_inv^T.
     old = partner.state
     xx_old = partner.xx + old.lr * partner.xM @ state.R_inv.mT  # (N, r, r), times shrink
     P = partner.R_inv.mT @ xx_old @ old.R_inv / old.shrink  # (N, r, r)
@@ -453,7 +453,7 @@ class LoRARITE(torch.optim.Optimizer):
         return batches
 
     def addresses(self):
-        """Return the addresses of all tensors of a step; batches are reused while these are equal."""
+        """Return the addresses of all tensors of a step, by which batches are cached."""
         key = [self.use_kernel]
         for group in self.param_groups:
             for p in group["params"]:
@@ -467,7 +467,7 @@ class LoRARITE(torch.optim.Optimizer):
         return tuple(key)
 
     def find_batches(self):
-        """Return the batches of this step, from the cache if they were built at these addresses."""
+        """Return the batches of this step, from the cache if the addresses are known."""
         batches = self.plans.get(self.addresses())
         is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if batches is None and is_capturing:

@@ -244,7 +244,7 @@ def warn_fallback(reason):
 
 
 def attention(q, k, v, k2, v2, *, w1=512, w2=32):
-    """Compute 2-simplicial attention; shapes as in `reference`. Raises ValueError if they are wrong.
+    """Compute 2-simplicial attention; shapes as in `reference`, or ValueError if they do not fit.
 
     Runs kernels/simplicial.py on a GPU, else PyTorch. The kernel supports head dimensions 16, 32,
     64 and 128 in float32, float16 and bfloat16.

@@ -7,7 +7,7 @@ of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-In memory order, the coordinates form a chain, in which i is linked to its b
+In memory order, the coordinates form a chain, in which i has edges to its b
 successors i+1 ... i+b only. So the minimiser has a closed form:
 
     psi_i = W_i^-1 c_i            W_i (b, b): S of the successors of i, among
@@ -17,11 +17,11 @@ successors i+1 ... i+b only. So the minimiser has a closed form:
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
     u     = X m                   the direction, where m is the momentum
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], the links of i are
-dropped; where a successor depends linearly on those before it, its link is. So
-X stays positive definite. Grafting: each tensor's step gets the length of
-Adam's. With b = 0, u is m / S_0, Adam without its square root. Biases and gains
-take Adam's step.
+Edge removal (Algorithm 3): where s_i <= gamma S_0[i], the edges from i to its
+successors are dropped; where a successor depends linearly on those before it,
+the edge to it is. So X stays positive definite. Grafting: each tensor's step
+gets the length of Adam's. With b = 0, u is m / S_0, Adam without its square
+root. Biases and gains take Adam's step.
 
 Damping: S_0 is replaced by S_0 + eps scale^2. scale is the tensor's mean
 root-mean-square gradient, mean_i sqrt(S_0[i]), after the previous step; in the
@@ -93,7 +93,7 @@ def reference(S, m):
 
 
 def shift(x, k):
-    """Return y with y[:, i] = x[:, i + k], and zeros past the ends of the chain. x, y: (R, C)."""
+    """Return y (R, C) with y[:, i] = x[:, i + k], and zeros past the ends. k may be negative."""
     if k < 0:
         return F.pad(x, (-k, 0))[:, : x.shape[1]]
     return F.pad(x, (0, k))[:, k:]
