@@ -4,44 +4,43 @@ factored.
 Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
 2410.20625.
 
-LoRA (support/lora.py) freezes a matrix W and trains Z = B A beside it, A (r,
-n), B (m, r). The factors B R and R^-1 A have the same product for every
-invertible R, yet Adam and LoRA+ take a different step in Z for each R.
-LoRA-RITE takes the same one. Write a = A^T, b = B and a = Ua Ra, b = Ub Rb,
-where U has orthonormal columns. The gradient of each factor is measured in the
-basis of the other one, where R cancels but for a rotation, and preconditioned
-there with an r x r second moment. For a, at step t = 1, 2, ... (for b, exchange
-the letters):
+LoRA (support/lora.py) freezes a weight W and trains a low-rank update Z = B A,
+with A (r, n) and B (m, r). For every invertible (r, r) matrix C, the factors
+B C and C^-1 A have the same product, yet Adam and LoRA+ change Z differently
+for each C. LoRA-RITE makes the same change for all. Let a = A^T and b = B, with
+gradients ga and gb, and take their QR decompositions a = Ua Ra and b = Ub Rb.
+The gradient of each factor is expressed in the orthonormal basis U of the other
+factor. There, C leaves at most a rotation. Step t = 1, 2, ... of a (for b,
+exchange the letters):
 
-    h = ga Rb^-1                        the unmagnified gradient, dL/dZ^T Ub, (n, r)
-    P = Ub^T Ub,old                     moves the state into the new basis, (r, r)
-    V = d2 P V P^T + (1 - d2) h^T h / n
-    M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1
-    a <- a - lr (M Rb^-T + weight_decay a)      both step from the old factors
+    h = ga Rb^-1             the "unmagnified" gradient, dL/dZ^T Ub, (n, r)
+    P = Ub^T Ub,old          moves V and M into the new basis, (r, r)
+    V = d2 P V P^T + (1 - d2) h^T h / n                 second moment, (r, r)
+    M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1  first moment, (n, r)
+    a <- a - lr (M Rb^-T + weight_decay a)              Rb: before b's step
 
     d1, d2 = beta (1 - beta^(t-1)) / (1 - beta^t) for beta1 and beta2
 
-h is first scaled by min(1, clip / |h|), with the norm of all h of all pairs.
-rho ("escape", off by default as in the released recipe) adds back what V loses
-when it moves between bases. Clipping the raw gradients from outside would break
-the invariance.
+h is first scaled by min(1, clip / |h|), where |h| is the norm over both factors
+of all pairs. Clipping the raw gradients instead would break the invariance. rho
+(the "escaped mass", off by default as in the released recipe) adds back what V
+loses when it moves between bases.
 
-Where we depart from the paper: no basis is kept and no QR taken, since every r
-x r matrix follows from Gram matrices of a, b, ga, gb, Ma and Mb in float64. Rb
-may be any root of b^T b: Cholesky's, or the symmetric one without the missing
-directions if b is 0 or rank-deficient. The old b is the new one with the last
-step undone. The released code skips steps with a large h, which freezes
-training if the loss is scaled by 1e3 (left out here), and takes roots of
-slightly negative eigenvalues (clamped here).
+Where we depart from the paper: there is no QR decomposition and U is not
+stored. Every (r, r) matrix above follows from Gram matrices (such as b^T b) in
+float64. Rb may be any matrix with Rb^T Rb = b^T b: the Cholesky factor or, if b
+is zero or rank-deficient, the symmetric root. The old b, needed for P, is the
+new one with the last step undone. The released code skips steps with a large h,
+which stops training if the loss is multiplied by 1e3; we do not. It also takes
+roots of slightly negative eigenvalues; we clamp them to 0.
 
-Start with B = 0 or with factors of ordinary size. The step in A, lr M Rb^-T, is
+Start with B = 0 or with factors of ordinary size. The step of A, lr M Rb^-T, is
 inversely proportional to the size of B, so from a tiny B the first steps move Z
-by about lr^2 / |B|: by 78 where Z has norm 20, in a test with B of size 1e-4.
-clip bounds gradients, not steps.
+by about lr^2 / |B|. With B of size 1e-4, a test moved Z by 78 where its norm is
+20. clip limits gradients, not steps.
 
-On a GPU kernels/lora_rite.py takes the step for all pairs in four launches,
-elsewhere PyTorch does. These two files are all that the optimizer needs in
-another project.
+On a GPU, kernels/lora_rite.py steps all pairs in four launches; elsewhere,
+PyTorch does. To use the optimizer in another project, copy these two files.
 
     python lora_rite.py             the drift between factorizations
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
@@ -61,27 +60,28 @@ except ModuleNotFoundError as missing:
     kernel = None
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_PLANS = 16  # kept, as gradients tend to move between a few places
+MAX_PLANS = 16  # cached; the allocator tends to put gradients at one of a few addresses
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it
 
 
 def decay(beta, t):
-    """Return Adafactor's decay: 0 at t = 1, so that no bias is left to correct."""
+    """Return Adafactor's decay. It is 0 at t = 1, so moments need no bias correction."""
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
 
 def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, escape=False):
-    """Take step t = 1, 2, ... with bases by QR. Slow; for tests, in float64.
+    """Take step t = 1, 2, ... by QR decompositions. Slow; for tests, in float64.
 
-    pairs: (a (n, r), b (m, r), ga, gb) for each pair; states: two dicts for each, {} at first,
-    updated in place. Returns the new (a, b) for each pair.
+    pairs: a list of (a (n, r), b (m, r), ga, gb); ga and gb are the gradients.
+    states: for each pair two dicts, empty before the first step and updated in place.
+    Returns a list of the new (a, b).
     """
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # unmagnified gradients, each in the basis of the other factor
+    # h, the unmagnified gradient: each in the basis U of the other factor
     factors = []
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
         Ua, Ra = torch.linalg.qr(a)
@@ -90,14 +90,14 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
         Rb_inv = torch.linalg.pinv(Rb)
         factors.append((a, ga @ Rb_inv, Ub, Rb_inv, state_a))
         factors.append((b, gb @ Ra_inv, Ua, Ra_inv, state_b))
-    norm = sum(h.square().sum() for _, h, *_ in factors).sqrt()
+    norm = sum(h.square().sum() for _, h, _, _, _ in factors).sqrt()
 
-    new = []
-    for x, h, U, R_inv, state in factors:
+    new_factors = []
+    for x, h, U, R_inv, state in factors:  # x: a or b; U and R_inv: of the other factor
         if clip:
             h = h * min(1.0, clip / norm)  # (rows, r)
 
-        # move the second moment into the new basis
+        # move the second moment V into the new basis; rho collects what it loses
         P = U.T @ state.get("U", U)  # (r, r)
         V_old = state.get("V", torch.zeros_like(P))
         V = P @ V_old @ P.T
@@ -107,36 +107,36 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
             trace_lost = V_old.trace() - V.trace()
             rho = d2 * (rho + torch.minimum(most_lost, trace_lost).clamp(min=0))
 
-        # precondition, then the first moment
+        # second moment V, preconditioner (V^1/2 + eps)^-1, first moment M
         V = d2 * V + (1 - d2) * h.T @ h / len(h)
         w, Q = torch.linalg.eigh(V)
         preconditioner = Q @ torch.diag(1 / ((w.clamp(min=0) + rho).sqrt() + eps)) @ Q.T
         M_old = state.get("M", torch.zeros_like(h))
         M = d1 * M_old @ P.T + (1 - d1) * h @ preconditioner
         state.update(U=U, V=V, M=M, rho=rho)
-        new.append(x - lr * (M @ R_inv.T + weight_decay * x))
-    return list(zip(new[0::2], new[1::2]))
+        new_factors.append(x - lr * (M @ R_inv.T + weight_decay * x))
+    return list(zip(new_factors[0::2], new_factors[1::2]))
 
 
 # --------------------------------------------------------------------------------------------------
 # The same step from Gram matrices, for N pairs of equal shape at once. x (N, rows, r) stands for
-# either factor, a or b; its partner is the other one.
+# either factor: a with n rows, or b with m. Its partner is the other factor of the pair.
 
 
 class FactorState(NamedTuple):
-    """What the last step left of N factors, besides their first moments; float64."""
+    """The state of N factors after a step, in float64, without the first moments M."""
 
     V: torch.Tensor  # (N, r, r) second moment, in the basis of the partner
-    R_inv: torch.Tensor  # (N, r, r) inverse root of x^T x
+    R_inv: torch.Tensor  # (N, r, r) R^-1, where R^T R = x^T x before the last step
     rho: torch.Tensor  # (N, 1, 1) escaped mass
-    step: torch.Tensor  # (N, 1, 1) steps so far
-    lr: torch.Tensor  # (N, 1, 1) learning rate of the last step, 0 if x stayed
+    step: torch.Tensor  # (N, 1, 1) number of steps so far
+    lr: torch.Tensor  # (N, 1, 1) learning rate of the last step, 0 if x was not updated
     shrink: torch.Tensor  # (N, 1, 1) 1 - lr * weight_decay of the last step
-    skipped: torch.Tensor  # (N, 1, 1) gradients skipped so far, as they were not finite
+    skipped: torch.Tensor  # (N, 1, 1) number of gradients skipped because they were not finite
 
 
 def unpack(packed, rank):
-    """Return views of packed (N, 2 r^2 + 5), as it is stored and as the kernel reads it."""
+    """Return a FactorState of views into packed (N, 2 r^2 + 5): V, R_inv, then the 5 numbers."""
     V, R_inv = packed[..., :-5].unflatten(-1, (2, rank, rank)).unbind(-3)  # (N, r, r)
     numbers = packed[..., -5:, None, None].unbind(-3)  # 5 of (N, 1, 1)
     return FactorState(V, R_inv, *numbers)
@@ -150,7 +150,8 @@ def pack(state):
 class Factor:
     """One factor of N pairs of equal shape, with its Gram matrices in float64.
 
-    parameters: N of A (r, n), or N of B (m, r); states: {"M", "packed"} for each.
+    parameters: the N matrices A (r, n), or the N matrices B (m, r).
+    states: the optimizer state of each, {"M", "packed"}.
     """
 
     def __init__(self, parameters, states, is_A):
@@ -162,12 +163,13 @@ class Factor:
 
         self.x = stack(parameters)  # (N, rows, r)
         self.M = stack([state["M"] for state in states])  # (N, rows, r)
-        self.grad = stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
-        self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.grad = stack(grads)  # (N, rows, r)
+        has_grad = torch.tensor([p.grad is not None for p in parameters])  # (N)
+        self.has_grad = has_grad[:, None, None].to(self.x.device, non_blocking=True)
         self.state = unpack(torch.stack([state["packed"] for state in states]), rank)
 
-        # Gram matrices, (N, r, r)
+        # Gram matrices, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
         x = self.x.double()
         xx = x.mT @ x
         xM = x.mT @ self.M.double()
@@ -178,21 +180,24 @@ class Factor:
 
 
 def inverse_root(K):
-    """Return R^-1 with K = R^T R for Gram matrices K (N, r, r), on the directions that exist.
+    """Return R^-1 (N, r, r), where R^T R = K, for Gram matrices K (N, r, r).
 
-    R is Cholesky's. Where that has lost its accuracy, R^-1 = Q w^-1/2 Q^T without the eigenvalues w
-    below 1e-12 of the largest; for K = 0 it is 0.
+    R is the Cholesky factor. Where K is close to singular, R^-1 is Q w^-1/2 Q^T instead, from the
+    eigenvalues w and eigenvectors Q of K. Eigenvalues below 1e-12 of the largest are left out.
     """
+    # by Cholesky decomposition, where the pivots show that it is accurate
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
     pivots = R.diagonal(dim1=-2, dim2=-1)  # (N, r)
     is_accurate = (info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1))
     is_accurate = is_accurate[:, None, None]
-    by_cholesky = torch.linalg.solve_triangular(torch.where(is_accurate, R, eye), eye, upper=True)
+    R = torch.where(is_accurate, R, eye)
+    by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)
 
+    # by eigenvalues, in ascending order
     w, Q = torch.linalg.eigh(K)  # (N, r), (N, r, r)
-    is_live = w > 1e-12 * w[..., -1:]
-    w_inv_root = torch.where(is_live, torch.where(is_live, w, 1).rsqrt(), 0)
+    is_nonzero = w > 1e-12 * w[..., -1:]
+    w_inv_root = torch.where(is_nonzero, torch.where(is_nonzero, w, 1).rsqrt(), 0)
     by_eigenvalues = Q * w_inv_root[..., None, :] @ Q.mT
     return torch.where(is_accurate, by_cholesky, by_eigenvalues)
 
@@ -203,7 +208,10 @@ def trace(matrices):
 
 
 def unmagnified_gram(factor, partner):
-    """Return h^T h (N, r, r), 0 where it is not finite, and whether it is finite (N, 1, 1)."""
+    """Return h^T h (N, r, r) of the unmagnified gradient h = grad R^-1, R that of the partner.
+
+    Also returns is_finite (N, 1, 1): where it is False, h^T h is 0.
+    """
     is_finite = factor.gg.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     gg = torch.where(is_finite, factor.gg, 0)
     hh = partner.R_inv.mT @ gg @ partner.R_inv
@@ -214,8 +222,9 @@ def unmagnified_gram(factor, partner):
 def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, escape):
     """Return x and M (N, rows, r) after a step, and the new FactorState.
 
-    hh (N, r, r): h^T h before clipping; is_finite (N, 1, 1): False to skip the gradient;
-    c (): what clipping multiplies h by; lr: a number, or a tensor ().
+    hh (N, r, r): h^T h of the unmagnified gradient h = grad R^-1, before clipping.
+    is_finite (N, 1, 1): False to skip a gradient.
+    c (): the factor by which clipping multiplies h. lr: a number, or a tensor ().
     """
     state = factor.state
     dtype = factor.x.dtype
@@ -223,11 +232,13 @@ def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, esca
     d1 = decay(betas[0], step)  # (N, 1, 1)
     d2 = decay(betas[1], step)
 
-    # P = U^T U_old of the partner, whose last step x = shrink x_old - lr M R_inv^T is undone
-    xx_old = partner.xx + partner.state.lr * partner.xM @ state.R_inv.mT  # times shrink
-    P = partner.R_inv.mT @ xx_old @ partner.state.R_inv / partner.state.shrink  # (N, r, r)
+    # P = U^T U_old = R^-T (x^T x_old) R_old^-1, all of the partner. Its last step used state.R_inv:
+    # x = shrink x_old - lr M R_inv^T, so shrink x^T x_old = x^T x + lr (x^T M) R_inv^T.
+    old = partner.state
+    xx_old = partner.xx + old.lr * partner.xM @ state.R_inv.mT  # (N, r, r), times shrink
+    P = partner.R_inv.mT @ xx_old @ old.R_inv / old.shrink  # (N, r, r)
 
-    # second moment
+    # second moment V, and the escaped mass rho: what V loses when it moves between bases
     V = P @ state.V @ P.mT
     rho = state.rho
     if escape:
@@ -236,18 +247,18 @@ def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, esca
         rho = d2 * (rho + lost[:, None, None])
     V = d2 * V + (1 - d2) * c**2 * hh / factor.x.shape[1]
 
-    # ((V + rho)^1/2 + eps)^-1
-    w, Q = torch.linalg.eigh((V + V.mT) / 2)
+    # preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues of V
+    w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (N, r), (N, r, r)
     scales = 1 / ((w[:, None, :].clamp(min=0) + rho).sqrt() + eps)  # (N, 1, r)
     preconditioner = Q * scales @ Q.mT
 
-    # first moment
-    M_matrix = d1 * P.mT
+    # first moment M = M_old M_matrix + grad grad_matrix
+    M_matrix = d1 * P.mT  # (N, r, r)
     grad_matrix = (1 - d1) * c * partner.R_inv @ preconditioner
     grad = torch.where(is_finite, factor.grad, 0)
     M = factor.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)
 
-    # parameters; without a finite gradient they stay
+    # parameters: a factor without a finite gradient is not updated
     lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
     lr = torch.where(is_finite & factor.has_grad, lr, 0.0)
     shrink = 1 - lr * weight_decay
@@ -257,10 +268,10 @@ def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, esca
 
 
 class TorchBatch:
-    """The step in PyTorch for pairs of equal shape, dtype and device.
+    """Pairs of equal shape, dtype and device, stepped in PyTorch. On a GPU: kernel.KernelBatch.
 
-    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each. The same methods
-    as kernels.lora_rite.KernelBatch.
+    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each. Call `measure`
+    on all batches and then `finish`, since clipping needs the norm over all pairs.
     """
 
     def __init__(self, parameters, states):
@@ -268,27 +279,29 @@ class TorchBatch:
         self.states = states[0::2], states[1::2]
 
     def measure(self):
-        """Take the first half of a step and return |h|^2 of these pairs, ()."""
+        """Return |h|^2 of these pairs, (), where h are the unmagnified gradients."""
         A = Factor(self.parameters[0], self.states[0], is_A=True)
         B = Factor(self.parameters[1], self.states[1], is_A=False)
-        self.sides = (A, B, *unmagnified_gram(A, B)), (B, A, *unmagnified_gram(B, A))
-        return sum(trace(hh).sum() for _, _, hh, _ in self.sides)
+        hh_A, is_finite_A = unmagnified_gram(A, B)
+        hh_B, is_finite_B = unmagnified_gram(B, A)
+        self.measured = (A, B, hh_A, is_finite_A), (B, A, hh_B, is_finite_B)
+        return trace(hh_A).sum() + trace(hh_B).sum()
 
     def finish(self, total, clip, **options):
-        """Take the second half, given |h|^2 of all pairs; clip: largest |h|, 0 for none."""
+        """Update the parameters; total: |h|^2 over all pairs; clip: the largest |h|, 0 for none."""
         norm = total.to(self.parameters[0][0].device).sqrt()
         c = torch.ones_like(norm)
         if clip:
             c = torch.where(norm > clip, clip / norm, 1.0)
-        for parameters, states, side in zip(self.parameters, self.states, self.sides):
-            x, M, state = update(*side, c, **options)
-            if parameters is self.parameters[0]:
-                x = x.mT  # A is (r, n)
+        for parameters, states, measured in zip(self.parameters, self.states, self.measured):
+            x, M, state = update(*measured, c, **options)
+            if parameters is self.parameters[0]:  # A is stored as (r, n)
+                x = x.mT
                 M = M.mT
             torch._foreach_copy_([s["packed"] for s in states], list(pack(state).unbind()))
             torch._foreach_copy_([s["M"] for s in states], list(M.unbind()))
             torch._foreach_copy_(parameters, list(x.unbind()))
-        self.sides = None
+        self.measured = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,8 +337,8 @@ def copy_state(p, rank, loaded):
     """Return a copy of the loaded state of p. ValueError if it does not fit."""
     state = new_state(p, rank)
     fits = isinstance(loaded, dict) and loaded.keys() == state.keys()
-    for name in state if fits else ():
-        t = loaded[name]
+    for name in state:
+        t = loaded[name] if fits else None
         fits = fits and torch.is_tensor(t) and t.layout == torch.strided and not t.is_meta
         fits = fits and t.shape == state[name].shape and t.dtype in FLOATS and t.isfinite().all()
     if fits:
@@ -345,18 +358,19 @@ class LoRARITE(torch.optim.Optimizer):
     """LoRA-RITE for groups {"params": [A, B, A, B, ...], "pair": True} with A (r, n), B (m, r).
 
     eps           added to the root of the second moment of the unmagnified gradient
-    clip          largest norm of the unmagnified gradients of all pairs; 0: none
+    clip          limit on the norm of the unmagnified gradients of all pairs; 0: no limit
     weight_decay  decoupled, x -= lr weight_decay x
-    escape        add what the second moment loses between bases to all its directions
-    use_kernel    None: on CUDA; True: always (interpreted on a CPU); False: never
+    escape        add what the second moment loses between bases to all its eigenvalues
+    use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
-    State: M like the parameter, in float32 at least, and "packed" in float64, see FactorState. The
-    kernel takes contiguous pairs in float32, float16 and bfloat16 up to rank 64. A factor without
-    gradient stays; one whose gradient or its square is not finite stays for that step, too, and
-    counts it as skipped. ValueError: an option out of range, a parameter without its partner.
+    State: M, shaped like the parameter, in float32 or float64; "packed", a FactorState in float64.
+    The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64.
+    A factor without a gradient is not updated. Neither is one whose gradient or its square is not
+    finite; state["packed"] counts these steps as skipped. Raises ValueError if an option is out of
+    range or a parameter has no partner.
     """
 
-    clips_gradients = False  # a clip of the raw gradients depends on how Z is factored
+    clips_gradients = False  # clipping raw gradients would depend on how Z is factored
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, weight_decay=0.0,
@@ -365,8 +379,8 @@ class LoRARITE(torch.optim.Optimizer):
         if use_kernel and kernel is None:
             raise ValueError("the kernel of LoRA-RITE needs Triton: pip install triton")
         self.use_kernel = use_kernel
-        self.plans = {}  # addresses of all tensors: batches
-        self.captured_plans = []  # read by CUDA graphs at each replay, so never freed
+        self.plans = {}  # {addresses of all tensors: batches}
+        self.captured_plans = []  # CUDA graphs read these at each replay, so they are never freed
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clip": clip}
         defaults.update(weight_decay=weight_decay, escape=escape, pair=False)
         super().__init__(params, defaults)
@@ -374,7 +388,7 @@ class LoRARITE(torch.optim.Optimizer):
     def __getstate__(self):
         return {**super().__getstate__(), "use_kernel": self.use_kernel}
 
-    def __setstate__(self, state):  # of a copy, and after loading
+    def __setstate__(self, state):  # called on a copy, and after loading
         super().__setstate__(state)
         self.plans = {}
         self.captured_plans = getattr(self, "captured_plans", [])
@@ -385,7 +399,7 @@ class LoRARITE(torch.optim.Optimizer):
         check_options(group)
         if not group["pair"] or len(group["params"]) % 2:
             raise ValueError(
-                "LoRA-RITE trains adapters in pairs A, B and nothing else; give it those of "
+                "LoRA-RITE only trains LoRA factors in pairs A, B; create them with "
                 "--adapter lora_rite"
             )
         for A, B in pairs_of(group):
@@ -396,12 +410,12 @@ class LoRARITE(torch.optim.Optimizer):
 
     @property
     def capturable(self):
-        """Whether a CUDA graph can capture step(): the kernels take all pairs, and never wait."""
+        """Whether a CUDA graph can capture step(): only the kernels never wait for the GPU."""
         pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
         return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
 
     def init_state(self, p, rank):
-        """Return the state of p: new, or the present one, moved if p was moved or cast."""
+        """Return the state of p, created if needed, on the device of p and in the right dtype."""
         state = self.state[p]
         if not state:
             state.update(new_state(p, rank))
@@ -411,11 +425,11 @@ class LoRARITE(torch.optim.Optimizer):
         return state
 
     def make_batches(self):
-        """Return (group, batch) for all pairs with gradients.
+        """Return a list of (group, batch) that covers all pairs with gradients.
 
-        A KernelBatch takes all pairs of a rank, a TorchBatch those of equal shape.
+        A KernelBatch holds all pairs of one rank, a TorchBatch all pairs of one shape.
         """
-        found = {}  # what the pairs of a batch have in common: (group, parameters, states)
+        members = {}  # {what the pairs of a batch have in common: (group, parameters, states)}
         for n, group in enumerate(self.param_groups):
             for A, B in pairs_of(group):
                 if A.grad is None and B.grad is None:
@@ -427,32 +441,33 @@ class LoRARITE(torch.optim.Optimizer):
                 key = (is_fused, n, A.device, A.dtype, len(A))
                 if not is_fused:
                     key += (A.shape, B.shape, B.dtype)
-                _, parameters, states = found.setdefault(key, (group, [], []))
+                _, parameters, states = members.setdefault(key, (group, [], []))
                 parameters += [A, B]
                 states += [self.init_state(p, len(A)) for p in (A, B)]
 
         batches = []
-        for (is_fused, *_), (group, parameters, states) in found.items():
+        for key, (group, parameters, states) in members.items():
+            is_fused = key[0]
             Batch = kernel.KernelBatch if is_fused else TorchBatch
             batches.append((group, Batch(parameters, states)))
         return batches
 
     def addresses(self):
-        """Return where all tensors of a step are: while that stays, so do the batches."""
-        found = [self.use_kernel]
+        """Return the addresses of all tensors of a step, by which batches are cached."""
+        key = [self.use_kernel]
         for group in self.param_groups:
             for p in group["params"]:
                 grad = p.grad
                 state = self.state.get(p)
-                found += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
+                key += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
                 if grad is not None:
-                    found += (grad.data_ptr(), grad.dtype, grad.is_contiguous())
+                    key += (grad.data_ptr(), grad.dtype, grad.is_contiguous())
                 if state:
-                    found += (state["M"].data_ptr(), state["packed"].data_ptr())
-        return tuple(found)
+                    key += (state["M"].data_ptr(), state["packed"].data_ptr())
+        return tuple(key)
 
     def find_batches(self):
-        """Return the batches of this step, made when tensors have moved since the last one."""
+        """Return the batches of this step, from the cache if the addresses are known."""
         batches = self.plans.get(self.addresses())
         is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if batches is None and is_capturing:
@@ -467,7 +482,7 @@ class LoRARITE(torch.optim.Optimizer):
         return batches
 
     def prepare(self):
-        """Plan a step with the gradients where they are: a capture cannot upload its tables."""
+        """Build the batches of the next step before a capture, which cannot upload their tables."""
         self.find_batches()
 
     @torch.no_grad()
@@ -477,7 +492,7 @@ class LoRARITE(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        # Gram matrices, and the norm of the unmagnified gradients of all pairs
+        # Gram matrices, and the squared norm of the unmagnified gradients of all pairs
         batches = self.find_batches()
         if not batches:
             return loss
@@ -493,7 +508,7 @@ class LoRARITE(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """Load a state as torch.optim.Adam does, hooks included, but keep "packed" in float64.
 
-        PyTorch would cast it to the dtype of the parameters. ValueError: a state does not fit.
+        PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
         """
         states = []
 
@@ -501,14 +516,14 @@ class LoRARITE(torch.optim.Optimizer):
             ids = [i for group in final["param_groups"] for i in group["params"]]
             pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
             parameters = [(p, len(A)) for A, B in pairs for p in (A, B)]
-            for i, (p, rank) in zip(ids, parameters):  # PyTorch compares the lengths
+            for i, (p, rank) in zip(ids, parameters):  # PyTorch has checked that there are as many
                 if final["state"].get(i):
                     states.append((p, copy_state(p, rank, final["state"][i])))
 
         def install(_):
             self.state.update(states)
 
-        # the last pre-hook sees what the user's left; the first post-hook runs before theirs
+        # `read` runs after the user's pre-hooks, `install` before the user's post-hooks
         pre_hook = self.register_load_state_dict_pre_hook(read)
         post_hook = self.register_load_state_dict_post_hook(install, prepend=True)
         try:
@@ -523,7 +538,7 @@ class LoRARITE(torch.optim.Optimizer):
 
 
 def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, clip=1.0, escape=False):
-    """LoRA-RITE for --optim lora_rite; the groups are those of `adapt`."""
+    """Build LoRA-RITE for --optim lora_rite; groups: the parameter groups from `adapt`."""
     return LoRARITE(groups, lr, (beta1, beta2), eps, clip=clip, escape=escape)
 
 
@@ -532,10 +547,11 @@ def adapt(
 ):
     """Put LoRA adapters on linear layers, freeze all else, and return the parameter groups.
 
-    targets: ends of the layers' names, in whole parts, separated by "+"; * stands for any
-    characters and [01] for one of these ("q_proj+layers.0.mlp.*"). alpha: the adapter counts
-    alpha / rank times; 0: once. The first weights depend on the names and torch.initial_seed()
-    alone, so they are the same on any device and in every process.
+    targets: patterns for the ends of the layers' names, joined by "+", where * matches anything and
+        [01] one of these characters. "q_proj+layers.0.mlp.*": all q_proj, and the MLP of layer 0.
+    alpha: the adapter's output is multiplied by alpha / rank; with 0, by 1.
+    Initial weights depend on the layers' names and torch.initial_seed() only, so they are the same
+    on every device and in every process.
     """
     from support import lora
 

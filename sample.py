@@ -7,10 +7,10 @@ python sample.py --temperature 0              always the likeliest token
 python sample.py --init DIR --chat "Hi!"      a Hugging Face chat model
 python sample.py --init DIR --export NEW      a Hugging Face folder of it
 
-The text goes to stdout as it is generated, all else to stderr. With the KV
-cache a token costs one position; --no-cache reads the whole context for each
-token, to the same text. On a GPU a model with softmax attention decodes by
-replaying a CUDA graph of one step.
+The text goes to stdout as it is generated, all else to stderr. The KV cache
+keeps the keys and values of earlier tokens; --no-cache recomputes them for each
+new token, with the same result. On a GPU, a model with softmax attention
+replays a CUDA graph for each token.
 """
 
 from support import cli
@@ -53,10 +53,10 @@ def is_softmax(config):
 
 
 def can_fuse(model):
-    """Return whether kernels/decode.py can compute this model's steps.
+    """Return whether kernels/decode.py can decode with this model.
 
-    They need a GPU, matrices in the dtype of the activations and a supported head dimension. If
-    the user called .compile(), skip them.
+    The kernels need a GPU, weights in the dtype of the activations and a supported head dimension.
+    If the user called .compile(), the model's own layers run instead.
     """
     weight = model.embed_tokens.weight
     if not weight.is_cuda or weight.dtype != model.dtype or model.is_compiled:
@@ -68,9 +68,9 @@ def can_fuse(model):
 
 
 def last_logits(model, ids, caches=None):
-    """Return the logits (V,) after ids, a list that continues what is cached."""
+    """Return the logits (V,) after ids, a list of token ids that follow those in the caches."""
     ids = torch.tensor([ids], device=model.embed_tokens.weight.device)
-    with torch.compiler.set_stance("force_eager"):  # or every length would be compiled
+    with torch.compiler.set_stance("force_eager"):  # don't compile for every length
         logits = model(ids, cache=caches)[0, -1]
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits are not finite; its weights are damaged")
@@ -80,11 +80,12 @@ def last_logits(model, ids, caches=None):
 class CUDAGraphDecoder:
     """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
 
-    A replay costs one launch instead of hundreds. Token and position stay on the device, so the
-    next step can be in flight before the host knows the token. On a CPU the step runs uncaptured.
+    A replay is one launch instead of hundreds. Token and position stay on the device, so the next
+    step can be in flight before the host has read the token. On a CPU, steps run without a graph.
 
-    size: the most positions. pick: logits (V,) -> token id, on the device, with random numbers from
-    `generator`. use_kernels: kernels/decode.py instead of the model's own layers; None: if it can.
+    size: positions in the KV cache.
+    pick: a function of logits (V,) that returns a token id on the device, drawn with `generator`.
+    use_kernels: run kernels/decode.py, not the model's layers. None: if they support the model.
     """
 
     def __init__(self, model, size, pick=torch.argmax, generator=None, use_kernels=None):
@@ -114,7 +115,7 @@ class CUDAGraphDecoder:
         return int(self.token)
 
     def logits(self):
-        """Return the logits (V,) after `token`, which enters the cache."""
+        """Return the logits (V,) after `token`, and add its keys and values to the cache."""
         if self.use_kernels:
             kv = [(cache.k[0], cache.v[0]) for cache in self.caches]
             return kernels.fused_logits(self.model, self.token, self.length, self.angles, kv)
@@ -125,12 +126,12 @@ class CUDAGraphDecoder:
         self.length += 1
 
     def capture(self):
-        """Capture a step as a CUDA graph; token, position and generator stay as they are."""
+        """Capture a step as a CUDA graph, without changing token, position or generator."""
         token = self.token.clone()
         length = self.length.clone()
         state = self.generator.get_state() if self.generator else None
 
-        # warm up: what is compiled or tuned must be so before the capture
+        # warm up on a side stream: nothing may be compiled or tuned during the capture
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -147,11 +148,11 @@ class CUDAGraphDecoder:
             self.graph.register_generator_state(self.generator)
         with torch.cuda.graph(self.graph, stream=side_stream):
             self.step()
-        # the capture resets the generator's offset on its stream: no replay may overtake that
+        # wait: the side stream resets the generator's offset, which must come before any replay
         torch.cuda.current_stream().wait_stream(side_stream)
 
     def launch(self):
-        """Start a step, and return its token, to be read later."""
+        """Start a step, and return its token as an AsyncScalar: call .read() on it later."""
         if not self.token.is_cuda:
             self.step()
         else:
@@ -161,7 +162,7 @@ class CUDAGraphDecoder:
         return AsyncScalar(self.token)
 
     def next(self, more=False):
-        """Return the next token. more: start the step after it, too, to keep the GPU busy."""
+        """Return the next token. more: also start the following step, to keep the GPU busy."""
         current = self.in_flight or self.launch()
         self.in_flight = self.launch() if more else None
         return current.read()[0][0]
@@ -178,7 +179,10 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def pick_token(logits, limit, temperature, top_k, top_p, generator):
-    """Sample a token id from logits (V,). Never waits for the device, so it can be captured."""
+    """Sample a token id from logits (V,), on the device, without waiting: a graph can capture it.
+
+    limit: the vocabulary size without padding. The other settings are those of `generate`.
+    """
     logits = logits[:limit]
     if temperature < GREEDY_BELOW:
         return logits.argmax()
@@ -187,12 +191,12 @@ def pick_token(logits, limit, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        is_dropped = p.cumsum(-1) - p >= top_p  # the likelier ones hold that much already
-        is_dropped[:1].zero_()  # also where top_p is 0 in float32
-        is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)
+        is_dropped = p.cumsum(-1) - p >= top_p  # likelier tokens already reach top_p
+        is_dropped[:1].zero_()  # keep the likeliest, even if top_p rounds to 0 in float32
+        is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)  # by token id
         logits = logits.masked_fill(is_dropped, -torch.inf)
     p = logits.softmax(-1)
-    # argmax of p / Exp(1) is a sample of p, as in torch.multinomial
+    # with noise from Exp(1), argmax(p / noise) is a sample of p, as in torch.multinomial
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
 
 
@@ -202,11 +206,15 @@ def generate(
 ):
     """Yield n token ids that continue ids.
 
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), top_p the fewest
-    that hold this much probability. limit: ids from here on are padding of the vocabulary, never
-    sampled. When the context is full its older half is dropped and the rest read again, so that
-    cached=False, which recomputes everything for each token, gives the same tokens. graph: decode
-    with a CUDAGraphDecoder; needs softmax attention.
+    temperature: divides the logits; 0: take the likeliest token.
+    top_k: sample from the k likeliest tokens; 0: from all.
+    top_p: sample from the fewest tokens whose probabilities add up to top_p.
+    limit: the vocabulary size without padding; ids from here on are never sampled.
+    cached: keep keys and values of earlier tokens; False: recompute them for each token.
+    graph: decode with a CUDAGraphDecoder; needs softmax attention.
+
+    When the context is full, its older half is dropped and the other half is read again. So the
+    tokens do not depend on `cached`.
     """
     check_sampling(temperature, top_k, top_p)
     vocab_size = model.config.vocab_size
@@ -216,7 +224,7 @@ def generate(
         raise ValueError("there is no token to continue; give at least one")
     if min(window) < 0 or max(window) >= vocab_size:
         raise ValueError(f"a token id is not in the model's vocabulary of {vocab_size}")
-    room = min(size, len(window) + n - 1)  # a short text need not allocate the whole context
+    room = min(size, len(window) + n - 1)  # positions to allocate in the cache
 
     weight = model.embed_tokens.weight
     generator = None
@@ -252,16 +260,16 @@ def generate(
 
 
 def first_ids(tokenizer):
-    """Return the ids before a document: the tokenizer's own, else its end-of-text token."""
+    """Return the ids that start a document: the tokenizer's start ids, or its end-of-text token."""
     if getattr(tokenizer, "start", None):
         return list(tokenizer.start)
     return [] if tokenizer.eot_token is None else [tokenizer.eot_token]
 
 
 def decode_stream(tokens, tokenizer):
-    """Yield the text of each token id, up to one that ends the text, and then what is left.
+    """Yield the text of each token id until one ends the text, and then the remaining bytes.
 
-    Bytes that are not a whole character yet are held back; what is not UTF-8 becomes U+FFFD.
+    Bytes of an incomplete character wait for the rest of it. Invalid UTF-8 becomes U+FFFD.
     """
     last_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -287,7 +295,7 @@ class SampleConfig:
     temperature: float = option(0.8, "the higher, the more surprising; 0: the likeliest", least=0)
     top_k: int = option(50, "sample from the k likeliest tokens; 0: from all", least=0)
     top_p: float = option(1.0, "sample from the fewest tokens that hold this much probability")
-    seed: int = option(1337, "equal seeds give equal texts", least=0)
+    seed: int = option(1337, "the same seed gives the same text", least=0)
     attn: str = option("", "use this attention instead of the checkpoint's")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
@@ -316,7 +324,7 @@ def read_prompt(text):
 
 
 def encode_prompt(config, tokenizer, prompt):
-    """Return the ids to continue: of a document that begins with the prompt, or of a chat."""
+    """Return the token ids of the prompt, as the start of a document or as a chat message."""
     if not config.chat:
         return [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
     if not hasattr(tokenizer, "chat"):
@@ -334,12 +342,12 @@ def export(folder, run, attn=None, dtype=None, is_trusted=False):
 
 
 def show_sample(model, tokenizer, n, seed, stop):
-    """Print text of up to n tokens that the model writes at the start of a document."""
+    """Print a new document of up to n tokens, generated by the model."""
     start = first_ids(tokenizer) or [0]
     limit = tokenizer.n_vocab
     settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": seed, "limit": limit}
     ids = []
-    with torch.compiler.set_stance("force_eager"):  # it would compile each length
+    with torch.compiler.set_stance("force_eager"):  # don't compile for every length
         for token in generate(model.eval(), start, n, **settings):
             if token == tokenizer.eot_token or stop.now:
                 break
@@ -348,7 +356,7 @@ def show_sample(model, tokenizer, n, seed, stop):
 
 
 def main(argv=None):
-    """Generate as the flags say; return the text, tokens_per_s, and the signal that ended it."""
+    """Generate a text from the command line; return it, tokens_per_s, and a signal received."""
     plugins = {"attn": train.PLUGINS["attn"]}
     config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
     if config.export:
@@ -366,7 +374,9 @@ def main(argv=None):
     size = model.config.block_size
     print(f"{run} on {device}", file=sys.stderr)
     if len(ids) > size:
-        print(f"the prompt has {len(ids)} tokens; the last {size} count", file=sys.stderr)
+        print(
+            f"the prompt has {len(ids)} tokens; the last {size} count as context", file=sys.stderr
+        )
 
     # stream the text; a signal ends it after the current token
     graph = config.cache and device.type == "cuda" and is_softmax(model.config)
@@ -384,7 +394,7 @@ def main(argv=None):
             n_pieces += 1
     print(flush=True)
 
-    n_tokens = n_pieces - 1  # the last piece is what is left of the text
+    n_tokens = n_pieces - 1  # the last piece holds the remaining bytes, not a token
     tokens_per_s = n_tokens / (time.perf_counter() - start_time)
     print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
     return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}

@@ -7,12 +7,13 @@ the products of their two values:
     S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
     o_i   = sum_jk P_ijk (v_j * v2_k)     j in (i - w1, i], k in (i - w2, i]
 
-The windows include the query's own position: w1 (512 in the paper) is that of k
-and v, w2 (32) that of k2 and v2. Every fourth layer is of this kind. The paper
+i, j and k are positions, l a channel, and * multiplies elementwise. k and v
+have a window of w1 positions (512 in the paper), k2 and v2 one of w2 (32); both
+include the query's own position. Every fourth layer is of this kind. The paper
 claims, for models of 2 billion active parameters and up, a lower loss on
-mathematics and code at equal tokens, and a steeper scaling law.
+mathematics and code after as many tokens, and a steeper scaling law.
 
-How to compute it: for a fixed offset d = i - k, ordinary attention with the
+How to compute it: for a fixed distance d = i - k, ordinary attention with the
 query q_i * k2_{i-d} over (k, v) and the window w1 gives an output a_id and a
 log-sum-exp e_id. The softmax over pairs is a mixture of these w2 ordinary
 attentions, so any flash attention can compute it:
@@ -20,10 +21,9 @@ attentions, so any flash attention can compute it:
     o_i = sum_d softmax_d(e_id) (a_id * v2_{i-d})
 
 Where we depart from the paper: these layers have no RoPE (`attention.rotary`),
-because a trilinear form changes when q, k and k2 are rotated alike, and the
-paper does not say what it does. The authors' code adds 1/D to k2 and 1 to v2,
-since v * v2 is tiny with fresh weights; the paper does not mention this and we
-do not do it.
+because a trilinear form changes when q, k and k2 are rotated by the same angle.
+The authors' code adds 1/D to k2 and 1 to v2, since v * v2 is tiny with
+untrained weights. The paper does not mention this, and we do not do it.
 
     python simplicial.py    Match3 and function composition
     python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
@@ -42,11 +42,11 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-LOGITS_AT_ONCE = 2**25  # that attention_torch holds in memory
+LOGITS_AT_ONCE = 2**25  # how many logits attention_torch holds in memory
 
 
 def check(q, k, v, k2, v2, w1, w2):
-    """Raise ValueError unless the shapes fit together and the windows hold the query itself."""
+    """Raise ValueError unless the shapes fit together and windows have at least 1 position."""
     tensors = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
     fits = all(t.dim() == 4 for t in tensors.values())
     fits = fits and k.shape == v.shape and k2.shape == v2.shape
@@ -66,10 +66,9 @@ def check(q, k, v, k2, v2, w1, w2):
 
 
 def get_windows(x, start, n, w):
-    """Return the w positions up to each of the positions start ... start + n - 1.
+    """Return x at positions i - w + 1 ... i, for each i in start ... start + n - 1.
 
-    x (B, H, T, D) -> (B, H, n, w, D), the newest last and zeros before position 0; and which of
-    them exist, (n, w) bool.
+    x (B, H, T, D) -> windows (B, H, n, w, D), and exists (n, w): False before position 0.
     """
     padded = F.pad(x, (0, 0, w - 1, 0))[:, :, start : start + n + w - 1]
     windows = padded.unfold(2, w, 1).transpose(-1, -2)  # (B, H, n, w, D)
@@ -79,11 +78,11 @@ def get_windows(x, start, n, w):
 
 
 def reference(q, k, v, k2, v2, *, w1=512, w2=32):
-    """2-simplicial attention by its definition, in any dtype.
+    """Compute causal 2-simplicial attention by its definition, in any dtype.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D) -> (B, H, Tq, D). Causal;
-    the queries are the last of the positions. Makes (B, H, Tq, w1, w2) and (B, H, Tq, w1, D)
-    tensors, so it is for tests.
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D) -> (B, H, Tq, D). The last
+    query is at the last position of the keys, as in decoding with a KV cache. Makes tensors of
+    shape (B, H, Tq, w1, w2) and (B, H, Tq, w1, D), so it is for tests.
     """
     check(q, k, v, k2, v2, w1, w2)
     _, H, Tq, D = q.shape
@@ -92,24 +91,26 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
     k, v, k2, v2 = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2))  # H heads
+    # query 0 is at position Tk - Tq of k and v, and at Tk2 - Tq of k2 and v2
     k, exists = get_windows(k, Tk - Tq, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
     v, _ = get_windows(v, Tk - Tq, Tq, w1)
     k2, exists2 = get_windows(k2, Tk2 - Tq, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
     v2, _ = get_windows(v2, Tk2 - Tq, Tq, w2)
 
+    # logits s_jk = k_j . (q * k2_k), softmax over the pairs (j, k), and sum_j v_j sum_k p_jk v2_k
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
     p = s.flatten(-2).softmax(-1).view(s.shape)
-    return ((p @ v2) * v).sum(-2)  # sum_j v_j * (sum_k p_jk v2_k)
+    return ((p @ v2) * v).sum(-2)
 
 
 # --------------------------------------------------------------------------------------------------
-# inf and NaN. A matrix product adds 0 * inf = NaN to queries that do not see the key, so one bad
-# position would spoil its neighbors.
+# inf and NaN. A matrix product adds 0 * inf = NaN to queries that the mask hides the key from, so
+# one bad position would spoil others.
 
 
 class FillGradient(torch.autograd.Function):
-    """The identity. Its gradient is NaN where `mask` is True."""
+    """Return x unchanged; in the backward pass, set the gradient to NaN where `mask` is True."""
 
     @staticmethod
     def forward(ctx, x, mask):
@@ -122,21 +123,22 @@ class FillGradient(torch.autograd.Function):
 
 
 def any_in_window(flags, w):
-    """flags (..., T) bool -> (..., T): is one of the w positions up to this one True?"""
+    """flags (..., T) -> (..., T): whether one of flags[i - w + 1 ... i] is True, for each i."""
     count = F.pad(flags.cumsum(-1), (w, 0))
     return count[..., w:] > count[..., :-w]
 
 
 def remove_nonfinite(q, k, v, k2, v2, w1, w2):
-    """Return the inputs with 0 for inf and NaN, and which queries see such a number, (B, H, Tq).
+    """Replace inf and NaN by 0. Return q, k, v, k2, v2 and sees_bad (B, H, Tq).
 
-    The caller makes NaN of the output of these queries. The gradients of what they see become NaN.
+    sees_bad is True for queries with inf or NaN in themselves or in their windows. The caller sets
+    their outputs to NaN; the gradients of all that these outputs depend on become NaN here.
     """
-    Hkv, Tk = k.shape[1:3]
+    _, Hkv, Tk, _ = k.shape
     Tk2 = k2.shape[2]
     Tq = q.shape[2]
 
-    # queries that see a bad number
+    # which queries see inf or NaN; query 0 is at position Tk - Tq of k and v
     is_bad = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
     is_bad2 = ~(k2.isfinite() & v2.isfinite()).all(-1)  # (B, Hkv, Tk2)
     sees_bad = any_in_window(is_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
@@ -144,10 +146,12 @@ def remove_nonfinite(q, k, v, k2, v2, w1, w2):
     sees_bad = sees_bad.repeat_interleave(q.shape[1] // Hkv, 1)  # (B, H, Tq)
     sees_bad = sees_bad | ~q.isfinite().all(-1)
 
-    # positions that such a query sees
+    # which keys such a query sees: key j is seen from j ... j + w - 1, a window in reversed order
     by_kv_head = sees_bad.unflatten(1, (Hkv, -1)).any(2)  # (B, Hkv, Tq)
-    seen = any_in_window(F.pad(by_kv_head, (Tk - Tq, 0)).flip(-1), w1).flip(-1)  # (B, Hkv, Tk)
-    seen2 = any_in_window(F.pad(by_kv_head, (Tk2 - Tq, 0)).flip(-1), w2).flip(-1)
+    reversed1 = F.pad(by_kv_head, (Tk - Tq, 0)).flip(-1)  # (B, Hkv, Tk)
+    reversed2 = F.pad(by_kv_head, (Tk2 - Tq, 0)).flip(-1)  # (B, Hkv, Tk2)
+    seen = any_in_window(reversed1, w1).flip(-1)
+    seen2 = any_in_window(reversed2, w2).flip(-1)
 
     cleaned = []
     for t, mask in (q, sees_bad), (k, seen), (v, seen), (k2, seen2), (v2, seen2):
@@ -157,37 +161,41 @@ def remove_nonfinite(q, k, v, k2, v2, w1, w2):
 
 
 # --------------------------------------------------------------------------------------------------
-# PyTorch
+# The fast path in PyTorch
 
 
 def attend(q, k, v, k2, v2, is_visible, exists, scale):
-    """The mixture above for a block of n queries, in one softmax.
+    """Attend from a block of n queries: the w2 ordinary attentions, with one softmax over all.
 
-    q (B, Hkv, g, n, D); k and v (B, Hkv, J, D), the J keys that one of the queries sees; k2 and v2
-    (B, Hkv, n, w2, D), each query's own window; is_visible (n, J); exists (n, w2)
-    -> (B, Hkv, g, n, D)
+    q        (B, Hkv, g, n, D)      g = H / Hkv query heads share a KV head
+    k, v     (B, Hkv, J, D)         the J keys that any of these queries sees
+    k2, v2   (B, Hkv, n, w2, D)     each query's own window
+    is_visible (n, J), exists (n, w2): False outside the windows. Returns (B, Hkv, g, n, D).
     """
-    rows = q[..., None, :] * k2[:, :, None] * scale  # (B, Hkv, g, n, w2, D)
-    s = rows.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g * n * w2, J)
-    s = s.unflatten(2, rows.shape[2:5])  # (B, Hkv, g, n, w2, J)
+    # logits: each query with each k2 of its window makes one query of ordinary attention
+    products = q[..., None, :] * k2[:, :, None] * scale  # (B, Hkv, g, n, w2, D)
+    s = products.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
+    s = s.unflatten(2, products.shape[2:5])  # (B, Hkv, g, n, w2, J)
     s = s.masked_fill(~(is_visible[:, None] & exists[:, :, None]), -torch.inf)
+    # softmax over all pairs (w2, J), then the sum over J, then that over w2
     p = s.flatten(-2).softmax(-1).view(s.shape)
-    a = (p.flatten(2, 4) @ v).view(rows.shape)  # (B, Hkv, g, n, w2, D)
+    a = (p.flatten(2, 4) @ v).view(products.shape)  # (B, Hkv, g, n, w2, D)
     return (a * v2[:, :, None]).sum(-2)
 
 
 def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_ONCE):
-    """2-simplicial attention in PyTorch, a block of queries at a time, in float32 at least.
+    """Compute 2-simplicial attention in PyTorch, block by block of queries, in float32 or float64.
 
-    Where all blocks together hold more than `logits_at_once`, the backward computes them again.
+    If all blocks together have more than `logits_at_once` logits, the backward recomputes them.
     """
     if q.numel() == 0:  # an empty result that still depends on every input
         return q + 0 * sum(t.sum() for t in (k, v, k2, v2))
-    if w2 > w1:  # the roles are symmetric: rows take the shorter window
-        k, v, w1, k2, v2, w2 = k2, v2, w2, k, v, w1
+    if w2 > w1:  # both keys play the same role: let w2 be the shorter window
+        k, v, k2, v2 = k2, v2, k, v
+        w1, w2 = w2, w1
     dtype = q.dtype
     B, H, Tq, D = q.shape
-    Hkv, Tk = k.shape[1:3]
+    _, Hkv, Tk, _ = k.shape
     Tk2 = k2.shape[2]
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
@@ -195,23 +203,23 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     q, k, v, k2, v2, sees_bad = remove_nonfinite(q, k, v, k2, v2, w1, w2)
     q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, g, Tq, D)
 
-    # queries per block
-    if torch.compiler.is_compiling():  # it would unroll the loop again for every length
+    # n queries per block see up to w1 + n keys, and w2 second keys each
+    if torch.compiler.is_compiling():  # torch.compile would unroll the loop for every length
         n = Tq
     else:
         n = max(1, min(Tq, max(w1 // 2, 16), logits_at_once // (2 * B * H * w1 * w2)))
     recompute = torch.is_grad_enabled() and B * H * Tq * w2 * (w1 + n) > logits_at_once
     outputs = []
     for start in [0] if n == Tq else range(0, Tq, n):
-        # keys that these queries see
+        # positions i of the queries, and j of the keys that they see: j in (i - w1, i]
         end = min(start + n, Tq)
         first_key = max(0, start + Tk - Tq - w1 + 1)
-        last_key = end + Tk - Tq
+        end_key = end + Tk - Tq
         i = torch.arange(start, end, device=q.device)[:, None] + Tk - Tq
-        j = torch.arange(first_key, last_key, device=q.device)
+        j = torch.arange(first_key, end_key, device=q.device)
         is_visible = (j <= i) & (j > i - w1)  # (n, J)
-        keys = k[:, :, first_key:last_key]
-        values = v[:, :, first_key:last_key]
+        keys = k[:, :, first_key:end_key]
+        values = v[:, :, first_key:end_key]
         k2_windows, exists = get_windows(k2, start + Tk2 - Tq, end - start, w2)
         v2_windows, _ = get_windows(v2, start + Tk2 - Tq, end - start, w2)
 
@@ -236,10 +244,10 @@ def warn_fallback(reason):
 
 
 def attention(q, k, v, k2, v2, *, w1=512, w2=32):
-    """2-simplicial attention; shapes and meaning as in `reference`.
+    """Compute 2-simplicial attention; shapes as in `reference`, or ValueError if they do not fit.
 
-    Runs kernels/simplicial.py on a GPU, else PyTorch. The kernel takes heads of width 16, 32, 64 or
-    128 in float32, float16 or bfloat16. Raises ValueError if shapes or windows do not fit.
+    Runs kernels/simplicial.py on a GPU, else PyTorch. The kernel supports head dimensions 16, 32,
+    64 and 128 in float32, float16 and bfloat16.
     """
     check(q, k, v, k2, v2, w1, w2)
     k, v, k2, v2 = (t.to(q.dtype) for t in (k, v, k2, v2))
@@ -254,11 +262,11 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
 
 
 attention.rotary = ()  # inputs that get RoPE
-attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # the option with their window
+attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # which option is its window
 
 
 def main(argv=None):
-    """Match3 and function composition on a CPU; writes results/simplicial-cpu.json and .png."""
+    """Train on Match3 and function composition; write results/simplicial-cpu.json and .png."""
     from experiments.simplicial import main as study
 
     return study(argv, __doc__)

@@ -7,33 +7,36 @@ of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-On a chain the minimiser has a closed form, in which each coordinate needs its b
-successors only:
+In memory order, the coordinates form a chain, in which i has edges to its b
+successors i+1 ... i+b only. So the minimiser has a closed form:
 
-    psi_i = W_i^-1 c_i           W_i: S on i+1 ... i+b, c_i: S of i with these
-    s_i   = S_0[i] - psi_i . c_i Schur complement: variance successors leave
+    psi_i = W_i^-1 c_i            W_i (b, b): S of the successors of i, among
+                                  each other; c_i (b): S of i with each of them
+    s_i   = S_0[i] - psi_i . c_i  Schur complement: the variance of g_i that its
+                                  successors do not explain
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
-    u     = X m                   the direction, m the momentum
+    u     = X m                   the direction, where m is the momentum
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], or a successor depends
-linearly on those before it, its edge is dropped, so X stays positive definite.
-Grafting: each tensor's step takes the length of Adam's. With b = 0, u is m /
-S_0: Adam without its square root. Biases and gains take Adam's step.
+Edge removal (Algorithm 3): where s_i <= gamma S_0[i], the edges from i to its
+successors are dropped; where a successor depends linearly on those before it,
+the edge to it is. So X stays positive definite. Grafting: each tensor's step
+gets the length of Adam's. With b = 0, u is m / S_0, Adam without its square
+root. Biases and gains take Adam's step.
 
-Damping: S_0 is replaced by S_0 + eps scale^2, where scale is the tensor's mean
-root-mean-square gradient, mean_i sqrt(S_0[i]), after the step before; in the
-first step, the mean magnitude of its gradient. So eps has no unit, and
-multiplying all gradients by a constant leaves every step as it was. An absolute
-eps is right for one scale only: 1e-8, fine for an autoencoder of MNIST, exceeds
-S_0 in most coordinates of a GPT, whose gradients are far smaller.
+Damping: S_0 is replaced by S_0 + eps scale^2. scale is the tensor's mean
+root-mean-square gradient, mean_i sqrt(S_0[i]), after the previous step; in the
+first step it is the mean magnitude of the gradient. So multiplying all
+gradients by a constant changes no step. An absolute eps is right for one scale
+only: 1e-8 is fine for an autoencoder on MNIST, but exceeds S_0 in most
+coordinates of a GPT, whose gradients are far smaller.
 
-Where we depart from the released code: eps, which there is absolute; Adam's
-variance in the graft is bias-corrected (their first step is 1 / sqrt(1 - beta2)
-times too long), and its step has no eps; the edge test is relative; chains end
-with the rows of a matrix, not with the tensor (chain="flat"); a gradient that
-is not finite is not spread.
+Where we depart from the released code: its eps is absolute. The variance of
+Adam's step in the grafting is bias-corrected here, and there is no eps in it
+(the first step of the released code is 1 / sqrt(1 - beta2) times too long). The
+test for edge removal is relative to S_0. Chains end with the rows of a matrix,
+not with the tensor (chain="flat"). A gradient that is not finite counts as 0.
 
-    python sonew.py                 the LogDet problem, an autoencoder of MNIST
+    python sonew.py                 the LogDet problem, an autoencoder on MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
 """
 
@@ -54,19 +57,21 @@ except ModuleNotFoundError as missing:  # macOS and Windows
         raise
     kernel = None
 
-LEAST_SCALE = 1e-15  # below it, squares of gradients lose their digits in float32
+LEAST_SCALE = 1e-15  # squares of smaller gradients lose precision in float32
 
 # --------------------------------------------------------------------------------------------------
-# The method, as pure functions. A tensor is R chains of C coordinates.
+# The method, as pure functions. A tensor is viewed as R chains of C coordinates.
 
 
 def reference(S, m):
-    """Solve the LogDet problem of one chain by dense algebra, in any dtype.
+    """Solve the LogDet problem of one chain with dense matrices, in any dtype.
 
-    X is the inverse of the maximum-determinant completion of a banded matrix: the sum of the
-    inverses of S on all windows of b+1 neighbours, minus those on the b that two windows share.
+    S: b+1 diagonals (n,), where S[k][i] is the entry (i, i+k). m: the momentum (n,).
+    Returns X (n, n) and X m (n,).
 
-    S: b+1 diagonals (n,), S[k][i] between i and i+k. m: (n,). Returns X (n, n) and X m (n,).
+    X is the inverse of the maximum-determinant completion of the banded matrix: invert S on every
+    window of b+1 neighbours, add these up, and subtract the inverses on the b coordinates that two
+    successive windows share.
     """
     n = len(m)
     b = min(len(S), n) - 1
@@ -88,7 +93,7 @@ def reference(S, m):
 
 
 def shift(x, k):
-    """Return x[:, i + k], with zeros past the ends of the chain. x: (R, C)."""
+    """Return y (R, C) with y[:, i] = x[:, i + k], and zeros past the ends. k may be negative."""
     if k < 0:
         return F.pad(x, (-k, 0))[:, : x.shape[1]]
     return F.pad(x, (0, k))[:, k:]
@@ -97,59 +102,66 @@ def shift(x, k):
 def factor(S, gamma):
     """Factor X = L diag(1/s) L^T by Gaussian elimination, elementwise over (R, C).
 
-    S: b+1 statistics (R, C). A successor is dropped where at most gamma of its own S_0 is left
-    after eliminating those before it; all are where at most gamma of S_0[i] is left for s_i.
-
+    S: b+1 statistics (R, C); S[k][:, i] belongs to coordinates i and i+k.
     Returns psi, b tensors (R, C), and s (R, C).
+
+    A successor is dropped where at most gamma of its own S_0 is left after eliminating those before
+    it. All successors of i are dropped where s_i is at most gamma S_0[i].
     """
     b = len(S) - 1
 
-    # W[p][q] = S between i+1+p and i+1+q, q <= p; c[p] = S between i and i+1+p
+    # For each i, successor p = 0 ... b-1 is coordinate i+1+p. W[p][q], q <= p, is the entry of S
+    # for successors p and q: S[p - q] at i+1+q. c[p] is the entry for i and successor p.
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
     c = list(S[1:])
     variance = [W[p][p] for p in range(b)]
 
-    # forward elimination: W = U^T diag(pivot) U, row by row, on W and c together
-    inverse = [None] * b
+    # forward elimination of successor j from the rows below it, in W and in c
+    pivot_inv = [None] * b
     for j in range(b):
-        inverse[j] = torch.where(W[j][j] > gamma * variance[j], 1 / W[j][j], 0)
+        pivot_inv[j] = torch.where(W[j][j] > gamma * variance[j], 1 / W[j][j], 0)
         for p in range(j + 1, b):
-            ratio = W[p][j] * inverse[j]
+            ratio = W[p][j] * pivot_inv[j]
             for q in range(j + 1, p + 1):
                 W[p][q] = W[p][q] - ratio * W[q][j]
             c[p] = c[p] - ratio * c[j]
 
-    # Schur complement
+    # Schur complement s = S_0 - c^T W^-1 c
     s = S[0]
     for j in range(b):
-        s = s - c[j] * (c[j] * inverse[j])
+        s = s - c[j] * (c[j] * pivot_inv[j])
 
-    # back substitution
+    # back substitution: psi = W^-1 c
     psi = [None] * b
     for j in reversed(range(b)):
-        psi[j] = c[j] * inverse[j]
+        psi[j] = c[j] * pivot_inv[j]
         for p in range(j + 1, b):
-            psi[j] = psi[j] - W[p][j] * inverse[j] * psi[p]
+            psi[j] = psi[j] - W[p][j] * pivot_inv[j] * psi[p]
 
     # edge removal
     keep = s > gamma * S[0]
-    psi = [torch.where(keep, x, 0) for x in psi]
+    psi = [torch.where(keep, psi_k, 0) for psi_k in psi]
     s = torch.where(keep, s, S[0])
     return psi, s
 
 
 def precondition(m, psi, s):
-    """Return u = L diag(1/s) L^T m, all (R, C); s = 0 means no gradient so far, and gives 0."""
+    """Return the direction u = L diag(1/s) L^T m; all are (R, C), psi is b of them.
+
+    u is 0 where s is 0, which means that there has been no gradient yet.
+    """
+    # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i]
     w = m
-    for k, x in enumerate(psi, start=1):
-        w = w - x * shift(m, k)
+    for k, psi_k in enumerate(psi, start=1):
+        w = w - psi_k * shift(m, k)
     w = torch.where(s > 0, w / s, 0)
 
+    # u = L w: subtract psi_i[k] w[i] from w[i+k]
     u = w
-    for k, x in enumerate(psi, start=1):
-        u = u - shift(x * w, -k)
+    for k, psi_k in enumerate(psi, start=1):
+        u = u - shift(psi_k * w, -k)
     return u
 
 
@@ -161,14 +173,14 @@ def bias_correction(beta, step):
 
 
 def unit_of(scale):
-    """Return what gradients are measured in, (): the tensor's scale, or 1 before there is one."""
+    """Return the unit in which to measure gradients, (): scale, or 1 if it is too small."""
     return torch.where(scale > LEAST_SCALE, scale, 1)
 
 
 def update_statistics(g, m, S, beta1, beta2):
-    """Add a gradient. Return the momentum m, the b+1 statistics S and is_good, all (R, C).
+    """Add gradient g to the momentum m and the b+1 statistics S; all are (R, C).
 
-    g: gradient (R, C). Where it is not finite, or its square is not, it counts as 0.
+    Returns m, S and is_good: False where g or its square is not finite, where g counts as 0.
     """
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
@@ -178,12 +190,12 @@ def update_statistics(g, m, S, beta1, beta2):
 
 
 def directions(m, S, step, scale, beta1, beta2, eps, gamma):
-    """Return the directions of SONew and Adam, u and a, and sqrt(S_0) over scale, all (R, C).
+    """Return u, a and root (R, C): the directions of SONew and Adam, and sqrt(S_0) / scale.
 
-    m, S: momentum and b+1 statistics (R, C) of `step` gradients. step, scale: (). Without a scale,
-    after gradients of 0, u is the momentum.
+    m, S: the momentum and the b+1 statistics (R, C) after `step` gradients.
+    step, scale: (). If the scale is 0 (all gradients have been 0), u is the momentum.
     """
-    # correct the bias, and measure gradients in units of scale: eps then needs no unit
+    # correct the bias, and divide by the scale, so that eps has no unit
     unit = unit_of(scale)
     m_hat = m * (1 / (bias_correction(beta1, step) * unit))
     S_correction = 1 / (bias_correction(beta2, step) * (unit * unit))
@@ -201,16 +213,16 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
 
 
 class LocalParam(NamedTuple):
-    """What one process holds of a parameter, its gradient and its state: contiguous tensors."""
+    """This process's shard of a parameter, of its gradient and of its state, all contiguous."""
 
     p: torch.Tensor
     grad: torch.Tensor
-    state: dict  # step, skipped, scale (), and m, s0 ... sb like p
-    band: int
-    chain: int  # coordinates of a chain
-    is_adam: bool  # takes Adam's step
-    numel: int  # coordinates of the whole parameter
-    process_groups: tuple  # over which its rows are sharded
+    state: dict  # step, skipped and scale: (); m, s0 ... sb: shaped like p
+    band: int  # b, successors of each coordinate
+    chain: int  # C, coordinates per chain
+    is_adam: bool  # whether to take Adam's step
+    numel: int  # coordinates of the parameter in all processes together
+    process_groups: tuple  # those over which its rows are sharded
 
 
 def to_local(t):
@@ -219,7 +231,7 @@ def to_local(t):
 
 
 def shard_groups(p, chain):
-    """Return the process groups over which p is sharded; each process must hold whole chains."""
+    """Return the process groups over which p is sharded. ValueError if that would cut a chain."""
     if not isinstance(p, DTensor):
         return ()
     groups = []
@@ -235,23 +247,24 @@ def shard_groups(p, chain):
 def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
     """Take one step in PyTorch, one tensor after the other.
 
-    params: LocalParam each, updated in place. lr: a number, or a tensor ().
+    params: a list of LocalParam, updated in place. lr: a number, or a tensor ().
     """
     for param in params:
-        # statistics and directions, in float32 or float64
+        # gradient g, momentum m, statistics S (b+1 of them); in float32 or float64
         state = param.state
         dtype = torch.promote_types(param.p.dtype, torch.float32)
         names = ["m", *(f"s{k}" for k in range(param.band + 1))]
         g = param.grad.to(dtype).view(-1, param.chain)  # (R, C)
-        m, *S = (state[name].to(dtype).view(-1, param.chain) for name in names)
+        m, *S = [state[name].to(dtype).view(-1, param.chain) for name in names]
         m, S, is_good = update_statistics(g, m, S, beta1, beta2)
         for name, new in zip(names, (m, *S), strict=True):
             state[name].copy_(new.view_as(param.p))
         state["step"] += 1
+        # u, a: the directions of SONew and Adam; root: sqrt(S_0) / scale
         scale = state["scale"]
         u, a, root = directions(m, S, state["step"], scale, beta1, beta2, eps, gamma)
 
-        # sums over the whole parameter
+        # sums over all shards: |a|^2, |u|^2, and root, which is inf if a gradient was bad
         root = torch.where(is_good, root, math.inf)
         sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
         for process_group in param.process_groups:
@@ -260,7 +273,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
         graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
         u = a if param.is_adam else graft * u
 
-        # update, unless a gradient was bad
+        # update the parameter and its scale, unless a gradient was bad
         all_good = sums[2] < math.inf
         p = param.p.to(dtype)
         rate = torch.where(all_good, lr, 0)
@@ -271,27 +284,28 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
 
 
 class SONew(torch.optim.Optimizer):
-    """Implement SONew with Adam's grafting. lr, betas and weight_decay as in AdamW.
+    """SONew, grafted to the length of Adam's step. lr, betas and weight_decay: as in AdamW.
 
-    eps: damping, added to S_0 in units of the tensor's squared mean root-mean-square gradient.
-    band: successors b, 0 to 4; the state is b + 2 tensors like the parameter, and three scalars.
-    gamma: an edge is removed where the Schur complement is at most gamma S_0 (with bf16_state at
-        least 2^-7, its rounding).
+    eps: damping, added to S_0 in units of scale^2, see the top of this file.
+    band: b, successors of each coordinate, 0 to 4. The state is b + 2 tensors of the parameter's
+        shape, and three scalars.
+    gamma: edges are removed where the Schur complement is at most gamma S_0. With bf16_state, gamma
+        is at least 2^-7, the rounding error of bfloat16.
     chain: "row", one chain per p[i].flatten(), or "flat", one through the whole tensor.
-    bf16_state: keep momentum and statistics in bfloat16, not float32 (float64 for float64).
-    use_kernel: None, the Triton kernel for CUDA tensors; False, never; True, always.
+    bf16_state: keep momentum and statistics in bfloat16; else in float32 (float64 for float64).
+    use_kernel: use the Triton kernel. None: for CUDA tensors; False: never; True: always.
 
-    No step waits for the device. A gradient that is not finite, or whose square is not, counts as 0
-    in the statistics, and its tensor is not updated; state["skipped"] counts these steps.
+    If an entry of a gradient or its square is not finite, it counts as 0 in the statistics, and its
+    tensor is not updated. state["skipped"] counts these steps. No step waits for the device.
 
-    ValueError: an option out of range, a sparse or complex gradient, a parameter sharded other than
-    by rows, or a state that does not fit the parameters.
+    Raises ValueError for an option out of range, a sparse or complex gradient, a parameter that is
+    sharded other than by rows, or a state that does not fit the parameters.
     """
 
-    # A CUDA graph can capture a step after prepare(): it never waits for the device, its counters
-    # live there, lr may be a tensor () there, and plan_cache keeps what replays read.
+    # A CUDA graph can capture a step after prepare(): no step waits for the device, counters and lr
+    # can be tensors on the device, and plan_cache keeps alive what replays read.
     capturable = True
-    use_kernel = None  # of a copy of the optimizer
+    use_kernel = None  # these two are for copies of the optimizer, which skip __init__
     plan_cache = None
 
     def __init__(
@@ -332,13 +346,13 @@ class SONew(torch.optim.Optimizer):
 
     @torch.no_grad()
     def prepare(self):
-        """Plan a step with the gradients where they are: a capture cannot upload its tables."""
+        """Plan the launches of the next step before a capture, which cannot upload their tables."""
         for group, params, uses_kernel in self._batches():
             if uses_kernel:
                 self._find_plans(params, [self._local_tensors(p, group) for p in params], group)
 
     def _batches(self):
-        """Return (group, parameters with gradients, whether the kernel takes them)."""
+        """Return a list of (group, parameters with gradients, whether the kernel takes them)."""
         batches = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -368,20 +382,20 @@ class SONew(torch.optim.Optimizer):
         else:
             step_torch(local_params(params, tensors, group), **options)
 
-        # parameters that are not contiguous
+        # write back parameters that are not contiguous: the step has updated a contiguous copy
         for p, (local_p, _, _) in zip(params, tensors, strict=True):
             if local_p is not p and not to_local(p).is_contiguous():
                 to_local(p).copy_(local_p)
 
     def _find_plans(self, params, tensors, group):
-        """Return the kernel's launches, planned again only where a tensor has moved or changed."""
+        """Return the kernel's launches, from the cache unless a tensor has moved or changed."""
         if self.plan_cache is None:
             self.plan_cache = kernel.PlanCache()
         make_params = functools.partial(local_params, params, tensors, group)
         return self.plan_cache.get(tensors, group["chain"], make_params)
 
     def _local_tensors(self, p, group):
-        """Return this process's part of p, its gradient and its state; contiguous tensors."""
+        """Return this process's shards of p, its gradient and its state as contiguous tensors."""
         grad = p.grad
         if grad.layout != torch.strided or not p.is_floating_point():
             raise ValueError("SONew takes dense gradients of real numbers")
@@ -396,16 +410,16 @@ class SONew(torch.optim.Optimizer):
         return p.contiguous(), grad.contiguous(), state
 
     def load_state_dict(self, state_dict):
-        """Load a state as torch.optim.Adam does, hooks included, but keep the state's dtype.
+        """Load a copy of a state as torch.optim.Adam does, hooks included, but keep its dtype.
 
-        PyTorch would cast it to the parameters'. Tensors are copied. ValueError: it does not fit.
+        PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
         """
         states = []
 
         def read(_, final):
             params = [p for group in self.param_groups for p in group["params"]]
             owners = [(i, group) for group in final["param_groups"] for i in group["params"]]
-            for p, (i, group) in zip(params, owners, strict=False):  # lengths: PyTorch checks them
+            for p, (i, group) in zip(params, owners, strict=False):  # PyTorch checks the lengths
                 check_options(group)
                 if i in final["state"]:
                     states.append((p, copy_state(p, group, final["state"][i])))
@@ -414,7 +428,7 @@ class SONew(torch.optim.Optimizer):
             for p, state in states:
                 self.state[p] = state
 
-        # the last pre-hook sees what the user's left; the first post-hook runs before theirs
+        # `read` runs after the user's pre-hooks, `install` before the user's post-hooks
         pre_hook = self.register_load_state_dict_pre_hook(read)
         post_hook = self.register_load_state_dict_post_hook(install, prepend=True)
         try:
@@ -425,7 +439,7 @@ class SONew(torch.optim.Optimizer):
 
 
 def local_params(params, tensors, group):
-    """Return the LocalParam of each parameter; tensors: its (p, gradient, state) here."""
+    """Return a LocalParam for each parameter; tensors: (p, gradient, state) of each, local."""
     result = []
     for p, (local_p, grad, state) in zip(params, tensors, strict=True):
         band, chain = band_and_chain(p, group)
@@ -452,7 +466,7 @@ def check_options(group):
 
 
 def band_and_chain(p, group):
-    """Return the band of p's statistics and how many coordinates a chain has."""
+    """Return b and the coordinates per chain for p; Adam's step has b = 0 and chains of 1."""
     if p.dim() < 2:
         return 0, 1
     chain = p.numel() if group["chain"] == "flat" else math.prod(p.shape[1:])
@@ -461,18 +475,19 @@ def band_and_chain(p, group):
 
 def init_state(p, group):
     """Return the state of p before its first step: scalars step, skipped, scale; m, s0 ... sb."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    dtype = torch.bfloat16 if group["bf16_state"] else wide
+    wide_dtype = torch.promote_types(p.dtype, torch.float32)
+    dtype = torch.bfloat16 if group["bf16_state"] else wide_dtype
+    band, _ = band_and_chain(p, group)
     state = {}
     for name in ("step", "skipped", "scale"):
-        state[name] = torch.zeros((), dtype=wide, device=to_local(p).device)
-    for name in ("m", *(f"s{k}" for k in range(band_and_chain(p, group)[0] + 1))):
+        state[name] = torch.zeros((), dtype=wide_dtype, device=to_local(p).device)
+    for name in ("m", *(f"s{k}" for k in range(band + 1))):
         state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     return state
 
 
 def mean_magnitude(p, chain):
-    """Return the mean magnitude of p's gradient over all shards, 0 if it is not finite."""
+    """Return the mean magnitude of p's gradient over all processes, or 0 if it is not finite."""
     total = to_local(p.grad).abs().sum(dtype=torch.promote_types(p.dtype, torch.float32))
     for process_group in shard_groups(p, chain):
         dist.all_reduce(total, group=process_group)
@@ -513,7 +528,7 @@ def optimizer(
 
 
 def main(argv=None):
-    """Draw the LogDet problem, and train an autoencoder of MNIST."""
+    """Plot the LogDet problem, and train an autoencoder on MNIST."""
     from experiments import sonew as study
 
     return study.main(argv)

@@ -1,38 +1,39 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
-The longer the context, the thinner softmax attention spreads over it. Let z_j
-be the logit of key j, and z_* that of the one relevant key, the needle. To give
-it probability 1 - e among T keys takes
+The longer the context, the less probability softmax attention can give to each
+key. Let z_j be the logit of key j, and z_* that of the one relevant key, the
+needle. To get probability 1 - e among T keys, the needle needs a margin of
 
-    z_* - z_j >= log((T - 1) (1 - e) / e)         for all other keys j
+    z_* - z_j >= log((T - 1) (1 - e) / e)         over every other key j
 
-which grows with log T, while the weights stay as they are; m distractors within
-d of the needle leave it at most 1 / (1 + m exp(-d)). Thinking longer does not
-help: each new token reads the context through the same attention. The paper
-(Bansal et al.) spends that compute on the queries: read the prompt once, freeze
-all keys and values, take a few AdamW steps on the query projections W_Q of all
-layers, with the next-token loss on random spans of the prompt, and answer from
-the same cache.
+which grows with log T, while the weights are fixed. If m other keys have logits
+within d of the needle's, its probability is at most 1 / (1 + m exp(-d)).
+Thinking longer does not help, since each new token reads the context through
+the same attention. The paper (Bansal et al.) spends that compute on the queries
+instead. It reads the prompt once, freezes all keys and values, takes a few
+AdamW steps on the query projections W_Q of all layers, with the next-token loss
+on random spans of n tokens of the prompt, and answers from the same cache:
 
     loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
     dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     for l = -log p_*
 
-A step moves a query from the mean key towards the needle. The paper takes 32
-steps with n = 128 and reports, for Qwen3-4B on LongBench-v2, 27.0 in context,
-33.5 with thinking, 39.6 with trained queries. Others found that random spans
-hurt (arXiv 2607.09415). Nothing proves a larger margin where the answer is
-read, and a norm after W_Q (Qwen3) lets queries turn but not sharpen.
+So a step moves a query from the mean key towards the needle. The paper takes 32
+steps with n = 128. For Qwen3-4B on LongBench-v2 it reports an accuracy of 27.0
+without training, 33.5 with thinking, and 39.6 with trained queries. Others
+found that random spans hurt (arXiv 2607.09415). There is no proof that the
+margin grows where the answer is read, and with a norm after W_Q, as in Qwen3,
+queries can change their direction but not their length.
 
-Where the paper is silent, we choose: the keys and values of a span come from
-the cache, too. W_Q is trained in float32, since a bfloat16 weight would not
-move at a learning rate of 1e-5. Spans do not cover the question, which is read
-with the new W_Q. Up to 8 spans are held out to measure what was learned.
+Where the paper does not say, we choose: the keys and values of a span come from
+the cache, too. W_Q is trained in float32, since steps with a learning rate of
+1e-5 are lost to rounding in bfloat16. Spans do not cover the question, which is
+read with the new W_Q. Up to 8 spans are held out to measure what was learned.
 
     python ttt_context.py --prompt my.txt --question "..."   the newest run
-    python ttt_context.py --prompt my.txt --init DIR         run, Hugging Face
+    python ttt_context.py --prompt my.txt --init DIR         any model
     python ttt_context.py --experiment                       small models, CPU
 
-Afterwards the model is what it was, bit for bit.
+Afterwards the model's weights are as before, bit for bit.
 """
 
 from support import cli
@@ -71,10 +72,10 @@ except ModuleNotFoundError as missing:
 
 
 def reference(q, k, v, starts):
-    """Attend from S spans to shared keys and values, by the definition, in any dtype.
+    """Compute the attention of S spans to shared keys and values by its definition, in any dtype.
 
-    q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D). Query r of span s stands at
-    position starts[s] + r and sees the keys up to there. Makes (S, H, n, T) tensors.
+    q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D). Query r of span s is at
+    position starts[s] + r and sees the keys up to there. Makes tensors of shape (S, H, n, T).
     """
     S, H, n, D = q.shape
     Hkv, T, _ = k.shape
@@ -89,15 +90,15 @@ def reference(q, k, v, starts):
 
 @dataclass
 class FrozenCache:
-    """One layer's keys and values of the whole prompt, frozen, as the KV cache of S spans of it."""
+    """The KV cache of S spans of a prompt: one layer's keys and values of the prompt, frozen."""
 
     k: torch.Tensor  # (Hkv, T, D)
     v: torch.Tensor
-    starts: torch.Tensor  # (S), on the CPU: where the spans begin
-    use_kernel: bool  # kernels/ttt_context.py, for softmax attention on a GPU
+    starts: torch.Tensor  # (S), on the CPU: the first position of each span
+    use_kernel: bool  # compute softmax attention with kernels/ttt_context.py, on a GPU
 
     def attend(self, module, heads):
-        """Attend from the queries (S, H, n, D); the keys and values of the spans are not used."""
+        """Attend from the queries heads[0] (S, H, n, D). The spans' own k and v are not used."""
         q = heads[0]
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
@@ -126,10 +127,10 @@ def can_use_kernel(model):
 
 @torch.no_grad()
 def prefill(model, ids, room=0):
-    """Read a prompt, ids (T), with the model as it is.
+    """Compute the keys and values of a prompt, ids (T), with untrained queries.
 
-    Return (caches, kv): one KVCache per layer, with room for `room` more tokens, and views of the T
-    keys and values in each, (Hkv, T, D) both.
+    Returns (caches, kv): a KVCache per layer, with room for `room` more tokens, and for each a pair
+    of views (Hkv, T, D) of its keys and values of the prompt.
     """
     for layer in model.layers:
         attention = layer.self_attn
@@ -151,9 +152,11 @@ def prefill(model, ids, room=0):
 def span_loss(model, kv, ids, starts, n):
     """Return the mean next-token loss of the spans ids[t : t + n], t in starts, in nats.
 
-    kv: the frozen keys and values of each layer, from `prefill`; ids (T); starts (S) on the CPU,
-    with 0 <= t < T - n. The layers project keys and values of the spans all the same; in Qwen3-4B
-    that is 3% of a step's products.
+    kv: the frozen keys and values of each layer, from `prefill`. ids (T).
+    starts (S): on the CPU, from 0 to T - n - 1, so that each span has a token after it.
+
+    The layers still compute keys and values of the spans, which are not used. In Qwen3-4B this is
+    3% of a step's FLOPs.
     """
     T = len(ids)
     if n < 1 or len(starts) == 0 or int(starts.min()) < 0 or int(starts.max()) + n >= T:
@@ -187,9 +190,9 @@ def span_loss(model, kv, ids, starts, n):
 
 @contextmanager
 def trainable_queries(model):
-    """Freeze all but a copy of each layer's W_Q, in float32 at least; yield the list of copies.
+    """Make only W_Q of each layer trainable, and yield these: copies in float32 or float64.
 
-    At the end, also after an error, the model has its own tensors back.
+    On exit, also after an error, the model gets its original tensors back.
     """
     originals = [(p, p.data, p.requires_grad) for p in model.parameters()]
     try:
@@ -208,25 +211,25 @@ def trainable_queries(model):
 
 
 def split_spans(T, n):
-    """Return where spans of n in a text of T tokens begin: those held out, and those to train on.
+    """Return the first positions of held-out spans and of training spans, n tokens each.
 
-    Held out are up to 8 spans, evenly spaced, an eighth of the text at most, but one if there is
-    room for any. To train on are all spans whose targets exist and are no held-out targets.
+    T: tokens of the text. There are up to 8 held-out spans, evenly spaced and at most an eighth of
+    the text, but at least one if T > 3 n. Training spans share no token with them.
     """
     n_held_out = min(8, max((T - 1) // (8 * n), int(T > 3 * n)))
-    last = T - 1 - n  # its last target is the last token
-    held_out = [round((i + 0.5) / n_held_out * last) for i in range(n_held_out)]
+    last_start = T - 1 - n  # the last target of this span is the last token of the text
+    held_out = [round((i + 0.5) / n_held_out * last_start) for i in range(n_held_out)]
     held_out = torch.tensor(held_out, dtype=torch.int64)
-    starts = torch.arange(last + 1)
+    starts = torch.arange(last_start + 1)
     is_apart = (starts[:, None] - held_out).abs() >= n  # (starts, held out)
     return held_out, starts[is_apart.all(dim=1)]
 
 
 def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0):
-    """Train `weights` by AdamW on spans drawn from `starts`, `batch` per step; yield each loss.
+    """Train `weights` by AdamW on `batch` random spans per step; yield the loss before each step.
 
-    weights: tensors that require a gradient, usually those of `trainable_queries`. The loss is that
-    before the step. Equal seeds and texts give equal steps, and no two texts share their draws.
+    weights: tensors that require a gradient, usually those of `trainable_queries`.
+    starts: the first positions of the spans to draw from. The seed and the text decide the draws.
     Raises FloatingPointError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
@@ -247,10 +250,10 @@ def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, 
 
 @contextmanager
 def adapt(model, kv, ids, starts=None, *, steps=32, show_progress=False, **options):
-    """Train the queries on a prompt; inside the block the model answers with them.
+    """Train the queries on a prompt, and let the model use them inside the `with` block.
 
-    kv: from `prefill`; starts: where spans begin, by default anywhere; options: n, batch, lr, seed
-    of `train_queries`. Yields the trained W_Q of each layer. Afterwards the model is as before.
+    kv: from `prefill`. starts: the first positions of the spans to train on, by default all.
+    options: n, batch, lr and seed of `train_queries`. Yields the trained W_Q of each layer.
     """
     if starts is None:
         starts = torch.arange(len(ids) - options.get("n", 128))
@@ -264,12 +267,12 @@ def adapt(model, kv, ids, starts=None, *, steps=32, show_progress=False, **optio
 
 @torch.no_grad()
 def answer(model, caches, T, question, n, limit=None):
-    """Yield the n likeliest tokens, one by one, after a question that follows T cached positions.
+    """Decode greedily: yield n token ids after a question that follows T cached positions.
 
-    question: token ids, at least one; limit: ids from here on are padding of the vocabulary.
+    question: token ids, at least one. limit: the vocabulary size without padding.
     """
     for cache in caches:
-        cache.length = T  # forget an earlier question and its answer
+        cache.length = T  # remove an earlier question and its answer from the cache
     ids = list(question)
     device = model.embed_tokens.weight.device
     for _ in range(n):
@@ -313,9 +316,9 @@ class AdaptConfig:
 def encode_prompt(tokenizer, prompt, question=""):
     """Return the token ids of the context and of the question.
 
-    With a chat template both are one message of the user, and the question is where it parts from
-    the same message without it. Otherwise they are plain text, and without a question the last
-    token of the prompt takes its place.
+    With a chat template, both are one user message. The question begins where the tokens differ
+    from those of the same message without it. Otherwise, both are plain text. If the question is
+    empty, the last token of the prompt takes its place.
     """
     if question and getattr(tokenizer, "chat_template", None):
         content = f"{prompt}\n\n"
@@ -328,12 +331,12 @@ def encode_prompt(tokenizer, prompt, question=""):
         n_context = len(context) if question else len(context) - 1
     if n_context == len(ids):
         raise ValueError("nothing of --question is left in the tokens; ask it in other words")
-    ids = [int(i) for i in ids]  # some tokenizers give NumPy's numbers
+    ids = [int(i) for i in ids]  # some tokenizers return NumPy integers
     return ids[:n_context], ids[n_context:]
 
 
 def find_model(args):
-    """Return the folder of the model to adapt; where there is no run yet, train the default one."""
+    """Return the folder of the model to adapt. If there is no run yet, train the default model."""
     if args.init == "newest" and not any(Path("out").glob("*/ckpt.pt")):
         print("there is no run under out/ yet; training the default model first", file=sys.stderr)
         device = ["--device", args.device] if args.device else []
@@ -344,15 +347,18 @@ def find_model(args):
 
 
 def compare(model, tokenizer, ids, question, args, lr):
-    """Answer, adapt, answer again. Return the answers, losses on held-out spans, and seconds."""
+    """Answer before and after adapting. Return the answers, held-out losses and seconds.
+
+    ids (T): the prompt. question: token ids. lr: the learning rate.
+    """
     T = len(ids)
     held_out, starts = split_spans(T, args.span)
     options = {"n": args.span, "batch": args.batch_spans, "lr": lr, "seed": args.seed}
     caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
-    def examine():
-        """Return the loss on the held-out spans, None if there are none, and the answer."""
+    def evaluate():
+        """Return the loss on the held-out spans (None if there are none) and the answer."""
         loss = None
         if len(held_out):
             loss = span_loss(model, kv, ids, held_out, args.span).item()
@@ -361,22 +367,29 @@ def compare(model, tokenizer, ids, question, args, lr):
         tokens = answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab)
         return loss, "".join(decode_stream(tokens, tokenizer))
 
-    before, plain = examine()
+    loss_before, answer_before = evaluate()
     start_time = time.perf_counter()
     with adapt(model, kv, ids, starts, steps=args.steps, show_progress=True, **options) as weights:
         seconds = time.perf_counter() - start_time
-        after, adapted = examine()
+        loss_after, answer_after = evaluate()
         if args.save_queries:
-            names = [f"layers.{i}.self_attn.q_proj.weight" for i in range(len(weights))]
-            state = {name: weight.detach().cpu() for name, weight in zip(names, weights)}
+            state = {}
+            for i, weight in enumerate(weights):
+                state[f"layers.{i}.self_attn.q_proj.weight"] = weight.detach().cpu()
             with files.atomic_write(args.save_queries) as file:
                 torch.save(state, file)
-    losses = {"held_out_spans": len(held_out), "held_out_before": before, "held_out_after": after}
-    return {"plain": plain, "adapted": adapted, **losses, "seconds": seconds}
+    return {
+        "plain": answer_before,
+        "adapted": answer_after,
+        "held_out_spans": len(held_out),
+        "held_out_before": loss_before,
+        "held_out_after": loss_after,
+        "seconds": seconds,
+    }
 
 
 def report(result):
-    """Print what a run found."""
+    """Print the result of a run: the answers, the held-out losses and the costs."""
     print(f"--- as it is\n{result['plain']}")
     print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
     if result["held_out_spans"] == 0:
@@ -395,7 +408,7 @@ def report(result):
 
 
 def run(args):
-    """Adapt to --prompt, print the answer before and after, and return what was found."""
+    """Adapt to --prompt. Print and return answers before and after, losses and costs."""
     from experiments import ttt_cost
 
     # the prompt and the model
@@ -419,10 +432,10 @@ def run(args):
         note = f"that is {factor:.1f} times the {block_size:,} tokens the model was trained on"
         print(note, file=sys.stderr)
     lr = args.lr
-    if lr is None:  # weights that were trained for long want smaller steps
+    if lr is None:  # models from elsewhere have trained for longer and need smaller steps
         lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
 
-    # the answers, and what the steps cost
+    # the answers, and the FLOPs of the steps, also as tokens of thinking
     ids = torch.tensor(context, device=device)
     result = compare(model, tokenizer, ids, question, args, lr)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)

@@ -1,16 +1,17 @@
-"""Time the kernels beside what one would use otherwise, all in one run.
+"""Time the kernels and their alternatives in PyTorch, all in one run.
 
 python experiments/bench_kernels.py              every kernel
-python experiments/bench_kernels.py laser sonew  some; the others stay
+python experiments/bench_kernels.py laser sonew  two; keep the other results
 
-First the two ceilings, a copy and a matrix product; then, kernel by kernel, a
-check of the result and the median times. The floor of a row is what its method
-cannot do without, FLOPs or bytes, at its ceiling. Writes kernels.json and
-kernels.png. Without a GPU it says what it would do.
+First measures the GPU's ceilings: the bandwidth of a copy and the FLOP/s of a
+matrix product. Then checks the result of each kernel and takes median times.
+The floor of a method is the time that its FLOPs or bytes would take at the
+ceiling. Writes kernels.json and kernels.png. Without a GPU, prints the list of
+kernels.
 
-Peers are PyTorch's own. FlexAttention is one for spans over a frozen cache; it
-changes logits, not values, so LASER over it is the paper's form again, and it
-has no logits of three factors.
+FlexAttention can modify logits, not values. So it is an alternative for spans
+over a frozen cache, but not for LASER, nor for 2-simplicial attention, whose
+logits have three factors.
 """
 
 import importlib
@@ -40,7 +41,7 @@ PASSES = ("forward_ms", "backward_ms", "step_ms")
 
 
 def random_heads(B, T, H, D):
-    """(B, H, T, D) of unit normals, bfloat16, (B, T, H, D) in memory as projections leave them."""
+    """Return normal random numbers (B, H, T, D) in bfloat16; in memory they are (B, T, H, D)."""
     t = torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda")
     return t.transpose(1, 2).requires_grad_()
 
@@ -56,26 +57,30 @@ def time_passes(attention, inputs):
     return out, median_ms(lambda: attention(*inputs)), median_ms(backward)
 
 
-def time_step(name, shape, optimizer, bytes_per_parameter, **more):
-    optimizer.step()  # makes its state
-    parameters = 0
+def time_step(name, shape, optimizer, bytes_per_parameter, **columns):
+    """Return a row of results with the time of a step; columns: more entries of the row."""
+    optimizer.step()  # creates its state
+    n_parameters = 0
     for group in optimizer.param_groups:
-        parameters += sum(p.numel() for p in group["params"])
+        n_parameters += sum(p.numel() for p in group["params"])
     row = {"shape": shape, "name": name, "step_ms": median_ms(optimizer.step)}
-    row.update(host_ms=host_ms(optimizer.step), GB=bytes_per_parameter * parameters / 1e9)
-    return {**row, **more}
+    row["host_ms"] = host_ms(optimizer.step)
+    row["GB"] = bytes_per_parameter * n_parameters / 1e9
+    return {**row, **columns}
 
 
 def require(condition, message):
-    """A kernel that is wrong is not worth timing."""
+    """Raise an error unless the condition holds: a wrong kernel is not worth timing."""
     if not condition:
         raise FloatingPointError(message)
 
 
-# -- the kernels -----------------------------------------------------------------------------------
+# -- the kernels: each function yields a row of results per method and shape -----------------------
 
 
 def softmax(backend):
+    """Return causal softmax attention by one of PyTorch's backends."""
+
     def attention(q, k, v):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -84,12 +89,12 @@ def softmax(backend):
 
 
 def paper_form(backend):
-    """LASER as published: any attention, with the maximum subtracted before exp."""
-    attend = softmax(backend)
+    """Return LASER as published: log of attention over exp(v), with v shifted by its maximum."""
+    softmax_attention = softmax(backend)
 
     def attention(q, k, v):
-        largest = v.detach().amax(2, keepdim=True)
-        return attend(q, k, (v - largest).exp()).log() + largest
+        v_max = v.detach().amax(2, keepdim=True)
+        return softmax_attention(q, k, (v - v_max).exp()).log() + v_max
 
     return attention
 
@@ -107,22 +112,22 @@ def laser():
         "ours": ours,
         "ours, all in Triton": ours,
     }
-    # asked for determinism, torch.empty would fill with NaN
+    # in deterministic mode, torch.empty would also write NaN, which takes time
     torch.utils.deterministic.fill_uninitialized_memory = False
     for B, H, T, D in (4, 16, 4096, 128), (4, 32, 4096, 64), (16, 12, 1024, 64):
         q, k, v = (random_heads(B, T, H, D) for _ in range(3))
-        first = [t[:1].float() for t in (q, k, v)]
-        truth = softmax(SDPBackend.MATH)(first[0], first[1], first[2].exp()).log()
+        first_q, first_k, first_v = (t[:1].float() for t in (q, k, v))
+        exact = softmax(SDPBackend.MATH)(first_q, first_k, first_v.exp()).log()
         for name, attention in variants.items():
-            torch.use_deterministic_algorithms("Triton" in name)  # cuDNN's attention is not
+            torch.use_deterministic_algorithms("Triton" in name)  # ours then avoids cuDNN
             out, forward, backward = time_passes(attention, (q, k, v))
-            error = (out[:1] - truth).abs().max().item()
+            error = (out[:1] - exact).abs().max().item()
             require(name.startswith("softmax") or error < 0.05, f"{name} is off by {error}")
             grad_out = torch.empty_like(out)
             host = host_ms(lambda f=attention: torch.autograd.grad(f(q, k, v), (q, k, v), grad_out))
             row = {"shape": [B, H, T, D], "name": name, "error": error, "host_ms": host}
             row.update(forward_ms=forward, backward_ms=backward)
-            # two products forward and five backward, of half the pairs each
+            # 2 matrix products forward and 5 backward, each of 2 T^2 D / 2 FLOPs per causal head
             yield {**row, "GFLOP": 7 * B * H * T * T * D / 1e9}
     torch.use_deterministic_algorithms(False)
 
@@ -135,23 +140,26 @@ def simplicial():
     w1 = 512
     w2 = 32
     for B, H, Hkv, T, D in (4, 64, 1, 4096, 128), (2, 16, 16, 4096, 128), (2, 32, 32, 4096, 64):
-        few = [random_heads(1, 700, h, D) for h in (2 * H // Hkv, 2, 2, 2, 2)]  # past both windows
-        exact = attention_torch(*few, w1=w1, w2=w2)
-        error = (attention(*few, w1, w2)[0] - exact).abs().max().item()
+        # check with two KV heads and more positions than the windows have
+        inputs = [random_heads(1, 700, heads, D) for heads in (2 * H // Hkv, 2, 2, 2, 2)]
+        exact = attention_torch(*inputs, w1=w1, w2=w2)
+        error = (attention(*inputs, w1, w2)[0] - exact).abs().max().item()
         require(error < 0.05, f"2-simplicial attention is off by {error}")
-        inputs = [random_heads(B, T, h, D) for h in (H, Hkv, Hkv, Hkv, Hkv)]
+
+        # time
+        inputs = [random_heads(B, T, heads, D) for heads in (H, Hkv, Hkv, Hkv, Hkv)]
         _, forward, backward = time_passes(lambda *t: attention(*t, w1, w2)[0], inputs)
-        forward_gflop = 4 * B * H * T * w1 * w2 * D / 1e9
+        forward_gflop = 4 * B * H * T * w1 * w2 * D / 1e9  # 2 products over w1 w2 pairs per query
         row = {"shape": [B, H, Hkv, T, D], "name": "ours", "error": error}
         row.update(forward_ms=forward, backward_ms=backward)
         row.update(forward_TFLOP_per_s=forward_gflop / forward)
         row.update(backward_over_forward=backward / forward)
-        # a backward pass needs 12; ours, without atomics, takes 16
+        # a backward pass needs 3 times the FLOPs of the forward; ours, without atomics, takes 4
         yield {**row, "GFLOP": 4 * forward_gflop}
 
 
 def sonew_error(**options):
-    """Return how far the kernel's step is from PyTorch's, in units of its length."""
+    """Return the relative error of the kernel's 20th step, compared with PyTorch's."""
     from sonew import SONew
 
     updates = []
@@ -160,7 +168,7 @@ def sonew_error(**options):
         p = torch.nn.Parameter(torch.zeros(768, 3072, device="cuda"))
         optimizer = SONew([p], lr=0.0, use_kernel=use_kernel, **options)
         for step in range(20):
-            optimizer.param_groups[0]["lr"] = float(step == 19)
+            optimizer.param_groups[0]["lr"] = float(step == 19)  # p moves in the last step only
             p.grad = torch.randn_like(p)
             optimizer.step()
         updates.append(p.detach())
@@ -200,7 +208,7 @@ def lora_rite():
         for p in parameters:
             p.grad = torch.randn_like(p)
 
-        # one step, so large that it is seen beside the weights
+        # check one step, with a learning rate so large that the step exceeds float32's rounding
         start = [p.detach().clone() for p in parameters]
         groups = [{"params": parameters, "pair": True}]
         optimizers = {}
@@ -210,8 +218,8 @@ def lora_rite():
                 p.data.copy_(x)
             optimizers[use_kernel] = LoRARITE(groups, lr=1e3, use_kernel=use_kernel)
             optimizers[use_kernel].step()
-            moved = [(p.detach() - x).flatten() for p, x in zip(parameters, start)]
-            updates[use_kernel] = torch.cat(moved)
+            changes = [(p.detach() - x).flatten() for p, x in zip(parameters, start)]
+            updates[use_kernel] = torch.cat(changes)
         difference = (updates[True] - updates[False]).norm()
         error = (difference / updates[False].norm()).item()
         require(error < 1e-3, f"LoRA-RITE is off by {error} of the step")
@@ -220,15 +228,15 @@ def lora_rite():
         yield time_step("AdamW, fused", shape, torch.optim.AdamW(parameters, fused=True), 28)
         for use_kernel, name in ((False, "eager"), (True, "ours")):
             optimizer = optimizers[use_kernel]
-            optimizer.param_groups[0]["lr"] = 1e-5  # what is timed stays where it is
-            more = {"error": error} if use_kernel else {}
-            yield time_step(name, shape, optimizer, 32, **more)
+            optimizer.param_groups[0]["lr"] = 1e-5  # keep the weights in range while timing
+            columns = {"error": error} if use_kernel else {}
+            yield time_step(name, shape, optimizer, 32, **columns)
 
 
 def loss_peers():
-    """Return {name: loss(x, weight, targets)} of what else computes this loss, where installed."""
+    """Return {name: loss(x, weight, targets)} of the installed libraries that have this loss."""
 
-    def pytorch(x, weight, targets):  # in float32, else the mean is rounded to bfloat16
+    def pytorch(x, weight, targets):  # in float32, or the mean would be rounded to bfloat16
         return F.cross_entropy((x @ weight.T).float(), targets)
 
     peers = {"PyTorch, compiled": torch.compile(pytorch)}
@@ -247,7 +255,7 @@ def loss_peers():
 
 
 def loss():
-    """cross-entropy of x W^T for 65,536 x 768 inputs and 50,304 words, with both gradients"""
+    """cross-entropy of x W^T for 65,536 x 768 inputs and 50,304 tokens, with both gradients"""
     N, C, V = 65536, 768, 50304
     x = torch.randn(N, C, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     weight = (0.02 * torch.randn(V, C, device="cuda")).bfloat16().requires_grad_()
@@ -277,10 +285,10 @@ def cross_entropy():
     logits = torch.randn(R, V, dtype=torch.bfloat16, device="cuda")
     targets = torch.randint(V, (R, 1), device="cuda")
     scale = torch.full((R, 1), 1 / R, device="cuda")
+    # check on 1/64 of the rows: their scale is 64 / R
     exact = F.cross_entropy(logits[:1024].float(), targets[:1024, 0]).item()
-    error = abs(
-        ours(logits[:1024].clone(), targets[:1024], 64 * scale[:1024], False)[0].item() - exact
-    )
+    value = ours(logits[:1024].clone(), targets[:1024], 64 * scale[:1024], False)[0].item()
+    error = abs(value - exact)
     require(error < 1e-3, f"the cross-entropy is off by {error}")
     step_ms = median_ms(lambda: ours(logits, targets, scale, True))
     row = {"shape": [R, V], "name": "ours", "step_ms": step_ms, "error": error}
@@ -288,7 +296,7 @@ def cross_entropy():
 
 
 def unmasked(backend):
-    """Without a mask: 0.01% more work here, and both backends on their fastest path."""
+    """Return attention without a mask: 0.01% more work here, but the backend's fastest path."""
 
     def attention(q, k, v):
         with sdpa_kernel(backend):
@@ -328,7 +336,7 @@ def ttt_context():
             error_grad = ((grad - exact_grad).norm() / exact_grad.norm()).item()
             error = max(error_out, error_grad)
             require(name != "ours" or error < 0.02, f"span attention is off by {error}")
-            gflop = n * H * T * D / 1e9  # of one product, without the factor 2
+            gflop = n * H * T * D / 1e9  # half a matrix product: 4 forward, 6 backward
             row = {"shape": [1, H, Hkv, n, T, D], "name": name, "error": error, "GFLOP": 10 * gflop}
             row.update(forward_ms=forward, backward_ms=backward)
             row.update(forward_TFLOP_per_s=4 * gflop / forward)
@@ -351,7 +359,7 @@ def is_ours(row):
 
 
 def add_floor(row, ceilings):
-    """Add the time of the method's FLOPs or bytes at the ceilings, and its share of the total."""
+    """Add the floor, the time of the FLOPs or bytes at the ceiling, and its share of the total."""
     if "GFLOP" in row:
         floor = row["GFLOP"] / ceilings["matmul_TFLOP_per_s"]
     else:
@@ -360,7 +368,7 @@ def add_floor(row, ceilings):
 
 
 def bench(name, ceilings):
-    """Time one kernel, printing rows as they come; return them."""
+    """Run the benchmark of one kernel, printing each row of results; return the rows."""
     rows = []
     for row in KERNELS[name]():
         row = add_floor(row, ceilings)
@@ -376,7 +384,7 @@ def bench(name, ceilings):
 
 
 def plot(record):
-    """Draw the time of every row in units of its floor, a panel per kernel."""
+    """Plot the time of every method in units of its floor, one panel per kernel."""
     names = [name for name in KERNELS if name in record["kernels"]]
     heights = [len(record["kernels"][name]) + 2 for name in names]
     figure, axes = harness.new_figure(
@@ -417,7 +425,7 @@ def main(argv=None):
         return {}
 
     record = json.loads(path.read_text()) if path.exists() else {"kernels": {}}
-    torch._functorch.config.donated_buffer = False  # else a compiled graph runs backward only once
+    torch._functorch.config.donated_buffer = False  # to run a compiled backward more than once
     record.update(measure_ceilings())
     copy_tb = record["copy_TB_per_s"]
     print(f"copy {copy_tb:.2f} TB/s, matrix product {record['matmul_TFLOP_per_s']:.0f} TFLOP/s")

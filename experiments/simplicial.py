@@ -1,11 +1,11 @@
 """2-simplicial attention on two CPU cores: can one layer find a triple, or compose two functions?
 
-    Match3        20 tokens of Z_20; is there a pair (j, k) with x_j + x_k + x_last = 0 modulo 20?
-    composition   tables of two functions f and g from Z_4 to Z_4, in any order; what is f(g(x))?
+    Match3        7 numbers modulo 20: is there a pair (j, k) with x_j + x_k + x_last = 0 modulo 20?
+    composition   tables of two functions f and g on 4 values, in any order: what is f(g(x))?
 
-One layer of the GPT, without positions, classifies the last token; only its attention differs, at
-equal parameters. Match3 is also solved by weights set by hand. The paper's Table 2 is fitted again,
-with and without its smallest model.
+One layer of the GPT, without position embeddings, classifies the last token. The variants differ in
+their attention and have as many parameters. Match3 is also solved by weights set by hand, and the
+paper's Table 2 is fitted again, with and without its smallest model.
 """
 
 import itertools
@@ -39,9 +39,10 @@ def match3(x, M):
 def match3_by_hand(x, M, function=attention):
     """Solve Match3 with one head of width 5 and weights set by hand. x (B, T) -> (B, T) bool
 
-    cos(a + b + c) is trilinear in four products of a cosine and a sine each. A blank token comes
-    first; the pair (blank, blank) scores as much as a match. Values are 1, the blank's is 0, so n
-    matching pairs give n / (n + 1).
+    The logit of a pair is beta cos(a + b + c) with angles 2 pi x / M, largest for a match. It is
+    trilinear, cos a cos b cos c - cos a sin b sin c - sin a cos b sin c - sin a sin b cos c. A
+    blank token comes first, and the pair (blank, blank) has the logit of a match. The blank's value
+    is 0 and all others are 1, so with n matching pairs the output is n / (n + 1).
     """
     B, T = x.shape
     angle = 2 * math.pi / M * x
@@ -55,10 +56,10 @@ def match3_by_hand(x, M, function=attention):
         first = torch.tensor(blank).to(tokens).expand(B, 1, 5)
         return torch.cat([first, tokens], 1)[:, None]  # (B, 1, 1 + T, 5)
 
-    # inverse temperature: all pairs that do not match together weigh a tenth of one that does
+    # inverse temperature: all pairs without a match weigh at most a tenth of one match together
     beta = math.log(10 * (T + 1) ** 2) / (1 - math.cos(2 * math.pi / M))
     last_channel = [0.0, 0.0, 0.0, 0.0, 1.0]
-    q = with_blank(c, c, s, s, one, blank=last_channel) * beta * 5**0.5  # 5**0.5 undoes the scale
+    q = with_blank(c, c, s, s, one, blank=last_channel) * beta * 5**0.5  # undo 1 / sqrt(D), D = 5
     k = with_blank(c, -s, -c, -s, zero, blank=last_channel)
     k2 = with_blank(c, s, s, c, zero, blank=last_channel)
     v = with_blank(one, one, one, one, one, blank=[0.0] * 5)
@@ -67,25 +68,26 @@ def match3_by_hand(x, M, function=attention):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tasks: tokens (B, T, number of tables), and the answer for the last token (B,)
+# Tasks: tokens (B, T, numbers per token), and the answer for the last token (B,)
 
 
 def match3_batch(B, generator, M=20, T=7):
-    """Make Match3 sequences, half of which have a match.
+    """Make Match3 sequences: tokens (B, T, 1), and answers (B,), 1 for a match and 0 for none.
 
-    In each, two tokens were set to sum with the last one to 0 or, a near miss, to 1 modulo M.
-    -> tokens (B, T, 1), answers (B,) 0 or 1
+    Half of the sequences have a match. The others have a near miss: two tokens and the last one sum
+    to 1 modulo M.
     """
+    # N candidates: set the token at `second`, so that it, `first` and the last sum to 0 or 1
     N = 12 * B
     x = torch.randint(M, (N, T), generator=generator)
     order = torch.rand(N, T - 1, generator=generator).argsort(1)
-    first = order[:, 0]  # two of the tokens before the last
+    first = order[:, 0]  # positions before the last
     second = order[:, 1]
     is_miss = torch.arange(N) % 6 > 0
     rows = torch.arange(N)
     x[rows, second] = (is_miss.long() - x[:, -1] - x[rows, first]) % M
 
-    # keep as many with a match, as without
+    # keep B / 2 with a match, and B / 2 without
     sums = x[:, None, :] + x[:, :, None] + x[:, -1, None, None]
     has_match = (sums % M == 0).flatten(1).any(1)
     matches = (has_match & ~is_miss).nonzero()[: B // 2, 0]
@@ -97,15 +99,19 @@ def match3_batch(B, generator, M=20, T=7):
 def composition_batch(B, generator, M=4):
     """Make sequences that list two functions f and g on M values, then ask for f(g(x)).
 
-    A token is (table, argument, value). -> tokens (B, 2 M + 1, 3), answers (B,)
+    Returns tokens (B, 2 M + 1, 3), each (table, argument, value) with table 0 for g, 1 for f and 2
+    for the question, and answers (B,).
     """
     g = torch.randint(M, (B, M), generator=generator)
     f = torch.randint(M, (B, M), generator=generator)
     x = torch.randint(M, (B,), generator=generator)
-    y = torch.arange(M).expand(B, M)
+    arguments = torch.arange(M).expand(B, M)
     entries = []
-    for number, table in enumerate((g, f)):
-        entries.append(torch.stack([torch.full_like(y, number), y, table], -1))  # (B, M, 3)
+    for number, values in enumerate((g, f)):
+        table = torch.full_like(arguments, number)
+        entries.append(torch.stack([table, arguments, values], -1))  # (B, M, 3)
+
+    # shuffle the entries, and append the question
     order = torch.rand(B, 2 * M, generator=generator).argsort(1)
     context = torch.cat(entries, 1).gather(1, order[..., None].expand(-1, -1, 3))  # (B, 2 M, 3)
     question = torch.stack([torch.full_like(x, 2), x, torch.zeros_like(x)], -1)[:, None]
@@ -114,13 +120,14 @@ def composition_batch(B, generator, M=4):
 
 
 def chance_levels(M=4):
-    """Return the accuracies that need no composing.
+    """Return {task: {strategy: accuracy}} of strategies that need no composition.
 
-    Guessing uniformly, and naming the commonest value of f: over all tables, its mean frequency.
+    Either guess uniformly, or answer with the value that f takes most often.
     """
-    tables = list(itertools.product(range(M), repeat=M))
-    commonest = [max(table.count(value) for value in table) / M for table in tables]
-    levels = {"uniform": 1 / M, "commonest value": statistics.mean(commonest)}
+    frequencies = []
+    for table in itertools.product(range(M), repeat=M):  # all functions f
+        frequencies.append(max(table.count(value) for value in table) / M)
+    levels = {"uniform": 1 / M, "commonest value": statistics.mean(frequencies)}
     return {"Match3": {"uniform": 0.5}, "composition": levels}
 
 
@@ -129,26 +136,26 @@ def chance_levels(M=4):
 
 
 def product(q, k, v, k2, v2):
-    """Multiply two softmax attentions: 2-simplicial attention with additive logits, almost free."""
+    """Multiply two softmax attentions: 2-simplicial with a sum of two logits as a pair's logit."""
     return train.softmax_attention(q, k, v) * train.softmax_attention(q, k2, v2)
 
 
 def gate(q, k, v, k2, v2):
-    """2-simplicial attention with w2 = 1: multiplicative, but a function of pairs of positions."""
+    """2-simplicial attention with w2 = 1: k2 and v2 are those of the query's own position."""
     return train.softmax_attention(q * k2, k, v) * v2
 
 
 WIDTH = 48
 HIDDEN = 96
-WIDER = HIDDEN + 2 * WIDTH // 3  # as many parameters in the SwiGLU as two projections more
+WIDER = HIDDEN + 2 * WIDTH // 3  # of the SwiGLU: makes up for having no projections of k2 and v2
 BASELINE = "softmax"
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 LR = 3e-3
 
 
 class Task(NamedTuple):
-    make_batch: Callable
-    vocabularies: tuple  # sizes of the embeddings
+    make_batch: Callable  # (batch size, generator) -> tokens, answers
+    vocabularies: tuple  # vocabulary size of each number of a token
     classes: int
     steps: int
 
@@ -166,7 +173,7 @@ TASKS = {
 
 
 class OneLayer(nn.Module):
-    """Embeddings, one layer of the GPT without positions, and a classifier of the last token."""
+    """Embeddings, one layer of the GPT without RoPE, and a classifier of the last token."""
 
     def __init__(self, function, task):
         super().__init__()
@@ -182,7 +189,7 @@ class OneLayer(nn.Module):
         self.out = nn.Linear(WIDTH, task.classes)
 
     def forward(self, tokens):
-        """tokens (B, T, number of tables) -> (B, classes)"""
+        """Return logits (B, classes) of tokens (B, T, numbers per token)."""
         x = 0
         for i, embedding in enumerate(self.embeddings):
             x = x + embedding(tokens[..., i])  # (B, T, C)
@@ -190,9 +197,9 @@ class OneLayer(nn.Module):
 
 
 def train_task(task_name, variant_name, seed, steps):
-    """Train on new examples in every step. Return the run; value: accuracy on 2000 others.
+    """Train one variant and return the run; its value is the accuracy on 2000 examples.
 
-    All variants of a seed train on the same examples.
+    Every step has new examples. They depend on the seed only, so all variants see the same.
     """
     task = TASKS[task_name]
     generator = torch.Generator().manual_seed(seed)
@@ -245,12 +252,12 @@ def fit_exponent(sizes, losses):
 
 
 def refit():
-    """Return {benchmark: {model: [exponent over all three sizes, without the smallest]}}."""
+    """Return {benchmark: {model: [exponent of all three sizes, exponent without the smallest]}}."""
     exponents = {}
     for benchmark in TABLE2["softmax"]:
         exponents[benchmark] = {}
-        for model, rows in TABLE2.items():
-            losses = rows[benchmark]
+        for model, losses_of in TABLE2.items():
+            losses = losses_of[benchmark]
             all_sizes = fit_exponent(SIZES, losses)
             without_smallest = fit_exponent(SIZES[1:], losses[1:])
             exponents[benchmark][model] = [all_sizes, without_smallest]
@@ -262,7 +269,7 @@ def refit():
 
 
 def score_by_hand():
-    """Return the accuracies of the weights set by hand."""
+    """Return the accuracy of the weights set by hand for several M and T."""
     generator = torch.Generator().manual_seed(0)
     accuracies = {}
     for M, T in (16, 6), (64, 12), (256, 20), (997, 30):
@@ -273,7 +280,7 @@ def score_by_hand():
 
 
 def plot(record):
-    """Draw the accuracy of every run and the means, with the chance levels."""
+    """Plot the accuracy of each run and the means, with the chance levels."""
     figure, axes = harness.new_figure((9, 4), 1, len(TASKS))
     for panel, task in zip(axes, TASKS):
         for i, name in enumerate(VARIANTS):
@@ -299,7 +306,7 @@ def main(argv, description, seeds=SEEDS, steps=None):
     record = {
         "question": "Does one layer of 2-simplicial attention solve tasks about three tokens?",
         "metric": "accuracy",
-        "baseline": BASELINE,  # of the same task
+        "baseline": BASELINE,  # on the same task
         "chance": chance_levels(),
         "variants": {},
         "differences": {},
