@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-import weakref
 
 import pytest
 import torch
@@ -228,73 +227,6 @@ def test_four_launches_take_all_pairs(monkeypatch):
     assert launches == [("gram", 9), ("root", 6), ("moment", 6), ("update", 9)]
 
 
-@pytest.mark.parametrize("use_kernel", [KERNEL, EAGER])
-def test_batches_are_rebuilt_only_when_tensors_move(use_kernel):
-    pairs, grads = problem([(2, 9, 7), (2, 5, 8)], 1, torch.float32)
-    ps, optimizer = run(use_kernel, pairs, grads, torch.float32)
-    assert optimizer.find_batches() is optimizer.find_batches()
-    assert len(optimizer.plans) == 1
-
-    def rebuilds_after(change):
-        before = optimizer.find_batches()
-        change()
-        after = optimizer.find_batches()
-        if use_kernel is KERNEL:  # the first two columns of a table hold addresses
-            for _, batch in after:
-                addresses = [[p.data_ptr(), p.grad.data_ptr()] for p in batch.parameters]
-                assert batch.table[:, :2].tolist() == addresses
-        return after is not before
-
-    state = optimizer.state[ps[1]]
-    assert rebuilds_after(lambda: setattr(ps[0], "data", ps[0].data.clone()))
-    assert rebuilds_after(lambda: setattr(ps[3], "grad", ps[3].grad.clone()))
-    assert rebuilds_after(lambda: state.update(M=state["M"].clone()))
-    assert rebuilds_after(lambda: state.update(packed=state["packed"].clone()))
-    assert rebuilds_after(lambda: optimizer.load_state_dict(optimizer.state_dict()))
-    assert not rebuilds_after(lambda: optimizer.param_groups[0].update(lr=0.3, clip=0.1))
-    before = optimizer.find_batches()
-    optimizer.use_kernel = not use_kernel
-    assert optimizer.find_batches() is not before
-
-
-def test_the_tables_of_a_graph_are_kept(monkeypatch):
-    """A captured graph reads its tables at each replay, so they must outlive other plans."""
-    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
-    ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
-
-    def current_table():
-        ((_, batch),) = optimizer.find_batches()
-        return weakref.ref(batch.table)
-
-    def set_capturing(is_capturing):
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_capturing)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
-
-    captured = current_table()
-    set_capturing(True)
-    assert current_table()() is captured()
-
-    # a new table cannot be uploaded during a capture
-    ps[0].grad = ps[0].grad.clone()
-    with pytest.raises(RuntimeError, match="has moved since prepare"):
-        current_table()
-    set_capturing(False)
-    optimizer.prepare()
-    ((_, batch),) = optimizer.plans[optimizer.addresses()]
-    not_captured = weakref.ref(batch.table)
-    del batch
-
-    # the oldest plans are dropped, but not the captured one
-    old_grads = []  # kept alive, so that each new gradient has a new address
-    for _ in range(2 * lora_rite.MAX_PLANS):
-        old_grads.append(ps[0].grad)
-        ps[0].grad = ps[0].grad.clone()
-        current_table()
-    assert len(optimizer.plans) == lora_rite.MAX_PLANS
-    assert captured() is not None
-    assert not_captured() is None
-
-
 def test_kernel_and_pytorch_side_by_side():
     """Clip both by one norm, read lr from a tensor, and hand the state from one to the other."""
     pairs, grads = problem([(2, 30, 20), (2, 12, 40)], 3, torch.float32)
@@ -367,15 +299,6 @@ def test_what_the_kernel_takes():
     assert not kernel.takes(A.to("meta"), B)
     B, huge = torch.empty(2, 2, device="meta"), torch.empty(2, 2**30, device="meta")
     assert kernel.takes(B, B) and not kernel.takes(huge, B)
-
-
-def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
-    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
-    _, optimizer = run(EAGER, pairs, grads, torch.float32)
-    _, double = run(EAGER, pairs, grads, torch.float64)
-    assert optimizer.capturable and not double.capturable
-    monkeypatch.setattr(lora_rite, "kernel", None)
-    assert not optimizer.capturable
 
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
@@ -473,43 +396,3 @@ def test_pairs_on_two_gpus():
     for use_kernel in (KERNEL, EAGER):
         one, two = parameters("cuda:0", use_kernel), parameters("cuda:1", use_kernel)
         assert distance(two, one) < 1e-5
-
-
-@gpu
-@pytest.mark.parametrize("moves_grads", [False, True])
-def test_a_cuda_graph(moves_grads):
-    """lr is read on the device; tables are those of the steps before, or of prepare()."""
-    pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
-    nets = [[nn.Parameter(p.cuda()) for pair in pairs for p in pair] for _ in range(2)]
-    lr = torch.zeros((), dtype=torch.float64, device="cuda")
-    captured = LoRARITE([{"params": nets[0], "pair": True}], lr)
-    plain = LoRARITE([{"params": nets[1], "pair": True}])
-    graph = torch.cuda.CUDAGraph()
-    for p in (*nets[0], *nets[1]):
-        p.grad = torch.empty_like(p)
-    for t, step_grads in enumerate(grads):
-        lr.fill_(0.05 / (t + 1))
-        plain.param_groups[0]["lr"] = 0.05 / (t + 1)
-        if t == 3 and moves_grads:
-            for p in nets[0]:
-                p.grad = torch.empty_like(p)
-        for ps in nets:
-            for p, g in zip(ps, step_grads):
-                p.grad.copy_(g)
-        plain.step()
-        if t < 3:
-            captured.step()
-            continue
-        if t == 3:
-            captured.prepare()
-            with torch.cuda.graph(graph):
-                captured.step()
-            present = [p.grad for p in nets[0]]
-            for _ in range(2 * lora_rite.MAX_PLANS):  # would reuse the memory of a freed table
-                for p in nets[0]:
-                    p.grad = p.grad.clone()
-                captured.find_batches()
-            for p, grad in zip(nets[0], present):
-                p.grad = grad
-        graph.replay()
-    assert is_equal(*nets) and state_of(captured, nets[0], 0)["step"] == 8
