@@ -109,7 +109,7 @@ def test_a_run_stopped_before_its_first_step_has_no_state():
 
 
 def test_parameters_without_a_gradient_have_no_state(tmp_path, monkeypatch):
-    """As the projection of an input that an attention function ignores; SGD never has a state."""
+    """One of three parameters is not used. SGD has no state at all."""
     monkeypatch.chdir(tmp_path)
 
     def step_without_p1(model, optimizer):
@@ -122,35 +122,37 @@ def test_parameters_without_a_gradient_have_no_state(tmp_path, monkeypatch):
         optimizer = make(model)
         step_without_p1(model, optimizer)
         checkpoint.save(Path("."), model, optimizer, step=1)
-        again = one_layer((4, 6), (8, 4), (5,))
-        other = make(again)
-        checkpoint.restore(again, other, torch.load("ckpt.pt", weights_only=True))
-        assert again.p1 not in other.state
+        new_model = one_layer((4, 6), (8, 4), (5,))
+        new_optimizer = make(new_model)
+        checkpoint.restore(new_model, new_optimizer, torch.load("ckpt.pt", weights_only=True))
+        assert new_model.p1 not in new_optimizer.state
         for _ in range(2):
             step_without_p1(model, optimizer)
-            step_without_p1(again, other)
-        assert is_equal(model.state_dict(), again.state_dict())
-        assert is_equal(optimizer.state_dict(), other.state_dict())
+            step_without_p1(new_model, new_optimizer)
+        assert is_equal(model.state_dict(), new_model.state_dict())
+        assert is_equal(optimizer.state_dict(), new_optimizer.state_dict())
 
 
 @contextmanager
-def no_step_is_taken(optimizer):
-    """At most the step that allocates the state is taken: on the file's a kernel might crash."""
+def no_step_on_bad_state(optimizer):
+    """Allow one step, which allocates the state; one on the loaded state may crash a kernel."""
     original = optimizer.step
-    calls = []
+    n_calls = 0
 
     def counted_step(*arguments):
-        calls.append(1)
+        nonlocal n_calls
+        n_calls += 1
         return original(*arguments)
 
     optimizer.step = counted_step
     yield
-    assert len(calls) <= 1
+    assert n_calls <= 1
 
 
 def state_cases():
+    """Yield a name, a function that damages the optimizer's state dict, and the error expected."""
     shape = (4, 6)
-    tensors = {
+    values = {
         "ones(3)": torch.ones(3),
         "transposed": torch.ones(6, 4),
         "more dimensions": torch.ones(1, 4, 6),
@@ -166,7 +168,7 @@ def state_cases():
         "list": [1.0],
         "dict": {},
     }
-    for name, value in tensors.items():
+    for name, value in values.items():
         yield f"exp_avg is {name}", lambda s, v=value: s["state"][0].update(exp_avg=v), "as exp_avg"
     steps = {"-1": torch.tensor(-1.0), "4": torch.tensor(4.0), "nan": torch.tensor(float("nan"))}
     for name, value in steps.items():
@@ -190,24 +192,24 @@ def state_cases():
 
 @pytest.mark.parametrize("case", list(state_cases()), ids=lambda case: case[0])
 def test_optimizer_state_that_does_not_fit_is_refused(case):
-    _, function, part = case
+    _, damage, expected = case
     model = one_layer((4, 6), (5,))
     optimizer = adamw(model)
     step(model, optimizer)
     saved = {"step": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     saved = copy.deepcopy(saved)
-    function(saved["optimizer"])
-    again = one_layer((4, 6), (5,))
-    other = adamw(again)
-    with no_step_is_taken(other), pytest.raises(ValueError) as caught:
-        checkpoint.restore(again, other, saved)
-    message = str(caught.value)
-    assert message.startswith("the checkpoint") and "\n" not in message and part in message, message
+    damage(saved["optimizer"])
+
+    new_model = one_layer((4, 6), (5,))
+    new_optimizer = adamw(new_model)
+    with no_step_on_bad_state(new_optimizer):
+        message = fails(checkpoint.restore, new_model, new_optimizer, saved, parts=[expected])
+    assert message.startswith("the checkpoint")
 
 
 @pytest.mark.parametrize("make", [sonew, lora_rite, adafactor], ids=lambda make: make.__name__)
 def test_state_of_other_shapes_is_compared_too(make):
-    """Each tensor of each optimizer, with one value less."""
+    """Replace each tensor of the state in turn by one of three values."""
     model = one_layer((4, 6), (8, 4))
     optimizer = make(model)
     step(model, optimizer)
@@ -248,24 +250,28 @@ def test_state_is_copied_into_contiguous_memory(layout):
         "sliced": torch.rand(8, 12)[::2, ::2],
     }[layout]
     saved["optimizer"]["state"][0]["exp_avg"] = values
-    again = one_layer((4, 6))
-    other = adamw(again)
-    checkpoint.restore(again, other, saved)
-    restored = other.state[again.p0]["exp_avg"]
-    assert torch.equal(restored, values) and restored.is_contiguous()
-    assert restored.untyped_storage().nbytes() == 4 * 24
-    step(again, other)
+
+    new_model = one_layer((4, 6))
+    new_optimizer = adamw(new_model)
+    checkpoint.restore(new_model, new_optimizer, saved)
+    restored = new_optimizer.state[new_model.p0]["exp_avg"]
+    assert torch.equal(restored, values)
+    assert restored.is_contiguous()
+    assert restored.untyped_storage().nbytes() == 4 * 24, "4 bytes for each of 24 values"
+    step(new_model, new_optimizer)
 
 
-def test_numbers_of_a_group_are_restored_and_options_are_not():
+def test_counters_of_a_group_are_restored_and_options_are_not():
     model = one_layer((4, 6))
     optimizer = counting(model)
     step(model, optimizer)
     saved = {"step": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     saved["optimizer"]["param_groups"][0].update(nesterov=True, maximize="yes", dampening=None)
-    again = one_layer((4, 6))
-    other = counting(again)
-    checkpoint.restore(again, other, saved)
-    group = other.param_groups[0]
-    assert group["count"] == 3 and group["nesterov"] is False and group["maximize"] is False
+    new_model = one_layer((4, 6))
+    new_optimizer = counting(new_model)
+    checkpoint.restore(new_model, new_optimizer, saved)
+    group = new_optimizer.param_groups[0]
+    assert group["count"] == 3
+    assert group["nesterov"] is False
+    assert group["maximize"] is False
     assert group["dampening"] == 0

@@ -233,88 +233,105 @@ def test_a_short_text_holds_out_one_window(tmp_path):
     fails(load_dataset, tmp_path / "a.txt", 16, parts=["33 tokens, but --block-size 16 needs 34"])
 
 
-def test_bits_per_byte_counts_bytes_of_what_counts():
-    class Pairs(ByteTokenizer):  # id 300 is two bytes
+def test_bits_per_byte_ignores_prompts():
+    class TwoByteTokenizer(ByteTokenizer):
         def decode_bytes(self, ids):
             return b"".join(b"ab" if i == 300 else bytes([i]) for i in ids)
 
+    # 4 tokens enter the loss: 300 (two bytes), 97, 300 and 0; ~300 and ~97 belong to a prompt
     tokens = np.array([300, 97, ~300, ~97, 300, 0], np.int32)
-    assert data.bits_per_byte(tokens, Pairs()) == pytest.approx(4 / 6 / math.log(2))
-    many = np.full(2_500_000, 97, np.uint8)  # counted in parts
-    assert data.bits_per_byte(many, BYTE) == pytest.approx(1 / math.log(2))
+    assert data.bits_per_byte(tokens, TwoByteTokenizer()) == pytest.approx(4 / 6 / math.log(2))
+    long_text = np.full(2_500_000, 97, np.uint8)  # longer than one chunk of the count
+    assert data.bits_per_byte(long_text, BYTE) == pytest.approx(1 / math.log(2))
 
 
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def test_answers_alone_count(tmp_path):
-    rows = [(f"{n} is", " even" if n % 2 == 0 else " odd") for n in range(200)]
-    write_jsonl(tmp_path / "x.jsonl", rows)
+def test_only_answers_enter_the_loss(tmp_path):
+    pairs = [(f"{n} is", " even" if n % 2 == 0 else " odd") for n in range(200)]
+    write_jsonl(tmp_path / "x.jsonl", pairs)
     dataset = load_dataset(tmp_path / "x.jsonl", 24)
+
+    # a prompt's tokens are stored as ~token, which is negative; token 0 ends each example
     tokens = np.concatenate([dataset.train, dataset.val])
     assert tokens.dtype == np.int32
     text = bytes(np.where(tokens < 0, ~tokens, tokens).tolist()).decode()
-    assert sorted(text.split("\0")[:-1]) == sorted(p + a for p, a in rows)
-    counted = "".join(chr(t) if t >= 0 else "_" for t in tokens)
-    expected = [f"{'_' * len(p)}{a}" for p, a in rows]
-    assert sorted(counted.split("\0")[:-1]) == sorted(expected)
-    # in training and held-out text alike a window begins at a prompt
-    for part, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
+    assert sorted(text.split("\0")[:-1]) == sorted(prompt + answer for prompt, answer in pairs)
+    masked = "".join(chr(token) if token >= 0 else "_" for token in tokens)
+    expected = ["_" * len(prompt) + answer for prompt, answer in pairs]
+    assert sorted(masked.split("\0")[:-1]) == sorted(expected)
+
+    # each training and held-out sequence (24 inputs and one more target) begins at a prompt
+    for split, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
         for start in starts:
-            assert part[start] < 0 and (start == 0 or part[start - 1] == 0)
-            assert len(part[start : start + 25]) == 25
-        n_prompts = (part == 0).sum()
-        assert n_prompts - 3 <= len(starts) <= n_prompts
-    assert dataset.val_starts[0] == 0 and len(dataset.val) >= 0.05 * len(tokens)
-    assert len(dataset.val) < 0.05 * len(tokens) + 25
+            assert split[start] < 0
+            assert start == 0 or split[start - 1] == 0
+            assert len(split[start : start + 25]) == 25
+        n_examples = (split == 0).sum()
+        assert n_examples - 3 <= len(starts) <= n_examples
+
+    # the held-out text is 5% of all, rounded up to whole examples
+    assert dataset.val_starts[0] == 0
+    assert 0.05 * len(tokens) <= len(dataset.val) < 0.05 * len(tokens) + 25
     assert dataset.bits_per_byte == pytest.approx(1 / math.log(2))
 
 
-def test_prompts_whose_answer_is_out_of_reach_are_left_out(tmp_path, capsys):
-    # the answer's first token has to be a target: at most T tokens after the window's first
-    rows = [("p" * length, "answer") for length in range(4, 14)] * 3
-    rows = [(prompt, f"{answer}{i}") for i, (prompt, answer) in enumerate(rows)]
-    write_jsonl(tmp_path / "x.jsonl", rows)
-    dataset = load_dataset(tmp_path / "x.jsonl", 8)
-    for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
-        windows = data.read_sequences(tokens, starts, 8)
-        lengths = (np.maximum.accumulate(windows >= 0, axis=1) == 0).sum(1)
-        assert len(lengths) and lengths.min() >= 4 and lengths.max() <= 8
-        assert (windows[:, 1:] >= 0).any(1).all()
-    assert 8 in lengths or 8 in (data.read_sequences(dataset.train, dataset.starts, 8) < 0).sum(1)
+def test_prompts_longer_than_a_sequence_are_left_out(tmp_path, capsys):
+    """At least the first token of the answer must be among the T targets of the sequence."""
+    T = 8
+    prompt_lengths = [*range(4, 14)] * 3  # 15 of 30 are at most T
+    pairs = [("p" * length, f"answer{i}") for i, length in enumerate(prompt_lengths)]
+    write_jsonl(tmp_path / "x.jsonl", pairs)
+    dataset = load_dataset(tmp_path / "x.jsonl", T)
     assert "15 of 30 prompts" in capsys.readouterr().out
+
+    seen_lengths = set()
+    for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
+        assert len(starts)
+        for sequence in data.read_sequences(tokens, starts, T):  # (T + 1,)
+            is_answer = sequence >= 0
+            assert is_answer[1:].any()
+            seen_lengths.add(int(is_answer.argmax()))  # up to the first token of the answer
+    assert min(seen_lengths) >= 4
+    assert max(seen_lengths) == T
 
 
 def test_split_of_answers_by_hand():
-    tokens = np.array([~1, 5, 0] * 5, np.int32)  # prompts at 0, 3, 6, 9, 12; a window is 4 tokens
-    for n_val, expected in [(4, (9, [0, 3], [0])), (6, (9, [0, 3], [0])), (7, (6, [0], [0, 3]))]:
+    """A prompt token t is stored as ~t; 0 ends an example. A sequence has T + 1 = 4 tokens."""
+
+    def split(tokens, n_val):
         boundary, starts, val_starts = data.split_answers(tokens, n_val, 3, "x")
-        assert (boundary, starts.tolist(), val_starts.tolist()) == expected
-    # a window may end with its part; the prompt of four tokens is out of reach of one at T = 3
-    tokens = np.array([~1, 5, 6, 0] * 2 + [~1] * 4 + [5, 0] + [~1, 5, 6, 0] * 2, np.int32)
-    boundary, starts, val_starts = data.split_answers(tokens, 4, 3, "x")
-    assert (boundary, starts.tolist(), val_starts.tolist()) == (18, [0, 4, 14], [0])
-    assert [a.tolist() for a in data.prompts_and_answers(tokens)] == [
-        [0, 4, 8, 14, 18],
-        [1, 5, 12, 15, 19],
-    ]
+        return boundary, starts.tolist(), val_starts.tolist()
+
+    tokens = np.array([~1, 5, 0] * 5, np.int32)  # prompts at 0, 3, 6, 9, 12
+    assert split(tokens, n_val=4) == (9, [0, 3], [0])
+    assert split(tokens, n_val=6) == (9, [0, 3], [0])
+    assert split(tokens, n_val=7) == (6, [0], [0, 3])
+
+    # sequences that just fit before the boundary count; the prompt of four tokens is too long
+    example = [~1, 5, 6, 0]
+    tokens = np.array(example * 2 + [~1] * 4 + [5, 0] + example * 2, np.int32)
+    assert split(tokens, n_val=4) == (18, [0, 4, 14], [0])
+    prompt_starts, answer_starts = data.prompts_and_answers(tokens)
+    assert prompt_starts.tolist() == [0, 4, 8, 14, 18]
+    assert answer_starts.tolist() == [1, 5, 12, 15, 19]
 
 
-def test_no_answer_within_reach_is_refused(tmp_path):
+def test_prompts_that_are_all_too_long_are_refused(tmp_path):
     path = tmp_path / "x.jsonl"
-    for rows in ([("a" * 5000, "b")], [("a" * 5000, str(i)) for i in range(20)]):
-        write_jsonl(path, rows)
+    for answers in (["b"], [str(i) for i in range(20)]):
+        write_jsonl(path, [("a" * 5000, answer) for answer in answers])
         fails(load_dataset, path, 16, parts=["nothing to train on", "--block-size 16"])
 
 
 def test_held_out_text_has_a_prompt_with_its_answer(tmp_path):
-    """Although nearly all prompts are too long, and one of few that are not is held out."""
-    rows = [("a" * 100 + str(i), "no") for i in range(40)] + [
-        (f"short {i}", "yes") for i in range(6)
-    ]
-    write_jsonl(tmp_path / "x.jsonl", rows)
+    """Most prompts are too long to use; one of the few short ones must still be held out."""
+    too_long = [("a" * 100 + str(i), "no") for i in range(40)]
+    short = [(f"short {i}", "yes") for i in range(6)]
+    write_jsonl(tmp_path / "x.jsonl", too_long + short)
     dataset = load_dataset(tmp_path / "x.jsonl", 16)
-    assert len(dataset.starts) and len(dataset.val_starts)
     for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
-        windows = data.read_sequences(tokens, starts, 16)
-        assert all(bytes((~row[:5]).tolist()) == b"short" for row in windows)
+        assert len(starts)
+        for sequence in data.read_sequences(tokens, starts, 16):
+            assert bytes((~sequence[:5]).tolist()) == b"short"

@@ -63,7 +63,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     edit_json(Path("hf/config.json"), **changes)
     before = json.loads(Path("hf/config.json").read_text())
 
-    # nothing but the weights changed; a shorter context in training is none in use
+    # only the weights changed: config.json stays, even after training on shorter sequences
     saved = huggingface.load_checkpoint(Path("hf"))
     config = {**asdict(train.GPTConfig(**saved["config"]["model"])), "block_size": 1024}
     huggingface.export("new", saved["model"], config, saved["tokenizer"])
@@ -71,7 +71,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     tensors = load_file(next(iter(Path("new").glob("*.safetensors"))))
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
-    # what did change, in the place where the original has it
+    # changed settings go where the original file has them
     config = {**config, "block_size": 4096, "rope_theta": 77.0, "norm_eps": 1e-3}
     huggingface.export("newer", saved["model"], config, saved["tokenizer"], torch.float32)
     after = json.loads(Path("newer/config.json").read_text())
@@ -80,7 +80,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     assert after == {**before, **changed, "dtype": "float32"}
     assert huggingface.read_config(Path("newer"))["rope_theta"] == 77.0
 
-    # through a checkpoint of a run, and of a config.json of before transformers 5
+    # the same with a config.json from before transformers 5, by way of a saved checkpoint
     edit_json(Path("hf/config.json"), rope_parameters=None, rope_theta=5e5)
     edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32", head_dim=None)
     saved = huggingface.load_checkpoint(Path("hf"))
@@ -94,13 +94,15 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     assert after == {**before, "rope_theta": 77.0, "rms_norm_eps": 1e-3}
 
 
-def test_export_of_a_run_of_ours(tiny):
+def test_export_of_a_model_trained_from_scratch(tiny):
     train.main([*tiny, "--steps", "1", "--out", "out/a", "--qkv-bias"])
-    model = export_run(Path("out/a"), "new")  # weights alone: its bytes are no BPE
+    model = export_run(Path("out/a"), "new")
+    # no tokenizer.json, as that format cannot express the byte tokenizer
     assert {p.name for p in Path("new").iterdir()} == {"config.json", "model.safetensors"}
     settings = json.loads(Path("new/config.json").read_text())
     assert settings["architectures"] == ["Qwen2ForCausalLM"]
-    assert settings["bos_token_id"] is None and settings["eos_token_id"] is None
+    assert settings["bos_token_id"] is None
+    assert settings["eos_token_id"] is None
     truth = transformers().AutoModelForCausalLM.from_pretrained("new")
     ids = torch.randint(256, (1, 16))
     with torch.no_grad():
@@ -129,7 +131,7 @@ def test_bad_export(tmp_path, monkeypatch):
         check_refused(partial(huggingface.export, target, weights, broken, {"name": "byte"}), part)
     huggingface.check_exportable("new", {**config, "attn": "softmax,softmax"})
 
-    # a disk that is full, and a folder of somebody else's with the draft's name
+    # a full disk: files may have at most 20 kB
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -138,11 +140,13 @@ def test_bad_export(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(Path().glob("*new*"))
-    draft = Path(f".new.{os.getpid()}")
-    draft.mkdir()
-    (draft / "mine").touch()
+
+    # the temporary folder's name is taken by somebody else's folder, which must survive
+    temporary = Path(f".new.{os.getpid()}")
+    temporary.mkdir()
+    (temporary / "mine").touch()
     check_refused(export, "cannot write new")
-    assert (draft / "mine").exists()
+    assert (temporary / "mine").exists()
 
 
 def test_export_writes_no_file_but_its_own(hf):  # noqa: F811

@@ -59,17 +59,23 @@ NASTY = [
 # -- the same ids ----------------------------------------------------------------------------------
 
 
-def learn(words):
-    """Train a tokenizer of the library `tokenizers` that splits words as a family does."""
+def train_tokenizer(words):
+    """Train a BPE tokenizer with the library `tokenizers`, set up as in one model family.
+
+    words: the family whose rule for splitting text into words it uses.
+    """
     import tokenizers
 
+    # an untrained tokenizer
     content = {**tokenizer_json(words=words), "added_tokens": []}
     content["model"].update(vocab={}, merges=[])
     if words == "qwen":
         content["normalizer"] = {"type": "NFC"}
-    learner = tokenizers.Tokenizer.from_str(json.dumps(content))
-    rare = (1, 6, 20, 0xF4) if words == "smollm2" else ()  # bytes that SmolLM2 has no token for
-    alphabet = [letter for b, letter in byte_letters().items() if b not in rare]
+    untrained = tokenizers.Tokenizer.from_str(json.dumps(content))
+
+    # train it, starting from one token per byte
+    missing_bytes = (1, 6, 20, 0xF4) if words == "smollm2" else ()  # SmolLM2 lacks some
+    alphabet = [letter for byte, letter in byte_letters().items() if byte not in missing_bytes]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=900,
         initial_alphabet=alphabet,
@@ -77,61 +83,62 @@ def learn(words):
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>!"],
     )
     source = (REPOSITORY / "train.py").read_text()[:60000]
-    text = [" ".join(NASTY), source, "ſ the İstanbul 東京 数字 1234 don't WE'LL \n\n\n    x"]
-    learner.train_from_iterator(text, trainer)
+    texts = [" ".join(NASTY), source, "ſ the İstanbul 東京 数字 1234 don't WE'LL \n\n\n    x"]
+    untrained.train_from_iterator(texts, trainer)
+    content = json.loads(untrained.to_str())
+    model = content["model"]
+    vocab = model["vocab"]
 
-    content = json.loads(learner.to_str())
-    vocab = content["model"]["vocab"]
-    if words == "smollm2":
-        kept = {token: i for token, i in vocab.items() if token in alphabet or len(token) > 1}
-        content["model"]["vocab"] = kept
-    if words == "llama3":  # made from tiktoken's ranks: it lists every way to cut a token in two
-        ways = []
-        for token, i in vocab.items():
+    if words == "smollm2":  # the trainer may have added tokens for the missing bytes
+        model["vocab"] = {t: i for t, i in vocab.items() if t in alphabet or len(t) > 1}
+    if words == "llama3":  # converted from tiktoken: every split of a token in two is a merge
+        merges = []
+        for token in sorted(vocab, key=vocab.get):
+            if "<|" in token:
+                continue
             for n in range(1, len(token)):
-                if token[:n] in vocab and token[n:] in vocab and "<|" not in token:
-                    ways.append((i, [token[:n], token[n:]]))
-        ways.sort(key=lambda way: way[0])
-        assert len(ways) > len(content["model"]["merges"])
-        content["model"]["merges"] = [pair for _, pair in ways]
-        content["model"]["ignore_merges"] = True
-    learner = tokenizers.Tokenizer.from_str(json.dumps(content))
+                if token[:n] in vocab and token[n:] in vocab:
+                    merges.append([token[:n], token[n:]])
+        assert len(merges) > len(model["merges"])
+        model["merges"] = merges
+        model["ignore_merges"] = True
+    trained = tokenizers.Tokenizer.from_str(json.dumps(content))
     if words == "llama3":
-        learner.post_processor = tokenizers.processors.TemplateProcessing(
+        trained.post_processor = tokenizers.processors.TemplateProcessing(
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
         )
-    return learner
+    return trained
 
 
 @pytest.mark.parametrize("words", WORDS)
 def test_ids_are_those_of_tokenizers(tmp_path, words):
     tokenizers = pytest.importorskip("tokenizers", reason="needs requirements-test.txt")
-    learner = learn(words)
-    write_tokenizer(tmp_path, json.loads(learner.to_str()))
+    theirs = train_tokenizer(words)
+    write_tokenizer(tmp_path, json.loads(theirs.to_str()))
     ours = read_encoding(tmp_path)
     assert len(ours._mergeable_ranks) > 500
     assert ours.start == ([0] if words == "llama3" else [])
     assert ours.is_nfc == (words == "qwen")
 
-    nfc = tokenizers.normalizers.NFC().normalize_str
+    # difficult texts, random sequences of difficult snippets, and random characters
     rng = random.Random(0)
-    pieces = [*"aAeé1 2\n\t'.!<数😀\u0301\x01\x7f½\r\u3000١"]
-    pieces += ["the ", "'s", "'LL", "<|im_end|>", "  "]
+    snippets = [*"aAeé1 2\n\t'.!<数😀\u0301\x01\x7f½\r\u3000١"]
+    snippets += ["the ", "'s", "'LL", "<|im_end|>", "  "]
+    ranges = (range(0x300), range(0xD800), range(0xE000, 0x110000))
     texts = [*NASTY]
     for _ in range(1500):
-        texts.append("".join(rng.choices(pieces, k=rng.randint(1, 20))))
+        texts.append("".join(rng.choices(snippets, k=rng.randint(1, 20))))
     for _ in range(1500):
-        text = ""
-        for _ in range(rng.randint(1, 12)):
-            ranges = (range(0x300), range(0xD800), range(0xE000, 0x110000))
-            text += chr(rng.choice(rng.choice(ranges)))
-        texts.append(text)
+        n = rng.randint(1, 12)
+        texts.append("".join(chr(rng.choice(rng.choice(ranges))) for _ in range(n)))
+
+    nfc = tokenizers.normalizers.NFC().normalize_str
     for text in texts:
         if ours.is_nfc and nfc(text) != unicodedata.normalize("NFC", text):
-            continue  # of another version of Unicode than Python's
-        assert [*ours.start, *ours.encode(text)] == learner.encode(text).ids, repr(text)
+            continue  # Python and the library know different versions of Unicode
+        assert [*ours.start, *ours.encode(text)] == theirs.encode(text).ids, repr(text)
         ids = ours.encode_ordinary(text)
-        decoded = text if words == "gpt2" else learner.decode(ids, skip_special_tokens=False)
+        decoded = text if words == "gpt2" else theirs.decode(ids, skip_special_tokens=False)
         assert ours.decode_bytes(ids).decode(errors="replace") == decoded
 
 
@@ -139,10 +146,13 @@ def test_state_round_trip(tmp_path):
     write_tokenizer(tmp_path, tokenizer_json())
     ours = read_encoding(tmp_path)
     state = data.tokenizer_state(ours)
-    again = data.tokenizer_from_state(json.loads(json.dumps(state)))
-    assert isinstance(again, huggingface.Encoding) and data.tokenizer_state(again) == state
-    assert again.encode("<|im_end|> the over") == ours.encode("<|im_end|> the over")
-    assert (again.stops, again.eot_token, again.n_vocab) == ({263}, 261, 264)
+    loaded = data.tokenizer_from_state(json.loads(json.dumps(state)))
+    assert isinstance(loaded, huggingface.Encoding)
+    assert data.tokenizer_state(loaded) == state
+    assert loaded.encode("<|im_end|> the over") == ours.encode("<|im_end|> the over")
+    assert loaded.stops == {263}
+    assert loaded.eot_token == 261
+    assert loaded.n_vocab == 264
 
 
 def test_text_that_no_tokenizer_takes(tmp_path):
@@ -166,14 +176,16 @@ def test_stops_and_ends(tmp_path):
     special = ("<|a|>", "<|b|>")
     write_tokenizer(tmp_path, tokenizer_json(special=special), eos={"content": "<|b|>"})
     ours = read_encoding(tmp_path)
-    assert ours.eot_token == 9 and ours.stops == {9, 7, 263, 262}
+    assert ours.eot_token == 9
+    assert ours.stops == {9, 7, 263, 262}
 
 
 def test_no_end_of_text(tmp_path):
     """Such a model continues texts and answers, but cannot be trained on documents."""
     write_tokenizer(tmp_path / "hf", tokenizer_json(special=("<|a|>",)), eos=None)
     ours = read_encoding(tmp_path / "hf")
-    assert ours.eot_token is None and ours.stops == set()
+    assert ours.eot_token is None
+    assert ours.stops == set()
     assert ours.encode("the<|a|>") == [257, 261]
     (tmp_path / "a.txt").write_text("the " * 100)
     text = str(tmp_path / "a.txt")

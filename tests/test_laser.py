@@ -15,7 +15,7 @@ from tests.common import assert_close, refused, run_script, small_gpt
 
 
 def laser_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=8, std=1.0, dtype=torch.float64):
-    """q, k, v that are not contiguous."""
+    """Return random q (B, H, Tq, D), k and v (B, Hkv, Tk, D) that are not contiguous."""
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for heads, T, scale in ((H, Tq, 2.0), (Hkv, Tk, 2.0), (Hkv, Tk, std)):
@@ -64,29 +64,41 @@ def test_second_derivative_by_differences():
 
 
 def test_gradient_at_the_logits_is_posterior_minus_prior():
+    """p is the prior over keys; the posterior is p_j exp(v_j) / sum_i p_i exp(v_i)."""
     q, k, v = laser_inputs(H=2)
-    scores = q @ k.transpose(-1, -2) / 8**0.5
-    scores = scores.masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf).requires_grad_()
-    p = scores.softmax(-1)  # (B, H, T, T)
-    out = (p @ v.exp()).log()
+    future = torch.ones(9, 9).triu(1) > 0
+    logits = q @ k.transpose(-1, -2) / 8**0.5
+    logits = logits.masked_fill(future, -torch.inf).requires_grad_()
+    p = logits.softmax(-1)  # (B, H, T, T)
+    out = (p @ v.exp()).log()  # (B, H, T, D)
     assert torch.allclose(out, laser.attention(q, k, v), atol=1e-12)
-    posterior = p[0, 1, 6] * (v[0, 1, :, 3] - out[0, 1, 6, 3]).exp()
-    gradient = torch.autograd.grad(out[0, 1, 6, 3], scores)[0][0, 1, 6]
-    assert torch.allclose(gradient, posterior - p[0, 1, 6], atol=1e-12)
+
+    # one output: sequence 0, head 1, query 6, channel 3
+    output = out[0, 1, 6, 3]
+    prior = p[0, 1, 6]
+    posterior = prior * (v[0, 1, :, 3] - output).exp()
     assert abs(posterior.sum() - 1) < 1e-12
+    (grad_logits,) = torch.autograd.grad(output, logits)
+    assert torch.allclose(grad_logits[0, 1, 6], posterior - prior, atol=1e-12)
 
 
 def test_properties():
     q, k, v = laser_inputs(Tq=33, Tk=33)
     out = laser.attention(q, k, v)
     softmax = train.softmax_attention(q, k, v)
-    largest_seen = v.cummax(2).values.repeat_interleave(2, 1)
-    assert (softmax <= out + 1e-12).all(), "Jensen's bound"
-    assert (out <= largest_seen + 1e-12).all()
+
+    # between softmax attention and the largest visible value
+    largest_visible = v.cummax(2).values.repeat_interleave(2, 1)
+    assert (softmax <= out + 1e-12).all(), "Jensen's inequality"
+    assert (out <= largest_visible + 1e-12).all()
+
+    # a constant added to v is added to the output, and a constant v is returned
     assert torch.allclose(laser.attention(q, k, v + 200), out + 200, atol=1e-10)
-    constant = v[:, :, :1].expand_as(v)
-    expected = v[:, :, :1].repeat_interleave(2, 1).expand_as(q)
-    assert torch.allclose(laser.attention(q, k, constant), expected, atol=1e-12)
+    first_v = v[:, :, :1]  # (B, Hkv, 1, D)
+    expected = first_v.repeat_interleave(2, 1).expand_as(q)
+    assert torch.allclose(laser.attention(q, k, first_v.expand_as(v)), expected, atol=1e-12)
+
+    # for small values LASER is softmax attention
     assert torch.allclose(laser.attention(q, k, v * 1e-4) * 1e4, softmax, atol=1e-3)
 
 
@@ -206,17 +218,19 @@ def test_gradients_at_the_logits_are_those_of_autograd():
     p = logits.softmax(-1)
     ours = study.logit_gradients(p, v, grad_out)
     for name, out in (("softmax", p @ v), ("LASER", (p @ v.exp()).log())):
-        exact = torch.autograd.grad(out, logits, grad_out, retain_graph=True)[0].abs().sum(-1)
-        assert torch.allclose(ours[name], exact, atol=1e-12), name
+        (grad_logits,) = torch.autograd.grad(out, logits, grad_out, retain_graph=True)
+        assert torch.allclose(ours[name], grad_logits.abs().sum(-1), atol=1e-12), name
 
 
 def test_peaked_rows_are_those_with_one_large_probability(monkeypatch):
+    """A row of attention, the probabilities of one query, is peaked if one exceeds PEAKED."""
     model = small_gpt(attn="laser")
     x = torch.randint(64, (2, 16))
     monkeypatch.setattr(study, "PEAKED", 0.0)
-    gradients, rows = study.peaked_gradients(model, x, x)
-    assert rows == 2 * 2 * 4 * 15, "all rows of all heads and layers but the first"
-    assert 0 < gradients["softmax"] < 100 and 0 < gradients["LASER"] < 100
+    gradients, n_rows = study.peaked_gradients(model, x, x)
+    assert n_rows == 2 * 2 * 4 * 15, "2 layers, 2 sequences, 4 heads, all queries but the first"
+    assert 0 < gradients["softmax"] < 100
+    assert 0 < gradients["LASER"] < 100
     monkeypatch.setattr(study, "PEAKED", 1.1)
     with pytest.raises(ValueError, match="train longer"):
         study.peaked_gradients(model, x, x)

@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-import weakref
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ KERNEL, EAGER = True, False  # use_kernel
 
 
 def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
-    """Return pairs (A (r, n), B (m, r)) for shapes (r, n, m), and the gradients of some steps."""
+    """Return pairs of A (r, n) and B (m, r) for shapes (r, n, m), and gradients for some steps."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -42,8 +41,8 @@ def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
         for p, g in zip(ps, step_grads):
             p.grad = None if g is None else g.to(device, dtype).contiguous()
-        fused = [isinstance(b, kernel.KernelBatch) for _, b in optimizer.find_batches()]
-        assert all(fused) if use_kernel else not any(fused)
+        for _, batch in optimizer.find_batches():
+            assert isinstance(batch, kernel.KernelBatch) == bool(use_kernel)
         torch.use_deterministic_algorithms(use_kernel is KERNEL)  # new tensors hold NaN
         try:
             optimizer.step()
@@ -53,8 +52,10 @@ def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
 
 
 def state_of(optimizer, ps, i):
-    state = lora_rite.unpack(optimizer.state[ps[i]]["packed"], len(ps[i - i % 2]))
-    return {"M": optimizer.state[ps[i]]["M"], **state._asdict()}
+    """Return the state of parameter i by name: M and what is packed into one tensor."""
+    rank = len(ps[i - i % 2])  # of the pair's A, (r, n)
+    state = optimizer.state[ps[i]]
+    return {"M": state["M"], **lora_rite.unpack(state["packed"], rank)._asdict()}
 
 
 def check(
@@ -63,24 +64,27 @@ def check(
 ):  # fmt: skip
     """Compare with PyTorch in the same dtype and in float64; several runs must be equal.
 
-    compare_state: whether V, the root and M, which bad conditioning spoils first, must be good.
+    compare_state: also compare V, R_inv, M and rho, which suffer first from bad conditioning.
     Returns the parameters and the optimizer of the kernel.
     """
     pairs, grads = problem(shapes, steps, dtype, seed, change)
     spoil(grads)
     ps, ours = run(KERNEL, pairs, grads, dtype, **options)
-    qs, eager = run(EAGER, pairs, grads, dtype, **options)
-    rs, truth = run(EAGER, pairs, grads, torch.float64, **options)
+    eager_ps, eager = run(EAGER, pairs, grads, dtype, **options)
+    exact_ps, exact = run(EAGER, pairs, grads, torch.float64, **options)
     for i in range(len(ps)):
-        assert_close(f"parameter {i}", ps[i], qs[i], rs[i])
-        a, b, c = state_of(ours, ps, i), state_of(eager, qs, i), state_of(truth, rs, i)
-        assert all(a[k] == b[k] for k in ("step", "lr", "shrink", "skipped"))
-        for k in ("V", "R_inv", "M", "rho") if compare_state else ():
-            assert_close(f"{k} of {i}", a[k], b[k], c[k])
+        assert_close(f"parameter {i}", ps[i], eager_ps[i], exact_ps[i])
+        state = state_of(ours, ps, i)
+        eager_state = state_of(eager, eager_ps, i)
+        exact_state = state_of(exact, exact_ps, i)
+        for name in ("step", "lr", "shrink", "skipped"):
+            assert state[name] == eager_state[name]
+        for name in ("V", "R_inv", "M", "rho") if compare_state else ():
+            assert_close(f"{name} of {i}", state[name], eager_state[name], exact_state[name])
     for _ in range(runs - 1):
-        again, optimizer = run(KERNEL, pairs, grads, dtype, **options)
-        assert is_equal(ps, again), "two runs"
-        assert is_equal(ours.state_dict(), optimizer.state_dict()), "two runs"
+        repeated_ps, repeated = run(KERNEL, pairs, grads, dtype, **options)
+        assert is_equal(ps, repeated_ps), "two runs"
+        assert is_equal(ours.state_dict(), repeated.state_dict()), "two runs"
     return ps, ours
 
 
@@ -89,10 +93,7 @@ def check(
     [
         ([(1, 1, 300)], {"runs": 2}),
         ([(4, 70, 33)], {"steps": 3, "escape": True, "weight_decay": 0.1}),
-        (
-            [(3, 40, 50)],
-            {"clip": 0.0, "betas": (0.0, 0.9), "dtype": torch.float16},
-        ),
+        ([(3, 40, 50)], {"clip": 0.0, "betas": (0.0, 0.9), "dtype": torch.float16}),
         ([(16, 270, 20)], {"clip": 0.3, "eps": 1e-2, "escape": True}),
     ],
     ids=str,
@@ -150,7 +151,7 @@ def test_kernel_on_bad_factors_and_gradients(case):
 
 
 def step_with_eigenvalues(w, seed):
-    """Return a pair and gradients that make V = Q diag(w) Q^T for A, and Q; A is (8, 64)."""
+    """Return a pair with A (8, 64), gradients that give A V = Q diag(w) Q^T, and Q."""
     generator = torch.Generator().manual_seed(seed)
 
     def orthonormal(rows):
@@ -174,11 +175,13 @@ def test_kernel_over_twelve_decades():
     """V has eigenvalues from 1 to 1e-12, some equal: M^T M / n must be V (V^1/2 + eps)^-2."""
     w = torch.tensor([1.0, 1.0, 1.0, 1e-2, 1e-2, 1e-6, 1e-9, 1e-12]).double()
     pairs, grads, Q = step_with_eigenvalues(w, seed=0)
-    ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
-    qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
-    rs, truth = run(EAGER, pairs, grads, torch.float64, clip=0.0)
-    M = ours.state[ps[0]]["M"]
-    assert_close("M", M, eager.state[qs[0]]["M"], truth.state[rs[0]]["M"])
+
+    def moment_of_A(use_kernel, dtype):
+        ps, optimizer = run(use_kernel, pairs, grads, dtype, clip=0.0)
+        return optimizer.state[ps[0]]["M"]  # (8, 64)
+
+    M = moment_of_A(KERNEL, torch.float32)
+    assert_close("M", M, moment_of_A(EAGER, torch.float32), moment_of_A(EAGER, torch.float64))
     expected = Q * (w.sqrt() / (w.sqrt() + 1e-6)) ** 2 @ Q.T
     assert torch.allclose(M @ M.T / 64, expected.to(M), atol=0.05), "gradients are float32"
 
@@ -224,72 +227,11 @@ def test_four_launches_take_all_pairs(monkeypatch):
     assert launches == [("gram", 9), ("root", 6), ("moment", 6), ("update", 9)]
 
 
-@pytest.mark.parametrize("use_kernel", [KERNEL, EAGER])
-def test_batches_are_made_again_only_when_tensors_move(use_kernel):
-    pairs, grads = problem([(2, 9, 7), (2, 5, 8)], 1, torch.float32)
-    ps, optimizer = run(use_kernel, pairs, grads, torch.float32)
-    batches = optimizer.find_batches()
-    assert optimizer.find_batches() is batches and len(optimizer.plans) == 1
-
-    def moves(change):
-        before = optimizer.find_batches()
-        change()
-        after = optimizer.find_batches()
-        for _, batch in after if use_kernel is KERNEL else ():
-            present = [(p.data_ptr(), p.grad.data_ptr()) for p in batch.parameters]
-            assert [tuple(row[:2]) for row in batch.table.tolist()] == present
-        return after is not before
-
-    state = optimizer.state[ps[1]]
-    assert moves(lambda: setattr(ps[0], "data", ps[0].data.clone()))
-    assert moves(lambda: setattr(ps[3], "grad", ps[3].grad.clone()))
-    assert moves(lambda: state.update(M=state["M"].clone()))
-    assert moves(lambda: state.update(packed=state["packed"].clone()))
-    assert moves(lambda: optimizer.load_state_dict(optimizer.state_dict()))
-    assert not moves(lambda: optimizer.param_groups[0].update(lr=0.3, clip=0.1))
-    before = optimizer.find_batches()
-    optimizer.use_kernel = not use_kernel
-    assert optimizer.find_batches() is not before
-
-
-def test_the_tables_of_a_graph_are_kept(monkeypatch):
-    """A graph reads its tables at each replay; before that, its own uploads have not happened."""
-    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
-    ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
-
-    def table():
-        ((_, batch),) = optimizer.find_batches()
-        return weakref.ref(batch.table)
-
-    def capturing(is_capturing):
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_capturing)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
-
-    kept = table()
-    capturing(True)
-    assert table()() is kept()
-    ps[0].grad = ps[0].grad.clone()
-    with pytest.raises(RuntimeError, match="has moved since prepare"):
-        table()
-    capturing(False)
-    optimizer.prepare()
-    capturing(True)
-    eager = weakref.ref(optimizer.plans[optimizer.addresses()][0][1].table)
-    capturing(False)
-    moved = []  # alive, so that no gradient gets the place of an earlier one
-    for _ in range(2 * lora_rite.MAX_PLANS):
-        moved.append(ps[0].grad)
-        ps[0].grad = ps[0].grad.clone()
-        table()
-    assert len(optimizer.plans) == lora_rite.MAX_PLANS
-    assert kept() is not None and eager() is None
-
-
 def test_kernel_and_pytorch_side_by_side():
-    """Both share the norm; lr may be a tensor; the state goes from one to the other."""
+    """Clip both by one norm, read lr from a tensor, and hand the state from one to the other."""
     pairs, grads = problem([(2, 30, 20), (2, 12, 40)], 3, torch.float32)
 
-    def products(paths):
+    def products(paths):  # of the factors, B A, after a step by each path
         ps = [nn.Parameter(p.to(DEVICE, copy=True)) for pair in pairs for p in pair]
         ps[2].data = ps[2].data.T.contiguous().T  # not contiguous: PyTorch takes this pair
         saved = None
@@ -310,35 +252,38 @@ def test_kernel_and_pytorch_side_by_side():
     assert distance(products([KERNEL, EAGER, KERNEL]), truth) < 1e-6
 
 
-@pytest.mark.parametrize("what", ["loaded", "parameters", "state"])
-def test_the_state_follows_its_parameters(what):
-    """The kernel gets addresses, so: a state of other dtypes, parameters cast, tensors replaced."""
+@pytest.mark.parametrize("change", ["load", "cast parameters", "cast state"])
+def test_the_state_follows_its_parameters(change):
+    """The kernel reads raw addresses, so dtype, device and layout must be corrected before."""
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
-    dtype = torch.float32 if what == "state" else torch.float64
+    dtype = torch.float32 if change == "cast state" else torch.float64
     options = {"escape": True, "weight_decay": 0.1}
     ps, optimizer = run(EAGER, pairs, grads[:1], dtype, "cpu", **options)
-    if what == "parameters":
+    if change == "cast parameters":
         for p in ps:
             p.data = p.data.float()
-    elif what == "state":
+    elif change == "cast state":
         for state in optimizer.state.values():
             state.update(M=state["M"].T.contiguous().T, packed=state["packed"].float())
-    elif what == "loaded":
-        saved, ps = optimizer.state_dict(), [nn.Parameter(p.detach().float()) for p in ps]
+    elif change == "load":
+        saved = optimizer.state_dict()
+        ps = [nn.Parameter(p.detach().float()) for p in ps]
         optimizer = LoRARITE([{"params": ps, "pair": True}], use_kernel=EAGER)
         optimizer.load_state_dict(saved)
 
+    # a step of the kernel equals one of PyTorch from the same state
     results = []
     for use_kernel in (KERNEL, EAGER):
-        qs, copied = copy.deepcopy((ps, optimizer))
+        copied_ps, copied = copy.deepcopy((ps, optimizer))
         assert copied.use_kernel is EAGER
         copied.use_kernel = use_kernel
-        for q, g in zip(qs, grads[1]):
-            q.data = q.data.to(DEVICE)
-            q.grad = g.to(DEVICE)
+        for p, grad in zip(copied_ps, grads[1]):
+            p.data = p.data.to(DEVICE)
+            p.grad = grad.to(DEVICE)
         copied.step()
-        assert all(copied.state[q]["M"].dtype == torch.float32 for q in qs)
-        results.append(qs)
+        for p in copied_ps:
+            assert copied.state[p]["M"].dtype == torch.float32
+        results.append(copied_ps)
     assert distance(*results) < 1e-6
 
 
@@ -354,15 +299,6 @@ def test_what_the_kernel_takes():
     assert not kernel.takes(A.to("meta"), B)
     B, huge = torch.empty(2, 2, device="meta"), torch.empty(2, 2**30, device="meta")
     assert kernel.takes(B, B) and not kernel.takes(huge, B)
-
-
-def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
-    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
-    _, optimizer = run(EAGER, pairs, grads, torch.float32)
-    _, double = run(EAGER, pairs, grads, torch.float64)
-    assert optimizer.capturable and not double.capturable
-    monkeypatch.setattr(lora_rite, "kernel", None)
-    assert not optimizer.capturable
 
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
@@ -460,43 +396,3 @@ def test_pairs_on_two_gpus():
     for use_kernel in (KERNEL, EAGER):
         one, two = parameters("cuda:0", use_kernel), parameters("cuda:1", use_kernel)
         assert distance(two, one) < 1e-5
-
-
-@gpu
-@pytest.mark.parametrize("moves_grads", [False, True])
-def test_a_cuda_graph(moves_grads):
-    """lr is read on the device; tables are those of the steps before, or of prepare()."""
-    pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
-    nets = [[nn.Parameter(p.cuda()) for pair in pairs for p in pair] for _ in range(2)]
-    lr = torch.zeros((), dtype=torch.float64, device="cuda")
-    captured = LoRARITE([{"params": nets[0], "pair": True}], lr)
-    plain = LoRARITE([{"params": nets[1], "pair": True}])
-    graph = torch.cuda.CUDAGraph()
-    for p in (*nets[0], *nets[1]):
-        p.grad = torch.empty_like(p)
-    for t, step_grads in enumerate(grads):
-        lr.fill_(0.05 / (t + 1))
-        plain.param_groups[0]["lr"] = 0.05 / (t + 1)
-        if t == 3 and moves_grads:
-            for p in nets[0]:
-                p.grad = torch.empty_like(p)
-        for ps in nets:
-            for p, g in zip(ps, step_grads):
-                p.grad.copy_(g)
-        plain.step()
-        if t < 3:
-            captured.step()
-            continue
-        if t == 3:
-            captured.prepare()
-            with torch.cuda.graph(graph):
-                captured.step()
-            present = [p.grad for p in nets[0]]
-            for _ in range(2 * lora_rite.MAX_PLANS):  # would reuse the memory of a freed table
-                for p in nets[0]:
-                    p.grad = p.grad.clone()
-                captured.find_batches()
-            for p, grad in zip(nets[0], present):
-                p.grad = grad
-        graph.replay()
-    assert is_equal(*nets) and state_of(captured, nets[0], 0)["step"] == 8

@@ -27,7 +27,7 @@ PLOT = RunLog.plot
 
 @pytest.fixture
 def tiny(tiny, monkeypatch):
-    """As for other tests, but without the plot, which takes longer than most runs here."""
+    """The flags of a tiny run, without the plot, which takes longer than most runs here."""
     monkeypatch.setattr(RunLog, "plot", lambda log: None)
     return tiny
 
@@ -56,18 +56,22 @@ def run_code(code, *argv, **options):
 
 def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
     tiny += ["--eval-every", "20"]
-    whole = train.main([*tiny, "--out", "out/whole", "--micro-batch", "2"])
-    train.main([*tiny, "--out", "out/parts", "--micro-batch", "2", "--stop-after", "20"])
-    with open("out/parts/log.csv", "a") as file:
-        file.write("21,9,9,9,,\n22,9")  # as written by a run that was killed later on
-    parts = train.main([*RESUME, "out/parts"])
-    a, b = load(whole["out"]), load(parts["out"])
-    assert a["step"] == b["step"] == 40 and is_equal(a, b)
-    assert rows("out/whole") == rows("out/parts") and len(rows("out/whole")) == 41
-    for name in ("whole", "parts"):
-        files = sorted(os.listdir(f"out/{name}"))
-        assert files == ["ckpt.pt", "config.json", "log.csv", "loss.png"]
-    losses = [float(row[2]) for row in rows("out/whole")[1:]]
+    tiny += ["--micro-batch", "2"]
+    assert train.main([*tiny, "--out", "out/uninterrupted"])["out"] == "out/uninterrupted"
+    train.main([*tiny, "--out", "out/resumed", "--stop-after", "20"])
+    with open("out/resumed/log.csv", "a") as file:
+        file.write("21,9,9,9,,\n22,9")  # rows of a run that was killed after its checkpoint
+    assert train.main([*RESUME, "out/resumed"])["out"] == "out/resumed"
+
+    saved = load("out/resumed")
+    assert saved["step"] == 40
+    assert is_equal(saved, load("out/uninterrupted"))
+    log = rows("out/resumed")
+    assert len(log) == 41
+    assert log == rows("out/uninterrupted")
+    for folder in ("out/uninterrupted", "out/resumed"):
+        assert sorted(os.listdir(folder)) == ["ckpt.pt", "config.json", "log.csv", "loss.png"]
+    losses = [float(row[2]) for row in log[1:]]
     assert losses[-1] < losses[0] - 0.5, "it learns"
 
 
@@ -85,20 +89,21 @@ def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
     Path("mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(os.getcwd())
     flags = [*tiny, "--steps", "6", "--eval-every", "3", *flags.split()]
+    resume_flags = []
     if "mine" in flags:
-        flags = [*flags, "--clip", "0"]
-    train.main([*flags, "--out", "out/whole"])
-    train.main([*flags, "--out", "out/parts", "--stop-after", "2"])
-    named = ["--adapter", "mine", "--optim", "mine"] if "mine" in flags else []
-    train.main([*RESUME, "out/parts", *named])
-    assert is_equal(load("out/whole"), load("out/parts"))
-    assert rows("out/whole") == rows("out/parts")
+        flags += ["--clip", "0"]
+        resume_flags = ["--adapter", "mine", "--optim", "mine"]
+    train.main([*flags, "--out", "out/uninterrupted"])
+    train.main([*flags, "--out", "out/resumed", "--stop-after", "2"])
+    train.main([*RESUME, "out/resumed", *resume_flags])
+    assert is_equal(load("out/uninterrupted"), load("out/resumed"))
+    assert rows("out/uninterrupted") == rows("out/resumed")
 
 
 MINE = """
 import torch
 
-class Optimizer(torch.optim.SGD):  # draws numbers, and counts in its groups
+class Optimizer(torch.optim.SGD):  # adds random numbers, and counts steps in its groups
     def step(self):
         super().step()
         for group in self.param_groups:
@@ -233,8 +238,8 @@ def test_kill_9_while_saving(tiny):
     assert Path("out/a/ckpt.pt").read_bytes() == before
     assert list(Path("out/a").glob(".ckpt.pt.[0-9]*")) and Path("out/a", LOCK).exists()
     step = train.main([*RESUME, "out/a", "--stop-after", "1"])["step"]
-    assert step == 6, "the lock of the dead does not count"
-    assert not list(Path("out/a").glob(".*")), "its draft and its lock are removed"
+    assert step == 6, "the lock of the killed process does not count"
+    assert not list(Path("out/a").glob(".*")), "its temporary file and its lock are removed"
 
 
 # -- two runs at once ------------------------------------------------------------------------------
@@ -308,40 +313,44 @@ def test_folders_of_unusual_names(tiny, plotted):
 # -- signals and numbers that are not finite -------------------------------------------------------
 
 
-def raise_at_call(function, number):
-    """The function, with a SIGTERM at the beginning of one of its calls."""
-    calls = []
+def send_sigterm_at_call(function, call_number):
+    """Wrap a function so that SIGTERM arrives at the beginning of one of its calls."""
+    n_calls = 0
 
-    def signalled(*args, **options):
-        calls.append(1)
-        if len(calls) == number:
+    def wrapper(*args, **options):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == call_number:
             signal.raise_signal(signal.SIGTERM)
         return function(*args, **options)
 
-    return signalled
+    return wrapper
 
 
-def test_a_signal_saves_and_ends(tiny, monkeypatch):
+@pytest.mark.parametrize("name,call_number", [("get_batch", 4), ("evaluate", 1)])
+def test_sigterm_saves_and_ends_the_run(tiny, monkeypatch, name, call_number):
+    """Once resumed, the run ends with the same weights as one that was never interrupted."""
     tiny += ["--steps", "8", "--eval-every", "4"]
-    train.main([*tiny, "--out", "out/whole"])
-    whole = load("out/whole")
+    train.main([*tiny, "--out", "out/uninterrupted"])
     handler = signal.getsignal(signal.SIGTERM)
-    for where, call in (("get_batch", 4), ("evaluate", 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(train, where, raise_at_call(getattr(train, where), call))
-            run = train.main([*tiny, "--out", f"out/{where}"])
-        assert signal.getsignal(signal.SIGTERM) is handler
-        assert run["signal"] == signal.SIGTERM and 3 <= run["step"] <= 5
-        assert load(f"out/{where}")["step"] == run["step"]
-        train.main([*RESUME, f"out/{where}"])
-        saved = load(f"out/{where}")
-        assert is_equal(saved["model"], whole["model"])
-        assert is_equal(saved["optimizer"], whole["optimizer"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, send_sigterm_at_call(getattr(train, name), call_number))
+        run = train.main([*tiny, "--out", "out/a"])
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert run["signal"] == signal.SIGTERM
+    assert 3 <= run["step"] <= 5
+    assert load("out/a")["step"] == run["step"]
+
+    train.main([*RESUME, "out/a"])
+    saved = load("out/a")
+    expected = load("out/uninterrupted")
+    assert is_equal(saved["model"], expected["model"])
+    assert is_equal(saved["optimizer"], expected["optimizer"])
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, monkeypatch):
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as cli.run_main does
-    monkeypatch.setattr(train, "build_model", raise_at_call(train.build_model, 1))
+    monkeypatch.setattr(train, "build_model", send_sigterm_at_call(train.build_model, 1))
     try:
         with pytest.raises(KeyboardInterrupt):
             train.main([*tiny, "--out", "out/a"])
@@ -354,15 +363,21 @@ def test_sigterm_from_outside(tiny):
     command = [sys.executable, str(REPOSITORY / "train.py"), *tiny, "--out", "out/a"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen([*command, "--steps", "1000000"], env=ENVIRONMENT, **options)
+
+    # wait for two steps, then interrupt the run
     for line in process.stdout:
         if line.startswith("run "):
             break
     while len(Path("out/a/log.csv").read_text().splitlines()) < 3:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert "--resume out/a" in process.stdout.read() and process.wait(30) == 128 + 15
+    assert "--resume out/a" in process.stdout.read()
+    assert process.wait(30) == 128 + signal.SIGTERM
+
     step = load("out/a")["step"]
-    assert step > 0 and len(rows("out/a")) == step + 1 and not list(Path("out/a").glob(".*"))
+    assert step > 0
+    assert len(rows("out/a")) == step + 1, "a header and a row for each step"
+    assert not list(Path("out/a").glob(".*"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):

@@ -20,14 +20,17 @@ SHAPES = [
 
 
 def long_read(dtype=torch.float64, T=60, room=8, **shape):
-    """Return a GPT, T token ids, its KV caches of them, and the frozen keys and values."""
+    """Return a GPT, T token ids, the KV caches after reading them, and the frozen (k, v) pairs.
+
+    room: how many more tokens the caches can hold.
+    """
     model = small_gpt(dtype, **shape).requires_grad_(False)
     ids = torch.randint(64, (T,), generator=torch.Generator().manual_seed(3))
     return model, ids, *ttt_context.prefill(model, ids, room)
 
 
 class WholePrefix:
-    """Attention of all positions over given keys and values: the definition of a frozen cache."""
+    """A cache with fixed keys and values of the whole text, to which all queries attend."""
 
     length = 0
 
@@ -40,17 +43,16 @@ class WholePrefix:
 
 
 def dense_loss(model, kv, ids, starts, n):
-    """The loss of spans by a forward pass over the whole text, keys and values given."""
-    caches = [WholePrefix(k, v) for k, v in kv]
-    x = model.embed_tokens(ids[None]).to(model.dtype)
-    T, theta = len(ids), model.config.rope_theta
-    cos, sin = train.rope_angles(0, T, model.config.head_dim, theta, ids.device)
-    for layer, cache in zip(model.layers, caches):
-        x = layer(x, cos, sin, cache)
+    """Return the loss on spans by a forward pass over the whole text with the frozen k and v."""
+    config = model.config
+    cos, sin = train.rope_angles(0, len(ids), config.head_dim, config.rope_theta, ids.device)
+    x = model.embed_tokens(ids[None]).to(model.dtype)  # (1, T, C)
+    for layer, (k, v) in zip(model.layers, kv):
+        x = layer(x, cos, sin, WholePrefix(k, v))
     weight = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
     logits = F.linear(model.norm(x), weight.to(x.dtype))[0]  # (T, V)
-    rows = (starts[:, None] + torch.arange(n)).flatten()
-    return F.cross_entropy(logits[rows], ids[rows + 1])
+    positions = (starts[:, None] + torch.arange(n)).flatten()  # (S * n,)
+    return F.cross_entropy(logits[positions], ids[positions + 1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,8 +67,8 @@ def test_loss_and_gradient_are_those_of_a_dense_forward(shape, S, n, starts):
     model, ids, _, kv = long_read(**shape)
     starts = torch.tensor(starts)
     logits = model(ids[None])[0]
-    rows = (starts[:, None] + torch.arange(n)).flatten()
-    truth = F.cross_entropy(logits[rows], ids[rows + 1])
+    positions = (starts[:, None] + torch.arange(n)).flatten()  # (S * n,)
+    truth = F.cross_entropy(logits[positions], ids[positions + 1])
     loss = ttt_context.span_loss(model, kv, ids, starts, n)
     assert abs(loss - truth) < 1e-10, "before any step it is the plain loss"
 
@@ -183,26 +185,31 @@ def test_trains_the_queries_alone_and_gives_the_model_back():
     plain = reply()
     logits = model(ids[None])
     starts = ttt_context.split_spans(60, 8)[1]
-    options = {"steps": 5, "n": 8, "batch": 2, "lr": 1e-2}
 
     runs = []
+    options = {"steps": 5, "n": 8, "batch": 2, "lr": 1e-2}
     for seed in (1, 1, 2):
+        # inside the block only the query projections change
         with ttt_context.trainable_queries(model) as weights:
-            losses = list(
-                ttt_context.train_queries(model, weights, kv, ids, starts, seed=seed, **options)
-            )
-            now = model.state_dict()
-            assert [name for name in now if not torch.equal(now[name], before[name])] == names
-            assert all((p.grad is not None) == (k in names) for k, p in model.named_parameters())
+            arguments = (model, weights, kv, ids, starts)
+            losses = list(ttt_context.train_queries(*arguments, seed=seed, **options))
+            state = model.state_dict()
+            assert [name for name in state if not torch.equal(state[name], before[name])] == names
+            for name, p in model.named_parameters():
+                assert (p.grad is not None) == (name in names)
             runs.append([losses, [w.detach().clone() for w in weights], reply()])
+
+        # after it everything is as before
         assert is_equal(dict(model.state_dict()), before)
         assert [p.data_ptr() for p in model.parameters()] == pointers
         for name, p in model.named_parameters():
-            assert p.grad is None and p.requires_grad == (name != "norm.weight")
+            assert p.grad is None
+            assert p.requires_grad == (name != "norm.weight")
         assert torch.equal(model(ids[None]), logits)
         assert is_equal([t for pair in kv for t in pair], frozen), "the cache"
         assert reply() == plain
-    assert is_equal(runs[0], runs[1]) and runs[0][0] != runs[2][0]
+    assert is_equal(runs[0], runs[1]), "equal seeds"
+    assert runs[0][0] != runs[2][0], "different seeds"
 
     with pytest.raises(KeyError), ttt_context.trainable_queries(model) as weights:
         weights[0].data.zero_()
@@ -262,7 +269,7 @@ def test_steps_are_adamw_with_decay_and_clipping():
             assert max(norms) > 1.5 and len({round(x, 3) for x in norms}) > 2
             return [w.detach().clone() for w in weights]
 
-    def distance(a, b):
+    def distance(a, b):  # lists of tensors
         return max((x - y).abs().max().item() for x, y in zip(a, b))
 
     assert distance(ours, by_hand(0.01, 1.0)) < 1e-9
@@ -273,54 +280,59 @@ def test_steps_are_adamw_with_decay_and_clipping():
 def test_every_span_is_drawn_and_texts_do_not_share_draws():
     model, ids, _, kv = long_read(torch.float32)
     starts = torch.tensor([0, 17, 30, 51])
-    losses = [ttt_context.span_loss(model, kv, ids, t[None], 8).item() for t in starts]
+    losses = [ttt_context.span_loss(model, kv, ids, start[None], 8).item() for start in starts]
+
+    def nearest_span(loss):
+        return min(range(4), key=lambda i: abs(losses[i] - loss))
+
     with ttt_context.trainable_queries(model) as weights:
+        # with lr 0 the loss of a step tells which span was drawn
+        def draw(ids, steps, starts=starts, **options):
+            arguments = (model, weights, kv, ids, starts)
+            return list(ttt_context.train_queries(*arguments, steps=steps, n=8, lr=0.0, **options))
 
-        def draws(ids, seed=0, steps=60, starts=starts, **options):
-            steps = ttt_context.train_queries(
-                model, weights, kv, ids, starts, steps=steps, n=8, lr=0.0, seed=seed, **options
-            )
-            return list(steps)
+        drawn = [nearest_span(loss) for loss in draw(ids, 60)]
+        for i in range(4):
+            assert drawn.count(i) > 5, "each of four spans in 60 draws"
+        assert draw(ids, 2, starts[-1:]) == pytest.approx([losses[3]] * 2, rel=1e-5)
 
-        found = [min(range(4), key=lambda i: abs(losses[i] - x)) for x in draws(ids)]
-        assert {found.count(i) > 5 for i in range(4)} == {True}, "each of four in 60 draws"
-        assert draws(ids, steps=2, starts=starts[-1:]) == pytest.approx([losses[3]] * 2, rel=1e-5)
-        other = ids.clone()
-        other[-1] = (other[-1] + 1) % 64  # only a target of the last span
-        there = draws(other, steps=20)
-        found_there = [min(range(4), key=lambda i: abs(losses[i] - x)) for x in there]
-        assert found_there != found[:20], "another text"
-        assert draws(ids, seed=1, steps=9) != draws(ids, steps=9), "another seed"
+        # a text that differs in one token, which is a target of the last span alone
+        changed = ids.clone()
+        changed[-1] = (changed[-1] + 1) % 64
+        assert [nearest_span(loss) for loss in draw(changed, 20)] != drawn[:20]
+        assert draw(ids, 9, seed=1) != draw(ids, 9), "another seed"
 
-        # a batch of spans is their mean
-        pairs = {round((a + b) / 2, 4) for a in losses for b in losses}
-        assert {round(x, 4) for x in draws(ids, batch=2, steps=20)} <= pairs
+        # a batch of two spans has their mean loss
+        means = {round((a + b) / 2, 4) for a in losses for b in losses}
+        for loss in draw(ids, 20, batch=2):
+            assert round(loss, 4) in means
 
 
-def test_no_held_out_target_is_trained_on():
-    for T, n in (
-        (60, 8),
-        (25, 8),
-        (24, 8),
-        (9, 8),
-        (4, 1),
-        (3, 1),
-        (300, 7),
-        (1000, 8),
-        (5000, 128),
-        (128, 8),
-        (512, 8),
-    ):
-        held_out, starts = ttt_context.split_spans(T, n)
-        held_out = held_out.tolist()
-        apart = [t for t in range(T - n) if all(abs(t - h) >= n for h in held_out)]
-        assert starts.tolist() == apart and apart, (T, n)
-        assert len(held_out) == min(8, max((T - 1) // (8 * n), T > 3 * n)), (T, n)
-        assert all(0 <= h < T - n for h in held_out)
-    assert ttt_context.split_spans(1000, 8)[0].tolist() == [
-        round((i + 0.5) * 991 / 8) for i in range(8)
-    ]
-    assert ttt_context.split_spans(9, 8)[1].tolist() == [0], "the only span"
+LENGTHS = [(9, 8), (24, 8), (25, 8), (60, 8), (128, 8), (512, 8), (1000, 8)]
+LENGTHS += [(3, 1), (4, 1), (300, 7), (5000, 128)]
+
+
+@pytest.mark.parametrize("T,n", LENGTHS)
+def test_no_held_out_target_is_trained_on(T, n):
+    held_out, starts = ttt_context.split_spans(T, n)
+    held_out = held_out.tolist()
+    assert len(held_out) == min(8, max((T - 1) // (8 * n), T > 3 * n))
+    assert all(0 <= start < T - n for start in held_out)
+
+    # spans that begin at least n positions from every held-out one share no target with it
+    expected = []
+    for start in range(T - n):
+        if all(abs(start - held) >= n for held in held_out):
+            expected.append(start)
+    assert expected
+    assert starts.tolist() == expected
+
+
+def test_held_out_spans_are_evenly_spaced():
+    held_out, _ = ttt_context.split_spans(1000, 8)
+    assert held_out.tolist() == [round((i + 0.5) * 991 / 8) for i in range(8)]
+    _, starts = ttt_context.split_spans(9, 8)
+    assert starts.tolist() == [0], "the only span"
 
 
 def test_bfloat16_queries_are_kept_in_float32():
@@ -359,7 +371,8 @@ def test_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():
         return list(ttt_context.answer(model, caches, 40, question, n, limit))
 
     assert reply() == text[43:]
-    assert reply(3) == text[43:46] and reply() == text[43:], "whatever was asked before"
+    assert reply(3) == text[43:46]
+    assert reply() == text[43:], "whatever was asked before"
     limit = max(text[43:])
     assert all(token < limit for token in reply(limit=limit)), "ids from the limit on are padding"
     with ttt_context.adapt(model, kv, ids, torch.arange(32), steps=3, n=8, lr=0.0):
@@ -367,6 +380,7 @@ def test_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():
 
 
 def test_theory():
+    """One query q (16,) looks for the key at position `needle` among T keys k (T, 16)."""
     generator = torch.Generator().manual_seed(0)
     needle = 3
     for T in (10, 100, 1000):
@@ -374,26 +388,27 @@ def test_theory():
         q = torch.zeros(16, dtype=torch.float64, requires_grad=True)
 
         def margin(q, k=k):
-            z = k @ q / 4
-            others = torch.cat([z[:needle], z[needle + 1 :]])
-            return (z[needle] - others.logsumexp(0)).item()
+            logits = k @ q / 4
+            distractors = torch.cat([logits[:needle], logits[needle + 1 :]])
+            return (logits[needle] - distractors.logsumexp(0)).item()
 
+        # a gradient step on q moves it towards the needle's key and raises the margin
         loss = -(k @ q / 4).log_softmax(0)[needle]
         (grad,) = torch.autograd.grad(loss, q)
         p = (k @ q.detach() / 4).softmax(0)
         assert torch.allclose(grad, (p @ k - k[needle]) / 4, atol=1e-12)
         assert margin(q.detach() - 0.1 * grad) > margin(q.detach())
 
-        # equal distractors: the bound on the margin is tight
+        # probability 1 - e needs a margin of log((1 - e) / e); equal distractors attain the bound
         e = 0.1
-        z = torch.zeros(T, dtype=torch.float64)
-        z[needle] = math.log((T - 1) * (1 - e) / e)
-        assert abs(z.softmax(0)[needle] - (1 - e)) < 1e-12
+        logits = torch.zeros(T, dtype=torch.float64)
+        logits[needle] = math.log((T - 1) * (1 - e) / e)
+        assert abs(logits.softmax(0)[needle] - (1 - e)) < 1e-12
 
-        # dilution: m distractors within d = 1
-        z = torch.randn(T, dtype=torch.float64, generator=generator)
-        m = (z >= z[needle] - 1).sum() - 1
-        assert z.softmax(0)[needle] <= 1 / (1 + m * math.exp(-1)) + 1e-12
+        # dilution: m distractors have a logit at most 1 below the needle's
+        logits = torch.randn(T, dtype=torch.float64, generator=generator)
+        m = (logits >= logits[needle] - 1).sum() - 1
+        assert logits.softmax(0)[needle] <= 1 / (1 + m * math.exp(-1)) + 1e-12
 
 
 class DenseCache(ttt_context.FrozenCache):

@@ -31,7 +31,7 @@ def generator(seed=0):
 
 
 def long_read(T=40, **shape):
-    """Return a GPT in float64, T token ids, and their frozen keys and values."""
+    """Return a GPT in float64, T token ids, and the frozen (k, v) pairs of all layers."""
     model = small_gpt(torch.float64, **shape).requires_grad_(False)
     ids = torch.randint(64, (T,), generator=generator(3))
     return model, ids, ttt_context.prefill(model, ids)[1]
@@ -41,68 +41,89 @@ def long_read(T=40, **shape):
 # Contexts
 
 
-@pytest.mark.parametrize("kind", [1, 2])
+def column_a_is_the_key(records):
+    """Whether equal names in the first column always come with equal values."""
+    names = {a for a, _, _ in records}
+    named_values = {(a, value) for a, _, value in records}
+    return len(named_values) == len(names)
+
+
+@pytest.mark.parametrize("key_column", [1, 2])
 @pytest.mark.parametrize("task", sandbox.TASKS)
-def test_records_are_what_they_say(task, kind):
-    ids, predictable, questions = sandbox.make_context(task, 600, SMALL, generator(kind), 12, kind)
-    tokens, answers, needles = (t.tolist() for t in questions)
+def test_the_key_of_a_record_decides_its_value(task, key_column):
+    ids, is_predictable, questions = sandbox.make_context(
+        task, 600, SMALL, generator(key_column), 12, key_column
+    )
     records = ids.view(-1, 3).tolist()
-    assert len(records) == 200 and len(tokens) == 12
+    assert len(records) == 200
+    assert len(questions.tokens) == 12
 
     def key_of(a, b):
-        return (a, b) if task == "records" else (a, b)[kind - 1]
+        if task == "records":
+            return a, b
+        return a if key_column == 1 else b
 
+    # the first record with a key shows its value; in later ones the value is predictable
     values = {}
-    for (a, b, value), marks in zip(records, predictable.view(-1, 3).tolist()):
+    for record, is_known in zip(records, is_predictable.view(-1, 3).tolist()):
+        a, b, value = record
         assert a < 16 <= b < 32 <= value < 36
         key = key_of(a, b)
-        assert marks == [False, False, key in values]
+        assert is_known == [False, False, key in values]
         assert values.setdefault(key, value) == value
-    assert len(set(values.values())) > 1 and predictable.any()
-    for pair, answer, needle in zip(tokens, answers, needles):
-        same = [key_of(a, b) == key_of(*pair) for a, b, _ in records]
-        assert answer == values[key_of(*pair)]
-        assert needle == [x for is_same in same for x in (False, False, is_same)]
-        assert task == "columns" or sum(same) == 1, "a pair that occurs once"
+    assert len(set(values.values())) > 1
+    assert is_predictable.any()
+
+    # the needles of a question are the values of all records with its key
+    all_tokens, all_answers, all_needles = (t.tolist() for t in questions)
+    for tokens, answer, needles in zip(all_tokens, all_answers, all_needles):
+        key = key_of(*tokens)
+        assert answer == values[key]
+        has_key = [key_of(a, b) == key for a, b, _ in records]
+        assert needles[2::3] == has_key
+        assert sum(needles) == sum(has_key), "only values are needles"
+        if task == "records":
+            assert sum(has_key) == 1
     if task == "columns":
-        assert any([*pair, answer] not in records for pair, answer in zip(tokens, answers))
+        asked = [[*tokens, answer] for tokens, answer in zip(all_tokens, all_answers)]
+        assert any(record not in records for record in asked), "new combinations of names"
 
 
 def test_examples_end_in_answered_questions():
+    n_context = 81  # of 97 tokens; five questions of three tokens and one more token follow
     for i in range(20):
-        ids, predictable = sandbox.make_example(sandbox.TASKS[i % 2], 96, SMALL, generator(i))
-        assert len(ids) == len(predictable) == 97
-        n_context = 97 - 16 - (97 - 16) % 3
-        asked = ids[n_context:][:15].view(-1, 3)
-        assert predictable[n_context:][:15].view(-1, 3).tolist() == [[False, False, True]] * 5
+        ids, is_predictable = sandbox.make_example(sandbox.TASKS[i % 2], 96, SMALL, generator(i))
+        assert len(ids) == len(is_predictable) == 97
+        is_answer = is_predictable[n_context:96].view(5, 3).tolist()
+        assert is_answer == [[False, False, True]] * 5
         records = ids[:n_context].view(-1, 3).tolist()
-        if i % 2 == 0:
-            assert all(record in records for record in asked.tolist())
-        else:  # the value is that of one of its two keys
-            for a, b, value in asked.tolist():
+        for question in ids[n_context:96].view(5, 3).tolist():
+            if sandbox.TASKS[i % 2] == "records":
+                assert question in records
+            else:  # a record with one of the two names has this value
+                a, b, value = question
                 assert any((a == r[0] or b == r[1]) and value == r[2] for r in records)
-    kinds = [
-        sandbox.make_example("columns", 96, SMALL, generator(i))[0][:81].view(-1, 3)
-        for i in range(9)
-    ]
-    decides = [
-        len({(a, v) for a, _, v in k.tolist()}) == len({a for a, _, _ in k.tolist()}) for k in kinds
-    ]
-    assert {True, False} == set(decides), "either column counts"
+
+    key_columns = set()
+    for i in range(9):
+        ids, _ = sandbox.make_example("columns", 96, SMALL, generator(i))
+        key_columns.add(column_a_is_the_key(ids[:n_context].view(-1, 3).tolist()))
+    assert key_columns == {True, False}, "either column may be the key"
 
 
 def test_permuted_tokens_stay_equal_where_they_were():
-    ids = torch.stack(
-        [sandbox.make_example("records", 96, SMALL, generator(i))[0] for i in range(3)]
-    )
-    other = sandbox.permute_tokens(ids, SMALL, generator())
-    for a, b in zip(ids, other):
-        assert torch.equal(a[:, None] == a, b[:, None] == b) and not torch.equal(a, b)
-    for low, high in ((0, 16), (16, 32), (32, 36)):
-        inside = (ids >= low) & (ids < high)
-        assert inside.any() and torch.equal(inside, (other >= low) & (other < high))
-    same = sandbox.permute_tokens(ids[:1].repeat(2, 1), SMALL, generator())
-    assert not torch.equal(same[0], same[1]), "different names in each sequence"
+    examples = [sandbox.make_example("records", 96, SMALL, generator(i))[0] for i in range(3)]
+    ids = torch.stack(examples)
+    permuted = sandbox.permute_tokens(ids, SMALL, generator())
+    for before, after in zip(ids, permuted):
+        assert not torch.equal(before, after)
+        assert torch.equal(before[:, None] == before, after[:, None] == after)
+    for low, high in ((0, 16), (16, 32), (32, 36)):  # the tokens of each column
+        in_column = (ids >= low) & (ids < high)
+        assert in_column.any()
+        assert torch.equal(in_column, (permuted >= low) & (permuted < high))
+    permuted = sandbox.permute_tokens(ids[:1].repeat(2, 1), SMALL, generator())
+    assert not torch.equal(permuted[0], permuted[1]), "different names in each sequence"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,14 +151,16 @@ def test_models_alternate_and_know_no_positions(norm):
     cos, sin = train.rope_angles(3, 7, 16, 1e4, "cpu")
     y = attention(x, cos, sin)
     assert torch.equal(y, attention(x, torch.ones_like(cos), torch.zeros_like(sin)))
-    # one of two layers attends
-    one_more_key = [ttt_cost.flops_of_tokens(model, T, 1) for T in (10, 11)]
-    assert one_more_key[1] - one_more_key[0] == 4 * 2 * 16
-    same = sandbox.build_model(TINY, norm, 1)
-    other = sandbox.build_model(TINY, norm, 2)
+
+    # one more key costs 4 FLOPs per channel of the one layer that attends
+    one_more_key = ttt_cost.flops_of_tokens(model, 11, 1) - ttt_cost.flops_of_tokens(model, 10, 1)
+    assert one_more_key == 4 * 2 * 16
+
+    same_seed = sandbox.build_model(TINY, norm, 1)
+    other_seed = sandbox.build_model(TINY, norm, 2)
     weight = model.embed_tokens.weight
-    assert torch.equal(weight, same.embed_tokens.weight)
-    assert not torch.equal(weight, other.embed_tokens.weight)
+    assert torch.equal(weight, same_seed.embed_tokens.weight)
+    assert not torch.equal(weight, other_seed.embed_tokens.weight)
 
 
 def test_training_lowers_the_loss():
@@ -186,15 +209,14 @@ def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkey
 
 
 def test_contexts_are_of_their_seed_and_alternate_in_pairs():
-    ids = {}
+    contexts = set()
     for seed in (0, 1):
-        for c in range(4):
-            context = experiment.make_context("columns", SMALL, 300, seed, c)[0]
-            ids[seed, c] = tuple(context.tolist())
-            records = context.view(-1, 3).tolist()
-            decides = len({(a, v) for a, _, v in records}) == len({a for a, _, _ in records})
-            assert decides == (c < 2), "column a decides in the first two of four"
-    assert len(set(ids.values())) == 8
+        for i in range(4):
+            ids = experiment.make_context("columns", SMALL, 300, seed, i)[0]
+            contexts.add(tuple(ids.tolist()))
+            records = ids.view(-1, 3).tolist()
+            assert column_a_is_the_key(records) == (i < 2), "in the first two of four"
+    assert len(contexts) == 8
 
 
 def test_questions_are_answered_as_by_a_plain_forward():
@@ -210,12 +232,14 @@ def test_questions_are_answered_as_by_a_plain_forward():
     # the best head of all layers, on average over the questions
     best = on_needles.mean(0).argmax()
     answers = logits.argmax(-1)
-    found = experiment.score(model, kv, questions._replace(answers=answers))
+    scores = experiment.score(model, kv, questions._replace(answers=answers))
     p = on_needles[:, best]
-    assert found["accuracy"] == 1 and abs(found["needle_attention"] - p.mean()) < 1e-12
-    assert abs(found["margin"] - (p / (1 - p)).log().mean()) < 1e-12
-    wrong = answers + torch.tensor([0, 1])
-    assert experiment.score(model, kv, questions._replace(answers=wrong))["accuracy"] == 0.5
+    assert scores["accuracy"] == 1
+    assert abs(scores["needle_attention"] - p.mean()) < 1e-12
+    assert abs(scores["margin"] - (p / (1 - p)).log().mean()) < 1e-12
+    half_wrong = answers + torch.tensor([0, 1])
+    scores = experiment.score(model, kv, questions._replace(answers=half_wrong))
+    assert scores["accuracy"] == 0.5
 
 
 def test_attention_to_needles_is_that_of_the_softmax():
@@ -227,17 +251,20 @@ def test_attention_to_needles_is_that_of_the_softmax():
     module = train.Attention(config, "softmax")
     cache = experiment.QuestionCache(k, v, needles)
     y = cache.attend(module, [q, new_k, new_v])
-    whole_k, whole_v = (
-        torch.cat([old.expand(3, -1, -1, -1), new], dim=2) for old, new in ((k, new_k), (v, new_v))
-    )  # (3, 2, 14, 8)
-    assert torch.allclose(y, train.softmax_attention(q, whole_k, whole_v), atol=1e-12)
+    all_k = torch.cat([k.expand(3, -1, -1, -1), new_k], dim=2)  # (3, 2, 14, 8)
+    all_v = torch.cat([v.expand(3, -1, -1, -1), new_v], dim=2)
+    assert torch.allclose(y, train.softmax_attention(q, all_k, all_v), atol=1e-12)
+
+    # with 1 as the value of needles and 0 elsewhere, attention returns the probability on needles
     is_needle = F.pad(needles.double(), (0, 5))[:, None, :, None].expand(-1, 2, -1, 8)
-    mass = train.softmax_attention(q, whole_k, is_needle)[:, :, -1, 0]
-    assert torch.allclose(cache.on_needles, mass, atol=1e-12)
+    on_needles = train.softmax_attention(q, all_k, is_needle)[:, :, -1, 0]  # (3, 4)
+    assert torch.allclose(cache.on_needles, on_needles, atol=1e-12)
+
     module.function = sandbox.shift
     cache = experiment.QuestionCache(k, v, needles)
     y = cache.attend(module, [q, new_k, new_v])
-    assert torch.equal(y, sandbox.shift(q, whole_k, whole_v)) and cache.on_needles is None
+    assert torch.equal(y, sandbox.shift(q, all_k, all_v))
+    assert cache.on_needles is None
 
 
 def test_votes_of_many_samples(monkeypatch):
