@@ -18,7 +18,7 @@ EPS = 0.01  # large enough that a kernel without it is off
 
 
 def run_poisoned(function):
-    """Run with new tensors that hold NaN until written; on a GPU twice, with equal bits."""
+    """Run with new tensors filled with NaN; on a GPU run twice and require equal bits."""
     torch.use_deterministic_algorithms(True)
     try:
         result = function()
@@ -30,7 +30,7 @@ def run_poisoned(function):
 
 
 def inside_nan(t):
-    """A copy of the tensor in memory that is NaN before and after it."""
+    """Copy a tensor into memory with NaN before and after it, to catch reads out of bounds."""
     memory = torch.full((t.numel() + 128,), torch.nan, dtype=t.dtype, device=DEVICE)
     return memory[64:-64].view(t.shape).copy_(t)
 
@@ -40,17 +40,20 @@ def rms_norm(x, gain):
 
 
 # --------------------------------------------------------------------------------------------------
-# Products with one row
+# Matrix-vector products
 
 
 def project_torch(x, gain, weights, biases):
-    rows = [(w @ rms_norm(x, gain)).to(b.dtype) + b for w, b in zip(weights, biases)]
-    return torch.cat(rows)
+    normed = rms_norm(x, gain)
+    outputs = []
+    for weight, bias in zip(weights, biases):
+        outputs.append((weight @ normed).to(bias.dtype) + bias)
+    return torch.cat(outputs)
 
 
 def swiglu_torch(x, gain, gate, up):
-    n = rms_norm(x, gain)
-    return F.silu(gate @ n) * (up @ n)
+    normed = rms_norm(x, gain)
+    return F.silu(gate @ normed) * (up @ normed)
 
 
 def add_torch(x, y, weight):
@@ -129,9 +132,12 @@ def test_products_on_the_gpu(C, sizes, has_bias, dtype):
 
 
 def attention_torch(heads, gains, angles, length, kv, dtype):
-    """The output, the new key and the new value, by the model's own parts in `dtype`."""
-    H = heads.shape[0] - 2 * kv.shape[2]
-    q, k, v = heads.to(dtype).split([H, kv.shape[2], kv.shape[2]])
+    """Return the output, the new key and the new value, by the model's own functions in `dtype`.
+
+    heads: q, k and v of one token, (H + 2 Hkv, D). kv: the caches of k and v, (2, 1, Hkv, T, D).
+    """
+    Hkv = kv.shape[2]
+    q, k, v = heads.to(dtype).split([heads.shape[0] - 2 * Hkv, Hkv, Hkv])
     if gains is not None:
         q = F.rms_norm(q, q.shape[-1:], gains[0].to(dtype), EPS)
         k = F.rms_norm(k, k.shape[-1:], gains[1].to(dtype), EPS)

@@ -26,20 +26,22 @@ GRADIENTS = "o", "dq", "dk", "dv", "dk2", "dv2"
 
 
 def reference_with_gradients(inputs, do, w1, w2):
-    """-> o and five gradients, one head at a time: at once they took 58 GB at the largest shape"""
+    """Return o and the gradients of q, k, v, k2, v2, computed one head at a time to save memory."""
     inputs = [t.detach().requires_grad_() for t in inputs]
+    q, *keys_and_values = inputs
     B, H = do.shape[:2]
-    results = [torch.zeros_like(t) for t in (do, *inputs)]
+    Hkv = keys_and_values[0].shape[1]
+    o = torch.zeros_like(do)
+    gradients = [torch.zeros_like(t) for t in inputs]
     for b, h in itertools.product(range(B), range(H)):
-        group = h * inputs[1].shape[1] // H
-        heads = [t[b : b + 1, n : n + 1] for t, n in zip(inputs, (h, *[group] * 4))]
-        o = simplicial.reference(*heads, w1=w1, w2=w2)
-        results[0][b, h] = o.detach()[0, 0]
-        for total, part in zip(
-            results[1:], torch.autograd.grad(o, inputs, do[b : b + 1, h : h + 1])
-        ):
-            total += part
-    return results
+        kv_head = h * Hkv // H
+        shared = [t[b : b + 1, kv_head : kv_head + 1] for t in keys_and_values]
+        head_o = simplicial.reference(q[b : b + 1, h : h + 1], *shared, w1=w1, w2=w2)
+        o[b, h] = head_o.detach()[0, 0]
+        head_gradients = torch.autograd.grad(head_o, inputs, do[b : b + 1, h : h + 1])
+        for total, head_gradient in zip(gradients, head_gradients):
+            total += head_gradient
+    return [o, *gradients]
 
 
 KERNELS = "forward", "dq_dk2_dv2", "dk_dv"
@@ -64,7 +66,7 @@ def use_tiles(*sizes):
 
 
 def run_kernels(inputs, do, w1, w2, *tiles):
-    """-> o, five gradients and lse"""
+    """Return o, the gradients of q, k, v, k2, v2, and lse. tiles: as in use_tiles."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     with use_tiles(*tiles):
         o, lse = kernel.attention(*inputs, w1, w2)
@@ -72,9 +74,9 @@ def run_kernels(inputs, do, w1, w2, *tiles):
 
 
 def check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype, *tiles, B=2, Tk2=None, size=1.0, shift=0):
-    """Outputs, gradients and lse against float64; on a GPU, twice the same bits.
+    """Compare outputs, gradients and lse with float64; on a GPU, two runs must be equal.
 
-    tiles: (rows, block_n). size: factor of the logits. shift: added to them.
+    tiles: as in use_tiles. size: multiplies the logits. shift: added to them.
     """
     shape = Tq, Tk, H, Hkv, D, B, Tk2
     inputs = make_inputs(*shape, dtype, seed=Tq * w1 + w2, device=DEVICE)
@@ -92,21 +94,26 @@ def check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype, *tiles, B=2, Tk2=None, size=
     try:
         first = run_kernels(inputs, do, w1, w2, *tiles)
         if DEVICE == "cuda":  # in the interpreter, programs run one after the other
-            for name, ours, again in zip(GRADIENTS, first, run_kernels(inputs, do, w1, w2)):
-                assert torch.equal(ours, again), f"{name}: two runs differ"
+            second = run_kernels(inputs, do, w1, w2)
+            for name, ours, repeated in zip(GRADIENTS, first, second):
+                assert torch.equal(ours, repeated), f"{name}: two runs differ"
     finally:
         torch.use_deterministic_algorithms(False)
     for name, ours, expected, truth in zip(GRADIENTS, first, eager, truths):
         assert_close(name, ours, expected, truth)
 
-    doubles = [t.cpu().double() for t in inputs]
+    # the natural logarithm of the sum of exp(logit) over all pairs, at three queries
+    lse = first[6]
+    exact_inputs = [t.cpu().double() for t in inputs]
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for b, h, i in (0, 0, 0), (B - 1, H - 1, Tq - 1), (0, H // 2, Tq // 2):
-        truth = by_pairs(*doubles, w1, w2, b, h, i)[1]
-        allowed = (1e-4 if dtype == torch.float32 else 2e-2) * max(1, abs(truth))
-        assert abs(first[6][b, h, i].item() - truth) < allowed, "a natural logarithm"
+        truth = by_pairs(*exact_inputs, w1, w2, b, h, i)[1]
+        assert abs(lse[b, h, i].item() - truth) < tolerance * max(1, abs(truth))
+
+    # a single pair has probability 1, whatever q, k and k2 are
     if min(w1, Tk) == min(w2, Tk2 or Tk) == 1:
-        zero = [not first[n].any() for n in (1, 2, 4)]
-        assert all(zero), "a single pair has no derivative, exactly"
+        for n in (1, 2, 4):
+            assert not first[n].any(), f"{GRADIENTS[n]} must be exactly 0"
 
 
 # Tq, Tk, H, Hkv, D, w1, w2
@@ -114,7 +121,7 @@ CASES = [(1, 1, 1, 1, 16, 1, 1), (17, 17, 2, 2, 16, 1, 1), (17, 17, 6, 2, 16, 3,
 CASES += [(40, 40, 2, 1, 32, 12, 33), (64, 64, 1, 1, 32, 64, 5), (34, 34, 1, 1, 16, 20, 33)]
 CASES += [(127, 127, 1, 1, 16, 64, 3), (3, 90, 4, 1, 32, 40, 20), (30, 70, 2, 1, 16, 5, 40)]
 CASES += [(65, 65, 1, 1, 64, 50, 1), (48, 48, 1, 1, 16, 32, 16)]
-# a key one past the old or the new edge of the window of a tile's last or first query
+# a key just outside the window of a tile's last or first query, on either side
 CASES += [(48, 48, 1, 1, 16, 39, 16), (42, 48, 1, 1, 16, 39, 16)]
 CASES += [(9, 9, 16, 1, 16, 5, 5)]  # a tile is one position
 

@@ -1,0 +1,140 @@
+"""train.py as a whole: runs that a signal, a NaN or an interrupt stops."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import sample
+import train
+from support import data
+from tests.common import REPOSITORY, is_equal
+from tests.test_train_loop import load
+
+
+@pytest.fixture
+def short(tiny, monkeypatch):
+    """The flags of a tiny run, which leaves out the text at the end."""
+    monkeypatch.setattr(sample, "show_sample", lambda *_: None)
+    return tiny
+
+
+@pytest.mark.parametrize("where", ["train", "evaluate", "generate"])
+def test_signal_saves_and_ends(tiny, monkeypatch, where):
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: iter(b"abcde"))
+    flags = [*tiny, "--eval-every", "20"]
+    train.main([*flags, "--out", "out/uninterrupted"])
+    calls = []
+    signals = []
+
+    def hit_train(seed, step, *more):
+        if step == 10:
+            signals.append(signal.raise_signal(signal.SIGTERM))
+        return batch_starts(seed, step, *more)
+
+    def hit_evaluate(tokens, *more):
+        calls.append(len(tokens))
+        if calls.count(min(calls)) == 1 and len(set(calls)) == 2:  # the held-out text is shorter
+            signals.append(signal.raise_signal(signal.SIGHUP))
+        return read_sequences(tokens, *more)
+
+    def hit_generate(*_, **__):
+        for token in b"abcde":
+            signals.append(signal.raise_signal(signal.SIGINT))
+            yield token
+
+    batch_starts = data.batch_starts
+    read_sequences = data.read_sequences
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # no nohup
+        if where == "train":
+            patch.setattr(data, "batch_starts", hit_train)
+        if where == "evaluate":
+            patch.setattr(data, "read_sequences", hit_evaluate)
+        if where == "generate":
+            patch.setattr(sample, "generate", hit_generate)
+        result = train.main([*flags, "--out", "out/a"])
+    handler = signal.getsignal(signal.SIGTERM)
+    expected = {"train": signal.SIGTERM, "evaluate": signal.SIGHUP, "generate": signal.SIGINT}
+    assert result["signal"] == expected[where] and len(signals) == 1
+    assert signal.getsignal(signal.SIGTERM) is handler
+    if where != "generate":
+        assert result["step"] == load("out/a")["step"] == (10 if where == "train" else 20)
+        assert calls.count(min(calls, default=0)) <= 1, "it went on evaluating"
+        train.main(["--resume", "out/a", "--device", "cpu", "--sample", "1"])
+    saved = load("out/a")
+    expected = load("out/uninterrupted")
+    assert is_equal(saved["model"], expected["model"])
+    assert is_equal(saved["optimizer"], expected["optimizer"])
+
+
+def test_signal_from_outside(tiny):
+    flags = [*tiny, "--out", "out/a", "--steps", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # no nohup
+    )
+    for line in process.stdout:
+        if line.startswith("run "):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGHUP)  # a lost connection
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGHUP
+    assert "--resume out/a" in output
+    assert load("out/a")["step"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
+    original = train.train_step
+    weights = []
+
+    def poisoned(step, *more):
+        net = step.net
+        weights.append((net, net.embed_tokens.weight.detach().clone()))
+        if len(weights) == 8:
+            net.norm.weight.data[0] = math.nan
+        return original(step, *more)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(
+        FloatingPointError, match="step 8: the loss is nan.*out/a/ckpt.pt is the last"
+    ):
+        train.main([*short, "--out", "out/a", "--eval-every", "5"])
+    assert load("out/a")["step"] == 5
+    assert len(weights) == 8
+    net, before = weights[-1]
+    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took no step"
+
+
+def test_weights_gone_bad_are_not_saved(short, monkeypatch):
+    losses = iter([2.0, 1.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    with pytest.raises(FloatingPointError, match="step 30: the val_loss is nan"):
+        train.main([*short, "--out", "out/a", "--eval-every", "10"])
+    assert load("out/a")["step"] == 20
+
+
+def test_an_infinite_gradient_stops_the_run(short, monkeypatch):
+    norm = torch.tensor(math.inf)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: norm)
+    with pytest.raises(FloatingPointError, match="step 1: the grad_norm is inf.*nothing is saved"):
+        train.main([*short, "--out", "out/a"])
+
+
+def test_a_checkpoint_is_saved_before_it_is_reported(short, monkeypatch):
+    def interrupted_print(text):
+        if "held out" in text and "step" in text:
+            assert load("out/a")["step"] == 10
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "print0", interrupted_print)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*short, "--out", "out/a", "--eval-every", "10"])
