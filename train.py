@@ -689,6 +689,14 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
     return total_loss / max(1, count)
 
 
+def set_vocab_size(gpt_config, tokenizer):
+    """Return the config with room for all tokens; by default a multiple of 64, which is faster."""
+    vocab_size = gpt_config.vocab_size or math.ceil(tokenizer.n_vocab / 64) * 64
+    if vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"--vocab-size is less than the tokenizer's {tokenizer.n_vocab}")
+    return replace(gpt_config, vocab_size=vocab_size)
+
+
 def train(gpt_config, run, launch):
     """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal.
 
@@ -722,10 +730,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
         saved = load_checkpoint(origin, [] if launch.resume else ["adapter"])
     tokenizer = data.get_tokenizer(run.tokenizer, saved)
     T = gpt_config.block_size
-    vocab_size = gpt_config.vocab_size or math.ceil(tokenizer.n_vocab / 64) * 64
-    gpt_config = replace(gpt_config, vocab_size=vocab_size)
-    if vocab_size < tokenizer.n_vocab:
-        raise ValueError(f"--vocab-size is less than the tokenizer's {tokenizer.n_vocab}")
+    gpt_config = set_vocab_size(gpt_config, tokenizer)
     if launch.export:
         from support import huggingface
 
