@@ -42,8 +42,11 @@ def load_results():
 
 def table(header, rows):
     """Return a Markdown table; header and rows are lists of texts."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = []
+    for cells in (header, ["---"] * len(header), *rows):
+        escaped = [cell.replace("|", "\\|") for cell in cells]  # "|" would end the cell
+        lines.append("| " + " | ".join(escaped) + " |")
+    return "\n".join(lines)
 
 
 def study_rows(name, record):

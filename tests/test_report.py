@@ -72,6 +72,10 @@ def save(folder, name, record):
     (folder / f"results/{name}.json").write_text(json.dumps(record))
 
 
+def test_a_bar_does_not_end_a_cell():
+    assert report.table(["|Z|"], [["1"]]).splitlines()[0] == r"| \|Z\| |"
+
+
 def test_tables(repository):
     save(repository, "kernels", KERNELS)
     report.main([])
