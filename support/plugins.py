@@ -53,12 +53,12 @@ def find_plugin(name, function_name, builtin):
         f"there is no {function_name} {name!r}; give {known}the name of a module, beside "
         f"train.py or on PYTHONPATH, that has a function {function_name}"
     )
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise ValueError(error)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if missing.name != name:  # the module exists, but one of its own imports failed
+        if not f"{name}.".startswith(f"{missing.name}."):  # one of the module's own imports failed
             raise
         raise ValueError(error) from None
     function = getattr(module, function_name, None)

@@ -1,0 +1,83 @@
+"""What the papers' ideas are compared with: --attn experiments.controls:tau=2 and so on."""
+
+import torch
+import torch.nn.functional as F
+
+import laser
+from sonew import SONew
+from train import softmax_attention
+
+
+def attention(q, k, v, *, tau=0.0, gelu=False, window=0):
+    """Softmax attention with one change; shapes as in train.softmax_attention.
+
+    tau: attend over exp(v / tau), and take tau times the log: LASER with a temperature; 0: no exp.
+    gelu: a pointwise nonlinearity after it. window: see the last `window` positions; 0: all.
+    """
+    if tau:
+        return tau * laser.attention(q, k, v / tau)
+    out = window_attention(q, k, v, window) if window else softmax_attention(q, k, v)
+    return F.gelu(out) if gelu else out
+
+
+def window_attention(q, k, v, window):
+    """Softmax attention to the last `window` positions, the query's own included."""
+    positions = torch.arange(k.shape[2], device=q.device)
+    distance = positions[-q.shape[2] :, None] - positions  # (Tq, Tk)
+    mask = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def optimizer(groups, lr, *, name="muon"):
+    """Build an optimizer for groups of matrices, the embedding first, and of gains.
+
+    name: "muon" (torch.optim.Muon, with AdamW for the embedding and the gains) or "shuffled"
+    (SONew, whose chains go through each row in a random order).
+    """
+    if name == "muon":
+        return MuonAdamW(groups, lr)
+    if name == "shuffled":
+        return ShuffledSONew(groups, lr, (0.9, 0.95))
+    raise ValueError(f"the optimizer {name!r} is unknown; give muon or shuffled")
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices but the embedding; AdamW for all others. Both at AdamW's rate."""
+
+    def __init__(self, groups, lr):
+        matrices, vectors = groups
+        embedding, *hidden = matrices["params"]
+        weight_decay = matrices["weight_decay"]
+        rate = {"lr": lr, "weight_decay": weight_decay}
+        self.muon = torch.optim.Muon(hidden, **rate, adjust_lr_fn="match_rms_adamw")
+        others = [{**matrices, "params": [embedding]}, vectors]
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=True)
+        super().__init__([p for group in groups for p in group["params"]], {"lr": lr})
+
+        # the two share the state and the groups of this one
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self.muon.state = self.state
+        self.adamw.state = self.state
+
+    def step(self):
+        self.muon.step()
+        self.adamw.step()
+
+
+class ShuffledSONew(SONew):
+    """SONew on matrices whose columns are in a random order: chains of strangers."""
+
+    @torch.no_grad()
+    def step(self):
+        matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
+        for p in matrices:
+            order = self.column_order(p)
+            p.copy_(p[:, order])
+            p.grad.copy_(p.grad[:, order])
+        super().step()
+        for p in matrices:
+            p.copy_(p[:, self.column_order(p).argsort()])
+
+    def column_order(self, p):
+        generator = torch.Generator().manual_seed(p.shape[1])
+        return torch.randperm(p.shape[1], generator=generator).to(p.device)
