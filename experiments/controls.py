@@ -31,14 +31,35 @@ def window_attention(q, k, v, window):
 def optimizer(groups, lr, *, name="muon"):
     """Build an optimizer for groups of matrices, the embedding first, and of gains.
 
-    name: "muon" (torch.optim.Muon, with AdamW for the embedding and the gains) or "shuffled"
-    (SONew, whose chains go through each row in a random order).
+    name: "muon" (torch.optim.Muon, with AdamW for the embedding and the gains), "shuffled" (SONew,
+    whose chains go through each row in a random order) or, for the adapters of LoRA, "lora_plus".
     """
     if name == "muon":
         return MuonAdamW(groups, lr)
     if name == "shuffled":
         return ShuffledSONew(groups, lr, (0.9, 0.95))
-    raise ValueError(f"the optimizer {name!r} is unknown; give muon or shuffled")
+    if name == "lora_plus":
+        return LoRAPlus(groups, lr)
+    raise ValueError(f"the optimizer {name!r} is unknown; give muon, shuffled or lora_plus")
+
+
+class LoRAPlus(torch.optim.AdamW):
+    """AdamW with a larger rate for each B than for each A (Hayou et al., arXiv 2402.12354)."""
+
+    def __init__(self, groups, lr, ratio=16.0):
+        sides = []  # the parameters of each group are A, B, A, B, ...
+        for group in groups:
+            sides.append({**group, "params": group["params"][::2], "ratio": 1.0})
+            sides.append({**group, "params": group["params"][1::2], "ratio": ratio})
+        super().__init__(sides, lr, fused=True)
+
+    def step(self):
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates):
+            group["lr"] = rate * group["ratio"]
+        super().step()
+        for group, rate in zip(self.param_groups, rates):
+            group["lr"] = rate
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -174,23 +174,39 @@ def run_variant(job):
     return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
 
 
-def sweep(make_job, names, rates, deadline=float("inf"), max_extensions=3):
+def sweep_and_run(run, make_job, names, rates, seeds, deadline=float("inf")):
+    """Find the learning rate of each variant, then run all seeds at it.
+
+    run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
+    Returns the runs of the sweep and those of the seeds, {variant: runs} each.
+    """
+    swept = sweep(run, make_job, names, rates, deadline)
+    jobs = []
+    for name in names:
+        jobs += [make_job(name, best_rate(swept[name]), seed) for seed in seeds]
+    runs = {name: [] for name in names}
+    for job, result in zip(jobs, parallel(run, jobs, deadline=deadline, label="seeds")):
+        runs[job["variant"]].append(result)
+    return swept, runs
+
+
+def sweep(run, make_job, names, rates, deadline=float("inf"), max_extensions=3):
     """Return {variant: [run at each rate]}; the grid grows until each best rate lies inside it.
 
-    make_job(variant, rate, seed) -> job. rates: ascending; all variants get the same grid.
+    The arguments are those of `sweep_and_run`; rates: ascending; all variants get the same grid.
     """
     runs = {name: [] for name in names}
     new_rates = list(rates)
     for _ in range(max_extensions + 1):
         jobs = [make_job(name, rate, SWEEP_SEED) for name in names for rate in new_rates]
-        for job, run in zip(jobs, parallel(run_variant, jobs, deadline=deadline, label="sweep")):
-            runs[job["variant"]].append(run)
+        for job, result in zip(jobs, parallel(run, jobs, deadline=deadline, label="sweep")):
+            runs[job["variant"]].append(result)
         for name in names:
-            runs[name].sort(key=lambda run: run["lr"])
+            runs[name].sort(key=lambda result: result["lr"])
 
         # extend the grid at an edge where a variant has its best rate
         best_rates = [best_rate(runs[name]) for name in names]
-        tried = [run["lr"] for run in runs[names[0]]]
+        tried = [result["lr"] for result in runs[names[0]]]
         below = [tried[0] / 2] if tried[0] in best_rates else []
         above = [tried[-1] * 2] if tried[-1] in best_rates else []
         new_rates = below + above
@@ -224,17 +240,8 @@ def compare(
     def make_job(variant, lr, seed):
         return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
 
-    # find the learning rate of each variant, then run all seeds at it
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    swept = sweep(make_job, list(variants), rates, deadline)
-    jobs = []
-    for variant in variants:
-        lr = best_rate(swept[variant])
-        jobs += [make_job(variant, lr, seed) for seed in seeds]
-    runs = {variant: [] for variant in variants}
-    for job, run in zip(jobs, parallel(run_variant, jobs, deadline=deadline, label="seeds")):
-        runs[job["variant"]].append(run)
-
+    swept, runs = sweep_and_run(run_variant, make_job, list(variants), rates, seeds, deadline)
     record = {"question": question, "metric": METRIC, "baseline": baseline}
     record.update(seconds=0.0, variants={}, differences={})
     for variant in variants:
@@ -283,27 +290,35 @@ def losses(runs):
 
 def plot_study(record):
     """Plot the differences of language models to the baseline, over training and at the end."""
-    names = list(record["differences"])
-    figure, (left, right) = new_figure((11, 1.8 + 0.45 * len(names)), 1, 2)
+    figure, (left, right) = new_figure((11, 1.8 + 0.45 * len(record["differences"])), 1, 2)
     baseline = record["variants"][record["baseline"]]["runs"]
-    for i, name in enumerate(names):
+    for i, name in enumerate(record["differences"]):
         # mean over seeds of the difference, if both were evaluated at the same steps
         runs = record["variants"][name]["runs"]
         if evaluation_steps(runs) == evaluation_steps(baseline):
             differences = np.array(losses(runs)) - losses(baseline)  # (seeds, evaluations)
             left.plot(evaluation_steps(runs), differences.mean(0), "o-", color=f"C{i}", label=name)
-
-        d = record["differences"][name]
-        right.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color=f"C{i}", capsize=4)
     left.axhline(0, color="black", lw=0.8)
-    right.axvline(0, color="black", lw=0.8)
     left.set(xlabel="step", ylabel=f"difference to {record['baseline']}")
     left.legend(fontsize=8)
-    right.set_yticks(range(len(names)), names)
-    right.set_ylim(len(names) - 0.5, -0.5)
-    right.set_xlabel("at the end, with 95% interval")
+    plot_differences(record, right)
     figure.suptitle(record["metric"])
     return figure
+
+
+def plot_differences(record, axes=None):
+    """Plot the difference of each variant to the baseline, with its 95% confidence interval."""
+    names = list(record["differences"])
+    if axes is None:
+        _, axes = new_figure((7, 1.2 + 0.5 * len(names)))
+    for i, name in enumerate(names):
+        d = record["differences"][name]
+        axes.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color=f"C{i}", capsize=4)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"difference to {record['baseline']}, 95% interval")
+    return axes.figure
 
 
 # -- command line and files ------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from experiments.harness import (
     new_figure,
     paired_difference,
     print_differences,
+    print_gpu_result,
     save_figure,
     study_parser,
 )
@@ -165,8 +166,15 @@ def plot(record):
 
 
 def main(argv=None):
-    args = study_parser(__doc__).parse_args(argv)
+    parser = study_parser(__doc__, on_gpus="fine-tuning of a real model on questions")
+    parser.add_argument("--init", help="with --full: a folder with SmolLM2-135M")
+    parser.add_argument("--questions", help="with --full: see experiments/lora_finetune.py")
+    args = parser.parse_args(argv)
     out = check_writable(args.out)
+    if args.full:
+        from experiments import lora_finetune
+
+        return lora_finetune.run(args.init, args.questions, out, args.minutes)
     baseline = "AdamW"
     record = {"question": "Which optimizers care how LoRA's product is factored?"}
     record.update(metric=f"log10 of |Z' - Z| / |Z| after {STEPS} steps", baseline=baseline)
@@ -189,4 +197,5 @@ def main(argv=None):
     save_json(out / "lora_rite-cpu.json", record, "experiments.lora_rite")
     save_figure(plot(record), out / "lora_rite-cpu.png")
     print_differences(record)
+    print_gpu_result("lora_rite")
     return record

@@ -94,7 +94,7 @@ def test_shuffled_sonew_is_sonew_of_permuted_columns():
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="muon or shuffled"):
+    with pytest.raises(ValueError, match="muon, shuffled"):
         controls.optimizer([], 0.1, name="soap")
 
 
@@ -105,3 +105,15 @@ def test_train_takes_modules_of_a_package(tiny):
     assert result["step"] == 2
     refused([*flags, "--attn", "experiments.nothing"], "no attention 'experiments.nothing'")
     refused([*flags, "--attn", "nothing.at.all"], "no attention 'nothing.at.all'")
+
+
+def test_lora_plus_is_adamw_with_two_rates():
+    torch.manual_seed(0)
+    A, B = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = controls.optimizer([{"params": [A, B], "pair": True}], 0.1, name="lora_plus")
+    train.set_lr(optimizer, 0.01)
+    A.grad = B.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(A.data, torch.full((3,), -0.01))
+    torch.testing.assert_close(B.data, torch.full((3,), -0.16))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
