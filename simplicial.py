@@ -67,14 +67,15 @@ def check(q, k, v, k2, v2, w1, w2):
         raise ValueError(f"w1 is {w1} and w2 is {w2}; a window holds at least 1 position")
 
 
-def get_windows(x, start, n, w):
-    """Return x at positions i - w + 1 ... i, for each i in start ... start + n - 1.
+def get_windows(x, n, w):
+    """Return x at positions i - w + 1 ... i, for each i of the last n positions.
 
     x (B, H, T, D) -> windows (B, H, n, w, D), and exists (n, w): False before position 0.
     """
-    padded = F.pad(x, (0, 0, w - 1, 0))[:, :, start : start + n + w - 1]
-    windows = padded.unfold(2, w, 1).transpose(-1, -2)  # (B, H, n, w, D)
-    i = torch.arange(start, start + n, device=x.device)[:, None]
+    T = x.shape[2]
+    padded = F.pad(x, (0, 0, w - 1, 0))  # w - 1 zeros before position 0
+    windows = padded.unfold(2, w, 1)[:, :, T - n :].transpose(-1, -2)  # (B, H, n, w, D)
+    i = torch.arange(T - n, T, device=x.device)[:, None]
     positions = i + torch.arange(1 - w, 1, device=x.device)  # (n, w)
     return windows, positions >= 0
 
@@ -88,21 +89,19 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     """
     check(q, k, v, k2, v2, w1, w2)
     _, H, Tq, D = q.shape
-    Tk = k.shape[2]
-    Tk2 = k2.shape[2]
-    w1 = min(w1, Tk)
-    w2 = min(w2, Tk2)
+    w1 = min(w1, k.shape[2])
+    w2 = min(w2, k2.shape[2])
     k, v, k2, v2 = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2))  # H heads
-    # query 0 is at position Tk - Tq of k and v, and at Tk2 - Tq of k2 and v2
-    k, exists = get_windows(k, Tk - Tq, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
-    v, _ = get_windows(v, Tk - Tq, Tq, w1)
-    k2, exists2 = get_windows(k2, Tk2 - Tq, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
-    v2, _ = get_windows(v2, Tk2 - Tq, Tq, w2)
+    k, exists = get_windows(k, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
+    v, _ = get_windows(v, Tq, w1)
+    k2, exists2 = get_windows(k2, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
+    v2, _ = get_windows(v2, Tq, w2)
 
-    # logits s_jk = k_j . (q * k2_k), softmax over the pairs (j, k), and sum_j v_j sum_k p_jk v2_k
+    # the logits of each query, k_j . (q * k2_k), and their softmax over all pairs (j, k)
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
     p = s.flatten(-2).softmax(-1).view(s.shape)
+    # the mean of v_j * v2_k: the sum over k, then the sum over j
     return ((p @ v2) * v).sum(-2)
 
 
@@ -120,37 +119,31 @@ def nan_or_zero(q, k, v, k2, v2, w1, w2):
     q = (0 * q).sum(-1, keepdim=True)  # (B, H, Tq, 1)
     kv = (0 * k + 0 * v).sum(-1, keepdim=True)  # (B, Hkv, Tk, 1)
     kv2 = (0 * k2 + 0 * v2).sum(-1, keepdim=True)  # (B, Hkv, Tk2, 1)
-    windows, _ = get_windows(kv, kv.shape[2] - Tq, Tq, w1)  # (B, Hkv, Tq, w1, 1)
-    windows2, _ = get_windows(kv2, kv2.shape[2] - Tq, Tq, w2)  # (B, Hkv, Tq, w2, 1)
+    windows, _ = get_windows(kv, Tq, w1)  # (B, Hkv, Tq, w1, 1)
+    windows2, _ = get_windows(kv2, Tq, w2)  # (B, Hkv, Tq, w2, 1)
     in_windows = windows.sum(-2) + windows2.sum(-2)  # (B, Hkv, Tq, 1)
     return q + in_windows.repeat_interleave(q.shape[1] // kv.shape[1], 1)
 
 
-def attend(q, k, v, k2, v2, start, end, w1, w2):
-    """Attend from the n queries start ... end - 1: w2 ordinary attentions, with one softmax.
+def attend(q, k, v, k2, v2, w1, w2):
+    """Attend from n queries at the last positions: w2 ordinary attentions, with one softmax.
 
-    q (B, Hkv, g, Tq, D), where g query heads share a KV head; k and v (B, Hkv, Tk, D), k2 and v2
+    q (B, Hkv, g, n, D), where g query heads share a KV head; k and v (B, Hkv, Tk, D), k2 and v2
     (B, Hkv, Tk2, D) -> (B, Hkv, g, n, D)
     """
-    # query 0 is at position `past` of k and v, and at `past2` of k2 and v2
-    past = k.shape[2] - q.shape[3]
-    past2 = k2.shape[2] - q.shape[3]
-
-    # the J keys that any of these queries sees: for the query at i, those at j in (i - w1, i]
-    first_key = max(0, past + start - w1 + 1)
-    k = k[:, :, first_key : past + end]  # (B, Hkv, J, D)
-    v = v[:, :, first_key : past + end]
-    i = torch.arange(past + start, past + end, device=q.device)[:, None]
-    j = torch.arange(first_key, past + end, device=q.device)
+    _, _, _, n, D = q.shape
+    # the J keys that any of these queries sees: the query at i sees those at j in (i - w1, i]
+    k = k[:, :, -(w1 + n - 1) :]  # (B, Hkv, J, D)
+    v = v[:, :, -(w1 + n - 1) :]
+    j = torch.arange(k.shape[2], device=q.device)
+    i = j[-n:, None]
     is_visible = (j <= i) & (j > i - w1)  # (n, J)
-
     # the w2 second keys of each query
-    k2, exists = get_windows(k2, past2 + start, end - start, w2)  # (B, Hkv, n, w2, D), (n, w2)
-    v2, _ = get_windows(v2, past2 + start, end - start, w2)
+    k2, exists = get_windows(k2, n, w2)  # (B, Hkv, n, w2, D), (n, w2)
+    v2, _ = get_windows(v2, n, w2)
 
     # logits: each query with each of its second keys makes one query of ordinary attention
-    q = q[:, :, :, start:end, None]  # (B, Hkv, g, n, 1, D)
-    qk2 = q * k2[:, :, None] * q.shape[-1] ** -0.5  # (B, Hkv, g, n, w2, D)
+    qk2 = q[..., None, :] * k2[:, :, None] * D**-0.5  # (B, Hkv, g, n, w2, D)
     s = qk2.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
     s = s.unflatten(2, qk2.shape[2:5])  # (B, Hkv, g, n, w2, J)
     s = s.masked_fill(~(is_visible[:, None] & exists[:, :, None]), -torch.inf)
@@ -194,7 +187,10 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     outputs = []
     with torch.autocast(q.device.type, enabled=False):  # autocast would undo the float32
         for start in starts:
-            block = q, k, v, k2, v2, start, min(start + n, Tq), w1, w2
+            end = min(start + n, Tq)
+            # the last query of the block is at the last position of these keys
+            keys = [t[:, :, : t.shape[2] - Tq + end] for t in (k, v, k2, v2)]
+            block = q[:, :, :, start:end], *keys, w1, w2
             if recompute:
                 outputs.append(checkpoint(attend, *block, use_reentrant=False))
             else:
