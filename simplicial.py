@@ -115,10 +115,10 @@ def nan_or_zero(q, k, v, k2, v2, w1, w2):
     Shapes as in `reference` -> (B, H, Tq, 1)
     """
     Tq = q.shape[2]
-    # 0 * inf = NaN and 0 * NaN = NaN, and 0 times any other number is 0
-    q = (0 * q).sum(-1, keepdim=True)  # (B, H, Tq, 1)
-    kv = (0 * k + 0 * v).sum(-1, keepdim=True)  # (B, Hkv, Tk, 1)
-    kv2 = (0 * k2 + 0 * v2).sum(-1, keepdim=True)  # (B, Hkv, Tk2, 1)
+    # x - x is NaN if x is inf or NaN, else 0
+    q = (q - q).sum(-1, keepdim=True)  # (B, H, Tq, 1)
+    kv = (k - k + v - v).sum(-1, keepdim=True)  # (B, Hkv, Tk, 1)
+    kv2 = (k2 - k2 + v2 - v2).sum(-1, keepdim=True)  # (B, Hkv, Tk2, 1)
     windows, _ = get_windows(kv, Tq, w1)  # (B, Hkv, Tq, w1, 1)
     windows2, _ = get_windows(kv2, Tq, w2)  # (B, Hkv, Tq, w2, 1)
     in_windows = windows.sum(-2) + windows2.sum(-2)  # (B, Hkv, Tq, 1)

@@ -3,6 +3,7 @@ test_simplicial_kernel.py."""
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -261,6 +262,19 @@ def test_gradients_of_what_is_not_finite():
         return o.detach(), *torch.autograd.grad(o, inputs, do)
 
     check_gradients_of_nonfinite(gradients, "cpu")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_code_keeps_what_is_not_finite():
+    """Inductor would fold 0 * x into 0, although 0 * inf is NaN."""
+    inputs = [t.contiguous() for t in make_inputs(24, 24, D=8, dtype=torch.float32)]
+    inputs[2][0, 1, 12, 3] = math.inf
+    compiled = torch.compile(simplicial.nan_or_zero, fullgraph=True)
+    for function in simplicial.nan_or_zero, compiled:
+        expected = torch.zeros(2, 4, 24, 1)
+        expected[0, 2:, 12:17] = math.nan
+        assert torch.equal(function(*inputs, 5, 3).isnan(), expected.isnan())
+    torch.compiler.reset()
 
 
 # --------------------------------------------------------------------------------------------------
