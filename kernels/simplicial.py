@@ -80,18 +80,20 @@ def query_row(query, sizes, GROUP: tl.constexpr):
 
 
 @triton.jit
-def make_tile(tile, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+    # -- rows: consecutive tiles hold the chunks of offsets of the same queries --
     row = tl.arange(0, QUERIES * OFFSETS)
     chunks = tl.cdiv(sizes.w2, OFFSETS)
-    query = tile // chunks * QUERIES + row // OFFSETS
-    offset = tile % chunks * OFFSETS + row % OFFSETS
+    query = index // chunks * QUERIES + row // OFFSETS
+    offset = index % chunks * OFFSETS + row % OFFSETS
     step = tl.minimum(query // GROUP, sizes.Tq - 1)  # rows past the end repeat the last position
     i = step + sizes.Tk - sizes.Tq
     i2 = step + sizes.Tk2 - sizes.Tq
     exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
     has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
 
-    first_query = tile // chunks * QUERIES
+    # -- positions of the first and the last query --
+    first_query = index // chunks * QUERIES
     last_query = first_query + QUERIES - 1
     first_position = tl.minimum(first_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     last_position = tl.minimum(last_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
@@ -410,11 +412,11 @@ class RowInputs(NamedTuple):
 
 @triton.jit
 def make_row_operands(
-    q_ptr, do_ptr, k2_ptr, v2_ptr, tile, sizes, qk_scale,
+    q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index, sizes, qk_scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
-    tile = make_tile(tile, sizes, GROUP, QUERIES, OFFSETS)
+    tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
     qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.exists, qk_scale, D)
     tl.debug_barrier()  # without it all loads come first, and registers spill
     return qk2, multiply_rows(do_ptr, v2_ptr, tile, tile.has_rivals, 1.0, D)
@@ -641,7 +643,7 @@ def dk_dv_kernel(
 
 # --------------------------------------------------------------------------------------------------
 # Backward: inf and NaN. P = 0 does not hide them in a product, as 0 * inf = NaN. So clean_kernel
-# replaces them by 0 first, and afterwards the gradients that depend on them are set to NaN.
+# replaces them by 0 first, and in the end `backward` sets to NaN the gradients that depend on them.
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -709,13 +711,20 @@ def get_config(kernel, dtype, D, device):
 
 @functools.lru_cache(1024)
 def get_options(kernel, dtype, device, group, D, w2):
-    """-> compile-time arguments of "forward" (and repair), "dq_dk2_dv2" or "dk_dv"."""
+    """Return the compile-time arguments of "forward" (and repair), "dq_dk2_dv2" or "dk_dv"."""
     config = get_config(kernel, dtype, D, device)
     offsets = min(32, config.rows, triton.next_power_of_2(w2))  # the fewest that hold w2, up to 32
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options.update(GROUP=group, D=D, QUERIES=config.rows // offsets, OFFSETS=offsets)
-    options.update(BLOCK_N=config.block_n, PRECISION="ieee" if dtype == torch.float32 else "tf32")
-    return {**options, "maxnreg": config.maxnreg}
+    return {
+        "GROUP": group,
+        "D": D,
+        "QUERIES": config.rows // offsets,
+        "OFFSETS": offsets,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
+    }
 
 
 def check_size(heads, group, Tq, Tk, Tk2, D):
@@ -806,13 +815,16 @@ def clean(x, y, o=None):
 
 
 def any_in_window(flags, w):
-    """flags (..., T) bool -> (..., T): is one of the w positions up to this one True?"""
+    """flags (..., T) bool -> (..., T): whether one of flags[i - w + 1 ... i] is True, for each i"""
     count = F.pad(flags.cumsum(-1), (w, 0))  # count[t + w]: flags up to t
     return count[..., w:] > count[..., :-w]
 
 
 def seen_by(flags, T, w):
-    """flags (..., Tq) bool of queries -> (..., T): does a True query see the position?"""
+    """flags (..., Tq) bool of the last Tq queries -> (..., T): does a True query see the position?
+
+    A position j is seen from j ... j + w - 1, which is a window in reversed order.
+    """
     padded = F.pad(flags, (T - flags.shape[-1], 0))
     return any_in_window(padded.flip(-1), w).flip(-1)
 
@@ -852,14 +864,16 @@ def backward(
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
 
-    # A query that sees inf or NaN gets lse = inf, so P = 0
-    q, do, is_bad, delta = clean(q, do, o)  # (B, H, Tq)
-    k, v, has_bad, _ = clean(k, v)  # (B, Hkv, Tk)
-    k2, v2, has_bad2, _ = clean(k2, v2)  # (B, Hkv, Tk2)
-    sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]
+    # bad queries: with inf or NaN in themselves or in their windows
+    q, do, is_bad, delta = clean(q, do, o)  # is_bad and delta (B, H, Tq)
+    k, v, has_bad, _ = clean(k, v)  # has_bad (B, Hkv, Tk)
+    k2, v2, has_bad2, _ = clean(k2, v2)  # has_bad2 (B, Hkv, Tk2)
+    sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
     sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]
     is_bad |= sees_bad.repeat_interleave(group, 1) | ~lse.isfinite()
     by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq)
+
+    # with lse = inf, P = exp(S - lse) = 0: they add nothing to any gradient
     lse = lse.masked_fill(is_bad, torch.inf)
     delta = delta.masked_fill(is_bad, 0)
     tensors = q, k, v, k2, v2, do, lse, delta
