@@ -40,10 +40,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 EDGE = tl.constexpr(16)  # keys per small block, at the start of a window
 REPAIR_QUERIES = tl.constexpr(128)  # queries that a program of repair_kernel checks, at least
 PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
-BLOCK_T = 32  # positions per program of clean_kernel
+BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
 WIDTHS = (16, 32, 64, 128)  # head dimensions
 # a KV cache changes these with every token: do not compile again
-VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "piece", "buffer_rows", "N"]
+VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "past", "N"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,6 +568,7 @@ def dq_dk2_dv2_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr,  # as in dq_dk2_dv2_kernel
+    is_seen_ptr,  # (B, Hkv, Tk) by a query with inf or NaN
     dk_ptr, dv_ptr,  # (B, Hkv, Tk, D)
     Tq, Tk, Tk2, w1, w2, scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
@@ -634,8 +635,9 @@ def dk_dv_kernel(
             dv = tl.where(is_last, 0.0, dv)
 
     # -- store; qk2 has a factor of LOG2E --
-    dk = (dk + dk_sum) * LN2
-    dv = dv + dv_sum
+    is_seen = tl.load(is_seen_ptr + bh * Tk + key, mask=key < Tk, other=0) != 0
+    dk = tl.where(is_seen[:, None], float("nan"), (dk + dk_sum) * LN2)
+    dv = tl.where(is_seen[:, None], float("nan"), dv + dv_sum)
     offs = key[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dk_ptr + offs, dk.to(k.dtype), mask=(key < Tk)[:, None])
     tl.store(dv_ptr + offs, dv.to(v.dtype), mask=(key < Tk)[:, None])
@@ -643,7 +645,7 @@ def dk_dv_kernel(
 
 # --------------------------------------------------------------------------------------------------
 # Backward: inf and NaN. P = 0 does not hide them in a product, as 0 * inf = NaN. So clean_kernel
-# replaces them by 0 first, and in the end `backward` sets to NaN the gradients that depend on them.
+# replaces them by 0 first, and afterwards the gradients that depend on them are set to NaN.
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -669,6 +671,40 @@ def clean_kernel(
         is_finite = is_finite & (tl.abs(delta) < float("inf"))
         tl.store(delta_ptr + rows, tl.where(is_finite, delta, 0.0), mask=rows < N)
     tl.store(is_bad_ptr + rows, 1 - is_finite.to(tl.int8), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def sum_buffers_kernel(
+    dk2_buffers_ptr, dv2_buffers_ptr,  # of dq_dk2_dv2_kernel
+    is_seen_ptr,  # (B, Hkv, Tk2) by a query with inf or NaN
+    dk2_ptr, dv2_ptr,  # (B, Hkv, Tk2, D)
+    Tk2, past, pieces, piece, buffer_rows,  # past: positions of k2 before the first query
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dk2 and dv2: add up the buffers that hold a position, in order. NaN where is_seen."""
+    bh = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    exists = position < Tk2
+    q_position = position - past  # negative before the first query
+
+    # A position is in the buffer of its own piece and in those of up to `reach` pieces after it.
+    reach = tl.cdiv(buffer_rows - piece, piece)
+    own_piece = (q_position + reach * piece) // piece - reach  # // of a number >= 0 rounds down
+    dk2 = tl.zeros((BLOCK_T, D), tl.float32)
+    dv2 = tl.zeros((BLOCK_T, D), tl.float32)
+    for b in range(reach + 1):
+        n = own_piece + b
+        row = q_position - (n + 1) * piece + buffer_rows  # a buffer ends at the end of its piece
+        mask = exists & (n >= 0) & (n < pieces) & (row >= 0)
+        buffer_row = (bh * pieces + n) * buffer_rows + row
+        dk2 += load_rows(dk2_buffers_ptr, buffer_row, mask, D)
+        dv2 += load_rows(dv2_buffers_ptr, buffer_row, mask, D)
+    is_seen = tl.load(is_seen_ptr + bh * Tk2 + position, mask=exists, other=0) != 0
+    dk2 = tl.where(is_seen[:, None], float("nan"), dk2)
+    dv2 = tl.where(is_seen[:, None], float("nan"), dv2)
+    offs = (bh * Tk2 + position)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dk2_ptr + offs, dk2.to(dk2_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(dv2_ptr + offs, dv2.to(dv2_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -826,24 +862,7 @@ def seen_by(flags, T, w):
     A position j is seen from j ... j + w - 1, which is a window in reversed order.
     """
     padded = F.pad(flags, (T - flags.shape[-1], 0))
-    return any_in_window(padded.flip(-1), w).flip(-1)
-
-
-def sum_buffers(buffers, piece, Tq, Tk2):
-    """Add up the buffers of dq_dk2_dv2_kernel, piece by piece in order. -> (heads, Tk2, D)
-
-    buffers (heads, pieces, rows, D): the last `piece` rows are the positions of a piece itself, the
-    `piece` rows before them those of the piece before, and so on; the first rows may be fewer.
-    """
-    heads, pieces, rows, D = buffers.shape
-    before = triton.cdiv(rows, piece) - 1  # to how many pieces before its own a buffer adds
-    total = buffers.new_zeros(heads, before + pieces, piece, D)
-    for b in range(before + 1):  # the rows for the piece that is b before the own one
-        end = rows - b * piece
-        part = buffers[:, :, max(end - piece, 0) : end]
-        total[:, before - b : before - b + pieces, piece - part.shape[2] :] += part
-    # from positions -before * piece ... pieces * piece - 1 of q to those of k2: pad or cut
-    return F.pad(total.flatten(1, 2), (0, 0, Tk2 - Tq - before * piece, Tq - pieces * piece))
+    return any_in_window(padded.flip(-1), w).flip(-1).to(torch.int8).contiguous()
 
 
 def backward(
@@ -884,7 +903,8 @@ def backward(
     dv = torch.empty_like(v)
     options = get_options("dk_dv", q.dtype, q.device, group, D, w2)
     blocks = triton.cdiv(Tk, options["BLOCK_N"])
-    dk_dv_kernel[(blocks, heads)](*tensors, dk, dv, *sizes, **options)
+    is_seen = seen_by(by_kv_head, Tk, w1)
+    dk_dv_kernel[(blocks, heads)](*tensors, is_seen, dk, dv, *sizes, **options)
 
     # dq, and the shares of dk2 and dv2 in float32 buffers; a piece is a whole number of tiles
     options = get_options("dq_dk2_dv2", q.dtype, q.device, group, D, w2)
@@ -896,17 +916,15 @@ def backward(
     dv2_buffers = torch.zeros_like(dk2_buffers)
     outputs = dq, dk2_buffers, dv2_buffers
     dq_dk2_dv2_kernel[(pieces, heads)](*tensors, *outputs, *sizes, piece, rows, **options)
-    dk2 = sum_buffers(dk2_buffers, piece, Tq, Tk2).to(q.dtype).view_as(k2)
-    dv2 = sum_buffers(dv2_buffers, piece, Tq, Tk2).to(q.dtype).view_as(v2)
-
-    # NaN for bad queries and all that they see
     dq.masked_fill_(is_bad[..., None], torch.nan)
-    is_seen = seen_by(by_kv_head, Tk, w1)[..., None]
-    dk.masked_fill_(is_seen, torch.nan)
-    dv.masked_fill_(is_seen, torch.nan)
-    is_seen = seen_by(by_kv_head, Tk2, w2)[..., None]
-    dk2.masked_fill_(is_seen, torch.nan)
-    dv2.masked_fill_(is_seen, torch.nan)
+
+    # dk2 and dv2, the sums of the buffers
+    dk2 = torch.empty_like(k2)
+    dv2 = torch.empty_like(v2)
+    is_seen = seen_by(by_kv_head, Tk2, w2)
+    tensors = dk2_buffers, dv2_buffers, is_seen, dk2, dv2
+    sizes = Tk2, Tk2 - Tq, pieces, piece, rows
+    sum_buffers_kernel[(triton.cdiv(Tk2, BLOCK_T), heads)](*tensors, *sizes, D, BLOCK_T)
     return dq, dk, dv, dk2, dv2
 
 

@@ -328,7 +328,7 @@ def plain_case(kernel_name, dtype, D, arch):
     if config.rows < 32:
         constants.update(QUERIES=1, OFFSETS=config.rows)
     constants.update(BLOCK_N=config.block_n, PRECISION="ieee" if dtype == "fp32" else "tf32")
-    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "is_seen_ptr": "*i8"}
     if kernel_name == "dq_dk2_dv2":
         types.update(dk2_ptr="*fp32", dv2_ptr="*fp32")
     for descriptor in ("k_blocks", "v_blocks"):
@@ -355,6 +355,8 @@ def test_kernels_build():
     cases.append(plain_case("repair", "bf16", 128, 90))
     flags = {"is_bad_ptr": "*i8", "delta_ptr": "*fp32"}
     cases.append(Case("clean_kernel", {"D": 128, "BLOCK_T": kernel.BLOCK_T}, flags))
+    buffers = {"dk2_buffers_ptr": "*fp32", "dv2_buffers_ptr": "*fp32", "is_seen_ptr": "*i8"}
+    cases.append(Case("sum_buffers_kernel", {"D": 128, "BLOCK_T": kernel.BLOCK_T}, buffers))
     check_build("kernels.simplicial", cases)
 
 
