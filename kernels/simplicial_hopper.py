@@ -1,24 +1,24 @@
 """The forward pass of 2-simplicial attention for Hopper GPUs, in Gluon.
 
-It takes 16 bits, D = 64 or 128 and most windows; otherwise kernels/simplicial.py runs its
-forward_kernel. In bfloat16 with windows 512 and 32 on one H200: 508 TFLOP/s at D = 128 and 392 at
-D = 64, where forward_kernel reaches 368 and 328 (one query head per KV head).
+For float16 and bfloat16, D = 64 or 128 and most windows; otherwise kernels/simplicial.py runs its
+forward_kernel. TFLOP/s in bfloat16 on one H200, windows 512 and 32, one query head per KV head: 508
+at D = 128 and 392 at D = 64 (forward_kernel: 368 and 328).
 
-As in simplicial.py, a row is a query i with one of its offsets d < w2. Row (i, d) attends to k and
-v with the query q_i * k2_{i-d}: S = (q * k2) K^T, P = exp2(S), and its output is P V.
+As in simplicial.py, a row (i, d) is a query i with one of its offsets d < w2. It attends to k and v
+with q_i * k2_{i-d} for its query: S = (q * k2) K^T, P = exp2(S). Its P V is multiplied by v2_{i-d},
+and the rows of each query are added up.
 
-Gluon is the level below Triton: a kernel says which warps do what and when they wait. It uses
+Gluon is the level below Triton: a kernel says which warps do what, and what waits for what.
 
     TMA load    copies a block of a tensor to shared memory in the background
     wgmma       a matrix product on the tensor cores, started by a warpgroup (four warps), which can
                 do something else until it waits for the result
     mbarrier    a counter of arrivals in shared memory. Warps arrive at it, and so does a TMA load
-                that is complete. Other warps wait at it until all expected arrivals have come.
+                when it is complete. Other warps wait until all expected arrivals have come.
 
 One program per multiprocessor goes from tile to tile (a persistent kernel), and its warpgroups have
 different jobs (warp specialization). The loader computes q * k2 and starts the TMA loads of keys
-and values. The consumers, two or three warpgroups with 64 rows each, compute attention: each starts
-S of one block, then P V of the block before, and computes P = exp2(S) while P V runs.
+and values. The consumers, two or three warpgroups with 64 rows each, compute attention.
 
 There is no running maximum, as in forward_kernel: a query whose sums leave the range of the dtype
 gets lse = inf and is left to repair_kernel.
@@ -69,13 +69,13 @@ class Config(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# Ring buffers in shared memory. Of all the blocks that a program loads, block b goes to slot
-# b % SLOTS in round b // SLOTS. Each slot has two mbarriers:
+# Ring buffers in shared memory. Of all blocks that a program loads, block b is in slot b % SLOTS in
+# round b // SLOTS. Each slot has two mbarriers:
 #     full     the loader has filled the slot: consumers wait for it before they read
-#     empty    all consumers have read the slot: the loader waits for it before it fills it again
-# When all expected arrivals have come, an mbarrier starts to count again in its next phase. Phases
-# are told apart by their parity: wait(barrier, 0) waits for the end of phase 0, 2, 4, ... The first
-# wait for parity 1 returns at once.
+#     empty    all consumers have read the slot: the loader waits for it before the next round
+# Each time that all expected arrivals have come, an mbarrier ends a phase and begins the next, from
+# phase 0 on. mbarrier.wait(barrier, phase % 2) waits for the end of a phase; for the phase before
+# phase 0, which the loader waits for in its first round, it returns at once.
 
 
 class Ring(NamedTuple):
@@ -100,8 +100,8 @@ def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr
     SLOTS: gl.constexpr = ring.full.shape[0]
     slot = block % SLOTS
     full = ring.full.index(slot)
-    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)  # of the round before
-    mbarrier.expect(full, size * D * 2)  # bytes
+    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)  # phase: the round before
+    mbarrier.expect(full, size * D * 2)  # how many bytes complete it
     target = ring.slots.index(slot).slice(0, size, 1)
     tma.async_copy_global_to_shared(desc, [bh, start, 0], full, target)
 
@@ -110,7 +110,7 @@ def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr
 def wait_full(ring, block):
     """Wait until a block is loaded."""
     SLOTS: gl.constexpr = ring.full.shape[0]
-    mbarrier.wait(ring.full.index(block % SLOTS), block // SLOTS & 1)
+    mbarrier.wait(ring.full.index(block % SLOTS), block // SLOTS & 1)  # phase: this round
 
 
 @gluon.jit
@@ -167,14 +167,14 @@ def tile_keys(tile, sizes, config: gl.constexpr):
     use_small = (rest > 0) & (rest <= SMALL_BLOCK) & (count > 0) & config.HAS_SMALL_BLOCK
     # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
     small_start = gl.where(use_small, end - count * BLOCK_N - SMALL_BLOCK, -SMALL_BLOCK)
-    needs_more = ((rest > 0) & (use_small == 0)) | (count == 0)
-    count += needs_more.to(gl.int32)
+    needs_block = ((rest > 0) & (use_small == 0)) | (count == 0)
+    count += needs_block.to(gl.int32)
     return KeyBlocks(small_start, end - count * BLOCK_N, count)
 
 
 @gluon.jit
 def consumer_rows(first_query, row, sizes, config: gl.constexpr):
-    """Return the Rows of a consumer with these queries. row: 0 ... ROWS - 1 in some layout"""
+    """Return the Rows of a consumer, OFFSETS per query. row: 0 ... ROWS - 1, in any layout"""
     query = first_query + row // config.OFFSETS
     offset = row % config.OFFSETS
     step = gl.minimum(query // config.GROUP, sizes.Tq - 1)
@@ -185,7 +185,7 @@ def consumer_rows(first_query, row, sizes, config: gl.constexpr):
 
 @gluon.jit
 def query_row(query, Tq, GROUP: gl.constexpr):
-    """Return the row of a query in the (GROUP, Tq) rows of q."""
+    """Return where the query is in q, as a row of (GROUP, Tq)."""
     return query % GROUP * Tq + query // GROUP
 
 
@@ -199,7 +199,7 @@ def store_qk2(slot, q_ptr, k2_ptr, qk_scale, first_query, sizes, config: gl.cons
     GROUP: gl.constexpr = config.GROUP
     D: gl.constexpr = config.D
     OFFSETS: gl.constexpr = config.OFFSETS
-    # a thread has 8 channels, 16 bytes; D // 8 threads have a row
+    # each thread has 8 channels, 16 bytes, and D // 8 threads have a row
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     offset = gl.arange(0, OFFSETS, gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
@@ -222,15 +222,18 @@ def loader(
     config: gl.constexpr,
     q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small, k_ring, v_ring, qk2_ring, sizes, scale,
 ):  # fmt: skip
-    """Fill the ring buffers for all tiles of this program, waiting only for empty slots."""
+    """Load what the consumers need for all tiles of this program, waiting only for empty slots.
+
+    qk2_ring has a slot for each consumer, which is filled once per tile.
+    """
     BLOCK_N: gl.constexpr = config.BLOCK_N
     block = 0  # blocks of all tiles so far
-    parity = 1  # of the phase of qk2_ring.empty to wait for
+    parity = 1  # of the phase of qk2_ring.empty: the tile before
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles
         tile = pid % sizes.tiles
 
-        # -- q * k2 for each consumer, once it has read that of the tile before --
+        # -- q * k2 of each consumer, once it has read that of the tile before --
         q = q_ptr + bh.to(gl.int64) * config.GROUP * sizes.Tq * config.D
         k2 = k2_ptr + bh.to(gl.int64) * sizes.Tk2 * config.D
         for consumer_id in gl.static_range(config.CONSUMERS):
@@ -241,7 +244,7 @@ def loader(
             mbarrier.arrive(qk2_ring.full.index(consumer_id), count=1)
         parity ^= 1
 
-        # -- keys and values --
+        # -- keys and values of each block, once all consumers have read its slot --
         keys = tile_keys(tile, sizes, config)
         if config.HAS_SMALL_BLOCK:
             load_block(k_small, k_ring, block, bh, keys.small_start, SMALL_BLOCK, config.D)
@@ -255,7 +258,9 @@ def loader(
 
 
 # --------------------------------------------------------------------------------------------------
-# Consumer
+# Consumer. While the tensor cores multiply, exp2 runs on other units:
+#     tensor cores     S of block 1 | P V of block 0 | S of block 2 | P V of block 1 | ...
+#     other units                   | P of block 1   |              | P of block 2   | ...
 
 
 @gluon.constexpr_function
@@ -325,48 +330,52 @@ def finish_block(
     # wait for P V, which has read p and v
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     release(inputs.v_ring, block - 1)
-    return gl.convert_layout(p_next.to(p.dtype), p.type.layout), acc, l_i + l_next
+    p = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
+    return p, acc, l_i + l_next
 
 
 @gluon.jit
 def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, config: gl.constexpr):
-    """Multiply P V by v2, add up the rows of each query, divide by their sums; store o and lse.
+    """Compute o and lse of a consumer's queries from its rows, and store them.
 
     acc [ROWS, D]: P V. l_i [ROWS]: sums of P. A query with a sum out of range gets lse = inf.
     """
     D: gl.constexpr = config.D
     QUERIES: gl.constexpr = config.QUERIES
     OFFSETS: gl.constexpr = config.OFFSETS
-    LAYOUT: gl.constexpr = acc.type.layout
-    OUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
+    ACC_LAYOUT: gl.constexpr = acc.type.layout
+    O_LAYOUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
     dtype: gl.constexpr = o_ptr.dtype.element_ty
-    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60  # as in forward_queries
+    # the range of a row's sum, as in forward_queries
+    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60
     MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
 
     # -- multiply by v2 --
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))
     rows = consumer_rows(first_query, row, sizes, config)
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]
     v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
     acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
-    l_i = gl.convert_layout(l_i, gl.SliceLayout(1, LAYOUT))
+
+    # -- mark sums out of range by NaN, which reaches the sum of the query --
+    l_i = gl.convert_layout(l_i, gl.SliceLayout(1, ACC_LAYOUT))
     in_range = (l_i > LEAST) & (l_i < MOST)
     l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
 
-    # -- add up the rows of each query; without a maximum, they need no rescaling --
-    o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), OUT)  # [QUERIES, D]
+    # -- add up the rows of each query (no rescaling, as there is no maximum) and normalize --
+    o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), O_LAYOUT)  # [QUERIES, D]
     l_q = gl.sum(l_i.reshape([QUERIES, OFFSETS]), 1)
-    l_q = gl.convert_layout(l_q, gl.SliceLayout(1, OUT))  # [QUERIES], NaN if out of range
+    l_q = gl.convert_layout(l_q, gl.SliceLayout(1, O_LAYOUT))  # [QUERIES]
     o = (o / gl.where(l_q > 0.0, l_q, 1.0)[:, None]).to(dtype)
     lse = gl.where(l_q > 0.0, gl.log2(l_q) * LN2, -float("inf"))
     lse = gl.where(l_q == l_q, lse, float("inf"))  # noqa: PLR0124, NaN
 
     # -- store --
-    query = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, OUT))
+    query = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, O_LAYOUT))
     mask = query < config.GROUP * sizes.Tq
     row = bh.to(gl.int64) * config.GROUP * sizes.Tq + query_row(query, sizes.Tq, config.GROUP)
     gl.store(lse_ptr + row, lse, mask=mask)
-    offs = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+    offs = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))[None, :]
     gl.store(o_ptr + offs, o, mask=mask[:, None])
 
 
@@ -383,7 +392,7 @@ def consumer(
     dtype: gl.constexpr = o_ptr.dtype.element_ty
     row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     block = 0  # blocks of all tiles so far
-    parity = 0  # of the phase of qk2_ring.full to wait for
+    parity = 0  # of the phase of qk2_ring.full: this tile
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles
         tile = pid % sizes.tiles
@@ -394,7 +403,7 @@ def consumer(
         # -- wait for q * k2 and copy it to registers --
         mbarrier.wait(qk2_ring.full.index(consumer_id), parity)
         qk2 = qk2_ring.slots.index(consumer_id).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-        mbarrier.arrive(qk2_ring.empty.index(consumer_id), count=1)
+        release(qk2_ring, consumer_id)
         parity ^= 1
         inputs = Inputs(qk2, position, sizes.w1, k_ring, v_ring)
         acc = gl.zeros([ROWS, config.D], gl.float32, ACC_LAYOUT)
