@@ -67,20 +67,20 @@ CONFIG = {  # by band
 class Constants(NamedTuple):
     """The compile-time arguments of ring_kernel."""
 
-    PARAM: gl.constexpr  # dtypes
-    GRAD: gl.constexpr
-    STATE: gl.constexpr
+    PARAM: gl.constexpr  # dtype of p
+    GRAD: gl.constexpr  # dtype of g
+    STATE: gl.constexpr  # dtype of m and S
     BAND: gl.constexpr
-    ADAM: gl.constexpr
-    LR_ON_DEVICE: gl.constexpr
-    HALO: gl.constexpr
-    COLUMNS: gl.constexpr
-    LINES: gl.constexpr
+    ADAM: gl.constexpr  # u is Adam's step
+    LR_ON_DEVICE: gl.constexpr  # lr is a pointer
+    HALO: gl.constexpr  # chunks need their neighbours' elements
+    COLUMNS: gl.constexpr  # of the table of tensors
+    LINES: gl.constexpr  # of a chunk
     RUN: gl.constexpr  # chunks of a run
 
 
 class Launch(NamedTuple):
-    """The other arguments, for T tensors with R runs in all."""
+    """The arguments that all runs share. There are T tensors with R runs in all."""
 
     table_ptr: gl.tensor  # (T, COLUMNS): addresses and sizes of each tensor
     items_ptr: gl.tensor  # (R, 2): the tensor of a run, and the run's number in it
@@ -115,7 +115,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
     row_ptr = launch.table_ptr + tensor * constants.COLUMNS
     n = gl.load(row_ptr + SIZE)
-    first_item = gl.load(row_ptr + FIRST_PROGRAM)  # of the tensor
+    first_item = gl.load(row_ptr + FIRST_PROGRAM)  # of this tensor
     tensors = load_tensors(row_ptr, constants.GRAD, constants.STATE, BAND)
     units = load_units(row_ptr, launch.options)
 
@@ -127,6 +127,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     end = gl.minimum((run + 1) * RUN, gl.cdiv(n, tensors.chunk).to(gl.int32))
     for c in range(run * RUN, end):
         start, length = chunk_bounds(c, tensors.chunk, n)
+        # halos are (chunks of all tensors, BAND + 3, 8)
         chunk_halo_ptr = launch.halo_ptr + (first_item * RUN + c) * (BAND + 3) * 8
         u, chunk_a, chunk_u, chunk_root = update_statistics(
             index, tensors, start, length, chunk_halo_ptr, units, launch.options,
@@ -137,20 +138,20 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
         sum_root += chunk_root
         ring.index(slot + c - run * RUN).store(u)
 
-    # -- publish the sums; the last run of the tensor to do so adds them up --
+    # -- publish the sums; the last run of a tensor to do so adds up those of all its runs --
     offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
     sums = (sum_a, sum_u, sum_root)
-    n_runs = gl.load(row_ptr + PROGRAMS).to(gl.int32)  # of the tensor
+    n_runs = gl.load(row_ptr + PROGRAMS).to(gl.int32)  # of this tensor
     first_ptr = launch.partial_ptr + first_item * SUMS
     own_ptr = first_ptr + run * SUMS
-    own_total_ptr = launch.total_ptr + tensor * SUMS
+    total_ptr = launch.total_ptr + tensor * SUMS
     done_ptr = launch.done_ptr + tensor
     ready_ptr = launch.ready_ptr + tensor
     is_last = publish_sums(
-        offs, sums, own_ptr, first_ptr, n_runs, own_total_ptr, done_ptr, ready_ptr, 1024
+        offs, sums, own_ptr, first_ptr, n_runs, total_ptr, done_ptr, ready_ptr, 1024
     )
     if is_last:
-        update_counters(row_ptr, own_total_ptr)
+        update_counters(row_ptr, total_ptr)
 
 
 @gluon.jit
@@ -170,7 +171,7 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     n = gl.load(row_ptr + SIZE)
     chunk = gl.load(row_ptr + CHUNK)
 
-    # -- load all parameters of the run, so that the loads run while this program waits --
+    # -- start loading all parameters of the run before waiting; is_own: this lane stores them --
     p = ()
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
