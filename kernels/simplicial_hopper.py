@@ -139,17 +139,18 @@ class KeyBlocks(NamedTuple):
 
 
 class Rows(NamedTuple):
+    """The rows of a consumer, [ROWS] each."""
+
     position: gl.tensor  # of the query in k, i
     position2: gl.tensor  # of the offset in k2, i - d
-    exists: gl.tensor
+    exists: gl.tensor  # is there such a query, and such an offset in its window?
 
 
 @gluon.jit
 def tile_keys(tile, sizes, config: gl.constexpr):
-    """Divide the keys of a tile into blocks that end at its last position.
+    """Divide the keys that a tile sees, from first_key to its last position, into KeyBlocks.
 
-        | rest | BLOCK_N | BLOCK_N | ... | BLOCK_N |
-        first_key                                  end
+        first_key | rest | BLOCK_N | BLOCK_N | ... | BLOCK_N | end
 
     The rest goes to the small block if it fits, else to one more block of BLOCK_N.
     """
@@ -167,20 +168,20 @@ def tile_keys(tile, sizes, config: gl.constexpr):
     use_small = (rest > 0) & (rest <= SMALL_BLOCK) & (count > 0) & config.HAS_SMALL_BLOCK
     # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
     small_start = gl.where(use_small, end - count * BLOCK_N - SMALL_BLOCK, -SMALL_BLOCK)
-    needs_block = ((rest > 0) & (use_small == 0)) | (count == 0)
+    needs_block = ((rest > 0) & (use_small == 0)) | (count == 0)  # at least one
     count += needs_block.to(gl.int32)
     return KeyBlocks(small_start, end - count * BLOCK_N, count)
 
 
 @gluon.jit
 def consumer_rows(first_query, row, sizes, config: gl.constexpr):
-    """Return the Rows of a consumer, OFFSETS per query. row: 0 ... ROWS - 1, in any layout"""
+    """Return the Rows of a consumer from its first query on. row: 0 ... ROWS - 1, in any layout"""
     query = first_query + row // config.OFFSETS
     offset = row % config.OFFSETS
-    step = gl.minimum(query // config.GROUP, sizes.Tq - 1)
-    i2 = step + sizes.Tk2 - sizes.Tq
+    t = gl.minimum(query // config.GROUP, sizes.Tq - 1)  # in q; rows past the end repeat the last
+    i2 = t + sizes.Tk2 - sizes.Tq
     exists = (query < sizes.Tq * config.GROUP) & (offset < sizes.w2) & (offset <= i2)
-    return Rows(step + sizes.Tk - sizes.Tq, i2 - offset, exists)
+    return Rows(t + sizes.Tk - sizes.Tq, i2 - offset, exists)
 
 
 @gluon.jit
@@ -489,7 +490,8 @@ def hopper_kernel(
     qk2_ring = make_ring(qk2_slots, CONSUMERS, 1)
 
     # -- start the warpgroups: for each, a function and its arguments --
-    # The first is the program's own; for the others, their warps and registers follow.
+    # The first runs in the program's own four warps. The two lists after the functions say how many
+    # warps, and how many registers per thread, each of the others gets.
     consumer_args = (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)
     loader_args = (
         q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small, k_ring, v_ring, qk2_ring, sizes, scale
@@ -510,6 +512,7 @@ def hopper_kernel(
 
 
 def key_layout():
+    """Return the layout of keys and values in shared memory that TMA writes and wgmma reads."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
@@ -533,9 +536,9 @@ def plan(dtype, device, group, D, w1, w2):
     queries = ROWS.value // offsets  # of a consumer
     tile_queries = config["CONSUMERS"] * queries
 
-    # The windows of a tile's queries start at up to 1 + extra_positions different keys. Keys that
-    # only some of them see must be masked, and at the start of the window the consumers mask only
-    # one block, small or not. So it must hold all keys before the whole blocks of the window.
+    # The windows of a tile's queries start at up to 1 + extra_positions different keys, and keys that
+    # only some of the queries see must be masked. At the start of a window consumers mask a single
+    # block, the small one or a whole one, so that all keys before the whole blocks must fit into it.
     extra_positions = 0
     if group % tile_queries != 0:
         extra_positions = (tile_queries - 2) // group + 1
@@ -545,11 +548,6 @@ def plan(dtype, device, group, D, w1, w2):
     has_small_block = 0 < partial_keys <= SMALL_BLOCK.value
     sizes = {"GROUP": group, "D": D, "QUERIES": queries, "OFFSETS": offsets}
     return {**config, **sizes, "HAS_SMALL_BLOCK": has_small_block}
-
-
-@functools.lru_cache
-def count_multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(options, q, k, v, k2, v2, o, lse, sizes):
@@ -568,6 +566,7 @@ def launch(options, q, k, v, k2, v2, o, lse, sizes):
     heads = k.shape[0] * k.shape[1]
     queries = options["GROUP"] * q.shape[2]
     tiles = triton.cdiv(queries, options["CONSUMERS"] * options["QUERIES"])
-    programs = min(count_multiprocessors(q.device), tiles * heads)
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(multiprocessors, tiles * heads)
     tensors = q, *descriptors, k2, v2, o, lse
     hopper_kernel[(programs,)](*tensors, *sizes, D**-0.5, tiles, heads, **options, num_warps=4)
