@@ -156,15 +156,20 @@ def tile_keys(tile, sizes, config: gl.constexpr):
     """
     BLOCK_N: gl.constexpr = config.BLOCK_N
     TILE_QUERIES: gl.constexpr = config.CONSUMERS * config.QUERIES
+
+    # -- positions in k of the tile's first and last query --
     first_query = tile * TILE_QUERIES
     last_query = first_query + TILE_QUERIES - 1
     first_position = gl.minimum(first_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     last_position = gl.minimum(last_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     end = last_position + 1
 
+    # -- whole blocks, and the rest --
     count = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
     first_key = gl.maximum(first_position - sizes.w1 + 1, 0)
     rest = end - count * BLOCK_N - first_key
+
+    # -- place the rest --
     use_small = (rest > 0) & (rest <= SMALL_BLOCK) & (count > 0) & config.HAS_SMALL_BLOCK
     # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
     small_start = gl.where(use_small, end - count * BLOCK_N - SMALL_BLOCK, -SMALL_BLOCK)
@@ -536,9 +541,9 @@ def plan(dtype, device, group, D, w1, w2):
     queries = ROWS.value // offsets  # of a consumer
     tile_queries = config["CONSUMERS"] * queries
 
-    # The windows of a tile's queries start at up to 1 + extra_positions different keys, and keys that
-    # only some of the queries see must be masked. At the start of a window consumers mask a single
-    # block, the small one or a whole one, so that all keys before the whole blocks must fit into it.
+    # The windows of a tile's queries start at up to 1 + extra_positions different keys. Keys that
+    # only some of the queries see must be masked. At the start of a window, consumers mask a single
+    # block, the small one or a whole one, so all keys before the other blocks must fit into it.
     extra_positions = 0
     if group % tile_queries != 0:
         extra_positions = (tile_queries - 2) // group + 1
