@@ -49,32 +49,35 @@ def check(q, k, v, k2, v2, w1, w2):
     """Raise ValueError unless the shapes fit together and windows have at least 1 position."""
     tensors = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
     fits = all(t.dim() == 4 for t in tensors.values())
-    fits = fits and k.shape == v.shape and k2.shape == v2.shape
-    fits = fits and q.shape[0] == k.shape[0] == k2.shape[0] and k.shape[1] == k2.shape[1] > 0
-    fits = fits and q.shape[1] % k.shape[1] == 0 and q.shape[3] == k.shape[3] == k2.shape[3] > 0
+    if fits:
+        B, H, Tq, D = q.shape
+        _, Hkv, Tk, _ = k.shape
+        Tk2 = k2.shape[2]
+        fits = k.shape == v.shape == (B, Hkv, Tk, D) and k2.shape == v2.shape == (B, Hkv, Tk2, D)
+        fits = fits and Hkv > 0 and H % Hkv == 0 and D > 0
     if not fits:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
         raise ValueError(
             f"{shapes} do not fit together: q must be (B, H, Tq, D), the others (B, Hkv, Tk, D) "
             f"with Hkv a divisor of H"
         )
-    Tk = min(k.shape[2], k2.shape[2])
-    if Tk < q.shape[2]:
-        raise ValueError(f"{q.shape[2]} queries cannot be the last of {Tk} positions")
+    if min(Tk, Tk2) < Tq:
+        raise ValueError(f"{Tq} queries cannot be the last of {min(Tk, Tk2)} positions")
     if min(w1, w2) < 1:
         raise ValueError(f"w1 is {w1} and w2 is {w2}; a window holds at least 1 position")
 
 
-def get_windows(x, start, n, w):
-    """Return x at positions i - w + 1 ... i, for each i in start ... start + n - 1.
+def get_windows(x, n, w):
+    """Return x at positions i - w + 1 ... i, for each i of the last n positions.
 
     x (B, H, T, D) -> windows (B, H, n, w, D), and exists (n, w): False before position 0.
     """
-    padded = F.pad(x, (0, 0, w - 1, 0))[:, :, start : start + n + w - 1]
-    windows = padded.unfold(2, w, 1).transpose(-1, -2)  # (B, H, n, w, D)
-    positions = torch.arange(start, start + n, device=x.device)[:, None]
-    exists = positions - torch.arange(w - 1, -1, -1, device=x.device) >= 0  # (n, w)
-    return windows, exists
+    T = x.shape[2]
+    padded = F.pad(x, (0, 0, w - 1, 0))  # w - 1 zeros before position 0
+    windows = padded.unfold(2, w, 1)[:, :, T - n :].transpose(-1, -2)  # (B, H, n, w, D)
+    i = torch.arange(T - n, T, device=x.device)[:, None]
+    positions = i + torch.arange(1 - w, 1, device=x.device)  # (n, w)
+    return windows, positions >= 0
 
 
 def reference(q, k, v, k2, v2, *, w1=512, w2=32):
@@ -86,100 +89,68 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     """
     check(q, k, v, k2, v2, w1, w2)
     _, H, Tq, D = q.shape
-    Tk = k.shape[2]
-    Tk2 = k2.shape[2]
-    w1 = min(w1, Tk)
-    w2 = min(w2, Tk2)
+    w1 = min(w1, k.shape[2])
+    w2 = min(w2, k2.shape[2])
     k, v, k2, v2 = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2))  # H heads
-    # query 0 is at position Tk - Tq of k and v, and at Tk2 - Tq of k2 and v2
-    k, exists = get_windows(k, Tk - Tq, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
-    v, _ = get_windows(v, Tk - Tq, Tq, w1)
-    k2, exists2 = get_windows(k2, Tk2 - Tq, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
-    v2, _ = get_windows(v2, Tk2 - Tq, Tq, w2)
+    k, exists = get_windows(k, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
+    v, _ = get_windows(v, Tq, w1)
+    k2, exists2 = get_windows(k2, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
+    v2, _ = get_windows(v2, Tq, w2)
 
-    # logits s_jk = k_j . (q * k2_k), softmax over the pairs (j, k), and sum_j v_j sum_k p_jk v2_k
+    # the logits of each query, k_j . (q * k2_k), and their softmax over all pairs (j, k)
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
     p = s.flatten(-2).softmax(-1).view(s.shape)
+    # the mean of v_j * v2_k: the sum over k, then the sum over j
     return ((p @ v2) * v).sum(-2)
-
-
-# --------------------------------------------------------------------------------------------------
-# inf and NaN. A matrix product adds 0 * inf = NaN to queries that the mask hides the key from, so
-# one bad position would spoil others.
-
-
-class FillGradient(torch.autograd.Function):
-    """Return x unchanged; in the backward pass, set the gradient to NaN where `mask` is True."""
-
-    @staticmethod
-    def forward(ctx, x, mask):
-        ctx.save_for_backward(mask)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.masked_fill(ctx.saved_tensors[0], torch.nan), None
-
-
-def any_in_window(flags, w):
-    """flags (..., T) -> (..., T): whether one of flags[i - w + 1 ... i] is True, for each i."""
-    count = F.pad(flags.cumsum(-1), (w, 0))
-    return count[..., w:] > count[..., :-w]
-
-
-def remove_nonfinite(q, k, v, k2, v2, w1, w2):
-    """Replace inf and NaN by 0. Return q, k, v, k2, v2 and sees_bad (B, H, Tq).
-
-    sees_bad is True for queries with inf or NaN in themselves or in their windows. The caller sets
-    their outputs to NaN; the gradients of all that these outputs depend on become NaN here.
-    """
-    _, Hkv, Tk, _ = k.shape
-    Tk2 = k2.shape[2]
-    Tq = q.shape[2]
-
-    # which queries see inf or NaN; query 0 is at position Tk - Tq of k and v
-    is_bad = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
-    is_bad2 = ~(k2.isfinite() & v2.isfinite()).all(-1)  # (B, Hkv, Tk2)
-    sees_bad = any_in_window(is_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
-    sees_bad = sees_bad | any_in_window(is_bad2, w2)[..., Tk2 - Tq :]
-    sees_bad = sees_bad.repeat_interleave(q.shape[1] // Hkv, 1)  # (B, H, Tq)
-    sees_bad = sees_bad | ~q.isfinite().all(-1)
-
-    # which keys such a query sees: key j is seen from j ... j + w - 1, a window in reversed order
-    by_kv_head = sees_bad.unflatten(1, (Hkv, -1)).any(2)  # (B, Hkv, Tq)
-    reversed1 = F.pad(by_kv_head, (Tk - Tq, 0)).flip(-1)  # (B, Hkv, Tk)
-    reversed2 = F.pad(by_kv_head, (Tk2 - Tq, 0)).flip(-1)  # (B, Hkv, Tk2)
-    seen = any_in_window(reversed1, w1).flip(-1)
-    seen2 = any_in_window(reversed2, w2).flip(-1)
-
-    cleaned = []
-    for t, mask in (q, sees_bad), (k, seen), (v, seen), (k2, seen2), (v2, seen2):
-        t = FillGradient.apply(t, mask[..., None])
-        cleaned.append(torch.where(t.isfinite(), t, 0))
-    return *cleaned, sees_bad
 
 
 # --------------------------------------------------------------------------------------------------
 # The fast path in PyTorch
 
 
-def attend(q, k, v, k2, v2, is_visible, exists, scale):
-    """Attend from a block of n queries: the w2 ordinary attentions, with one softmax over all.
+def nan_or_zero(q, k, v, k2, v2, w1, w2):
+    """Return NaN for queries with inf or NaN in themselves or in their windows, 0 for the others.
 
-    q        (B, Hkv, g, n, D)      g = H / Hkv query heads share a KV head
-    k, v     (B, Hkv, J, D)         the J keys that any of these queries sees
-    k2, v2   (B, Hkv, n, w2, D)     each query's own window
-    is_visible (n, J), exists (n, w2): False outside the windows. Returns (B, Hkv, g, n, D).
+    Shapes as in `reference` -> (B, H, Tq, 1)
     """
-    # logits: each query with each k2 of its window makes one query of ordinary attention
-    products = q[..., None, :] * k2[:, :, None] * scale  # (B, Hkv, g, n, w2, D)
-    s = products.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
-    s = s.unflatten(2, products.shape[2:5])  # (B, Hkv, g, n, w2, J)
+    Tq = q.shape[2]
+    # x - x is NaN if x is inf or NaN, else 0
+    q = (q - q).sum(-1, keepdim=True)  # (B, H, Tq, 1)
+    kv = (k - k + v - v).sum(-1, keepdim=True)  # (B, Hkv, Tk, 1)
+    kv2 = (k2 - k2 + v2 - v2).sum(-1, keepdim=True)  # (B, Hkv, Tk2, 1)
+    windows, _ = get_windows(kv, Tq, w1)  # (B, Hkv, Tq, w1, 1)
+    windows2, _ = get_windows(kv2, Tq, w2)  # (B, Hkv, Tq, w2, 1)
+    in_windows = windows.sum(-2) + windows2.sum(-2)  # (B, Hkv, Tq, 1)
+    return q + in_windows.repeat_interleave(q.shape[1] // kv.shape[1], 1)
+
+
+def attend(q, k, v, k2, v2, w1, w2):
+    """Attend from n queries at the last positions: w2 ordinary attentions, with one softmax.
+
+    q (B, Hkv, g, n, D), where g query heads share a KV head; k and v (B, Hkv, Tk, D), k2 and v2
+    (B, Hkv, Tk2, D) -> (B, Hkv, g, n, D)
+    """
+    _, _, _, n, D = q.shape
+    # the J keys that any of these queries sees: the query at i sees those at j in (i - w1, i]
+    k = k[:, :, -(w1 + n - 1) :]  # (B, Hkv, J, D)
+    v = v[:, :, -(w1 + n - 1) :]
+    j = torch.arange(k.shape[2], device=q.device)
+    i = j[-n:, None]
+    is_visible = (j <= i) & (j > i - w1)  # (n, J)
+    # the w2 second keys of each query
+    k2, exists = get_windows(k2, n, w2)  # (B, Hkv, n, w2, D), (n, w2)
+    v2, _ = get_windows(v2, n, w2)
+
+    # logits: each query with each of its second keys makes one query of ordinary attention
+    qk2 = q[..., None, :] * k2[:, :, None] * D**-0.5  # (B, Hkv, g, n, w2, D)
+    s = qk2.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
+    s = s.unflatten(2, qk2.shape[2:5])  # (B, Hkv, g, n, w2, J)
     s = s.masked_fill(~(is_visible[:, None] & exists[:, :, None]), -torch.inf)
+
     # softmax over all pairs (w2, J), then the sum over J, then that over w2
     p = s.flatten(-2).softmax(-1).view(s.shape)
-    a = (p.flatten(2, 4) @ v).view(products.shape)  # (B, Hkv, g, n, w2, D)
+    a = (p.flatten(2, 4) @ v).view(qk2.shape)  # (B, Hkv, g, n, w2, D)
     return (a * v2[:, :, None]).sum(-2)
 
 
@@ -194,44 +165,39 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
         k, v, k2, v2 = k2, v2, k, v
         w1, w2 = w2, w1
     dtype = q.dtype
-    B, H, Tq, D = q.shape
-    _, Hkv, Tk, _ = k.shape
-    Tk2 = k2.shape[2]
-    w1 = min(w1, Tk)
-    w2 = min(w2, Tk2)
-    q, k, v, k2, v2 = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, k2, v2))
-    q, k, v, k2, v2, sees_bad = remove_nonfinite(q, k, v, k2, v2, w1, w2)
-    q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, g, Tq, D)
+    B, H, Tq, _ = q.shape
+    w1 = min(w1, k.shape[2])
+    w2 = min(w2, k2.shape[2])
+    tensors = [t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, k2, v2)]
+
+    # A matrix product adds 0 * inf = NaN to queries that the mask hides the inf from. So compute
+    # with 0 for inf and NaN, and add NaN to the outputs afterwards.
+    nan = nan_or_zero(*tensors, w1, w2)
+    q, k, v, k2, v2 = (t.nan_to_num(nan=0, posinf=0, neginf=0) for t in tensors)
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
     # n queries per block see up to w1 + n keys, and w2 second keys each
-    if torch.compiler.is_compiling():  # torch.compile would unroll the loop for every length
+    if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
+        starts = [0]
     else:
         n = max(1, min(Tq, max(w1 // 2, 16), logits_at_once // (2 * B * H * w1 * w2)))
+        starts = range(0, Tq, n)
     recompute = torch.is_grad_enabled() and B * H * Tq * w2 * (w1 + n) > logits_at_once
     outputs = []
-    for start in [0] if n == Tq else range(0, Tq, n):
-        # positions i of the queries, and j of the keys that they see: j in (i - w1, i]
-        end = min(start + n, Tq)
-        first_key = max(0, start + Tk - Tq - w1 + 1)
-        end_key = end + Tk - Tq
-        i = torch.arange(start, end, device=q.device)[:, None] + Tk - Tq
-        j = torch.arange(first_key, end_key, device=q.device)
-        is_visible = (j <= i) & (j > i - w1)  # (n, J)
-        keys = k[:, :, first_key:end_key]
-        values = v[:, :, first_key:end_key]
-        k2_windows, exists = get_windows(k2, start + Tk2 - Tq, end - start, w2)
-        v2_windows, _ = get_windows(v2, start + Tk2 - Tq, end - start, w2)
-
-        # attend, without autocast, which would undo the float32
-        tensors = q[:, :, :, start:end], keys, values, k2_windows, v2_windows, is_visible, exists
-        with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):  # autocast would undo the float32
+        for start in starts:
+            end = min(start + n, Tq)
+            # the last query of the block is at the last position of these keys
+            keys = [t[:, :, : t.shape[2] - Tq + end] for t in (k, v, k2, v2)]
+            block = q[:, :, :, start:end], *keys, w1, w2
             if recompute:
-                outputs.append(checkpoint(attend, *tensors, D**-0.5, use_reentrant=False))
+                outputs.append(checkpoint(attend, *block, use_reentrant=False))
             else:
-                outputs.append(attend(*tensors, D**-0.5))
+                outputs.append(attend(*block))
     o = torch.cat(outputs, 3).flatten(1, 2)  # (B, H, Tq, D)
-    return o.masked_fill(sees_bad[..., None], torch.nan).to(dtype)
+    # the square makes NaN of the gradients, too: its derivative is 2 * NaN
+    return (o + nan.square()).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------

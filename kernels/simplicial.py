@@ -61,23 +61,16 @@ class Sizes(NamedTuple):
     w2: tl.tensor  # window in k2 and v2
 
 
-class Rows(NamedTuple):
-    """The rows of a tile, (ROWS,) each."""
+class Tile(NamedTuple):
+    """The rows of a tile, (ROWS,) each, and the positions in k of its first and last query."""
 
     q_row: tl.tensor  # row of the query in the (GROUP, Tq) rows of q
     position: tl.tensor  # of the query in k, i
     position2: tl.tensor  # of the offset in k2, i - d
     exists: tl.tensor
     has_rivals: tl.tensor  # its query sees several pairs; with a single pair, P = 1 and dS = 0
-
-
-class Span(NamedTuple):
-    """The keys that a tile sees: small blocks up to first_block, then whole blocks up to end."""
-
-    first_position: tl.tensor  # of the first query in k
-    first_key: tl.tensor
-    first_block: tl.tensor
-    end: tl.tensor
+    first_position: tl.tensor
+    last_position: tl.tensor
 
 
 @triton.jit
@@ -87,32 +80,38 @@ def query_row(query, sizes, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(tile, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+    # -- rows: consecutive tiles hold the chunks of offsets of the same queries --
     row = tl.arange(0, QUERIES * OFFSETS)
     chunks = tl.cdiv(sizes.w2, OFFSETS)
-    query = tile // chunks * QUERIES + row // OFFSETS
-    offset = tile % chunks * OFFSETS + row % OFFSETS
+    query = index // chunks * QUERIES + row // OFFSETS
+    offset = index % chunks * OFFSETS + row % OFFSETS
     step = tl.minimum(query // GROUP, sizes.Tq - 1)  # rows past the end repeat the last position
     i = step + sizes.Tk - sizes.Tq
     i2 = step + sizes.Tk2 - sizes.Tq
     exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
     has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
-    return Rows(query_row(query, sizes, GROUP), i, i2 - offset, exists, has_rivals)
 
-
-@triton.jit
-def tile_span(
-    tile, sizes,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    first_query = tile // tl.cdiv(sizes.w2, OFFSETS) * QUERIES
+    # -- positions of the first and the last query --
+    first_query = index // chunks * QUERIES
     last_query = first_query + QUERIES - 1
     first_position = tl.minimum(first_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     last_position = tl.minimum(last_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
-    end = last_position + 1
-    first_key = tl.maximum(first_position - sizes.w1 + 1, 0)
-    first_block = end - tl.minimum(sizes.w1, end) // BLOCK_N * BLOCK_N
-    return Span(first_position, first_key, first_block, end)
+    q_row = query_row(query, sizes, GROUP)
+    return Tile(q_row, i, i2 - offset, exists, has_rivals, first_position, last_position)
+
+
+@triton.jit
+def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
+    """The keys that a tile sees, first_key ... end - 1. -> first_key, first_block, end
+
+    Whole blocks of BLOCK_N keys go from first_block to end, as many as fit into a window. The few
+    keys before them, which not all rows see, take small blocks of EDGE keys.
+    """
+    first_key = tl.maximum(tile.first_position - w1 + 1, 0)
+    end = tile.last_position + 1
+    first_block = end - tl.minimum(w1, end) // BLOCK_N * BLOCK_N
+    return first_key, first_block, end
 
 
 @triton.jit
@@ -127,16 +126,23 @@ def load_rows(ptr, rows, mask, D: tl.constexpr):
 
 
 @triton.jit
+def load_keys(k_ptr, v_ptr, start, end, SIZE: tl.constexpr, D: tl.constexpr):
+    """-> k and v at start ... start + SIZE - 1, 0 from end on. [SIZE, D]"""
+    key = start + tl.arange(0, SIZE)
+    return load_rows(k_ptr, key, key < end, D), load_rows(v_ptr, key, key < end, D)
+
+
+@triton.jit
 def load_block(ptr, start, BLOCK_N: tl.constexpr, D: tl.constexpr):
     rows = start + tl.arange(0, BLOCK_N)
     return tl.load(ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
 
 
 @triton.jit
-def multiply_rows(x_ptr, y_ptr, rows, mask, factor, D: tl.constexpr):
+def multiply_rows(x_ptr, y_ptr, tile, mask, factor, D: tl.constexpr):
     """factor * x_i * y_{i-d}, rounded once; 0 outside the mask. [ROWS, D]"""
-    x = load_rows(x_ptr, rows.q_row, mask, D).to(tl.float32)
-    y = load_rows(y_ptr, rows.position2, mask, D).to(tl.float32)
+    x = load_rows(x_ptr, tile.q_row, mask, D).to(tl.float32)
+    y = load_rows(y_ptr, tile.position2, mask, D).to(tl.float32)
     return (x * factor * y).to(x_ptr.dtype.element_ty)
 
 
@@ -194,11 +200,12 @@ def attend_block(
 
 @triton.jit
 def attend(
-    keys, qk2, position, span, w1, needs_max,
+    keys, qk2, tile, w1, needs_max,
     D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend from the rows of a tile to their windows. -> acc [ROWS, D], m_i and l_i [ROWS]"""
     ROWS: tl.constexpr = qk2.shape[0]
+    first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
     m_i = tl.zeros((ROWS,), tl.float32)
     if needs_max is not None:
         m_i = tl.where(needs_max, -float("inf"), 0.0)
@@ -206,22 +213,20 @@ def attend(
     l_i = tl.zeros((ROWS,), tl.float32)
 
     # -- small blocks, up to where the whole blocks start --
-    for start in tl.range(span.first_key, span.first_block, EDGE, num_stages=1):
-        key = start + tl.arange(0, EDGE)
-        k = load_rows(keys.k_ptr, key, key < span.first_block, D)
-        v = load_rows(keys.v_ptr, key, key < span.first_block, D)
+    for start in tl.range(first_key, first_block, EDGE, num_stages=1):
+        k, v = load_keys(keys.k_ptr, keys.v_ptr, start, first_block, EDGE, D)
         acc, m_i, l_i = attend_block(
-            acc, m_i, l_i, qk2, k, v, position, start, span.first_block, w1, True, needs_max,
+            acc, m_i, l_i, qk2, k, v, tile.position, start, first_block, w1, True, needs_max,
             PRECISION,
         )  # fmt: skip
 
     # -- whole blocks; only those past the first query need a mask --
-    for start in range(span.first_block, span.end, BLOCK_N):
+    for start in range(first_block, end, BLOCK_N):
         k = keys.k_blocks.load([keys.first_row + start, 0])  # [BLOCK_N, D]
         v = keys.v_blocks.load([keys.first_row + start, 0])
-        is_partial = start + BLOCK_N > span.first_position + 1
+        is_partial = start + BLOCK_N > tile.first_position + 1
         acc, m_i, l_i = attend_block(
-            acc, m_i, l_i, qk2, k, v, position, start, span.end, w1, is_partial, needs_max,
+            acc, m_i, l_i, qk2, k, v, tile.position, start, end, w1, is_partial, needs_max,
             PRECISION,
         )  # fmt: skip
     return acc, m_i, l_i
@@ -280,26 +285,20 @@ def forward_queries(
     o = tl.zeros((PADDED, D), tl.float32)
     lse = tl.full((PADDED,), -float("inf"), tl.float32)
     first_tile = query_block * chunks
-    first_rows = tile_rows(first_tile, sizes, GROUP, QUERIES, OFFSETS)
-    qk2 = multiply_rows(q_ptr, k2_ptr, first_rows, first_rows.exists, qk_scale, D)  # [ROWS, D]
+    tile = make_tile(first_tile, sizes, GROUP, QUERIES, OFFSETS)
+    qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.exists, qk_scale, D)  # [ROWS, D]
     for chunk in range(chunks):
-        rows = tile_rows(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS)
-        span = tile_span(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
-
         # -- attend from each row --
-        acc, m_i, l_i = attend(
-            keys, qk2, rows.position, span, sizes.w1, None, D, BLOCK_N, PRECISION
-        )
-        needs_max = rows.exists & ~((l_i > LEAST) & (l_i < MOST))
+        tile = make_tile(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS)
+        acc, m_i, l_i = attend(keys, qk2, tile, sizes.w1, None, D, BLOCK_N, PRECISION)
+        needs_max = tile.exists & ~((l_i > LEAST) & (l_i < MOST))
         if REPAIR:
-            acc, m_i, l_i = attend(
-                keys, qk2, rows.position, span, sizes.w1, needs_max, D, BLOCK_N, PRECISION
-            )
+            acc, m_i, l_i = attend(keys, qk2, tile, sizes.w1, needs_max, D, BLOCK_N, PRECISION)
         else:
             l_i = tl.where(needs_max, float("nan"), l_i)
 
         # -- share of each row in the softmax of its query; "/ l_i" because acc is not normalized --
-        m_i = tl.where(rows.exists, m_i, -float("inf"))
+        m_i = tl.where(tile.exists, m_i, -float("inf"))
         m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
         m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
         p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
@@ -308,7 +307,7 @@ def forward_queries(
         share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
 
         # -- multiply by v2, sum the rows of each query --
-        v2 = load_rows(v2_ptr, rows.position2, rows.exists, D)  # [ROWS, D]
+        v2 = load_rows(v2_ptr, tile.position2, tile.exists, D)  # [ROWS, D]
         x = (acc * share[:, None] * v2).to(dtype)
         if REPAIR:
             o_chunk = sum_rows(is_own, x, PRECISION)  # [PADDED, D]
@@ -327,8 +326,8 @@ def forward_queries(
 
         # -- compute qk2 of the next chunk: here, so that Triton keeps it in shared memory --
         if chunk + 1 < chunks:
-            next_rows = tile_rows(first_tile + chunk + 1, sizes, GROUP, QUERIES, OFFSETS)
-            qk2 = multiply_rows(q_ptr, k2_ptr, next_rows, next_rows.exists, qk_scale, D)
+            next_tile = make_tile(first_tile + chunk + 1, sizes, GROUP, QUERIES, OFFSETS)
+            qk2 = multiply_rows(q_ptr, k2_ptr, next_tile, next_tile.exists, qk_scale, D)
         else:
             qk2 = tl.zeros((ROWS, D), dtype)
 
@@ -413,14 +412,14 @@ class RowInputs(NamedTuple):
 
 @triton.jit
 def make_row_operands(
-    q_ptr, do_ptr, k2_ptr, v2_ptr, tile, sizes, qk_scale,
+    q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index, sizes, qk_scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
-    rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
-    qk2 = multiply_rows(q_ptr, k2_ptr, rows, rows.exists, qk_scale, D)
+    tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
+    qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.exists, qk_scale, D)
     tl.debug_barrier()  # without it all loads come first, and registers spill
-    return qk2, multiply_rows(do_ptr, v2_ptr, rows, rows.has_rivals, 1.0, D)
+    return qk2, multiply_rows(do_ptr, v2_ptr, tile, tile.has_rivals, 1.0, D)
 
 
 @triton.jit
@@ -491,69 +490,64 @@ def dq_dk2_dv2_kernel(
         scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
     )  # fmt: skip
     dq = tl.zeros((PADDED, D), tl.float32)
-    for tile in range(first_tile, last_tile):
+    for tile_index in range(first_tile, last_tile):
         # -- load lse and delta --
-        rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
-        span = tile_span(tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
-        lse = tl.load(lse_ptr + rows.q_row, mask=rows.exists, other=float("inf")) * LOG2E
-        delta = tl.load(delta_ptr + rows.q_row, mask=rows.has_rivals, other=0.0)
-        inputs = RowInputs(qk2, dov2, lse, delta, rows.position)
+        tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
+        lse = tl.load(lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
+        inputs = RowInputs(qk2, dov2, lse, delta, tile.position)
 
         # -- compute pv and dsk: over small blocks of keys, then whole blocks --
         pv = tl.zeros((ROWS, D), tl.float32)
         dsk = tl.zeros((ROWS, D), tl.float32)
-        for start in tl.range(span.first_key, span.first_block, EDGE, num_stages=1):
-            key = start + tl.arange(0, EDGE)
-            k = load_rows(k_ptr, key, key < span.first_block, D)
-            v = load_rows(v_ptr, key, key < span.first_block, D)
-            pv, dsk = backward_block(
-                pv, dsk, inputs, k, v, start, span.first_block, w1, True, PRECISION
-            )
-        for start in range(span.first_block, span.end, BLOCK_N):
+        first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
+        for start in tl.range(first_key, first_block, EDGE, num_stages=1):
+            k, v = load_keys(k_ptr, v_ptr, start, first_block, EDGE, D)
+            pv, dsk = backward_block(pv, dsk, inputs, k, v, start, first_block, w1, True, PRECISION)
+        for start in range(first_block, end, BLOCK_N):
             k = load_block(k_ptr, start, BLOCK_N, D)
             v = load_block(v_ptr, start, BLOCK_N, D)
-            is_partial = start + BLOCK_N > span.first_position + 1
-            pv, dsk = backward_block(
-                pv, dsk, inputs, k, v, start, span.end, w1, is_partial, PRECISION
-            )
+            is_partial = start + BLOCK_N > tile.first_position + 1
+            pv, dsk = backward_block(pv, dsk, inputs, k, v, start, end, w1, is_partial, PRECISION)
 
-        # pv and dsk fill the registers. So the barriers below delay the loads, and rows and span
-        # are recomputed: w1 > 0 is always true, but the compiler cannot know, so it keeps neither.
-        same_tile = tl.where(w1 > 0, tile, 0)
+        # pv and dsk fill the registers. So the barriers below delay the loads, and the tile is made
+        # again: w1 > 0 is always true, but the compiler cannot know, so it does not keep the first.
+        same_index = tl.where(w1 > 0, tile_index, 0)
         same_bh = tl.where(w1 > 0, bh, 0)
-        rows = tile_rows(same_tile, sizes, GROUP, QUERIES, OFFSETS)
-        span = tile_span(same_tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
+        tile = make_tile(same_index, sizes, GROUP, QUERIES, OFFSETS)
 
         # -- sum the rows that read the same position of k2, by a product with a 0/1 matrix --
-        first_position2 = span.first_position - Tk + Tk2  # of the first query in k2
-        first_read = first_position2 - tile % chunks * OFFSETS - OFFSETS + 1  # its largest offset
+        first_position2 = tile.first_position - Tk + Tk2  # of the first query in k2
+        first_read = (
+            first_position2 - tile_index % chunks * OFFSETS - OFFSETS + 1
+        )  # its largest offset
         k2_position = tl.arange(0, K2_ROWS) + first_read
-        reads = (k2_position[:, None] == rows.position2[None, :]).to(dtype)  # [K2_ROWS, ROWS]
+        reads = (k2_position[:, None] == tile.position2[None, :]).to(dtype)  # [K2_ROWS, ROWS]
         tl.debug_barrier()
         # the last row of the buffer is the last position of the piece
         q_position = k2_position - (Tk2 - Tq)
         buffer_row = q_position + buffer_rows - piece * (tl.program_id(0) + 1)
         in_buffer = (buffer_row >= 0) & (buffer_row < buffer_rows)
         program = same_bh * tl.num_programs(0) + tl.program_id(0)
-        do = load_rows(do_ptr, rows.q_row, rows.exists, D)  # [ROWS, D]
+        do = load_rows(do_ptr, tile.q_row, tile.exists, D)  # [ROWS, D]
         dv2 = tl.dot(reads, (pv * do).to(dtype), input_precision=PRECISION)  # [K2_ROWS, D]
         add_to_buffer(dv2_ptr + program * buffer_rows * D, dv2, buffer_row, in_buffer, D)
         tl.debug_barrier()
-        q = load_rows(q_ptr, rows.q_row, rows.exists, D)
+        q = load_rows(q_ptr, tile.q_row, tile.exists, D)
         dk2 = tl.dot(reads, (dsk * q).to(dtype), input_precision=PRECISION) * scale
         add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
         tl.debug_barrier()
 
         # -- sum the rows of each query; dq starts at 0 in its first chunk --
-        k2 = load_rows(k2_ptr, rows.position2, rows.exists, D)
+        k2 = load_rows(k2_ptr, tile.position2, tile.exists, D)
         query_index = tl.arange(0, PADDED)
         is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
         dsk_k2 = (dsk * k2).to(dtype)
         dq_chunk = tl.dot(is_own.to(dtype), dsk_k2, input_precision=PRECISION) * scale
-        dq = tl.where(tile % chunks == 0, 0.0, dq) + dq_chunk
+        dq = tl.where(tile_index % chunks == 0, 0.0, dq) + dq_chunk
 
         # -- store dq; the store of the last chunk is the one that stays --
-        query = tile // chunks * QUERIES + query_index
+        query = tile_index // chunks * QUERIES + query_index
         mask = (query_index < QUERIES) & (query < GROUP * Tq)
         q_row = query_row(query, sizes, GROUP)
         dq_ptrs = dq_ptr + q_row[:, None] * D + tl.arange(0, D)[None, :]
@@ -561,7 +555,7 @@ def dq_dk2_dv2_kernel(
 
         # -- compute qk2 and dov2 of the next tile: here, for the reason given in forward_queries --
         qk2, dov2 = make_row_operands(
-            q_ptr, do_ptr, k2_ptr, v2_ptr, tile + 1, sizes,
+            q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index + 1, sizes,
             scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
         )  # fmt: skip
         tl.debug_barrier()  # in the next step other threads add to the same rows of the buffers
@@ -598,8 +592,7 @@ def dk_dv_kernel(
     # -- load the keys --
     start = tl.program_id(0) * BLOCK_N
     key = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, key, key < Tk, D)  # [BLOCK_N, D]
-    v = load_rows(v_ptr, key, key < Tk, D)
+    k, v = load_keys(k_ptr, v_ptr, start, Tk, BLOCK_N, D)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
@@ -612,22 +605,21 @@ def dk_dv_kernel(
     first_block = first * GROUP // QUERIES
     end_block = tl.cdiv(tl.maximum(end, first) * GROUP, QUERIES)
     chunks = tl.cdiv(w2, OFFSETS)
-    for tile in range(first_block * chunks, end_block * chunks):
+    for tile_index in range(first_block * chunks, end_block * chunks):
         # -- load the rows; with a single pair, qk2 = 0 and lse = 0, so P = 1 and dk gets 0 --
-        rows = tile_rows(tile, sizes, GROUP, QUERIES, OFFSETS)
-        span = tile_span(tile, sizes, GROUP, QUERIES, OFFSETS, BLOCK_N)
-        qk2 = multiply_rows(q_ptr, k2_ptr, rows, rows.has_rivals, qk_scale, D)  # [ROWS, D]
-        dov2 = multiply_rows(do_ptr, v2_ptr, rows, rows.exists, 1.0, D)
-        lse = tl.load(lse_ptr + rows.q_row, mask=rows.has_rivals, other=0.0) * LOG2E
-        lse = tl.where(rows.exists, lse, float("inf"))  # exp2(s - inf) = 0
-        delta = tl.load(delta_ptr + rows.q_row, mask=rows.exists, other=0.0)
+        tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
+        qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.has_rivals, qk_scale, D)  # [ROWS, D]
+        dov2 = multiply_rows(do_ptr, v2_ptr, tile, tile.exists, 1.0, D)
+        lse = tl.load(lse_ptr + tile.q_row, mask=tile.has_rivals, other=0.0) * LOG2E
+        lse = tl.where(tile.exists, lse, float("inf"))  # exp2(s - inf) = 0
+        delta = tl.load(delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
 
         # -- recompute p, transposed --
         s = tl.dot(k, tl.trans(qk2), input_precision=PRECISION)  # [BLOCK_N, ROWS]
         p = tl.exp2(s - lse[None, :])
-        sees_all = (start + BLOCK_N <= span.first_position + 1) & (span.end - 1 - w1 < start)
+        sees_all = (start + BLOCK_N <= tile.first_position + 1) & (tile.last_position - w1 < start)
         if not sees_all:
-            p = tl.where(is_visible(rows.position[None, :], key[:, None], w1, Tk), p, 0.0)
+            p = tl.where(is_visible(tile.position[None, :], key[:, None], w1, Tk), p, 0.0)
 
         # -- compute dv, ds and dk --
         dv = tl.dot(p.to(dov2.dtype), dov2, dv, input_precision=PRECISION)
@@ -636,7 +628,7 @@ def dk_dv_kernel(
 
         # -- float32: sum 64 tiles at a time, since one long sum would be the largest error --
         if PRECISION == "ieee":
-            is_last = tile % 64 == 63
+            is_last = tile_index % 64 == 63
             dk_sum += tl.where(is_last, dk, 0.0)
             dv_sum += tl.where(is_last, dv, 0.0)
             dk = tl.where(is_last, 0.0, dk)
@@ -755,13 +747,20 @@ def get_config(kernel, dtype, D, device):
 
 @functools.lru_cache(1024)
 def get_options(kernel, dtype, device, group, D, w2):
-    """-> compile-time arguments of "forward" (and repair), "dq_dk2_dv2" or "dk_dv"."""
+    """Return the compile-time arguments of "forward" (and repair), "dq_dk2_dv2" or "dk_dv"."""
     config = get_config(kernel, dtype, D, device)
     offsets = min(32, config.rows, triton.next_power_of_2(w2))  # the fewest that hold w2, up to 32
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options.update(GROUP=group, D=D, QUERIES=config.rows // offsets, OFFSETS=offsets)
-    options.update(BLOCK_N=config.block_n, PRECISION="ieee" if dtype == torch.float32 else "tf32")
-    return {**options, "maxnreg": config.maxnreg}
+    return {
+        "GROUP": group,
+        "D": D,
+        "QUERIES": config.rows // offsets,
+        "OFFSETS": offsets,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
+    }
 
 
 def check_size(heads, group, Tq, Tk, Tk2, D):
@@ -852,13 +851,16 @@ def clean(x, y, o=None):
 
 
 def any_in_window(flags, w):
-    """flags (..., T) bool -> (..., T): is one of the w positions up to this one True?"""
+    """flags (..., T) bool -> (..., T): whether one of flags[i - w + 1 ... i] is True, for each i"""
     count = F.pad(flags.cumsum(-1), (w, 0))  # count[t + w]: flags up to t
     return count[..., w:] > count[..., :-w]
 
 
 def seen_by(flags, T, w):
-    """flags (..., Tq) bool of queries -> (..., T): does a True query see the position?"""
+    """flags (..., Tq) bool of the last Tq queries -> (..., T): does a True query see the position?
+
+    A position j is seen from j ... j + w - 1, which is a window in reversed order.
+    """
     padded = F.pad(flags, (T - flags.shape[-1], 0))
     return any_in_window(padded.flip(-1), w).flip(-1).to(torch.int8).contiguous()
 
@@ -881,14 +883,16 @@ def backward(
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
 
-    # A query that sees inf or NaN gets lse = inf, so P = 0
-    q, do, is_bad, delta = clean(q, do, o)  # (B, H, Tq)
-    k, v, has_bad, _ = clean(k, v)  # (B, Hkv, Tk)
-    k2, v2, has_bad2, _ = clean(k2, v2)  # (B, Hkv, Tk2)
-    sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]
+    # bad queries: with inf or NaN in themselves or in their windows
+    q, do, is_bad, delta = clean(q, do, o)  # is_bad and delta (B, H, Tq)
+    k, v, has_bad, _ = clean(k, v)  # has_bad (B, Hkv, Tk)
+    k2, v2, has_bad2, _ = clean(k2, v2)  # has_bad2 (B, Hkv, Tk2)
+    sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
     sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]
     is_bad |= sees_bad.repeat_interleave(group, 1) | ~lse.isfinite()
     by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq)
+
+    # with lse = inf, P = exp(S - lse) = 0: they add nothing to any gradient
     lse = lse.masked_fill(is_bad, torch.inf)
     delta = delta.masked_fill(is_bad, 0)
     tensors = q, k, v, k2, v2, do, lse, delta

@@ -1,16 +1,24 @@
-"""The forward pass of 2-simplicial attention for Hopper, in Gluon: warp-specialized and persistent.
+"""The forward pass of 2-simplicial attention for Hopper GPUs, in Gluon.
 
-For 16 bits, D = 64 or 128 and most windows; kernels/simplicial.py runs its forward_kernel
-elsewhere. Gluon is the level below Triton, where layouts, TMA copies and barriers are explicit. In
-bfloat16 with windows 512 and 32 on one H200: 508 TFLOP/s at D = 128 and 392 at D = 64, where
-forward_kernel reaches 368 and 328 (one query head per KV head).
+For float16 and bfloat16, D = 64 or 128 and most windows; otherwise kernels/simplicial.py runs its
+forward_kernel. TFLOP/s in bfloat16 on one H200, windows 512 and 32, one query head per KV head: 508
+at D = 128 and 392 at D = 64 (forward_kernel: 368 and 328).
 
-One program per multiprocessor goes from tile to tile. Four of its warps, the loader, multiply q by
-k2 and fetch blocks of keys and values by TMA into ring buffers in shared memory. The others are
-CONSUMERS groups of four warps, each with 64 rows: QUERIES queries with OFFSETS offsets each. A
-consumer starts the scores of one block on the tensor cores, then P V of the block before, and
-computes exp2 of the scores while P V runs. Barriers say that a slot of a ring buffer is full
-(loaded) or empty (used).
+As in simplicial.py, a row (i, d) is a query i with one of its offsets d < w2. It attends to k and v
+with q_i * k2_{i-d} for its query: S = (q * k2) K^T, P = exp2(S). Its P V is multiplied by v2_{i-d},
+and the rows of each query are added up.
+
+Gluon is the level below Triton: a kernel says which warps do what, and what waits for what.
+
+    TMA load    copies a block of a tensor to shared memory in the background
+    wgmma       a matrix product on the tensor cores, started by a warpgroup (four warps), which can
+                do something else until it waits for the result
+    mbarrier    a counter of arrivals in shared memory. Warps arrive at it, and so does a TMA load
+                when it is complete. Other warps wait until all expected arrivals have come.
+
+One program per multiprocessor goes from tile to tile (a persistent kernel), and its warpgroups have
+different jobs (warp specialization). The loader computes q * k2 and starts the TMA loads of keys
+and values. The consumers, two or three warpgroups with 64 rows each, compute attention.
 
 There is no running maximum, as in forward_kernel: a query whose sums leave the range of the dtype
 gets lse = inf and is left to repair_kernel.
@@ -34,7 +42,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EDGE = tl.constexpr(16)  # keys of the small block at the start of a window
+ROWS = tl.constexpr(64)  # rows of a consumer
+SMALL_BLOCK = tl.constexpr(16)  # keys of the small block at the start of a window
 
 
 class Sizes(NamedTuple):
@@ -47,72 +56,143 @@ class Sizes(NamedTuple):
     heads: gl.tensor  # KV heads in the batch
 
 
+class Config(NamedTuple):
+    """The compile-time arguments. ROWS = QUERIES * OFFSETS."""
+
+    GROUP: gl.constexpr  # query heads per KV head
+    D: gl.constexpr
+    QUERIES: gl.constexpr  # per consumer; a tile has CONSUMERS * QUERIES
+    OFFSETS: gl.constexpr  # per query, at least w2
+    BLOCK_N: gl.constexpr  # keys per block
+    HAS_SMALL_BLOCK: gl.constexpr
+    CONSUMERS: gl.constexpr
+
+
+# --------------------------------------------------------------------------------------------------
+# Ring buffers in shared memory. Of all blocks that a program loads, block b is in slot b % SLOTS in
+# round b // SLOTS. Each slot has two mbarriers:
+#     full     the loader has filled the slot: consumers wait for it before they read
+#     empty    all consumers have read the slot: the loader waits for it before the next round
+# Each time that all expected arrivals have come, an mbarrier ends a phase and begins the next, from
+# phase 0 on. mbarrier.wait(barrier, phase % 2) waits for the end of a phase; for the phase before
+# phase 0, which the loader waits for in its first round, it returns at once.
+
+
 class Ring(NamedTuple):
-    """A ring buffer in shared memory: block b is in slot b % STAGES.
-
-    Each slot has two barriers, for full and for empty; their phase flips at each round of the ring.
-    """
-
     slots: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
 
-class Span(NamedTuple):
-    """The keys that a tile sees: a small block of EDGE keys, then whole blocks."""
-
-    start: gl.tensor  # first key of the whole blocks
-    blocks: gl.tensor  # how many
-    edge: gl.tensor  # first key of the small block
-
-
-class Rows(NamedTuple):
-    position: gl.tensor  # of the query in k, i
-    position2: gl.tensor  # of the offset in k2, i - d
-    exists: gl.tensor
+@gluon.jit
+def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=READERS)
+    return Ring(slots, full, empty)
 
 
 @gluon.jit
-def tile_span(
-    tile, sizes,
-    GROUP: gl.constexpr, QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr,
-):  # fmt: skip
-    """Divide the keys of a tile into blocks that end at its last position.
+def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr):
+    """Wait until the slot of a block is empty, then start the TMA load of `size` keys into it."""
+    SLOTS: gl.constexpr = ring.full.shape[0]
+    slot = block % SLOTS
+    full = ring.full.index(slot)
+    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)  # phase: the round before
+    mbarrier.expect(full, size * D * 2)  # how many bytes complete it
+    target = ring.slots.index(slot).slice(0, size, 1)
+    tma.async_copy_global_to_shared(desc, [bh, start, 0], full, target)
 
-    The keys before the w1 // BLOCK_N whole blocks go to the small block if they are at most EDGE,
-    else to one more whole block.
+
+@gluon.jit
+def wait_full(ring, block):
+    """Wait until a block is loaded."""
+    SLOTS: gl.constexpr = ring.full.shape[0]
+    mbarrier.wait(ring.full.index(block % SLOTS), block // SLOTS & 1)  # phase: this round
+
+
+@gluon.jit
+def read_slot(ring, block, size: gl.constexpr):
+    """Return the first `size` rows of a block, [size, D], as an operand in shared memory."""
+    slot = ring.slots.index(block % ring.full.shape[0])  # [1, BLOCK_N, D]
+    return slot.reshape([slot.shape[1], slot.shape[2]]).slice(0, size)
+
+
+@gluon.jit
+def release(ring, block):
+    """Tell the loader that this consumer has read a block."""
+    mbarrier.arrive(ring.empty.index(block % ring.full.shape[0]), count=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tiles. Queries are numbered position by position, the GROUP query heads of a KV head side by side.
+
+
+class KeyBlocks(NamedTuple):
+    """The keys that a tile sees: a small block if it has one, then `count` blocks of BLOCK_N."""
+
+    small_start: gl.tensor  # first key of the small block
+    start: gl.tensor  # first key of the other blocks
+    count: gl.tensor
+
+
+class Rows(NamedTuple):
+    """The rows of a consumer, [ROWS] each."""
+
+    position: gl.tensor  # of the query in k, i
+    position2: gl.tensor  # of the offset in k2, i - d
+    exists: gl.tensor  # is there such a query, and such an offset in its window?
+
+
+@gluon.jit
+def tile_keys(tile, sizes, config: gl.constexpr):
+    """Divide the keys that a tile sees, from first_key to its last position, into KeyBlocks.
+
+        first_key | rest | BLOCK_N | BLOCK_N | ... | BLOCK_N | end
+
+    The rest goes to the small block if it fits, else to one more block of BLOCK_N.
     """
-    Tq = sizes.Tq
-    Tk = sizes.Tk
-    first_position = gl.minimum(tile * QUERIES // GROUP, Tq - 1) + Tk - Tq
-    last_position = gl.minimum((tile * QUERIES + QUERIES - 1) // GROUP, Tq - 1) + Tk - Tq
+    BLOCK_N: gl.constexpr = config.BLOCK_N
+    TILE_QUERIES: gl.constexpr = config.CONSUMERS * config.QUERIES
+
+    # -- positions in k of the tile's first and last query --
+    first_query = tile * TILE_QUERIES
+    last_query = first_query + TILE_QUERIES - 1
+    first_position = gl.minimum(first_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
+    last_position = gl.minimum(last_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     end = last_position + 1
-    blocks = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
-    rest = end - blocks * BLOCK_N - gl.maximum(first_position - sizes.w1 + 1, 0)
-    use_edge = (rest > 0) & (rest <= EDGE) & (blocks > 0) & HAS_EDGE
+
+    # -- whole blocks, and the rest --
+    count = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
+    first_key = gl.maximum(first_position - sizes.w1 + 1, 0)
+    rest = end - count * BLOCK_N - first_key
+
+    # -- place the rest --
+    use_small = (rest > 0) & (rest <= SMALL_BLOCK) & (count > 0) & config.HAS_SMALL_BLOCK
     # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
-    edge = gl.where(use_edge, end - blocks * BLOCK_N - EDGE, -EDGE)
-    blocks += (((rest > 0) & (use_edge == 0)) | (blocks == 0)).to(gl.int32)
-    return Span(end - blocks * BLOCK_N, blocks, edge)
+    small_start = gl.where(use_small, end - count * BLOCK_N - SMALL_BLOCK, -SMALL_BLOCK)
+    needs_block = ((rest > 0) & (use_small == 0)) | (count == 0)  # at least one
+    count += needs_block.to(gl.int32)
+    return KeyBlocks(small_start, end - count * BLOCK_N, count)
+
+
+@gluon.jit
+def consumer_rows(first_query, row, sizes, config: gl.constexpr):
+    """Return the Rows of a consumer from its first query on. row: 0 ... ROWS - 1, in any layout"""
+    query = first_query + row // config.OFFSETS
+    offset = row % config.OFFSETS
+    t = gl.minimum(query // config.GROUP, sizes.Tq - 1)  # in q; rows past the end repeat the last
+    i2 = t + sizes.Tk2 - sizes.Tq
+    exists = (query < sizes.Tq * config.GROUP) & (offset < sizes.w2) & (offset <= i2)
+    return Rows(t + sizes.Tk - sizes.Tq, i2 - offset, exists)
 
 
 @gluon.jit
 def query_row(query, Tq, GROUP: gl.constexpr):
-    """Row in q, (GROUP, Tq), of a query numbered position by position."""
+    """Return where the query is in q, as a row of (GROUP, Tq)."""
     return query % GROUP * Tq + query // GROUP
-
-
-@gluon.jit
-def consumer_rows(
-    part, row, sizes, GROUP: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr
-):
-    """Rows of one consumer, as tile_rows in simplicial.py. part: tile * CONSUMERS + consumer_id"""
-    query = part * QUERIES + row // OFFSETS
-    step = gl.minimum(query // GROUP, sizes.Tq - 1)
-    offset = row % OFFSETS
-    i2 = step + sizes.Tk2 - sizes.Tq
-    exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
-    return Rows(step + sizes.Tk - sizes.Tq, i2 - offset, exists)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,29 +200,21 @@ def consumer_rows(
 
 
 @gluon.jit
-def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr):
-    """Fetch `size` keys into the slot of a block, once it is empty. The copy arrives at `full`."""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    slot = block % STAGES
-    mbarrier.wait(ring.empty.index(slot), (block // STAGES & 1) ^ 1)
-    mbarrier.expect(ring.full.index(slot), size * D * 2)
-    target = ring.slots.index(slot).slice(0, size, 1)
-    tma.async_copy_global_to_shared(desc, [bh, start, 0], ring.full.index(slot), target)
-
-
-@gluon.jit
-def make_rows(
-    slot, q_ptr, k2_ptr, qk_scale, part, sizes,
-    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
-):  # fmt: skip
-    """Store q_i * k2_{i-d} * qk_scale of 64 rows in shared memory, reading each query once."""
+def store_qk2(slot, q_ptr, k2_ptr, qk_scale, first_query, sizes, config: gl.constexpr):
+    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows, [ROWS, D], in shared memory."""
+    GROUP: gl.constexpr = config.GROUP
+    D: gl.constexpr = config.D
+    OFFSETS: gl.constexpr = config.OFFSETS
+    # each thread has 8 channels, 16 bytes, and D // 8 threads have a row
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     offset = gl.arange(0, OFFSETS, gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    for n in gl.static_range(QUERIES):
-        query = gl.minimum(part * QUERIES + n, sizes.Tq * GROUP - 1)
+
+    # one query after the other, so that each is read once and not once per offset
+    for n in gl.static_range(config.QUERIES):
+        query = gl.minimum(first_query + n, sizes.Tq * GROUP - 1)
         i2 = query // GROUP + sizes.Tk2 - sizes.Tq
-        exists = (offset < sizes.w2) & (offset <= i2) & (part * QUERIES + n < sizes.Tq * GROUP)
+        exists = (offset < sizes.w2) & (offset <= i2) & (first_query + n < sizes.Tq * GROUP)
         q = gl.load(q_ptr + query_row(query, sizes.Tq, GROUP) * D + offs_d)  # [D]
         q = q.to(gl.float32) * qk_scale
         k2_ptrs = k2_ptr + (i2 - offset)[:, None] * D + offs_d[None, :]
@@ -153,270 +225,299 @@ def make_rows(
 
 @gluon.jit
 def loader(
-    q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges, k_ring, v_ring, row_ring, sizes, scale,
-    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
-    BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
+    config: gl.constexpr,
+    q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small, k_ring, v_ring, qk2_ring, sizes, scale,
 ):  # fmt: skip
+    """Load what the consumers need for all tiles of this program, waiting only for empty slots.
+
+    qk2_ring has a slot for each consumer, which is filled once per tile.
+    """
+    BLOCK_N: gl.constexpr = config.BLOCK_N
     block = 0  # blocks of all tiles so far
-    phase = 1  # of the barriers of row_ring
+    parity = 1  # of the phase of qk2_ring.empty: the tile before
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles
         tile = pid % sizes.tiles
 
-        # -- rows of each consumer --
-        q = q_ptr + bh.to(gl.int64) * GROUP * sizes.Tq * D
-        k2 = k2_ptr + bh.to(gl.int64) * sizes.Tk2 * D
-        for consumer_id in gl.static_range(CONSUMERS):
-            mbarrier.wait(row_ring.empty.index(consumer_id), phase)
-            part = tile * CONSUMERS + consumer_id
-            slot = row_ring.slots.index(consumer_id)
-            make_rows(slot, q, k2, scale * LOG2E, part, sizes, GROUP, D, QUERIES, OFFSETS)
-            mbarrier.arrive(row_ring.full.index(consumer_id), count=1)
-        phase ^= 1
+        # -- q * k2 of each consumer, once it has read that of the tile before --
+        q = q_ptr + bh.to(gl.int64) * config.GROUP * sizes.Tq * config.D
+        k2 = k2_ptr + bh.to(gl.int64) * sizes.Tk2 * config.D
+        for consumer_id in gl.static_range(config.CONSUMERS):
+            first_query = (tile * config.CONSUMERS + consumer_id) * config.QUERIES
+            mbarrier.wait(qk2_ring.empty.index(consumer_id), parity)
+            slot = qk2_ring.slots.index(consumer_id)
+            store_qk2(slot, q, k2, scale * LOG2E, first_query, sizes, config)
+            mbarrier.arrive(qk2_ring.full.index(consumer_id), count=1)
+        parity ^= 1
 
-        # -- keys and values --
-        span = tile_span(tile, sizes, GROUP, CONSUMERS * QUERIES, BLOCK_N, HAS_EDGE)
-        if HAS_EDGE:
-            load_block(k_edges, k_ring, block, bh, span.edge, EDGE, D)
-            load_block(v_edges, v_ring, block, bh, span.edge, EDGE, D)
+        # -- keys and values of each block, once all consumers have read its slot --
+        keys = tile_keys(tile, sizes, config)
+        if config.HAS_SMALL_BLOCK:
+            load_block(k_small, k_ring, block, bh, keys.small_start, SMALL_BLOCK, config.D)
+            load_block(v_small, v_ring, block, bh, keys.small_start, SMALL_BLOCK, config.D)
             block += 1
-        for b in range(span.blocks):
-            load_block(k_blocks, k_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D)
-            load_block(v_blocks, v_ring, block, bh, span.start + b * BLOCK_N, BLOCK_N, D)
+        for b in range(keys.count):
+            start = keys.start + b * BLOCK_N
+            load_block(k_blocks, k_ring, block, bh, start, BLOCK_N, config.D)
+            load_block(v_blocks, v_ring, block, bh, start, BLOCK_N, config.D)
             block += 1
 
 
 # --------------------------------------------------------------------------------------------------
-# Consumer
+# Consumer. While the tensor cores multiply, exp2 runs on other units:
+#     tensor cores     S of block 1 | P V of block 0 | S of block 2 | P V of block 1 | ...
+#     other units                   | P of block 1   |              | P of block 2   | ...
+
+
+@gluon.constexpr_function
+def wgmma_layout(columns):
+    """Which thread holds which element of a wgmma result, [ROWS, columns]"""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+    )
+
+
+class Inputs(NamedTuple):
+    """What a consumer needs for every block of keys of a tile."""
+
+    qk2: gl.tensor  # q * k2 of its rows, [ROWS, D], in registers
+    position: gl.tensor  # of its rows in k, [ROWS]
+    w1: gl.tensor
+    k_ring: Ring
+    v_ring: Ring
 
 
 @gluon.jit
-def wait_full(ring, block):
-    STAGES: gl.constexpr = ring.full.shape[0]
-    mbarrier.wait(ring.full.index(block % STAGES), block // STAGES & 1)
-
-
-@gluon.jit
-def release(ring, block):
-    mbarrier.arrive(ring.empty.index(block % ring.full.shape[0]), count=1)
-
-
-@gluon.jit
-def slot_of(ring, block, size: gl.constexpr):
-    """The first `size` rows of the slot of a block, [size, D]"""
-    slot = ring.slots.index(block % ring.full.shape[0])  # [1, BLOCK_N, D]
-    return slot.reshape([slot.shape[1], slot.shape[2]]).slice(0, size)
-
-
-@gluon.jit
-def start_scores(qk2, k_ring, block, size: gl.constexpr):
-    """Start S = qk2 K^T of a block on the tensor cores. [64, size]"""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, size, 16])
-    wait_full(k_ring, block)
-    k = slot_of(k_ring, block, size)
-    qk2 = gl.convert_layout(qk2, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
-    zeros = gl.zeros([64, size], gl.float32, LAYOUT)
+def start_scores(inputs, block, size: gl.constexpr):
+    """Wait for the keys of a block, then start S = (q * k2) K^T, [ROWS, size]."""
+    LAYOUT: gl.constexpr = wgmma_layout(size)
+    wait_full(inputs.k_ring, block)
+    k = read_slot(inputs.k_ring, block, size)
+    qk2 = gl.convert_layout(inputs.qk2, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
+    zeros = gl.zeros([ROWS, size], gl.float32, LAYOUT)
     return warpgroup_mma(qk2, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def exponentials(s, position, start, w1, is_partial: gl.constexpr):
-    """-> p = exp2(s), 0 where a row does not see the key, and the sum of p over the keys"""
+def exponentials(s, inputs, start, is_partial: gl.constexpr):
+    """Return P = exp2(S) and its sum over the keys of a block, which starts at key `start`.
+
+    is_partial: some row does not see the whole block; P is 0 where it does not.
+    """
     if is_partial:
-        i = gl.convert_layout(position, gl.SliceLayout(1, s.type.layout))[:, None]
+        i = gl.convert_layout(inputs.position, gl.SliceLayout(1, s.type.layout))[:, None]
         j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-        s = gl.where((j <= i) & (j > gl.maximum(i - w1, -1)), s, -float("inf"))
+        is_visible = (j <= i) & (j > gl.maximum(i - inputs.w1, -1))
+        s = gl.where(is_visible, s, -float("inf"))
     p = gl.exp2(s)
     return p, gl.sum(p, 1)
 
 
 @gluon.jit
-def attend_block(
-    qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1,
-    BLOCK_N: gl.constexpr, is_partial: gl.constexpr,
+def finish_block(
+    s, p, acc, l_i, inputs, block, start,
+    previous_size: gl.constexpr, use_acc: gl.constexpr, is_partial: gl.constexpr,
 ):  # fmt: skip
-    """Add P V of the block before to acc, while computing p of this block. -> p, acc, l_i"""
-    s = start_scores(qk2, k_ring, block, BLOCK_N)
-    acc = warpgroup_mma(p, slot_of(v_ring, block - 1, BLOCK_N), acc, is_async=True)
+    """Compute P of a block from S while P V of the previous block is added to acc.
+
+    s: S of this block, already started. p: P of the previous block, which has previous_size keys.
+    use_acc: False if acc is still empty. Returns P of this block, acc, l_i.
+    """
+    # start P V, then wait until only one product is unfinished: S, which is older, is done
+    v = read_slot(inputs.v_ring, block - 1, previous_size)
+    acc = warpgroup_mma(p, v, acc, use_acc=use_acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    release(k_ring, block)
-    p_next, l_next = exponentials(s, position, start, w1, is_partial)
-    wait_full(v_ring, block)  # keeps the compiler from moving exp2 behind the next wait
+    release(inputs.k_ring, block)
+
+    # compute exp2 while P V runs
+    p_next, l_next = exponentials(s, inputs, start, is_partial)
+    wait_full(inputs.v_ring, block)  # keeps the compiler from moving exp2 behind the next wait
+
+    # wait for P V, which has read p and v
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    release(v_ring, block - 1)
-    return gl.convert_layout(p_next.to(p.dtype), p.type.layout), acc, l_i + l_next
+    release(inputs.v_ring, block - 1)
+    p = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
+    return p, acc, l_i + l_next
+
+
+@gluon.jit
+def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, config: gl.constexpr):
+    """Compute o and lse of a consumer's queries from its rows, and store them.
+
+    acc [ROWS, D]: P V. l_i [ROWS]: sums of P. A query with a sum out of range gets lse = inf.
+    """
+    D: gl.constexpr = config.D
+    QUERIES: gl.constexpr = config.QUERIES
+    OFFSETS: gl.constexpr = config.OFFSETS
+    ACC_LAYOUT: gl.constexpr = acc.type.layout
+    O_LAYOUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
+    dtype: gl.constexpr = o_ptr.dtype.element_ty
+    # the range of a row's sum, as in forward_queries
+    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60
+    MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
+
+    # -- multiply by v2 --
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))
+    rows = consumer_rows(first_query, row, sizes, config)
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]
+    v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
+    acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
+
+    # -- mark sums out of range by NaN, which reaches the sum of the query --
+    l_i = gl.convert_layout(l_i, gl.SliceLayout(1, ACC_LAYOUT))
+    in_range = (l_i > LEAST) & (l_i < MOST)
+    l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
+
+    # -- add up the rows of each query (no rescaling, as there is no maximum) and normalize --
+    o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), O_LAYOUT)  # [QUERIES, D]
+    l_q = gl.sum(l_i.reshape([QUERIES, OFFSETS]), 1)
+    l_q = gl.convert_layout(l_q, gl.SliceLayout(1, O_LAYOUT))  # [QUERIES]
+    o = (o / gl.where(l_q > 0.0, l_q, 1.0)[:, None]).to(dtype)
+    lse = gl.where(l_q > 0.0, gl.log2(l_q) * LN2, -float("inf"))
+    lse = gl.where(l_q == l_q, lse, float("inf"))  # noqa: PLR0124, NaN
+
+    # -- store --
+    query = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, O_LAYOUT))
+    mask = query < config.GROUP * sizes.Tq
+    row = bh.to(gl.int64) * config.GROUP * sizes.Tq + query_row(query, sizes.Tq, config.GROUP)
+    gl.store(lse_ptr + row, lse, mask=mask)
+    offs = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))[None, :]
+    gl.store(o_ptr + offs, o, mask=mask[:, None])
 
 
 @gluon.jit
 def consumer(
-    v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, consumer_id: gl.constexpr,
-    GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
-    BLOCK_N: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
+    config: gl.constexpr, consumer_id: gl.constexpr,
+    v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes,
 ):  # fmt: skip
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    OUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
+    """Compute the outputs of one consumer's rows, for all tiles of this program."""
+    BLOCK_N: gl.constexpr = config.BLOCK_N
+    S_LAYOUT: gl.constexpr = wgmma_layout(BLOCK_N)
+    ACC_LAYOUT: gl.constexpr = wgmma_layout(config.D)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
     dtype: gl.constexpr = o_ptr.dtype.element_ty
-    LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60  # as in forward_queries
-    MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
-    score_row = gl.arange(0, 64, gl.SliceLayout(1, SCORES))
-    acc_row = gl.arange(0, 64, gl.SliceLayout(1, ACC))
-    w1 = sizes.w1
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     block = 0  # blocks of all tiles so far
-    phase = 0  # of the barriers of row_ring
+    parity = 0  # of the phase of qk2_ring.full: this tile
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles
-        part = pid % sizes.tiles * CONSUMERS + consumer_id
-        span = tile_span(pid % sizes.tiles, sizes, GROUP, CONSUMERS * QUERIES, BLOCK_N, HAS_EDGE)
-        rows = consumer_rows(part, score_row, sizes, GROUP, QUERIES, OFFSETS)
-        position = rows.position
+        tile = pid % sizes.tiles
+        first_query = (tile * config.CONSUMERS + consumer_id) * config.QUERIES
+        keys = tile_keys(tile, sizes, config)
+        position = consumer_rows(first_query, row, sizes, config).position
 
-        # -- load the rows into registers --
-        mbarrier.wait(row_ring.full.index(consumer_id), phase)
-        qk2 = row_ring.slots.index(consumer_id).load(gl.DotOperandLayout(0, SCORES, 2))  # [64, D]
-        mbarrier.arrive(row_ring.empty.index(consumer_id), count=1)
-        phase ^= 1
-        acc = gl.zeros([64, D], gl.float32, ACC)
+        # -- wait for q * k2 and copy it to registers --
+        mbarrier.wait(qk2_ring.full.index(consumer_id), parity)
+        qk2 = qk2_ring.slots.index(consumer_id).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+        release(qk2_ring, consumer_id)
+        parity ^= 1
+        inputs = Inputs(qk2, position, sizes.w1, k_ring, v_ring)
+        acc = gl.zeros([ROWS, config.D], gl.float32, ACC_LAYOUT)
 
-        # -- p of the first whole block, after P V of the small block if there is one --
-        if HAS_EDGE:
-            s_edge = start_scores(qk2, k_ring, block, EDGE)
+        # -- P of the first block of BLOCK_N keys, and P V of the small block if there is one --
+        if config.HAS_SMALL_BLOCK:
+            # start S of both blocks, then wait until only one product is unfinished
+            s_small = start_scores(inputs, block, SMALL_BLOCK)
             block += 1
-            s = start_scores(qk2, k_ring, block, BLOCK_N)
-            s_edge = warpgroup_mma_wait(1, deps=[s_edge])
+            s_first = start_scores(inputs, block, BLOCK_N)
+            s_small = warpgroup_mma_wait(1, deps=[s_small])
             release(k_ring, block - 1)
-            p, l_i = exponentials(s_edge, position, span.edge, w1, True)
-            l_i = gl.convert_layout(l_i, gl.SliceLayout(1, SCORES))
-            p = gl.convert_layout(p.to(dtype), P)
+            p, l_i = exponentials(s_small, inputs, keys.small_start, is_partial=True)
+            l_i = gl.convert_layout(l_i, gl.SliceLayout(1, S_LAYOUT))
+            p = gl.convert_layout(p.to(dtype), P_LAYOUT)
             wait_full(v_ring, block - 1)
-            v = slot_of(v_ring, block - 1, EDGE)
-            acc = warpgroup_mma(p, v, acc, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            release(k_ring, block)
-            p_next, l_next = exponentials(s, position, span.start, w1, True)
-            l_i += l_next
-            wait_full(v_ring, block)
-            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            release(v_ring, block - 1)
+            p, acc, l_i = finish_block(
+                s_first, p, acc, l_i, inputs, block, keys.start,
+                SMALL_BLOCK, use_acc=False, is_partial=True,
+            )  # fmt: skip
         else:
-            s = warpgroup_mma_wait(0, deps=[start_scores(qk2, k_ring, block, BLOCK_N)])
+            s_first = start_scores(inputs, block, BLOCK_N)
+            s_first = warpgroup_mma_wait(0, deps=[s_first])
             release(k_ring, block)
-            p_next, l_i = exponentials(s, position, span.start, w1, True)
+            p, l_i = exponentials(s_first, inputs, keys.start, is_partial=True)
             wait_full(v_ring, block)
-        p = gl.convert_layout(p_next.to(dtype), P)
+            p = gl.convert_layout(p.to(dtype), P_LAYOUT)
 
-        # -- blocks that all rows see, then the last one --
-        for b in range(1, span.blocks - 1):
+        # -- blocks that all rows see --
+        for b in range(1, keys.count - 1):
             block += 1
-            start = span.start + b * BLOCK_N
-            p, acc, l_i = attend_block(
-                qk2, p, acc, l_i, block, k_ring, v_ring, position, start, w1, BLOCK_N, False
+            start = keys.start + b * BLOCK_N
+            s = start_scores(inputs, block, BLOCK_N)
+            p, acc, l_i = finish_block(
+                s, p, acc, l_i, inputs, block, start, BLOCK_N, use_acc=True, is_partial=False
             )
-        if span.blocks > 1:
+
+        # -- the last block, where rows do not see later keys --
+        if keys.count > 1:
             block += 1
-            last = span.start + (span.blocks - 1) * BLOCK_N
-            p, acc, l_i = attend_block(
-                qk2, p, acc, l_i, block, k_ring, v_ring, position, last, w1, BLOCK_N, True
+            start = keys.start + (keys.count - 1) * BLOCK_N
+            s = start_scores(inputs, block, BLOCK_N)
+            p, acc, l_i = finish_block(
+                s, p, acc, l_i, inputs, block, start, BLOCK_N, use_acc=True, is_partial=True
             )
-        acc = warpgroup_mma(p, slot_of(v_ring, block, BLOCK_N), acc, is_async=True)
+
+        # -- P V of the last block --
+        acc = warpgroup_mma(p, read_slot(v_ring, block, BLOCK_N), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         release(v_ring, block)
         block += 1
-
-        # -- multiply by v2, sum the rows of each query; no rescaling, as there is no maximum --
-        rows = consumer_rows(part, acc_row, sizes, GROUP, QUERIES, OFFSETS)
-        offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC))[None, :]
-        v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
-        acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
-        l_i = gl.convert_layout(l_i, gl.SliceLayout(1, ACC))
-        in_range = (l_i > LEAST) & (l_i < MOST)
-        l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
-        o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), OUT)  # [QUERIES, D]
-        l_q = gl.sum(l_i.reshape([QUERIES, OFFSETS]), 1)
-        l_q = gl.convert_layout(l_q, gl.SliceLayout(1, OUT))  # [QUERIES]
-        o = (o / gl.where(l_q > 0.0, l_q, 1.0)[:, None]).to(dtype)
-
-        # -- store; a query with a row out of range is left to repair_kernel --
-        lse = gl.where(l_q > 0.0, gl.log2(l_q) * LN2, -float("inf"))
-        lse = gl.where(l_q == l_q, lse, float("inf"))  # noqa: PLR0124, NaN
-        query = part * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(1, OUT))
-        row = bh.to(gl.int64) * GROUP * sizes.Tq + query_row(query, sizes.Tq, GROUP)
-        gl.store(lse_ptr + row, lse, mask=query < GROUP * sizes.Tq)
-        offs = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
-        gl.store(o_ptr + offs, o, mask=(query < GROUP * sizes.Tq)[:, None])
+        store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, config)
 
 
 # --------------------------------------------------------------------------------------------------
 # Kernel and launch
 
 
-@gluon.jit
-def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
-    """Make the barriers of a ring. Full takes one arrival; empty takes one from each reader."""
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=READERS)
-    return Ring(slots, full, empty)
-
-
 @gluon.jit(do_not_specialize=["Tq", "Tk", "Tk2", "w1", "w2", "tiles", "heads"])
 def hopper_kernel(
     q_ptr,  # (B, H, Tq, D)
-    k_blocks, v_blocks, k_edges, v_edges,  # TMA descriptors of (B * Hkv, Tk, D)
-    k2_ptr, v2_ptr, o_ptr, lse_ptr,  # (B, Hkv, Tk2, D) twice, (B, H, Tq, D), (B, H, Tq)
+    k_blocks, v_blocks, k_small, v_small,  # TMA descriptors of (B * Hkv, Tk, D)
+    k2_ptr, v2_ptr,  # (B, Hkv, Tk2, D)
+    o_ptr, lse_ptr,  # (B, H, Tq, D), (B, H, Tq)
     Tq, Tk, Tk2, w1, w2, scale, tiles, heads,
     GROUP: gl.constexpr, D: gl.constexpr, QUERIES: gl.constexpr, OFFSETS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_EDGE: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_SMALL_BLOCK: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,  # per thread
 ):  # fmt: skip
     """o, lse = attention(q, k, v, k2, v2); lse = inf is left to repair_kernel."""
-    # -- rings in shared memory --
+    sizes = Sizes(Tq, Tk, Tk2, w1, w2, tiles, heads)
+    config: gl.constexpr = Config(GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_SMALL_BLOCK, CONSUMERS)
+
+    # -- ring buffers: STAGES blocks of keys and of values; q * k2 of each consumer --
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     k_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], k_blocks.layout)
     v_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], v_blocks.layout)
-    row_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    row_slots = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], row_layout)
+    qk2_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    qk2_slots = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], qk2_layout)
     k_ring = make_ring(k_slots, STAGES, CONSUMERS)
     v_ring = make_ring(v_slots, STAGES, CONSUMERS)
-    row_ring = make_ring(row_slots, CONSUMERS, 1)
+    qk2_ring = make_ring(qk2_slots, CONSUMERS, 1)
 
-    sizes = Sizes(
-        gl.to_tensor(Tq), gl.to_tensor(Tk), gl.to_tensor(Tk2), gl.to_tensor(w1), gl.to_tensor(w2),
-        gl.to_tensor(tiles), gl.to_tensor(heads),
+    # -- start the warpgroups: for each, a function and its arguments --
+    # The first runs in the program's own four warps. The two lists after the functions say how many
+    # warps, and how many registers per thread, each of the others gets.
+    consumer_args = (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)
+    loader_args = (
+        q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small, k_ring, v_ring, qk2_ring, sizes, scale
     )  # fmt: skip
-    scale = gl.cast(gl.to_tensor(scale), gl.float32)
-
-    # -- consumers and the loader, four warps each --
-    # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 0,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 1,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-            (loader, (q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges,
-                      k_ring, v_ring, row_ring, sizes, scale,
-                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])
+            (consumer, (config, 0) + consumer_args),
+            (consumer, (config, 1) + consumer_args),
+            (loader, (config,) + loader_args),
+        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 0,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 1,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-            (consumer, (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, row_ring, sizes, 2,
-                        GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-            (loader, (q_ptr, k2_ptr, k_blocks, v_blocks, k_edges, v_edges,
-                      k_ring, v_ring, row_ring, sizes, scale,
-                      GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_EDGE, CONSUMERS)),
-        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS])
-    # fmt: on
+            (consumer, (config, 0) + consumer_args),
+            (consumer, (config, 1) + consumer_args),
+            (consumer, (config, 2) + consumer_args),
+            (loader, (config,) + loader_args),
+        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
 def key_layout():
+    """Return the layout of keys and values in shared memory that TMA writes and wgmma reads."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
@@ -428,11 +529,7 @@ CONFIGS = {  # by head dimension; registers are per thread
 
 @functools.lru_cache(1024)
 def plan(dtype, device, group, D, w1, w2):
-    """-> compile-time arguments of hopper_kernel, or None if it does not apply
-
-    At the start of the window only one block is masked, small or whole. It must hold all keys that
-    some rows of a tile see and others do not, which is not so for every w1.
-    """
+    """-> compile-time arguments of hopper_kernel, or None if it does not apply"""
     if dtype == torch.float32 or D not in CONFIGS:
         return None
     if torch.cuda.get_device_capability(device)[0] != 9:
@@ -441,32 +538,32 @@ def plan(dtype, device, group, D, w1, w2):
     offsets = min(32, triton.next_power_of_2(w2))
     if offsets < 16 or w2 > offsets:
         return None
-    queries = 64 // offsets  # in the 64 rows of a consumer
-    queries_per_tile = config["CONSUMERS"] * queries
+    queries = ROWS.value // offsets  # of a consumer
+    tile_queries = config["CONSUMERS"] * queries
 
-    # the windows of a tile's queries start at up to 1 + extra_positions different keys
+    # The windows of a tile's queries start at up to 1 + extra_positions different keys. Keys that
+    # only some of the queries see must be masked. At the start of a window, consumers mask a single
+    # block, the small one or a whole one, so all keys before the other blocks must fit into it.
     extra_positions = 0
-    if group % queries_per_tile != 0:
-        extra_positions = (queries_per_tile - 2) // group + 1
-    partial_keys = w1 % config["BLOCK_N"] + extra_positions  # keys before the whole blocks
+    if group % tile_queries != 0:
+        extra_positions = (tile_queries - 2) // group + 1
+    partial_keys = w1 % config["BLOCK_N"] + extra_positions
     if partial_keys > config["BLOCK_N"]:
         return None
-    has_edge = 0 < partial_keys <= EDGE.value
+    has_small_block = 0 < partial_keys <= SMALL_BLOCK.value
     sizes = {"GROUP": group, "D": D, "QUERIES": queries, "OFFSETS": offsets}
-    return {**config, **sizes, "HAS_EDGE": has_edge}
-
-
-@functools.lru_cache
-def count_multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return {**config, **sizes, "HAS_SMALL_BLOCK": has_small_block}
 
 
 def launch(options, q, k, v, k2, v2, o, lse, sizes):
-    """Run hopper_kernel. Writes o and lse, which is inf for the queries left to repair_kernel."""
+    """Run hopper_kernel. Writes o and lse, which is inf for the queries left to repair_kernel.
+
+    options: from plan. sizes: Tq, Tk, Tk2, w1, w2.
+    """
     D = q.shape[3]
     layout = key_layout()
     descriptors = []
-    for size in (options["BLOCK_N"], EDGE.value):
+    for size in (options["BLOCK_N"], SMALL_BLOCK.value):
         for t in (k, v):
             heads = t.view(-1, t.shape[2], D)  # (B * Hkv, Tk, D)
             descriptors.append(TensorDescriptor.from_tensor(heads, [1, size, D], layout))
@@ -474,6 +571,7 @@ def launch(options, q, k, v, k2, v2, o, lse, sizes):
     heads = k.shape[0] * k.shape[1]
     queries = options["GROUP"] * q.shape[2]
     tiles = triton.cdiv(queries, options["CONSUMERS"] * options["QUERIES"])
-    programs = min(count_multiprocessors(q.device), tiles * heads)
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(multiprocessors, tiles * heads)
     tensors = q, *descriptors, k2, v2, o, lse
     hopper_kernel[(programs,)](*tensors, *sizes, D**-0.5, tiles, heads, **options, num_warps=4)

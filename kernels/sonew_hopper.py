@@ -1,13 +1,20 @@
 """SONew's step on Hopper, in Gluon: sonew_fused.py with u in shared memory until it is applied.
 
-A persistent kernel: as many programs as run at once each take a run of chunks from a counter,
-update its statistics and keep its u in a ring buffer in shared memory, which holds two runs. Before
-a program takes another run, it applies u of the run before the last, whose sums are known by then.
-So u never goes through memory: 8 b + 28 bytes per fp32 parameter. Measured on an H200 for 125 M
-parameters: 0.95, 1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
+Gluon is the level below Triton, where shared memory and layouts are explicit. The direction u of a
+chunk cannot be applied at once, as its step size needs norms over the whole tensor. sonew_fused.py
+writes u to memory and reads it again; here it stays in a ring buffer in shared memory.
 
-Limits: those of sonew_fused.py, and a tensor may have at most one run per program. Otherwise all
-programs could hold two runs and wait forever for the sums of one that nobody has taken.
+As many programs as run at once take runs of consecutive chunks from a counter (a persistent
+kernel). A program updates the statistics of a run, stores its u in the ring buffer, which holds two
+runs, and publishes its share of the norms. Before it takes another run it applies u of the run
+before the last, whose norms other programs have mostly completed by then.
+
+Memory traffic: 8 b + 28 bytes per fp32 parameter at band b. On an H200 for 125 M parameters: 0.95,
+1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
+
+Limits: those of sonew_fused.py, and a tensor may have no more runs than there are programs.
+Otherwise all programs could hold two runs and wait forever for the norms of a tensor of which
+nobody can take the remaining runs.
 """
 
 from typing import NamedTuple
@@ -57,53 +64,135 @@ CONFIG = {  # by band
 }
 
 
-class Launch(NamedTuple):
-    """Arguments shared by the updates of all runs."""
+class Constants(NamedTuple):
+    """The compile-time arguments of ring_kernel."""
 
-    table_ptr: gl.tensor
-    items_ptr: gl.tensor
-    total_ptr: gl.tensor
-    ready_ptr: gl.tensor
+    PARAM: gl.constexpr  # dtype of p
+    GRAD: gl.constexpr  # dtype of g
+    STATE: gl.constexpr  # dtype of m and S
+    BAND: gl.constexpr
+    ADAM: gl.constexpr  # u is Adam's step
+    LR_ON_DEVICE: gl.constexpr  # lr is a pointer
+    HALO: gl.constexpr  # chunks need their neighbours' elements
+    COLUMNS: gl.constexpr  # of the table of tensors
+    LINES: gl.constexpr  # of a chunk
+    RUN: gl.constexpr  # chunks of a run
+
+
+class Launch(NamedTuple):
+    """The arguments that all runs share. There are T tensors with R runs in all."""
+
+    table_ptr: gl.tensor  # (T, COLUMNS): addresses and sizes of each tensor
+    items_ptr: gl.tensor  # (R, 2): the tensor of a run, and the run's number in it
+    halo_ptr: gl.tensor  # copies of the elements next to each chunk
+    partial_ptr: gl.tensor  # (R, SUMS): sums of each run
+    total_ptr: gl.tensor  # (T, SUMS): sums of each tensor
+    done_ptr: gl.tensor  # (T,): how many runs of a tensor have published their sums
+    ready_ptr: gl.tensor  # (T,): 1 once total_ptr has the tensor's sums
     lr: gl.tensor  # a number or a pointer
-    weight_decay: gl.tensor
+    options: gl.tensor  # Options
+
+
+@gluon.constexpr_function
+def block_layout(num_warps):
+    """Layout of a chunk, [32, LINES, 4]: a warp has a line, a thread 4 consecutive elements."""
+    return gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, num_warps, 1], [2, 0, 1])
 
 
 @gluon.jit
-def apply_run(
-    index, ring, slot, item, launch,
-    PARAM: gl.constexpr, BAND: gl.constexpr, ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr,
-    COLUMNS: gl.constexpr, RUN: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """Wait for the sums of a run's tensor, then apply its u, which is in the ring from `slot` on.
+def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
+    """Update m and S of a run, store its u in the ring buffer from `slot` on, publish its sums.
 
-    item: number of the run in items. p -= rate * (graft * u + weight_decay * p).
+    item: the run's row in items.
     """
+    BAND: gl.constexpr = constants.BAND
+    LINES: gl.constexpr = constants.LINES
+    RUN: gl.constexpr = constants.RUN
+    LAYOUT: gl.constexpr = block_layout(gl.num_warps())
+
+    # -- find the run and its tensor --
     tensor = gl.load(launch.items_ptr + 2 * item).to(gl.int32)
     run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
-    row_ptr = launch.table_ptr + tensor * COLUMNS
-    p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
+    row_ptr = launch.table_ptr + tensor * constants.COLUMNS
+    n = gl.load(row_ptr + SIZE)
+    first_item = gl.load(row_ptr + FIRST_PROGRAM)  # of this tensor
+    tensors = load_tensors(row_ptr, constants.GRAD, constants.STATE, BAND)
+    units = load_units(row_ptr, launch.options)
+
+    # -- update the statistics, chunk by chunk --
+    zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, LAYOUT))
+    sum_a = zero
+    sum_u = zero
+    sum_root = zero
+    end = gl.minimum((run + 1) * RUN, gl.cdiv(n, tensors.chunk).to(gl.int32))
+    for c in range(run * RUN, end):
+        start, length = chunk_bounds(c, tensors.chunk, n)
+        # halos are (chunks of all tensors, BAND + 3, 8)
+        chunk_halo_ptr = launch.halo_ptr + (first_item * RUN + c) * (BAND + 3) * 8
+        u, chunk_a, chunk_u, chunk_root = update_statistics(
+            index, tensors, start, length, chunk_halo_ptr, units, launch.options,
+            constants.STATE, BAND, constants.ADAM, constants.HALO, LINES, LAYOUT,
+        )  # fmt: skip
+        sum_a += chunk_a
+        sum_u += chunk_u
+        sum_root += chunk_root
+        ring.index(slot + c - run * RUN).store(u)
+
+    # -- publish the sums; the last run of a tensor to do so adds up those of all its runs --
+    offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    sums = (sum_a, sum_u, sum_root)
+    n_runs = gl.load(row_ptr + PROGRAMS).to(gl.int32)  # of this tensor
+    first_ptr = launch.partial_ptr + first_item * SUMS
+    own_ptr = first_ptr + run * SUMS
+    total_ptr = launch.total_ptr + tensor * SUMS
+    done_ptr = launch.done_ptr + tensor
+    ready_ptr = launch.ready_ptr + tensor
+    is_last = publish_sums(
+        offs, sums, own_ptr, first_ptr, n_runs, total_ptr, done_ptr, ready_ptr, 1024
+    )
+    if is_last:
+        update_counters(row_ptr, total_ptr)
+
+
+@gluon.jit
+def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
+    """Wait for the sums of a run's tensor, then p -= rate * (graft * u + weight_decay * p).
+
+    item and slot: as in update_run.
+    """
+    RUN: gl.constexpr = constants.RUN
+    LAYOUT: gl.constexpr = block_layout(gl.num_warps())
+
+    # -- find the run and its tensor --
+    tensor = gl.load(launch.items_ptr + 2 * item).to(gl.int32)
+    run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
+    row_ptr = launch.table_ptr + tensor * constants.COLUMNS
+    p_ptr = aligned_pointer(row_ptr, P_PTR, constants.PARAM)
     n = gl.load(row_ptr + SIZE)
     chunk = gl.load(row_ptr + CHUNK)
 
-    # load all parameters of the run before waiting
+    # -- start loading all parameters of the run before waiting; is_own: this lane stores them --
     p = ()
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
-        _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, False)
+        _, offs, _, is_own = chunk_offsets(index, length, chunk, constants.BAND, False)
         p_ptrs = p_ptr + start + offs
         p = p + (gl.load(p_ptrs, mask=is_own, other=0.0, eviction_policy="evict_first"),)
+
+    # -- wait for the sums, which other programs may still be computing --
     wait_for_sums(launch.ready_ptr + tensor)
     total_ptr = launch.total_ptr + tensor * SUMS
-    rate, graft = load_step_size(total_ptr, launch.lr, LR_ON_DEVICE, ADAM)
+    rate, graft = load_step_size(total_ptr, launch.lr, constants.LR_ON_DEVICE, constants.ADAM)
 
+    # -- update the parameters --
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
-        _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, False)
-        u = ring.index(slot + k).load(L)
+        _, offs, _, is_own = chunk_offsets(index, length, chunk, constants.BAND, False)
+        u = ring.index(slot + k).load(LAYOUT)
         new_p = p[k].to(gl.float32)
-        new_p -= rate * (graft * u + launch.weight_decay * new_p)
+        new_p -= rate * (graft * u + launch.options.weight_decay * new_p)
         p_ptrs = p_ptr + start + offs
-        gl.store(p_ptrs, new_p.to(PARAM), mask=is_own, eviction_policy="evict_first")
+        gl.store(p_ptrs, new_p.to(constants.PARAM), mask=is_own, eviction_policy="evict_first")
 
 
 @gluon.jit(do_not_specialize=["n_runs", "n_tensors"])
@@ -115,111 +204,69 @@ def ring_kernel(
     ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr, HALO: gl.constexpr, COLUMNS: gl.constexpr,
     LINES: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
-    # layouts: each warp takes a line of the chunk, each thread 4 consecutive elements
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
-    # ring buffer in shared memory: 2 runs of RUN chunks, the first from slot 0, the second from RUN
+    constants: gl.constexpr = Constants(
+        PARAM, GRAD, STATE, BAND, ADAM, LR_ON_DEVICE, HALO, COLUMNS, LINES, RUN
+    )
+    LAYOUT: gl.constexpr = block_layout(gl.num_warps())
+    # the ring buffer: u of two runs, one from slot 0 on, the other from slot RUN on
     ring = gl.allocate_shared_memory(
         gl.float32, [2 * RUN, 32, LINES, 4], gl.SwizzledSharedLayout(4, 1, 1, [2, 0, 1])
     )
     index = Index(
-        lane=gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, L))),
-        line=gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, L))),
-        phase=gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L))),
+        lane=gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))),
+        line=gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))),
+        phase=gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))),
     )
-    offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
+    done_ptr = counters_ptr
     ready_ptr = counters_ptr + n_tensors
     next_run_ptr = counters_ptr + 2 * n_tensors
-    launch = Launch(table_ptr, items_ptr, total_ptr, ready_ptr, lr, options.weight_decay)
+    launch = Launch(
+        table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, done_ptr, ready_ptr, lr, options
+    )
 
-    # items of the two runs whose u is in the ring, -1: none. `older_item` starts at `slot`, which
-    # the next run takes over; `newer_item` starts at RUN - slot.
+    # Items of the two runs whose u is in the ring buffer, -1: none. older_item is at `slot`, where
+    # the next run goes, newer_item in the other half, at RUN - slot.
     slot = gl.to_tensor(0)
     older_item = gl.to_tensor(-1)
     newer_item = gl.to_tensor(-1)
     item = gl.to_tensor(0)
     while item < n_runs:
-        # -- apply the older run now, when no run that others wait for is unfinished here --
+        # -- apply the older run; nobody waits for this program, as its runs are all published --
         if older_item >= 0:
-            apply_run(
-                index, ring, slot, older_item, launch,
-                PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
-            )  # fmt: skip
+            apply_run(index, ring, slot, older_item, launch, constants)
             older_item = gl.to_tensor(-1)
 
-        # -- take a run --
+        # -- take a run, and update its statistics --
         item = gl.atomic_add(next_run_ptr, 1, sem="relaxed")
         if item < n_runs:
-            tensor = gl.load(items_ptr + 2 * item).to(gl.int32)
-            run = gl.load(items_ptr + 2 * item + 1).to(gl.int32)
-            row_ptr = table_ptr + tensor * COLUMNS
-            n = gl.load(row_ptr + SIZE)
-            first = gl.load(row_ptr + FIRST_PROGRAM)
-            tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
-            units = load_units(row_ptr, options)
-
-            # -- update its statistics, and keep u in the ring --
-            zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, L))
-            sum_a = zero
-            sum_u = zero
-            sum_root = zero
-            end = gl.minimum((run + 1) * RUN, gl.cdiv(n, tensors.chunk).to(gl.int32))
-            for c in range(run * RUN, end):
-                start, length = chunk_bounds(c, tensors.chunk, n)
-                chunk_halo_ptr = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
-                u, chunk_a, chunk_u, chunk_root = update_statistics(
-                    index, tensors, start, length, chunk_halo_ptr, units, options,
-                    STATE, BAND, ADAM, HALO, LINES, L,
-                )  # fmt: skip
-                sum_a += chunk_a
-                sum_u += chunk_u
-                sum_root += chunk_root
-                ring.index(slot + c - run * RUN).store(u)
-
-            # -- publish its sums; the last program of the tensor adds them up --
-            sums = (sum_a, sum_u, sum_root)
-            programs = gl.load(row_ptr + PROGRAMS).to(gl.int32)
-            first_ptr = partial_ptr + first * SUMS
-            own_ptr = first_ptr + run * SUMS
-            own_total_ptr = total_ptr + tensor * SUMS
-            done_ptr = counters_ptr + tensor
-            if publish_sums(
-                offs, sums, own_ptr, first_ptr, programs,
-                own_total_ptr, done_ptr, ready_ptr + tensor, 1024,
-            ):  # fmt: skip
-                update_counters(row_ptr, own_total_ptr)
+            update_run(index, ring, slot, item, launch, constants)
             older_item = newer_item
             newer_item = item
             slot = RUN - slot
 
-    # -- apply the runs left in the ring --
+    # -- apply the runs left in the ring buffer --
     if older_item >= 0:
-        apply_run(
-            index, ring, slot, older_item, launch,
-            PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
-        )  # fmt: skip
+        apply_run(index, ring, slot, older_item, launch, constants)
     if newer_item >= 0:
-        apply_run(
-            index, ring, RUN - slot, newer_item, launch,
-            PARAM, BAND, ADAM, LR_ON_DEVICE, COLUMNS, RUN, L,
-        )  # fmt: skip
+        apply_run(index, ring, RUN - slot, newer_item, launch, constants)
 
 
 def resident_programs(band, device):
-    """Return how many programs run at once."""
+    """Return how many programs of ring_kernel run at once."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return CONFIG[band].programs * multiprocessors
 
 
 def fits(param):
-    """Return whether a LocalParam has at most one run per program."""
+    """Return whether a LocalParam has no more runs than there are programs."""
     chunk, _ = chunk_size(param)
-    capacity = CONFIG[param.band].run * resident_programs(param.band, param.p.device)
-    return param.p.numel() <= capacity * chunk
+    programs = resident_programs(param.band, param.p.device)
+    return param.p.numel() <= programs * CONFIG[param.band].run * chunk
 
 
 class RingPlan(FusedPlan):
-    """halo_kernel, if chunks need it, and ring_kernel."""
+    """A step in two launches: halo_kernel, if chunks need it, and ring_kernel."""
 
     def prepare(self, params, run, lag):
         super().prepare(params, CONFIG[self.band].run, lag)
@@ -227,15 +274,14 @@ class RingPlan(FusedPlan):
     def step(self, numbers, lr_on_device):
         self.copy_halos()
         self.counters.zero_()
-        ring = CONFIG[self.band]
-        lines = self.config.lines
+        n_runs = self.n_programs  # FusedPlan counts a program per run
         tensors = (self.table, self.in_order, self.halos, self.partial, self.totals, self.counters)
         constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, self.needs_halo)
-        constants = (*constants, self.table.shape[1], lines, self.run)
-        grid = (min(resident_programs(self.band, self.device), self.n_programs),)
-        ring_kernel[grid](
-            *tensors, self.n_programs, self.n_tensors, *numbers, *constants,
+        constants = (*constants, self.table.shape[1], self.config.lines, self.run)
+        programs = min(resident_programs(self.band, self.device), n_runs)
+        ring_kernel[(programs,)](
+            *tensors, n_runs, self.n_tensors, *numbers, *constants,
             num_warps=self.config.warps,
-            maxnreg=ring.registers,
+            maxnreg=CONFIG[self.band].registers,
             launch_cooperative_grid=True,  # all programs run at once, or none
         )  # fmt: skip

@@ -3,6 +3,7 @@ test_simplicial_kernel.py."""
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -104,9 +105,10 @@ def test_blocks_bound_the_logits():
     sizes = []
     original = simplicial.attend
 
-    def attend(q, k, *more):
-        sizes.append(q.shape[:4].numel() * more[1].shape[3] * k.shape[2])
-        return original(q, k, *more)
+    def attend(q, k, v, k2, v2, w1, w2):
+        keys = min(k.shape[2], w1 + q.shape[3] - 1)
+        sizes.append(q.shape[:4].numel() * w2 * keys)
+        return original(q, k, v, k2, v2, w1, w2)
 
     inputs = [t.requires_grad_() for t in make_inputs(64, 64)]
     for at_once, blocks, calls in (10**6, 4, 4), (40000, 4, 8), (12000, 13, 26):
@@ -260,6 +262,19 @@ def test_gradients_of_what_is_not_finite():
         return o.detach(), *torch.autograd.grad(o, inputs, do)
 
     check_gradients_of_nonfinite(gradients, "cpu")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_code_keeps_what_is_not_finite():
+    """Inductor would fold 0 * x into 0, although 0 * inf is NaN."""
+    inputs = [t.contiguous() for t in make_inputs(24, 24, D=8, dtype=torch.float32)]
+    inputs[2][0, 1, 12, 3] = math.inf
+    compiled = torch.compile(simplicial.nan_or_zero, fullgraph=True)
+    for function in simplicial.nan_or_zero, compiled:
+        expected = torch.zeros(2, 4, 24, 1)
+        expected[0, 2:, 12:17] = math.nan
+        assert torch.equal(function(*inputs, 5, 3).isnan(), expected.isnan())
+    torch.compiler.reset()
 
 
 # --------------------------------------------------------------------------------------------------

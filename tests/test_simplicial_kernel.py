@@ -363,14 +363,14 @@ def test_kernels_build():
 def test_hopper_kernel_builds():
     hopper = pytest.importorskip("kernels.simplicial_hopper")
     cases = []
-    for D, has_edge in (128, True), (64, False):
+    for D, has_small_block in (128, True), (64, False):
         config = hopper.CONFIGS[D]
         types = {"lse_ptr": "*fp32"}
-        for name, size in ("blocks", config["BLOCK_N"]), ("edges", hopper.EDGE.value):
+        for name, size in ("blocks", config["BLOCK_N"]), ("small", hopper.SMALL_BLOCK.value):
             kind = f"tensordesc<bf16[1, {size}, {D}],{hopper.key_layout()!r}>"
             types.update({f"k_{name}": kind, f"v_{name}": kind})
         constants = {**config, "GROUP": 1, "D": D, "QUERIES": 2, "OFFSETS": 32}
-        constants["HAS_EDGE"] = has_edge
+        constants["HAS_SMALL_BLOCK"] = has_small_block
         case = Case("hopper_kernel", constants, types, num_stages=1, uses_tensor_cores=True)
         cases.append(case)
     check_build("kernels.simplicial_hopper", cases)
