@@ -537,24 +537,22 @@ class PlanCache:
         self.recent = {}  # key: plans
         self.captured = []  # CUDA graphs read their tables at each replay
 
-    def get(self, tensors, chain, make_params):
-        """Return the plans of a step, reusing those of a recent step with the same tensors.
-
-        tensors: (p, gradient, state) of each parameter. chain: SONew's option. make_params():
-        returns a LocalParam for each, and is called only if new plans are needed.
-        """
-        key = [chain]
-        for p, grad, state in tensors:
-            key += (p.shape, p.dtype, grad.dtype, state["m"].dtype, p.data_ptr(), grad.data_ptr())
-            key += [tensor.data_ptr() for tensor in state.values()]
+    def get(self, params):
+        """Return the plans of a step for LocalParams, if possible those of a recent step."""
+        key = []
+        for param in params:
+            p = param.p
+            m = param.state["m"]
+            key += (p.shape, param.chain, p.dtype, param.grad.dtype, m.dtype)
+            key += [tensor.data_ptr() for tensor in (p, param.grad, *param.state.values())]
         key = tuple(key)
 
-        capturing = is_capturing(tensors[0][0].device)
+        capturing = is_capturing(params[0].p.device)
         plans = self.recent.get(key)
         if plans is None and capturing:
             raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
         if plans is None:
-            plans = make_plans(make_params())
+            plans = make_plans(params)
             if len(self.recent) == self.CAPACITY:
                 oldest = next(iter(self.recent))
                 del self.recent[oldest]
