@@ -395,7 +395,7 @@ class SONew(torch.optim.Optimizer):
                 self._plans(for_kernel)
 
     def _local_params(self, group):
-        """Return the LocalParams that have gradients: those for the kernel, those for step_torch."""
+        """Return two lists: LocalParams for the kernel, and LocalParams for step_torch."""
         for_kernel = []
         for_torch = []
         for p in group["params"]:
@@ -441,7 +441,7 @@ class SONew(torch.optim.Optimizer):
         def install_states(_):
             self.state.update(states)
 
-        # copy after the user's pre-hooks, which may change state_dict; install before the post-hooks
+        # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
         pre_hook = self.register_load_state_dict_pre_hook(copy_states)
         post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
         with pre_hook, post_hook:  # removes both at the end

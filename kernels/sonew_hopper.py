@@ -89,21 +89,21 @@ def apply_run(
     p = ()
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
-        _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, False)
+        _, offs, _, store_mask = chunk_offsets(index, length, chunk, BAND, False)
         p_ptrs = p_ptr + start + offs
-        p = p + (gl.load(p_ptrs, mask=is_own, other=0.0, eviction_policy="evict_first"),)
+        p = p + (gl.load(p_ptrs, mask=store_mask, other=0.0, eviction_policy="evict_first"),)
     wait_for_sums(launch.ready_ptr + tensor)
     total_ptr = launch.total_ptr + tensor * SUMS
     rate, graft = load_step_size(total_ptr, launch.lr, LR_ON_DEVICE, ADAM)
 
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
-        _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, False)
+        _, offs, _, store_mask = chunk_offsets(index, length, chunk, BAND, False)
         u = ring.index(slot + k).load(L)
         new_p = p[k].to(gl.float32)
         new_p -= rate * (graft * u + launch.weight_decay * new_p)
         p_ptrs = p_ptr + start + offs
-        gl.store(p_ptrs, new_p.to(PARAM), mask=is_own, eviction_policy="evict_first")
+        gl.store(p_ptrs, new_p.to(PARAM), mask=store_mask, eviction_policy="evict_first")
 
 
 @gluon.jit(do_not_specialize=["n_runs", "n_tensors"])
