@@ -77,12 +77,12 @@ CONFIG = {  # by band
     3: Config(lines=4, warps=4, run=16, stages=1, lag=1024, registers=96),
     4: Config(lines=4, warps=4, run=16, stages=1, lag=1024, registers=96),
 }
-FAR = tl.constexpr(2**29)  # longer than any chunk; distances are cut to it, to fit into int32
+FAR = tl.constexpr(2**29)  # longer than any chunk
 
 # --------------------------------------------------------------------------------------------------
-# Shifts along the lines of a chunk. A block x is [32, LINES, 4]: lane, line, and phase, the position
-# in the quad. Element i of a line is in lane i // 4 at phase i % 4. Shifts act on each of the four
-# phases, [32, LINES]. L is the layout of blocks in Gluon, None in Triton.
+# Shifts along the lines of a chunk. A block x is [32, LINES, 4]: lane, line and phase, which is the
+# position in the quad. Element i of a line is in lane i // 4 at phase i % 4. Shifts act on each of
+# the four phases, [32, LINES]. L is the layout of blocks in Gluon, None in Triton.
 
 
 @triton.jit
@@ -232,23 +232,24 @@ def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
 
 
 @triton.jit
-def quad_pointers(ptr, quad, phase, halo_ptr, array: tl.constexpr, chunk, HALO: tl.constexpr):
-    """Return pointers [32, LINES, 4] to the elements of quads [32, LINES, 1] of the chunk at ptr.
+def load_quads(ptr, quad, phase, mask, halo_ptr, array: tl.constexpr, chunk, HALO: tl.constexpr):
+    """Load the quads [32, LINES, 1] of the chunk that starts at ptr: [32, LINES, 4], float32.
 
-    With HALO, pointers to the quads before and after the chunk go to their copies in halo_ptr,
+    With HALO, the quads before and after the chunk are read from their copies at halo_ptr,
     (BAND + 3, 8): of each array, 4 elements before the chunk and 4 after. array: see halo_kernel.
     """
     QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 times bits / 8
     ptrs = ptr + 4 * quad
     if HALO:
         copies = (halo_ptr + array * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
-        ptrs = tl.where((quad < 0) | (4 * quad >= chunk), copies, ptrs)
+        is_outside = (quad < 0) | (4 * quad >= chunk)
+        ptrs = tl.where(is_outside, copies, ptrs)
     ptrs = tl.multiple_of(ptrs, (QUAD_BYTES, QUAD_BYTES, QUAD_BYTES))  # so that a quad is one load
-    return ptrs + phase
+    return tl.load(ptrs + phase, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def distance_to_chain_end(offs, chain, start_in_chain, start_to_end):
+def distance_to_chain_end(offs, start, chain, HALO: tl.constexpr):
     """Return how many elements there are from offs to the end of their chain, inclusive.
 
         chains     ...........|..................|..........
@@ -256,12 +257,18 @@ def distance_to_chain_end(offs, chain, start_in_chain, start_to_end):
                               |-----| start_in_chain
                                     |------------| start_to_end
 
-    offs: offsets from the start of the chunk. chain: elements per chain.
+    offs: offsets from the start of the chunk. chain: elements per chain. Without HALO, chunks start
+    with a chain. Distances beyond FAR are cut to it, so that they fit into int32.
     """
-    # in the chain of the start, or in a later one
+    start_in_chain = start % chain if HALO else start * 0
+    start_to_end = tl.minimum(chain - start_in_chain, FAR).to(tl.int32)
+    start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
+    chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
+
+    # if offs is in the chain of the start, or in a later one
     x = start_to_end - offs
     distance = tl.where(x > 0, x, chain - (-x) % chain)
-    # in an earlier chain
+    # if it is in an earlier chain
     position = start_in_chain + offs
     return tl.where(position < 0, (-position - 1) % chain + 1, distance)
 
@@ -284,15 +291,15 @@ def update_statistics(
     quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
     # -- load everything before the first store, because lines overlap --
-    g_ptrs = quad_pointers(tensors.g_ptr + start, quad, phase, halo_ptr, 0, chunk, HALO)
-    g = tl.load(g_ptrs, mask=load_mask, other=0.0).to(tl.float32)
-    m_ptrs = quad_pointers(tensors.m_ptr + start, quad, phase, halo_ptr, 1, chunk, HALO)
-    m = tl.load(m_ptrs, mask=load_mask, other=0.0).to(tl.float32)
+    g_ptr = tensors.g_ptr + start
+    g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
+    m_ptr = tensors.m_ptr + start
+    m = load_quads(m_ptr, quad, phase, load_mask, halo_ptr, 1, chunk, HALO)
     old_S = ()
     for k in tl.static_range(BAND + 1):
         S_ptr = tensors.S_ptrs[k] + start
-        S_ptrs = quad_pointers(S_ptr, quad, phase, halo_ptr, 2 + k, chunk, HALO)
-        old_S = old_S + (tl.load(S_ptrs, mask=load_mask, other=0.0).to(tl.float32),)
+        S_k = load_quads(S_ptr, quad, phase, load_mask, halo_ptr, 2 + k, chunk, HALO)
+        old_S = old_S + (S_k,)
     if BAND > 0:
         tl.debug_barrier()
 
@@ -300,20 +307,13 @@ def update_statistics(
     is_good = g * g < float("inf")  # false for NaN too
     g = tl.where(is_good, g, 0.0)
     m = options.beta1 * m + options.new1 * g
-    m_ptr = tensors.m_ptr + start
     tl.store(m_ptr + offs, m.to(STATE), mask=store_mask, eviction_policy="evict_first")
     m *= units.m_factor
 
     # -- statistics --
     if BAND > 0:
-        chain = tensors.chain
-        start_in_chain = start % chain if HALO else start * 0
-        start_to_end = tl.minimum(chain - start_in_chain, FAR).to(tl.int32)
-        start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
-        chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
         # chains are whole quads, so find the distance of each quad, then of its elements
-        to_chain_end = distance_to_chain_end(4 * quad, chain, start_in_chain, start_to_end)
-        to_chain_end = to_chain_end - phase
+        to_chain_end = distance_to_chain_end(4 * quad, start, tensors.chain, HALO) - phase
     S = ()
     for k in tl.static_range(BAND + 1):
         product = g * shift(g, lane, k, LINES, L)
