@@ -146,9 +146,9 @@ def factor(S, gamma):
 
 
 def precondition(m, psi, s):
-    """Return the direction u = L diag(1/s) L^T m; all are (R, C), psi is b of them.
+    """Return the direction u = L diag(1/s) L^T m (R, C), given psi and s from `factor`.
 
-    u is 0 where s is 0, which means that there has been no gradient yet.
+    m: the momentum (R, C). u is 0 where s is 0, that is, where there has been no gradient yet.
     """
     # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i]
     w = m
@@ -182,7 +182,8 @@ def update_statistics(g, m, S, beta1, beta2):
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
     m = beta1 * m + (1 - beta1) * g
-    S = [beta2 * S_k + (1 - beta2) * (g * shift(g, k)) for k, S_k in enumerate(S)]
+    products = [g * shift(g, k) for k in range(len(S))]  # g_i g_{i+k}
+    S = [beta2 * S_k + (1 - beta2) * product for S_k, product in zip(S, products)]
     return m, S, is_good
 
 
@@ -194,10 +195,12 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
     """
     # correct the bias, and divide by the scale, so that eps has no unit
     unit = unit_of(scale)
-    m_hat = m * (1 / (bias_correction(beta1, step) * unit))
-    S_correction = 1 / (bias_correction(beta2, step) * (unit * unit))
-    S_hat = [S_k * S_correction for S_k in S]
+    m_factor = 1 / (bias_correction(beta1, step) * unit)
+    S_factor = 1 / (bias_correction(beta2, step) * (unit * unit))
+    m_hat = m * m_factor
+    S_hat = [S_k * S_factor for S_k in S]
 
+    # Adam's direction and SONew's, the latter with damped statistics
     root = S_hat[0].sqrt()
     a = torch.where(root > 0, m_hat / root, 0)
     psi, s = factor([S_hat[0] + eps, *S_hat[1:]], gamma)
@@ -210,7 +213,7 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
 
 
 class LocalParam(NamedTuple):
-    """This process's shard of a parameter, of its gradient and of its state, all contiguous."""
+    """A parameter, its gradient and its state on this process, all contiguous."""
 
     p: torch.Tensor
     grad: torch.Tensor
@@ -220,7 +223,7 @@ class LocalParam(NamedTuple):
     is_adam: bool  # whether to take Adam's step
     numel: int  # coordinates of the parameter in all processes together
     process_groups: tuple  # those over which its rows are sharded
-    shard: torch.Tensor | None = None  # where p belongs: p itself, or p is a contiguous copy of it
+    shard: torch.Tensor | None = None  # the parameter's memory: p, or what p is a copy of
 
 
 def to_local(t):
@@ -370,9 +373,10 @@ class SONew(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-            options["beta1"], options["beta2"] = group["betas"]
-            options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
+            beta1, beta2 = group["betas"]
+            gamma = max(group["gamma"], 2**-7) if group["bf16_state"] else group["gamma"]
+            options = {"beta1": beta1, "beta2": beta2, "gamma": gamma}
+            options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
 
             for_kernel, for_torch = self._local_params(group)
             if for_kernel:
@@ -380,7 +384,7 @@ class SONew(torch.optim.Optimizer):
                 torch.autograd.graph.increment_version([param.p for param in for_kernel])
             step_torch(for_torch, **options)
 
-            # write back parameters that are not contiguous: the step has updated a contiguous copy
+            # write back parameters that are not contiguous: the step has updated a copy of these
             for param in for_kernel + for_torch:
                 if param.shard is not param.p:
                     param.shard.copy_(param.p)
