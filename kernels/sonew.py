@@ -138,12 +138,14 @@ def load_units(row_ptr, options):
 
 @triton.jit
 def solve(W, c, variance, s, gamma, N: tl.constexpr):
-    """Return psi = W^-1 c and s - psi . c, for N successors, by Gaussian elimination.
+    """Return psi = W^-1 c and s - psi . c by Gaussian elimination, as factor in sonew.py does.
 
-    Eliminates the nearest successor, solves for the others and substitutes back.
+    All elements of a block are solved at once, each with its N successors 0 ... N - 1. This
+    eliminates successor 0, calls itself for the others and substitutes back.
 
     W: W[p][q], q <= p, is S between successors p and q. c: c[p] is S between the element and its
     successor p. variance: the diagonal of W before elimination. All are tuples of blocks.
+    s: S_0 of the element, less what the successors eliminated so far explain.
     """
     psi = ()
     if N > 0:
@@ -175,7 +177,10 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
 
 @triton.jit
 def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
-    """Add the sums of a tensor's programs, in the order of the programs. offs: 0 ... BLOCK - 1."""
+    """Add the sums of a tensor's programs, in the order of the programs.
+
+    partial_ptr (programs, SUMS), total_ptr (SUMS,). offs: 0 ... BLOCK - 1.
+    """
     for column in tl.static_range(SUMS):
         ptrs = partial_ptr + offs * SUMS + column
         acc = tl.load(ptrs, mask=offs < programs, other=0.0, cache_modifier=".cg")

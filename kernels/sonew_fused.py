@@ -202,7 +202,10 @@ def load_tensors(row_ptr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.cons
 
 @triton.jit
 def chunk_bounds(chunk_index, chunk, n):
-    """Return where a chunk of a tensor of n elements starts (int64), and its length (int32)."""
+    """Return where a chunk of a tensor of n elements starts (int64), and its length (int32).
+
+    chunk: elements per chunk; the last chunk may be shorter.
+    """
     start = chunk_index * chunk
     length = tl.minimum(n - start, chunk).to(tl.int32)
     return tl.multiple_of(start, 4), tl.multiple_of(length, 4)
@@ -210,7 +213,7 @@ def chunk_bounds(chunk_index, chunk, n):
 
 @triton.jit
 def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
-    """Return which elements of a chunk the tile holds. The last chunk may have length < chunk.
+    """Return which elements of a chunk the tile holds, for a chunk of `length` elements.
 
     quad [32, LINES, 1]: number of the quad in the chunk; -1 is the one before its start.
     offs [32, LINES, 4]: offset of the element from the start of the chunk, 4 quad + phase.
@@ -396,12 +399,16 @@ def publish_sums(
 ):
     """Store a program's sums; the last program of a tensor adds them all. Return whether it did.
 
-    sums: three of [32, LINES]. own_ptr, partial_ptr: the sums of this program, and of the tensor's
-    first. done_ptr: counts the tensor's programs that are done. ready_ptr: 1 when total_ptr is.
+    sums: this program's sums of a^2, u^2 and sqrt(S_0), per quad, [32, LINES] each.
+    partial_ptr (programs, SUMS): the sums of the tensor's programs; own_ptr: this program's row.
+    total_ptr (SUMS,): what they add up to. ready_ptr: becomes 1 when total_ptr is written.
+    done_ptr: how many of the tensor's programs have stored their sums.
     """
     sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
     for column in tl.static_range(SUMS):
         tl.store(own_ptr + column, sums[column])
+
+    # the barrier, and acq_rel: who counts the last program also sees the sums of all others
     tl.debug_barrier()
     is_last = tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
     if is_last:
@@ -429,19 +436,21 @@ def halo_kernel(
     GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
-    """Copy the quads before and after each chunk, of array 0: g, 1: m, 2 + k: S_k."""
+    """Copy the quads before and after each chunk. Array 0 is g, 1 is m, 2 + k is S_k."""
     item_ptr = items_ptr + tl.program_id(0) * 2
     row_ptr = table_ptr + tl.load(item_ptr) * COLUMNS
     run = tl.load(item_ptr + 1)
     n = tl.load(row_ptr + SIZE)
     chunk = tl.load(row_ptr + CHUNK)
 
-    # element o = 0 ... 7 of a halo: o < 4 is in the quad before the chunk, others in the one after
-    sub = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
-    o = tl.arange(0, 8)[None, :]
-    offs = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)  # [RUN, 8]
-    mask = (offs >= 0) & (offs < n) & (sub < RUN)
-    halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + sub) * (BAND + 3) * 8
+    # elements 0 ... 3 of a halo are the quad before the chunk, 4 ... 7 the quad after it:
+    #     | 0 1 2 3 |      chunk      | 4 5 6 7 |
+    c = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
+    element = tl.arange(0, 8)[None, :]
+    start = (run * RUN + c) * chunk
+    offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN, 8]
+    mask = (offs >= 0) & (offs < n) & (c < RUN)
+    halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + c) * (BAND + 3) * 8
 
     for array in tl.static_range(BAND + 3):
         if array == 0:
@@ -451,16 +460,16 @@ def halo_kernel(
         else:
             ptr = load_pointer(row_ptr, S_PTR + array - 2, STATE)
         x = tl.load(ptr + offs, mask=mask, other=0.0)
-        tl.store((halo_ptr + array * 8).to(ptr.dtype) + o, x, mask=sub < RUN)
+        tl.store((halo_ptr + array * 8).to(ptr.dtype) + element, x, mask=c < RUN)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (2 programs, 2) int64: tensor or -1 - tensor, run
+    table_ptr, items_ptr,  # (T, COLUMNS), (2 programs, 2) int64, from `schedule`
     halo_ptr, u_ptr,  # (programs, RUN, BAND + 3, 8), (programs, RUN, 128 LINES)
     partial_ptr, total_ptr,  # (programs, SUMS), (T, SUMS)
-    counters_ptr,  # (2 T + 1) int32: programs done and whether the sums are ready; next run
-    n_tensors,
+    counters_ptr,  # (2 T + 1) int32: done and ready of publish_sums, T each; sonew_hopper.py's
+    n_tensors,  # T
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr,
