@@ -7,21 +7,21 @@ of S in LogDet divergence:
 
     minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
 
-In memory order, the coordinates form a chain, in which i has edges to its b
-successors i+1 ... i+b only. So the minimiser has a closed form:
+The coordinates form a chain in memory order. Each has edges to the next b, its
+successors, and to no other. So the minimiser has a closed form:
 
-    psi_i = W_i^-1 c_i            W_i (b, b): S of the successors of i, among
-                                  each other; c_i (b): S of i with each of them
+    psi_i = W_i^-1 c_i            W_i (b, b): entries of S between successors
+                                  c_i (b): entries of S between i and each
     s_i   = S_0[i] - psi_i . c_i  Schur complement: the variance of g_i that its
                                   successors do not explain
     X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
     u     = X m                   the direction, where m is the momentum
 
 Edge removal (Algorithm 3): where s_i <= gamma S_0[i], the edges from i to its
-successors are dropped; where a successor depends linearly on those before it,
-the edge to it is. So X stays positive definite. Grafting: each tensor's step
-gets the length of Adam's. With b = 0, u is m / S_0, Adam without its square
-root. Biases and gains take Adam's step.
+successors are dropped. The edge to a successor that depends linearly on those
+before it is dropped too. So X stays positive definite. Grafting: each tensor's
+step gets the length of Adam's. With b = 0, u is m / S_0, Adam without its
+square root. Biases and gains take Adam's step.
 
 Damping: S_0 is replaced by S_0 + eps scale^2. scale is the tensor's mean
 root-mean-square gradient, mean_i sqrt(S_0[i]), after the previous step; in the
@@ -40,7 +40,6 @@ not with the tensor (chain="flat"). A gradient that is not finite counts as 0.
     python train.py --optim sonew   train with it; sonew:help prints its options
 """
 
-import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -100,27 +99,26 @@ def shift(x, k):
 
 
 def factor(S, gamma):
-    """Factor X = L diag(1/s) L^T by Gaussian elimination, elementwise over (R, C).
+    """Factor X = L diag(1/s) L^T by Gaussian elimination, for all coordinates at once.
 
-    S: b+1 statistics (R, C); S[k][:, i] belongs to coordinates i and i+k.
-    Returns psi, b tensors (R, C), and s (R, C).
-
-    A successor is dropped where at most gamma of its own S_0 is left after eliminating those before
-    it. All successors of i are dropped where s_i is at most gamma S_0[i].
+    S: the b+1 statistics, each (R, C); S[k][:, i] belongs to coordinates i and i+k.
+    Returns psi, a list of b tensors (R, C), and s (R, C).
     """
     b = len(S) - 1
 
-    # For each i, successor p = 0 ... b-1 is coordinate i+1+p. W[p][q], q <= p, is the entry of S
-    # for successors p and q: S[p - q] at i+1+q. c[p] is the entry for i and successor p.
+    # Each coordinate i has its own small system W psi = c. The successors p = 0 ... b-1 of i are
+    # the coordinates i+1+p. W[p][q], q <= p, (R, C): S between successors p and q, which is S[p-q]
+    # at i+1+q. c[p] (R, C): S between i and successor p.
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
     c = list(S[1:])
     variance = [W[p][p] for p in range(b)]
 
-    # forward elimination of successor j from the rows below it, in W and in c
+    # forward elimination: subtract row j from the rows below it, in W and in c
     pivot_inv = [None] * b
     for j in range(b):
+        # drop successor j if at most gamma of its variance is left: those before it explain it
         pivot_inv[j] = torch.where(W[j][j] > gamma * variance[j], 1 / W[j][j], 0)
         for p in range(j + 1, b):
             ratio = W[p][j] * pivot_inv[j]
@@ -128,7 +126,7 @@ def factor(S, gamma):
                 W[p][q] = W[p][q] - ratio * W[q][j]
             c[p] = c[p] - ratio * c[j]
 
-    # Schur complement s = S_0 - c^T W^-1 c
+    # Schur complement: s = S_0 - c^T W^-1 c
     s = S[0]
     for j in range(b):
         s = s - c[j] * (c[j] * pivot_inv[j])
@@ -140,7 +138,7 @@ def factor(S, gamma):
         for p in range(j + 1, b):
             psi[j] = psi[j] - W[p][j] * pivot_inv[j] * psi[p]
 
-    # edge removal
+    # edge removal: drop all successors of i if they leave at most gamma of its own variance
     keep = s > gamma * S[0]
     psi = [torch.where(keep, psi_k, 0) for psi_k in psi]
     s = torch.where(keep, s, S[0])
@@ -148,9 +146,9 @@ def factor(S, gamma):
 
 
 def precondition(m, psi, s):
-    """Return the direction u = L diag(1/s) L^T m; all are (R, C), psi is b of them.
+    """Return the direction u = L diag(1/s) L^T m (R, C), given psi and s from `factor`.
 
-    u is 0 where s is 0, which means that there has been no gradient yet.
+    m: the momentum (R, C). u is 0 where s is 0, that is, where there has been no gradient yet.
     """
     # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i]
     w = m
@@ -167,9 +165,8 @@ def precondition(m, psi, s):
 
 def bias_correction(beta, step):
     """Return 1 - beta^step without cancellation, in the dtype of the tensor step."""
-    if beta == 0:
-        return torch.ones_like(step)
-    return -torch.expm1(step * math.log(beta))
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    return -torch.expm1(step * log_beta)
 
 
 def unit_of(scale):
@@ -185,7 +182,8 @@ def update_statistics(g, m, S, beta1, beta2):
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
     m = beta1 * m + (1 - beta1) * g
-    S = [beta2 * S_k + (1 - beta2) * (g * shift(g, k)) for k, S_k in enumerate(S)]
+    products = [g * shift(g, k) for k in range(len(S))]  # g_i g_{i+k}
+    S = [beta2 * S_k + (1 - beta2) * product for S_k, product in zip(S, products)]
     return m, S, is_good
 
 
@@ -197,10 +195,12 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
     """
     # correct the bias, and divide by the scale, so that eps has no unit
     unit = unit_of(scale)
-    m_hat = m * (1 / (bias_correction(beta1, step) * unit))
-    S_correction = 1 / (bias_correction(beta2, step) * (unit * unit))
-    S_hat = [S_k * S_correction for S_k in S]
+    m_factor = 1 / (bias_correction(beta1, step) * unit)
+    S_factor = 1 / (bias_correction(beta2, step) * (unit * unit))
+    m_hat = m * m_factor
+    S_hat = [S_k * S_factor for S_k in S]
 
+    # Adam's direction and SONew's, the latter with damped statistics
     root = S_hat[0].sqrt()
     a = torch.where(root > 0, m_hat / root, 0)
     psi, s = factor([S_hat[0] + eps, *S_hat[1:]], gamma)
@@ -213,7 +213,7 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
 
 
 class LocalParam(NamedTuple):
-    """This process's shard of a parameter, of its gradient and of its state, all contiguous."""
+    """A parameter, its gradient and its state on this process, all contiguous."""
 
     p: torch.Tensor
     grad: torch.Tensor
@@ -223,6 +223,7 @@ class LocalParam(NamedTuple):
     is_adam: bool  # whether to take Adam's step
     numel: int  # coordinates of the parameter in all processes together
     process_groups: tuple  # those over which its rows are sharded
+    shard: torch.Tensor | None = None  # the parameter's memory: p, or what p is a copy of
 
 
 def to_local(t):
@@ -244,37 +245,68 @@ def shard_groups(p, chain):
     return tuple(groups)
 
 
+def band_and_chain(p, group):
+    """Return b and the coordinates per chain for p; Adam's step has b = 0 and chains of 1."""
+    if p.dim() < 2:
+        return 0, 1
+    chain = p.numel() if group["chain"] == "flat" else math.prod(p.shape[1:])
+    return group["band"], max(1, chain)
+
+
+def local_param(p, group, state):
+    """Return the LocalParam of p, which has a gradient."""
+    band, chain = band_and_chain(p, group)
+    shard = to_local(p)
+    return LocalParam(
+        p=shard.contiguous(),
+        grad=to_local(p.grad).contiguous(),
+        state={name: to_local(tensor) for name, tensor in state.items()},
+        band=band,
+        chain=chain,
+        is_adam=p.dim() < 2,
+        numel=p.numel(),
+        process_groups=shard_groups(p, group["chain"]),
+        shard=shard,
+    )
+
+
 def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
     """Take one step in PyTorch, one tensor after the other.
 
     params: a list of LocalParam, updated in place. lr: a number, or a tensor ().
     """
     for param in params:
-        # gradient g, momentum m, statistics S (b+1 of them); in float32 or float64
+        # load the gradient g, the momentum m and the b+1 statistics S, in float32 or float64
         state = param.state
         dtype = torch.promote_types(param.p.dtype, torch.float32)
-        names = ["m", *(f"s{k}" for k in range(param.band + 1))]
         g = param.grad.to(dtype).view(-1, param.chain)  # (R, C)
-        m, *S = [state[name].to(dtype).view(-1, param.chain) for name in names]
+        m = state["m"].to(dtype).view_as(g)
+        S = [state[f"s{k}"].to(dtype).view_as(g) for k in range(param.band + 1)]
+
+        # update them
         m, S, is_good = update_statistics(g, m, S, beta1, beta2)
-        for name, new in zip(names, (m, *S), strict=True):
-            state[name].copy_(new.view_as(param.p))
         state["step"] += 1
-        # u, a: the directions of SONew and Adam; root: sqrt(S_0) / scale
+        state["m"].copy_(m.view_as(param.p))
+        for k, S_k in enumerate(S):
+            state[f"s{k}"].copy_(S_k.view_as(param.p))
+
+        # u, a: the directions of SONew and Adam (R, C); root: sqrt(S_0) / scale (R, C)
         scale = state["scale"]
         u, a, root = directions(m, S, state["step"], scale, beta1, beta2, eps, gamma)
 
-        # sums over all shards: |a|^2, |u|^2, and root, which is inf if a gradient was bad
+        # sum |a|^2, |u|^2 and root over all shards; the last is inf if a gradient was bad
         root = torch.where(is_good, root, math.inf)
         sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
         for process_group in param.process_groups:
             dist.all_reduce(sums, group=process_group)
+        all_good = sums[2] < math.inf
+
+        # graft: give u the length of Adam's step
         norm_a, norm_u = sums[:2].sqrt()
         graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
         u = a if param.is_adam else graft * u
 
         # update the parameter and its scale, unless a gradient was bad
-        all_good = sums[2] < math.inf
         p = param.p.to(dtype)
         rate = torch.where(all_good, lr, 0)
         param.p.copy_(p - rate * (u.view_as(p) + weight_decay * p))
@@ -340,27 +372,47 @@ class SONew(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, params, uses_kernel in self._batches():
-            self._step_params(params, group, uses_kernel)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            gamma = max(group["gamma"], 2**-7) if group["bf16_state"] else group["gamma"]
+            options = {"beta1": beta1, "beta2": beta2, "gamma": gamma}
+            options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
+
+            for_kernel, for_torch = self._local_params(group)
+            if for_kernel:
+                kernel.run(self._plans(for_kernel), **options)
+                torch.autograd.graph.increment_version([param.p for param in for_kernel])
+            step_torch(for_torch, **options)
+
+            # write back parameters that are not contiguous: the step has updated a copy of these
+            for param in for_kernel + for_torch:
+                if param.shard is not param.p:
+                    param.shard.copy_(param.p)
         return loss
 
     @torch.no_grad()
     def prepare(self):
         """Plan the launches of the next step before a capture, which cannot upload their tables."""
-        for group, params, uses_kernel in self._batches():
-            if uses_kernel:
-                self._find_plans(params, [self._local_tensors(p, group) for p in params], group)
-
-    def _batches(self):
-        """Return a list of (group, parameters with gradients, whether the kernel takes them)."""
-        batches = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for uses_kernel in (True, False):
-                batch = [p for p in params if self._uses_kernel(p) == uses_kernel]
-                if batch:
-                    batches.append((group, batch, uses_kernel))
-        return batches
+            for_kernel, _ = self._local_params(group)
+            if for_kernel:
+                self._plans(for_kernel)
+
+    def _local_params(self, group):
+        """Return two lists: LocalParams for the kernel, and LocalParams for step_torch."""
+        for_kernel = []
+        for_torch = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided or not p.is_floating_point():
+                raise ValueError("SONew takes dense gradients of real numbers")
+            if not self.state[p]:
+                self.state[p] = init_state(p, group)
+                self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
+            params = for_kernel if self._uses_kernel(p) else for_torch
+            params.append(local_param(p, group, self.state[p]))
+        return for_kernel, for_torch
 
     def _uses_kernel(self, p):
         if self.use_kernel is not None:
@@ -370,83 +422,34 @@ class SONew(torch.optim.Optimizer):
             return False
         return p.is_cuda and p.dtype != torch.float64
 
-    def _step_params(self, params, group, uses_kernel):
-        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        options["beta1"], options["beta2"] = group["betas"]
-        options["gamma"] = max(group["gamma"], 2**-7 if group["bf16_state"] else 0.0)
-        tensors = [self._local_tensors(p, group) for p in params]
-
-        if uses_kernel:
-            kernel.run(self._find_plans(params, tensors, group), **options)
-            torch.autograd.graph.increment_version([p for p, _, _ in tensors])
-        else:
-            step_torch(local_params(params, tensors, group), **options)
-
-        # write back parameters that are not contiguous: the step has updated a contiguous copy
-        for p, (local_p, _, _) in zip(params, tensors, strict=True):
-            if local_p is not p and not to_local(p).is_contiguous():
-                to_local(p).copy_(local_p)
-
-    def _find_plans(self, params, tensors, group):
+    def _plans(self, params):
         """Return the kernel's launches, from the cache unless a tensor has moved or changed."""
         if self.plan_cache is None:
             self.plan_cache = kernel.PlanCache()
-        make_params = functools.partial(local_params, params, tensors, group)
-        return self.plan_cache.get(tensors, group["chain"], make_params)
-
-    def _local_tensors(self, p, group):
-        """Return this process's shards of p, its gradient and its state as contiguous tensors."""
-        grad = p.grad
-        if grad.layout != torch.strided or not p.is_floating_point():
-            raise ValueError("SONew takes dense gradients of real numbers")
-        if not self.state[p]:
-            self.state[p] = init_state(p, group)
-            self.state[p]["scale"].copy_(mean_magnitude(p, group["chain"]))
-        state = self.state[p]
-        if isinstance(p, DTensor):
-            p = p.to_local()
-            grad = grad.to_local()
-            state = {name: to_local(tensor) for name, tensor in state.items()}
-        return p.contiguous(), grad.contiguous(), state
+        return self.plan_cache.get(params)
 
     def load_state_dict(self, state_dict):
         """Load a copy of a state as torch.optim.Adam does, hooks included, but keep its dtype.
 
         PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
         """
-        states = []
+        states = {}
 
-        def read(_, final):
-            params = [p for group in self.param_groups for p in group["params"]]
-            owners = [(i, group) for group in final["param_groups"] for i in group["params"]]
-            for p, (i, group) in zip(params, owners, strict=False):  # PyTorch checks the lengths
-                check_options(group)
-                if i in final["state"]:
-                    states.append((p, copy_state(p, group, final["state"][i])))
+        def copy_states(_, saved):
+            for group, saved_group in zip(self.param_groups, saved["param_groups"]):
+                check_options(saved_group)
+                for p, i in zip(group["params"], saved_group["params"]):  # PyTorch checks lengths
+                    if i in saved["state"]:
+                        states[p] = copy_state(p, saved_group, saved["state"][i])
 
-        def install(_):
-            for p, state in states:
-                self.state[p] = state
+        def install_states(_):
+            self.state.update(states)
 
-        # `read` runs after the user's pre-hooks, `install` before the user's post-hooks
-        pre_hook = self.register_load_state_dict_pre_hook(read)
-        post_hook = self.register_load_state_dict_post_hook(install, prepend=True)
-        try:
+        # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
+        pre_hook = self.register_load_state_dict_pre_hook(copy_states)
+        post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
+        with pre_hook, post_hook:  # removes both at the end
             super().load_state_dict(state_dict)
-        finally:
-            pre_hook.remove()
-            post_hook.remove()
-
-
-def local_params(params, tensors, group):
-    """Return a LocalParam for each parameter; tensors: (p, gradient, state) of each, local."""
-    result = []
-    for p, (local_p, grad, state) in zip(params, tensors, strict=True):
-        band, chain = band_and_chain(p, group)
-        groups = shard_groups(p, group["chain"])
-        is_adam = p.dim() < 2
-        result.append(LocalParam(local_p, grad, state, band, chain, is_adam, p.numel(), groups))
-    return result
 
 
 def check_options(group):
@@ -463,14 +466,6 @@ def check_options(group):
         raise ValueError(f"band is {group['band']}; it must be 0 to 4")
     if group["chain"] not in ("row", "flat"):
         raise ValueError(f"chain is {group['chain']}; it must be row or flat")
-
-
-def band_and_chain(p, group):
-    """Return b and the coordinates per chain for p; Adam's step has b = 0 and chains of 1."""
-    if p.dim() < 2:
-        return 0, 1
-    chain = p.numel() if group["chain"] == "flat" else math.prod(p.shape[1:])
-    return group["band"], max(1, chain)
 
 
 def init_state(p, group):

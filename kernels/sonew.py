@@ -33,7 +33,8 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 LEAST_SCALE = tl.constexpr(1e-15)  # below it, squares of gradients lose their digits in float32
 FAR = tl.constexpr(2**30)  # longer than any block
 
-# Columns of the table of tensors, int64. Its rows end with the pointers of S_0 ... S_b.
+# Columns of the table of tensors, int64. A row describes a tensor; it ends with the pointers to
+# S_0 ... S_b.
 P_PTR = tl.constexpr(0)
 G_PTR = tl.constexpr(1)
 M_PTR = tl.constexpr(2)
@@ -44,8 +45,8 @@ SIZE = tl.constexpr(6)  # elements on this process
 WHOLE_SIZE = tl.constexpr(7)  # elements on all processes
 CHAIN = tl.constexpr(8)  # elements of a chain
 CHUNK = tl.constexpr(9)  # elements that are computed together
-FIRST_PROGRAM = tl.constexpr(10)  # of those that compute its directions
-PROGRAMS = tl.constexpr(11)  # how many do
+FIRST_PROGRAM = tl.constexpr(10)  # the first program that computes its directions
+PROGRAMS = tl.constexpr(11)  # how many programs do
 S_PTR = tl.constexpr(12)
 
 # Columns of the partial sums and of the totals
@@ -59,7 +60,7 @@ SUMS = tl.constexpr(3)
 
 
 class Options(NamedTuple):
-    """The numbers of a step, in float32. new1 and new2 are 1 - beta1 and 1 - beta2."""
+    """The options of a step, in float32. new1 and new2 are 1 - beta1 and 1 - beta2."""
 
     beta1: tl.tensor
     beta2: tl.tensor
@@ -73,10 +74,10 @@ class Options(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What turns the statistics of a tensor into units of its scale, and damps them."""
+    """Numbers that turn the statistics of a tensor into units of its scale, and damp them."""
 
-    m_factor: tl.tensor
-    S_factor: tl.tensor
+    m_factor: tl.tensor  # for the momentum
+    S_factor: tl.tensor  # for S_0 ... S_b
     S0_weight: tl.tensor  # S_0 is replaced by S0_weight S_0 + eps
     eps: tl.tensor
     gamma: tl.tensor
@@ -117,9 +118,10 @@ def bias_correction(step, log_beta):
 
 @triton.jit
 def load_units(row_ptr, options):
-    """Return the Units of a tensor: its factors also correct the bias of m and S.
+    """Return the Units of a tensor; its factors also correct the bias of m and S.
 
-    Without a scale, after gradients of 0, S_0 becomes 1 and all edges are removed, so that u is m.
+    While all gradients have been 0, there is no scale. Then the damped S_0 is 1 and all edges are
+    removed, so that u is m.
     """
     step = tl.load(load_pointer(row_ptr, STEP_PTR, tl.float32)) + 1
     scale = tl.load(load_pointer(row_ptr, SCALE_PTR, tl.float32))
@@ -136,12 +138,14 @@ def load_units(row_ptr, options):
 
 @triton.jit
 def solve(W, c, variance, s, gamma, N: tl.constexpr):
-    """Return psi = W^-1 c and s - psi . c, for N successors, by Gaussian elimination.
+    """Return psi = W^-1 c and s - psi . c by Gaussian elimination, as factor in sonew.py does.
 
-    Eliminates the nearest successor, solves for the others and substitutes back.
+    All elements of a block are solved at once, each with its N successors 0 ... N - 1. This
+    eliminates successor 0, calls itself for the others and substitutes back.
 
     W: W[p][q], q <= p, is S between successors p and q. c: c[p] is S between the element and its
     successor p. variance: the diagonal of W before elimination. All are tuples of blocks.
+    s: S_0 of the element, less what the successors eliminated so far explain.
     """
     psi = ()
     if N > 0:
@@ -173,7 +177,10 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
 
 @triton.jit
 def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
-    """Add the sums of a tensor's programs, in the order of the programs. offs: 0 ... BLOCK - 1."""
+    """Add the sums of a tensor's programs, in the order of the programs.
+
+    partial_ptr (programs, SUMS), total_ptr (SUMS,). offs: 0 ... BLOCK - 1.
+    """
     for column in tl.static_range(SUMS):
         ptrs = partial_ptr + offs * SUMS + column
         acc = tl.load(ptrs, mask=offs < programs, other=0.0, cache_modifier=".cg")
@@ -228,11 +235,14 @@ def shift(x, lane, k: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def distance_to_chain_end(start, offs, chain):
-    """Return how many elements there are from offs to the end of its chain, inclusive.
+    """Return how many elements there are from offs to the end of their chain, inclusive.
 
-    start: the smallest of offs that is in the tensor, int64.
+    start: the smallest of offs that is in the tensor, int64. chain: elements per chain. Distances
+    from start beyond FAR are cut to it, so that they fit into int32.
     """
-    distance = tl.minimum(chain - start % chain, FAR).to(tl.int32) - (offs - start).to(tl.int32)
+    start_to_end = tl.minimum(chain - start % chain, FAR).to(tl.int32)
+    distance = start_to_end - (offs - start).to(tl.int32)
+    # where distance <= 0, offs is in a later chain
     chain = tl.minimum(chain, FAR).to(tl.int32)
     return tl.where(distance > 0, distance, chain - (-distance) % chain)
 
@@ -268,8 +278,12 @@ def load_statistics(
 
 @triton.jit
 def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
-    """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does."""
-    # of element i: W[p][q] = S between successors i+1+p and i+1+q; c[p] = S between i and i+1+p
+    """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does.
+
+    All are blocks (BLOCK,), as S_0 ... S_BAND are. S0_damped: S_0 with eps added.
+    """
+    # Each element i has its own system W psi = c. W[p][q], q <= p, is S between its successors
+    # i+1+p and i+1+q; c[p] is S between i and i+1+p.
     W = ()
     c = ()
     variance = ()
@@ -283,7 +297,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
 
-    # remove the edges of elements with a small s: psi = 0, as if they had no successors
+    # edge removal: where i loses its successors, psi is 0 and s is S_0
     keep = s > gamma * S0_damped
     kept_psi = ()
     for k in tl.static_range(BAND):
@@ -298,7 +312,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def direction_kernel(
     table_ptr, blocks_ptr,  # (T, COLUMNS), (programs, 2) int64
-    u_ptr, partial_ptr, total_ptr,  # (programs, OWN), (programs, SUMS), (T, SUMS) float32
+    u_ptr, partial_ptr, total_ptr,  # (programs, INNER), (programs, SUMS), (T, SUMS) float32
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -313,17 +327,20 @@ def direction_kernel(
     n = tl.load(row_ptr + SIZE)
     chain = tl.load(row_ptr + CHAIN)
 
-    # blocks overlap: a program computes u for OWN elements, and reads BAND more on either side
-    OWN: tl.constexpr = BLOCK - 2 * BAND
+    # blocks overlap: a program loads BLOCK elements and stores u for the INNER ones of these
+    #     | BAND |        INNER        | BAND |
+    INNER: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
-    start = block * OWN - BAND
+    start = block * INNER - BAND
     offs = start + lane
-    mask = (offs >= 0) & (offs < n)
-    is_own = mask & (lane >= BAND) & (lane < BLOCK - BAND)
+    load_mask = (offs >= 0) & (offs < n)
+    store_mask = load_mask & (lane >= BAND) & (lane < BLOCK - BAND)
 
     # -- statistics, in units of the tensor's scale --
     to_chain_end = distance_to_chain_end(tl.maximum(start, 0), offs, chain)
-    m, S, is_good = load_statistics(row_ptr, offs, mask, to_chain_end, options, GRAD, STATE, BAND)
+    m, S, is_good = load_statistics(
+        row_ptr, offs, load_mask, to_chain_end, options, GRAD, STATE, BAND
+    )  # fmt: skip
     units = load_units(row_ptr, options)
     m_hat = m * units.m_factor
     S_hat = ()
@@ -337,7 +354,7 @@ def direction_kernel(
     if ADAM:
         u = a
     else:
-        # -- w = diag(1/s) L^T m --
+        # -- w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i] --
         S0_damped = units.S0_weight * S_hat[0] + units.eps
         psi, s = factor(S_hat, S0_damped, lane, units.gamma, BAND, BLOCK)
         w = m_hat
@@ -345,18 +362,18 @@ def direction_kernel(
             w -= psi[k - 1] * shift(m_hat, lane, k, BLOCK)
         w = tl.where(s > 0, w / s, 0.0)
 
-        # -- u = L w --
+        # -- u = L w: subtract psi_i[k] w[i] from w[i+k] --
         u = w
         for k in tl.static_range(1, BAND + 1):
             u -= shift(psi[k - 1] * w, lane, -k, BLOCK)
-    tl.store(u_ptr + program * OWN + lane - BAND, u, mask=is_own)
+    tl.store(u_ptr + program * INNER + lane - BAND, u, mask=store_mask)
 
     # -- partial sums --
     root = tl.where(is_good, root, float("inf"))
     partial_ptr += program * SUMS
-    tl.store(partial_ptr + SUM_A, tl.sum(tl.where(is_own, a * a, 0.0), 0))
-    tl.store(partial_ptr + SUM_U, tl.sum(tl.where(is_own, u * u, 0.0), 0))
-    tl.store(partial_ptr + SUM_ROOT, tl.sum(tl.where(is_own, root, 0.0), 0))
+    tl.store(partial_ptr + SUM_A, tl.sum(tl.where(store_mask, a * a, 0.0), 0))
+    tl.store(partial_ptr + SUM_U, tl.sum(tl.where(store_mask, u * u, 0.0), 0))
+    tl.store(partial_ptr + SUM_ROOT, tl.sum(tl.where(store_mask, root, 0.0), 0))
 
 
 @triton.jit
@@ -386,11 +403,12 @@ def update_kernel(
     n = tl.load(row_ptr + SIZE)
     chain = tl.load(row_ptr + CHAIN)
 
-    OWN: tl.constexpr = BLOCK - 2 * BAND
+    # the same INNER elements, without neighbours
+    INNER: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
-    start = block * OWN
+    start = block * INNER
     offs = start + lane
-    mask = (lane < OWN) & (offs < n)
+    mask = (lane < INNER) & (offs < n)
 
     # -- statistics --
     to_chain_end = distance_to_chain_end(start, offs, chain)
@@ -403,7 +421,7 @@ def update_kernel(
 
     # -- parameters --
     rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
-    u = tl.load(u_ptr + program * OWN + lane, mask=mask, other=0.0)
+    u = tl.load(u_ptr + program * INNER + lane, mask=mask, other=0.0)
     p_ptr = load_pointer(row_ptr, P_PTR, PARAM)
     p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     p -= rate * (graft * u + options.weight_decay * p)
@@ -415,10 +433,6 @@ def update_kernel(
 
 # --------------------------------------------------------------------------------------------------
 # Launch plans: the tables and buffers of a step, built once and reused until a tensor moves
-
-
-def is_capturing(device):
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def table_rows(params, chunk_sizes, first_programs, programs):
@@ -466,14 +480,14 @@ class SimplePlan(Plan):
 
     def __init__(self, params):
         super().__init__(params)
-        own = BLOCK - 2 * self.band
+        inner = BLOCK - 2 * self.band  # elements that a program updates
 
         # at least one block per tensor, because update_kernel counts the steps even of empty shards
-        n_blocks = torch.tensor([max(1, triton.cdiv(param.p.numel(), own)) for param in params])
+        n_blocks = torch.tensor([max(1, triton.cdiv(param.p.numel(), inner)) for param in params])
         first_programs = n_blocks.cumsum(0) - n_blocks
         tensor = torch.repeat_interleave(torch.arange(len(params)), n_blocks)  # (programs,)
         block = torch.arange(len(tensor)) - first_programs[tensor]
-        rows = table_rows(params, [own] * len(params), first_programs.tolist(), n_blocks.tolist())
+        rows = table_rows(params, [inner] * len(params), first_programs.tolist(), n_blocks.tolist())
         self.table, self.blocks = self.upload(rows, torch.stack([tensor, block], 1))
 
         self.process_groups = params[0].process_groups
@@ -537,24 +551,22 @@ class PlanCache:
         self.recent = {}  # key: plans
         self.captured = []  # CUDA graphs read their tables at each replay
 
-    def get(self, tensors, chain, make_params):
-        """Return the plans of a step, reusing those of a recent step with the same tensors.
-
-        tensors: (p, gradient, state) of each parameter. chain: SONew's option. make_params():
-        returns a LocalParam for each, and is called only if new plans are needed.
-        """
-        key = [chain]
-        for p, grad, state in tensors:
-            key += (p.shape, p.dtype, grad.dtype, state["m"].dtype, p.data_ptr(), grad.data_ptr())
-            key += [tensor.data_ptr() for tensor in state.values()]
+    def get(self, params):
+        """Return the plans of a step for LocalParams, if possible those of a recent step."""
+        key = []
+        for param in params:
+            p = param.p
+            m = param.state["m"]
+            key += (p.shape, param.chain, p.dtype, param.grad.dtype, m.dtype)
+            key += [tensor.data_ptr() for tensor in (p, param.grad, *param.state.values())]
         key = tuple(key)
 
-        capturing = is_capturing(tensors[0][0].device)
+        capturing = params[0].p.is_cuda and torch.cuda.is_current_stream_capturing()
         plans = self.recent.get(key)
         if plans is None and capturing:
             raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
         if plans is None:
-            plans = make_plans(make_params())
+            plans = make_plans(params)
             if len(self.recent) == self.CAPACITY:
                 oldest = next(iter(self.recent))
                 del self.recent[oldest]

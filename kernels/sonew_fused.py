@@ -1,22 +1,29 @@
 """SONew's step in Triton, fused: one launch computes the statistics, the norms and the update.
 
-Half of the programs update m and S of a run of consecutive chunks, write the direction u and sum
-|a|^2 (a: Adam's step), |u|^2 and sqrt(S_0). The last program of a tensor adds all its sums, always
-in the same order. The other half wait for them and apply u: p -= lr (graft u + weight_decay p).
-They have higher numbers, and programs start in that order: none waits for one not yet started.
+A tensor is cut into chunks of about 1000 elements, and a program takes a run of consecutive chunks.
+Half of the programs update m and S of their run, write the direction u and sum |a|^2 (a: Adam's
+step), |u|^2 and sqrt(S_0). The last program of a tensor adds up the sums of all its programs, in a
+fixed order. The other half wait for that and apply u: p -= lr (graft u + weight_decay p). They have
+higher numbers, and programs start in order, so none waits for a program that has not started.
 
-Where chains are longer than chunks, halo_kernel first copies the elements next to each chunk: m and
-S are updated in place, so a neighbouring program could otherwise read them already updated.
+A chunk is a tile of LINES lines. Each line is 128 consecutive elements, held by the 32 lanes
+(threads) of a warp, 4 elements each. Four such elements are called a quad:
 
-A chunk is a tile of LINES x 32 lanes x 4 elements (a quad), one lane per thread: the next b <= 4
-elements are in the same thread or in the next lane, a warp shuffle away. Lines overlap by two
-quads, whose lanes only serve their neighbours.
+    lane        0             1          ...        31
+    line 0   e0 e1 e2 e3   e4 e5 e6 e7   ...   e124 ... e127
+
+A successor, at most 4 elements away, is in the same lane or in the next: a warp shuffle gets it.
+For the first and last lane there is no such neighbour, so lines overlap by two quads: lanes 0 and
+31 are computed for their neighbours only, and not stored.
+
+A chunk also reads one quad on either side, its halo. m and S are updated in place, so the program
+that owns it may already have updated it. Where chains cross the ends of chunks, halo_kernel copies
+all halos beforehand.
 
 Memory traffic per fp32 parameter, band b: read g, m, S_0 ... S_b; write m, S_0 ... S_b; write and
 read u; read and write p: 8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an
-H200 for 125 M parameters at b = 1: 1.06 ms. Steps 1 and 6 in NOTES.md: 1.64 ms in three launches,
-1.42 in one. Limits: quads, so sizes, chains and addresses are multiples of 4; tensors are not
-sharded.
+H200 for 125 M parameters at b = 1: 1.06 ms; measured: 1.42 ms (NOTES.md, step 6). Limits: sizes,
+chains and addresses are multiples of 4 elements; tensors are not sharded.
 """
 
 import functools
@@ -55,12 +62,12 @@ except ImportError:  # an older Triton; without Gluon no call passes a layout
 
 
 class Config(NamedTuple):
-    lines: int  # of a chunk
-    warps: int
-    run: int  # chunks of a program
-    stages: int  # of the software pipeline
-    lag: int  # programs between the last one for a tensor's statistics and the first for its update
-    registers: int | None  # most per thread on Hopper, where all of this was timed
+    lines: int  # lines per chunk
+    warps: int  # warps per program
+    run: int  # chunks per program
+    stages: int  # stages of the software pipeline
+    lag: int  # programs from the last one for a tensor's statistics to the first for its update
+    registers: int | None  # limit per thread on Hopper, where all of this was timed
 
 
 CONFIG = {  # by band
@@ -70,27 +77,29 @@ CONFIG = {  # by band
     3: Config(lines=4, warps=4, run=16, stages=1, lag=1024, registers=96),
     4: Config(lines=4, warps=4, run=16, stages=1, lag=1024, registers=96),
 }
-FAR = tl.constexpr(2**29)  # no lane is as far from the end of its chain as this
+FAR = tl.constexpr(2**29)  # longer than any chunk
 
 # --------------------------------------------------------------------------------------------------
-# Shifts within a chunk. Blocks are [32, LINES, 4]: lane, line, and phase, the position in a quad of
-# 4 consecutive elements. Element i of a line is in lane i // 4 at phase i % 4. L is the layout of
-# blocks in Gluon, None in Triton.
+# Shifts along the lines of a chunk. A block x is [32, LINES, 4]: lane, line and phase, which is the
+# position in the quad. Element i of a line is in lane i // 4 at phase i % 4. Shifts act on each of
+# the four phases, [32, LINES]. L is the layout of blocks in Gluon, None in Triton.
 
 
 @triton.jit
 def split_quads(x, LINES: tl.constexpr):
-    """[32, LINES, 4] -> 4 of [32, LINES], within each thread"""
-    even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))
+    """Return the phases 0 ... 3 of x [32, LINES, 4], 4 of [32, LINES]. No data changes threads."""
+    even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))  # phases 0 and 2, phases 1 and 3
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
 
 
 @triton.jit
-def join_quads(y, LINES: tl.constexpr, L: tl.constexpr):
-    """4 of [32, LINES] -> [32, LINES, 4], within each thread"""
-    x = tl.reshape(tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])), (32, LINES, 4))
+def join_quads(phases, LINES: tl.constexpr, L: tl.constexpr):
+    """Return the block [32, LINES, 4] of 4 phases [32, LINES]: the inverse of split_quads."""
+    even = tl.join(phases[0], phases[2])
+    odd = tl.join(phases[1], phases[3])
+    x = tl.reshape(tl.join(even, odd), (32, LINES, 4))
     return x if L is None else gl.convert_layout(x, L, assert_trivial=True)
 
 
@@ -113,6 +122,7 @@ def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     eight = split_quads(x, LINES)
     for phase in tl.static_range(4):
         eight = eight + (shuffle(eight[phase], lane, 1, LINES, L),)
+    # phase 0 takes the element k places on, and so do the others
     return join_quads((eight[k], eight[k + 1], eight[k + 2], eight[k + 3]), LINES, L)
 
 
@@ -120,25 +130,30 @@ def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
 def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """Return sum_k x_k[i - k] for the tuple x_1 ... x_BAND; wrong in the first lane.
 
-    x_k[i - k] is in the same lane at phase(i) - k, or if that is negative, in the lane before at
-    phase(i) - k + 4. Each lane adds up what the next lane needs, then shuffles 4 sums at most.
+    With BAND = 2, for example, the four elements of a quad are these sums, where ' marks what comes
+    from the lane before and the index is the phase:
+
+        x_1[3]' + x_2[2]'     x_1[0] + x_2[3]'     x_1[1] + x_2[0]     x_1[2] + x_2[1]
+
+    Each lane adds up the marked terms that the next lane needs, so that it shuffles one sum per
+    phase and not each term.
     """
-    quads = ()  # x_k at a phase is quads[k - 1][phase]
+    quads = ()  # quads[k - 1][phase] is x_k at that phase
     for k in tl.static_range(BAND):
         quads = quads + (split_quads(x[k], LINES),)
     sums = ()
     for phase in tl.static_range(4):
         if phase < BAND:
-            # from the lane before: k > phase
+            # terms with k > phase come from the lane before, from phase - k + 4
             total = quads[phase][3]
             for k in tl.static_range(phase + 2, BAND + 1):
                 total += quads[k - 1][phase - k + 4]
             total = shuffle(total, lane, -1, LINES, L)
-            # from the same lane: k <= phase
+            # terms with k <= phase come from the same lane
             for k in tl.static_range(1, phase + 1):
                 total += quads[k - 1][phase - k]
         else:
-            # all from the same lane
+            # all terms come from the same lane
             total = quads[0][phase - 1]
             for k in tl.static_range(2, BAND + 1):
                 total += quads[k - 1][phase - k]
@@ -151,7 +166,7 @@ def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.c
 
 
 class Index(NamedTuple):
-    """Coordinates of the elements of a chunk: three vectors 0, 1, 2, ..."""
+    """Coordinates of the elements of a tile: three vectors 0, 1, 2, ..."""
 
     lane: tl.tensor  # [32]
     line: tl.tensor  # [LINES]
@@ -159,13 +174,13 @@ class Index(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """Pointers and sizes that the statistics of one parameter are computed from."""
+    """The gradient and the state of one parameter."""
 
     g_ptr: tl.tensor
     m_ptr: tl.tensor
     S_ptrs: tuple
-    chain: tl.tensor  # elements of a chain
-    chunk: tl.tensor  # elements of a chunk
+    chain: tl.tensor  # elements per chain
+    chunk: tl.tensor  # elements per chunk
 
 
 @triton.jit
@@ -187,7 +202,10 @@ def load_tensors(row_ptr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.cons
 
 @triton.jit
 def chunk_bounds(chunk_index, chunk, n):
-    """Return where a chunk of a tensor of n elements starts (int64), and its length (int32)."""
+    """Return where a chunk of a tensor of n elements starts (int64), and its length (int32).
+
+    chunk: elements per chunk; the last chunk may be shorter.
+    """
     start = chunk_index * chunk
     length = tl.minimum(n - start, chunk).to(tl.int32)
     return tl.multiple_of(start, 4), tl.multiple_of(length, 4)
@@ -195,50 +213,65 @@ def chunk_bounds(chunk_index, chunk, n):
 
 @triton.jit
 def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
-    """Return where the elements of a block are in a chunk of `length` elements.
+    """Return which elements of a chunk the tile holds, for a chunk of `length` elements.
 
-    quad [32, LINES, 1]: number of the quad in the chunk, -1 for the one before. [32, LINES, 4]:
-    offs, from the chunk's start; is_read: load it; is_own: it is this lane's to store.
+    quad [32, LINES, 1]: number of the quad in the chunk; -1 is the one before its start.
+    offs [32, LINES, 4]: offset of the element from the start of the chunk, 4 quad + phase.
+    load_mask, store_mask [32, LINES, 4]: which elements to load, and which of these to store.
     """
-    # With a band, lines overlap: lanes 0 and 31 hold quads that the lines beside it store. So lanes
-    # 0 to 31 hold quads -1 to 30 in line 0 and 29 to 60 in line 1.
+    # With a band, lines overlap. Lanes 0 and 31, in brackets, are not stored:
+    #     line 0:  quads (-1)  0 ... 29 (30)
+    #     line 1:  quads (29) 30 ... 59 (60)
     OVERLAP: tl.constexpr = 1 if BAND > 0 else 0
     lane = index.lane[:, None, None]
     quad = index.line[None, :, None] * (32 - 2 * OVERLAP) + lane - OVERLAP
     offs = 4 * quad + index.phase[None, None, :]
+
+    # with a halo, the quads before and after the chunk are loaded too
     is_inside = (offs >= 0) & (offs < length)
-    # the halo, a copy of the quads before and after the chunk, is read as well
-    is_read = is_inside | (quad < 0) | (offs >= chunk) if HALO else is_inside
-    is_own = is_inside & (lane >= OVERLAP) & (lane < 32 - OVERLAP)
-    return quad, offs, is_read, is_own
+    load_mask = is_inside | (quad < 0) | (offs >= chunk) if HALO else is_inside
+    store_mask = is_inside & (lane >= OVERLAP) & (lane < 32 - OVERLAP)
+    return quad, offs, load_mask, store_mask
 
 
 @triton.jit
-def quad_pointers(ptr, quad, phase, halo_ptr, slot: tl.constexpr, chunk, HALO: tl.constexpr):
-    """Return pointers [32, LINES, 4] to the elements of quads [32, LINES, 1] of the chunk at ptr.
+def load_quads(ptr, quad, phase, mask, halo_ptr, array: tl.constexpr, chunk, HALO: tl.constexpr):
+    """Load the quads [32, LINES, 1] of the chunk that starts at ptr: [32, LINES, 4], float32.
 
-    With HALO, quads before and after the chunk are read from the copies that halo_kernel made:
-    slot 0 for g, 1 for m, 2 + k for S_k, with 4 elements before the chunk and 4 after it.
+    With HALO, the quads before and after the chunk are read from their copies at halo_ptr,
+    (BAND + 3, 8): of each array, 4 elements before the chunk and 4 after. array: see halo_kernel.
     """
     QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 times bits / 8
     ptrs = ptr + 4 * quad
     if HALO:
-        copies = (halo_ptr + slot * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
-        ptrs = tl.where((quad < 0) | (4 * quad >= chunk), copies, ptrs)
-    ptrs = tl.multiple_of(ptrs, (QUAD_BYTES, QUAD_BYTES, QUAD_BYTES))
-    return ptrs + phase
+        copies = (halo_ptr + array * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
+        is_outside = (quad < 0) | (4 * quad >= chunk)
+        ptrs = tl.where(is_outside, copies, ptrs)
+    ptrs = tl.multiple_of(ptrs, (QUAD_BYTES, QUAD_BYTES, QUAD_BYTES))  # so that a quad is one load
+    return tl.load(ptrs + phase, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def distance_to_chain_end(offs, chain, start_in_chain, start_to_end):
+def distance_to_chain_end(offs, start, chain, HALO: tl.constexpr):
     """Return how many elements there are from offs to the end of their chain, inclusive.
 
-    start_in_chain: position of the chunk's start in its chain. start_to_end: elements from there to
-    the chain's end.
+        chains     ...........|..................|..........
+        the chunk                   ^ start
+                              |-----| start_in_chain
+                                    |------------| start_to_end
+
+    offs: offsets from the start of the chunk. chain: elements per chain. Without HALO, chunks start
+    with a chain. Distances beyond FAR are cut to it, so that they fit into int32.
     """
+    start_in_chain = start % chain if HALO else start * 0
+    start_to_end = tl.minimum(chain - start_in_chain, FAR).to(tl.int32)
+    start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
+    chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
+
+    # if offs is in the chain of the start, or in a later one
     x = start_to_end - offs
-    distance = tl.where(x > 0, x, chain - (-x) % chain)  # x <= 0: in a later chain
-    # elements before the chunk may be in an earlier chain
+    distance = tl.where(x > 0, x, chain - (-x) % chain)
+    # if it is in an earlier chain
     position = start_in_chain + offs
     return tl.where(position < 0, (-position - 1) % chain + 1, distance)
 
@@ -249,25 +282,27 @@ def update_statistics(
     STATE: tl.constexpr, BAND: tl.constexpr, ADAM: tl.constexpr, HALO: tl.constexpr,
     LINES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Update m and S of one chunk in place.
+    """Update the momentum m and the statistics S of one chunk in place.
 
-    Returns u [32, LINES, 4], and the sums of a^2, u^2 and sqrt(S_0) over each quad, [32, LINES].
+    start, length: where the chunk starts in the tensor, and how many elements it has.
+    Returns the direction u [32, LINES, 4], and the sums of a^2 (a: Adam's step), u^2 and sqrt(S_0)
+    over each quad, [32, LINES].
     """
     lane = index.lane
     phase = index.phase[None, None, :]
     chunk = tensors.chunk
-    quad, offs, is_read, is_own = chunk_offsets(index, length, chunk, BAND, HALO)
+    quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load everything before the first store: lines overlap, and each stores what others read --
-    g_ptrs = quad_pointers(tensors.g_ptr + start, quad, phase, halo_ptr, 0, chunk, HALO)
-    g = tl.load(g_ptrs, mask=is_read, other=0.0).to(tl.float32)
-    m_ptrs = quad_pointers(tensors.m_ptr + start, quad, phase, halo_ptr, 1, chunk, HALO)
-    m = tl.load(m_ptrs, mask=is_read, other=0.0).to(tl.float32)
+    # -- load everything before the first store, because lines overlap --
+    g_ptr = tensors.g_ptr + start
+    g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
+    m_ptr = tensors.m_ptr + start
+    m = load_quads(m_ptr, quad, phase, load_mask, halo_ptr, 1, chunk, HALO)
     old_S = ()
     for k in tl.static_range(BAND + 1):
         S_ptr = tensors.S_ptrs[k] + start
-        S_ptrs = quad_pointers(S_ptr, quad, phase, halo_ptr, 2 + k, chunk, HALO)
-        old_S = old_S + (tl.load(S_ptrs, mask=is_read, other=0.0).to(tl.float32),)
+        S_k = load_quads(S_ptr, quad, phase, load_mask, halo_ptr, 2 + k, chunk, HALO)
+        old_S = old_S + (S_k,)
     if BAND > 0:
         tl.debug_barrier()
 
@@ -275,27 +310,21 @@ def update_statistics(
     is_good = g * g < float("inf")  # false for NaN too
     g = tl.where(is_good, g, 0.0)
     m = options.beta1 * m + options.new1 * g
-    m_ptr = tensors.m_ptr + start
-    tl.store(m_ptr + offs, m.to(STATE), mask=is_own, eviction_policy="evict_first")
+    tl.store(m_ptr + offs, m.to(STATE), mask=store_mask, eviction_policy="evict_first")
     m *= units.m_factor
 
     # -- statistics --
     if BAND > 0:
-        chain = tensors.chain
-        start_in_chain = start % chain if HALO else start * 0
-        start_to_end = tl.minimum(chain - start_in_chain, FAR).to(tl.int32)
-        start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
-        chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
-        to_chain_end = distance_to_chain_end(4 * quad, chain, start_in_chain, start_to_end)
-        to_chain_end = to_chain_end - phase  # a quad lies in one chain
+        # chains are whole quads, so find the distance of each quad, then of its elements
+        to_chain_end = distance_to_chain_end(4 * quad, start, tensors.chain, HALO) - phase
     S = ()
     for k in tl.static_range(BAND + 1):
         product = g * shift(g, lane, k, LINES, L)
-        if k > 0:
+        if k > 0:  # there is no successor past the end of the chain
             product = tl.where(to_chain_end > k, product, 0.0)
         new_S = options.beta2 * old_S[k] + options.new2 * product
         S_ptr = tensors.S_ptrs[k] + start
-        tl.store(S_ptr + offs, new_S.to(STATE), mask=is_own, eviction_policy="evict_first")
+        tl.store(S_ptr + offs, new_S.to(STATE), mask=store_mask, eviction_policy="evict_first")
         S = S + (new_S * units.S_factor,)
 
     # -- directions --
@@ -305,9 +334,9 @@ def update_statistics(
 
     # -- sums --
     root = tl.where(is_good, root, float("inf"))
-    sum_a = tl.sum(tl.where(is_own, a * a, 0.0), 2)
-    sum_root = tl.sum(tl.where(is_own, root, 0.0), 2)
-    sum_u = tl.sum(tl.where(is_own, u * u, 0.0), 2)
+    sum_a = tl.sum(tl.where(store_mask, a * a, 0.0), 2)
+    sum_root = tl.sum(tl.where(store_mask, root, 0.0), 2)
+    sum_u = tl.sum(tl.where(store_mask, u * u, 0.0), 2)
     return u, sum_a, sum_u, sum_root
 
 
@@ -315,8 +344,12 @@ def update_statistics(
 def precondition(
     m, S, lane, units, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
-    """Return u = L diag(1/s) L^T m, as factor and precondition in sonew.py do."""
-    # W[p][q] = S between i+1+p and i+1+q; c[p] = S between i and i+1+p
+    """Return the direction u = L diag(1/s) L^T m, as factor and precondition in sonew.py do.
+
+    m, and each S[k] of the tuple S: [32, LINES, 4], in units of the scale, not damped yet.
+    """
+    # Each element i has its own system W psi = c. W[p][q], q <= p, is S between its successors
+    # i+1+p and i+1+q; c[p] is S between i and i+1+p.
     S0 = units.S0_weight * S[0] + units.eps
     W = ()
     c = ()
@@ -331,17 +364,17 @@ def precondition(
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0, units.gamma, BAND)
 
-    # edge removal
+    # edge removal: where i has lost its successors, psi is 0 and s is S0
     keep = s > units.gamma * S0
     s = tl.where(keep, s, S0)
 
-    # w = diag(1/s) L^T m
+    # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i]
     w = m
     for k in tl.static_range(1, BAND + 1):
         w -= tl.where(keep, psi[k - 1], 0.0) * shift(m, lane, k, LINES, L)
     w = tl.where(s > 0, w / s, 0.0)
 
-    # u = L w
+    # u = L w: subtract psi_i[k] w[i] from w[i+k]
     x = ()
     for k in tl.static_range(BAND):
         x = x + (tl.where(keep, psi[k], 0.0) * w,)
@@ -364,10 +397,18 @@ def add3(x0, x1, x2, y0, y1, y2):
 def publish_sums(
     offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, BLOCK: tl.constexpr
 ):
-    """Store a program's sums; the last program of a tensor adds them all. Return whether it did."""
+    """Store a program's sums; the last program of a tensor adds them all. Return whether it did.
+
+    sums: this program's sums of a^2, u^2 and sqrt(S_0), per quad, [32, LINES] each.
+    partial_ptr (programs, SUMS): the sums of the tensor's programs; own_ptr: this program's row.
+    total_ptr (SUMS,): what they add up to. ready_ptr: becomes 1 when total_ptr is written.
+    done_ptr: how many of the tensor's programs have stored their sums.
+    """
     sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
     for column in tl.static_range(SUMS):
         tl.store(own_ptr + column, sums[column])
+
+    # the barrier, and acq_rel: who counts the last program also sees the sums of all others
     tl.debug_barrier()
     is_last = tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
     if is_last:
@@ -379,6 +420,7 @@ def publish_sums(
 
 @triton.jit
 def wait_for_sums(ready_ptr):
+    """Wait until the sums of a tensor have been added up."""
     while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:
         pass
 
@@ -394,53 +436,40 @@ def halo_kernel(
     GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
-    """Copy the quads beside each chunk: of g to slot 0, of m to slot 1, of S_k to slot 2 + k."""
+    """Copy the quads before and after each chunk. Array 0 is g, 1 is m, 2 + k is S_k."""
     item_ptr = items_ptr + tl.program_id(0) * 2
     row_ptr = table_ptr + tl.load(item_ptr) * COLUMNS
     run = tl.load(item_ptr + 1)
     n = tl.load(row_ptr + SIZE)
     chunk = tl.load(row_ptr + CHUNK)
 
-    # [RUN, 8]: the quads before the chunks and after them
-    sub = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
-    o = tl.arange(0, 8)[None, :]
-    offs = (run * RUN + sub) * chunk + tl.where(o < 4, o - 4, chunk + o - 4)
-    mask = (offs >= 0) & (offs < n) & (sub < RUN)
-    halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + sub) * (BAND + 3) * 8
+    # elements 0 ... 3 of a halo are the quad before the chunk, 4 ... 7 the quad after it:
+    #     | 0 1 2 3 |      chunk      | 4 5 6 7 |
+    c = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
+    element = tl.arange(0, 8)[None, :]
+    start = (run * RUN + c) * chunk
+    offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN, 8]
+    mask = (offs >= 0) & (offs < n) & (c < RUN)
+    halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + c) * (BAND + 3) * 8
 
-    for slot in tl.static_range(BAND + 3):
-        if slot == 0:
+    for array in tl.static_range(BAND + 3):
+        if array == 0:
             ptr = load_pointer(row_ptr, G_PTR, GRAD)
-        elif slot == 1:
+        elif array == 1:
             ptr = load_pointer(row_ptr, M_PTR, STATE)
         else:
-            ptr = load_pointer(row_ptr, S_PTR + slot - 2, STATE)
+            ptr = load_pointer(row_ptr, S_PTR + array - 2, STATE)
         x = tl.load(ptr + offs, mask=mask, other=0.0)
-        tl.store((halo_ptr + slot * 8).to(ptr.dtype) + o, x, mask=sub < RUN)
-
-
-@triton.jit
-def update_params(
-    p_ptr, u_ptr, start, length, rate, graft, weight_decay,
-    PARAM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """p -= rate (graft u + weight_decay p), for one chunk"""
-    offs = tl.arange(0, BLOCK)
-    mask = offs < length
-    u = tl.load(u_ptr + start + offs, mask=mask, other=0.0, cache_modifier=".cg")
-    p_ptrs = p_ptr + start + offs
-    p = tl.load(p_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    p -= rate * (graft * u + weight_decay * p)
-    tl.store(p_ptrs, p.to(PARAM), mask=mask, eviction_policy="evict_first")
+        tl.store((halo_ptr + array * 8).to(ptr.dtype) + element, x, mask=c < RUN)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (2 programs, 2) int64: tensor or -1 - tensor, run
+    table_ptr, items_ptr,  # (T, COLUMNS), (2 programs, 2) int64, from `schedule`
     halo_ptr, u_ptr,  # (programs, RUN, BAND + 3, 8), (programs, RUN, 128 LINES)
     partial_ptr, total_ptr,  # (programs, SUMS), (T, SUMS)
-    counters_ptr,  # (2 T + 1) int32: programs done and whether the sums are ready; next run
-    n_tensors,
+    counters_ptr,  # (2 T + 1) int32: done and ready of publish_sums, T each; sonew_hopper.py's
+    n_tensors,  # T
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr,
@@ -448,14 +477,14 @@ def step_kernel(
 ):  # fmt: skip
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # select the work: the statistics of a run of chunks, or (tensor < 0) its update of p
+    # take a work item: the statistics of a run of chunks, or, if tensor < 0, its update of p
     items_ptr += 2 * tl.program_id(0)
     tensor = tl.load(items_ptr).to(tl.int32)
     run = tl.load(items_ptr + 1).to(tl.int32)
     is_update = tensor < 0
     tensor = tl.where(is_update, -1 - tensor, tensor)
 
-    # its tensor
+    # find the tensor, and which of its chunks are in the run
     row_ptr = table_ptr + tensor * COLUMNS
     done_ptr = counters_ptr + tensor
     ready_ptr = counters_ptr + n_tensors + tensor
@@ -467,17 +496,23 @@ def step_kernel(
     u_ptr += first * (RUN * 128 * LINES)
 
     if is_update:
+        # -- wait for the norms, then update p --
         p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
         wait_for_sums(ready_ptr)
         rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
         for c in tl.range(run * RUN, end, num_stages=STAGES):
             start, length = chunk_bounds(c, chunk, n)
-            update_params(
-                p_ptr, u_ptr, start, length, rate, graft, options.weight_decay, PARAM, 128 * LINES
-            )
+            offs = tl.arange(0, 128 * LINES)
+            mask = offs < length
+            u = tl.load(u_ptr + start + offs, mask=mask, other=0.0, cache_modifier=".cg")
+            p_ptrs = p_ptr + start + offs
+            p = tl.load(p_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            p -= rate * (graft * u + options.weight_decay * p)
+            tl.store(p_ptrs, p.to(PARAM), mask=mask, eviction_policy="evict_first")
         if run == 0:
             update_counters(row_ptr, total_ptr)
     else:
+        # -- update m and S, and write u --
         index = Index(tl.arange(0, 32), tl.arange(0, LINES), tl.arange(0, 4))
         tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
         units = load_units(row_ptr, options)
@@ -492,20 +527,21 @@ def step_kernel(
                 index, tensors, start, length, chunk_halo_ptr, units, options,
                 STATE, BAND, ADAM, HALO, LINES, None,
             )  # fmt: skip
-            _, offs, _, is_own = chunk_offsets(index, length, chunk, BAND, HALO)
-            tl.store(u_ptr + start + offs, u, mask=is_own, eviction_policy="evict_last")
+            _, offs, _, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
+            tl.store(u_ptr + start + offs, u, mask=store_mask, eviction_policy="evict_last")
             sum_a += chunk_a
             sum_u += chunk_u
             sum_root += chunk_root
 
+        # -- publish this program's sums --
         sums = (sum_a, sum_u, sum_root)
         programs = tl.load(row_ptr + PROGRAMS).to(tl.int32)
         partial_ptr += first * SUMS
         own_ptr = partial_ptr + run * SUMS
-        offs = tl.arange(0, 1024)
         publish_sums(
-            offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, 1024
-        )
+            tl.arange(0, 1024), sums, own_ptr, partial_ptr, programs,
+            total_ptr, done_ptr, ready_ptr, 1024,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,7 +549,7 @@ def step_kernel(
 
 
 def has_hopper(device):
-    """Return whether sonew_hopper.py runs there: a GPU of the Hopper generation, and Gluon."""
+    """Return whether sonew_hopper.py runs on a device: it needs a Hopper GPU, and Gluon."""
     if gl is None or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
@@ -531,35 +567,36 @@ def is_aligned(param):
 
 def chunk_size(param):
     """Return how many elements a chunk of a LocalParam has, and whether chunks need a halo."""
-    n = param.p.numel()
-    lanes = 30 if param.band else 32  # without the two that overlap with other lines
+    lanes = 30 if param.band else 32  # those that are stored
     most = 4 * CONFIG[param.band].lines * lanes
-    if param.band == 0 or n <= most:
+    if param.band == 0 or param.p.numel() <= most:
         return most, False
-    if param.chain <= most:
+    if param.chain <= most:  # whole chains, which need no neighbours
         return most // param.chain * param.chain, False
     return most, True
 
 
 @functools.lru_cache(64)
 def schedule(n_programs, lag):
-    """Order the programs of a launch, given how many each tensor needs for its statistics.
+    """Order the work of a launch, given how many programs each tensor needs for its statistics.
 
-    Returns (2 P, 2): a tensor and a run of chunks whose statistics to update, or -1 - tensor to
-    apply their u. A tensor's updates begin `lag` programs after the last of its statistics, and
-    alternate with statistics of later tensors. Without a lag, they come after all statistics.
+    Returns in_order (P, 2), the tensor and the run of chunks of each of these programs, and items
+    (2 P, 2), the order of step_kernel: the same with the updates of p, which have -1 - tensor. The
+    updates of a tensor begin `lag` programs after its statistics, and alternate with statistics of
+    later tensors.
     """
     counts = torch.tensor(n_programs)
     ends = counts.cumsum(0)
     P = int(counts.sum())
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     run = torch.arange(P) - (ends - counts)[tensor]
+    in_order = torch.stack([tensor, run], 1)
+    updates = torch.stack([-1 - tensor, run], 1)
 
     # sort by time: program i of the statistics has time i, its update a later one
-    update_times = ends[tensor] + (P if lag is None else lag) + run
+    update_times = ends[tensor] + lag + run
     order = torch.cat([torch.arange(P), update_times]).argsort(stable=True)  # (2 P,)
-    items = torch.stack([torch.cat([tensor, -1 - tensor]), run.repeat(2)], 1)
-    return items[order]
+    return in_order, torch.cat([in_order, updates])[order]
 
 
 class FusedPlan(Plan):
@@ -586,9 +623,7 @@ class FusedPlan(Plan):
             self.n_programs += n_programs[-1]
         rows = table_rows(params, chunks, first_programs, n_programs)
 
-        # statistics only, in the order of the tensors, for halo_kernel; then statistics and updates
-        in_order = schedule(tuple(n_programs), None)[: self.n_programs]
-        items = schedule(tuple(n_programs), lag)
+        in_order, items = schedule(tuple(n_programs), lag)
         self.table, self.in_order, self.items = self.upload(rows, in_order, items)
 
         n_halos = self.n_programs * run if self.needs_halo else 0

@@ -171,13 +171,13 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     n = gl.load(row_ptr + SIZE)
     chunk = gl.load(row_ptr + CHUNK)
 
-    # -- start loading all parameters of the run before waiting; is_own: this lane stores them --
+    # -- start loading all parameters of the run before waiting; store_mask: this lane stores them --
     p = ()
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
-        _, offs, _, is_own = chunk_offsets(index, length, chunk, constants.BAND, False)
+        _, offs, _, store_mask = chunk_offsets(index, length, chunk, constants.BAND, False)
         p_ptrs = p_ptr + start + offs
-        p = p + (gl.load(p_ptrs, mask=is_own, other=0.0, eviction_policy="evict_first"),)
+        p = p + (gl.load(p_ptrs, mask=store_mask, other=0.0, eviction_policy="evict_first"),)
 
     # -- wait for the sums, which other programs may still be computing --
     wait_for_sums(launch.ready_ptr + tensor)
@@ -187,12 +187,12 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     # -- update the parameters --
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
-        _, offs, _, is_own = chunk_offsets(index, length, chunk, constants.BAND, False)
+        _, offs, _, store_mask = chunk_offsets(index, length, chunk, constants.BAND, False)
         u = ring.index(slot + k).load(LAYOUT)
         new_p = p[k].to(gl.float32)
         new_p -= rate * (graft * u + launch.options.weight_decay * new_p)
         p_ptrs = p_ptr + start + offs
-        gl.store(p_ptrs, new_p.to(constants.PARAM), mask=is_own, eviction_policy="evict_first")
+        gl.store(p_ptrs, new_p.to(constants.PARAM), mask=store_mask, eviction_policy="evict_first")
 
 
 @gluon.jit(do_not_specialize=["n_runs", "n_tensors"])
