@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import train
 from sample import KVCache, decode_stream, first_ids, is_softmax, read_prompt
-from support import distributed, files, run_folder
+from support import distributed, run_folder
 from support.cli import option
 
 try:
@@ -107,8 +107,8 @@ class FrozenCache:
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
 
-        # attention functions take the queries as the last positions, so cut the keys at the end
-        # of each span
+        # attention functions take the queries as the last positions, so the keys of each span
+        # have to end where the span ends
         outputs = []
         for q_span, start in zip(q.split(1), self.starts.tolist()):
             end = start + q.shape[2]
@@ -158,7 +158,8 @@ def span_loss(model, kv, ids, starts, n):
     """Return the mean next-token loss, in nats, on spans of n tokens of a text.
 
     kv: the frozen keys and values of each layer, from `prefill`. ids (T): the text.
-    starts (S), on the CPU: first positions of spans, at most T - n - 1, for the last target's sake.
+    starts (S), on the CPU: the first position of each span. The last one may be T - n - 1, because
+    the last token of a span needs a token after it as its target.
 
     The layers also compute keys and values of the spans, which are not used. In Qwen3-4B this is
     3% of a step's FLOPs.
@@ -191,10 +192,10 @@ def span_loss(model, kv, ids, starts, n):
 
 @contextmanager
 def trainable_queries(model):
-    """Make W_Q of each layer trainable and nothing else; yield the W_Q, a tensor per layer.
+    """Freeze the model except for W_Q, and yield the list of the W_Q of all layers.
 
-    They become copies, in float32 or float64. At the end of the `with` block, also after an error,
-    the model gets its original tensors back.
+    Inside the `with` block W_Q is a copy in float32, or float64 if the model is. At its end, also
+    after an error, the model gets its original tensors back.
     """
     originals = [(p, p.data, p.requires_grad) for p in model.parameters()]
     try:
@@ -213,11 +214,10 @@ def trainable_queries(model):
 
 
 def split_spans(T, n):
-    """Split the spans of n tokens in a text of T: return the held-out and the training starts.
+    """Return where the held-out spans begin and where training spans may begin, n tokens each.
 
-    Up to 8 spans are held out, evenly spaced and at most an eighth of the text, but at least one
-    if T > 3 n. All spans that share no token with them are for training. A start is the first
-    position of a span.
+    T: tokens of the text. Up to 8 spans are held out, evenly spaced and at most an eighth of the
+    text, but at least one if T > 3 n. Training spans share no token with them.
     """
     n_held_out = min(8, (T - 1) // (8 * n))
     if n_held_out == 0 and T > 3 * n:
@@ -305,9 +305,8 @@ class AdaptConfig:
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
     lr: float = option(None, "learning rate; None: 1e-3 for a run, else 1e-5", least=0)
-    seed: int = option(1337, "with the text, draws the spans", least=0)
+    seed: int = option(1337, "draws the spans, together with the text", least=0)
     max_tokens: int = option(100, "longest answer")
-    save_queries: str = option("", "write the trained W_Q to a new file", metavar="FILE")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
     experiment: bool = option(False, "run experiments/ttt_context.py instead")
@@ -317,9 +316,6 @@ class AdaptConfig:
         cli.check_fields(self)
         if not self.prompt and not self.experiment:
             raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
-        path = Path(self.save_queries)
-        if self.save_queries and (os.path.lexists(path) or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"--save-queries {path}: give a new file in a folder you can write to")
 
 
 def encode_prompt(tokenizer, prompt, question=""):
@@ -380,15 +376,9 @@ def compare(model, tokenizer, ids, question, args):
     result["plain"], result["held_out_before"] = evaluate()
     options = {"n": n, "batch": args.batch_spans, "lr": args.lr, "seed": args.seed}
     start_time = time.perf_counter()
-    with adapt(model, kv, ids, starts, steps=args.steps, **options) as weights:
+    with adapt(model, kv, ids, starts, steps=args.steps, **options):
         result["seconds"] = time.perf_counter() - start_time
         result["adapted"], result["held_out_after"] = evaluate()
-        if args.save_queries:
-            state = {}
-            for i, weight in enumerate(weights):
-                state[f"layers.{i}.self_attn.q_proj.weight"] = weight.detach().cpu()
-            with files.atomic_write(args.save_queries) as file:
-                torch.save(state, file)
     return result
 
 

@@ -40,7 +40,7 @@ def test_command(tiny, capsys, monkeypatch):
 
     # without a run, the default model is trained first
     flags = ["text.txt", "--batch-spans", "2"]
-    result = ttt_context.main([*SMALL, *flags, "--save-queries", "w.pt"])
+    result = ttt_context.main([*SMALL, *flags])
     printed = capsys.readouterr()
     assert "training the default model first" in printed.err
     assert "times the 128 tokens" in printed.err and "held-out spans" in printed.out
@@ -49,15 +49,7 @@ def test_command(tiny, capsys, monkeypatch):
     size = len(Path("text.txt").read_bytes())  # and one token before, less the last, which asks
     assert result["held_out_spans"] == 8 and result["context"] == size
     assert result["held_out_before"] != result["held_out_after"] and result["lr"] == 1e-3
-    saved = torch.load("w.pt", weights_only=True)
-    assert list(saved) == ["layers.0.self_attn.q_proj.weight"]
-
-    # the saved weights are the trained ones
     model, _ = train.load_model(run_folder.find_run("newest"))
-    (weight,) = saved.values()
-    original = model.layers[0].self_attn.q_proj.weight.detach()
-    assert weight.shape == (32, 32)
-    assert 0 < (weight - original).abs().max() < 3 * 1.2e-3, "three steps of AdamW"
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
     thinking = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
     assert result["thinking_tokens"] == thinking
@@ -156,8 +148,6 @@ BAD_FLAGS = [
     ("--prompt text.txt --init nowhere", ["nowhere"]),
     ("--prompt text.txt --dtype fp8", ["fp8", "bf16"]),
     ("--prompt text.txt --device tpu", ["tpu"]),
-    ("--prompt text.txt --save-queries text.txt", ["--save-queries text.txt", "new"]),
-    ("--prompt text.txt --save-queries no/w.pt", ["--save-queries no/w.pt", "folder"]),
     ("--prompt text.txt --stpes 3", ["--stpes"]),
 ]
 
@@ -173,7 +163,7 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     for flags, parts in BAD_FLAGS:
         device = [] if "--device" in flags else ["--device", "cpu"]
         refused([*flags.split(), *device], *parts, main=ttt_context.main)
-    for flag in ("--prompt", "--question", "--init", "--save-queries", "--device", "--out"):
+    for flag in ("--prompt", "--question", "--init", "--device", "--out"):
         refused(["--prompt", "text.txt", flag, ""], f"{flag} is empty", main=ttt_context.main)
     question = ["--prompt", "text.txt", "--question", "caf\udce9"]
     refused(question, "caf", "UTF-8", main=ttt_context.main)
@@ -269,7 +259,7 @@ def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
 
 def test_ctrl_c(run):
     command = [sys.executable, str(REPOSITORY / "ttt_context.py"), *SMALL, "prompt.txt"]
-    command += ["--steps", "1000000", "--save-queries", "w.pt"]
+    command += ["--steps", "1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
@@ -286,4 +276,4 @@ def test_ctrl_c(run):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and b"Traceback" not in seen + err
-    assert not Path("w.pt").exists() and b"as it is" not in out
+    assert b"as it is" not in out
