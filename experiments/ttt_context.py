@@ -99,9 +99,10 @@ class QuestionCache:
         k = torch.cat([self.k.expand(Q, -1, -1, -1), k], dim=2)  # (Q, Hkv, T + n, D)
         v = torch.cat([self.v.expand(Q, -1, -1, -1), v], dim=2)
         if getattr(module.function, "has_logits", True):
+            # attention of the last token to the T positions of the context
             keys = k.repeat_interleave(H // k.shape[1], dim=1)  # (Q, H, T + n, D)
-            scores = (q[:, :, -1:] @ keys.transpose(2, 3))[:, :, 0] * D**-0.5  # (Q, H, T + n)
-            p = scores.softmax(-1)[..., : self.length]  # (Q, H, T)
+            scores = q[:, :, -1:] @ keys.transpose(2, 3) * D**-0.5  # (Q, H, 1, T + n)
+            p = scores.softmax(-1)[:, :, 0, : self.length]  # (Q, H, T)
             self.needle_attention = (p * self.needles[:, None]).sum(-1)
         return module.function(q, k, v, **module.options)
 
@@ -206,7 +207,7 @@ def make_context(task, recipe, T, seed, c):
     """Return context number c of a seed."""
     generator = torch.Generator().manual_seed(10**6 * seed + 10 * T + c)
     n_questions = recipe["questions"]
-    key_column = 1 if c < 2 else 2
+    key_column = 0 if c < 2 else 1
     return ttt_sandbox.make_context(task, T, recipe, generator, n_questions, key_column)
 
 

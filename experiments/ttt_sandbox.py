@@ -35,10 +35,10 @@ class Context(NamedTuple):
     needles: torch.Tensor  # (Q, T) bool: the positions in ids that hold the answer
 
 
-def make_context(task, n_tokens, recipe, generator, n_questions, key_column=1, n_keys=None):
+def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n_keys=None):
     """Return a random Context of at most n_tokens, with at most n_questions.
 
-    key_column: 1 if a is the key in `columns`, 2 if b is. n_keys: by default half the number of
+    key_column: in `columns`, 0 if a is the key and 1 if b is. n_keys: by default half the number of
     records. Questions on `records` are about keys that occur once.
     """
 
@@ -64,7 +64,7 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=1, n
         n_names = names
         a = randint(min(n_keys, n_names), n_records)
         b = randint(min(n_keys, n_names), n_records)
-        key = a if key_column == 1 else b
+        key = a if key_column == 0 else b
     value_of_key = randint(recipe["values"], int(key.max()) + 1)
     value = value_of_key[key]
 
@@ -85,12 +85,14 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=1, n
         candidates = candidates[occurs_once]
     asked = candidates[choose(len(candidates), n_questions)]  # (Q)
 
-    # in `columns`, ask about new pairs: the name that is not the key comes from another record
     questions = records[asked, :2]
     answers = records[asked, 2]
+
+    # in `columns`, ask about new pairs: the name that is not the key comes from another record
     if task == "columns":
-        other_column = 2 - key_column
+        other_column = 1 - key_column
         questions[:, other_column] = records[randint(n_records, len(asked)), other_column]
+
     needles = torch.zeros(len(asked), n_records, 3, dtype=torch.bool)
     needles[:, :, 2] = has_same_key[asked]
     ids = records.flatten()
@@ -100,7 +102,7 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=1, n
 def make_example(task, T, recipe, generator):
     """Return T + 1 ids to train on, a context and then answered questions, and is_predictable."""
     n_keys = int(torch.randint(3, T // 6, (), generator=generator))
-    key_column = 1 + int(torch.randint(2, (), generator=generator))
+    key_column = int(torch.randint(2, (), generator=generator))
     n_context = T + 1 - T // 6
     context = make_context(task, n_context, recipe, generator, T, key_column, n_keys)
 

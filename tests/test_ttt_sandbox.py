@@ -32,7 +32,7 @@ def column_a_is_the_key(records):
     return len(named_values) == len(names)
 
 
-@pytest.mark.parametrize("key_column", [1, 2])
+@pytest.mark.parametrize("key_column", [0, 1])
 @pytest.mark.parametrize("task", sandbox.TASKS)
 def test_the_key_of_a_record_decides_its_value(task, key_column):
     context = sandbox.make_context(task, 600, RECIPE, generator(key_column), 12, key_column)
@@ -43,7 +43,7 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
     def key_of(a, b):
         if task == "records":
             return a, b
-        return a if key_column == 1 else b
+        return a if key_column == 0 else b
 
     # the first record with a key shows its value; in later ones the value is predictable
     values = {}
