@@ -182,7 +182,8 @@ def fit(model, variant, kv, ids, recipe, lr):
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
-        list(train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr))
+        steps = train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr)
+        list(steps)  # take them all
         return [w.detach().clone() for w in weights]
 
 
