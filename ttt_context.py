@@ -1,33 +1,33 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
-The longer the context, the less probability softmax attention can give to each
-key. Let z_j be the logit of key j, and z_* that of the one relevant key, the
-needle. To get probability 1 - e among T keys, the needle needs a margin of
+A long context dilutes softmax attention. To give probability 1 - e to one
+relevant key (the needle) among T keys, the needle's logit z_* must exceed the
+logit z_j of every other key by a margin of
 
-    z_* - z_j >= log((T - 1) (1 - e) / e)         over every other key j
+    z_* - z_j >= log((T - 1) (1 - e) / e)
 
-which grows with log T, while the weights are fixed. If m other keys have logits
-within d of the needle's, its probability is at most 1 / (1 + m exp(-d)).
-Thinking longer does not help, since each new token reads the context through
-the same attention. The paper (Bansal et al.) spends that compute on the queries
-instead. It reads the prompt once, freezes all keys and values, takes a few
-AdamW steps on the query projections W_Q of all layers, with the next-token loss
-on random spans of n tokens of the prompt, and answers from the same cache:
+The margin grows with log T, but the weights are fixed. Thinking longer does not
+help, since each new token reads the context through the same attention. The
+paper (Bansal et al.) spends that compute on the queries instead. It reads the
+prompt once, freezes all keys and values, and takes a few AdamW steps on the
+query projections W_Q of all layers. The loss is that of the next token, on
+random spans of n tokens of the prompt. Then it answers from the same KV cache.
 
     loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
-    dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     for l = -log p_*
+    dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     if l = -log p_*
 
-So a step moves a query from the mean key towards the needle. The paper takes 32
-steps with n = 128. For Qwen3-4B on LongBench-v2 it reports an accuracy of 27.0
-without training, 33.5 with thinking, and 39.6 with trained queries. Others
-found that random spans hurt (arXiv 2607.09415). There is no proof that the
-margin grows where the answer is read, and with a norm after W_Q, as in Qwen3,
+Here p_j is the attention of a query q of width D to key k_j. If the loss were
+-log p_*, a step would move q from the mean key towards the needle. The paper
+takes 32 steps with n = 128. For Qwen3-4B on LongBench-v2 it reports an accuracy
+of 27.0 without training, 33.5 with thinking and 39.6 with trained queries.
+Others found that random spans hurt (arXiv 2607.09415). There is no proof that
+the margin grows where the answer is read. With a norm after W_Q, as in Qwen3,
 queries can change their direction but not their length.
 
 Where the paper does not say, we choose: the keys and values of a span come from
-the cache, too. W_Q is trained in float32, since steps with a learning rate of
-1e-5 are lost to rounding in bfloat16. Spans do not cover the question, which is
-read with the new W_Q. Up to 8 spans are held out to measure what was learned.
+the cache, too. W_Q is trained in float32, because bfloat16 would round away
+steps with a learning rate of 1e-5. No span covers the question, which is read
+with the new W_Q. Up to 8 spans are held out to measure what was learned.
 
     python ttt_context.py --prompt my.txt --question "..."   the newest run
     python ttt_context.py --prompt my.txt --init DIR         any model
@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import train
 from sample import KVCache, decode_stream, first_ids, is_softmax, read_prompt
-from support import distributed, files, run_folder
+from support import distributed, run_folder
 from support.cli import option
 
 try:
@@ -72,10 +72,10 @@ except ModuleNotFoundError as missing:
 
 
 def reference(q, k, v, starts):
-    """Compute the attention of S spans to shared keys and values by its definition, in any dtype.
+    """Compute the attention of S spans of n queries to T shared keys, by its definition.
 
-    q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D). Query r of span s is at
-    position starts[s] + r and sees the keys up to there. Makes tensors of shape (S, H, n, T).
+    q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D), in any dtype.
+    Query r of span s is at position starts[s] + r and sees the keys up to that position.
     """
     S, H, n, D = q.shape
     Hkv, T, _ = k.shape
@@ -90,20 +90,25 @@ def reference(q, k, v, starts):
 
 @dataclass
 class FrozenCache:
-    """The KV cache of S spans of a prompt: one layer's keys and values of the prompt, frozen."""
+    """One layer's keys and values of a prompt, which S spans of the prompt attend to."""
 
     k: torch.Tensor  # (Hkv, T, D)
-    v: torch.Tensor
+    v: torch.Tensor  # (Hkv, T, D)
     starts: torch.Tensor  # (S), on the CPU: the first position of each span
     use_kernel: bool  # compute softmax attention with kernels/ttt_context.py, on a GPU
 
     def attend(self, module, heads):
-        """Attend from the queries heads[0] (S, H, n, D). The spans' own k and v are not used."""
+        """Return the attention of a layer to the frozen keys and values, (S, H, n, D).
+
+        module: the layer's train.Attention. heads: its q (S, H, n, D), and k and v of the spans,
+        which are not used.
+        """
         q = heads[0]
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
 
-        # one span at a time: its queries are the last of the positions up to its end
+        # attention functions take the queries as the last positions, so the keys of each span
+        # have to end where the span ends
         outputs = []
         for q_span, start in zip(q.split(1), self.starts.tolist()):
             end = start + q.shape[2]
@@ -129,8 +134,8 @@ def can_use_kernel(model):
 def prefill(model, ids, room=0):
     """Compute the keys and values of a prompt, ids (T), with untrained queries.
 
-    Returns (caches, kv): a KVCache per layer, with room for `room` more tokens, and for each a pair
-    of views (Hkv, T, D) of its keys and values of the prompt.
+    Returns caches, a KVCache per layer with room for `room` more tokens, and kv, their keys and
+    values of the prompt: a pair of views (Hkv, T, D) per layer.
     """
     for layer in model.layers:
         attention = layer.self_attn
@@ -150,12 +155,13 @@ def prefill(model, ids, room=0):
 
 
 def span_loss(model, kv, ids, starts, n):
-    """Return the mean next-token loss of the spans ids[t : t + n], t in starts, in nats.
+    """Return the mean next-token loss, in nats, on spans of n tokens of a text.
 
-    kv: the frozen keys and values of each layer, from `prefill`. ids (T).
-    starts (S): on the CPU, from 0 to T - n - 1, so that each span has a token after it.
+    kv: the frozen keys and values of each layer, from `prefill`. ids (T): the text.
+    starts (S), on the CPU: the first position of each span. The last one may be T - n - 1, because
+    the last token of a span needs a token after it as its target.
 
-    The layers still compute keys and values of the spans, which are not used. In Qwen3-4B this is
+    The layers also compute keys and values of the spans, which are not used. In Qwen3-4B this is
     3% of a step's FLOPs.
     """
     T = len(ids)
@@ -164,21 +170,17 @@ def span_loss(model, kv, ids, starts, n):
             f"spans of {n} tokens at {starts.tolist()} do not fit: they need {n} tokens of a text "
             f"of {T}, and the one after them"
         )
-
-    # RoPE angles at the positions of each span
-    c = model.config
-    rope_args = (n, c.head_dim, c.rope_theta, ids.device)
-    angles = [train.rope_angles(start, *rope_args) for start in starts.tolist()]
-    cos = torch.stack([cos for cos, _ in angles])  # (S, n, 1, D/2)
-    sin = torch.stack([sin for _, sin in angles])
-
-    # the model's own layers, over the frozen cache
     positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
+    c = model.config
+    cos, sin = train.rope_angles(0, T, c.head_dim, c.rope_theta, ids.device)  # (T, 1, D/2)
+
+    # run the model's own layers on the spans, with the frozen cache in place of their keys
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
     for layer, (k, v) in zip(model.layers, kv, strict=True):
-        x = layer(x, cos, sin, FrozenCache(k, v, starts, use_kernel))
-    x = model.norm(x).flatten(0, 1)  # (S n, C)
+        cache = FrozenCache(k, v, starts, use_kernel)
+        x = layer(x, cos[positions], sin[positions], cache)
+    x = model.norm(x).flatten(0, 1)  # (S * n, C)
 
     weight = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight  # (V, C)
     return train.linear_cross_entropy(x, weight, ids[positions + 1].flatten())
@@ -190,9 +192,10 @@ def span_loss(model, kv, ids, starts, n):
 
 @contextmanager
 def trainable_queries(model):
-    """Make only W_Q of each layer trainable, and yield these: copies in float32 or float64.
+    """Freeze the model except for W_Q, and yield the list of the W_Q of all layers.
 
-    On exit, also after an error, the model gets its original tensors back.
+    Inside the `with` block W_Q is a copy in float32, or float64 if the model is. At its end, also
+    after an error, the model gets its original tensors back.
     """
     originals = [(p, p.data, p.requires_grad) for p in model.parameters()]
     try:
@@ -211,30 +214,35 @@ def trainable_queries(model):
 
 
 def split_spans(T, n):
-    """Return the first positions of held-out spans and of training spans, n tokens each.
+    """Return where the held-out spans begin and where training spans may begin, n tokens each.
 
-    T: tokens of the text. There are up to 8 held-out spans, evenly spaced and at most an eighth of
-    the text, but at least one if T > 3 n. Training spans share no token with them.
+    T: tokens of the text. Up to 8 spans are held out, evenly spaced and at most an eighth of the
+    text, but at least one if T > 3 n. Training spans share no token with them.
     """
-    n_held_out = min(8, max((T - 1) // (8 * n), int(T > 3 * n)))
+    n_held_out = min(8, (T - 1) // (8 * n))
+    if n_held_out == 0 and T > 3 * n:
+        n_held_out = 1
     last_start = T - 1 - n  # the last target of this span is the last token of the text
     held_out = [round((i + 0.5) / n_held_out * last_start) for i in range(n_held_out)]
     held_out = torch.tensor(held_out, dtype=torch.int64)
     starts = torch.arange(last_start + 1)
-    is_apart = (starts[:, None] - held_out).abs() >= n  # (starts, held out)
-    return held_out, starts[is_apart.all(dim=1)]
+    distances = (starts[:, None] - held_out).abs()  # (starts, held-out spans)
+    return held_out, starts[(distances >= n).all(dim=1)]
 
 
 def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0):
-    """Train `weights` by AdamW on `batch` random spans per step; yield the loss before each step.
+    """Train `weights` with AdamW on `batch` random spans of n tokens per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`.
-    starts: the first positions of the spans to draw from. The seed and the text decide the draws.
+    starts: the first positions of the spans to draw from.
     Raises FloatingPointError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
+
+    # seed the draws with the text as well, so that each text gets draws of its own
     digest = hashlib.sha256(f"{seed}/{ids.tolist()}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
     for _ in range(steps):
         drawn = torch.randint(len(starts), (batch,), generator=generator)
         loss = span_loss(model, kv, ids, starts[drawn], n)
@@ -249,7 +257,7 @@ def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, 
 
 
 @contextmanager
-def adapt(model, kv, ids, starts=None, *, steps=32, show_progress=False, **options):
+def adapt(model, kv, ids, starts=None, *, steps=32, **options):
     """Train the queries on a prompt, and let the model use them inside the `with` block.
 
     kv: from `prefill`. starts: the first positions of the spans to train on, by default all.
@@ -259,7 +267,7 @@ def adapt(model, kv, ids, starts=None, *, steps=32, show_progress=False, **optio
         starts = torch.arange(len(ids) - options.get("n", 128))
     with trainable_queries(model) as weights:
         losses = train_queries(model, weights, kv, ids, starts, steps=steps, **options)
-        bar = tqdm(losses, total=steps, unit="step", desc="adapting", disable=not show_progress)
+        bar = tqdm(losses, total=steps, unit="step", desc="adapting")
         for loss in bar:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         yield weights
@@ -267,12 +275,13 @@ def adapt(model, kv, ids, starts=None, *, steps=32, show_progress=False, **optio
 
 @torch.no_grad()
 def answer(model, caches, T, question, n, limit=None):
-    """Decode greedily: yield n token ids after a question that follows T cached positions.
+    """Answer a question about the T tokens of a prompt, greedily: yield n token ids.
 
-    question: token ids, at least one. limit: the vocabulary size without padding.
+    caches: from `prefill`. question: token ids, at least one. limit: the vocabulary size without
+    padding.
     """
     for cache in caches:
-        cache.length = T  # remove an earlier question and its answer from the cache
+        cache.length = T  # forget an earlier question and its answer
     ids = list(question)
     device = model.embed_tokens.weight.device
     for _ in range(n):
@@ -296,9 +305,8 @@ class AdaptConfig:
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
     lr: float = option(None, "learning rate; None: 1e-3 for a run, else 1e-5", least=0)
-    seed: int = option(1337, "with the text, draws the spans", least=0)
+    seed: int = option(1337, "draws the spans, together with the text", least=0)
     max_tokens: int = option(100, "longest answer")
-    save_queries: str = option("", "write the trained W_Q to a new file", metavar="FILE")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
     experiment: bool = option(False, "run experiments/ttt_context.py instead")
@@ -308,9 +316,6 @@ class AdaptConfig:
         cli.check_fields(self)
         if not self.prompt and not self.experiment:
             raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
-        path = Path(self.save_queries)
-        if self.save_queries and (os.path.lexists(path) or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"--save-queries {path}: give a new file in a folder you can write to")
 
 
 def encode_prompt(tokenizer, prompt, question=""):
@@ -346,50 +351,39 @@ def find_model(args):
     return run_folder.find_run(args.init)
 
 
-def compare(model, tokenizer, ids, question, args, lr):
-    """Answer before and after adapting. Return the answers, held-out losses and seconds.
+def compare(model, tokenizer, ids, question, args):
+    """Answer before and after training the queries. Return answers, held-out losses and seconds.
 
-    ids (T): the prompt. question: token ids. lr: the learning rate.
+    ids (T): the prompt. question: token ids. args: an AdaptConfig.
     """
     T = len(ids)
-    held_out, starts = split_spans(T, args.span)
-    options = {"n": args.span, "batch": args.batch_spans, "lr": lr, "seed": args.seed}
+    n = args.span
+    held_out, starts = split_spans(T, n)
     caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
     def evaluate():
-        """Return the loss on the held-out spans (None if there are none) and the answer."""
+        """Return the answer, and the loss on the held-out spans or None if there are none."""
         loss = None
         if len(held_out):
-            loss = span_loss(model, kv, ids, held_out, args.span).item()
+            loss = span_loss(model, kv, ids, held_out, n).item()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss on held-out spans is {loss}")
         tokens = answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab)
-        return loss, "".join(decode_stream(tokens, tokenizer))
+        return "".join(decode_stream(tokens, tokenizer)), loss
 
-    loss_before, answer_before = evaluate()
+    result = {"held_out_spans": len(held_out)}
+    result["plain"], result["held_out_before"] = evaluate()
+    options = {"n": n, "batch": args.batch_spans, "lr": args.lr, "seed": args.seed}
     start_time = time.perf_counter()
-    with adapt(model, kv, ids, starts, steps=args.steps, show_progress=True, **options) as weights:
-        seconds = time.perf_counter() - start_time
-        loss_after, answer_after = evaluate()
-        if args.save_queries:
-            state = {}
-            for i, weight in enumerate(weights):
-                state[f"layers.{i}.self_attn.q_proj.weight"] = weight.detach().cpu()
-            with files.atomic_write(args.save_queries) as file:
-                torch.save(state, file)
-    return {
-        "plain": answer_before,
-        "adapted": answer_after,
-        "held_out_spans": len(held_out),
-        "held_out_before": loss_before,
-        "held_out_after": loss_after,
-        "seconds": seconds,
-    }
+    with adapt(model, kv, ids, starts, steps=args.steps, **options):
+        result["seconds"] = time.perf_counter() - start_time
+        result["adapted"], result["held_out_after"] = evaluate()
+    return result
 
 
 def report(result):
-    """Print the result of a run: the answers, the held-out losses and the costs."""
+    """Print the answers, the held-out losses and the costs of a run."""
     print(f"--- as it is\n{result['plain']}")
     print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
     if result["held_out_spans"] == 0:
@@ -411,13 +405,13 @@ def run(args):
     """Adapt to --prompt. Print and return answers before and after, losses and costs."""
     from experiments import ttt_cost
 
-    # the prompt and the model
-    text = read_prompt(f"@{args.prompt}")
+    # load the prompt and the model
+    prompt = read_prompt(f"@{args.prompt}")
     device = distributed.pick_device(args.device)
     dtype = train.DTYPES[distributed.pick_dtype(args.dtype, device)]
     folder = find_model(args)
     model, tokenizer = train.load_model(folder, device, dtype)
-    context, question = encode_prompt(tokenizer, text, args.question)
+    context, question = encode_prompt(tokenizer, prompt, args.question)
     T = len(context)
     if T <= args.span:
         raise ValueError(
@@ -425,22 +419,22 @@ def run(args):
             f"give a longer text or a smaller --span"
         )
     ttt_cost.check_memory(model, T + args.max_tokens, args.span * args.batch_spans)
-    print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
-    block_size = model.config.block_size
-    if T + len(question) > block_size:
-        factor = (T + len(question)) / block_size
-        note = f"that is {factor:.1f} times the {block_size:,} tokens the model was trained on"
-        print(note, file=sys.stderr)
-    lr = args.lr
-    if lr is None:  # models from elsewhere have trained for longer and need smaller steps
-        lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
+    if args.lr is None:  # models from elsewhere have trained for longer and need smaller steps
+        args.lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
 
-    # the answers, and the FLOPs of the steps, also as tokens of thinking
-    ids = torch.tensor(context, device=device)
-    result = compare(model, tokenizer, ids, question, args, lr)
+    print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
+    limit = model.config.block_size
+    n_tokens = T + len(question)
+    if n_tokens > limit:
+        note = f"that is {n_tokens / limit:.1f} times the {limit:,} tokens the model was trained on"
+        print(note, file=sys.stderr)
+
+    # compare the answers, and convert the FLOPs of the steps to tokens of thinking
+    result = compare(model, tokenizer, torch.tensor(context, device=device), question, args)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
-    thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
-    result.update(context=T, lr=lr, steps=args.steps, flops=flops, thinking_tokens=thinking_tokens)
+    thinking_tokens = ttt_cost.thinking_tokens(model, n_tokens, flops)
+    result |= {"flops": flops, "thinking_tokens": thinking_tokens}
+    result |= {"context": T, "lr": args.lr, "steps": args.steps}
     report(result)
     return result
 

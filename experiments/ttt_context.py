@@ -1,22 +1,26 @@
 """When do queries trained on this context beat a change of temperature?
 
-Small models, trained on contexts of 96 tokens, answer questions about
-contexts of up to 3,072. In `records` length only dilutes attention; in
-`columns` the context alone shows which column is the key
-(experiments/ttt_sandbox.py). Each model exists with and without QK-norm. All
-variants answer the same questions from the same cache:
+Small models, trained on contexts of 96 tokens, answer questions about contexts
+of up to 3,072 tokens. A context is a list of records: a, b, value. A question
+gives a and b and asks for the value. There are two tasks:
+
+    records    the pair (a, b) decides on the value; length dilutes attention
+    columns    a alone decides, or b alone; only the context shows which one
+
+Each model exists with and without QK-norm. All variants answer the same
+questions from the same cache:
 
     in context            the model as it is
     log T                 logits times log T / log 96, without training
     fitted temperature    one factor per head, trained like the queries
     trained queries       the method, on this context
     foreign queries       trained on another context of the same kind
-    other-kind queries    of a context where the other column is the key
+    other-kind queries    on a context where the other column decides
     equal-FLOP thinking   majority of as many samples as cost the steps' FLOPs
 
-Learning rates are chosen on contexts of seed 0, which are not reported. The
-intervals are Student's t over models, paired by seed: a model's value is its
-mean over 4 contexts of 32 questions.
+Learning rates are chosen on contexts of seed 0, which are not reported. A
+model's value is its mean over 4 contexts of 32 questions. The intervals are
+Student's t over models, paired by seed.
 
     python ttt_context.py --experiment    five minutes on two CPU cores
 
@@ -26,7 +30,6 @@ writes results/ttt_context-cpu.json and .png.
 import itertools
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -45,7 +48,7 @@ from support import cli
 from ttt_context import prefill, train_queries, trainable_queries
 
 BASELINE = "fitted temperature"
-COLORS = {  # of the variants in the figure; log T is close to the fitted temperature
+COLORS = {  # in the figure, which leaves out log T: it is close to the fitted temperature
     "in context": "C7",
     "fitted temperature": "C1",
     "trained queries": "C3",
@@ -53,7 +56,6 @@ COLORS = {  # of the variants in the figure; log T is close to the fitted temper
     "other-kind queries": "C5",
     "equal-FLOP thinking": "C2",
 }
-CACHE = "out/ttt_context-study"  # results of the models that are done, until all are
 RECIPE = {
     "shape": {"n_layer": 2, "n_head": 2, "head_dim": 64, "n_embd": 64, "n_hidden": 128},
     "names": 256,  # tokens of a, and of b
@@ -63,7 +65,7 @@ RECIPE = {
     "lengths": [96, 768, 3072],
     "contexts": 4,
     "questions": 32,
-    "steps": 32,
+    "steps": 32,  # of training the queries or the temperatures
     "span": 128,
     "lrs": {
         "trained queries": [1e-3, 3e-3, 1e-2, 3e-2],
@@ -72,16 +74,17 @@ RECIPE = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# Asking
+# Asking. The needles of a question are the positions in the context that hold its answer.
 
 
 class QuestionCache:
-    """One layer's T frozen keys and values (Hkv, T, D), as the cache of Q questions after them.
+    """One layer's frozen keys and values (Hkv, T, D) of a context, for Q questions about it.
 
-    Leaves in `on_needles` (Q, H) how much each question's last token attends to `needles` (Q, T).
+    needles (Q, T): bool. `attend` sets `needle_attention` (Q, H) to the probability that the last
+    token of each question gives to its needles, if the layer has softmax attention.
     """
 
-    on_needles = None
+    needle_attention = None
 
     def __init__(self, k, v, needles):
         self.k = k
@@ -90,39 +93,42 @@ class QuestionCache:
         self.needles = needles
 
     def attend(self, module, heads):
-        q, k, v = heads  # (Q, H, n, D), twice (Q, Hkv, n, D)
+        """Return a layer's attention to the context and to the question so far, (Q, H, n, D)."""
+        q, k, v = heads  # of the questions' n tokens: (Q, H, n, D) and twice (Q, Hkv, n, D)
         Q, H, _, D = q.shape
         k = torch.cat([self.k.expand(Q, -1, -1, -1), k], dim=2)  # (Q, Hkv, T + n, D)
         v = torch.cat([self.v.expand(Q, -1, -1, -1), v], dim=2)
         if getattr(module.function, "has_logits", True):
-            keys = k.repeat_interleave(H // k.shape[1], dim=1)
-            scores = (q[:, :, -1:] @ keys.transpose(2, 3))[:, :, 0] * D**-0.5  # (Q, H, T + n)
-            p = scores.softmax(-1)[..., : self.length]
-            self.on_needles = (p * self.needles[:, None]).sum(-1)
+            # attention of the last token to the T positions of the context
+            keys = k.repeat_interleave(H // k.shape[1], dim=1)  # (Q, H, T + n, D)
+            scores = q[:, :, -1:] @ keys.transpose(2, 3) * D**-0.5  # (Q, H, 1, T + n)
+            p = scores.softmax(-1)[:, :, 0, : self.length]  # (Q, H, T)
+            self.needle_attention = (p * self.needles[:, None]).sum(-1)
         return module.function(q, k, v, **module.options)
 
 
 @torch.no_grad()
-def ask(model, kv, questions):
+def ask(model, kv, context):
     """Return the logits of the answers, (Q, V), and the attention to the needles, (Q, heads).
 
-    The heads are those of all layers with softmax attention.
+    kv: the frozen keys and values of each layer. The heads are those of all softmax layers.
     """
-    caches = [QuestionCache(k, v, questions.needles) for k, v in kv]
-    logits = model(questions.tokens, cache=caches)[:, -1]
-    on_needles = [cache.on_needles for cache in caches if cache.on_needles is not None]
-    return logits, torch.cat(on_needles, dim=1)
+    caches = [QuestionCache(k, v, context.needles) for k, v in kv]
+    logits = model(context.questions, cache=caches)[:, -1]
+    by_layer = [cache.needle_attention for cache in caches if cache.needle_attention is not None]
+    return logits, torch.cat(by_layer, dim=1)
 
 
-def score(model, kv, questions):
-    """Return the share of right answers, and how much the best head attends to the needle.
+def score(model, kv, context):
+    """Return the share of right answers, and how much the best head attends to the needles.
 
-    The best head attends most to it on average. margin: log(p / (1 - p)) of its attention p.
+    The best head is the one that attends most to them, on average over the questions. If p is its
+    attention, the margin is log(p / (1 - p)).
     """
-    logits, on_needles = ask(model, kv, questions)
-    is_right = logits.argmax(-1) == questions.answers
-    best_head = on_needles.mean(0).argmax()
-    p = on_needles[:, best_head].clamp(1e-9, 1 - 1e-6)  # (Q)
+    logits, needle_attention = ask(model, kv, context)
+    is_right = logits.argmax(-1) == context.answers
+    best_head = needle_attention.mean(0).argmax()
+    p = needle_attention[:, best_head].clamp(1e-9, 1 - 1e-6)  # (Q)
     return {
         "accuracy": is_right.float().mean().item(),
         "needle_attention": p.mean().item(),
@@ -130,16 +136,16 @@ def score(model, kv, questions):
     }
 
 
-def vote(model, kv, questions, n_samples, seed):
-    """Return the share of right answers by majority of n_samples sampled ones.
+def vote(model, kv, context, n_samples, seed):
+    """Return the share of right answers when the majority of n_samples sampled answers counts.
 
-    An answer is one token, so independent samples are draws from one distribution.
+    An answer is one token, so the samples can all be drawn from the same logits.
     """
-    p = ask(model, kv, questions)[0].softmax(-1)
+    logits, _ = ask(model, kv, context)
     generator = torch.Generator().manual_seed(seed)
-    sampled = torch.multinomial(p, n_samples, replacement=True, generator=generator)
+    sampled = torch.multinomial(logits.softmax(-1), n_samples, True, generator=generator)
     majority = sampled.mode(dim=1).values  # (Q)
-    return {"accuracy": (majority == questions.answers).float().mean().item()}
+    return {"accuracy": (majority == context.answers).float().mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,24 +154,26 @@ def vote(model, kv, questions, n_samples, seed):
 
 @contextmanager
 def temperatures(model, factor=1.0):
-    """Freeze all but one factor per head, which multiplies the queries after their norm.
+    """Freeze the model and multiply the queries of each head by a trainable factor.
 
-    Yields the logarithms of the factors, (H, 1) for each layer. At the end the model is as before.
+    Yields the logarithms of the factors, (H, 1) for each layer. The factors come after the QK-norm
+    if there is one, which would undo them. At the end of the block the model is as before.
     """
     with trainable_queries(model) as weights, ExitStack() as hooks:
-        logs = []
+        log_factors = []
         for layer, weight in zip(model.layers, weights):
             weight.requires_grad_(False)
-            log = torch.full((model.config.n_head, 1), math.log(factor), requires_grad=True)
+            log_factor = torch.full((model.config.n_head, 1), math.log(factor), requires_grad=True)
 
-            def scale(norm, x, q, log=log):  # q (B, T, H, D)
-                return (q * log.exp()).to(q.dtype)
+            def scale(norm, inputs, q, log_factor=log_factor):  # q (B, T, H, D)
+                return (q * log_factor.exp()).to(q.dtype)
 
             hooks.enter_context(layer.self_attn.q_norm.register_forward_hook(scale))
-            logs.append(log)
-        yield logs
+            log_factors.append(log_factor)
+        yield log_factors
 
 
+# what a variant trains: a context manager that yields the parameters
 TRAINED = {"trained queries": trainable_queries, "fitted temperature": temperatures}
 
 
@@ -174,13 +182,14 @@ def fit(model, variant, kv, ids, recipe, lr):
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
-        list(train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr))
+        steps = train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr)
+        list(steps)  # take them all
         return [w.detach().clone() for w in weights]
 
 
 @contextmanager
 def fitted(model, variant, parameters):
-    """Put a variant's parameters, from `fit`, into the model for this block."""
+    """Let the model have the parameters of a variant, from `fit`, inside the `with` block."""
     with TRAINED[variant](model) as weights, torch.no_grad():
         for weight, parameter in zip(weights, parameters):
             weight.copy_(parameter)
@@ -190,102 +199,102 @@ def fitted(model, variant, parameters):
 # --------------------------------------------------------------------------------------------------
 # The study
 
+# Contexts are numbered 0 to 3. In `columns`, a decides on the values in 0 and 1, and b in 2 and 3.
+SAME_KIND = [1, 0, 3, 2]  # another context where the same column decides
+OTHER_KIND = [2, 3, 0, 1]
+
 
 def make_context(task, recipe, T, seed, c):
-    """Return context number c of a seed, ids (T) and questions.
-
-    In `columns`, a is the key in contexts 0 and 1 of every four, b in 2 and 3.
-    """
+    """Return context number c of a seed."""
     generator = torch.Generator().manual_seed(10**6 * seed + 10 * T + c)
-    key_column = 1 + c // 2 % 2
-    arguments = (task, T, recipe, generator, recipe["questions"], key_column)
-    ids, _, questions = ttt_sandbox.make_context(*arguments)
-    return ids, questions
+    n_questions = recipe["questions"]
+    key_column = 0 if c < 2 else 1
+    return ttt_sandbox.make_context(task, T, recipe, generator, n_questions, key_column)
 
 
 def choose_rates(model, task, T, recipe):
     """Return {variant: its best learning rate on contexts of seed 0}, the smallest of equals."""
-    accuracies = {variant: dict.fromkeys(lrs, 0.0) for variant, lrs in recipe["lrs"].items()}
-    for c in (0, 2):
-        ids, questions = make_context(task, recipe, T, 0, c)
-        _, kv = prefill(model, ids)
-        for variant, by_lr in accuracies.items():
-            for lr in by_lr:
-                with fitted(model, variant, fit(model, variant, kv, ids, recipe, lr)):
-                    by_lr[lr] += score(model, kv, questions)["accuracy"]
-    return {variant: max(by_lr, key=by_lr.get) for variant, by_lr in accuracies.items()}
+    contexts = [make_context(task, recipe, T, 0, c) for c in (0, 2)]  # one of each kind
+    caches = [prefill(model, context.ids)[1] for context in contexts]
+    best_rates = {}
+    for variant, lrs in recipe["lrs"].items():
+        accuracies = dict.fromkeys(lrs, 0.0)  # sum over the contexts
+        for lr in lrs:
+            for context, kv in zip(contexts, caches):
+                parameters = fit(model, variant, kv, context.ids, recipe, lr)
+                with fitted(model, variant, parameters):
+                    accuracies[lr] += score(model, kv, context)["accuracy"]
+        best_rates[variant] = max(accuracies, key=accuracies.get)
+    return best_rates
 
 
 def compare_variants(model, task, T, recipe, seed):
-    """Return {variant: {score: [one per context], "seconds", "lr"}} of a model, task and length."""
+    """Compare the variants of a model on contexts of T tokens.
+
+    Returns {variant: {name of a score: [its value on each context], "lr": its learning rate}}.
+    """
     lrs = choose_rates(model, task, T, recipe)
     contexts = [make_context(task, recipe, T, seed, c) for c in range(recipe["contexts"])]
-    caches = [prefill(model, ids)[1] for ids, _ in contexts]
+    caches = [prefill(model, context.ids)[1] for context in contexts]
 
     # train on every context
-    seconds = {}
-    trained = {}
+    trained = {}  # {variant: [its parameters for each context]}
     for variant, lr in lrs.items():
-        start_time = time.perf_counter()
         trained[variant] = []
-        for (ids, _), kv in zip(contexts, caches):
-            trained[variant].append(fit(model, variant, kv, ids, recipe, lr))
-        seconds[variant] = time.perf_counter() - start_time
+        for context, kv in zip(contexts, caches):
+            trained[variant].append(fit(model, variant, kv, context.ids, recipe, lr))
 
-    # as many samples as cost the FLOPs of the steps; a sample is one token
+    # thinking gets as many samples, of one token each, as cost the FLOPs of the training
     n = min(recipe["span"], T // 2)
     flops = flops_of_spans(model, recipe["steps"] * n, T)
     n_samples = max(1, thinking_tokens(model, T, flops))
-    log_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
+    log_t_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
 
-    # ask about every context; contexts c and c ^ 1 are of one kind, c and c ^ 2 are not
-    scores = {}
-    for c, ((_, questions), kv) in enumerate(zip(contexts, caches)):
-        found = {"in context": score(model, kv, questions)}
-        with temperatures(model, log_factor):
-            found["log T"] = score(model, kv, questions)
+    # ask every variant about every context
+    results = {}
+    for c, (context, kv) in enumerate(zip(contexts, caches)):
+        found = {"in context": score(model, kv, context)}
+        with temperatures(model, log_t_factor):
+            found["log T"] = score(model, kv, context)
         with fitted(model, "fitted temperature", trained["fitted temperature"][c]):
-            found["fitted temperature"] = score(model, kv, questions)
-        trained_on = {"trained queries": c, "foreign queries": c ^ 1}
+            found["fitted temperature"] = score(model, kv, context)
+        trained_on = {"trained queries": c, "foreign queries": SAME_KIND[c]}
         if task == "columns":
-            trained_on["other-kind queries"] = c ^ 2
+            trained_on["other-kind queries"] = OTHER_KIND[c]
         for variant, other in trained_on.items():
             with fitted(model, "trained queries", trained["trained queries"][other]):
-                found[variant] = score(model, kv, questions)
-        found["equal-FLOP thinking"] = vote(model, kv, questions, n_samples, seed)
-        for variant, context_scores in found.items():
-            scores.setdefault(variant, []).append(context_scores)
+                found[variant] = score(model, kv, context)
+        found["equal-FLOP thinking"] = vote(model, kv, context, n_samples, seed)
 
-    results = {}
-    for variant, per_context in scores.items():
-        results[variant] = {name: [s[name] for s in per_context] for name in per_context[0]}
-        results[variant] |= {"seconds": seconds.get(variant, 0.0), "lr": lrs.get(variant)}
+        for variant, scores in found.items():
+            entry = results.setdefault(variant, {name: [] for name in scores})
+            for name, value in scores.items():
+                entry[name].append(value)
+    for variant, entry in results.items():
+        entry["lr"] = lrs.get(variant)
     return results
 
 
 def study_model(job):
-    """Train one model and compare the variants on it, unless that is in the disk cache.
+    """Train one model and compare the variants on it.
 
-    job: recipe, seed, norm. Returns {"task, norm, T: variant": scores}.
+    job: (recipe, seed, norm). Returns {"task, norm, T: variant": scores}.
     """
     recipe, seed, norm = job
-
-    def compute():
-        torch.set_num_threads(1)
-        model = ttt_sandbox.train_model(recipe, norm, seed)
-        results = {}
-        for task, T in itertools.product(TASKS, recipe["lengths"]):
-            for variant, scores in compare_variants(model, task, T, recipe, seed).items():
-                results[f"{task}, {norm}, {T}: {variant}"] = scores
-        return results
-
-    return harness.disk_cache(CACHE, list(job), compute)
+    torch.set_num_threads(1)
+    model = ttt_sandbox.train_model(recipe, norm, seed)
+    results = {}
+    for task, T in itertools.product(TASKS, recipe["lengths"]):
+        for variant, scores in compare_variants(model, task, T, recipe, seed).items():
+            results[f"{task}, {norm}, {T}: {variant}"] = scores
+    return results
 
 
 def summarize(jobs, results):
-    """Return variants and differences in the schema of results/, from what study_model returned.
+    """Return variants and differences in the schema of results/.
 
-    A variant is called "task, norm, T: variant" and has one run per seed.
+    results: what study_model returned for each job. A variant is called "task, norm, T: variant"
+    and has one run per seed.
     """
     variants = {}
     for (_, seed, _), result in zip(jobs, results):
@@ -306,16 +315,20 @@ def summarize(jobs, results):
 
 
 def plot(path, variants, lengths):
-    """Draw accuracy against length: a panel for each norm and task, a line for each variant."""
+    """Plot accuracy against length: a panel for each norm and task, a line for each variant."""
     figure, axes = harness.new_figure((9, 7), len(NORMS), len(TASKS))
     panels = itertools.product(NORMS, TASKS)
     for ax, (norm, task) in zip(axes.flat, panels):
         for variant, color in COLORS.items():
-            entries = [variants.get(f"{task}, {norm}, {T}: {variant}") for T in lengths]
-            if None in entries:  # `records` has no other kind
-                continue
-            values = [[run["value"] for run in entry["runs"]] for entry in entries]
-            means, half_widths = zip(*map(harness.mean_ci95, values))
+            if (task, variant) == ("records", "other-kind queries"):
+                continue  # there is only one kind of records
+            means = []
+            half_widths = []
+            for T in lengths:
+                runs = variants[f"{task}, {norm}, {T}: {variant}"]["runs"]
+                mean, half_width = harness.mean_ci95([run["value"] for run in runs])
+                means.append(mean)
+                half_widths.append(half_width)
             style = "o--" if variant in ("foreign queries", "other-kind queries") else "o-"
             options = {"fmt": style, "ms": 3, "capsize": 2, "color": color, "label": variant}
             ax.errorbar(lengths, means, half_widths, **options)
@@ -323,39 +336,33 @@ def plot(path, variants, lengths):
         ax.set(xlabel="context length in tokens", ylabel="accuracy")
         ax.set_xticks(lengths, lengths)
         ax.minorticks_off()
-    lines, labels = axes[0][-1].get_legend_handles_labels()  # `columns` has all variants
+    lines, labels = axes[0][-1].get_legend_handles_labels()  # of `columns`, with all variants
     figure.legend(lines, labels, loc="outside lower center", ncols=3)
     harness.save_figure(figure, path)
 
 
-def study(recipe, out):
-    """Train the models, ask them, and write ttt_context-cpu.json and .png to the folder `out`."""
-    harness.check_writable(out)
+def main(argv=None):
+    """Train the models, ask them, and write and print how the variants compare."""
+    out = harness.check_writable(harness.study_parser(__doc__).parse_args(argv).out)
     start_time = time.perf_counter()
-    jobs = [(recipe, seed, norm) for seed in recipe["seeds"] for norm in NORMS]
+    jobs = [(RECIPE, seed, norm) for seed in RECIPE["seeds"] for norm in NORMS]
     results = harness.parallel(study_model, jobs, workers=os.cpu_count(), label="models")
     variants, differences = summarize(jobs, results)
     record = {
         "question": "do queries trained on this context beat a fitted temperature?",
-        "metric": f"share of right answers, chance 1/{recipe['values']}; mean over contexts",
+        "metric": f"share of right answers, chance 1/{RECIPE['values']}; mean over contexts",
         "baseline": BASELINE,
         "variants": variants,
         "differences": differences,
-        "recipe": recipe,
+        "recipe": RECIPE,
         "seconds": time.perf_counter() - start_time,
     }
-    harness.save_json(Path(out) / "ttt_context-cpu.json", record)
-    plot(Path(out) / "ttt_context-cpu.png", variants, recipe["lengths"])
-    shutil.rmtree(CACHE, ignore_errors=True)
-    return record
+    harness.save_json(out / "ttt_context-cpu.json", record)
+    plot(out / "ttt_context-cpu.png", variants, RECIPE["lengths"])
 
-
-def main(argv=None):
-    args = harness.study_parser(__doc__).parse_args(argv)
-    record = study(RECIPE, args.out)
-    longest = str(RECIPE["lengths"][-1])
+    longest = RECIPE["lengths"][-1]
     print(f"right answers at {longest} tokens, compared with a {BASELINE}:")
-    for name, difference in record["differences"].items():
+    for name, difference in differences.items():
         setting, variant = name.split(": ")
         if setting.endswith(f", {longest}"):
             change = f"{difference['mean']:+.3f} +- {difference['half_width_95']:.3f}"

@@ -10,54 +10,61 @@ import torch
 
 
 def count_weights(model):
-    """Return how many numbers are in all matrices that a token is multiplied with."""
-    output_layer = model.embed_tokens.weight.numel()  # tied or not
+    """Return the number of weights that a token is multiplied with: all matrices of the model."""
+    output_layer = model.embed_tokens.weight.numel()  # of the same shape, tied or not
     return output_layer + sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
 
 
 def head_width(model):
-    """Return the width of all heads together, over all layers that have attention logits."""
-    attending = [getattr(x.self_attn.function, "has_logits", True) for x in model.layers]
-    return model.config.n_head * model.config.head_dim * sum(attending)
+    """Return the width of all query heads of all layers together.
+
+    Layers whose attention function takes no product of queries and keys do not count.
+    """
+    functions = [layer.self_attn.function for layer in model.layers]
+    n_layer = sum(getattr(function, "has_logits", True) for function in functions)
+    return n_layer * model.config.n_head * model.config.head_dim
 
 
 def flops_of_tokens(model, T, n):
-    """Return the FLOPs to generate n tokens after T; each sees all before it and itself."""
-    n_keys = n * T + n * (n + 1) // 2
+    """Return the FLOPs to generate n tokens after T; each attends to all before it and itself."""
+    n_keys = n * T + n * (n + 1) // 2  # sum of T + 1, ..., T + n
     return 2 * n * count_weights(model) + 4 * head_width(model) * n_keys
 
 
 def flops_of_spans(model, n_tokens, T):
-    """Return the FLOPs to train W_Q on n_tokens of spans, forward and backward, in a text of T.
+    """Return the FLOPs of training W_Q on n_tokens of spans of a text of T, forward and backward.
 
-    A token sees half the text on average.
+    A token attends to half the text on average.
     """
     n_layer = model.config.n_layer
     attention = model.layers[0].self_attn
-    kv = n_layer * (attention.k_proj.weight.numel() + attention.v_proj.weight.numel())
-    used = count_weights(model) - kv  # keys and values come from the cache
+    w_q = attention.q_proj.weight.numel()
+    w_kv = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+    used = count_weights(model) - n_layer * w_kv  # keys and values come from the cache
 
-    # linear layers: forward, and gradients of the inputs, but for the first W_Q; gradients of W_Q
-    first_q = attention.q_proj.weight.numel()
-    linear = 2 * used + 2 * (used - first_q) + 2 * n_layer * first_q
+    # per token: the linear layers forward, the gradients of their inputs, those of every W_Q;
+    # the input of the first W_Q needs no gradient
+    linear = 2 * used + 2 * (used - w_q) + 2 * n_layer * w_q
 
-    # attention: scores and outputs forward; scores, dp and dq backward
+    # per key: scores and outputs forward; scores, dp and dq backward
     n_keys = n_tokens * (T + 1) // 2
     return n_tokens * linear + (4 + 6) * head_width(model) * n_keys
 
 
 def thinking_tokens(model, T, flops):
     """Return how many tokens can be generated after T for at most so many FLOPs."""
-    most = int(flops // flops_of_tokens(model, T, 1))  # each later token costs more than the first
+    most = int(flops // flops_of_tokens(model, T, 1))  # later tokens cost more than the first
     counts = range(1, most + 1)
+    # binary search: flops_of_tokens grows with the count
     return bisect.bisect_right(counts, flops, key=lambda n: flops_of_tokens(model, T, n))
 
 
 def check_memory(model, n_tokens, n_span_tokens):
-    """Raise ValueError if the memory is too small for a prompt, and spans of so many tokens a step.
+    """Raise ValueError if there is too little memory for a prompt of n_tokens and for the training.
 
-    An estimate: keys, values and, of one layer at a time, activations of the prompt; activations of
-    the spans in every layer, for the backward pass.
+    n_span_tokens: the tokens of all spans of a step. This is an estimate. It counts the keys and
+    values of the prompt, its activations in one layer at a time, and the activations of the spans
+    in all layers, which the backward pass needs.
     """
     c = model.config
     kv = 2 * c.n_layer * c.n_kv_head * c.head_dim

@@ -1,11 +1,12 @@
 """The sandbox of experiments/ttt_context.py: contexts with questions, and models for them.
 
 A context is a list of records, three tokens each: a, b, value. In the task `records`, a and b
-together are the key that decides on the value. In `columns`, one of the two columns alone is the
-key, and only the context shows which one.
+together are the key, which decides on the value. In `columns`, the key is a alone or b alone, and
+only the context shows which one.
 
-Layers of the models alternate between `shift`, a short convolution that puts the tokens of a record
-together, and softmax attention without positions. So all that length does is dilute attention.
+Layers of the models alternate between `shift`, a short convolution that brings the tokens of a
+record together, and softmax attention without positions. So length does nothing but dilute
+attention.
 """
 
 import math
@@ -24,100 +25,106 @@ NORMS = ("no QK-norm", "QK-norm")
 # Contexts and questions
 
 
-class Questions(NamedTuple):
-    """Q questions about a context of T tokens."""
+class Context(NamedTuple):
+    """T tokens of records, and Q questions about them."""
 
-    tokens: torch.Tensor  # (Q, 2), a and b of a record
+    ids: torch.Tensor  # (T)
+    is_predictable: torch.Tensor  # (T) bool: values whose key has occurred before
+    questions: torch.Tensor  # (Q, 2), a and b of a record
     answers: torch.Tensor  # (Q), its value
-    needles: torch.Tensor  # (Q, T) bool, the positions in the context that hold the answer
+    needles: torch.Tensor  # (Q, T) bool: the positions in ids that hold the answer
 
 
-def make_context(task, n_tokens, recipe, generator, n_questions, key_column=1, n_keys=None):
-    """Return a context of at most n_tokens, and questions about it.
+def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n_keys=None):
+    """Return a random Context of at most n_tokens, with at most n_questions.
 
-    Returns ids (T), is_predictable (T) bool: values whose key has occurred before, and Questions.
-    key_column: 1 or 2, the column that is the key in `columns`. n_keys: by default half the number
-    of records. Questions on `records` are about keys that occur once.
+    key_column: in `columns`, 0 if a is the key and 1 if b is. n_keys: by default half the number of
+    records. Questions on `records` are about keys that occur once.
     """
 
     def choose(n, k):
+        """Return up to k different numbers below n."""
         return torch.randperm(n, generator=generator)[:k]
 
     def randint(high, *shape):
         return torch.randint(high, shape, generator=generator)
 
-    # keys and values, as numbers from 0
+    # the names a and b, the key and the value of each record, as numbers from 0, (n_records)
     names = recipe["names"]
     n_records = n_tokens // 3
     n_keys = n_keys or n_records // 2
     if task == "records":
+        # so few names that each is in several pairs: neither a nor b decides alone
         n_names = min(names, max(4, math.ceil(1.5 * n_keys**0.5)))
-        pairs = choose(n_names**2, n_keys)
-        key = pairs[randint(min(n_keys, n_names**2), n_records)]  # (n_records)
+        pairs = choose(n_names**2, n_keys)  # the pair (a, b) is the number a * n_names + b
+        key = pairs[randint(len(pairs), n_records)]
         a = key // n_names
         b = key % n_names
     else:
         n_names = names
         a = randint(min(n_keys, n_names), n_records)
         b = randint(min(n_keys, n_names), n_records)
-        key = a if key_column == 1 else b
-    value = randint(recipe["values"], int(key.max()) + 1)[key]
+        key = a if key_column == 0 else b
+    value_of_key = randint(recipe["values"], int(key.max()) + 1)
+    value = value_of_key[key]
 
     # tokens: a has the ids from 0, b those from `names`, values those from 2 `names`
     a_tokens = choose(names, n_names)[a]
     b_tokens = choose(names, n_names)[b] + names
     records = torch.stack([a_tokens, b_tokens, value + 2 * names], dim=1)  # (n_records, 3)
 
-    index = torch.arange(n_records)
-    first_index = torch.full((int(key.max()) + 1,), n_records)  # of each key
-    first_index = first_index.scatter_reduce(0, key, index, "amin")
+    # a value is predictable if an earlier record has the same key
+    has_same_key = key[:, None] == key  # (n_records, n_records)
     is_predictable = torch.zeros(n_records, 3, dtype=torch.bool)
-    is_predictable[:, 2] = index > first_index[key]
+    is_predictable[:, 2] = has_same_key.tril(-1).any(dim=1)
 
-    # questions; in `columns` about new pairs: the column that is no key is from another record
-    occurs_once = key.bincount()[key] == 1
-    candidates = index
+    # draw the records to ask about
+    candidates = torch.arange(n_records)
+    occurs_once = has_same_key.sum(dim=1) == 1
     if task == "records" and occurs_once.any():
-        candidates = occurs_once.nonzero()[:, 0]
-    chosen = candidates[choose(len(candidates), n_questions)]  # (Q)
-    question_tokens = records[chosen, :2]
+        candidates = candidates[occurs_once]
+    asked = candidates[choose(len(candidates), n_questions)]  # (Q)
+
+    questions = records[asked, :2]
+    answers = records[asked, 2]
+
+    # in `columns`, ask about new pairs: the name that is not the key comes from another record
     if task == "columns":
-        other_column = 2 - key_column
-        question_tokens[:, other_column] = records[randint(n_records, len(chosen)), other_column]
-    needles = torch.zeros(len(chosen), n_records, 3, dtype=torch.bool)
-    needles[..., 2] = key[chosen, None] == key
-    questions = Questions(question_tokens, records[chosen, 2], needles.flatten(1))
-    return records.flatten(), is_predictable.flatten(), questions
+        other_column = 1 - key_column
+        questions[:, other_column] = records[randint(n_records, len(asked)), other_column]
+
+    needles = torch.zeros(len(asked), n_records, 3, dtype=torch.bool)
+    needles[:, :, 2] = has_same_key[asked]
+    ids = records.flatten()
+    return Context(ids, is_predictable.flatten(), questions, answers, needles.flatten(1))
 
 
 def make_example(task, T, recipe, generator):
     """Return T + 1 ids to train on, a context and then answered questions, and is_predictable."""
     n_keys = int(torch.randint(3, T // 6, (), generator=generator))
-    key_column = 1 + int(torch.randint(2, (), generator=generator))
+    key_column = int(torch.randint(2, (), generator=generator))
     n_context = T + 1 - T // 6
-    ids, is_predictable, questions = make_context(
-        task, n_context, recipe, generator, T, key_column, n_keys
-    )
+    context = make_context(task, n_context, recipe, generator, T, key_column, n_keys)
 
-    # fill up with questions, repeated if need be
-    answered = torch.cat([questions.tokens, questions.answers[:, None]], dim=1)  # (Q, 3)
-    n_answered = math.ceil((T + 1 - len(ids)) / 3)
-    answered = answered.repeat(math.ceil(n_answered / len(answered)), 1)[:n_answered]
+    # fill up with answered questions, again from the first one if there are too few
+    answered = torch.cat([context.questions, context.answers[:, None]], dim=1)  # (Q, 3)
+    n_answered = math.ceil((T + 1 - len(context.ids)) / 3)
+    answered = answered[torch.arange(n_answered) % len(answered)]
     is_answer = torch.tensor([False, False, True]).repeat(n_answered)
-    ids = torch.cat([ids, answered.flatten()])
-    is_predictable = torch.cat([is_predictable, is_answer])
+    ids = torch.cat([context.ids, answered.flatten()])
+    is_predictable = torch.cat([context.is_predictable, is_answer])
     return ids[: T + 1], is_predictable[: T + 1]
 
 
 def permute_tokens(ids, recipe, generator):
-    """Permute the tokens of each column among themselves, differently in each sequence (B, T)."""
-    permutations = []
-    low = 0
+    """Rename the tokens of each column among themselves, differently in each sequence of (B, T)."""
+    new_ids = []  # of the tokens of each column, in each sequence
+    first_id = 0
     for size in (recipe["names"], recipe["names"], recipe["values"]):
-        permutation = torch.rand(len(ids), size, generator=generator).argsort(dim=1)
-        permutations.append(low + permutation)
-        low += size
-    return torch.cat(permutations, dim=1).gather(1, ids)
+        permutation = torch.rand(len(ids), size, generator=generator).argsort(dim=1)  # (B, size)
+        new_ids.append(first_id + permutation)
+        first_id += size
+    return torch.cat(new_ids, dim=1).gather(1, ids)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,15 +132,22 @@ def permute_tokens(ids, recipe, generator):
 
 
 def shift(q, k, v):
-    """Return in head h the value h + 1 positions back, whatever the query: a short convolution."""
+    """Return in head h the value h + 1 positions back, whatever the query: a short convolution.
+
+    q (B, H, n, D), v (B, Hkv, T, D) -> (B, H, n, D). The n queries are the last of T positions.
+    """
     _, H, n, _ = q.shape
-    length = n + H
-    v = v[:, :, -length:].repeat_interleave(H // v.shape[1], dim=1)
-    v = F.pad(v, (0, 0, length - v.shape[2], 0))  # (B, H, n + H, D)
-    return torch.stack([v[:, h, H - 1 - h : H - 1 - h + n] for h in range(H)], dim=1)
+    group = H // v.shape[1]  # heads per head of v
+    v = v[:, :, -(n + H) :]  # no head looks further back
+    v = F.pad(v, (0, 0, H, 0))  # zeros before the start
+    heads = []
+    for h in range(H):
+        start = v.shape[2] - n - (h + 1)  # h + 1 positions before the first query
+        heads.append(v[:, h // group, start : start + n])  # (B, n, D)
+    return torch.stack(heads, dim=1)
 
 
-shift.has_logits = False  # no product of queries and keys to count
+shift.has_logits = False  # there is no product of queries and keys, so no FLOPs to count
 
 
 def build_model(recipe, norm, seed):
@@ -146,12 +160,13 @@ def build_model(recipe, norm, seed):
         **recipe["shape"],
     )
     model = train.GPT(config)
-    config.attn = "shift,softmax"
+    config.attn = "shift,softmax"  # so that no kernel for softmax is used
     for i, layer in enumerate(model.layers):
         layer.self_attn.rope_inputs = ()
         if i % 2 == 0:
             layer.self_attn.function = shift
 
+    # weights of std 1 / sqrt(inputs), smaller where a layer adds to the residual stream
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -166,8 +181,8 @@ def build_model(recipe, norm, seed):
 def train_model(recipe, norm, seed):
     """Train a model on short contexts of both tasks.
 
-    In the first half of the steps only predictable values count, which is when the model learns to
-    look things up.
+    In the first half of the steps only predictable values count in the loss. This teaches the model
+    to look things up.
     """
     model = build_model(recipe, norm, seed)
     settings = recipe["train"]
@@ -176,7 +191,7 @@ def train_model(recipe, norm, seed):
     for i in range(settings["examples"]):
         examples.append(make_example(TASKS[i % 2], settings["tokens"], recipe, generator))
     ids = torch.stack([ids for ids, _ in examples])  # (examples, T + 1)
-    is_predictable = torch.stack([predictable for _, predictable in examples])
+    is_predictable = torch.stack([is_predictable for _, is_predictable in examples])
 
     lr = settings["lr"]
     n_steps = settings["steps"]

@@ -8,15 +8,15 @@ heads that share a KV head are rows of the same tiles, so K and V are read once 
     span_backward_kernel    p = exp(qk - lse),  ds = p * (do v^T - do . o),  dq = ds k / sqrt(D)
                             over one split; PyTorch sums the splits
 
-A span has too few rows to fill a GPU, so the keys are split in both directions (split-K), into as
+A span has too few rows to fill a GPU. So the keys are split in both directions (split-K), into as
 many splits as let all programs run at once. The grid has one axis: tile of rows (fastest), KV head,
-span, split, so programs that run together read the same keys, and the L2 serves all but the first.
+span, split. Programs that run together read the same keys, so the L2 serves all but the first.
 No gradient of k or v is computed, and there are no atomics: two runs are bit-equal.
 
-FLOPs: 4 forward and 6 backward times rows * keys * D; a stock backward takes 10. Traffic: k and v
+FLOPs: rows * keys * D, times 4 forward and 6 backward; a stock backward takes 10. Traffic: k and v
 once per KV head and span, and D float32 per row and split. One layer of Qwen3-4B, 128 queries and
 131,072 keys, on one H200: floor 0.35 + 0.52 ms (at 790 TFLOP/s), ours 0.56 + 0.66, stock attention
-0.85 (flash) + 2.47 (cuDNN); kernels/NOTES.md says how it got there.
+0.85 (flash) + 2.47 (cuDNN). kernels/NOTES.md says how it got there.
 Limits: D in WIDTHS; float32, float16 or bfloat16, summed in float32; a head has < 2^31 numbers.
 """
 
@@ -43,11 +43,12 @@ OTHERS = {
 # No tensor cores, so larger tiles spill registers
 FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
 INTERPRETER_SMS = 4  # so that there are splits to merge
-# These change from prompt to prompt; compile once for all values
+# These change from prompt to prompt; a kernel is compiled once for all their values
 SIZES = ["n", "HKV", "S", "split_size", "stride_k", "stride_v"]
 
 # --------------------------------------------------------------------------------------------------
-# Which rows and keys a program takes. A row is a query of one of the GROUP heads of a KV head.
+# Which rows and keys a program takes. A row is a query of one of the GROUP heads of a KV head:
+# row = (head in the group) * n + (query in the span).
 
 
 @triton.jit
@@ -70,17 +71,20 @@ def key_range(start, n, split, split_size, BLOCK_N: tl.constexpr):
     """Return the first key of a split, the first key that needs a mask, and the end of the keys.
 
     start: position of the span's first query, which sees start + 1 keys; the last sees start + n.
+
+        first ... masked     whole blocks of keys that all queries of the span see
+        masked ... end       keys that only some see, or fewer than a block
     """
     first = split * split_size
     end = tl.minimum(start + n, first + split_size)
-    end_unmasked = tl.minimum(start + 1, first + split_size)  # all queries see the keys before it
-    masked = first + tl.maximum(end_unmasked - first, 0) // BLOCK_N * BLOCK_N  # whole blocks
+    end_unmasked = tl.minimum(start + 1, first + split_size)
+    masked = first + tl.maximum(end_unmasked - first, 0) // BLOCK_N * BLOCK_N
     return first, masked, end
 
 
 @triton.jit
 def load_rows(ptr, rows, mask, D: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Load rows of D numbers, [rows, D]; with IS_MASKED, 0 where the mask is False."""
+    """Load rows of D numbers, [rows, D]. With IS_MASKED, rows whose mask is False become 0."""
     offs = rows[:, None] * D + tl.arange(0, D)[None, :]
     if IS_MASKED:
         x = tl.load(ptr + offs, mask=mask[:, None], other=0.0)
@@ -119,7 +123,7 @@ def span_forward_kernel(
     m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
 
-    # stage 0: whole blocks of keys that all rows see; stage 1: the rest, which needs masks
+    # stage 0: blocks of keys that all rows see; stage 1: the rest, which needs masks
     first_key, masked_key, end_key = key_range(start, n, split, split_size, BLOCK_N)
     for stage in tl.static_range(2):
         lo = first_key if stage == 0 else masked_key
@@ -132,7 +136,7 @@ def span_forward_kernel(
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
             if stage == 1:
                 qk = tl.where(offs_n[None, :] <= positions[:, None], qk, -float("inf"))
-            # -- online softmax; a row without a key so far takes any finite maximum --
+            # -- online softmax; for a row without a key so far, any finite maximum does --
             m_new = tl.maximum(m_i, tl.max(qk, 1))
             m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
             p = tl.exp2(qk - m_safe[:, None])
@@ -142,7 +146,7 @@ def span_forward_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             m_i = m_new
 
-    # a row without a key in this split has weight exp(-inf) = 0
+    # a row that sees no key of this split gets weight exp(-inf) = 0 in the merge
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     lse = tl.where(l_i == 0.0, -float("inf"), (m_i + tl.log2(l_safe)) * LN2)
     offs_out = (split.to(tl.int64) * S * HKV * n * GROUP + row_start) + rows
@@ -158,7 +162,10 @@ def merge_kernel(
     num_rows, num_splits,
     D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """o = sum_p exp(lse_p - lse) o_p, lse = log sum_p exp(lse_p), over the splits p"""
+    """o = sum_p exp(lse_p - lse) o_p, lse = log sum_p exp(lse_p), over the splits p
+
+    rows: of all spans and heads together.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < num_rows
     offs_d = tl.arange(0, D)[None, :]
@@ -217,7 +224,7 @@ def span_backward_kernel(
     scale = tl.cast(scale, tl.float32)
     dq = tl.zeros((BLOCK_M, D), tl.float32)
 
-    # stage 0: whole blocks of keys that all rows see; stage 1: the rest, which needs masks
+    # stage 0: blocks of keys that all rows see; stage 1: the rest, which needs masks
     first_key, masked_key, end_key = key_range(start, n, split, split_size, BLOCK_N)
     for stage in tl.static_range(2):
         lo = first_key if stage == 0 else masked_key
@@ -266,8 +273,8 @@ def split_keys(q, n_kv_head, starts, config, num_sms):
     """
     S, H, n, _ = q.shape
     tiles = triton.cdiv(H // n_kv_head * n, config["BLOCK_M"]) * n_kv_head  # of one span
-    total_keys = int(starts.sum()) + S * n  # over all spans
-    programs = max(num_sms // (tiles * S), 1) * tiles * S
+    total_keys = int(starts.sum()) + S * n  # sum over the spans of the keys each needs
+    programs = max(num_sms // (tiles * S), 1) * tiles * S  # a multiple of all tiles
     blocks = triton.cdiv(triton.cdiv(tiles * total_keys, programs), config["BLOCK_N"])
     split_size = blocks * config["BLOCK_N"]
     num_splits = triton.cdiv(int(starts.max()) + n, split_size)
@@ -275,7 +282,7 @@ def split_keys(q, n_kv_head, starts, config, num_sms):
 
 
 def copy_to_device(starts, q):
-    """Return starts as int32 on the device of q; pinned, so that the host does not wait."""
+    """Return starts as int32 on the device of q; pinned memory, so that the host does not wait."""
     starts = starts.to(torch.int32)
     if q.is_cuda:
         starts = starts.pin_memory().to(q.device, non_blocking=True)
@@ -286,9 +293,18 @@ def get_sizes(q, k, v, split_size):
     """Return the arguments of both span kernels after the tensors, up to the block sizes."""
     S, H, n, D = q.shape
     HKV = k.shape[0]
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    strides = (k.stride(0) // D, v.stride(0) // D)
-    return n, HKV, S, split_size, *strides, D**-0.5, H // HKV, D, precision
+    return {
+        "n": n,
+        "HKV": HKV,
+        "S": S,
+        "split_size": split_size,
+        "stride_k": k.stride(0) // D,
+        "stride_v": v.stride(0) // D,
+        "scale": D**-0.5,
+        "GROUP": H // HKV,
+        "D": D,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
 
 
 def forward(q, k, v, starts, config=None, num_sms=None):
@@ -300,18 +316,20 @@ def forward(q, k, v, starts, config=None, num_sms=None):
     config = config or get_config("forward", q)
     num_sms = num_sms or count_sms(q)
     split_size, num_splits, grid = split_keys(q, k.shape[0], starts, config, num_sms)
-    split_o = q.new_empty(num_splits, *q.shape, dtype=torch.float32)
-    split_lse = q.new_empty(num_splits, *q.shape[:3], dtype=torch.float32)
     starts = copy_to_device(starts, q)
     sizes = get_sizes(q, k, v, split_size)
-    span_forward_kernel[grid](q, k, v, starts, split_o, split_lse, *sizes, **config)
 
+    # attention over each split of the keys
+    split_o = q.new_empty(num_splits, *q.shape, dtype=torch.float32)
+    split_lse = q.new_empty(num_splits, *q.shape[:3], dtype=torch.float32)
+    span_forward_kernel[grid](q, k, v, starts, split_o, split_lse, **sizes, **config)
+
+    # merge the splits
     o = torch.empty_like(q)
     lse = torch.empty_like(split_lse[0])
-    D = q.shape[3]
-    rows = q.numel() // D
+    rows = lse.numel()
     grid = (triton.cdiv(rows, 16),)
-    merge_kernel[grid](split_o, split_lse, o, lse, rows, num_splits, D, 16, num_warps=4)
+    merge_kernel[grid](split_o, split_lse, o, lse, rows, num_splits, q.shape[3], 16, num_warps=4)
     return o, lse
 
 
@@ -320,10 +338,10 @@ def backward(do, q, k, v, starts, o, lse, config=None, num_sms=None):
     config = config or get_config("backward", q)
     num_sms = num_sms or count_sms(q)
     split_size, num_splits, grid = split_keys(q, k.shape[0], starts, config, num_sms)
-    split_dq = q.new_empty(num_splits, *q.shape, dtype=torch.float32)
     starts = copy_to_device(starts, q)
     sizes = get_sizes(q, k, v, split_size)
-    span_backward_kernel[grid](q, k, v, starts, o, do, lse, split_dq, *sizes, **config)
+    split_dq = q.new_empty(num_splits, *q.shape, dtype=torch.float32)
+    span_backward_kernel[grid](q, k, v, starts, o, do, lse, split_dq, **sizes, **config)
     return split_dq.sum(0).to(q.dtype)
 
 
@@ -397,7 +415,7 @@ def check_inputs(q, k, v, starts):
 
 
 def with_whole_rows(t):
-    """Return t (Hkv, T, D) as it is if its rows lie side by side, as in a view of a cache."""
+    """Return t (Hkv, T, D), copied unless its rows lie side by side, as in a view of a cache."""
     D = t.shape[2]
     if t.stride()[1:] == (D, 1) and t.stride(0) % D == 0:
         return t
@@ -405,10 +423,11 @@ def with_whole_rows(t):
 
 
 def span_attention(q, k, v, starts):
-    """Attend from S spans of n queries to one cache; row r of span s sees keys 0 ... starts[s] + r.
+    """Attend from S spans of n queries to T shared keys; return (S, H, n, D).
 
-    q (S, H, n, D), k and v (Hkv, T, D), which may be views of a longer cache, all of one dtype;
-    starts (S) integers on the CPU, starts + n <= T; D one of WIDTHS -> (S, H, n, D).
+    q (S, H, n, D). Query r of span s sees the keys 0 ... starts[s] + r.
+    k and v (Hkv, T, D): of the dtype of q; they may be views of a longer cache. D is in WIDTHS.
+    starts (S): integers on the CPU, with starts + n <= T.
     Differentiable once, and in q alone: k and v are constants.
     """
     check_inputs(q, k, v, starts)

@@ -31,7 +31,8 @@ def check_kernel(S, H, Hkv, n, T, D, starts, dtype, config=None, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     q, do = torch.randn(2, S, n, H, D, generator=generator).to(dtype).to(DEVICE).transpose(2, 3)
-    k, v = torch.randn(2, Hkv, T + 9, D, generator=generator).to(dtype).to(DEVICE)[:, :, :T]
+    kv = torch.randn(2, Hkv, T + 9, D, generator=generator).to(dtype).to(DEVICE)
+    k, v = kv[:, :, :T]
     starts = torch.tensor(starts)
 
     def by_definition(dtype):
@@ -110,7 +111,9 @@ def test_any_number_of_splits_gives_the_same_sum():
         dq = kernel.backward(do, q, k, v, starts, o, lse, config, num_sms)
         assert torch.allclose(o, truth, atol=1e-5)
         assert torch.allclose(dq, dq_truth, atol=1e-4)
-    assert min(counts) == 1 and max(counts) == 8 and len(counts) == 3, counts
+    assert len(counts) == 3
+    assert min(counts) == 1
+    assert max(counts) == 8
 
 
 def test_lse_is_the_natural_logarithm():
@@ -118,10 +121,10 @@ def test_lse_is_the_natural_logarithm():
     k = torch.randn(2, 30, 16, device=DEVICE)
     starts = torch.tensor([0, 25])
     _, lse = kernel.forward(q, k, k, starts)
-    for s, h, r in ((0, 0, 0), (1, 3, 4), (0, 2, 3)):
-        seen = starts[s] + r + 1
-        scores = k[h // 2, :seen] @ q[s, h, r] / 4
-        assert torch.allclose(lse[s, h, r], scores.logsumexp(0), atol=1e-5)
+    for span, head, row in ((0, 0, 0), (1, 3, 4), (0, 2, 3)):
+        n_keys = starts[span] + row + 1
+        scores = k[head // 2, :n_keys] @ q[span, head, row] / 4
+        assert torch.allclose(lse[span, head, row], scores.logsumexp(0), atol=1e-5)
 
 
 def test_differentiable_in_q_alone_and_only_once():
@@ -132,14 +135,16 @@ def test_differentiable_in_q_alone_and_only_once():
     starts = torch.tensor([30, 3])
     o = kernel.span_attention(q, k, v, starts)
     truth = ttt_context.reference(q, k, v, starts)
-    (ours,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
     (expected,) = torch.autograd.grad(truth.square().sum(), q)
-    assert torch.allclose(ours, expected, atol=1e-4)
+    assert torch.allclose(dq, expected, atol=1e-4)
     with pytest.raises(RuntimeError):  # a second derivative: an error, not a wrong number
-        ours.sum().backward()
+        dq.sum().backward()
     o = kernel.span_attention(q, k, v, starts)
     o.sum().backward()
-    assert k.grad is None and v.grad is None and q.grad is not None
+    assert q.grad is not None
+    assert k.grad is None
+    assert v.grad is None
 
 
 def test_operators_are_sound():

@@ -1,0 +1,202 @@
+"""The sandbox of the query-only experiment: contexts with questions, and models for them."""
+
+import copy
+
+import pytest
+import torch
+
+import train
+from experiments import ttt_cost
+from experiments import ttt_sandbox as sandbox
+
+RECIPE = {
+    "shape": {"n_layer": 2, "n_head": 2, "head_dim": 16, "n_embd": 32},
+    "names": 16,
+    "values": 4,
+    "train": {"steps": 2, "batch": 4, "tokens": 48, "lr": 1e-2, "examples": 8},
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Contexts
+
+
+def column_a_is_the_key(records):
+    """Return whether equal names in the first column always come with equal values."""
+    names = {a for a, _, _ in records}
+    named_values = {(a, value) for a, _, value in records}
+    return len(named_values) == len(names)
+
+
+@pytest.mark.parametrize("key_column", [0, 1])
+@pytest.mark.parametrize("task", sandbox.TASKS)
+def test_the_key_of_a_record_decides_its_value(task, key_column):
+    context = sandbox.make_context(task, 600, RECIPE, generator(key_column), 12, key_column)
+    records = context.ids.view(-1, 3).tolist()
+    assert len(records) == 200
+    assert len(context.questions) == 12
+
+    def key_of(a, b):
+        if task == "records":
+            return a, b
+        return a if key_column == 0 else b
+
+    # the first record with a key shows its value; in later ones the value is predictable
+    values = {}
+    for record, is_predictable in zip(records, context.is_predictable.view(-1, 3).tolist()):
+        a, b, value = record
+        assert a < 16 <= b < 32 <= value < 36
+        key = key_of(a, b)
+        assert is_predictable == [False, False, key in values]
+        assert values.setdefault(key, value) == value
+    assert len(set(values.values())) > 1
+    assert context.is_predictable.any()
+
+    # the needles of a question are the values of all records with its key
+    asked = []
+    for i in range(12):
+        a, b = context.questions[i].tolist()
+        answer = int(context.answers[i])
+        needles = context.needles[i].tolist()
+        asked.append([a, b, answer])
+        key = key_of(a, b)
+        assert answer == values[key]
+        has_key = [key_of(a, b) == key for a, b, _ in records]
+        assert needles[2::3] == has_key
+        assert sum(needles) == sum(has_key), "only values are needles"
+        if task == "records":
+            assert sum(has_key) == 1
+    if task == "columns":
+        assert any(record not in records for record in asked), "new combinations of names"
+
+
+def test_examples_end_in_answered_questions():
+    n_context = 81  # of 97 tokens; five questions of three tokens and one more token follow
+    for i in range(20):
+        task = sandbox.TASKS[i % 2]
+        ids, is_predictable = sandbox.make_example(task, 96, RECIPE, generator(i))
+        assert len(ids) == len(is_predictable) == 97
+        is_answer = is_predictable[n_context:96].view(5, 3).tolist()
+        assert is_answer == [[False, False, True]] * 5
+        records = ids[:n_context].view(-1, 3).tolist()
+        for a, b, value in ids[n_context:96].view(5, 3).tolist():
+            if task == "records":
+                assert [a, b, value] in records
+            else:
+                values = {record[2] for record in records if a == record[0] or b == record[1]}
+                assert value in values, "of a record with one of the two names"
+
+    key_columns = set()
+    for i in range(9):
+        ids, _ = sandbox.make_example("columns", 96, RECIPE, generator(i))
+        records = ids[:n_context].view(-1, 3).tolist()
+        key_columns.add(column_a_is_the_key(records))
+    assert key_columns == {True, False}, "either column may be the key"
+
+
+def test_renamed_tokens_stay_equal_where_they_were():
+    examples = [sandbox.make_example("records", 96, RECIPE, generator(i))[0] for i in range(3)]
+    ids = torch.stack(examples)
+    permuted = sandbox.permute_tokens(ids, RECIPE, generator())
+    for before, after in zip(ids, permuted):
+        assert not torch.equal(before, after)
+        is_equal_before = before[:, None] == before
+        is_equal_after = after[:, None] == after
+        assert torch.equal(is_equal_before, is_equal_after)
+    for low, high in ((0, 16), (16, 32), (32, 36)):  # the tokens of each column
+        in_column = (ids >= low) & (ids < high)
+        assert in_column.any()
+        assert torch.equal(in_column, (permuted >= low) & (permuted < high))
+    permuted = sandbox.permute_tokens(ids[:1].repeat(2, 1), RECIPE, generator())
+    assert not torch.equal(permuted[0], permuted[1]), "different names in each sequence"
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_shift_looks_back():
+    q = torch.randn(3, 4, 5, 8, generator=generator())
+    k, v = torch.randn(2, 3, 2, 14, 8, generator=generator())
+    y = sandbox.shift(q, k, v)  # the 5 queries are at positions 9 to 13
+    for h in range(4):
+        for i in range(5):
+            assert torch.equal(y[:, h, i], v[:, h // 2, 9 + i - (h + 1)])
+    start = sandbox.shift(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "before the start"
+
+
+@pytest.mark.parametrize("norm", sandbox.NORMS)
+def test_models_alternate_and_know_no_positions(norm):
+    model = sandbox.build_model(RECIPE, norm, 1)
+    functions = [layer.self_attn.function for layer in model.layers]
+    assert functions == [sandbox.shift, train.softmax_attention]
+    assert isinstance(model.layers[1].self_attn.q_norm, train.RMSNorm) == (norm == "QK-norm")
+    attention = model.layers[1].self_attn
+    x = torch.randn(1, 7, 32, generator=generator())
+    cos, sin = train.rope_angles(3, 7, 16, 1e4, "cpu")
+    y = attention(x, cos, sin)
+    assert torch.equal(y, attention(x, torch.ones_like(cos), torch.zeros_like(sin)))
+
+    # one more key costs 4 FLOPs per channel of the one layer that attends
+    one_more_key = ttt_cost.flops_of_tokens(model, 11, 1) - ttt_cost.flops_of_tokens(model, 10, 1)
+    assert one_more_key == 4 * 2 * 16
+
+    same_seed = sandbox.build_model(RECIPE, norm, 1)
+    other_seed = sandbox.build_model(RECIPE, norm, 2)
+    weight = model.embed_tokens.weight
+    assert torch.equal(weight, same_seed.embed_tokens.weight)
+    assert not torch.equal(weight, other_seed.embed_tokens.weight)
+
+
+def test_training_lowers_the_loss():
+    recipe = copy.deepcopy(RECIPE)
+    recipe["train"] |= {"steps": 60, "batch": 16, "examples": 64}
+    ids, predictable = sandbox.make_example("records", 48, recipe, generator(77))
+    targets = ids[1:].masked_fill(~predictable[1:], -1)[None]
+    losses = []
+    for steps in (1, 60):
+        recipe["train"]["steps"] = steps
+        model = sandbox.train_model(recipe, "QK-norm", 1)
+        losses.append(model(ids[None, :-1], targets).item())
+        assert not model.training
+    assert losses[1] < losses[0] - 0.2, losses
+
+
+class Recorder(torch.nn.Module):
+    """Records what it is trained on and how far each step moves its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.targets = []
+        self.values = []
+
+    def forward(self, ids, targets):
+        self.targets.append(targets)
+        self.values.append(self.w.item())
+        return self.w
+
+
+def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkeypatch):
+    model = Recorder()
+    monkeypatch.setattr(sandbox, "build_model", lambda *args: model)
+    recipe = copy.deepcopy(RECIPE)
+    recipe["train"]["steps"] = 40
+    sandbox.train_model(recipe, "QK-norm", 1)
+    shares = [(targets >= 0).float().mean().item() for targets in model.targets]
+    assert all(0.1 < share < 0.4 for share in shares[:20]), "a third of the tokens are values"
+    assert shares[20:] == [1.0] * 20
+    values = model.targets[0][model.targets[0] >= 0]
+    assert (values >= 2 * recipe["names"]).all(), "nothing but values is predictable"
+
+    # Adam moves a weight of constant gradient by the learning rate
+    moved = [a - b for a, b in zip(model.values, model.values[1:])]
+    assert max(moved) == pytest.approx(1e-2, rel=0.2)
+    assert moved.index(max(moved)) < 10
+    assert moved[0] < 1e-3
+    assert moved[-1] < 1e-3
