@@ -256,11 +256,16 @@ def band_and_chain(p, group):
 def local_param(p, group, state):
     """Return the LocalParam of p, which has a gradient."""
     band, chain = band_and_chain(p, group)
-    shard = to_local(p)
+    shard = p
+    grad = p.grad
+    if isinstance(p, DTensor):
+        shard = p.to_local()
+        grad = grad.to_local()
+        state = {name: to_local(tensor) for name, tensor in state.items()}
     return LocalParam(
         p=shard.contiguous(),
-        grad=to_local(p.grad).contiguous(),
-        state={name: to_local(tensor) for name, tensor in state.items()},
+        grad=grad.contiguous(),
+        state=state,
         band=band,
         chain=chain,
         is_adam=p.dim() < 2,
