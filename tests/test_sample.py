@@ -133,10 +133,10 @@ def test_decoder_runs_a_step_ahead_and_starts_over():
     decoder = sample.CUDAGraphDecoder(model, 16)
     for _ in range(2):
         tokens = [decoder.prefill([5, 6, 7])]
-        tokens += [decoder.next(more=True) for _ in range(5)]
+        tokens += [decoder.next(start_following=True) for _ in range(5)]
         assert tokens == expected[:6]
         assert int(decoder.length) == 3 + 6, "one step ahead of the 5 tokens read"
-    tokens += [decoder.next(more=i < 6) for i in range(7)]
+    tokens += [decoder.next(start_following=i < 6) for i in range(7)]
     assert tokens == expected and decoder.in_flight is None
     with pytest.raises(ValueError, match="softmax attention, not softmax,two_windows"):
         sample.CUDAGraphDecoder(small_gpt(attn="softmax,two_windows"), 16)
