@@ -28,7 +28,8 @@ import torch
 
 import sample
 import train
-from experiments.harness import check_writable, save_json, study_parser
+from experiments.harness import check_writable, study_parser
+from experiments.provenance import save_json
 from support import cli, distributed, run_folder
 
 WARMUP = 5  # prompts and tokens that are not timed
@@ -191,7 +192,7 @@ def main(argv=None):
         "models": models,
         "seconds": time.perf_counter() - start_time,
     }
-    save_json(out / "bench_decode.json", record)
+    save_json(out / "bench_decode.json", record, "experiments.bench_decode")
     return record
 
 

@@ -29,7 +29,8 @@ import torch
 from tqdm import tqdm
 
 import train
-from experiments.harness import check_writable, save_json, study_parser
+from experiments.harness import check_writable, study_parser
+from experiments.provenance import save_json
 from support import cli, cuda_graph, distributed, plugins
 from support.distributed import print0, rank
 
@@ -199,7 +200,7 @@ def main(argv=None):
             shapes.setdefault(shape, {})[f"{name}, {kind} on {n}"] = row
     record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - start_time
     if rank() == 0:
-        save_json(path, record)
+        save_json(path, record, "experiments.bench_train", "laser", "simplicial", "sonew")
     return record
 
 

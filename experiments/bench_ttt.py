@@ -23,7 +23,8 @@ import torch
 import sample
 import train
 from experiments.bench_decode import random_model, timed
-from experiments.harness import check_writable, save_json, study_parser
+from experiments.harness import check_writable, study_parser
+from experiments.provenance import save_json
 from experiments.ttt_cost import flops_of_spans, thinking_tokens
 from support import cli, distributed
 from ttt_context import prefill, split_spans, train_queries, trainable_queries
@@ -100,7 +101,7 @@ def main(argv=None):
     for name, row in record["thinking"].items():
         thinking = f"{row['tokens']:,} tokens of thinking ({name}) in {row['seconds']:.2f} s"
         print(f"{thinking}, {row['over_steps']:.1f} times as long")
-    save_json(out / "ttt_context-bench.json", record)
+    save_json(out / "ttt_context-bench.json", record, "experiments.bench_ttt")
     return record
 
 

@@ -1,42 +1,45 @@
-"""What studies share: runs, sweeps, paired confidence intervals, a disk cache, JSON and figures.
+"""What studies share: runs, sweeps, paired confidence intervals, a disk cache and figures.
 
     compare("laser", question, {"softmax": "--attn softmax", "LASER": "--attn laser"}, "softmax")
 
 trains each variant at every learning rate of a grid on one seed, then at its best rate on other
 seeds, and reports the differences to the baseline with 95% confidence intervals. Finished runs are
-cached on disk, so an interrupted study resumes where it stopped.
+cached on disk, so an interrupted study resumes where it stopped, and studies share their runs.
 """
 
 import csv
 import hashlib
-import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
-import platform
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import train
+from experiments.provenance import REPOSITORY, code_hashes, plugin_modules, save_json
 from support.cli import Parser
 from support.files import atomic_write, write_json
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-METRIC = "val_loss"  # of language models
-SWEEP_SEED = 100  # learning rates are chosen on a seed that is not used afterwards
+# Language models: 26 M parameters, 49 M bytes of Python source
+FLAGS = "--model small --data python --steps 1500 --eval-every 300 --eval-batches 100"
+RATES = (5e-4, 1.5e-3, 4.5e-3)  # swept on a seed that is not used afterwards
+SWEEP_SEED = 100
+SEEDS = (1, 2, 3, 4, 5)
+METRIC = "held-out loss, nats per byte"
+CACHE = Path("out", "studies")
 
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
 T_95 = [
@@ -69,16 +72,6 @@ def paired_difference(runs, baseline_runs):
 # -- cached and parallel work ----------------------------------------------------------------------
 
 
-def code_fingerprint():
-    """Return a hash of all source files that the result of a run depends on."""
-    digest = hashlib.sha256()
-    for folder in ("", "kernels", "support"):
-        for path in sorted((REPOSITORY / folder).glob("*.py")):
-            if path.name not in ("test_all.py", "sample.py"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def disk_cache(folder, key, compute):
     """Return the cached result for this key, or else call compute() and cache its result.
 
@@ -97,7 +90,8 @@ def run_train(flags, cache=None):
     flags: one string, as on the command line. cache: folder of the disk cache; None: no cache.
     """
     if cache is not None:
-        return disk_cache(cache, [flags, code_fingerprint()], partial(run_train, flags))
+        code = code_hashes("train", *plugin_modules(flags))
+        return disk_cache(cache, [flags, code], partial(run_train, flags))
     start_time = time.perf_counter()
     Path("out").mkdir(exist_ok=True)  # runs under out/ share one token cache
     with tempfile.TemporaryDirectory(dir="out", prefix="study-") as out:
@@ -116,24 +110,24 @@ def run_train(flags, cache=None):
 def start_worker(gpu_queue, threads):
     """Set up a worker process: assign it one GPU, or else a share of the CPU cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    sys.stderr = open(os.devnull, "w")  # the parent has a progress bar
     if gpu_queue is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_queue.get()
     torch.set_num_threads(threads)
 
 
-def parallel(function, jobs, workers=None, minutes=None, label="runs"):
+def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs"):
     """Return [function(job) for job in jobs], computed by one process per visible GPU or CPU core.
 
-    function must be importable, and jobs and results are pickled. After `minutes` no further job
-    is started, and TimeoutError is raised once the running ones are done. With a disk cache inside
-    `function`, the next call resumes there.
+    function must be importable, and jobs and results are pickled. After the deadline, a value of
+    time.monotonic(), no further job is started, and TimeoutError is raised once the running ones
+    are done. With a disk cache inside `function`, the next call resumes there.
     """
     gpus = []
     if torch.cuda.is_available():
         default = ",".join(map(str, range(torch.cuda.device_count())))
         gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or default).split(",")
     workers = min(workers or len(gpus) or os.cpu_count(), len(jobs))
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     # each worker takes one GPU from the queue
     context = multiprocessing.get_context("spawn")
@@ -171,16 +165,16 @@ def parallel(function, jobs, workers=None, minutes=None, label="runs"):
 
 
 def run_variant(job):
-    """Train one variant and return its run; job: {variant, flags, cache, lr, seed}."""
+    """Train one variant and return its run; job: {variant, flags, lr, seed}."""
     flags = f"{job['flags']} --lr {job['lr']:g} --seed {job['seed']}"
-    result = run_train(flags, job["cache"])
+    result = run_train(flags, CACHE)
+    run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}
     evaluated = [row for row in result["history"] if "val_loss" in row]
-    run = {"seed": job["seed"], "lr": job["lr"], "value": result[METRIC]}
-    run["curve"] = [[int(row["step"]), row[METRIC]] for row in evaluated]
+    run["curve"] = [[int(row["step"]), row["val_loss"]] for row in evaluated]
     return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
 
 
-def sweep(make_job, names, rates, minutes=None, max_extensions=3):
+def sweep(make_job, names, rates, deadline=float("inf"), max_extensions=3):
     """Return {variant: [run at each rate]}; the grid grows until each best rate lies inside it.
 
     make_job(variant, rate, seed) -> job. rates: ascending; all variants get the same grid.
@@ -189,7 +183,7 @@ def sweep(make_job, names, rates, minutes=None, max_extensions=3):
     new_rates = list(rates)
     for _ in range(max_extensions + 1):
         jobs = [make_job(name, rate, SWEEP_SEED) for name in names for rate in new_rates]
-        for job, run in zip(jobs, parallel(run_variant, jobs, minutes=minutes, label="sweep")):
+        for job, run in zip(jobs, parallel(run_variant, jobs, deadline=deadline, label="sweep")):
             runs[job["variant"]].append(run)
         for name in names:
             runs[name].sort(key=lambda run: run["lr"])
@@ -214,45 +208,44 @@ def compare(
     question,
     variants,
     baseline,
-    flags="--model small --data python --steps 3000 --eval-batches 100",
-    rates=(5e-4, 1e-3, 2e-3),
-    seeds=(1, 2, 3, 4, 5),
+    seeds=SEEDS,
+    flags=FLAGS,
+    rates=RATES,
     out="results",
     minutes=None,
 ):
     """Run a study of language models, write its JSON and figure, and return the record.
 
-    variants: {name: flags that differ}. rates: grid of learning rates, swept on a seed of its own.
-    Raises TimeoutError after `minutes`; call again to continue.
+    variants: {name: flags that differ}. rates: grid of learning rates. Raises TimeoutError after
+    `minutes`; call again to continue.
     """
-    start_time = time.perf_counter()
-    cache = str(Path("out") / f"{name}-study")
     settings = {variant: f"{flags} {more}" for variant, more in variants.items()}
 
     def make_job(variant, lr, seed):
-        job = {"variant": variant, "flags": settings[variant], "cache": cache}
-        return {**job, "lr": lr, "seed": seed}
+        return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
 
     # find the learning rate of each variant, then run all seeds at it
-    swept = sweep(make_job, list(variants), rates, minutes)
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    swept = sweep(make_job, list(variants), rates, deadline)
     jobs = []
     for variant in variants:
         lr = best_rate(swept[variant])
         jobs += [make_job(variant, lr, seed) for seed in seeds]
     runs = {variant: [] for variant in variants}
-    for job, run in zip(jobs, parallel(run_variant, jobs, minutes=minutes, label="seeds")):
+    for job, run in zip(jobs, parallel(run_variant, jobs, deadline=deadline, label="seeds")):
         runs[job["variant"]].append(run)
 
     record = {"question": question, "metric": METRIC, "baseline": baseline}
-    record.update(variants={}, differences={})
+    record.update(seconds=0.0, variants={}, differences={})
     for variant in variants:
         entry = {"settings": settings[variant], "sweep": swept[variant], "runs": runs[variant]}
         record["variants"][variant] = entry
+        record["seconds"] += sum(run["seconds"] for run in swept[variant] + runs[variant])
         if variant != baseline:
             record["differences"][variant] = paired_difference(runs[variant], runs[baseline])
-    record["seconds"] = time.perf_counter() - start_time
-    save_json(Path(out) / f"{name}-gpu.json", record)
-    save_figure(plot_differences(record), Path(out) / f"{name}-gpu.png")
+    save_json(Path(out) / f"{name}-gpu.json", record, "train", "experiments.harness")
+    save_figure(plot_study(record), Path(out) / f"{name}-gpu.png")
+    print_differences(record)
     return record
 
 
@@ -270,29 +263,60 @@ def print_differences(record):
         print(line)
 
 
-def plot_differences(record):
-    """Plot the difference of each variant to the baseline, with its 95% confidence interval."""
+def print_gpu_result(name):
+    """Print what the GPU study in results/ found, if there is one."""
+    path = REPOSITORY / "results" / f"{name}-gpu.json"
+    if path.is_file():
+        record = json.loads(path.read_text())
+        print(f"\nresults/{path.name}, from `{record['command']}` on {record['hardware']}:")
+        print_differences(record)
+
+
+def evaluation_steps(runs):
+    return [step for step, _ in runs[0]["curve"]]
+
+
+def losses(runs):
+    """Return the held-out losses of all runs at their evaluations, (seeds, evaluations)."""
+    return [[loss for _, loss in run["curve"]] for run in runs]
+
+
+def plot_study(record):
+    """Plot the differences of language models to the baseline, over training and at the end."""
     names = list(record["differences"])
-    figure, axes = new_figure((7, 1.2 + 0.5 * len(names)))
+    figure, (left, right) = new_figure((11, 1.8 + 0.45 * len(names)), 1, 2)
+    baseline = record["variants"][record["baseline"]]["runs"]
     for i, name in enumerate(names):
+        # mean over seeds of the difference, if both were evaluated at the same steps
+        runs = record["variants"][name]["runs"]
+        if evaluation_steps(runs) == evaluation_steps(baseline):
+            differences = np.array(losses(runs)) - losses(baseline)  # (seeds, evaluations)
+            left.plot(evaluation_steps(runs), differences.mean(0), "o-", color=f"C{i}", label=name)
+
         d = record["differences"][name]
-        axes.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color=f"C{i}", capsize=4)
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(f"{record['metric']}: difference to {record['baseline']}, 95% interval")
+        right.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color=f"C{i}", capsize=4)
+    left.axhline(0, color="black", lw=0.8)
+    right.axvline(0, color="black", lw=0.8)
+    left.set(xlabel="step", ylabel=f"difference to {record['baseline']}")
+    left.legend(fontsize=8)
+    right.set_yticks(range(len(names)), names)
+    right.set_ylim(len(names) - 0.5, -0.5)
+    right.set_xlabel("at the end, with 95% interval")
+    figure.suptitle(record["metric"])
     return figure
 
 
 # -- command line and files ------------------------------------------------------------------------
 
 
-def study_parser(description, full=""):
-    """Return the parser of a study: --out, and --full if its help text `full` is given."""
+def study_parser(description, on_gpus=""):
+    """Return the parser of a study: --out, and --full for what runs on GPUs, if that is given."""
     parser = Parser(description=description)
     parser.add_argument("--out", default="results", help="folder of JSON and figure")
-    if full:
-        parser.add_argument("--full", action="store_true", help=full)
+    if on_gpus:
+        parser.add_argument("--full", action="store_true", help=f"run instead, on GPUs: {on_gpus}")
+        minutes = "with --full: stop after so many minutes; the same command continues"
+        parser.add_argument("--minutes", type=float, metavar="N", help=minutes)
     return parser
 
 
@@ -305,36 +329,6 @@ def check_writable(folder):
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot write in {folder} ({reason}); give another --out") from None
     return Path(folder)
-
-
-def provenance():
-    """Return what produced a result: command, commit, hardware and versions."""
-    script = os.path.relpath(os.path.realpath(sys.argv[0]), REPOSITORY)
-    command = shlex.join(["python", script, *sys.argv[1:]])
-    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    if torch.cuda.is_available():
-        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
-    return {"command": command, "commit": commit(), "hardware": hardware, "versions": versions}
-
-
-def commit():
-    """Return the git commit, with "-dirty" if Python files have changed since; None without git."""
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        diff = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True)
-    except OSError:  # git is not installed
-        return None
-    suffix = "-dirty" if diff.returncode else ""
-    return None if head.returncode else head.stdout.strip() + suffix
-
-
-def save_json(path, record):
-    """Write a result with its provenance as JSON. The record itself must contain "seconds"."""
-    write_json(path, {**provenance(), **record})
 
 
 def new_figure(size, *grid, **options):

@@ -1,4 +1,4 @@
-"""LASER on two CPU cores: does more gradient reach the logits where attention is peaked?
+"""LASER: does more gradient reach the logits where attention is peaked?
 
 Softmax attention passes p_j (v_j - out) to the logit of key j; LASER, with out' its own output,
 p_j (exp(v_j - out') - 1) for each channel. Both vanish with p_j, but LASER's is larger for keys
@@ -25,10 +25,11 @@ from experiments.harness import (
     new_figure,
     paired_difference,
     print_differences,
+    print_gpu_result,
     save_figure,
-    save_json,
     study_parser,
 )
+from experiments.provenance import save_json
 from laser import attention, causal_mask, reference
 from support import data
 
@@ -223,8 +224,12 @@ def add_task(record, task, settings, seeds, measure):
 
 
 def main(argv, description):
-    args = study_parser(description).parse_args(argv)
+    args = study_parser(description, on_gpus="GPTs with LASER and softmax").parse_args(argv)
     out = check_writable(args.out)
+    if args.full:
+        from experiments import language_models
+
+        return language_models.run("laser", out, args.minutes)
     record = {"question": "Where attention is peaked, does more gradient reach LASER's logits?"}
     record.update(metric="log10 of the gradient at the logits", baseline="softmax")
     record.update(variants={}, differences={})
@@ -249,11 +254,12 @@ def main(argv, description):
 
     record["numerics"] = numerics()
     record["seconds"] = time.perf_counter() - start_time
-    save_json(out / "laser-cpu.json", record)
+    save_json(out / "laser-cpu.json", record, "experiments.laser")
     save_figure(plot(record), out / "laser-cpu.png")
     print_differences(record)
     print("largest error in float32 of the rows before the last:")
     for case, errors in record["numerics"].items():
         paper = "not finite" if errors["paper"] is None else f"{errors['paper']:.1e}"
         print(f"  {case:20} paper's form {paper:>10}   ours {errors['ours']:.1e}")
+    print_gpu_result("laser")
     return record

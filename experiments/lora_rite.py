@@ -31,9 +31,9 @@ from experiments.harness import (
     paired_difference,
     print_differences,
     save_figure,
-    save_json,
     study_parser,
 )
+from experiments.provenance import save_json
 from lora_rite import LoRARITE
 from support import data
 from support.lora import adapter_groups, adapters, inject
@@ -186,7 +186,7 @@ def main(argv=None):
             record["differences"][name] = paired_difference(variant["runs"], baseline_runs)
     record["seconds"] = time.perf_counter() - start_time
 
-    save_json(out / "lora_rite-cpu.json", record)
+    save_json(out / "lora_rite-cpu.json", record, "experiments.lora_rite")
     save_figure(plot(record), out / "lora_rite-cpu.png")
     print_differences(record)
     return record

@@ -3,27 +3,26 @@
 python experiments/report.py            write README.md and results/README.md
 python experiments/report.py --check    write nothing, list what is outdated
 
-A result is outdated if the code that it depends on has changed since the
-commit that it records. --check then ends with status 2.
+A result is outdated if code that it depends on has changed since, other than
+in comments, docstrings and format. --check then ends with status 2.
 """
 
 import json
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
+from experiments.provenance import code_hash
 from support.cli import Parser, run_main
 from support.files import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
 STUDIES = ["laser", "simplicial", "sonew", "lora_rite", "ttt_context", "all"]
-CORE = ["train.py", "support"]
 # A study with many differences: how the variants' names end that README.md shows
 HEADLINES = {"ttt_context-cpu": "3072: trained queries"}
 BEGIN = "<!-- tables: python experiments/report.py -->"
@@ -190,24 +189,17 @@ def results_readme(records):
 # -- what is outdated ------------------------------------------------------------------------------
 
 
-def dependencies(name):
-    """Return the source files that a result depends on."""
-    if name == "kernels":
-        return ["kernels"]
-    if name.startswith("bench_"):
-        return [*CORE, "kernels", "sample.py", *(f"{study}.py" for study in STUDIES[:4])]
-    study = name.rpartition("-")[0]
-    own = [f"{study}.py", f"experiments/{study}.py", f"kernels/{study}*.py"]
-    return [*CORE, *own, "experiments/harness.py"]
-
-
-def is_stale(name, record):
-    """Return whether the code behind a result has changed since, or its commit is unknown."""
+def changed_files(record):
+    """Return the source files that a result depends on and that have changed since it was made."""
     commit = record["commit"] or "unknown"
-    if commit.endswith("-dirty"):
-        return True
-    command = ["git", "-C", str(REPOSITORY), "diff", "--quiet", commit, "--", *dependencies(name)]
-    return subprocess.run(command, capture_output=True).returncode != 0
+    if "code" not in record or not re.fullmatch("[0-9a-f]{40}", commit):
+        return [f"unknown code ({commit})"]
+    changed = []
+    for path, recorded_hash in record["code"].items():
+        file = REPOSITORY / path
+        if not file.is_file() or code_hash(file) != recorded_hash:
+            changed.append(path)
+    return changed
 
 
 def outputs(records):
@@ -227,10 +219,13 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing, only check")
     args = parser.parse_args(argv)
     records = load_results()
-    stale = [name for name, record in records.items() if is_stale(name, record)]
-    for name in stale:
-        command = records[name]["command"]
-        print(f"results/{name}.json is older than the code it depends on; run {command}")
+    stale = []
+    for name, record in records.items():
+        newer = changed_files(record)
+        if newer:
+            stale.append(name)
+            command = record["command"]
+            print(f"results/{name}.json is older than {', '.join(newer)}; run {command}")
 
     changed = []
     for path, text in outputs(records).items():

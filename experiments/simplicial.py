@@ -1,4 +1,4 @@
-"""2-simplicial attention on two CPU cores: can one layer find a triple, or compose two functions?
+"""2-simplicial attention: can one layer find a triple, or compose two functions?
 
     Match3        7 numbers modulo 20: is there a pair (j, k) with x_j + x_k + x_last = 0 modulo 20?
     composition   tables of two functions f and g on 4 values, in any order: what is f(g(x))?
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import train
 from experiments import harness
+from experiments.provenance import save_json
 from simplicial import attention
 
 # --------------------------------------------------------------------------------------------------
@@ -300,8 +301,13 @@ def main(argv, description, seeds=SEEDS, steps=None):
 
     steps: optimizer steps of every run in place of those in TASKS.
     """
-    args = harness.study_parser(description).parse_args(argv)
+    parser = harness.study_parser(description, on_gpus="GPTs with and without it")
+    args = parser.parse_args(argv)
     out = harness.check_writable(args.out)
+    if args.full:
+        from experiments import language_models
+
+        return language_models.run("simplicial", out, args.minutes)
     start_time = time.perf_counter()
     record = {
         "question": "Does one layer of 2-simplicial attention solve tasks about three tokens?",
@@ -326,10 +332,11 @@ def main(argv, description, seeds=SEEDS, steps=None):
     record.update(match3_by_hand=score_by_hand(), table2_exponents=refit())
     record["seconds"] = time.perf_counter() - start_time
 
-    harness.save_json(out / "simplicial-cpu.json", record)
+    save_json(out / "simplicial-cpu.json", record, "experiments.simplicial")
     harness.save_figure(plot(record), out / "simplicial-cpu.png")
     harness.print_differences(record)
     print_closed_form(record)
+    harness.print_gpu_result("simplicial")
     return record
 
 

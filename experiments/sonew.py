@@ -1,5 +1,5 @@
-"""SONew on two CPU cores: the LogDet problem on real statistics, and an
-autoencoder of MNIST's digits against other optimizers.
+"""SONew: the LogDet problem on real statistics, and an autoencoder of MNIST's
+digits against other optimizers.
 
 The autoencoder is that of the paper, made smaller and trained for 300 steps.
 Every optimizer got the same number of settings: 4 learning rates times 3 values
@@ -27,10 +27,11 @@ from experiments.harness import (
     new_figure,
     paired_difference,
     print_differences,
+    print_gpu_result,
     save_figure,
-    save_json,
     study_parser,
 )
+from experiments.provenance import save_json
 from sonew import SONew, bias_correction, factor, precondition, reference
 from support.files import atomic_write, read_user_file
 
@@ -377,23 +378,28 @@ def print_record(record):
 
 
 def main(argv=None):
-    parser = study_parser(__doc__)
+    parser = study_parser(__doc__, on_gpus="GPTs with SONew and AdamW")
     parser.add_argument("--mnist", metavar="FILE", help="default: out/mnist.npz, fetched")
     parser.add_argument("--sweep", action="store_true", help="find the settings, on seed 0")
     args = parser.parse_args(argv)
     out = check_writable(args.out)
+    if args.full:
+        from experiments import language_models
+
+        return language_models.run("sonew", out, args.minutes)
     images = load_mnist(args.mnist)
     start_time = time.perf_counter()
     if args.sweep:
         record = {"seed": 0, "steps": STEPS, "train": sweep(images)}
         record["seconds"] = time.perf_counter() - start_time
-        save_json(out / "sonew-cpu-sweep.json", record)
+        save_json(out / "sonew-cpu-sweep.json", record, "experiments.sonew")
         return record
 
     record = compare(images)
     record["logdet"], C, inverses = logdet_problem(images)
     record["seconds"] = time.perf_counter() - start_time
-    save_json(out / "sonew-cpu.json", record)
+    save_json(out / "sonew-cpu.json", record, "experiments.sonew")
     save_figure(plot(record, C, inverses), out / "sonew-cpu.png", dpi=110)
     print_record(record)
+    print_gpu_result("sonew")
     return record

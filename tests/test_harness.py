@@ -86,7 +86,7 @@ def test_parallel_passes_errors_on_and_stops():
 
 def test_parallel_stops_at_the_deadline():
     with pytest.raises(TimeoutError, match="0 of 2"):
-        harness.parallel(square, [1, 2], workers=1, minutes=1e-9)
+        harness.parallel(square, [1, 2], workers=1, deadline=time.monotonic())
 
 
 def test_run_train_returns_history_and_caches(tiny):
@@ -125,7 +125,13 @@ def fake_run(job):
     is_other = "laser" in job["flags"]
     best = 4e-3 if is_other else 1e-3
     value = 2.0 - 0.5 * is_other + abs(job["lr"] - best) + 0.01 * job["seed"]
-    return {"seed": job["seed"], "lr": job["lr"], "value": value, "curve": [], "seconds": 1.0}
+    return {
+        "seed": job["seed"],
+        "lr": job["lr"],
+        "value": value,
+        "curve": [[1, value]],
+        "seconds": 1.0,
+    }
 
 
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):

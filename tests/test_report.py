@@ -1,16 +1,16 @@
 """experiments/report.py: tables from results, and what is out of date."""
 
 import json
-import subprocess
 
 import pytest
 
-from experiments import report
+from experiments import provenance, report
 from tests.common import refused
 
 STUDY = {
     "command": "python laser.py",
-    "commit": "abc",
+    "commit": "0" * 40,
+    "code": {},
     "hardware": "2 CPU cores",
     "versions": {"torch": "2.13.0"},
     "seconds": 61.4,
@@ -25,7 +25,8 @@ STUDY = {
 }
 KERNELS = {
     "command": "python experiments/bench_kernels.py",
-    "commit": "abc",
+    "commit": "0" * 40,
+    "code": {},
     "hardware": "1 x NVIDIA H200",
     "versions": {"torch": "2.11.0"},
     "seconds": 100.0,
@@ -43,29 +44,15 @@ KERNELS["kernels"]["laser"][3]["of_floor"] = 0.5
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository with results and one commit."""
+    """A folder with a result that depends on laser.py."""
     monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
-    (tmp_path / "train.py").write_text("1")
-    (tmp_path / "laser.py").write_text("1")
+    (tmp_path / "laser.py").write_text("x = 1")
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    git(tmp_path, "init", "-q")
-    commit = commit_all(tmp_path)
-    save(tmp_path, "laser-cpu", {**STUDY, "commit": commit})
+    code = {"laser.py": provenance.code_hash(tmp_path / "laser.py")}
+    save(tmp_path, "laser-cpu", {**STUDY, "code": code})
     return tmp_path
-
-
-def git(folder, *argv):
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    command = ["git", "-C", str(folder), *identity, *argv]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def commit_all(folder):
-    git(folder, "add", "-A")
-    git(folder, "commit", "-qm", "x")
-    return git(folder, "rev-parse", "HEAD")
 
 
 def save(folder, name, record):
@@ -110,22 +97,18 @@ def test_check_finds_what_is_out_of_date(repository):
     report.main([])
     report.main(["--check"])
 
-    # code that the result does not depend on
-    (repository / "sonew.py").write_text("1")
-    commit_all(repository)
+    (repository / "laser.py").write_text('"""Docstring"""\n\nx = (1)  # comment\n')
     report.main(["--check"])
-
-    # code that it depends on, committed or not
-    (repository / "laser.py").write_text("2")
+    (repository / "laser.py").write_text("x = 2")
     refused(["--check"], "results/laser-cpu.json", main=report.main)
-    commit_all(repository)
+    (repository / "laser.py").unlink()
     refused(["--check"], "results/laser-cpu.json", main=report.main)
 
 
-@pytest.mark.parametrize("commit", ["0" * 40, None, "-dirty"])
-def test_an_unknown_commit_is_stale(repository, commit):
-    commit = git(repository, "rev-parse", "HEAD") + commit if commit == "-dirty" else commit
-    assert report.is_stale("laser-cpu", {**STUDY, "commit": commit})
+@pytest.mark.parametrize("commit", [None, "0" * 40 + "-dirty"])
+def test_an_unknown_commit_is_out_of_date(commit):
+    assert report.changed_files({**STUDY, "commit": commit})
+    assert report.changed_files(STUDY) == []
 
 
 def test_the_readme_has_the_tables_of_the_results():

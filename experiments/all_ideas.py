@@ -1,0 +1,28 @@
+"""All on: do the gains of LASER, 2-simplicial attention and SONew add up?
+
+python experiments/all_ideas.py               on GPUs, the same GPT, data and steps
+python experiments/all_ideas.py --minutes 8   stop after that; call again to go on
+
+Writes results/all-gpu.json and .png.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
+
+from experiments import language_models
+from experiments.harness import check_writable, study_parser
+from support.cli import run_main
+
+
+def main(argv=None):
+    parser = study_parser(__doc__)
+    parser.add_argument("--minutes", type=float, metavar="N", help="stop after so many minutes")
+    args = parser.parse_args(argv)
+    return language_models.run("all", check_writable(args.out), args.minutes)
+
+
+if __name__ == "__main__":
+    run_main(main)
