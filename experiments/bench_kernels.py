@@ -29,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 import train
-from experiments import harness
+from experiments.harness import check_writable, study_parser
+from experiments.provenance import save_json
 from experiments.timing import measure_ceilings, median_ms
 from support import cli
 
@@ -352,30 +353,30 @@ def bench(name, ceilings):
 
 
 def main(argv=None):
-    parser = harness.study_parser(__doc__)
+    parser = study_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to time (default: all)")
     args = parser.parse_args(argv)
     names = args.names or list(KERNELS)
     unknown = set(names) - set(KERNELS)
     if unknown:
         raise ValueError(f"there is no kernel {sorted(unknown)[0]}; there are {', '.join(KERNELS)}")
-    path = harness.check_writable(args.out) / "kernels.json"
+    path = check_writable(args.out) / "kernels.json"
     if not torch.cuda.is_available():
         print("There is no GPU here. On one this would check and time:")
         for name in names:
             print(f"  {name:14} {KERNELS[name].__doc__}")
         return {}
 
-    record = json.loads(path.read_text()) if path.exists() else {"kernels": {}}
     torch._functorch.config.donated_buffer = False  # to run a compiled backward more than once
-    record.update(measure_ceilings())
+    kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    record = {"kernels": kernels, **measure_ceilings()}
     copy_tb = record["copy_TB_per_s"]
     print(f"copy {copy_tb:.2f} TB/s, matrix product {record['matmul_TFLOP_per_s']:.0f} TFLOP/s")
     start_time = time.perf_counter()
     for name in names:
-        record["kernels"][name] = bench(name, record)
+        kernels[name] = bench(name, record)
         record["seconds"] = time.perf_counter() - start_time
-        harness.save_json(path, {**record, **harness.provenance()})
+        save_json(path, record, "experiments.bench_kernels", *kernels)
     return record
 
 
