@@ -241,15 +241,16 @@ def generate(
             window = window[-max(1, size // 2) :]
             n_cached = 0
         with torch.cuda.device_of(weight):  # events and Triton use the current device
-            if graph and n_cached:
-                has_following = i + 1 < n and len(window) < size
-                token = decoder.next(start_following=has_following)
-            elif graph:
+            if not graph:
+                if cached and n_cached == 0:
+                    caches = [KVCache(room) for _ in model.layers]
+                logits = last_logits(model, window[n_cached:], caches)
+                token = int(pick(logits))
+            elif n_cached == 0:
                 token = decoder.prefill(window)
             else:
-                if cached and not n_cached:
-                    caches = [KVCache(room) for _ in model.layers]
-                token = int(pick(last_logits(model, window[n_cached:], caches)))
+                has_following = i + 1 < n and len(window) < size
+                token = decoder.next(start_following=has_following)
         if cached or graph:
             n_cached = len(window)
         window.append(token)
@@ -268,9 +269,9 @@ def first_ids(tokenizer):
 
 
 def decode_stream(tokens, tokenizer):
-    """Yield the text of each token until one ends the text, and at last the text of bytes left over.
+    """Yield the text of each token, until one ends the text. Then, yield the text of leftover bytes.
 
-    A token may end inside a character; its bytes then wait. Invalid UTF-8 becomes U+FFFD.
+    If a token ends inside a character, its last bytes wait. Invalid UTF-8 becomes U+FFFD.
     """
     last_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -354,7 +355,7 @@ def show_sample(model, tokenizer, n, seed, stop):
 
 
 def main(argv=None):
-    """Generate a text from the command line; return it, tokens_per_s, and a signal received."""
+    """Generate a text from the command line; return {text, tokens_per_s, signal received or 0}."""
     flags = {"attn": train.PLUGINS["attn"]}
     (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], flags, lambda given: {})
     if config.export:
@@ -380,7 +381,7 @@ def main(argv=None):
     settings = (config.temperature, config.top_k, config.top_p, config.seed, tokenizer.n_vocab)
     tokens = generate(model, ids, config.max_tokens, *settings, config.cache, graph)
     text = "" if config.chat else prompt
-    n_pieces = 0
+    n_pieces = 0  # one per token, and one for leftover bytes
     start_time = time.perf_counter()
     with distributed.StopSignal() as stop:
         tokens = itertools.takewhile(lambda token: not stop.now, tokens)
@@ -391,7 +392,7 @@ def main(argv=None):
             n_pieces += 1
     print(flush=True)
 
-    n_tokens = n_pieces - 1  # the last piece holds the remaining bytes, not a token
+    n_tokens = n_pieces - 1
     tokens_per_s = n_tokens / (time.perf_counter() - start_time)
     print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
     return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}
