@@ -53,7 +53,7 @@ def is_softmax(config):
 
 
 def can_fuse(model):
-    """Return whether kernels/decode.py supports this model, and its user did not call .compile()."""
+    """Return whether kernels/decode.py can run this model; not if the user called .compile()."""
     weight = model.embed_tokens.weight
     if not weight.is_cuda or weight.dtype != model.dtype or model.is_compiled:
         return False
@@ -269,7 +269,7 @@ def first_ids(tokenizer):
 
 
 def decode_stream(tokens, tokenizer):
-    """Yield the text of each token, until one ends the text. Then, yield the text of leftover bytes.
+    """Yield the text of each token until one ends the text, then the text of leftover bytes.
 
     If a token ends inside a character, its last bytes wait. Invalid UTF-8 becomes U+FFFD.
     """

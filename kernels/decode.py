@@ -18,8 +18,8 @@ A weight is read once for two FLOPs, so the floor is the time to read all weight
 others in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M 0.414 ms,
 16%. Tuning history: kernels/NOTES.md.
 
-Limits, else ValueError: head dimensions in HEAD_DIMS; float32, float16, bfloat16 (sums are float32);
-fewer than 2**31 numbers in one head of the cache.
+Limits: head dimensions in HEAD_DIMS; float32, float16 or bfloat16, summed in float32; fewer than
+2**31 numbers in one head of the cache. Anything else raises ValueError.
 """
 
 from typing import NamedTuple
