@@ -488,7 +488,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 
 @functools.cache
 def get_configs(dtype, D, is_hopper):
-    """Return launch options of attn_fwd, attn_bwd_dq, attn_bwd_dkdv: none spills on Hopper."""
+    """Return options of attn_fwd, attn_bwd_dq, attn_bwd_dkdv; bfloat16 does not spill on Hopper."""
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:
