@@ -3,23 +3,23 @@
 Duvvuri and Dhillon, ICML 2025, arXiv 2411.03493.
 
 Softmax attention, out = sum_j p_j v_j, passes the gradient p_j (v_j - out) to
-its logits; it vanishes with the probability p_j. LASER attends to exp(v) and
-takes the logarithm of the result, separately for each channel:
+its logits, which vanishes where the probability p_j does. LASER attends to
+exp(v) and takes the logarithm of the result, for each channel by itself:
 
+    p_ij = softmax_j(q_i . k_j / sqrt(D)), over the keys j <= i
     out_i = log sum_j p_ij exp(v_j)
-    p_i = softmax_j(q_i . k_j / sqrt(D)), over j <= i
 
     d out_i / d logit_ij = b_ij - p_ij
-    posterior b_ij = p_ij exp(v_j - out_i), sums to 1 over j
+    b_ij = p_ij exp(v_j - out_i)    the posterior; it sums to 1 over j
 
-so a key with a large value gets a larger gradient. The output lies between
-softmax attention and the largest value seen, and adding c to v adds c to out.
+So keys with a large value get a larger gradient. The output lies between that
+of softmax attention and the largest value seen; adding c to v adds c to it.
 
 Where we depart from the paper: it subtracts the maximum of v over all keys
-before exp. A single future token 110 above the others then underflows every
-earlier row to log 0. attention_torch splits values into bands of 64 around
-fixed centers instead, so that earlier rows do not change at all.
-kernels/laser.py describes what the GPU does.
+before exp, so a single future token 110 above the others makes all earlier rows
+underflow to log 0. We sort the values into bands of width 64, subtract the
+fixed center of each band, and add the bands up in log space. So a future token
+changes nothing. On a GPU it may change rounding; see kernels/laser.py.
 
     python laser.py                 gradients at the logits, and the numerics
     python train.py --attn laser    train with it
@@ -38,19 +38,19 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-BAND = 64.0  # exp(+-32) neither overflows nor underflows in float32
+BAND = 64.0  # values lie within 32 of a center; exp(+-32) is well inside float32's range
 
 
 def causal_mask(Tq, Tk, device):
-    """True where a query sees a key; the queries are the last Tq of the Tk positions. (Tq, Tk)"""
+    """Return True where a query sees a key, (Tq, Tk); the queries are the last Tq positions."""
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
 def reference(q, k, v):
-    """LASER by its definition, out_i = LSE_j(logit_ij + v_j) - LSE_j(logit_ij), in any dtype.
+    """Compute LASER by its definition, out_i = logsumexp_j(log p_ij + v_j), in any dtype.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D); the queries are the last positions.
-    Makes a (B, H, Tq, Tk, D) tensor, so it is for tests.
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D). The queries are the last Tq of the Tk
+    positions. For tests: it makes a tensor of (B, H, Tq, Tk, D).
     """
     _, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
@@ -60,14 +60,15 @@ def reference(q, k, v):
     scores = q @ k.transpose(-1, -2) * D**-0.5  # (B, H, Tq, Tk)
     scores = scores.masked_fill(~causal_mask(Tq, Tk, q.device), -torch.inf)
     log_p = scores.log_softmax(-1)
-    return (log_p[..., None] + v[:, :, None]).logsumexp(-2)  # reduces (B, H, Tq, Tk, D) over Tk
+    summands = log_p[..., None] + v[:, :, None]  # (B, H, Tq, Tk, D)
+    return summands.logsumexp(3)
 
 
 def attention(q, k, v):
-    """LASER attention without a (Tq, Tk, D) tensor; shapes and meaning as in `reference`.
+    """Compute `reference` without a (Tq, Tk, D) tensor; for use in a model.
 
-    Runs kernels/laser.py on a GPU; PyTorch on a CPU, in float64, without Triton, and where D > 128.
-    Raises ValueError if the shapes do not fit each other.
+    On a GPU this runs kernels/laser.py. It runs in PyTorch on a CPU, in float64, without Triton and
+    for D > 128. Raises ValueError if the shapes do not fit each other.
     """
     check_shapes(q, k, v)
     if q.numel() == 0:
@@ -96,10 +97,10 @@ def check_shapes(q, k, v):
 
 
 def attention_torch(q, k, v):
-    """LASER attention in PyTorch: scaled_dot_product_attention over exp(v), then log.
+    """Compute LASER attention in PyTorch: scaled_dot_product_attention over exp(v), then log.
 
-    Computes in float32 at least, under autocast too, as exp(v) of a small v keeps little of it in
-    bfloat16. torch.compile breaks its graph here: the values decide how many bands there are.
+    Computes in float32 or float64, also under autocast: for a small v, exp(v) is close to 1, where
+    bfloat16 keeps few digits. torch.compile breaks its graph to read the number of bands.
     """
     dtype = q.dtype
     compute_dtype = torch.promote_types(dtype, torch.float32)
@@ -110,36 +111,38 @@ def attention_torch(q, k, v):
         out = attend(q, k, (v - centers[0]).exp()).log() + centers[0]
         return out.to(dtype)
 
-    # attend to one band at a time, then add the bands up in log space
+    # attend to the values of one band at a time, then add the bands up in log space
+    nearest_center = (v / BAND).round() * BAND
     log_sums = []
     for center in centers:
-        in_band = (v / BAND).round() * BAND == center
+        in_band = nearest_center == center
         exp_v = (v - center).masked_fill(~in_band, -torch.inf).exp()
         x = attend(q, k, exp_v)  # (B, H, Tq, D)
-        is_empty = x == 0  # the row sees no value of this band
-        log_x = x.masked_fill(is_empty, 1.0).log() + center
+        is_empty = x == 0  # no key before this query has its value in the band
+        log_x = x.masked_fill(is_empty, 1.0).log() + center  # log(0) would make NaN gradients
         log_sums.append(log_x.masked_fill(is_empty, -torch.inf))
     return torch.stack(log_sums).logsumexp(0).to(dtype)
 
 
 @torch.compiler.disable
 def band_centers(v):
-    """The multiples of BAND nearest to the values in v, from lowest to highest."""
-    low, high = (x.item() for x in v.detach().aminmax())
+    """Return the multiples of BAND from the lowest to the highest value in v."""
+    low = v.min().item()
+    high = v.max().item()
     if not math.isfinite(high - low):
-        return [0.0]  # one band, in which NaN and infinity reach the output
+        return [0.0]  # one band, so that NaN and infinity reach the output
     return [BAND * n for n in range(round(low / BAND), round(high / BAND) + 1)]
 
 
 def attend(q, k, v):
-    """Causal softmax attention; the queries are the last of the positions."""
+    """Compute causal softmax attention; the queries are the last positions."""
     Tq = q.shape[2]
     Tk = k.shape[2]
-    is_gqa = q.shape[1] != k.shape[1]
     mask = None
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys
         mask = causal_mask(Tq, Tk, q.device)
-    is_causal = bool(1 < Tq == Tk)
+    is_causal = bool(Tq == Tk)
+    is_gqa = q.shape[1] != k.shape[1]
     with torch.autocast(q.device.type, enabled=False):  # it would round exp(v) to bfloat16
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=is_gqa)
 

@@ -53,11 +53,7 @@ def is_softmax(config):
 
 
 def can_fuse(model):
-    """Return whether kernels/decode.py can decode with this model.
-
-    The kernels need a GPU, weights in the dtype of the activations and a supported head dimension.
-    If the user called .compile(), the model's own layers run instead.
-    """
+    """Return whether kernels/decode.py can run this model; not if the user called .compile()."""
     weight = model.embed_tokens.weight
     if not weight.is_cuda or weight.dtype != model.dtype or model.is_compiled:
         return False
@@ -68,7 +64,7 @@ def can_fuse(model):
 
 
 def last_logits(model, ids, caches=None):
-    """Return the logits (V,) after ids, a list of token ids that follow those in the caches."""
+    """Return the logits (V,) after a list of token ids, which continue those in the caches."""
     ids = torch.tensor([ids], device=model.embed_tokens.weight.device)
     with torch.compiler.set_stance("force_eager"):  # don't compile for every length
         logits = model(ids, cache=caches)[0, -1]
@@ -81,14 +77,13 @@ class CUDAGraphDecoder:
     """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
 
     A replay is one launch instead of hundreds. Token and position stay on the device, so the next
-    step can be in flight before the host has read the token. On a CPU, steps run without a graph.
+    step can start before the host has read the token. On a CPU, steps run without a graph.
 
     size: positions in the KV cache.
     pick: a function of logits (V,) that returns a token id on the device, drawn with `generator`.
-    use_kernels: run kernels/decode.py, not the model's layers. None: if they support the model.
     """
 
-    def __init__(self, model, size, pick=torch.argmax, generator=None, use_kernels=None):
+    def __init__(self, model, size, pick=torch.argmax, generator=None):
         config = model.config
         if not is_softmax(config):
             raise ValueError(f"a static KV cache needs softmax attention, not {config.attn}")
@@ -96,18 +91,16 @@ class CUDAGraphDecoder:
         self.model = model
         self.pick = pick
         self.generator = generator
-        self.use_kernels = can_fuse(model) if use_kernels is None else use_kernels
+        self.use_kernels = can_fuse(model)  # else the model's own layers run
         self.angles = train.rope_angles(0, size, config.head_dim, config.rope_theta, device)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)  # position of `token`
-        self.caches = []
-        for _ in model.layers:
-            self.caches.append(StaticKVCache(config, size, self.length, model.dtype))
+        self.caches = [StaticKVCache(config, size, self.length, model.dtype) for _ in model.layers]
         self.graph = None
-        self.in_flight = None
+        self.in_flight = None  # the AsyncScalar of a step that was started ahead of time
 
     def prefill(self, ids):
-        """Read a prompt from the start of the text, and return the token after it."""
+        """Start a text: run the model on its first ids, and return the token after them."""
         self.in_flight = None
         self.length.zero_()
         self.token.fill_(self.pick(last_logits(self.model, ids, self.caches)))
@@ -122,6 +115,7 @@ class CUDAGraphDecoder:
         return self.model(self.token, cache=self.caches)[0, -1]
 
     def step(self):
+        """Replace `token` by the one after it."""
         self.token.copy_(self.pick(self.logits()))
         self.length += 1
 
@@ -151,20 +145,20 @@ class CUDAGraphDecoder:
         # wait: the side stream resets the generator's offset, which must come before any replay
         torch.cuda.current_stream().wait_stream(side_stream)
 
-    def launch(self):
+    def start_step(self):
         """Start a step, and return its token as an AsyncScalar: call .read() on it later."""
-        if not self.token.is_cuda:
-            self.step()
-        else:
+        if self.token.is_cuda:
             if self.graph is None:
                 self.capture()
             self.graph.replay()
+        else:
+            self.step()
         return AsyncScalar(self.token)
 
-    def next(self, more=False):
-        """Return the next token. more: also start the following step, to keep the GPU busy."""
-        current = self.in_flight or self.launch()
-        self.in_flight = self.launch() if more else None
+    def next(self, start_following=False):
+        """Return the next token. Can start the following step before, to keep the GPU busy."""
+        current = self.in_flight or self.start_step()
+        self.in_flight = self.start_step() if start_following else None
         return current.read()[0][0]
 
 
@@ -179,25 +173,31 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def pick_token(logits, limit, temperature, top_k, top_p, generator):
-    """Sample a token id from logits (V,), on the device, without waiting: a graph can capture it.
+    """Sample a token id from logits (V,), with the settings of `generate`.
 
-    limit: the vocabulary size without padding. The other settings are those of `generate`.
+    Stays on the device and does not wait for it, so that a CUDA graph can capture it.
     """
     logits = logits[:limit]
     if temperature < GREEDY_BELOW:
         return logits.argmax()
     logits = logits / temperature
+
     if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        least = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        is_dropped = p.cumsum(-1) - p >= top_p  # likelier tokens already reach top_p
+        likelier = p.cumsum(-1) - p  # the probability of all likelier tokens
+        is_dropped = likelier >= top_p
         is_dropped[:1].zero_()  # keep the likeliest, even if top_p rounds to 0 in float32
         is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)  # by token id
         logits = logits.masked_fill(is_dropped, -torch.inf)
-    p = logits.softmax(-1)
+
     # with noise from Exp(1), argmax(p / noise) is a sample of p, as in torch.multinomial
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
+    p = logits.softmax(-1)
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    return (p / noise).argmax()
 
 
 @torch.no_grad()
@@ -213,8 +213,8 @@ def generate(
     cached: keep keys and values of earlier tokens; False: recompute them for each token.
     graph: decode with a CUDAGraphDecoder; needs softmax attention.
 
-    When the context is full, its older half is dropped and the other half is read again. So the
-    tokens do not depend on `cached`.
+    When the context is full, its older half is dropped, and the cache is filled anew from the other
+    half. So the tokens do not depend on `cached`.
     """
     check_sampling(temperature, top_k, top_p)
     vocab_size = model.config.vocab_size
@@ -241,14 +241,16 @@ def generate(
             window = window[-max(1, size // 2) :]
             n_cached = 0
         with torch.cuda.device_of(weight):  # events and Triton use the current device
-            if graph and n_cached:
-                token = decoder.next(more=i + 1 < n and len(window) < size)
-            elif graph:
+            if not graph:
+                if cached and n_cached == 0:
+                    caches = [KVCache(room) for _ in model.layers]
+                logits = last_logits(model, window[n_cached:], caches)
+                token = int(pick(logits))
+            elif n_cached == 0:
                 token = decoder.prefill(window)
             else:
-                if cached and not n_cached:
-                    caches = [KVCache(room) for _ in model.layers]
-                token = int(pick(last_logits(model, window[n_cached:], caches)))
+                has_following = i + 1 < n and len(window) < size
+                token = decoder.next(start_following=has_following)
         if cached or graph:
             n_cached = len(window)
         window.append(token)
@@ -267,9 +269,9 @@ def first_ids(tokenizer):
 
 
 def decode_stream(tokens, tokenizer):
-    """Yield the text of each token id until one ends the text, and then the remaining bytes.
+    """Yield the text of each token until one ends the text, then the text of leftover bytes.
 
-    Bytes of an incomplete character wait for the rest of it. Invalid UTF-8 becomes U+FFFD.
+    If a token ends inside a character, its last bytes wait. Invalid UTF-8 becomes U+FFFD.
     """
     last_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -344,21 +346,18 @@ def export(folder, run, attn=None, dtype=None, is_trusted=False):
 def show_sample(model, tokenizer, n, seed, stop):
     """Print a new document of up to n tokens, generated by the model."""
     start = first_ids(tokenizer) or [0]
-    limit = tokenizer.n_vocab
-    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": seed, "limit": limit}
-    ids = []
+    settings = {"temperature": 0.8, "top_k": 50, "seed": seed, "limit": tokenizer.n_vocab}
     with torch.compiler.set_stance("force_eager"):  # don't compile for every length
-        for token in generate(model.eval(), start, n, **settings):
-            if token == tokenizer.eot_token or stop.now:
-                break
-            ids.append(token)
-    print0(f"sample   {tokenizer.decode_bytes(ids).decode(errors='replace')}")
+        tokens = generate(model.eval(), start, n, **settings)
+        tokens = itertools.takewhile(lambda token: not stop.now, tokens)
+        text = "".join(decode_stream(tokens, tokenizer))
+    print0(f"sample   {text}")
 
 
 def main(argv=None):
-    """Generate a text from the command line; return it, tokens_per_s, and a signal received."""
-    plugins = {"attn": train.PLUGINS["attn"]}
-    config = cli.parse_configs(argv, __doc__, [SampleConfig], plugins, lambda given: {})[0]
+    """Generate a text from the command line; return {text, tokens_per_s, signal received or 0}."""
+    flags = {"attn": train.PLUGINS["attn"]}
+    (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], flags, lambda given: {})
     if config.export:
         dtype = train.DTYPES.get(config.dtype)
         export(config.export, run_folder.find_run(config.init), config.attn or None, dtype)
@@ -374,16 +373,15 @@ def main(argv=None):
     size = model.config.block_size
     print(f"{run} on {device}", file=sys.stderr)
     if len(ids) > size:
-        print(
-            f"the prompt has {len(ids)} tokens; the last {size} count as context", file=sys.stderr
-        )
+        message = f"the prompt has {len(ids)} tokens; the last {size} count as context"
+        print(message, file=sys.stderr)
 
     # stream the text; a signal ends it after the current token
     graph = config.cache and device.type == "cuda" and is_softmax(model.config)
     settings = (config.temperature, config.top_k, config.top_p, config.seed, tokenizer.n_vocab)
     tokens = generate(model, ids, config.max_tokens, *settings, config.cache, graph)
     text = "" if config.chat else prompt
-    n_pieces = 0
+    n_pieces = 0  # one per token, and one for leftover bytes
     start_time = time.perf_counter()
     with distributed.StopSignal() as stop:
         tokens = itertools.takewhile(lambda token: not stop.now, tokens)
@@ -394,7 +392,7 @@ def main(argv=None):
             n_pieces += 1
     print(flush=True)
 
-    n_tokens = n_pieces - 1  # the last piece holds the remaining bytes, not a token
+    n_tokens = n_pieces - 1
     tokens_per_s = n_tokens / (time.perf_counter() - start_time)
     print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
     return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}

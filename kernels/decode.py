@@ -7,16 +7,19 @@
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
     linear_add_kernel     x += W hidden
 
-Grids: a matrix-vector product gives each program a few rows of W, so no sum crosses programs and
-two runs give the same bits. Attention is split-K, one program per (split, KV head). Its grid covers
-the whole cache, as a CUDA graph needs; splits after the token's position do nothing. From Hopper on
-a kernel starts while the previous one still runs (programmatic dependent launch), loads its first
-weights or keys, which do not depend on that one, and waits for its end.
+In a matrix-vector product each program computes a few rows of W by itself, so two runs give the
+same bits. Attention is split-K: one program per split of the keys and KV head. As a CUDA graph has
+a fixed grid, there are splits for the whole cache, and those after the token's position return.
 
-Each weight is read once for two FLOPs, so the floor is the time to read the weights. A token after
-512 in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M 0.414 ms, 16%.
-Tuning history: kernels/NOTES.md. Limits: head dimensions in HEAD_DIMS; float32, float16, bfloat16,
-summed in float32; fewer than 2**31 numbers in one head of the cache. ValueError for anything else.
+From Hopper on a kernel starts while the previous one still runs (programmatic dependent launch). It
+loads its first weights or keys, which do not depend on the previous kernel, and then waits for it.
+
+A weight is read once for two FLOPs, so the floor is the time to read all weights. A token after 512
+others in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M 0.414 ms,
+16%. Tuning history: kernels/NOTES.md.
+
+Limits: head dimensions in HEAD_DIMS; float32, float16 or bfloat16, summed in float32; fewer than
+2**31 numbers in one head of the cache. Anything else raises ValueError.
 """
 
 from typing import NamedTuple
@@ -43,7 +46,7 @@ SMALL_MATRIX = Tile(rows=2, columns=1024, num_warps=4)  # limited by latency
 LARGE_MATRIX = Tile(rows=4, columns=256, num_warps=1)  # limited by bandwidth
 LARGE_MATRIX_ROWS = 8192  # rows from which a matrix is large
 ATTENTION_PROGRAMS = 264  # two per multiprocessor of an H200
-MAX_SPLITS = 64  # combine_kernel holds one number of each at a time
+MAX_SPLITS = 64  # combine_kernel holds the outputs of all at once
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,9 +109,8 @@ def matvec(
 
 
 @triton.jit
-def choose_pointers(is_after_1, is_after_2, ptr1, ptr2, ptr3, offs):
-    """Pointers into the first, second or third tensor."""
-    return tl.where(is_after_2, ptr3 + offs, tl.where(is_after_1, ptr2 + offs, ptr1 + offs))
+def choose(matrix, first, second, third):
+    return tl.where(matrix == 0, first, tl.where(matrix == 1, second, third))
 
 
 @triton.jit
@@ -126,16 +128,16 @@ def norm_linear_kernel(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < n1 + n2 + n3
 
-    # -- find the matrix of each row, and the row in it --
-    is_after_1 = rows >= n1
-    is_after_2 = rows >= n1 + n2
-    first_row = tl.where(is_after_2, n1 + n2, tl.where(is_after_1, n1, 0))
-    own_row = (rows - first_row).to(tl.int64)
-    w_row_ptrs = choose_pointers(is_after_1, is_after_2, w1_ptr, w2_ptr, w3_ptr, own_row * C)
+    # -- row r of y is row r - first of matrix 0, 1 or 2 --
+    matrix = (rows >= n1).to(tl.int32) + (rows >= n1 + n2).to(tl.int32)
+    first = choose(matrix, 0, n1, n1 + n2)
+    w_rows = (rows - first).to(tl.int64)
+    offs = w_rows * C
+    w_row_ptrs = choose(matrix, w1_ptr + offs, w2_ptr + offs, w3_ptr + offs)
 
     y = matvec(x_ptr, gain_ptr, w_row_ptrs, mask, eps, C, BLOCK_C, True, PDL)  # [BLOCK_R]
     if BIAS:
-        b_ptrs = choose_pointers(is_after_1, is_after_2, b1_ptr, b2_ptr, b3_ptr, own_row)
+        b_ptrs = choose(matrix, b1_ptr + w_rows, b2_ptr + w_rows, b3_ptr + w_rows)
         y += tl.load(b_ptrs, mask=mask, other=0.0)
     tl.store(y_ptr + rows, y, mask=mask)
 
@@ -149,11 +151,11 @@ def norm_swiglu_kernel(
     """y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
     start_next_kernel(PDL)
 
-    # -- one product for both: row r of W_gate, row r of W_up, row r + 1 of W_gate, ... --
-    lanes = tl.arange(0, 2 * BLOCK_R)
-    rows = tl.program_id(0) * BLOCK_R + lanes // 2
+    # -- one product with alternating rows: row r of W_gate, of W_up, row r + 1 of W_gate, ... --
+    i = tl.arange(0, 2 * BLOCK_R)
+    rows = tl.program_id(0) * BLOCK_R + i // 2
     offs = rows.to(tl.int64) * C
-    w_row_ptrs = tl.where(lanes % 2 == 0, gate_ptr + offs, up_ptr + offs)
+    w_row_ptrs = tl.where(i % 2 == 0, gate_ptr + offs, up_ptr + offs)
     both = matvec(x_ptr, gain_ptr, w_row_ptrs, rows < n, eps, C, BLOCK_C, True, PDL)  # [2 BLOCK_R]
     gate, up = tl.split(tl.reshape(both, (BLOCK_R, 2)))  # [BLOCK_R] each
 
@@ -198,16 +200,16 @@ def load_queries_and_key(
     kv_head, Hkv, eps,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The G queries of a KV head, then its new key, after QK-norm and RoPE: [ROWS, D]
+    """Queries and new key of a KV head, after QK-norm and RoPE: [ROWS, D]
 
-    Rows 0 to G - 1 are the queries, row G is the key, the others pad the tile with zeros.
+    Rows 0 to G - 1 are its queries, row G is the key, and the others are zeros: tl.dot needs 16.
     """
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]
     offs_d = tl.arange(0, D)
     paired_d = (offs_d + D // 2) % D  # RoPE rotates the channels i and i + D/2 as a pair
 
-    # -- load each channel, and the one it is paired with --
+    # -- load each channel, and the one it is paired with; the key heads follow the Hkv G queries --
     heads = tl.where(rows < G, kv_head * G + rows, Hkv * G + kv_head)
     head_offs = (heads * D)[:, None]
     mask = (rows <= G)[:, None]
@@ -236,7 +238,7 @@ def attention_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention over keys split_start to split_end - 1 for the G query heads of one KV head"""
+    """Attention of the G query heads of one KV head, over the keys split_start ... split_end - 1"""
     start_next_kernel(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -265,7 +267,7 @@ def attention_kernel(
             qkv_ptr, q_gain_ptr, k_gain_ptr, cos, sin, kv_head, Hkv, eps, G, ROWS, D, NORM
         )  # [ROWS, D]
 
-        # -- the split that contains the token appends its key and value to the cache --
+        # -- the last split, which has the new token, appends its key and value to the cache --
         new_k = tl.sum(tl.where((rows == G)[:, None], qk_rows, 0.0), 0).to(k.dtype)  # [D]
         new_v = tl.load(qkv_ptr + (Hkv * G + Hkv + kv_head) * D + offs_d).to(k.dtype)
         if split_end == length + 1:
@@ -280,7 +282,7 @@ def attention_kernel(
         acc = tl.zeros((ROWS, D), tl.float32)
         for start_n in range(split_start, split_end, BLOCK_N):
             keys = start_n + offs_n
-            # -- put in the new key and value, which the cache may not show yet --
+            # -- insert the new key and value, which were not in the cache when it was read --
             is_new = (keys == length)[:, None]
             k = tl.where(is_new, new_k[None, :], k)
             v = tl.where(is_new, new_v[None, :], v)
@@ -343,16 +345,15 @@ def pdl_options(x):
     return {"PDL": False}
 
 
-def matvec_grid(n, tile=None):
+def matvec_grid(n):
     """Return the grid of a product with n rows, and the launch options of its tile."""
-    if tile is None:
-        tile = SMALL_MATRIX if n < LARGE_MATRIX_ROWS else LARGE_MATRIX
+    tile = SMALL_MATRIX if n < LARGE_MATRIX_ROWS else LARGE_MATRIX
     options = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "num_warps": tile.num_warps}
     return (triton.cdiv(n, tile.rows),), options
 
 
 def attention_block(D, dtype):
-    """Return the keys per block of attention, and the warps."""
+    """Return the number of keys per block of attention, and of warps."""
     block_n = 16 if dtype == torch.float32 else 64
     num_warps = 8 if D >= 128 else 4
     return block_n, num_warps
@@ -370,7 +371,7 @@ def check_tensors(**expected):
             raise ValueError(f"{name} is not contiguous; call .contiguous() on it")
 
 
-def norm_linear(x, gain, eps, weights, biases=None, tile=None):
+def norm_linear(x, gain, eps, weights, biases=None):
     """Return W RMSNorm(x) + b of one to three matrices, concatenated, in float32.
 
     x (C,), gain (C,), weights: (n, C) each, biases: (n,) each -> (n1 + n2 + n3,)
@@ -388,20 +389,20 @@ def norm_linear(x, gain, eps, weights, biases=None, tile=None):
 
     # the kernel takes three matrices: a missing one has 0 rows, so its pointers are never read
     n_missing = 3 - len(weights)
-    has_bias = biases is not None
     sizes = [len(weight) for weight in weights] + [0] * n_missing
     weights = [*weights] + [weights[0]] * n_missing
+    has_bias = biases is not None
     biases = [*biases] + [gain] * n_missing if has_bias else [gain] * 3
 
     y = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    grid, options = matvec_grid(len(y), tile)
+    grid, options = matvec_grid(len(y))
     norm_linear_kernel[grid](
         x, gain, *weights, *biases, y, *sizes, eps, C, has_bias, **options, **pdl_options(x)
     )
     return y
 
 
-def norm_swiglu(x, gain, eps, gate, up, tile=None):
+def norm_swiglu(x, gain, eps, gate, up):
     """Return silu(gate n) * (up n) with n = RMSNorm(x), in the dtype of x.
 
     x (C,), gain (C,), gate and up (n, C) -> (n,)
@@ -410,21 +411,21 @@ def norm_swiglu(x, gain, eps, gate, up, tile=None):
     n = len(gate)
     check_tensors(x=(x, (C,)), gain=(gain, (C,)), gate=(gate, (n, C)), up=(up, (n, C)))
     y = x.new_empty(n)
-    grid, options = matvec_grid(n, tile)
+    grid, options = matvec_grid(n)
     norm_swiglu_kernel[grid](x, gain, gate, up, y, n, eps, C, **options, **pdl_options(x))
     return y
 
 
-def linear_add(x, y, weight, tile=None):
+def linear_add(x, y, weight):
     """x += weight y, in place: x (n,), y (C,), weight (n, C)"""
     n = x.numel()
     C = y.numel()
     check_tensors(x=(x, (n,)), y=(y, (C,)), weight=(weight, (n, C)))
-    grid, options = matvec_grid(n, tile)
+    grid, options = matvec_grid(n)
     linear_add_kernel[grid](y, weight, x, n, C, **options, **pdl_options(x))
 
 
-def attention(qkv, gains, eps, angles, length, k, v, block=None):
+def attention(qkv, gains, eps, angles, length, k, v):
     """Append a token's key and value to the KV cache, and attend from it to all positions so far.
 
     qkv: from `norm_linear`, ((H + 2 Hkv) D,) float32
@@ -432,7 +433,6 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
     angles: cos and sin of RoPE, (size, 1, D / 2) each
     length: the token's position, (1,) int64; must be below size, which is not checked
     k, v: the cache, (Hkv, size, D) each
-    block: keys per block and number of warps
     Returns (H D,) in the dtype of k.
     """
     if k.dim() != 3 or k.shape[2] not in HEAD_DIMS:
@@ -455,7 +455,7 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
         check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
     # enough splits to fill the GPU, each a whole number of blocks
-    block_n, num_warps = block or attention_block(D, k.dtype)
+    block_n, num_warps = attention_block(D, k.dtype)
     wanted_splits = min(MAX_SPLITS, max(1, ATTENTION_PROGRAMS // Hkv))
     split_size = triton.cdiv(size, block_n * wanted_splits) * block_n
     n_splits = triton.cdiv(size, split_size)
@@ -487,8 +487,8 @@ def attention(qkv, gains, eps, angles, length, k, v, block=None):
 def fused_logits(model, token, length, angles, kv):
     """Return the logits (V,) of a softmax GPT after token (1, 1) at position length (1,).
 
-    kv: the KV cache, a pair of (Hkv, size, D) per layer. This repeats the forward pass of the
-    model's layers, because each kernel fuses a product with the norm before or the sum after it.
+    kv: the KV cache, a pair of (Hkv, size, D) per layer. It does what the model's layers do, but
+    each kernel fuses a product with the norm before or the sum after it.
     """
     eps = model.config.norm_eps
     x = model.embed_tokens.weight.index_select(0, token[0])[0]  # (C,)

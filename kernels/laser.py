@@ -1,22 +1,26 @@
-"""LASER attention, out_i = log sum_j p_ij exp(v_j), forward and backward, with no (Tq, Tk) tensor.
+"""LASER attention, out_i = log sum_j p_ij exp(v_j), with p_ij = softmax_j(q_i . k_j / sqrt(D)).
 
-    exp_kernel            exp_v = exp(v - center) - shift             once per value
-    attention             x = p @ exp_v                               cuDNN, else attn_fwd_kernel
-    log_kernel            out = log(x + shift) + center
-    grad_x_kernel         grad_x = grad_out / (x + shift)
-    attention, backward   dq, dk, grad_exp_v                          cuDNN, else attn_bwd_*_kernel
-    grad_v_kernel         dv = grad_exp_v * (exp_v + shift)
+    exp_kernel       exp_v = exp(v - center) - shift
+    attention        x = p @ exp_v                            by cuDNN or attn_fwd_kernel
+    log_kernel       out = log(x + shift) + center
 
-Each channel of a head has a center, and a shift that is 0 or 1. Where a channel stays near its
-center, exp(v - center) is close to 1 and bfloat16 would keep few digits of v. There shift is 1, so
-that exp_v = expm1(v - center); rows of p sum to 1, so x loses the same 1 and log_kernel adds it.
-A head with a channel wider than MAX_RANGE, NaN or infinity is redone by the fallback kernels, with
-an online maximum of qk + v per row and channel over the keys that the row sees. They read a flag on
-the device, so the host never waits. A future key can change an earlier row only by rounding.
+    grad_x_kernel    grad_x = grad_out / (x + shift)
+    attention        dq, dk, grad_exp_v                       by cuDNN or attn_bwd_*_kernel
+    grad_v_kernel    dv = grad_exp_v * (exp_v + shift)
 
-Grids are (blocks, B * heads); no atomics. Besides attention we move 10 bytes per bfloat16 element
-forward and 12 backward. B 4, H 16, T 4096, D 128 on one H200: 0.605 + 1.513 ms, where the paper's
-form over cuDNN takes 0.762 + 1.513. How these times came about is in kernels/NOTES.md.
+center and shift are numbers of each channel of each key/value head. center is near the middle of
+the channel's values. shift is 1 if all values are near the center: exp(v - center) is then close to
+1, where bfloat16 keeps few digits, so exp_v is expm1(v - center). Rows of p sum to 1, so x, too, is
+1 too small, and log_kernel adds the 1. In other channels, shift is 0.
+
+If some channel of a head has values more than MAX_RANGE apart, or NaN or infinity, its exp would
+underflow or overflow. The fallback kernels then compute the head again, by an online log-sum-exp of
+qk + v. They find this out on the device, so the host never waits. A future key can change an
+earlier row by rounding only, as it can move the center.
+
+Besides attention we read and write 10 bytes per bfloat16 element forward and 12 backward. On one
+H200 with B 4, H 16, T 4096, D 128: 0.605 + 1.513 ms; as published, over cuDNN, 0.762 + 1.513 ms.
+There are no atomics. Tuning history: kernels/NOTES.md.
 """
 
 import functools
@@ -30,42 +34,33 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_RANGE = tl.constexpr(64.0)  # exp(+-32) is far from both ends of bfloat16 and float32
-BLOCK_T = 32  # rows per block of the elementwise and fallback kernels
+BLOCK_T = 32  # positions per block of the elementwise and fallback kernels
 SLICE = 16  # channels per program of exp_kernel
-FALLBACK_PROGRAMS = 1024  # most programs that check whether a head is wide
+FALLBACK_PROGRAMS = 1024  # at most, as each has to find out whether its head needs the fallback
 
 
 # --------------------------------------------------------------------------------------------------
-# Heads, loads and stores. Tensors are (B, T, H, D) in memory. b is int64, because a tensor may have
-# more than 2^31 elements; offsets inside one batch entry are int32.
+# Loads and stores. Grids are (blocks, B * heads); GROUP query heads share a key/value head hkv.
+# Tensors are (B, T, H, D) in memory, so head h of batch entry b starts at (b T H + h) D, and its
+# positions are H D apart. b is int64, as a tensor may have more than 2^31 elements.
 
 
 @triton.jit
-def query_head(H, GROUP):
-    """Query head of this program: b, h and the key/value head that its group shares."""
+def batch_and_head(H):
     head = tl.program_id(1)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    return b, h, h // GROUP
-
-
-@triton.jit
-def kv_head(HKV):
-    """Key/value head of this program: b and h."""
-    head = tl.program_id(1)
-    b = (head // HKV).to(tl.int64)
-    return b, head % HKV
+    return (head // H).to(tl.int64), head % H
 
 
 @triton.jit
 def load_tile(ptr, b, h, rows, T, H, D: tl.constexpr):
-    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]  # [rows, D]
+    """Positions `rows` of head h, zeros from T on: [rows, D]"""
+    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     return tl.load(ptr + (b * T * H + h) * D + offs, mask=(rows < T)[:, None], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, x, b, h, rows, T, H, D: tl.constexpr):
-    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]  # [rows, D]
+    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(ptr + (b * T * H + h) * D + offs, x.to(ptr.dtype.element_ty), (rows < T)[:, None])
 
 
@@ -77,8 +72,8 @@ def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
 
 @triton.jit
 def load_channels(ptr, b, hkv, HKV, D: tl.constexpr):
-    """One number per channel: a row of center, shift or is_wide."""
-    return tl.load(ptr + (b * HKV + hkv) * D + tl.arange(0, D))  # [D]
+    """center, shift or is_wide of each channel of a head: [D]"""
+    return tl.load(ptr + (b * HKV + hkv) * D + tl.arange(0, D))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,8 +87,8 @@ def exp_kernel(
     HKV, T,
     D: tl.constexpr, SLICE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """exp_v = exp(v - center) - shift, for SLICE channels of one head"""
-    b, hkv = kv_head(HKV)
+    """exp_v = exp(v - center) - shift, for all positions of SLICE channels of one head"""
+    b, hkv = batch_and_head(HKV)
     offs_t = tl.arange(0, BLOCK_T)[:, None]
     offs_d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     v_ptr += (b * T * HKV + hkv) * D
@@ -110,15 +105,15 @@ def exp_kernel(
     low = tl.min(low, 0)  # [SLICE]
     high = tl.max(high, 0)
 
-    # -- center of each channel, rounded so that one more key rarely moves it --
+    # -- center: the middle, rounded so that one more key rarely changes it --
     middle = (low + high) / 2
-    center_small = tl.floor(middle + 0.5)
-    center_large = 16 * tl.floor(middle / 16 + 0.5)
+    nearest_1 = tl.floor(middle + 0.5)
+    nearest_16 = 16 * tl.floor(middle / 16 + 0.5)
     is_constant = low == high
-    is_small = (low - center_small >= -2) | is_constant  # values from center - 2 to center + 3
-    center = tl.where(is_small, center_small, center_large)
+    use_shift = (low - nearest_1 >= -2) | is_constant  # values from center - 2 to center + 3
+    center = tl.where(use_shift, nearest_1, nearest_16)
     center = tl.where(is_constant, low, center)  # then exp_v is 0 and out is exactly v
-    shift = is_small.to(tl.float32)
+    shift = use_shift.to(tl.float32)
     is_narrow = high - low <= MAX_RANGE  # false for inf - inf
     offs_c = (b * HKV + hkv) * D + offs_d
     tl.store(center_ptr + offs_c, center)
@@ -131,20 +126,20 @@ def exp_kernel(
         offs = rows * (HKV * D) + offs_d[None, :]
         v = tl.load(v_ptr + offs, mask=rows < T, other=0.0).to(tl.float32)
         d = v - center[None, :]
-        use_series = is_small[None, :] & (tl.abs(d) < 1 / 8)
+        use_series = use_shift[None, :] & (tl.abs(d) < 1 / 8)
         exp_v = tl.where(use_series, expm1_series(d), tl.exp(d) - shift[None, :])
         tl.store(exp_v_ptr + offs, exp_v.to(exp_v_ptr.dtype.element_ty), mask=rows < T)
 
 
 @triton.jit
 def expm1_series(x):
-    """exp(x) - 1 for |x| < 1/8, without cancellation"""
+    """exp(x) - 1 for |x| < 1/8, by its Taylor series: no cancellation"""
     return x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120))))
 
 
 @triton.jit
 def log1p_series(x):
-    """log(1 + x) for |x| < 1/16, without rounding 1 + x"""
+    """log(1 + x) for |x| < 1/16, by its Taylor series: 1 + x is not rounded"""
     return x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6)))))
 
 
@@ -153,7 +148,8 @@ def log_kernel(
     x_ptr, out_ptr, center_ptr, shift_ptr, H, GROUP, T, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """out = log(x + shift) + center"""
-    b, h, hkv = query_head(H, GROUP)
+    b, h = batch_and_head(H)
+    hkv = h // GROUP
     HKV = H // GROUP
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
@@ -172,7 +168,8 @@ def grad_x_kernel(
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """grad_x = grad_out / (x + shift), delta = sum_d grad_x * x"""
-    b, h, hkv = query_head(H, GROUP)
+    b, h = batch_and_head(H)
+    hkv = h // GROUP
     HKV = H // GROUP
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
@@ -180,14 +177,14 @@ def grad_x_kernel(
     grad_out = load_tile(grad_out_ptr, b, h, offs_t, T, H, D).to(tl.float32)
     grad_x = (grad_out / (x + shift)).to(grad_x_ptr.dtype.element_ty)
     store_tile(grad_x_ptr, grad_x, b, h, offs_t, T, H, D)
-    delta = tl.sum(grad_x.to(tl.float32) * x, 1)  # of the rounded grad_x, as tl.dot will see it
+    delta = tl.sum(grad_x.to(tl.float32) * x, 1)  # of the rounded grad_x, as in dq and dk
     tl.store(delta_ptr + (b * H + h) * T + offs_t, delta, mask=offs_t < T)
 
 
 @triton.jit
 def grad_v_kernel(dv_ptr, exp_v_ptr, shift_ptr, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr):
     """dv = grad_exp_v * (exp_v + shift), in place: dv holds grad_exp_v on entry"""
-    b, hkv = kv_head(HKV)
+    b, hkv = batch_and_head(HKV)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
     grad_exp_v = load_tile(dv_ptr, b, hkv, offs_t, T, HKV, D).to(tl.float32)  # [BLOCK_T, D]
@@ -196,7 +193,7 @@ def grad_v_kernel(dv_ptr, exp_v_ptr, shift_ptr, HKV, T, D: tl.constexpr, BLOCK_T
 
 
 # --------------------------------------------------------------------------------------------------
-# Flash attention over exp_v, where cuDNN does not run. Row i sees the keys up to i + Tk - Tq.
+# Flash attention over exp_v, where cuDNN cannot be used. Query i sees the keys up to i + Tk - Tq.
 
 
 @triton.jit
@@ -207,7 +204,8 @@ def attn_fwd_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x = softmax(qk) @ exp_v"""
-    b, h, hkv = query_head(H, GROUP)
+    b, h = batch_and_head(H)
+    hkv = h // GROUP
     HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
@@ -218,7 +216,7 @@ def attn_fwd_kernel(
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    # stage 0: keys that all rows of the block see; stage 1: the diagonal, which needs the mask
+    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the others, with a mask
     diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(start_m + BLOCK_M + past, Tk)
     for stage in tl.static_range(2):
@@ -254,7 +252,8 @@ def attn_bwd_dq_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds = p * (grad_x @ exp_v^T - delta), dq = scale * ds @ k"""
-    b, h, hkv = query_head(H, GROUP)
+    b, h = batch_and_head(H)
+    hkv = h // GROUP
     HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
@@ -268,7 +267,7 @@ def attn_bwd_dq_kernel(
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     dq = tl.zeros((BLOCK_M, D), tl.float32)
 
-    # stage 0: keys that all rows of the block see; stage 1: the diagonal, which needs the mask
+    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the others, with a mask
     diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(start_m + BLOCK_M + past, Tk)
     for stage in tl.static_range(2):
@@ -299,7 +298,7 @@ def attn_bwd_dkdv_kernel(
 ):  # fmt: skip
     """dk = scale * ds^T @ q, dv = p^T @ grad_x = grad_exp_v, summed over the query heads"""
     HKV = H // GROUP
-    b, hkv = kv_head(HKV)
+    b, hkv = batch_and_head(HKV)
     past = Tk - Tq  # positions before the first query
     start_n = tl.program_id(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -309,8 +308,7 @@ def attn_bwd_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
 
-    # rows before first_m see none of these keys
-    first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M
+    first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M  # the first to see these keys
     for member in range(GROUP):
         h = hkv * GROUP + member
         first = (b * H + h) * Tq
@@ -335,8 +333,9 @@ def attn_bwd_dkdv_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Fallback: overwrites the results of heads with a wide channel, in float32, one key (for dk and dv
-# one query) at a time. The posterior of a channel, p * exp(v - out), sums to 1 over the keys.
+# Fallback: compute heads with a wide channel again, in float32, and overwrite the results. The
+# weight of key j differs by channel, so there is no matrix product: a program takes BLOCK_T queries
+# and one key at a time. The posterior of a channel, p * exp(v - out), sums to 1 over the keys.
 
 
 @triton.jit
@@ -345,8 +344,13 @@ def fallback_fwd_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """out = LSE_j(qk + v) - LSE_j(qk); for the backward pass x = out's rounding error, exp_v = v"""
-    b, h, hkv = query_head(H, GROUP)
+    """out = logsumexp_j(qk + v) - logsumexp_j(qk)
+
+    For the backward pass, which needs v and out in full precision, it stores v in exp_v, and what
+    rounding took from out in x.
+    """
+    b, h = batch_and_head(H)
+    hkv = h // GROUP
     HKV = H // GROUP
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
         return
@@ -389,10 +393,12 @@ def fallback_bwd_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """ds = sum_d grad_out * (posterior - p), dq = scale * ds @ k, dk = scale * ds^T @ q,
-    dv = sum_i grad_out * posterior, for one key/value head and the query heads that attend to it"""
+    """Gradients for one key/value head and its GROUP query heads, from ds_ij by dot products:
+
+    ds_ij = sum_d grad_out * (posterior - p), dv_j = sum_i grad_out * posterior
+    """
     HKV = H // GROUP
-    b, hkv = kv_head(HKV)
+    b, hkv = batch_and_head(HKV)
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
         return
     first_block = tl.program_id(0) * BLOCK_T
@@ -460,10 +466,10 @@ compiled_kernels = {}
 
 
 def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constants):
-    """Launch the kernel on the grid; constants have the order of the kernel's constexpr arguments.
+    """Do kernel[grid](*tensors, *numbers, *constants), in a third of the host's time.
 
-    Like kernel[grid](...), where Triton examines every argument of every call to find the compiled
-    kernel specialized for it, 10 to 30 us on the host. We look it up, in a third of the time.
+    To find the right compiled kernel, Triton examines all arguments, in 10 to 30 us. We look it up.
+    constants: in the order of the kernel's constexpr arguments.
     """
     numbers += tuple(constants.values())
     key = (kernel, tensors[0].device, numbers, num_warps, num_stages)
@@ -506,14 +512,14 @@ def is_hopper(device):
 
 
 def to_bthd(t):
-    """Same shape (B, H, T, D), memory in the order (B, T, H, D). No copy if a projection made t."""
+    """Return t (B, H, T, D) with memory in the order (B, T, H, D), copied only if need be."""
     if t.transpose(1, 2).is_contiguous():
         return t
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def can_use_cudnn(q, k, exp_v):
-    """cuDNN takes bfloat16 and Tq == Tk; its backward is not deterministic."""
+    """Return whether cuDNN takes these inputs. Its backward is not deterministic."""
     if not q.is_cuda or q.dtype != torch.bfloat16 or q.shape[2] != k.shape[2]:
         return False
     if torch.are_deterministic_algorithms_enabled():
@@ -524,7 +530,7 @@ def can_use_cudnn(q, k, exp_v):
 
 
 def attention_forward(q, k, exp_v, scale):
-    """Causal softmax attention over exp_v: return x (B, H, Tq, D) and lse (B, H, Tq)."""
+    """Return x = p @ exp_v, (B, H, Tq, D), and the log-sum-exp of its logits, (B, H, Tq)."""
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape
     if can_use_cudnn(q, k, exp_v):
@@ -568,26 +574,22 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
 
 
 # --------------------------------------------------------------------------------------------------
-# LASER: exp, attention, log, fallback
+# LASER: the kernels in order, forward and backward, and as a PyTorch operator
 
 
 def new_buffers(q, k, v):
-    """Allocate what exp_kernel and log_kernel write. Returns out, exp_v, center, shift, is_wide.
-
-    center, shift (B * HKV, D) float32 and is_wide (B * HKV, D) int32: one value per channel of v
-    """
+    """Allocate and return out, exp_v, center, shift and is_wide."""
     B, HKV, _, D = k.shape
-    # float16 would overflow
-    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # fp16 overflows
     out = torch.empty_like(q)
     exp_v = torch.empty_like(v, dtype=exp_dtype)
-    center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)  # views of one tensor
+    center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)
     is_wide = q.new_empty(B * HKV, D, dtype=torch.int32)
     return out, exp_v, center, shift, is_wide
 
 
 def fallback_grid(T, heads):
-    """Return a small grid, as heads rarely need the fallback; each program loops over blocks."""
+    """Return a small grid, as few heads need the fallback; its programs loop over the blocks."""
     blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
     return max(blocks, 1), heads
 
@@ -595,15 +597,12 @@ def fallback_grid(T, heads):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return out, and for the backward pass exp_v, shift, is_wide, x and lse.
-
-    x is the output of the attention over exp_v, and lse its log-sum-exp.
-    """
+    """Return out, and what the backward pass needs: exp_v, shift, is_wide, x and lse."""
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape
     out, exp_v, center, shift, is_wide = new_buffers(q, k, v)
 
-    # exp_v = exp(v - center) - shift, x = attention(q, k, exp_v), out = log(x + shift) + center
+    # exp, attention, log
     exp_tensors = v, exp_v, center, shift, is_wide
     exp_constants = {"D": D, "SLICE": SLICE, "BLOCK_T": 4 * BLOCK_T}
     launch(exp_kernel, (D // SLICE, B * HKV), exp_tensors, (HKV, Tk), num_warps=8, **exp_constants)
@@ -612,7 +611,7 @@ def forward(
     grid = (ceil(Tq / BLOCK_T), B * H)
     launch(log_kernel, grid, (x, out, center, shift), (H, H // HKV, Tq), **constants)
 
-    # redo heads with a wide channel
+    # fallback
     grid = fallback_grid(Tq, B * H)
     tensors = q, k, v, is_wide, lse, out, x, exp_v
     sizes = H, H // HKV, Tq, Tk, scale
@@ -640,7 +639,7 @@ def backward(
     grid = (ceil(Tk / BLOCK_T), B * HKV)
     launch(grad_v_kernel, grid, (dv, exp_v, shift), (HKV, Tk), **constants)
 
-    # redo heads with a wide channel, whose exp_v is v
+    # fallback, for heads whose exp_v is v
     grid = fallback_grid(Tk, B * HKV)
     tensors = q, k, exp_v, is_wide, lse, out, x, grad_out, dq, dk, dv
     sizes = H, H // HKV, Tq, Tk, scale
@@ -671,7 +670,7 @@ class Laser(torch.autograd.Function):
         return *backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 
-# For torch.compile, which treats a custom op as opaque
+# For torch.compile, which does not look inside a custom op
 laser = torch.library.custom_op("fivefold::laser", forward, mutates_args=())
 laser_backward = torch.library.custom_op("fivefold::laser_backward", backward, mutates_args=())
 
@@ -697,10 +696,10 @@ laser.register_autograd(laser_autograd, setup_context=setup_context)
 
 
 def attention(q, k, v):
-    """Causal LASER attention; the queries are the last of the positions.
+    """Compute causal LASER attention; the queries are the last Tq of the Tk positions.
 
     q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D), in float32, float16 or bfloat16, with
-    D <= 128. Raises ValueError if these do not fit each other, or are too large to be indexed.
+    D <= 128. Raises ValueError if the shapes do not fit each other or are too large.
     """
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape

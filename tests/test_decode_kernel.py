@@ -64,7 +64,7 @@ def double(tensors):
     return [t.double() for t in tensors]
 
 
-def check_products(C, sizes, dtype, has_bias, config=None):
+def check_products(C, sizes, dtype, has_bias):
     generator = torch.Generator().manual_seed(C)
 
     def randn(*shape):
@@ -78,19 +78,19 @@ def check_products(C, sizes, dtype, has_bias, config=None):
     y = inside_nan(randn(sizes[0]))
 
     ours = run_poisoned(
-        lambda: decode.norm_linear(x, gain, EPS, weights, biases if has_bias else None, config)
+        lambda: decode.norm_linear(x, gain, EPS, weights, biases if has_bias else None)
     )
     eager = project_torch(x, gain, weights, biases)
     truth = project_torch(*double((x, gain)), double(weights), double(biases))
     assert_close("project", ours, eager, truth)
 
-    ours = run_poisoned(lambda: decode.norm_swiglu(x, gain, EPS, weights[0], up, config))
+    ours = run_poisoned(lambda: decode.norm_swiglu(x, gain, EPS, weights[0], up))
     inputs = (x, gain, weights[0], up)
     assert_close("swiglu", ours, swiglu_torch(*inputs), swiglu_torch(*double(inputs)))
 
     def added():
         total = y.clone()
-        decode.linear_add(total, x, up, config)
+        decode.linear_add(total, x, up)
         return total
 
     inputs = (y, x, up)
@@ -108,8 +108,9 @@ def check_products(C, sizes, dtype, has_bias, config=None):
         (200, (33,), True),
     ],
 )
-def test_products(C, sizes, has_bias, dtype):
-    check_products(C, sizes, dtype, has_bias, decode.Tile(16, 64, 4))
+def test_products(C, sizes, has_bias, dtype, monkeypatch):
+    monkeypatch.setattr(decode, "SMALL_MATRIX", decode.Tile(16, 64, 4))
+    check_products(C, sizes, dtype, has_bias)
 
 
 @gpu
@@ -151,7 +152,7 @@ def attention_torch(heads, gains, angles, length, kv, dtype):
     return torch.cat([o.flatten(), kv[:, :, :, length].flatten()])
 
 
-def check_attention(H, Hkv, D, size, length, dtype, has_norm, config=None):
+def check_attention(H, Hkv, D, size, length, dtype, has_norm):
     generator = torch.Generator().manual_seed(length)
 
     def randn(*shape):
@@ -166,7 +167,7 @@ def check_attention(H, Hkv, D, size, length, dtype, has_norm, config=None):
 
     def ours():
         k, v = (t[0].clone() for t in kv)
-        o = decode.attention(heads.flatten(), gains, EPS, angles, position, k, v, config)
+        o = decode.attention(heads.flatten(), gains, EPS, angles, position, k, v)
         assert torch.equal(k[:, :length], kv[0, 0, :, :length]), "an old key was changed"
         assert k[:, length + 1 :].isnan().all(), "a later key was written"
         assert torch.equal(v[:, :length], kv[1, 0, :, :length]), "an old value was changed"
@@ -191,7 +192,8 @@ def check_attention(H, Hkv, D, size, length, dtype, has_norm, config=None):
 @pytest.mark.parametrize("length", [0, 15, 16, 31, 32, 75, 99])
 def test_attention(H, Hkv, has_norm, length, dtype, monkeypatch):
     monkeypatch.setattr(decode, "ATTENTION_PROGRAMS", 8)  # splits of 4, 2 and 1 blocks
-    check_attention(H, Hkv, 16, 100, length, dtype, has_norm, (16, 4))
+    monkeypatch.setattr(decode, "attention_block", lambda D, dtype: (16, 4))
+    check_attention(H, Hkv, 16, 100, length, dtype, has_norm)
 
 
 @gpu
@@ -301,7 +303,8 @@ def test_fused_step_equals_the_models(shape, monkeypatch):
     monkeypatch.setattr(decode, "SMALL_MATRIX", decode.Tile(64, 64, 4))
     decoders = []
     for use_kernels in (True, False):
-        decoder = sample.CUDAGraphDecoder(model, 6, use_kernels=use_kernels)
+        decoder = sample.CUDAGraphDecoder(model, 6)
+        decoder.use_kernels = use_kernels
         decoder.prefill([5, 6, 7])
         decoders.append(decoder)
     fused, plain = decoders

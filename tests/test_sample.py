@@ -43,6 +43,10 @@ def plugins(monkeypatch):
     monkeypatch.setitem(train.PLUGINS["attn"][1], "five_inputs", five_inputs)
 
 
+def generate(model, ids, n, **settings):
+    return list(sample.generate(model, ids, n, **settings))
+
+
 def greedy_by_hand(model, ids, n):
     """The likeliest tokens, each from a forward pass over the whole window."""
     size = model.config.block_size
@@ -69,8 +73,8 @@ def test_kv_cache_gives_the_logits_of_a_whole_pass(attn):
     model = small_gpt(torch.float64, attn=f"softmax,{attn}", n_kv_head=2, block_size=64)
     ids = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(1))
     caches = [sample.KVCache(64) for _ in model.layers]
-    pieces = [(0, 9), (9, 12), (12, 13), (13, 14), (14, 21), (21, 23)]
-    for start, end in [*pieces, *((t, t + 1) for t in range(23, 40))]:
+    ends = [9, 12, 13, 14, 21, 23, *range(24, 41)]
+    for start, end in zip([0, *ends], ends):
         logits = model(ids[:, start:end], cache=caches)
         assert logits.shape == (1, 1, 64)
         whole = model(ids[:, :end])[0, -1]
@@ -92,20 +96,23 @@ def test_ring_tensors_do_not_grow():
 
 @pytest.mark.parametrize("T", [1, 2])
 def test_ring_buffer_slots(T):
-    """Position t lives in slot t % w, whether positions come one by one or several at once."""
+    """Position t lives in slot t % w, whether T = 1 or 2 positions come at once."""
+    w = 5
     cache = sample.KVCache(12)
     for start in range(0, 12, T):
-        k = torch.arange(start, start + T, dtype=torch.float32).view(1, 1, T, 1)
-        seen_w, seen_all = cache.extend([5, None], [k, -k])
         end = start + T
-        assert (cache.tensors[0][0, 0, :, 0].tolist())[(end - 1) % 5] == end - 1
-        last = [t for t in range(max(0, end - 5), end)]
-        assert sorted(cache.tensors[0][0, 0, : min(end, 5), 0].tolist()) == last
-        assert seen_all.flatten().tolist() == [-t for t in range(end)]
-        if T == 1:
-            assert sorted(seen_w.flatten().tolist()) == last
-        else:
-            assert seen_w.flatten().tolist() == [t for t in range(max(0, start - 5), end)]
+        positions = torch.arange(start, end, dtype=torch.float32).view(1, 1, T, 1)
+        visible, visible_without_window = cache.extend([w, None], [positions, -positions])
+
+        # the ring holds the last w positions, each in its slot
+        ring = cache.tensors[0].flatten().tolist()
+        for t in range(max(0, end - w), end):
+            assert ring[t % w] == t
+
+        # one query sees the ring, in any order; several see the w positions before the first, too
+        first_visible = max(0, end - w) if T == 1 else max(0, start - w)
+        assert sorted(visible.flatten().tolist()) == list(range(first_visible, end))
+        assert visible_without_window.flatten().tolist() == [-t for t in range(end)]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +130,8 @@ def test_static_cache_gives_the_logits_of_a_whole_pass(shape):
             assert torch.allclose(decoder.logits(), whole, atol=1e-9), f"position {len(ids) - 1}"
             ids.append(decoder.next())
             assert ids[-1] == int(whole.argmax())
-        assert int(decoder.length) == 15 and int(decoder.token) == ids[-1]
+        assert int(decoder.length) == 15
+        assert int(decoder.token) == ids[-1]
 
 
 @torch.no_grad()
@@ -133,26 +141,27 @@ def test_decoder_runs_a_step_ahead_and_starts_over():
     decoder = sample.CUDAGraphDecoder(model, 16)
     for _ in range(2):
         tokens = [decoder.prefill([5, 6, 7])]
-        tokens += [decoder.next(more=True) for _ in range(5)]
+        tokens += [decoder.next(start_following=True) for _ in range(5)]
         assert tokens == expected[:6]
         assert int(decoder.length) == 3 + 6, "one step ahead of the 5 tokens read"
-    tokens += [decoder.next(more=i < 6) for i in range(7)]
-    assert tokens == expected and decoder.in_flight is None
+    tokens += [decoder.next(start_following=i < 6) for i in range(7)]
+    assert tokens == expected
+    assert decoder.in_flight is None
     with pytest.raises(ValueError, match="softmax attention, not softmax,two_windows"):
         sample.CUDAGraphDecoder(small_gpt(attn="softmax,two_windows"), 16)
 
 
 def test_decoder_does_not_compile_a_prompt_and_compiles_one_step():
     model = small_gpt(n_kv_head=2, qkv_bias=True)
-    plain = list(sample.generate(model, [5, 6, 7], 40, temperature=0))
+    plain = generate(model, [5, 6, 7], 40, temperature=0)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     for module in (*model.layers, model.norm):
         module.compile(backend="eager", fullgraph=True)
-    assert list(sample.generate(model, [5, 6, 7], 40, temperature=0)) == plain
+    assert generate(model, [5, 6, 7], 40, temperature=0) == plain
     assert not counters["stats"], "without a graph nothing is compiled"
-    assert list(sample.generate(model, [5, 6, 7], 40, temperature=0, graph=True)) == plain
+    assert generate(model, [5, 6, 7], 40, temperature=0, graph=True) == plain
     assert counters["stats"]["unique_graphs"] == 2, "a layer, and the last norm"
 
 
@@ -219,8 +228,8 @@ def test_cold_means_the_likeliest(temperature):
     assert sampled_tokens(LOGITS, temperature=temperature) == {1}
     assert sampled_tokens([1e4, 1e4 - 1, -1e4], temperature=temperature) == {0}
     model = small_gpt()
-    cold = list(sample.generate(model, [5], 30, temperature=temperature))
-    assert cold == list(sample.generate(model, [5], 30, temperature=0))
+    cold = generate(model, [5], 30, temperature=temperature)
+    assert cold == generate(model, [5], 30, temperature=0)
 
 
 def test_hot_means_uniform_among_what_top_k_and_top_p_leave():
@@ -269,8 +278,8 @@ def test_tokens_are_those_of_multinomial():
         p = model(torch.tensor([ids]))[0, -1].softmax(-1)
         ids.append(int(torch.multinomial(p, 1, generator=generator)))
     for graph in (False, True):
-        assert list(sample.generate(model, [5, 6, 7], 12, seed=9, graph=graph)) == ids[3:]
-    assert list(sample.generate(model, [5, 6, 7], 12, seed=8)) != ids[3:]
+        assert generate(model, [5, 6, 7], 12, seed=9, graph=graph) == ids[3:]
+    assert generate(model, [5, 6, 7], 12, seed=8) != ids[3:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,11 +302,13 @@ def test_tokens_are_those_of_multinomial():
 def test_cached_equals_uncached(shape, how):
     model = small_gpt(**shape)
     how = {**how, "seed": 3, "limit": 60}
-    cached = list(sample.generate(model, [5, 6, 7], 40, **how))
-    assert cached == list(sample.generate(model, [5, 6, 7], 40, cached=False, **how))
-    assert len(cached) == 40 and max(cached) < 60 and len(set(cached)) > 3
+    cached = generate(model, [5, 6, 7], 40, **how)
+    assert cached == generate(model, [5, 6, 7], 40, cached=False, **how)
+    assert len(cached) == 40
+    assert max(cached) < 60
+    assert len(set(cached)) > 3
     if "attn" not in shape:
-        assert cached == list(sample.generate(model, [5, 6, 7], 40, graph=True, **how))
+        assert cached == generate(model, [5, 6, 7], 40, graph=True, **how)
     else:
         with pytest.raises(ValueError, match="softmax attention"):
             next(sample.generate(model, [5], 1, graph=True))
@@ -310,19 +321,24 @@ def test_a_full_context_drops_its_older_half(size):
     for ids in ([5], [5, 6, 7], list(range(20, 30))):
         expected = greedy_by_hand(model, ids, 20)
         for way in ({}, {"cached": False}, {"graph": True}):
-            assert list(sample.generate(model, ids, 20, temperature=0, **way)) == expected, way
+            assert generate(model, ids, 20, temperature=0, **way) == expected, way
         for n in (0, 1, 2, 5):  # no more room is allocated than n tokens need
             for way in ({}, {"graph": True}):
-                assert list(sample.generate(model, ids, n, temperature=0, **way)) == expected[:n]
+                assert generate(model, ids, n, temperature=0, **way) == expected[:n]
 
 
 def test_no_more_room_than_needed(monkeypatch):
     sizes = []
     original = sample.KVCache
-    monkeypatch.setattr(sample, "KVCache", lambda size: sizes.append(size) or original(size))
-    list(sample.generate(small_gpt(block_size=40), [5, 6, 7], 10))
+
+    def recording(size):
+        sizes.append(size)
+        return original(size)
+
+    monkeypatch.setattr(sample, "KVCache", recording)
+    generate(small_gpt(block_size=40), [5, 6, 7], 10)
     assert sizes == [12, 12], "the last of the 10 tokens is never read"
-    list(sample.generate(small_gpt(), [5, 6, 7], 20))
+    generate(small_gpt(), [5, 6, 7], 20)
     assert sizes[2:] == [16] * 4, "two layers, and again once the context is full"
 
 
@@ -345,8 +361,9 @@ def test_no_more_room_than_needed(monkeypatch):
     ids=str,
 )
 def test_generate_refuses(change, part):
+    arguments = {"model": small_gpt(), "ids": [5], "n": 1}
     with pytest.raises(ValueError) as caught:
-        next(sample.generate(**{"model": small_gpt(), "ids": [5], "n": 1, **change}))
+        generate(**{**arguments, **change})
     assert part in str(caught.value)
 
 
@@ -377,22 +394,22 @@ def test_damaged_weights_are_not_sampled_from(way):
 def test_graph_replays_on_the_gpu(shape):
     model = small_gpt(**shape)
     greedy = {"temperature": 0}
-    plain = list(sample.generate(model, [5, 6, 7], 40, **greedy))  # on the CPU
+    plain = generate(model, [5, 6, 7], 40, **greedy)  # on the CPU
     model.cuda()
-    assert list(sample.generate(model, [5, 6, 7], 40, **greedy)) == plain
+    assert generate(model, [5, 6, 7], 40, **greedy) == plain
     assert sample.can_fuse(model) == ("head_dim" in shape), "8 channels are too few for them"
     for _ in range(2):
-        assert list(sample.generate(model, [5, 6, 7], 40, graph=True, **greedy)) == plain
+        assert generate(model, [5, 6, 7], 40, graph=True, **greedy) == plain
 
     # the generator goes on inside the graph as it does outside
     for how in ({"temperature": 1.3, "top_k": 9, "top_p": 0.8}, {"top_p": 0.9}, {}):
         how = {**how, "seed": 3}
-        expected = list(sample.generate(model, [5, 6, 7], 40, **how))
-        assert list(sample.generate(model, [5, 6, 7], 40, graph=True, **how)) == expected
+        expected = generate(model, [5, 6, 7], 40, **how)
+        assert generate(model, [5, 6, 7], 40, graph=True, **how) == expected
         assert len(set(expected)) > 3
-    cold = list(sample.generate(model, [5, 6, 7], 40, temperature=1e-40, top_p=1e-40, graph=True))
+    cold = generate(model, [5, 6, 7], 40, temperature=1e-40, top_p=1e-40, graph=True)
     assert cold == plain
 
     model.compile()
     assert not sample.can_fuse(model)
-    assert list(sample.generate(model, [5, 6, 7], 40, graph=True, **greedy)) == plain
+    assert generate(model, [5, 6, 7], 40, graph=True, **greedy) == plain
