@@ -192,14 +192,15 @@ class Factor:
         self.is_A = is_A
         rank = parameters[0].shape[0 if is_A else 1]
 
-        # stack parameters, first moments, gradients and states; a missing gradient counts as 0
+        # stack parameters, first moments and gradients; a missing gradient counts as 0
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self.x = self.stack(parameters)  # (N, rows, r)
         self.M = self.stack([state["M"] for state in states])
         self.grad = self.stack(grads)
         has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
         self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
-        self.old = unpack(torch.stack([state["packed"] for state in states]), rank)
+        packed = torch.stack([state["packed"] for state in states])
+        self.old = unpack(packed, rank)  # FactorState after the last step
 
         # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
         x = self.x.double()
@@ -216,9 +217,9 @@ class Factor:
         return torch.stack(tall).to(self.states[0]["M"].dtype)
 
     def unmagnify(self, partner):
-        """Find hh = h^T h (N, r, r) for h = grad R^-1, with R of the partner. Return the sum |h|^2.
+        """Set hh (N, r, r) to h^T h, where h = grad R^-1 with R of the partner. Return |h|^2, ().
 
-        Gradients are skipped, which makes h 0, where they or their squares are not finite.
+        h^T h is 0 and is_finite is False where the gradient or its square is not finite.
         """
         is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)  # (N, 1, 1)
         gg = torch.where(is_finite, self.gg, 0)
@@ -228,10 +229,7 @@ class Factor:
         return trace(self.hh).sum()
 
     def update(self, partner, h_scale, lr, betas, eps, weight_decay, escape):
-        """Update the parameters and their states.
-
-        h_scale (): clipping multiplies h by it. lr: a number, or a tensor ().
-        """
+        """Update the parameters and their states; h_scale (): the factor by which h is clipped."""
         old = self.old
         dtype = self.x.dtype
         step = old.step + 1
@@ -265,7 +263,7 @@ class Factor:
         M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
 
         # parameters: a factor without a finite gradient is not updated
-        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
+        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)  # a number or a tensor ()
         lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
         shrink = 1 - lr * weight_decay
         x = shrink.to(dtype) * self.x - M @ (lr * partner.R_inv.mT).to(dtype)
@@ -448,17 +446,15 @@ class LoRARITE(torch.optim.Optimizer):
         return batches
 
     def addresses(self):
-        """Return the addresses of all tensors of a step, by which batches are cached."""
+        """Return the addresses and layouts of all tensors of a step: the key of its batches."""
         key = [self.use_kernel]
         for group in self.param_groups:
             for p in group["params"]:
-                grad = p.grad
-                state = self.state.get(p)
                 key += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
-                if grad is not None:
-                    key += (grad.data_ptr(), grad.dtype, grad.is_contiguous())
-                if state:
-                    key += (state["M"].data_ptr(), state["packed"].data_ptr())
+                if p.grad is not None:
+                    key += (p.grad.data_ptr(), p.grad.dtype, p.grad.is_contiguous())
+                for t in self.state.get(p, {}).values():
+                    key.append(t.data_ptr())
         return tuple(key)
 
     def find_batches(self):
