@@ -641,17 +641,17 @@ class KernelBatch:
         # a row of the table for each factor, A and B alternating
         table = []
         num_programs = 0
-        all_bits = 0  # bitwise or of addresses and lengths, to see if all are multiples of 16
+        is_aligned = True  # whether all addresses and lengths are multiples of 16
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
             pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
             rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # columns of A (r, n), rows of B (m, r)
-            programs = triton.cdiv(rows, CHUNK_ROWS[R])
-            numbers = [p.grad is not None, rows, num_programs, programs]
+            chunks = triton.cdiv(rows, CHUNK_ROWS[R])
+            numbers = [p.grad is not None, rows, num_programs, chunks]
             table.append([*pointers, state["packed"].data_ptr(), *numbers])
-            num_programs += programs
+            num_programs += chunks
             for value in (*pointers, rows):
-                all_bits |= value
+                is_aligned = is_aligned and value % 16 == 0
         table = torch.tensor(table)  # (factors, COLUMNS) int64
 
         # the factor of each program of launches 1 and 4; 0, 0, 0, 1, 2, 2 if 0 has three chunks
@@ -666,10 +666,10 @@ class KernelBatch:
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
         # options of launches 1 and 4, and of launches 2 and 3
-        self.row_options = dict(DTYPE=TL_DTYPES[parameters[0].dtype], ALIGNED=all_bits % 16 == 0)
+        self.row_options = {"DTYPE": TL_DTYPES[parameters[0].dtype], "ALIGNED": is_aligned}
         self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
         self.row_options.update(num_warps=ROW_WARPS[R])
-        self.matrix_options = dict(RANK=rank, PADDED_RANK=triton.next_power_of_2(rank), R=R)
+        self.matrix_options = {"RANK": rank, "PADDED_RANK": triton.next_power_of_2(rank), "R": R}
         self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
@@ -702,16 +702,14 @@ class KernelBatch:
         total = total.to(device)
         matrices = torch.empty(len(self.table), MATRICES.value, self.R, self.R, device=device)
         log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
+        lr_ptr = None
         if torch.is_tensor(lr) and lr.device == device:
             lr_ptr = lr
-            lr = 0.0
-        else:
-            lr_ptr = None
-            lr = float(lr)
+            lr = 0.0  # not read
         with torch.cuda.device_of(self.table):
             moment_kernel[(len(self.table),)](
                 self.table, self.work, self.numbers, total, matrices, lr_ptr,
-                lr, *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
+                float(lr), *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
                 self.R, escape, **self.matrix_options,
             )  # fmt: skip
             update_kernel[(len(self.factor_of_program),)](
