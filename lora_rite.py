@@ -376,7 +376,7 @@ class LoRARITE(torch.optim.Optimizer):
         if use_kernel and kernel is None:
             raise ValueError("the kernel of LoRA-RITE needs Triton: pip install triton")
         self.use_kernel = use_kernel
-        self.plans = {}  # {addresses of all tensors: batches}
+        self.plans = {}  # {addresses of all tensors: the batches of a step}
         self.captured_plans = []  # CUDA graphs read these at each replay, so they are never freed
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clip": clip}
         defaults.update(weight_decay=weight_decay, escape=escape, pair=False)
