@@ -23,7 +23,7 @@ def inject(model, rank, alpha=None, targets=("q_proj", "v_proj"), seed=0):
 
 
 def inject_layers(model, layers, rank, alpha, seed=0):
-    """Put adapters on `layers`, {name: nn.Linear}; see `inject`. Errors leave the model as it is."""
+    """Put adapters on `layers`, {name: nn.Linear}; see `inject`. All checks come first."""
     check_layers(model, layers)
     sizes = [(min(linear.weight.shape), name) for name, linear in layers.items()]
     size, smallest = min(sizes)
