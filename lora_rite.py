@@ -7,11 +7,12 @@ Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
 LoRA (support/lora.py) freezes a weight W and trains a low-rank update Z = B A,
 with A (r, n) and B (m, r). For every invertible (r, r) matrix C, the factors
 B C and C^-1 A have the same product, yet Adam and LoRA+ change Z differently
-for each C. LoRA-RITE makes the same change for all. Let a = A^T and b = B, with
-gradients ga and gb, and take their QR decompositions a = Ua Ra and b = Ub Rb.
-The gradient of each factor is expressed in the orthonormal basis U of the other
-factor. There, C leaves at most a rotation. Step t = 1, 2, ... of a (for b,
-exchange the letters):
+for each C. LoRA-RITE makes the same change for all.
+
+Let a = A^T and b = B, with gradients ga and gb, and take their QR
+decompositions a = Ua Ra and b = Ub Rb. The gradient of each factor is expressed
+in the orthonormal basis U of the other factor. There, C leaves at most a
+rotation. Step t = 1, 2, ... of a (for b, exchange the letters):
 
     h = ga Rb^-1             the "unmagnified" gradient, dL/dZ^T Ub, (n, r)
     P = Ub^T Ub,old          moves V and M into the new basis, (r, r)
@@ -26,18 +27,19 @@ of all pairs. Clipping the raw gradients instead would break the invariance. rho
 (the "escaped mass", off by default as in the released recipe) adds back what V
 loses when it moves between bases.
 
-Where we depart from the paper: there is no QR decomposition and U is not
-stored. Every (r, r) matrix above follows from Gram matrices (such as b^T b) in
-float64. Rb may be any matrix with Rb^T Rb = b^T b: the Cholesky factor or, if b
-is zero or rank-deficient, the symmetric root. The old b, needed for P, is the
-new one with the last step undone. The released code skips steps with a large h,
-which stops training if the loss is multiplied by 1e3; we do not. It also takes
-roots of slightly negative eigenvalues; we clamp them to 0.
+Where we depart from the paper:
+- No QR decomposition, and U is not stored: every (r, r) matrix above follows
+  from Gram matrices (such as b^T b) in float64. Rb may be any matrix with
+  Rb^T Rb = b^T b: the Cholesky factor or, if b is zero or rank-deficient, the
+  symmetric root. P needs the old b, which is b with the last step undone.
+- The released code skips steps with a large h, which stops training if the loss
+  is multiplied by 1e3. We do not skip them.
+- The released code takes roots of slightly negative eigenvalues. We clamp them
+  to 0.
 
 Start with B = 0 or with factors of ordinary size. The step of A, lr M Rb^-T, is
-inversely proportional to the size of B, so from a tiny B the first steps move Z
-by about lr^2 / |B|. With B of size 1e-4, a test moved Z by 78 where its norm is
-20. clip limits gradients, not steps.
+inversely proportional to the size of B, so with a tiny B the first steps of Z
+are huge: about lr^2 / |B|. clip limits gradients, not steps.
 
 On a GPU, kernels/lora_rite.py steps all pairs in four launches; elsewhere,
 PyTorch does. To use the optimizer in another project, copy these two files.
@@ -81,21 +83,25 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # h, the unmagnified gradient: each in the basis U of the other factor
+    # h (n or m, r), the unmagnified gradient, and its norm over all factors
     factors = []
+    norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
-        Ua, Ra = torch.linalg.qr(a)
+        Ua, Ra = torch.linalg.qr(a)  # (n, r), (r, r)
         Ub, Rb = torch.linalg.qr(b)
         Ra_inv = torch.linalg.pinv(Ra)  # (r, r)
         Rb_inv = torch.linalg.pinv(Rb)
-        factors.append((a, ga @ Rb_inv, Ub, Rb_inv, state_a))
-        factors.append((b, gb @ Ra_inv, Ua, Ra_inv, state_b))
-    norm = sum(h.square().sum() for _, h, _, _, _ in factors).sqrt()
+        ha = ga @ Rb_inv
+        hb = gb @ Ra_inv
+        factors.append((a, ha, Ub, Rb_inv, state_a))
+        factors.append((b, hb, Ua, Ra_inv, state_b))
+        norm_squared = norm_squared + ha.square().sum()
+        norm_squared = norm_squared + hb.square().sum()
 
     new_factors = []
     for x, h, U, R_inv, state in factors:  # x: a or b; U and R_inv: of the other factor
         if clip:
-            h = h * min(1.0, clip / norm)  # (rows, r)
+            h = h * min(1.0, clip / norm_squared.sqrt())
 
         # move the second moment V into the new basis; rho collects what it loses
         P = U.T @ state.get("U", U)  # (r, r)
@@ -107,9 +113,9 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
             trace_lost = V_old.trace() - V.trace()
             rho = d2 * (rho + torch.minimum(most_lost, trace_lost).clamp(min=0))
 
-        # second moment V, preconditioner (V^1/2 + eps)^-1, first moment M
+        # second moment V, preconditioner ((V + rho)^1/2 + eps)^-1, first moment M
         V = d2 * V + (1 - d2) * h.T @ h / len(h)
-        w, Q = torch.linalg.eigh(V)
+        w, Q = torch.linalg.eigh(V)  # V = Q diag(w) Q^T
         preconditioner = Q @ torch.diag(1 / ((w.clamp(min=0) + rho).sqrt() + eps)) @ Q.T
         M_old = state.get("M", torch.zeros_like(h))
         M = d1 * M_old @ P.T + (1 - d1) * h @ preconditioner
@@ -119,8 +125,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
 
 
 # --------------------------------------------------------------------------------------------------
-# The same step from Gram matrices, for N pairs of equal shape at once. x (N, rows, r) stands for
-# either factor: a with n rows, or b with m. Its partner is the other factor of the pair.
+# The same step from Gram matrices, for N pairs of equal shape at once
 
 
 class FactorState(NamedTuple):
@@ -145,38 +150,6 @@ def unpack(packed, rank):
 def pack(state):
     """Return the fields of a FactorState as one tensor (N, 2 r^2 + 5)."""
     return torch.cat([field.flatten(-2) for field in state], -1)
-
-
-class Factor:
-    """One factor of N pairs of equal shape, with its Gram matrices in float64.
-
-    parameters: the N matrices A (r, n), or the N matrices B (m, r).
-    states: the optimizer state of each, {"M", "packed"}.
-    """
-
-    def __init__(self, parameters, states, is_A):
-        dtype = states[0]["M"].dtype
-        rank = parameters[0].shape[0 if is_A else 1]
-
-        def stack(tensors):
-            return torch.stack([t.mT if is_A else t for t in tensors]).to(dtype)
-
-        self.x = stack(parameters)  # (N, rows, r)
-        self.M = stack([state["M"] for state in states])  # (N, rows, r)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self.grad = stack(grads)  # (N, rows, r)
-        has_grad = torch.tensor([p.grad is not None for p in parameters])  # (N)
-        self.has_grad = has_grad[:, None, None].to(self.x.device, non_blocking=True)
-        self.state = unpack(torch.stack([state["packed"] for state in states]), rank)
-
-        # Gram matrices, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
-        x = self.x.double()
-        xx = x.mT @ x
-        xM = x.mT @ self.M.double()
-        self.xx = torch.where(xx.isfinite(), xx, 0)
-        self.xM = torch.where(xM.isfinite(), xM, 0)
-        self.gg = self.grad.double().mT @ self.grad.double()
-        self.R_inv = inverse_root(self.xx)
 
 
 def inverse_root(K):
@@ -207,64 +180,103 @@ def trace(matrices):
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
-def unmagnified_gram(factor, partner):
-    """Return h^T h (N, r, r) of the unmagnified gradient h = grad R^-1, R that of the partner.
+class Factor:
+    """One factor, A or B, of N pairs of equal shape. Its partner is the other factor of the pairs.
 
-    Also returns is_finite (N, 1, 1): where it is False, h^T h is 0.
+    x (N, rows, r) stands for either factor: A^T with n rows, or B with m rows.
     """
-    is_finite = factor.gg.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    gg = torch.where(is_finite, factor.gg, 0)
-    hh = partner.R_inv.mT @ gg @ partner.R_inv
-    is_finite = is_finite & trace(hh).isfinite()
-    return torch.where(is_finite, hh, 0), is_finite
 
+    def __init__(self, parameters, states, is_A):
+        self.parameters = parameters  # N of A (r, n), or N of B (m, r)
+        self.states = states  # {"M", "packed"} of each
+        self.is_A = is_A
+        rank = parameters[0].shape[0 if is_A else 1]
 
-def update(factor, partner, hh, is_finite, c, lr, betas, eps, weight_decay, escape):
-    """Return x and M (N, rows, r) after a step, and the new FactorState.
+        # stack parameters, first moments and gradients; a missing gradient counts as 0
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.x = self.stack(parameters)  # (N, rows, r)
+        self.M = self.stack([state["M"] for state in states])
+        self.grad = self.stack(grads)
+        has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
+        self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
+        packed = torch.stack([state["packed"] for state in states])
+        self.old = unpack(packed, rank)  # FactorState after the last step
 
-    hh (N, r, r): h^T h of the unmagnified gradient h = grad R^-1, before clipping.
-    is_finite (N, 1, 1): False to skip a gradient.
-    c (): the factor by which clipping multiplies h. lr: a number, or a tensor ().
-    """
-    state = factor.state
-    dtype = factor.x.dtype
-    step = state.step + 1
-    d1 = decay(betas[0], step)  # (N, 1, 1)
-    d2 = decay(betas[1], step)
+        # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
+        x = self.x.double()
+        xx = x.mT @ x
+        xM = x.mT @ self.M.double()
+        self.xx = torch.where(xx.isfinite(), xx, 0)
+        self.xM = torch.where(xM.isfinite(), xM, 0)
+        self.gg = self.grad.double().mT @ self.grad.double()
+        self.R_inv = inverse_root(self.xx)  # R^T R = x^T x
 
-    # P = U^T U_old = R^-T (x^T x_old) R_old^-1, all of the partner. Its last step used state.R_inv:
-    # x = shrink x_old - lr M R_inv^T, so shrink x^T x_old = x^T x + lr (x^T M) R_inv^T.
-    old = partner.state
-    xx_old = partner.xx + old.lr * partner.xM @ state.R_inv.mT  # (N, r, r), times shrink
-    P = partner.R_inv.mT @ xx_old @ old.R_inv / old.shrink  # (N, r, r)
+    def stack(self, tensors):
+        """Return N tensors of the parameters' shape as (N, rows, r), in float32 or float64."""
+        tall = [t.mT if self.is_A else t for t in tensors]
+        return torch.stack(tall).to(self.states[0]["M"].dtype)
 
-    # second moment V, and the escaped mass rho: what V loses when it moves between bases
-    V = P @ state.V @ P.mT
-    rho = state.rho
-    if escape:
-        lost = torch.linalg.eigvalsh(state.V) - torch.linalg.eigvalsh(V)  # (N, r), ascending
-        lost = torch.minimum(lost.amax(-1), lost.sum(-1)).clamp(min=0)
-        rho = d2 * (rho + lost[:, None, None])
-    V = d2 * V + (1 - d2) * c**2 * hh / factor.x.shape[1]
+    def unmagnify(self, partner):
+        """Set hh (N, r, r) to h^T h, where h = grad R^-1 with R of the partner. Return |h|^2, ().
 
-    # preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues of V
-    w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (N, r), (N, r, r)
-    scales = 1 / ((w[:, None, :].clamp(min=0) + rho).sqrt() + eps)  # (N, 1, r)
-    preconditioner = Q * scales @ Q.mT
+        h^T h is 0 and is_finite is False where the gradient or its square is not finite.
+        """
+        is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)  # (N, 1, 1)
+        gg = torch.where(is_finite, self.gg, 0)
+        hh = partner.R_inv.mT @ gg @ partner.R_inv
+        self.is_finite = is_finite & trace(hh).isfinite()
+        self.hh = torch.where(self.is_finite, hh, 0)
+        return trace(self.hh).sum()
 
-    # first moment M = M_old M_matrix + grad grad_matrix
-    M_matrix = d1 * P.mT  # (N, r, r)
-    grad_matrix = (1 - d1) * c * partner.R_inv @ preconditioner
-    grad = torch.where(is_finite, factor.grad, 0)
-    M = factor.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)
+    def update(self, partner, h_scale, lr, betas, eps, weight_decay, escape):
+        """Update the parameters and their states; h_scale (): the factor by which h is clipped."""
+        old = self.old
+        dtype = self.x.dtype
+        step = old.step + 1
+        d1 = decay(betas[0], step)  # (N, 1, 1)
+        d2 = decay(betas[1], step)
 
-    # parameters: a factor without a finite gradient is not updated
-    lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
-    lr = torch.where(is_finite & factor.has_grad, lr, 0.0)
-    shrink = 1 - lr * weight_decay
-    x = shrink.to(dtype) * factor.x - M @ (lr * partner.R_inv.mT).to(dtype)
-    skipped = state.skipped + ~is_finite
-    return x, M, FactorState(V, factor.R_inv, rho, step, lr, shrink, skipped)
+        # P = U^T U_old = R^-T (x^T x_old) R_old^-1, (N, r, r), where U, R and x are the partner's.
+        # The partner's last step was x = shrink x_old - lr M old.R_inv^T. Solved for x_old, it
+        # gives x^T x_old = (x^T x + lr (x^T M) old.R_inv^T) / shrink.
+        xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # times shrink
+        P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink
+
+        # second moment V, and the escaped mass rho: what V loses when it moves between bases
+        V = P @ old.V @ P.mT  # (N, r, r)
+        rho = old.rho
+        if escape:
+            lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r), ascending
+            lost = torch.minimum(lost.amax(-1), lost.sum(-1)).clamp(min=0)
+            rho = d2 * (rho + lost[:, None, None])
+        V = d2 * V + (1 - d2) * h_scale**2 * self.hh / self.x.shape[1]
+
+        # preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues w of V
+        w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (N, r), (N, r, r)
+        scales = 1 / ((w[:, None, :].clamp(min=0) + rho).sqrt() + eps)  # (N, 1, r)
+        preconditioner = Q * scales @ Q.mT
+
+        # first moment M = M_old M_matrix + grad grad_matrix
+        M_matrix = d1 * P.mT  # (N, r, r)
+        grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner
+        grad = torch.where(self.is_finite, self.grad, 0)
+        M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
+
+        # parameters: a factor without a finite gradient is not updated
+        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)  # a number or a tensor ()
+        lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
+        shrink = 1 - lr * weight_decay
+        x = shrink.to(dtype) * self.x - M @ (lr * partner.R_inv.mT).to(dtype)
+
+        # write everything back
+        skipped = old.skipped + ~self.is_finite
+        state = FactorState(V, self.R_inv, rho, step, lr, shrink, skipped)
+        if self.is_A:  # A is stored as (r, n)
+            x = x.mT
+            M = M.mT
+        torch._foreach_copy_([s["packed"] for s in self.states], list(pack(state).unbind()))
+        torch._foreach_copy_([s["M"] for s in self.states], list(M.unbind()))
+        torch._foreach_copy_(self.parameters, list(x.unbind()))
 
 
 class TorchBatch:
@@ -275,33 +287,25 @@ class TorchBatch:
     """
 
     def __init__(self, parameters, states):
-        self.parameters = parameters[0::2], parameters[1::2]
-        self.states = states[0::2], states[1::2]
+        self.parameters = parameters
+        self.states = states
 
     def measure(self):
         """Return |h|^2 of these pairs, (), where h are the unmagnified gradients."""
-        A = Factor(self.parameters[0], self.states[0], is_A=True)
-        B = Factor(self.parameters[1], self.states[1], is_A=False)
-        hh_A, is_finite_A = unmagnified_gram(A, B)
-        hh_B, is_finite_B = unmagnified_gram(B, A)
-        self.measured = (A, B, hh_A, is_finite_A), (B, A, hh_B, is_finite_B)
-        return trace(hh_A).sum() + trace(hh_B).sum()
+        A = Factor(self.parameters[0::2], self.states[0::2], is_A=True)
+        B = Factor(self.parameters[1::2], self.states[1::2], is_A=False)
+        self.factors = A, B
+        return A.unmagnify(B) + B.unmagnify(A)
 
     def finish(self, total, clip, **options):
         """Update the parameters; total: |h|^2 over all pairs; clip: the largest |h|, 0 for none."""
-        norm = total.to(self.parameters[0][0].device).sqrt()
-        c = torch.ones_like(norm)
-        if clip:
-            c = torch.where(norm > clip, clip / norm, 1.0)
-        for parameters, states, measured in zip(self.parameters, self.states, self.measured):
-            x, M, state = update(*measured, c, **options)
-            if parameters is self.parameters[0]:  # A is stored as (r, n)
-                x = x.mT
-                M = M.mT
-            torch._foreach_copy_([s["packed"] for s in states], list(pack(state).unbind()))
-            torch._foreach_copy_([s["M"] for s in states], list(M.unbind()))
-            torch._foreach_copy_(parameters, list(x.unbind()))
-        self.measured = None
+        norm = total.to(self.parameters[0].device).sqrt()
+        clip = clip or math.inf
+        h_scale = torch.where(norm > clip, clip / norm, 1.0)  # ()
+        A, B = self.factors
+        A.update(B, h_scale, **options)  # changes no attribute that B's update reads
+        B.update(A, h_scale, **options)
+        self.factors = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,25 +337,18 @@ def new_state(p, rank):
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
-def copy_state(p, rank, loaded):
-    """Return a copy of the loaded state of p. ValueError if it does not fit."""
-    state = new_state(p, rank)
-    fits = isinstance(loaded, dict) and loaded.keys() == state.keys()
-    for name in state:
-        t = loaded[name] if fits else None
-        fits = fits and torch.is_tensor(t) and t.layout == torch.strided and not t.is_meta
-        fits = fits and t.shape == state[name].shape and t.dtype in FLOATS and t.isfinite().all()
-    if fits:
-        numbers = unpack(loaded["packed"], rank)
-        fits = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) >= 0
-        fits = fits and numbers.shrink != 0
-    if not fits:
-        raise ValueError(
-            f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
-        )
-    for name in state:
-        state[name].copy_(loaded[name])
-    return state
+def is_valid_state(loaded, rank, expected):
+    """Return whether a loaded state has the names, shapes and ranges of the `expected` one."""
+    if not isinstance(loaded, dict) or loaded.keys() != expected.keys():
+        return False
+    for name, t in loaded.items():
+        if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta:
+            return False
+        if t.shape != expected[name].shape or t.dtype not in FLOATS or not t.isfinite().all():
+            return False
+    numbers = unpack(loaded["packed"], rank)
+    is_negative = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) < 0
+    return not is_negative and numbers.shrink != 0
 
 
 class LoRARITE(torch.optim.Optimizer):
@@ -364,10 +361,10 @@ class LoRARITE(torch.optim.Optimizer):
     use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
     State: M, shaped like the parameter, in float32 or float64; "packed", a FactorState in float64.
-    The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64.
-    A factor without a gradient is not updated. Neither is one whose gradient or its square is not
-    finite; state["packed"] counts these steps as skipped. Raises ValueError if an option is out of
-    range or a parameter has no partner.
+    The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64. A factor
+    is not updated if its gradient is missing, or if the gradient or its square is not finite;
+    state["packed"] counts the latter as skipped. Raises ValueError if an option is out of range or
+    a parameter has no partner.
     """
 
     clips_gradients = False  # clipping raw gradients would depend on how Z is factored
@@ -379,7 +376,7 @@ class LoRARITE(torch.optim.Optimizer):
         if use_kernel and kernel is None:
             raise ValueError("the kernel of LoRA-RITE needs Triton: pip install triton")
         self.use_kernel = use_kernel
-        self.plans = {}  # {addresses of all tensors: batches}
+        self.plans = {}  # {addresses of all tensors: the batches of a step}
         self.captured_plans = []  # CUDA graphs read these at each replay, so they are never freed
         defaults = {"lr": lr, "betas": betas, "eps": eps, "clip": clip}
         defaults.update(weight_decay=weight_decay, escape=escape, pair=False)
@@ -408,28 +405,23 @@ class LoRARITE(torch.optim.Optimizer):
                 shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
                 raise ValueError(f"{shapes} are no pair A (r, n), B (m, r)")
 
-    @property
-    def capturable(self):
-        """Whether a CUDA graph can capture step(): only the kernels never wait for the GPU."""
-        pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
-        return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
+    # -- batches: which pairs are stepped together ------------------------------------------------
 
     def init_state(self, p, rank):
-        """Return the state of p, created if needed, on the device of p and in the right dtype."""
+        """Create the state of p if needed, and move it to the device of p and the right dtype."""
         state = self.state[p]
         if not state:
             state.update(new_state(p, rank))
         dtype = torch.promote_types(p.dtype, torch.float32)
         state["M"] = state["M"].to(p.device, dtype).contiguous()
         state["packed"] = state["packed"].to(p.device, torch.float64).contiguous()
-        return state
 
     def make_batches(self):
         """Return a list of (group, batch) that covers all pairs with gradients.
 
         A KernelBatch holds all pairs of one rank, a TorchBatch all pairs of one shape.
         """
-        members = {}  # {what the pairs of a batch have in common: (group, parameters, states)}
+        batch_parameters = {}  # {what the pairs of a batch have in common: [A, B, A, B, ...]}
         for n, group in enumerate(self.param_groups):
             for A, B in pairs_of(group):
                 if A.grad is None and B.grad is None:
@@ -438,32 +430,31 @@ class LoRARITE(torch.optim.Optimizer):
                     warnings.warn("LoRA-RITE runs in PyTorch, which is slower: pip install triton")
                 wants_kernel = A.is_cuda if self.use_kernel is None else self.use_kernel
                 is_fused = wants_kernel and kernel is not None and kernel.takes(A, B)
-                key = (is_fused, n, A.device, A.dtype, len(A))
+                rank = len(A)
+                self.init_state(A, rank)
+                self.init_state(B, rank)
+                key = (is_fused, n, A.device, A.dtype, rank)
                 if not is_fused:
                     key += (A.shape, B.shape, B.dtype)
-                _, parameters, states = members.setdefault(key, (group, [], []))
-                parameters += [A, B]
-                states += [self.init_state(p, len(A)) for p in (A, B)]
+                batch_parameters.setdefault(key, []).extend([A, B])
 
         batches = []
-        for key, (group, parameters, states) in members.items():
-            is_fused = key[0]
+        for (is_fused, n, *_), parameters in batch_parameters.items():
             Batch = kernel.KernelBatch if is_fused else TorchBatch
-            batches.append((group, Batch(parameters, states)))
+            states = [self.state[p] for p in parameters]
+            batches.append((self.param_groups[n], Batch(parameters, states)))
         return batches
 
     def addresses(self):
-        """Return the addresses of all tensors of a step, by which batches are cached."""
+        """Return the addresses and layouts of all tensors of a step: the key of its batches."""
         key = [self.use_kernel]
         for group in self.param_groups:
             for p in group["params"]:
-                grad = p.grad
-                state = self.state.get(p)
                 key += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
-                if grad is not None:
-                    key += (grad.data_ptr(), grad.dtype, grad.is_contiguous())
-                if state:
-                    key += (state["M"].data_ptr(), state["packed"].data_ptr())
+                if p.grad is not None:
+                    key += (p.grad.data_ptr(), p.grad.dtype, p.grad.is_contiguous())
+                for t in self.state.get(p, {}).values():
+                    key.append(t.data_ptr())
         return tuple(key)
 
     def find_batches(self):
@@ -474,12 +465,20 @@ class LoRARITE(torch.optim.Optimizer):
             raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
         if batches is None:
             batches = self.make_batches()
-            self.plans[self.addresses()] = batches
+            self.plans[self.addresses()] = batches  # addresses now include those of new states
         if is_capturing:
             self.captured_plans.append(batches)
         if len(self.plans) > MAX_PLANS:
-            del self.plans[next(iter(self.plans))]
+            del self.plans[next(iter(self.plans))]  # the oldest
         return batches
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    @property
+    def capturable(self):
+        """Whether a CUDA graph can capture step(): only the kernels never wait for the GPU."""
+        pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
+        return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
 
     def prepare(self):
         """Build the batches of the next step before a capture, which cannot upload their tables."""
@@ -510,22 +509,31 @@ class LoRARITE(torch.optim.Optimizer):
 
         PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
         """
-        states = []
+        states = {}  # {parameter: state}
 
-        def read(_, final):
-            ids = [i for group in final["param_groups"] for i in group["params"]]
+        def copy_states(_, loaded):
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
             pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
             parameters = [(p, len(A)) for A, B in pairs for p in (A, B)]
             for i, (p, rank) in zip(ids, parameters):  # PyTorch has checked that there are as many
-                if final["state"].get(i):
-                    states.append((p, copy_state(p, rank, final["state"][i])))
+                loaded_state = loaded["state"].get(i)
+                if not loaded_state:
+                    continue
+                states[p] = new_state(p, rank)
+                if not is_valid_state(loaded_state, rank, states[p]):
+                    raise ValueError(
+                        f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE "
+                        f"at rank {rank}"
+                    )
+                for name, t in states[p].items():
+                    t.copy_(loaded_state[name])
 
-        def install(_):
+        def install_states(_):
             self.state.update(states)
 
-        # `read` runs after the user's pre-hooks, `install` before the user's post-hooks
-        pre_hook = self.register_load_state_dict_pre_hook(read)
-        post_hook = self.register_load_state_dict_post_hook(install, prepend=True)
+        # copy after the user's pre-hooks, and replace what PyTorch has cast before the post-hooks
+        pre_hook = self.register_load_state_dict_pre_hook(copy_states)
+        post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:

@@ -1,7 +1,8 @@
 """LoRA-RITE's step for all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-Each factor is seen as a tall matrix x (rows, r): A transposed, or B. Factors 2i and 2i + 1 are
-partners. A table of addresses and sizes lets one launch serve factors of all lengths.
+The symbols are those of lora_rite.py. A factor is A or B, and its partner is the other one of the
+pair: factors 2i (an A) and 2i + 1 (its B) are partners. x (rows, r) is a factor as a tall matrix:
+A transposed, or B. A table of addresses and sizes lets one launch serve factors of all lengths.
 
 1. gram_kernel: x^T x, grad^T grad and x^T M, float64 partial sums. One program per chunk of rows.
 2. root_kernel: R^-1 of the partner's x^T x, then h^T h, P and P V P^T. One program per factor.
@@ -9,8 +10,7 @@ partners. A table of addresses and sizes lets one launch serve factors of all le
 3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
 4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
-R^-1 comes from Cholesky, or from eigenvalues where that is inaccurate. Eigenvalues come from Jacobi
-rotations, r / 2 at once. No atomics, so results repeat bit for bit; the host never waits.
+No atomics are used, so results repeat bit for bit. The host never waits for the GPU.
 
 Memory traffic per fp32 parameter: 32 bytes (AdamW 28), which would take 0.04 ms for 72 pairs of
 2048 x 16 on one H200. The r x r work dominates: 0.209 ms (torch 2.11, Triton 3.6), where fused
@@ -28,33 +28,41 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# By padded rank: rows of a tile and of a program, warps of launches 1 and 4, and of 2 and 3. On
-# sm_90 launches 1 and 4 spill no registers, 2 and 3 at most 12 bytes (72 at rank 64 with escape).
-TILE_ROWS = {16: 32, 32: 32, 64: 16}
-CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}
-ROW_WARPS = {16: 2, 32: 8, 64: 8}
-MATRIX_WARPS = {16: 1, 32: 4, 64: 16}
+# R, the keys below and the side of matrices in memory: the rank as a power of two, at least 16.
+# Padding is 0 wherever it is read. On sm_90 launches 1 and 4 spill no registers, launches 2 and 3
+# at most 12 bytes (72 at rank 64 with escape).
+TILE_ROWS = {16: 32, 32: 32, 64: 16}  # rows that a program of launch 1 or 4 loads at once
+CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}  # and in all
+ROW_WARPS = {16: 2, 32: 8, 64: 8}  # of launches 1 and 4
+MATRIX_WARPS = {16: 1, 32: 4, 64: 16}  # of launches 2 and 3
 
-# Columns of the table (S, 8), one row per factor; without a gradient GRAD_PTR is that of x
+# Columns of the table, int64 (factors, COLUMNS). FIRST_PROGRAM, NUM_PROGRAMS: the programs of
+# launches 1 and 4 that share the rows of a factor. Without a gradient, GRAD_PTR is that of x.
 X_PTR, GRAD_PTR, M_PTR, STATE_PTR = map(tl.constexpr, range(4))
 HAS_GRAD, ROWS, FIRST_PROGRAM, NUM_PROGRAMS = map(tl.constexpr, range(4, 8))
 COLUMNS = tl.constexpr(8)
-# Partial sums of a program of launch 1, (P, 3, R, R): x^T x, x^T M, grad^T grad
+
+# Partial sums from launch 1, (programs, PARTIALS, R, R): x^T x, x^T M, grad^T grad
 XX, XM, GG = map(tl.constexpr, range(3))
 PARTIALS = tl.constexpr(3)
-# What launch 2 leaves for launch 3: (S, 6, R, R), the last two for operands of matmul, and (S, 2)
+
+# Workspace of launches 2 and 3, (factors, WORK, R, R). SCRATCH: two matrices, operands of matmul.
 PARTNER_R_INV, HH, P, PVP, SCRATCH = map(tl.constexpr, range(5))
 WORK = tl.constexpr(6)
+
+# Numbers from launch 2, (factors, NUMBERS): |h|^2 = trace of h^T h; 1 if the gradient is skipped
 HH_TRACE, IS_SKIPPED = map(tl.constexpr, range(2))
 NUMBERS = tl.constexpr(2)
-# Matrices of launch 4, (S, 3, R, R)
+
+# Matrices for launch 4, (factors, MATRICES, R, R)
 M_MATRIX, GRAD_MATRIX, X_MATRIX = map(tl.constexpr, range(3))
 MATRICES = tl.constexpr(3)
+
 # Numbers in a factor's state, after its matrices V and R^-1; see lora_rite.FactorState
 RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 # --------------------------------------------------------------------------------------------------
-# Addresses. R is the rank padded to a power of two; padding is 0 wherever it is read.
+# Addresses
 
 
 @triton.jit
@@ -66,7 +74,7 @@ def load_ptr(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.con
 
 @triton.jit
 def matrix_ptrs(ptr, index, R: tl.constexpr):
-    """Addresses of the matrix number `index` of an array (..., R, R), as [R, R]."""
+    """Return the addresses [R, R] of the elements of matrix `index` in an array (..., R, R)."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     return ptr + index * R * R + i * R + j
@@ -74,7 +82,7 @@ def matrix_ptrs(ptr, index, R: tl.constexpr):
 
 @triton.jit
 def load_state_matrix(ptr, RANK: tl.constexpr, R: tl.constexpr):
-    """Load a matrix (RANK, RANK) of the state, padded to [R, R]."""
+    """Load V or R^-1 (RANK, RANK) from the state of a factor, padded to [R, R]."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     return tl.load(ptr + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
@@ -91,7 +99,10 @@ def store_state_matrix(ptr, matrix, RANK: tl.constexpr, R: tl.constexpr):
 def tile_offsets(
     start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr
 ):
-    """Offsets and mask, [TILE, R], of the rows from `start` of x (rows, r) = A^T or B."""
+    """Return offsets and mask, [TILE, R], of rows start, start + 1, ... below `end` of x (rows, r).
+
+    x[i, j] is A[j, i] with A (r, rows), or B[i, j] with B (rows, r).
+    """
     i = start + tl.arange(0, TILE)[:, None]
     j = tl.arange(0, R)[None, :]
     offs = i + j * rows if IS_A else i * RANK + j
@@ -110,15 +121,17 @@ def load_tile(
 
 @triton.jit
 def find_rows(table_ptr, factor_of_program_ptr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the factor of this program, its row of the table, and its chunk of rows: first, end.
+    """Return which rows this program of launch 1 or 4 works on.
 
-    Also returns how many rows the factor has.
+    factor: the number of a factor. row_ptr: its row of the table. start, end: this program's rows
+    of x, at most CHUNK. rows: the number of rows of x.
     """
     pid = tl.program_id(0)
     factor = tl.load(factor_of_program_ptr + pid)
     row_ptr = table_ptr + factor * COLUMNS
     rows = tl.load(row_ptr + ROWS).to(tl.int32)
-    start = (pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)) * CHUNK
+    chunk = pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)  # 0, 1, ... within the factor
+    start = chunk * CHUNK
     if ALIGNED:
         rows = tl.multiple_of(rows, 16)
     end = tl.minimum(start + CHUNK, rows)
@@ -134,23 +147,25 @@ def self_gram(
     ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return x^T x of these rows in float64, [R, R], and 1 if a value was not finite, taken as 0.
+    """Return x^T x of rows start to end - 1, float64 [R, R]; x is a factor or a gradient.
 
-    The next tile is loaded ahead: it saves time, and Triton 3.6 cannot compile a float64 product
-    of values that were loaded as bfloat16 in the same iteration.
+    Values that are not finite count as 0. Also returns 1 if there were any, else 0.
+
+    Each iteration loads the tile of the next one. This saves time, and Triton 3.6 cannot compile a
+    float64 product of values that were loaded as bfloat16 in the same iteration.
     """
     acc = tl.zeros((R, R), tl.float64)
-    bad = tl.zeros((TILE, R), tl.int32)
+    num_bad = tl.zeros((TILE, R), tl.int32)
     x = load_tile(ptr, start, end, rows, IS_A, RANK, R, TILE)
     for tile_start in range(start, end, TILE):
         next_x = load_tile(ptr, tile_start + TILE, end, rows, IS_A, RANK, R, TILE)
         is_finite = tl.abs(x) < float("inf")  # false for NaN too
-        bad += tl.where(is_finite, 0, 1)
+        num_bad += tl.where(is_finite, 0, 1)
         x = tl.where(is_finite, x, 0.0)
         x_t = tl.trans(x.to(tl.float64))
         acc = tl.dot(x_t, x.to(tl.float64), acc, out_dtype=tl.float64, input_precision="ieee")
         x = next_x
-    return acc, tl.max(tl.max(bad, 1), 0)
+    return acc, tl.max(tl.max(num_bad, 1), 0)
 
 
 @triton.jit
@@ -158,7 +173,7 @@ def cross_gram(
     x_ptr, m_ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return x^T M of these rows in float64, [R, R]."""
+    """Return x^T M of rows start to end - 1, float64 [R, R]. Tiles are loaded as in self_gram."""
     acc = tl.zeros((R, R), tl.float64)
     x = load_tile(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
     m = load_tile(m_ptr, start, end, rows, IS_A, RANK, R, TILE)
@@ -178,12 +193,13 @@ def gram_chunk(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Store the three Gram matrices of rows start to end - 1, and whether the gradient is bad."""
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
     m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
     out_ptrs = matrix_ptrs(partial_ptr, 0, R)
 
-    # one after the other, as registers hold only one accumulator
+    # one matrix after the other, because registers hold only one accumulator
     xx, _ = self_gram(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
     tl.store(out_ptrs + XX * R * R, xx)
     xm = cross_gram(x_ptr, m_ptr, start, end, rows, IS_A, RANK, R, TILE)
@@ -196,8 +212,8 @@ def gram_chunk(
 
 @triton.jit
 def gram_kernel(
-    table_ptr,
-    factor_of_program_ptr, partial_ptr, bad_ptr,  # (P,), (P, PARTIALS, R, R), (P,)
+    table_ptr, factor_of_program_ptr,  # (factors, COLUMNS), (programs,)
+    partial_ptr, bad_ptr,  # outputs: (programs, PARTIALS, R, R), (programs,)
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +221,9 @@ def gram_kernel(
     factor, row_ptr, start, end, rows = find_rows(table_ptr, factor_of_program_ptr, CHUNK, ALIGNED)
     partial_ptr += pid * PARTIALS * R * R
     bad_ptr += pid
-    if factor % 2 == 0:  # two versions, as memory layouts are chosen at compile time
+
+    # A and B are stored differently, and the compiler lays out registers for one of the two
+    if factor % 2 == 0:
         gram_chunk(
             row_ptr, partial_ptr, bad_ptr, start, end, rows, True, DTYPE, ALIGNED, RANK, R, TILE
         )
@@ -223,13 +241,13 @@ def gram_kernel(
 def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
     """Return a @ b, [R, R].
 
-    Beyond R = 16, registers cannot hold both operands, so they go through memory, (2, R, R), and
-    come back 16 columns and rows at a time. size is R as a run-time number: a constant would make
-    the compiler unroll the loop and hold everything in registers after all.
+    Beyond R = 16, registers cannot hold both operands. They are stored in scratch_ptr (2, R, R),
+    and come back 16 columns of a and 16 rows of b at a time. size is R as a run-time number: with a
+    constant, the compiler would unroll the loop and hold everything in registers after all.
     """
     if R == 16:
         return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
-    tl.debug_barrier()  # all threads have read the last operands
+    tl.debug_barrier()  # all threads have read the operands of the previous product
     tl.store(matrix_ptrs(scratch_ptr, 0, R), a)
     tl.store(matrix_ptrs(scratch_ptr, 1, R), b)
     tl.debug_barrier()
@@ -259,27 +277,31 @@ def swap_rows(a, k, R: tl.constexpr):
 
 @triton.jit
 def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
-    """Return w [R] and Q [R, R] with a = Q diag(w) Q^T, for symmetric a; w is not sorted.
+    """Return eigenvalues w [R], not sorted, and eigenvectors Q [R, R]: a = Q diag(w) Q^T.
 
-    Jacobi's method: rotate pairs of coordinates until a is diagonal. The pairs (i, i ^ k), such as
-    (0, 1), (2, 3), ... for k = 1, are disjoint, so they are rotated all at once. A sweep over
-    k = 1 ... PADDED_RANK - 1 rotates every pair once; PADDED_RANK: the rank as a power of two.
+    a [R, R] is symmetric. PADDED_RANK: the rank as a power of two, without the minimum of 16.
+
+    Jacobi's method: rotate pairs of coordinates until a is diagonal. For each k, the pairs
+    (i, i ^ k) are disjoint, such as (0, 1), (2, 3), ... for k = 1, so all of them are rotated at
+    once. A sweep over k = 1, ..., PADDED_RANK - 1 rotates every pair once.
     """
     index = tl.arange(0, R)
     i = index[:, None]
     j = index[None, :]
     Q = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     norm_squared = tl.sum(tl.sum(a * a, 1), 0)
-    off_squared = norm_squared  # of the part off the diagonal
+    off_squared = norm_squared  # squared norm of the part off the diagonal
     sweep = 0
     while (off_squared > 1.2e-32 * norm_squared) & (sweep < 30):  # 2^-106
         for k in range(1, PADDED_RANK):
             partner = index ^ k
 
-            # -- tangent of the angle that makes a[i, i ^ k] zero; that of i ^ k is its negative --
+            # -- angle theta that makes a[i, i ^ k] zero, from the cotangent of 2 theta --
+            # The angle of i ^ k must be exactly the negative one. So both use the same bits for the
+            # off-diagonal element, a[i, i ^ k] + a[i ^ k, i], and a tie is decided by the index.
             diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # [R]
-            off = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # a[i, i ^ k]
-            off += tl.gather(off, partner, 0)  # a[i, i ^ k] + a[i ^ k, i]: same bits for both
+            off = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # [R], a[i, i ^ k]
+            off += tl.gather(off, partner, 0)
             cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
             cot_2theta = cot_2theta / tl.where(off != 0, off, 1.0)
             is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
@@ -289,7 +311,7 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
             cos = 1 / tl.sqrt(1 + tan * tan)
             sin = cos * tan
 
-            # -- rotate columns, then rows; set the entries whose exact values are known --
+            # -- rotate columns, then rows; then set the entries whose exact values are known --
             a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
             a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
             new_diagonal = diagonal - tan * off * 0.5
@@ -306,12 +328,13 @@ def inverse_root(
     K_ptr, R_inv_ptr, scratch_ptr, size,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Read a Gram matrix K, write R^-1 with K = R^T R; see lora_rite.inverse_root."""
+    """Read a Gram matrix K (R, R) and write R^-1, where K = R^T R; see lora_rite.inverse_root."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
 
-    # -- Cholesky, K = L L^T: eliminate column n of K; the same row operations on I give L^-1 --
-    # R = L^T, so R^-1 is the transpose of L^-1. A failed pivot is -1, and the result is not used.
+    # -- Cholesky, K = L L^T, so R^-1 = (L^-1)^T --
+    # Step n eliminates column n of K. The same row operations turn the identity into L^-1. A pivot
+    # that fails is set to -1; the result is then replaced below.
     K = tl.load(matrix_ptrs(K_ptr, 0, R))
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
     min_pivot = tl.full((), float("inf"), tl.float64)
@@ -331,7 +354,7 @@ def inverse_root(
         L_inv = tl.where(i == n, L_inv_row, rows_below)
     tl.store(matrix_ptrs(R_inv_ptr, 0, R), tl.trans(L_inv))
 
-    # -- if Cholesky is inaccurate: K^(-1/2) from eigenvalues, without those that are just noise --
+    # -- where Cholesky is inaccurate: K^(-1/2) from the eigenvalues w that exceed rounding --
     is_accurate = min_pivot > 1e-7 * max_pivot
     if is_accurate == 0:
         tl.debug_barrier()  # other threads have stored to the same addresses
@@ -349,7 +372,10 @@ def inverse_root(
 
 @triton.jit
 def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
-    """Add up the partial sums of a factor (XX, XM or GG), always in the same order."""
+    """Return x^T x, x^T M or grad^T grad of a factor [R, R]; `which` is XX, XM or GG.
+
+    The partial sums are always added in the same order.
+    """
     acc = tl.zeros((R, R), tl.float64)
     first = tl.load(row_ptr + FIRST_PROGRAM)
     for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):
@@ -360,12 +386,12 @@ def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
 @triton.jit(do_not_specialize=["size"])
 def root_kernel(
     table_ptr, partial_ptr, bad_ptr,
-    work_ptr, number_ptr,  # (S, WORK, R, R), (S, NUMBERS)
+    work_ptr, number_ptr,  # outputs: (factors, WORK, R, R), (factors, NUMBERS)
     size, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """P = R^-T x^T x_old R_old^-1 of the partner, and h^T h = R^-T grad^T grad R^-1.
+    """Find h^T h = R^-T grad^T grad R^-1 and P = R^-T x^T x_old R_old^-1, R and x of the partner.
 
-    Matrices are loaded again each time they are needed, because registers are scarce.
+    Matrices are loaded each time they are needed, because registers are scarce.
     """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
@@ -376,7 +402,7 @@ def root_kernel(
     R_inv_ptrs = matrix_ptrs(work_ptr, PARTNER_R_INV, R)
     P_ptrs = matrix_ptrs(work_ptr, P, R)
 
-    # -- was any value of the gradient not finite? --
+    # -- is_bad: a value of the gradient is not finite --
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     is_bad = tl.zeros((), tl.int32)
     first = tl.load(row_ptr + FIRST_PROGRAM)
@@ -384,7 +410,7 @@ def root_kernel(
         is_bad = tl.maximum(is_bad, tl.load(bad_ptr + first + n))
     is_bad = tl.where(has_grad, is_bad, 0)
 
-    # -- R^-1 of the partner; P's memory holds its x^T x until P is stored --
+    # -- R^-1 of the partner; the memory of P holds the partner's x^T x until P is known --
     tl.store(P_ptrs, sum_partials(partner_row_ptr, partial_ptr, XX, R))
     tl.debug_barrier()
     inverse_root(
@@ -404,18 +430,18 @@ def root_kernel(
     tl.store(number_ptr + HH_TRACE, tl.where(is_finite, trace, 0.0))
     tl.store(number_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
 
-    # -- P: undo the partner's last step, x_old = (x + lr M R_inv^T) / shrink --
+    # -- P; x_old, the partner before its last step, is (x + lr M own_R_inv_old^T) / shrink --
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
     partner_number_ptr = partner_state_ptr + 2 * RANK * RANK
     own_R_inv_old = load_state_matrix(state_ptr + RANK * RANK, RANK, R)
     xm = sum_partials(partner_row_ptr, partial_ptr, XM, R)
-    last_step = matmul(xm, tl.trans(own_R_inv_old), scratch_ptr, size, R)
-    xx_old = tl.load(P_ptrs) + tl.load(partner_number_ptr + LR) * last_step  # times shrink
+    x_step = matmul(xm, tl.trans(own_R_inv_old), scratch_ptr, size, R)  # x^T M own_R_inv_old^T
+    xx_old = tl.load(P_ptrs) + tl.load(partner_number_ptr + LR) * x_step  # x^T x_old times shrink
     partner_R_inv_old = load_state_matrix(partner_state_ptr + RANK * RANK, RANK, R)
-    xu_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)
-    xu_old = xu_old / tl.load(partner_number_ptr + SHRINK)
-    P_new = matmul(tl.trans(tl.load(R_inv_ptrs)), xu_old, scratch_ptr, size, R)
+    xU_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)
+    xU_old = xU_old / tl.load(partner_number_ptr + SHRINK)
+    P_new = matmul(tl.trans(tl.load(R_inv_ptrs)), xU_old, scratch_ptr, size, R)
     tl.store(P_ptrs, P_new)
 
     # -- P V P^T --
@@ -431,13 +457,13 @@ def root_kernel(
 
 @triton.jit
 def sort(w, RANK: tl.constexpr, R: tl.constexpr):
-    """Sort the first RANK values of w [R], ascending; the others become 0."""
+    """Return the first RANK values of w [R] in ascending order; the others become 0."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     w_i = w[:, None]
-    w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # transposed
+    w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # w as a row
 
-    # the position of w_i is the number of values before it
+    # the position of w_i is the number of values that come before it
     is_before = (w_j < w_i) | (w_j == w_i) & (j < i)
     position = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)
     return tl.sum(tl.where((position[:, None] == j) & (i < RANK), w_i, 0.0), 0)
@@ -446,15 +472,16 @@ def sort(w, RANK: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def decay(log_beta, t):
     """Return beta (1 - beta^(t-1)) / (1 - beta^t), t >= 1, as lora_rite.decay; 0 for beta = 0."""
-    log_beta = tl.maximum(tl.full((), log_beta, tl.float64), -1e300)  # 0 times this is 0
+    # not -inf, because (t - 1) * log_beta would be NaN at t = 1
+    log_beta = tl.maximum(tl.full((), log_beta, tl.float64), -1e300)
     return tl.exp(log_beta) * (1 - tl.exp((t - 1) * log_beta)) / (1 - tl.exp(t * log_beta))
 
 
 @triton.jit(do_not_specialize=["size"])
 def moment_kernel(
     table_ptr, work_ptr, number_ptr,
-    total_ptr, matrix_ptr,  # (), (S, MATRICES, R, R)
-    lr_ptr,  # (), or None: then lr holds
+    total_ptr, matrix_ptr,  # |h|^2 of all factors, (); output (factors, MATRICES, R, R)
+    lr_ptr,  # (), or None to use lr
     lr: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64",  # noqa: F821
     clip: "fp64", weight_decay: "fp64",  # noqa: F821
     size, ESCAPE: tl.constexpr,
@@ -471,14 +498,14 @@ def moment_kernel(
     matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
     scratch_ptr = work_ptr + SCRATCH * R * R
 
-    # -- clip, and decays of this step --
+    # -- clipping multiplies h by h_scale; decays of this step --
     norm = tl.sqrt(tl.load(total_ptr))
-    c = tl.where(norm > clip, clip / norm, 1.0)
+    h_scale = tl.where(norm > clip, clip / norm, 1.0)
     t = tl.load(state_number_ptr + STEP) + 1.0
     d1 = decay(log_beta1, t)
     d2 = decay(log_beta2, t)
 
-    # -- second moment --
+    # -- second moment V, and the escaped mass rho: what V loses when it moves between bases --
     rho = tl.load(state_number_ptr + RHO)
     if ESCAPE:
         V_old = load_state_matrix(state_ptr, RANK, R)
@@ -491,10 +518,10 @@ def moment_kernel(
         trace_lost = tl.maximum(tl.sum(lost, 0), 0.0)
         rho = d2 * (rho + tl.minimum(most_lost, trace_lost))
     hh = tl.load(matrix_ptrs(work_ptr, HH, R))
-    V = d2 * tl.load(matrix_ptrs(work_ptr, PVP, R)) + (1 - d2) * c * c * hh / rows
+    V = d2 * tl.load(matrix_ptrs(work_ptr, PVP, R)) + (1 - d2) * h_scale * h_scale * hh / rows
     store_state_matrix(state_ptr, V, RANK, R)
 
-    # -- ((V + rho)^1/2 + eps)^-1 --
+    # -- preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues w of V --
     w, Q = eigh((V + tl.trans(V)) / 2, PADDED_RANK, R)
     scales = 1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps)
     preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, size, R)
@@ -509,12 +536,13 @@ def moment_kernel(
     partner_R_inv = tl.load(matrix_ptrs(work_ptr, PARTNER_R_INV, R))
     M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
-    grad_matrix = (1 - d1) * c * matmul(partner_R_inv, preconditioner, scratch_ptr, size, R)
+    grad_matrix = matmul(partner_R_inv, preconditioner, scratch_ptr, size, R)
+    grad_matrix = (1 - d1) * h_scale * grad_matrix
     tl.store(matrix_ptrs(matrix_ptr, GRAD_MATRIX, R), grad_matrix.to(tl.float32))
     x_matrix = rate * tl.trans(partner_R_inv)
     tl.store(matrix_ptrs(matrix_ptr, X_MATRIX, R), x_matrix.to(tl.float32))
 
-    # -- state; the factor's own R^-1 was found by its partner's program --
+    # -- state; launch 2 left this factor's own R^-1 in the workspace of its partner --
     own_R_inv = tl.load(matrix_ptrs(partner_work_ptr, PARTNER_R_INV, R))
     store_state_matrix(state_ptr + RANK * RANK, own_R_inv, RANK, R)
     skipped = tl.load(state_number_ptr + SKIPPED)
@@ -535,6 +563,7 @@ def update_chunk(
     IS_A: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Update rows start to end - 1 of M and x. Gradients from row grad_end on count as 0."""
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
     m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
@@ -564,7 +593,7 @@ def update_kernel(
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     shrink = tl.load(state_ptr + 2 * RANK * RANK + SHRINK).to(tl.float32)
 
-    # a missing or skipped gradient counts as 0
+    # a missing or skipped gradient counts as 0: it ends where it starts
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     is_skipped = tl.load(number_ptr + factor * NUMBERS + IS_SKIPPED)
     grad_end = tl.where(has_grad & (is_skipped == 0), end, start)
@@ -612,20 +641,20 @@ class KernelBatch:
         # a row of the table for each factor, A and B alternating
         table = []
         num_programs = 0
-        all_bits = 0  # of addresses and lengths: are all multiples of 16?
+        is_aligned = True  # whether all addresses and lengths are multiples of 16
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
             pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
             rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # columns of A (r, n), rows of B (m, r)
-            programs = triton.cdiv(rows, CHUNK_ROWS[R])
-            numbers = [p.grad is not None, rows, num_programs, programs]
+            chunks = triton.cdiv(rows, CHUNK_ROWS[R])
+            numbers = [p.grad is not None, rows, num_programs, chunks]
             table.append([*pointers, state["packed"].data_ptr(), *numbers])
-            num_programs += programs
+            num_programs += chunks
             for value in (*pointers, rows):
-                all_bits |= value
-        table = torch.tensor(table)  # (S, COLUMNS) int64
+                is_aligned = is_aligned and value % 16 == 0
+        table = torch.tensor(table)  # (factors, COLUMNS) int64
 
-        # the factor of each program of launches 1 and 4, such as 0, 0, 0, 1, 2, 2
+        # the factor of each program of launches 1 and 4; 0, 0, 0, 1, 2, 2 if 0 has three chunks
         factors = torch.arange(len(table), dtype=torch.int32)
         factor_of_program = torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])
 
@@ -636,30 +665,29 @@ class KernelBatch:
             tables = [t.pin_memory() for t in tables]
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
-        # options of the launches
-        self.row_options = dict(DTYPE=TL_DTYPES[parameters[0].dtype], ALIGNED=all_bits % 16 == 0)
+        # options of launches 1 and 4, and of launches 2 and 3
+        self.row_options = {"DTYPE": TL_DTYPES[parameters[0].dtype], "ALIGNED": is_aligned}
         self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
         self.row_options.update(num_warps=ROW_WARPS[R])
-        self.matrix_options = dict(RANK=rank, PADDED_RANK=triton.next_power_of_2(rank), R=R)
+        self.matrix_options = {"RANK": rank, "PADDED_RANK": triton.next_power_of_2(rank), "R": R}
         self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
         """Launch the first half of a step. Returns the sum of |h|^2 of these pairs, ()."""
         R = self.R
         device = self.table.device
-        S = len(self.table)
+        num_factors = len(self.table)
         num_programs = len(self.factor_of_program)
-        partial = torch.empty(
-            num_programs, PARTIALS.value, R, R, dtype=torch.float64, device=device
-        )
+        float64 = {"dtype": torch.float64, "device": device}
+        partial = torch.empty(num_programs, PARTIALS.value, R, R, **float64)
         bad = torch.empty(num_programs, dtype=torch.int32, device=device)
-        self.work = torch.empty(S, WORK.value, R, R, dtype=torch.float64, device=device)
-        self.numbers = torch.empty(S, NUMBERS.value, dtype=torch.float64, device=device)
+        self.work = torch.empty(num_factors, WORK.value, R, R, **float64)
+        self.numbers = torch.empty(num_factors, NUMBERS.value, **float64)
         with torch.cuda.device_of(self.table):
             gram_kernel[(num_programs,)](
                 self.table, self.factor_of_program, partial, bad, **self.row_options
             )
-            root_kernel[(S,)](
+            root_kernel[(num_factors,)](
                 self.table, partial, bad, self.work, self.numbers, R, **self.matrix_options
             )
         return self.numbers[:, HH_TRACE.value].sum()
@@ -674,16 +702,14 @@ class KernelBatch:
         total = total.to(device)
         matrices = torch.empty(len(self.table), MATRICES.value, self.R, self.R, device=device)
         log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
+        lr_ptr = None
         if torch.is_tensor(lr) and lr.device == device:
             lr_ptr = lr
-            lr = 0.0
-        else:
-            lr_ptr = None
-            lr = float(lr)
+            lr = 0.0  # not read
         with torch.cuda.device_of(self.table):
             moment_kernel[(len(self.table),)](
                 self.table, self.work, self.numbers, total, matrices, lr_ptr,
-                lr, *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
+                float(lr), *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
                 self.R, escape, **self.matrix_options,
             )  # fmt: skip
             update_kernel[(len(self.factor_of_program),)](

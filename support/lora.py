@@ -14,19 +14,21 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def inject(model, rank, alpha=None, targets=("q_proj", "v_proj"), seed=0):
     """Put adapters on every nn.Linear whose name ends with one of `targets`, and freeze all else.
 
-    The layers get parameters lora_A (rank, n) and lora_B (m, rank), in float32 at least. alpha: the
-    adapter counts alpha / rank times; None: once. Returns the model. ValueError: a target that no
-    layer has, a layer that cannot carry an adapter, a rank out of range, adapters already there.
+    targets: patterns such as "q_proj" or "layers.0.mlp.*". The layers get parameters lora_A
+    (rank, n) and lora_B (m, rank), in float32 at least. scale is alpha / rank, or 1 if alpha is
+    None. Returns the model. Raises ValueError if a target matches no layer, a layer cannot carry an
+    adapter, the rank or alpha is out of range, or there are adapters already.
     """
     return inject_layers(model, find_layers(model, targets), rank, alpha, seed)
 
 
 def inject_layers(model, layers, rank, alpha, seed=0):
-    """Put adapters on `layers`, {name: nn.Linear}, after checking everything; see `inject`."""
+    """Put adapters on `layers`, {name: nn.Linear}; see `inject`. All checks come first."""
     check_layers(model, layers)
-    largest, where = min((min(linear.weight.shape), name) for name, linear in layers.items())
-    if not 1 <= rank <= largest:
-        raise ValueError(f"the rank is {rank}; it must be from 1 to {largest}, the size of {where}")
+    sizes = [(min(linear.weight.shape), name) for name, linear in layers.items()]
+    size, smallest = min(sizes)
+    if not 1 <= rank <= size:
+        raise ValueError(f"the rank is {rank}; it must be from 1 to {size}, the size of {smallest}")
     if alpha is not None and not 0 <= alpha < 2**63:
         raise ValueError(f"alpha is {alpha}; it must be at least 0")
     if adapters(model):
@@ -47,18 +49,19 @@ def inject_layers(model, layers, rank, alpha, seed=0):
 
 
 def init_A(name, shape, seed):
-    """Return uniform numbers in +-1 / sqrt(n), as in PEFT, from a generator for each name."""
+    """Return uniform numbers in +-1 / sqrt(n), as PEFT does. They depend on name and seed only."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
 def add_adapter(linear, inputs, y):
-    """Forward hook of a layer: x (..., n), y = W x (..., m) -> y + scale B A x."""
+    """Return y + scale B A x: the forward hook of a layer with x (..., n), y = W x (..., m)."""
     linear.lora_called = True
     (x,) = inputs
-    z = F.linear(F.linear(x, linear.lora_A.to(x.dtype)), linear.lora_B.to(x.dtype))
-    return y + z * linear.lora_scale
+    Ax = F.linear(x, linear.lora_A.to(x.dtype))  # (..., r)
+    BAx = F.linear(Ax, linear.lora_B.to(x.dtype))  # (..., m)
+    return y + BAx * linear.lora_scale
 
 
 def adapters(model):
@@ -67,7 +70,7 @@ def adapters(model):
 
 
 def adapter_groups(model):
-    """Return one parameter group A, B, A, B, ...; "pair": neighbours belong together."""
+    """Return one parameter group for LoRARITE: {"params": [A, B, A, B, ...], "pair": True}."""
     parameters = []
     for linear in adapters(model).values():
         parameters += [linear.lora_A, linear.lora_B]
@@ -114,12 +117,13 @@ def find_layers(model, targets):
 
 
 def check_layers(model, layers):
-    """Raise ValueError for a weight that is no plain tensor, or that other modules use, too."""
-    owners = []  # of each tensor of the model: module, name, memory
+    """Raise ValueError if a weight is no plain tensor, or if another module uses its memory."""
+    # all tensors of the model: (module, name, memory)
+    tensors = []
     for module_name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if type(tensor) in (torch.Tensor, nn.Parameter):
-                owners.append((module, f"{module_name}.{key}", tensor.untyped_storage()))
+                tensors.append((module, f"{module_name}.{key}", tensor.untyped_storage()))
 
     for name, linear in layers.items():
         weight = linear._parameters.get("weight")
@@ -128,19 +132,19 @@ def check_layers(model, layers):
                 f"the weight of {name} is no plain tensor of floats (it is sharded, quantized, "
                 f"computed or not there yet), so it cannot carry an adapter"
             )
-        for module, owner, storage in owners:
+        for module, other, storage in tensors:
             if storage is weight.untyped_storage() and module is not linear:
                 raise ValueError(
-                    f"the weight of {name} is shared with {owner}, which an adapter would change, "
+                    f"the weight of {name} is shared with {other}, which an adapter would change, "
                     f"too; choose other targets"
                 )
 
 
 def check_called(model, inputs, output):
-    """Forward hook of the model: after its first pass, refuse adapters on layers never called.
+    """Raise ValueError if the first forward pass of the model did not call an adapted layer.
 
-    A model may use a layer's weight without calling the layer (an output layer inside the loss,
-    nn.MultiheadAttention). Such an adapter would do nothing in training, but something when merged.
+    A model may use a layer's weight without calling the layer, as nn.MultiheadAttention does. The
+    adapter would then have no effect in training, but change the model when it is merged.
     """
     if torch.compiler.is_compiling():
         return

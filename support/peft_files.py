@@ -14,27 +14,27 @@ from support.files import atomic_write, parse_json, read_user_file, write_json
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# Settings that may have any value, as they do not change the product B A
-FREE = {
+# Settings in adapter_config.json that may have any value, since they do not change the product B A
+ANY_VALUE = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision"),
     *("base_model_name_or_path", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # without effect, unless another setting is on
 }
-# Settings that must have one of these values; other inits change the frozen weights, too
-PLAIN = {
+# Settings that must have one of these values. Other initial values also change the frozen weights.
+ALLOWED_VALUES = {
     "peft_type": ["LORA"],
     "bias": ["none"],
     "init_lora_weights": [True, False, "gaussian"],
 }
 # All other settings must be off
-OFF = [None, False, {}, [], ""]
+OFF_VALUES = [None, False, {}, [], ""]
 
 
 def save(model, folder, prefix=""):
-    """Write the adapters alone, as PEFT does, into a folder that holds none yet.
+    """Write the adapters, but not the model, into a folder that holds no adapters yet.
 
-    prefix: what PEFT's model has in front of our layers' names: "model." for a train.GPT.
+    prefix: PEFT's name of a layer is prefix + our name: "model." for a train.GPT.
     """
     layers = lora.adapters(model)
     if not layers:
@@ -47,9 +47,9 @@ def save(model, folder, prefix=""):
 
 @torch.no_grad()
 def load(model, folder, prefix=""):
-    """Inject the adapters that `save` or PEFT wrote, and return the model; dropout is not applied.
+    """Put the adapters that `save` or PEFT wrote on the model, and return it; without dropout.
 
-    ValueError: the folder holds none, or another kind than plain LoRA, or they do not fit.
+    Raises ValueError if the folder holds no adapters of plain LoRA, or if they do not fit.
     """
     rank, alpha, tensors = read_adapters(folder)
     linears = {prefix + name: m for name, m in lora.linear_layers(model).items()}
@@ -69,7 +69,7 @@ def load(model, folder, prefix=""):
 
 
 def write_adapters(folder, tensors, scale):
-    """Write adapters {layer: (A (r, n), B (m, r))} of one rank, which count `scale` times."""
+    """Write adapters {layer: (A (r, n), B (m, r))} of one rank, for y = W x + scale B A x."""
     for file_name in (CONFIG, WEIGHTS):
         path = Path(folder, file_name)
         if os.path.lexists(path):
@@ -105,10 +105,12 @@ def read_adapters(folder):
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged") from error
 
-    found = {}
+    # group the tensors base_model.model.{layer}.lora_{A or B}.weight by layer
+    found = {}  # {layer: {"A.weight": A, "B.weight": B}}
     for name, tensor in named.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if name not in (f"base_model.model.{layer}.lora_{k}.weight" for k in "AB"):
+        is_known = factor in ("A.weight", "B.weight")
+        if not is_known or name != f"base_model.model.{layer}.lora_{factor}":
             raise ValueError(f"{path} holds {name[:80]!r}, which is no tensor of plain LoRA")
         if (
             tensor.dim() != 2
@@ -116,13 +118,18 @@ def read_adapters(folder):
             or not tensor.isfinite().all()
         ):
             raise ValueError(f"{path}: {name[:80]!r} is no matrix of finite floats")
-        found.setdefault(layer, {})[factor[0]] = tensor
+        found.setdefault(layer, {})[factor] = tensor
     if not found:
         raise ValueError(f"{path} holds no adapters")
+
+    tensors = {}
     for layer, factors in found.items():
-        if len(factors) < 2 or not len(factors["A"]) == factors["B"].shape[1] == rank:
+        A = factors.get("A.weight")  # (r, n)
+        B = factors.get("B.weight")  # (m, r)
+        if A is None or B is None or not len(A) == B.shape[1] == rank:
             raise ValueError(f"{path}: {layer[:80]!r} lacks a matrix, or one has not rank {rank}")
-    return rank, alpha, {layer: (factors["A"], factors["B"]) for layer, factors in found.items()}
+        tensors[layer] = A, B
+    return rank, alpha, tensors
 
 
 def read_config(path):
@@ -131,7 +138,7 @@ def read_config(path):
     if not isinstance(config, dict) or not {"peft_type", "r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{path} holds no LoRA settings: peft_type, r and lora_alpha")
     for key, value in config.items():
-        if key not in FREE and value not in PLAIN.get(key, OFF):
+        if key not in ANY_VALUE and value not in ALLOWED_VALUES.get(key, OFF_VALUES):
             raise ValueError(
                 f"{path} sets {key[:80]!r} to {str(value)[:80]!r}: only plain LoRA is implemented"
             )

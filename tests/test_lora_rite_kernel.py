@@ -10,6 +10,9 @@ import torch.nn as nn
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 import lora_rite
 from kernels import lora_rite as kernel
 from lora_rite import LoRARITE
@@ -27,15 +30,21 @@ def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
 
-    pairs = [change(randn(r, n), randn(m, r)) for r, n, m in shapes]
-    grads = [[randn(*p.shape).to(dtype) for pair in pairs for p in pair] for _ in range(steps)]
-    return [[p.to(dtype) for p in pair] for pair in pairs], grads
+    pairs = []
+    for r, n, m in shapes:
+        pairs.append(change(randn(r, n), randn(m, r)))
+    grads = []  # for each step one of each factor, A, B, A, B, ...
+    for _ in range(steps):
+        grads.append([randn(*p.shape).to(dtype) for pair in pairs for p in pair])
+    return [(A.to(dtype), B.to(dtype)) for A, B in pairs], grads
 
 
 def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
     """Take a step with each of the gradients. Return the parameters and the optimizer."""
-    copies = [p.to(device, dtype, copy=True).contiguous() for pair in pairs for p in pair]
-    ps = [nn.Parameter(p) for p in copies]
+    ps = []
+    for pair in pairs:
+        for p in pair:
+            ps.append(nn.Parameter(p.to(device, dtype, copy=True).contiguous()))
     optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, use_kernel=use_kernel, **options)
     for t, step_grads in enumerate(grads):
         optimizer.param_groups[0]["lr"] = 0.05 / (1 + t)
@@ -79,8 +88,9 @@ def check(
         exact_state = state_of(exact, exact_ps, i)
         for name in ("step", "lr", "shrink", "skipped"):
             assert state[name] == eager_state[name]
-        for name in ("V", "R_inv", "M", "rho") if compare_state else ():
-            assert_close(f"{name} of {i}", state[name], eager_state[name], exact_state[name])
+        if compare_state:
+            for name in ("V", "R_inv", "M", "rho"):
+                assert_close(f"{name} of {i}", state[name], eager_state[name], exact_state[name])
     for _ in range(runs - 1):
         repeated_ps, repeated = run(KERNEL, pairs, grads, dtype, **options)
         assert is_equal(ps, repeated_ps), "two runs"
@@ -124,7 +134,10 @@ def spoil_some(grads):
 
 
 def columns_that_almost_vanish(A, B):
-    """B^T B has eigenvalues of 9e-14 or 9e-12 next to 1 and 0; only the second one counts."""
+    """Return a B for which B^T B has the eigenvalues 1, 0 and 9e-14 (m = 35) or 9e-12.
+
+    inverse_root leaves out those below 1e-12 of the largest, so 9e-14 but not 9e-12.
+    """
     smallest = 3e-7 if len(B) == 35 else 3e-6
     return A, torch.linalg.qr(B).Q * torch.tensor([1.0, smallest, 0.0])
 
@@ -147,11 +160,12 @@ CASES = {
 def test_kernel_on_bad_factors_and_gradients(case):
     ps, optimizer = check([(3, 20, 35), (3, 40, 12)], **CASES[case])
     skipped = [state_of(optimizer, ps, i)["skipped"].item() for i in range(4)]
-    assert skipped == ([0, 1, 1, 0] if "NaN" in case else [0, 0, 0, 0])
+    expected = [0, 1, 1, 0] if "NaN" in case else [0, 0, 0, 0]
+    assert skipped == expected
 
 
 def step_with_eigenvalues(w, seed):
-    """Return a pair with A (8, 64), gradients that give A V = Q diag(w) Q^T, and Q."""
+    """Return a pair with A (8, 64), gradients, and Q: after a step, A's V is Q diag(w) Q^T."""
     generator = torch.Generator().manual_seed(seed)
 
     def orthonormal(rows):
@@ -207,7 +221,8 @@ def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
     grads = [[torch.tensor(signs).float().T, torch.zeros(20, 8)]]
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
     qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
-    M, expected = ours.state[ps[0]]["M"], eager.state[qs[0]]["M"]
+    M = ours.state[ps[0]]["M"]
+    expected = eager.state[qs[0]]["M"]
     assert torch.allclose(M, expected, atol=0.5), "M is 1e5; float32 times 1 / eps gives 0.1"
 
 
@@ -231,7 +246,8 @@ def test_kernel_and_pytorch_side_by_side():
     """Clip both by one norm, read lr from a tensor, and hand the state from one to the other."""
     pairs, grads = problem([(2, 30, 20), (2, 12, 40)], 3, torch.float32)
 
-    def products(paths):  # of the factors, B A, after a step by each path
+    def products(paths):
+        """Take one step with each value of use_kernel. Return both products B A."""
         ps = [nn.Parameter(p.to(DEVICE, copy=True)) for pair in pairs for p in pair]
         ps[2].data = ps[2].data.T.contiguous().T  # not contiguous: PyTorch takes this pair
         saved = None
@@ -247,9 +263,9 @@ def test_kernel_and_pytorch_side_by_side():
             saved = optimizer.state_dict()
         return [ps[1] @ ps[0], ps[3] @ ps[2]]
 
-    truth = products([EAGER] * 3)
-    assert distance(products([KERNEL] * 3), truth) < 1e-6
-    assert distance(products([KERNEL, EAGER, KERNEL]), truth) < 1e-6
+    expected = products([EAGER, EAGER, EAGER])
+    assert distance(products([KERNEL, KERNEL, KERNEL]), expected) < 1e-6
+    assert distance(products([KERNEL, EAGER, KERNEL]), expected) < 1e-6
 
 
 @pytest.mark.parametrize("change", ["load", "cast parameters", "cast state"])
@@ -287,18 +303,32 @@ def test_the_state_follows_its_parameters(change):
     assert distance(*results) < 1e-6
 
 
-def test_what_the_kernel_takes():
-    def pair(r=4, n=6, m=5, dtype=torch.float32):
-        return torch.zeros(r, n, dtype=dtype), torch.zeros(m, r, dtype=dtype)
+def pair_of_zeros(r=4, dtype=torch.float32):
+    return torch.zeros(r, 6, dtype=dtype), torch.zeros(5, r, dtype=dtype)
 
-    assert all(kernel.takes(*pair(r)) for r in (1, 64)) and not kernel.takes(*pair(65))
-    assert all(kernel.takes(*pair(dtype=d)) for d in (torch.float16, torch.bfloat16))
-    A, B = pair()
-    assert not kernel.takes(A.double(), B.double()) and not kernel.takes(A, B.half())
-    assert not kernel.takes(A.T.contiguous().T, B) and not kernel.takes(A, B.T.contiguous().T)
+
+@pytest.mark.parametrize("rank", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_the_kernel_takes(rank, dtype):
+    assert kernel.takes(*pair_of_zeros(rank, dtype))
+
+
+def test_what_the_kernel_does_not_take():
+    assert not kernel.takes(*pair_of_zeros(r=65))
+    assert not kernel.takes(*pair_of_zeros(dtype=torch.float64))
+
+    # two dtypes, two devices, not contiguous
+    A, B = pair_of_zeros()
+    assert not kernel.takes(A, B.half())
     assert not kernel.takes(A.to("meta"), B)
-    B, huge = torch.empty(2, 2, device="meta"), torch.empty(2, 2**30, device="meta")
-    assert kernel.takes(B, B) and not kernel.takes(huge, B)
+    assert not kernel.takes(A.T.contiguous().T, B)
+    assert not kernel.takes(A, B.T.contiguous().T)
+
+    # 2^31 elements
+    small = torch.empty(2, 2, device="meta")
+    huge = torch.empty(2, 2**30, device="meta")
+    assert kernel.takes(small, small)
+    assert not kernel.takes(huge, small)
 
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
@@ -311,41 +341,77 @@ def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
         run(KERNEL, pairs, grads, torch.float32)
 
 
-def builds():
-    """Every kernel at three ranks for the GPU we tune on, at rank 16 for the others."""
-    types = {"table_ptr": "*i64", "factor_of_program_ptr": "*i32", "bad_ptr": "*i32"}
-    types["matrix_ptr"] = "*fp32"
-    for name in ("partial_ptr", "work_ptr", "number_ptr", "total_ptr", "lr_ptr"):
-        types[name] = "*fp64"
-    for name in ("lr", "log_beta1", "log_beta2", "eps", "clip", "weight_decay"):
-        types[name] = "fp64"
+TYPES = {
+    "table_ptr": "*i64",
+    "factor_of_program_ptr": "*i32",
+    "bad_ptr": "*i32",
+    "partial_ptr": "*fp64",
+    "work_ptr": "*fp64",
+    "number_ptr": "*fp64",
+    "total_ptr": "*fp64",
+    "matrix_ptr": "*fp32",
+    "lr_ptr": "*fp64",
+    "lr": "fp64",
+    "log_beta1": "fp64",
+    "log_beta2": "fp64",
+    "eps": "fp64",
+    "clip": "fp64",
+    "weight_decay": "fp64",
+}
 
-    tl = kernel.tl
-    targets = [(90, 16, tl.float32), (90, 20, tl.float32), (90, 64, tl.bfloat16)]
-    targets += [(arch, 16, tl.bfloat16) for arch in (80, 100, 120)]
-    for arch, rank, dtype in targets:
-        R = max(16, kernel.triton.next_power_of_2(rank))
-        row = {"DTYPE": dtype, "ALIGNED": rank != 20, "RANK": rank, "R": R}
-        row.update(TILE=kernel.TILE_ROWS[R], CHUNK=kernel.CHUNK_ROWS[R])
-        matrix = {"RANK": rank, "PADDED_RANK": kernel.triton.next_power_of_2(rank), "R": R}
-        moments = {"ESCAPE": rank == 16, **matrix}
-        if rank == 16:
-            moments["lr_ptr"] = None
-        shared = {"types": types, "arch": arch, "uses_tensor_cores": False}  # float32 means float32
-        over_rows = {**shared, "num_warps": kernel.ROW_WARPS[R]}
-        # r x r work is small and may spill more
-        over_matrices = {**shared, "num_warps": kernel.MATRIX_WARPS[R], "num_stages": 1}
-        over_matrices["max_spilled"] = 128
-        yield Case("gram_kernel", row, **over_rows)
-        yield Case("update_kernel", row, **over_rows)
-        if rank != 20:  # which differs from 16 in its alignment
-            yield Case("moment_kernel", moments, **over_matrices)
-        if arch == 90 and rank != 20:
-            yield Case("root_kernel", matrix, **over_matrices)
+
+def row_builds(arch, rank, dtype, aligned=True):
+    """Return the cases of the kernels that read rows of the factors: launches 1 and 4."""
+    R = max(16, triton.next_power_of_2(rank))
+    constants = {
+        "DTYPE": dtype,
+        "ALIGNED": aligned,
+        "RANK": rank,
+        "R": R,
+        "TILE": kernel.TILE_ROWS[R],
+        "CHUNK": kernel.CHUNK_ROWS[R],
+    }
+    options = {"types": TYPES, "arch": arch, "num_warps": kernel.ROW_WARPS[R]}
+    options["uses_tensor_cores"] = False  # float32 is not rounded to TF32
+    return [
+        Case("gram_kernel", constants, **options),
+        Case("update_kernel", constants, **options),
+    ]
+
+
+def matrix_build(name, arch, rank, **constants):
+    """Return the case of root_kernel or moment_kernel, which work on r x r matrices."""
+    R = max(16, triton.next_power_of_2(rank))
+    constants.update(RANK=rank, PADDED_RANK=triton.next_power_of_2(rank), R=R)
+    return Case(
+        name,
+        constants,
+        types=TYPES,
+        arch=arch,
+        num_warps=kernel.MATRIX_WARPS[R],
+        num_stages=1,
+        uses_tensor_cores=False,
+        max_spilled=128,  # these kernels are small, so a few spills cost little
+    )
+
+
+def builds():
+    """Return cases for several ranks on the GPU we tune on (sm_90), for rank 16 on the others."""
+    cases = row_builds(90, 16, tl.float32)
+    cases += row_builds(90, 20, tl.float32, aligned=False)
+    cases += row_builds(90, 64, tl.bfloat16)
+    cases.append(matrix_build("root_kernel", 90, 16))
+    cases.append(matrix_build("root_kernel", 90, 64))
+    cases.append(matrix_build("moment_kernel", 90, 64, ESCAPE=False))
+    for arch in (80, 90, 100, 120):
+        cases.append(matrix_build("moment_kernel", arch, 16, ESCAPE=True, lr_ptr=None))
+        if arch != 90:
+            cases += row_builds(arch, 16, tl.bfloat16)
+    return cases
 
 
 def test_kernels_build():
-    check_build("kernels.lora_rite", list(builds()))
+    check_build("kernels.lora_rite", builds())
 
 
 @gpu
@@ -394,5 +460,6 @@ def test_pairs_on_two_gpus():
         return [p.detach().cpu() for p in ps]
 
     for use_kernel in (KERNEL, EAGER):
-        one, two = parameters("cuda:0", use_kernel), parameters("cuda:1", use_kernel)
-        assert distance(two, one) < 1e-5
+        on_one = parameters("cuda:0", use_kernel)
+        on_two = parameters("cuda:1", use_kernel)
+        assert distance(on_two, on_one) < 1e-5
