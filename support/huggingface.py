@@ -19,16 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.distributed import print0
-from support.huggingface_tokenizer import (
-    TOKENIZER_FILES,
-    malformed,
-    read_object,
-    read_text,
-    read_tokenizer,
-    require,
-)
-from support.huggingface_tokenizer import Encoding as Encoding
+from support.files import read_user_file
+from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 SHARD_BYTES = 4 * 10**9  # in one file of an exported folder
 # A pretrained model wants small steps; used where no flag says otherwise
 FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
@@ -47,6 +46,48 @@ def load_checkpoint(folder):
     run["block_size"] = min(run["block_size"], config["block_size"])
     weights = Weights(folder, config)
     return {"model": weights, "config": {"model": config, "run": run}, "tokenizer": tokenizer}
+
+
+def read_text(path):
+    try:
+        return read_user_file(path).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def read_tokenizer(folder, vocab_size):
+    """Return {name, files, stops}: the tokenizer's files as text, and the ids that end an answer.
+
+    Raises ValueError for an id from vocab_size on, which would have no embedding.
+    """
+    files = {}
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(folder / name):
+            files[name] = read_text(folder / name)
+    require("tokenizer.json" in files, f"{folder} has no tokenizer.json; no other kind is read")
+    state = {"name": folder.resolve().name, "files": files, "stops": []}
+    tokenizer = Encoding(state)
+    highest = tokenizer.n_vocab - 1
+    require(
+        highest < vocab_size,
+        f"{tokenizer.name}/tokenizer.json has the id {highest}, but config.json has vocab_size "
+        f"{vocab_size}",
+    )
+
+    # two files list the ids that end an answer, a third names the token
+    stops = []
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ids = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
+        if not isinstance(ids, list):
+            ids = [] if ids is None else [ids]
+        is_valid = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        require(is_valid, f"{path} has eos_token_id = {ids!r}, which are not all token ids")
+        stops += ids
+    eos_token = tokenizer.roles.get("eos_token")
+    if eos_token in tokenizer.special_tokens:
+        stops.append(tokenizer.special_tokens[eos_token])
+    state["stops"] = list(dict.fromkeys(stops))
+    return state
 
 
 # -- config.json and the fields of train.GPTConfig -------------------------------------------------

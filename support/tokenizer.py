@@ -83,19 +83,19 @@ class ByteTokenizer:
 class BPETokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, made safe for any vocabulary, any text and any ids.
 
-    ranks: {token as bytes: id}; lower ids are merged first. eot_token: id that ends a document, by
-    default that of <|endoftext|>, or None if the vocabulary lacks it.
+    ranks: {token as bytes: id}; lower ids are merged first. eot_token: the id of <|endoftext|>,
+    which ends a document, or None if the vocabulary lacks it.
     """
 
     eot_token = None  # the base class has a property, which raises KeyError if there is none
 
-    def __init__(self, name, pat_str, ranks, special_tokens, eot_token=None):
+    def __init__(self, name, pat_str, ranks, special_tokens):
         ids = [*ranks.values(), *special_tokens.values()]
         if not all(type(i) is int and 0 <= i < 2**24 for i in ids):
             raise ValueError(f"the tokenizer {name} has ids that are not integers from 0 to 2^24")
         if len(set(ids)) < len(ids):
             raise ValueError(f"the tokenizer {name} gives one id to two tokens")
-        self.eot_token = special_tokens.get("<|endoftext|>") if eot_token is None else eot_token
+        self.eot_token = special_tokens.get("<|endoftext|>")
         try:
             super().__init__(
                 name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
