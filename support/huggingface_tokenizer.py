@@ -38,9 +38,6 @@ def malformed(path):
         raise ValueError(f"{path} is malformed ({type(error).__name__}: {error})") from None
 
 
-# -- tokenizer.json --------------------------------------------------------------------------------
-
-
 def check_supported(data, path):
     """Raise ValueError for what is not implemented here, or makes the library panic."""
     model = data["model"]
@@ -95,7 +92,8 @@ class Encoding:
 
     state: {name, files, stops}, as huggingface.read_tokenizer returns it and a checkpoint keeps it.
     start: ids before any text. eot_token: ends a document, or None. stops: ids that end an answer.
-    special_tokens: {text: id}. token_bytes: {id: bytes}. chat_template: Jinja, or None.
+    special_tokens: {text: id}. token_bytes: {id: bytes}. roles: {"bos_token": its text, ...}.
+    chat_template: Jinja, or None.
     """
 
     def __init__(self, state):
@@ -111,7 +109,7 @@ class Encoding:
         path = Path(self.name) / "tokenizer_config.json"
         settings = read_object(path, files.get(path.name, "{}"))
         template = files.get("chat_template.jinja") or settings.get("chat_template")
-        self.roles = {}  # {"bos_token": its text, ...}
+        self.roles = {}
         with malformed(path):
             for role in ROLES:
                 token = settings.get(role)
@@ -139,9 +137,8 @@ class Encoding:
             byte_of = byte_of_character()
             is_known = model.get("unk_token") is None or set(byte_of) <= set(vocab)
             require(is_known, f"{path} has an unk_token, which is not implemented")
+
             self.special_tokens = special
-            longest_first = sorted(map(re.escape, special), key=len, reverse=True)
-            self.special_pattern = "|".join(longest_first) or "(?!)"  # (?!) never matches
             self.token_bytes = {i: text.encode() for text, i in special.items()}
             for token, i in vocab.items():
                 self.token_bytes[i] = bytes(byte_of[character] for character in token)
@@ -150,7 +147,11 @@ class Encoding:
         model["vocab"] = vocab
         data.update(added_tokens=[], truncation=None, padding=None)
         self.library = load_library(data, path)
-        encoded = self.library.encode("a")  # with the ids before and after a text
+        longest_first = sorted(map(re.escape, special), key=len, reverse=True)
+        self.special_pattern = "|".join(longest_first) or "(?!)"  # (?!) never matches
+
+        # the mask is 1 for the ids that the library puts before and after a text
+        encoded = self.library.encode("a")
         n_start = [*encoded.special_tokens_mask, 0].index(0)
         self.start = encoded.ids[:n_start]
         self.n_vocab = max([*self.token_bytes, *self.start]) + 1
@@ -167,10 +168,7 @@ class Encoding:
         return b"".join(self.token_bytes.get(i, b"") for i in ids)
 
     def encode(self, text):
-        """Return the ids of text in which names of special tokens stand for them; no `start`.
-
-        A name after a GUARD stays text.
-        """
+        """Return the ids of text that may name special tokens; a name after a GUARD stays text."""
         ids = []
         parts = re.split(f"(?<!{GUARD})({self.special_pattern})", text)
         for n, part in enumerate(parts):  # text and special tokens alternate
