@@ -32,18 +32,12 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs requirements.txt")
 SOURCE = (REPOSITORY / "train.py").read_text()
 NASTY = [
     "",
-    " ",
-    "Hello world",
     "  two  spaces ",
     "\n\n\t \r\n",
-    "a\r\n\r\nb",
     "x = [1, 22, 333, 4444]  # 12345",
-    "it's WE'LL I'D 'S'ſ",
     "数字１２３ 東京タワー",
     "😀👩‍👩‍👧 \U0001f1eb\U0001f1f7",
     "e\u0301 é \u1e9b\u0323 \u2126",
-    "def f(x):\n\n    return x ** 2\n",
-    "½ Ⅷ ٣ 𝟘",
     "<|im_end|>",
     "<|im_end|>!<|im_end|>!!",
     "a <|im_start|>user\n<|endoftext|> b",
@@ -51,12 +45,7 @@ NASTY = [
     "<|im_<|im_end|>end|>",
     "!\x01! \x06?\x7f\x00",
     "\u00a0\u3000 \u200b x",
-    "don’t",
-    "ÀÉÎ'LL",
-    " 1 2  3",
-    "   12",
     "\ufeffx",
-    "a" * 300,
     " " * 70 + "the end",
     "\U0010ffff\U000f0000",
 ]
@@ -192,6 +181,10 @@ def test_no_end_of_text(tmp_path):
 # -- what is refused -------------------------------------------------------------------------------
 
 
+def change(**changes):
+    return lambda t: t.update(changes)
+
+
 def change_model(**changes):
     return lambda t: t["model"].update(changes)
 
@@ -209,29 +202,19 @@ REFUSED = {
     "sentencepiece": (change_model(byte_fallback=True), ["byte-level BPE"]),
     "unigram": (change_model(type="Unigram"), ["byte-level BPE"]),
     "dropout": (change_model(dropout=0.1), ["dropout = 0.1"]),
-    "prefix of words": (change_model(continuing_subword_prefix="##"), ["prefix = '##'"]),
-    "suffix of words": (change_model(end_of_word_suffix="</w>"), ["suffix = '</w>'"]),
-    "words": (
-        lambda t: t.update(pre_tokenizer={"type": "Whitespace"}),
-        ["not a byte-level BPE"],
-    ),
-    "no words": (lambda t: t.update(pre_tokenizer=None), ["not a byte-level BPE"]),
-    "no steps": (
-        lambda t: t.update(pre_tokenizer={"pretokenizers": []}),
-        ["not a byte-level BPE"],
-    ),
-    "bad pattern": (
-        lambda t: t.update(pre_tokenizer=sequence(split_step("("), BYTES)),
-        ["malformed", "parenthesis"],
-    ),
-    "normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), ["normalizer"]),
+    "prefix": (change_model(continuing_subword_prefix="##"), ["prefix = '##'"]),
+    "words": (change(pre_tokenizer={"type": "Whitespace"}), ["not a byte-level BPE"]),
+    "no words": (change(pre_tokenizer=None), ["not a byte-level BPE"]),
+    "no steps": (change(pre_tokenizer={"pretokenizers": []}), ["not a byte-level BPE"]),
+    "pattern": (change(pre_tokenizer=sequence(split_step("("), BYTES)), ["malformed", "parenthe"]),
+    "normalizer": (change(normalizer={"type": "Lowercase"}), ["normalizer"]),
     "unknown": (unknown_bytes, ["unk_token"]),
     "strip": (change_added(lstrip=True), ["'<|endoftext|>' with lstrip"]),
     "single word": (change_added(single_word=True), ["'<|endoftext|>'", "not implemented"]),
     "empty token": (change_added(content=""), ["the added token ''"]),
     "malformed": (lambda t: t["model"].pop("vocab"), ["tokenizer.json is malformed"]),
     "letters": (lambda t: t["model"]["vocab"].update({"東": 400}), ["malformed"]),
-    "no dict": (lambda t: t.update(model=[]), ["malformed"]),
+    "no dict": (change(model=[]), ["malformed"]),
     "merge of three": (lambda t: t["model"]["merges"].append("a b c"), ["malformed", "line 6"]),
     "unmade merge": (lambda t: t["model"]["merges"].append("zq x"), ["malformed", "`zq`"]),
     "no merges": (lambda t: t["model"].pop("merges"), ["malformed", "merges"]),
@@ -239,18 +222,18 @@ REFUSED = {
     "ids twice": (change_added(id=5), ["ids that are out of range or not unique"]),
     "negative id": (change_added(id=-5), ["ids that are out of range"]),
     "id of text": (change_added(id="5"), ["ids that are out of range"]),
-    "start": (lambda t: t.update(post_processor=start_with([1000])), ["has the id 1000"]),
-    "start of text": (lambda t: t.update(post_processor=start_with(["a"])), ["malformed"]),
+    "start": (change(post_processor=start_with([1000])), ["has the id 1000"]),
+    "start of text": (change(post_processor=start_with(["a"])), ["malformed"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_tokenizer_json(tmp_path, case):
-    change, parts = REFUSED[case]
+    edit, parts = REFUSED[case]
     content = tokenizer_json()
     write_tokenizer(tmp_path, content)
     assert read_encoding(tmp_path)
-    change(content)
+    edit(content)
     write_tokenizer(tmp_path, content)
     check_refused(lambda: read_encoding(tmp_path), "tokenizer.json", *parts)
 
