@@ -232,8 +232,8 @@ def open_tensors(path):
 class Weights(Mapping):
     """A lazy mapping from train.GPT's names to the tensors of a folder.
 
-    Names, shapes and types are checked at once, before any tensor is read. The memory map of a file
-    lives no longer than the tensor read from it, so memory holds one tensor at a time.
+    Names, shapes and types are checked when it is created, before any tensor is read. Each access
+    opens the file anew and reads one tensor, so that memory holds one tensor at a time.
     config: fields of train.GPTConfig.
     """
 

@@ -32,8 +32,8 @@ CL100K_SPECIAL = {
     "<|fim_suffix|>": 100260,
     "<|endofprompt|>": 100276,
 }
-# What a .tiktoken file, which holds only the merges, does not say.
-# Name of the file: number of merges, split pattern, special tokens
+# A .tiktoken file holds only the merges. By its name: their number, and what it does not say, the
+# split pattern and the special tokens
 PUBLISHED = {
     "r50k_base": (50256, GPT2_SPLIT, {"<|endoftext|>": 50256}),
     "p50k_base": (50280, GPT2_SPLIT, {"<|endoftext|>": 50256}),
@@ -43,7 +43,7 @@ PUBLISHED = {
 SAME_AS = {"gpt2": "r50k_base"}  # the same vocabulary; only r50k_base is published as a file
 
 DOWNLOAD_SECONDS = 60
-LONGEST_BLANK = 400_000  # longest run of white space: tiktoken panics at about a million
+LONGEST_BLANK = 400_000  # characters of white space; tiktoken panics at about a million
 
 
 def valid_text(text):
