@@ -1,8 +1,8 @@
 """Chat templates of Hugging Face folders: untrusted Jinja, rendered in a process with limits.
 
 Jinja's sandbox keeps a template away from files and from Python's internals, but not from endless
-loops or texts of many GB. So `python -m support.chat_template` renders it, from JSON on stdin to
-JSON on stdout, within SECONDS and MEMORY.
+loops or texts of many GB. So it is rendered by `python -m support.chat_template`, which reads JSON
+on stdin, writes JSON to stdout, and is limited to SECONDS and MEMORY.
 """
 
 import json
@@ -48,7 +48,7 @@ def render_here(template, variables):
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks the model's text, and prints it as is."""
+        """{% generation %} ... {% endgeneration %}: marks the model's text; prints it as it is."""
 
         tags = {"generation"}
 

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def find_documents(data):
     """Return the sorted paths of the files that --data names."""
-    # Python's standard library, without its tests: over half of it, and not installed everywhere
+    # Python's standard library; its tests are over half of it and not installed everywhere
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib")).resolve()
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}

@@ -12,23 +12,21 @@ import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.distributed import print0
-from support.huggingface_tokenizer import (
-    TOKENIZER_FILES,
-    malformed,
-    read_object,
-    read_text,
-    read_tokenizer,
-    require,
-)
-from support.huggingface_tokenizer import Encoding as Encoding
+from support.files import read_user_file
+from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 SHARD_BYTES = 4 * 10**9  # in one file of an exported folder
 # A pretrained model wants small steps; used where no flag says otherwise
 FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
@@ -49,6 +47,44 @@ def load_checkpoint(folder):
     return {"model": weights, "config": {"model": config, "run": run}, "tokenizer": tokenizer}
 
 
+def read_text(path):
+    try:
+        return read_user_file(path).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def read_tokenizer(folder, vocab_size):
+    """Return {name, files, stops}: the tokenizer's files as text, and the ids that end an answer.
+
+    Raises ValueError for an id from vocab_size on, which would have no embedding.
+    """
+    files = {}
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(folder / name):
+            files[name] = read_text(folder / name)
+    require("tokenizer.json" in files, f"{folder} has no tokenizer.json; no other kind is read")
+    state = {"name": folder.resolve().name, "files": files, "stops": []}
+    tokenizer = Encoding(state)
+    highest = f"{tokenizer.name}/tokenizer.json has the id {tokenizer.n_vocab - 1}"
+    is_embedded = tokenizer.n_vocab <= vocab_size
+    require(is_embedded, f"{highest}, but config.json has vocab_size {vocab_size}")
+
+    # two files list the ids that end an answer, a third names the token
+    stops = []
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ids = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
+        if not isinstance(ids, list):
+            ids = [] if ids is None else [ids]
+        is_valid = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        require(is_valid, f"{path} has eos_token_id = {ids!r}, which are not all token ids")
+        stops += ids
+    eos_token = tokenizer.roles.get("eos_token")
+    if eos_token in tokenizer.special_tokens:
+        stops.append(tokenizer.special_tokens[eos_token])
+    return {**state, "stops": list(dict.fromkeys(stops))}
+
+
 # -- config.json and the fields of train.GPTConfig -------------------------------------------------
 
 FAMILIES = {  # what sets a family apart
@@ -58,26 +94,18 @@ FAMILIES = {  # what sets a family apart
 }
 
 
-class Setting(NamedTuple):
-    """A setting of config.json that is a field of train.GPTConfig."""
-
-    name: str
-    type: type
-    largest: float = math.inf
-
-
-SETTINGS = {  # by field
-    "vocab_size": Setting("vocab_size", int, 2**24),
-    "block_size": Setting("max_position_embeddings", int, 2**32),
-    "n_layer": Setting("num_hidden_layers", int, 1024),
-    "n_head": Setting("num_attention_heads", int, 1024),
-    "n_kv_head": Setting("num_key_value_heads", int, 1024),
-    "n_embd": Setting("hidden_size", int, 2**24),
-    "head_dim": Setting("head_dim", int, 2**24),
-    "n_hidden": Setting("intermediate_size", int, 2**24),
-    "tied": Setting("tie_word_embeddings", bool),
-    "norm_eps": Setting("rms_norm_eps", float, 1.0),
-    "rope_theta": Setting("rope_theta", float, 2**32),
+SETTINGS = {  # field of train.GPTConfig: (its name in config.json, its type, its largest value)
+    "vocab_size": ("vocab_size", int, 2**24),
+    "block_size": ("max_position_embeddings", int, 2**32),
+    "n_layer": ("num_hidden_layers", int, 1024),
+    "n_head": ("num_attention_heads", int, 1024),
+    "n_kv_head": ("num_key_value_heads", int, 1024),
+    "n_embd": ("hidden_size", int, 2**24),
+    "head_dim": ("head_dim", int, 2**24),
+    "n_hidden": ("intermediate_size", int, 2**24),
+    "tied": ("tie_word_embeddings", bool, None),
+    "norm_eps": ("rms_norm_eps", float, 1.0),
+    "rope_theta": ("rope_theta", float, 2**32),
 }
 ONLY_VALUES = {  # of settings that the GPT does not implement; absent or null is fine, too
     "hidden_act": "silu",
@@ -89,11 +117,11 @@ ONLY_VALUES = {  # of settings that the GPT does not implement; absent or null i
 }
 
 
-def read_config(folder):
-    """Return the fields of train.GPTConfig that the folder's config.json states."""
+def read_config(folder, text=None):
+    """Return the fields of train.GPTConfig in the folder's config.json, or in its `text`."""
     path = Path(folder) / "config.json"
     with malformed(path):
-        return gpt_fields(read_object(path), path)
+        return gpt_fields(read_object(path, text), path)
 
 
 def gpt_fields(settings, path):
@@ -117,20 +145,17 @@ def gpt_fields(settings, path):
     values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
 
     fields = {}
-    for field, setting in SETTINGS.items():
-        name = setting.name
+    for field, (name, needed_type, largest) in SETTINGS.items():
         if name == "head_dim" and name not in values:
             is_qwen3 = architecture == "Qwen3ForCausalLM"
             values[name] = 128 if is_qwen3 else fields["n_embd"] // fields["n_head"]
         value = values.get(name)
-        if setting.type is float and type(value) is int:
+        if needed_type is float and type(value) is int:
             value = float(value)
-        if type(value) is not setting.type:
-            raise ValueError(f"{path} has {name} = {value!r}, not of type {setting.type.__name__}")
-        if setting.type is not bool and not 0 < value <= setting.largest:
-            raise ValueError(
-                f"{path} has {name} = {value}; it must be above 0, at most {setting.largest}"
-            )
+        if type(value) is not needed_type:
+            raise ValueError(f"{path} has {name} = {value!r}, not of type {needed_type.__name__}")
+        if needed_type is not bool and not 0 < value <= largest:
+            raise ValueError(f"{path} has {name} = {value}; it must be above 0, at most {largest}")
         fields[field] = value
     fields["qkv_bias"] = FAMILIES[architecture]["qkv_bias"]
     fields["qk_norm"] = FAMILIES[architecture]["qk_norm"]
@@ -207,8 +232,8 @@ def open_tensors(path):
 class Weights(Mapping):
     """A lazy mapping from train.GPT's names to the tensors of a folder.
 
-    Names, shapes and types are checked at once, before any tensor is read. The memory map of a file
-    lives no longer than the tensor read from it, so memory holds one tensor at a time.
+    Names, shapes and types are checked when it is created, before any tensor is read. Each access
+    opens the file anew and reads one tensor, so that memory holds one tensor at a time.
     config: fields of train.GPTConfig.
     """
 
@@ -232,17 +257,13 @@ class Weights(Mapping):
         # what is left: buffers of old versions, and the output layer of tied models
         for their_name, (path, _) in found.items():
             if their_name == "lm_head.weight":
-                self.check_tied(path)
+                with open_tensors(path) as file:
+                    head = file.get_tensor(their_name)
+                is_tied = torch.equal(head, self["embed_tokens.weight"])
+                reason = "lm_head.weight differs from the embedding, but config.json ties them"
+                require(is_tied, f"{path}: {reason}")
             elif not their_name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{path} has the tensor {their_name}, which the model lacks")
-
-    def check_tied(self, path):
-        with open_tensors(path) as file:
-            head = file.get_tensor("lm_head.weight")
-        if not torch.equal(head, self["embed_tokens.weight"]):
-            raise ValueError(
-                f"{path}: lm_head.weight differs from the embedding, but config.json ties them"
-            )
 
     def __getitem__(self, name):
         with open_tensors(self.paths[name]) as file:
@@ -382,19 +403,18 @@ def export_settings(config, tokenizer):
     before = {}
     if "config" in tokenizer:
         original = read_object(path, tokenizer["config"])
-        with malformed(path):
-            before = gpt_fields(original, path)
+        before = read_config(path.parent, tokenizer["config"])
         if [family_of(before)] == settings["architectures"]:
             settings = original
             # training on shorter windows does not shorten the context
             config = {**config, "block_size": max(config["block_size"], before["block_size"])}
-    for field, setting in SETTINGS.items():
+    for field, (name, _, _) in SETTINGS.items():
         if config[field] == before.get(field):
             continue
         if field == "rope_theta" and settings.get("rope_parameters"):
-            settings["rope_parameters"][setting.name] = config[field]
+            settings["rope_parameters"][name] = config[field]
         else:
-            settings[setting.name] = config[field]
+            settings[name] = config[field]
     return settings
 
 

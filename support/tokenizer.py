@@ -32,8 +32,8 @@ CL100K_SPECIAL = {
     "<|fim_suffix|>": 100260,
     "<|endofprompt|>": 100276,
 }
-# What a .tiktoken file, which holds only the merges, does not say.
-# Name of the file: number of merges, split pattern, special tokens
+# A .tiktoken file holds only the merges. By its name: their number, and what it does not say, the
+# split pattern and the special tokens
 PUBLISHED = {
     "r50k_base": (50256, GPT2_SPLIT, {"<|endoftext|>": 50256}),
     "p50k_base": (50280, GPT2_SPLIT, {"<|endoftext|>": 50256}),
@@ -43,7 +43,7 @@ PUBLISHED = {
 SAME_AS = {"gpt2": "r50k_base"}  # the same vocabulary; only r50k_base is published as a file
 
 DOWNLOAD_SECONDS = 60
-LONGEST_BLANK = 400_000  # longest run of white space: tiktoken panics at about a million
+LONGEST_BLANK = 400_000  # characters of white space; tiktoken panics at about a million
 
 
 def valid_text(text):
@@ -83,19 +83,19 @@ class ByteTokenizer:
 class BPETokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, made safe for any vocabulary, any text and any ids.
 
-    ranks: {token as bytes: id}; lower ids are merged first. eot_token: id that ends a document, by
-    default that of <|endoftext|>, or None if the vocabulary lacks it.
+    ranks: {token as bytes: id}; lower ids are merged first. eot_token: the id of <|endoftext|>,
+    which ends a document, or None if the vocabulary lacks it.
     """
 
     eot_token = None  # the base class has a property, which raises KeyError if there is none
 
-    def __init__(self, name, pat_str, ranks, special_tokens, eot_token=None):
+    def __init__(self, name, pat_str, ranks, special_tokens):
         ids = [*ranks.values(), *special_tokens.values()]
         if not all(type(i) is int and 0 <= i < 2**24 for i in ids):
             raise ValueError(f"the tokenizer {name} has ids that are not integers from 0 to 2^24")
         if len(set(ids)) < len(ids):
             raise ValueError(f"the tokenizer {name} gives one id to two tokens")
-        self.eot_token = special_tokens.get("<|endoftext|>") if eot_token is None else eot_token
+        self.eot_token = special_tokens.get("<|endoftext|>")
         try:
             super().__init__(
                 name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens

@@ -96,6 +96,7 @@ def tokenizer_json(merges=MERGES, words="gpt2", special=SPECIAL, **model_setting
 
 def write_tokenizer(folder, data, template=CHATML, eos="<|im_end|>"):
     """Write tokenizer.json and tokenizer_config.json; template: None for a base model."""
+    pytest.importorskip("tokenizers", reason="needs requirements.txt")
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(data))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
