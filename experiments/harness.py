@@ -335,6 +335,12 @@ def study_parser(description, on_gpus=""):
     return parser
 
 
+def check_gpu():
+    """Raise ValueError if there is no GPU for --full."""
+    if not torch.cuda.is_available():
+        raise ValueError("--full trains large models and needs a GPU; leave it out on a CPU")
+
+
 def check_writable(folder):
     """Create the folder and return its Path; raise ValueError if it cannot be written to."""
     try:

@@ -6,7 +6,7 @@ seeds: experiments/harness.py. Studies share the runs that they have in common.
 
 from typing import NamedTuple
 
-from experiments.harness import SEEDS, compare
+from experiments.harness import SEEDS, check_gpu, compare
 
 SIMPLICIAL = "--attn softmax,softmax,softmax,simplicial:w1=128:w2=16"
 ALL = "--attn laser,laser,laser,simplicial:w1=128:w2=16 --optim sonew"
@@ -57,6 +57,7 @@ STUDIES = {
 
 def run(name, out, minutes=None):
     """Run a study and return its record, or None if that takes longer; see harness.compare."""
+    check_gpu()
     study = STUDIES[name]
     try:
         return compare(name, *study, out=out, minutes=minutes)

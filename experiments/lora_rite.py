@@ -26,6 +26,7 @@ import torch
 
 import train
 from experiments.harness import (
+    check_gpu,
     check_writable,
     new_figure,
     paired_difference,
@@ -174,6 +175,7 @@ def main(argv=None):
     if args.full:
         from experiments import lora_finetune
 
+        check_gpu()
         return lora_finetune.run(args.init, args.questions, out, args.minutes)
     baseline = "AdamW"
     record = {"question": "Which optimizers care how LoRA's product is factored?"}

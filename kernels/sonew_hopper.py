@@ -171,7 +171,7 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     n = gl.load(row_ptr + SIZE)
     chunk = gl.load(row_ptr + CHUNK)
 
-    # -- start loading all parameters of the run before waiting; store_mask: this lane stores them --
+    # -- load all parameters of the run before waiting; store_mask: this lane stores them --
     p = ()
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)

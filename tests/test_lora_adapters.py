@@ -472,8 +472,8 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert names == ["lora_rite-cpu.json", "lora_rite-cpu.png"]
     saved = json.loads((tmp_path / "results/lora_rite-cpu.json").read_text())
-    keys = "command commit hardware versions seconds question metric baseline variants differences"
-    assert saved.keys() == set(keys.split())
+    keys = "command commit hardware versions code seconds question metric baseline variants"
+    assert saved.keys() == {*keys.split(), "differences"}
     assert saved["differences"].keys() == set(study.VARIANTS) - {"AdamW"}
 
     invariant = {"LoRA-RITE", "LoRA-RITE, its own clip"}

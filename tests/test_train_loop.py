@@ -161,7 +161,7 @@ def test_text_at_the_end(tiny, capsys, monkeypatch):
 
     monkeypatch.setattr(sample, "generate", generate)
     train.main([*tiny, "--steps", "1", "--seed", "9"])
-    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "seed": 9, "limit": 256}
+    settings = {"temperature": 0.8, "top_k": 50, "seed": 9, "limit": 256}
     assert calls == [(False, [0], 5, settings)]
     assert "abc\n" in capsys.readouterr().out
     train.main([*tiny, "--steps", "2", "--stop-after", "1"])
