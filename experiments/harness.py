@@ -33,8 +33,8 @@ from experiments.provenance import REPOSITORY, code_hashes, plugin_modules, save
 from support.cli import Parser
 from support.files import atomic_write, write_json
 
-# Language models: 26 M parameters, 66 M bytes of Python source
-FLAGS = "--model small --data python --steps 2000 --eval-every 400 --eval-batches 100"
+# Language models: 26 M parameters, 49 M bytes of Python source
+FLAGS = "--model small --data python --steps 1500 --eval-every 300 --eval-batches 100"
 RATES = (5e-4, 1.5e-3, 4.5e-3)  # swept on a seed that is not used afterwards
 SWEEP_SEED = 100
 SEEDS = (1, 2, 3, 4, 5)

@@ -35,7 +35,7 @@ STUDIES = {
         {
             "AdamW": "--attn softmax",
             "SONew": "--attn softmax --optim sonew",
-            "SONew, 30% fewer steps": "--attn softmax --optim sonew --steps 1400 --eval-every 280",
+            "SONew, 30% fewer steps": "--attn softmax --optim sonew --steps 1050 --eval-every 210",
         },
         "AdamW",
     ),
