@@ -497,23 +497,23 @@ def hopper_kernel(
     # -- start the warpgroups: for each, a function and its arguments --
     # The first runs in the program's own four warps. The two lists after the functions say how many
     # warps, and how many registers per thread, each of the others gets.
-    consumer_args = (v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)
-    loader_args = (
-        q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small, k_ring, v_ring, qk2_ring, sizes, scale
-    )  # fmt: skip
+    # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (config, 0) + consumer_args),
-            (consumer, (config, 1) + consumer_args),
-            (loader, (config,) + loader_args),
-        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
+            (consumer, (config, 0, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
+            (consumer, (config, 1, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
+            (loader, (config, q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small,
+                      k_ring, v_ring, qk2_ring, sizes, scale)),
+        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (config, 0) + consumer_args),
-            (consumer, (config, 1) + consumer_args),
-            (consumer, (config, 2) + consumer_args),
-            (loader, (config,) + loader_args),
-        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
+            (consumer, (config, 0, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
+            (consumer, (config, 1, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
+            (consumer, (config, 2, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
+            (loader, (config, q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small,
+                      k_ring, v_ring, qk2_ring, sizes, scale)),
+        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, LOADER_REGISTERS])
+    # fmt: on
 
 
 def key_layout():
