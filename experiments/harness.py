@@ -1,10 +1,8 @@
 """What studies share: runs, sweeps, paired confidence intervals, a disk cache and figures.
 
-    compare("laser", question, {"softmax": "--attn softmax", "LASER": "--attn laser"}, "softmax")
-
-trains each variant at every learning rate of a grid on one seed, then at its best rate on other
-seeds, and reports the differences to the baseline with 95% confidence intervals. Finished runs are
-cached on disk, so an interrupted study resumes where it stopped, and studies share their runs.
+A study trains each variant at every learning rate of a grid on one seed, then at its best rate on
+other seeds, and reports the differences to a baseline, paired by seed. Finished runs are cached on
+disk, so an interrupted study resumes where it stopped, and studies share their runs.
 """
 
 import csv
@@ -24,21 +22,15 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import train
-from experiments.provenance import REPOSITORY, code_hashes, plugin_modules, save_json
+from experiments.provenance import REPOSITORY, code_hashes, plugin_modules
 from support.cli import Parser
 from support.files import atomic_write, write_json
 
-# Language models: 26 M parameters, 49 M bytes of Python source
-FLAGS = "--model small --data python --steps 1500 --eval-every 300 --eval-batches 100"
-RATES = (3.5e-4, 7e-4, 1.4e-3)  # swept on a seed that is not used afterwards
-SWEEP_SEED = 100
-SEEDS = (1, 2, 3, 4, 5)
-METRIC = "held-out loss, nats per byte"
+SWEEP_SEED = 100  # learning rates are chosen on a seed that is not used afterwards
 CACHE = Path("out", "studies")
 
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
@@ -164,26 +156,17 @@ def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs"):
 # -- studies ---------------------------------------------------------------------------------------
 
 
-def run_variant(job):
-    """Train one variant and return its run; job: {variant, flags, lr, seed}."""
-    flags = f"{job['flags']} --lr {job['lr']:g} --seed {job['seed']}"
-    result = run_train(flags, CACHE)
-    run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}
-    evaluated = [row for row in result["history"] if "val_loss" in row]
-    run["curve"] = [[int(row["step"]), row["val_loss"]] for row in evaluated]
-    return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
-
-
-def sweep_and_run(run, make_job, names, rates, seeds, deadline=float("inf")):
-    """Find the learning rate of each variant, then run all seeds at it.
+def sweep_and_run(run, make_job, seeds, rates, deadline=float("inf")):
+    """Find the learning rate of each variant, then run its seeds at it.
 
     run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
-    Returns the runs of the sweep and those of the seeds, {variant: runs} each.
+    seeds: {variant: seeds}. Returns the runs of the sweep and those of the seeds, {variant: runs}.
     """
+    names = list(seeds)
     swept = sweep(run, make_job, names, rates, deadline)
     jobs = []
     for name in names:
-        jobs += [make_job(name, best_rate(swept[name]), seed) for seed in seeds]
+        jobs += [make_job(name, best_rate(swept[name]), seed) for seed in seeds[name]]
     runs = {name: [] for name in names}
     for job, result in zip(jobs, parallel(run, jobs, deadline=deadline, label="seeds")):
         runs[job["variant"]].append(result)
@@ -193,7 +176,7 @@ def sweep_and_run(run, make_job, names, rates, seeds, deadline=float("inf")):
 def sweep(run, make_job, names, rates, deadline=float("inf"), max_extensions=3):
     """Return {variant: [run at each rate]}; the grid grows until each best rate lies inside it.
 
-    The arguments are those of `sweep_and_run`; rates: ascending; all variants get the same grid.
+    run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid.
     """
     runs = {name: [] for name in names}
     new_rates = list(rates)
@@ -219,43 +202,6 @@ def best_rate(runs):
     return min(runs, key=lambda run: run["value"])["lr"]
 
 
-def compare(
-    name,
-    question,
-    variants,
-    baseline,
-    seeds=SEEDS,
-    flags=FLAGS,
-    rates=RATES,
-    out="results",
-    minutes=None,
-):
-    """Run a study of language models, write its JSON and figure, and return the record.
-
-    variants: {name: flags that differ}. rates: grid of learning rates. Raises TimeoutError after
-    `minutes`; call again to continue.
-    """
-    settings = {variant: f"{flags} {more}" for variant, more in variants.items()}
-
-    def make_job(variant, lr, seed):
-        return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
-
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    swept, runs = sweep_and_run(run_variant, make_job, list(variants), rates, seeds, deadline)
-    record = {"question": question, "metric": METRIC, "baseline": baseline}
-    record.update(seconds=0.0, variants={}, differences={})
-    for variant in variants:
-        entry = {"settings": settings[variant], "sweep": swept[variant], "runs": runs[variant]}
-        record["variants"][variant] = entry
-        record["seconds"] += sum(run["seconds"] for run in swept[variant] + runs[variant])
-        if variant != baseline:
-            record["differences"][variant] = paired_difference(runs[variant], runs[baseline])
-    save_json(Path(out) / f"{name}-gpu.json", record, "train", "experiments.harness")
-    save_figure(plot_study(record), Path(out) / f"{name}-gpu.png")
-    print_differences(record)
-    return record
-
-
 def print_differences(record):
     """Print the mean of each variant, and its difference to the baseline."""
     baseline = record["baseline"]
@@ -263,11 +209,17 @@ def print_differences(record):
     for name, variant in record["variants"].items():
         mean = statistics.mean(run["value"] for run in variant["runs"])
         line = f"  {name:24} {mean:10.4f}"
-        d = record["differences"].get(name)
-        if d:
-            interval = f"{d['mean']:+.4f} +- {d['half_width_95']:.4f}"
-            line += f"   difference {interval} (95%, n = {d['n']})"
+        if name in record["differences"]:
+            line += f"   difference {interval(record['differences'][name])}"
         print(line)
+    for name, difference in record.get("differences_at_equal_seconds", {}).items():
+        print(f"  {name} less {difference['baseline']}: {interval(difference)}")
+
+
+def interval(difference):
+    """Return a difference and its confidence interval in words."""
+    mean, half_width, n = (difference[key] for key in ("mean", "half_width_95", "n"))
+    return f"{mean:+.4f} +- {half_width:.4f} (95%, n = {n})"
 
 
 def print_gpu_result(name):
@@ -277,33 +229,6 @@ def print_gpu_result(name):
         record = json.loads(path.read_text())
         print(f"\nresults/{path.name}, from `{record['command']}` on {record['hardware']}:")
         print_differences(record)
-
-
-def evaluation_steps(runs):
-    return [step for step, _ in runs[0]["curve"]]
-
-
-def losses(runs):
-    """Return the held-out losses of all runs at their evaluations, (seeds, evaluations)."""
-    return [[loss for _, loss in run["curve"]] for run in runs]
-
-
-def plot_study(record):
-    """Plot the differences of language models to the baseline, over training and at the end."""
-    figure, (left, right) = new_figure((11, 1.8 + 0.45 * len(record["differences"])), 1, 2)
-    baseline = record["variants"][record["baseline"]]["runs"]
-    for i, name in enumerate(record["differences"]):
-        # mean over seeds of the difference, if both were evaluated at the same steps
-        runs = record["variants"][name]["runs"]
-        if evaluation_steps(runs) == evaluation_steps(baseline):
-            differences = np.array(losses(runs)) - losses(baseline)  # (seeds, evaluations)
-            left.plot(evaluation_steps(runs), differences.mean(0), "o-", color=f"C{i}", label=name)
-    left.axhline(0, color="black", lw=0.8)
-    left.set(xlabel="step", ylabel=f"difference to {record['baseline']}")
-    left.legend(fontsize=8)
-    plot_differences(record, right)
-    figure.suptitle(record["metric"])
-    return figure
 
 
 def plot_differences(record, axes=None):

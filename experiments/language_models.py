@@ -1,21 +1,43 @@
 """What the ideas do for a language model: the same GPT, data and steps, on GPUs.
 
-Each study is a declaration of its variants; `python laser.py --full` runs the first one. Rates and
-seeds: experiments/harness.py. Studies share the runs that they have in common.
+`python laser.py --full` runs the study "laser", and so on; experiments/all_ideas.py the one called
+"all". A study grows in stages: its variants, the baseline with as many seconds as they take, then
+controls, which get fewer seeds. Its JSON is written after each stage.
 """
 
+import time
+from pathlib import Path
 from typing import NamedTuple
 
-from experiments.harness import SEEDS, check_gpu, compare
+import numpy as np
+
+from experiments import harness
+from experiments.provenance import save_json
+
+# 26 M parameters, 98 M bytes of Python source
+FLAGS = "--model small --data python --steps 3000 --eval-every 600 --eval-batches 100"
+RATES = (5e-4, 1e-3, 2e-3)
+SEEDS = (1, 2, 3, 4, 5)
+CONTROL_SEEDS = (1, 2, 3)
+METRIC = "held-out loss, nats per byte"
 
 SIMPLICIAL = "--attn softmax,softmax,softmax,simplicial:w1=128:w2=16"
+WINDOW = "--attn softmax,softmax,softmax,experiments.controls:window=128"
+PRODUCT = "--attn softmax,softmax,softmax,experiments.product:w1=128:w2=16"
 ALL = "--attn laser,laser,laser,simplicial:w1=128:w2=16 --optim sonew"
+WIDER = "--n-hidden 1496"  # as many parameters as the second keys and values of 2-simplicial layers
+# Steps in the time that the slowest variant takes: ratios in results/bench_train.json, rounded up
+MORE_STEPS_4 = "--steps 3120 --eval-every 624"
+MORE_STEPS_34 = "--steps 4020 --eval-every 804"
+FEWER_STEPS_30 = "--steps 2100 --eval-every 420"
 
 
 class Study(NamedTuple):
     question: str
-    variants: dict  # name: flags that differ
-    baseline: str
+    variants: dict  # name: flags; the first one is the baseline
+    longer_baseline: dict  # one name: flags
+    equal_seconds: tuple  # variants that take no more time than the longer baseline
+    controls: dict = {}
     seeds: tuple = SEEDS
 
 
@@ -23,21 +45,42 @@ STUDIES = {
     "laser": Study(
         "Does a GPT with LASER reach a lower loss than with softmax attention?",
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
-        "softmax",
+        {"softmax, 4% more steps": f"--attn softmax {MORE_STEPS_4}"},
+        ("LASER",),
+        {
+            "temperature 0.5": "--attn experiments.controls:tau=0.5",
+            "temperature 2": "--attn experiments.controls:tau=2",
+            "softmax, then GELU": "--attn experiments.controls:gelu=true",
+        },
     ),
     "simplicial": Study(
         "Does a GPT with 2-simplicial attention in every fourth layer reach a lower loss?",
         {"softmax": "--attn softmax", "2-simplicial": SIMPLICIAL},
-        "softmax",
+        {"softmax, 34% more steps": f"--attn softmax {MORE_STEPS_34}"},
+        ("2-simplicial",),
+        {
+            "softmax, wider MLP": f"--attn softmax {WIDER}",
+            "window 128, wider MLP": f"{WINDOW} {WIDER}",
+            "product of two": PRODUCT,
+        },
     ),
     "sonew": Study(
         "Does SONew reach a lower loss than AdamW, and the same loss in 30% fewer steps?",
         {
             "AdamW": "--attn softmax",
             "SONew": "--attn softmax --optim sonew",
-            "SONew, 30% fewer steps": "--attn softmax --optim sonew --steps 1050 --eval-every 210",
+            "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
         },
-        "AdamW",
+        {"AdamW, 4% more steps": f"--attn softmax {MORE_STEPS_4}"},
+        ("SONew",),
+        {
+            "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
+            "Muon": "--attn softmax --optim experiments.controls:name=muon",
+            "SONew, band 0": "--attn softmax --optim sonew:band=0",
+            "SONew, band 4": "--attn softmax --optim sonew:band=4",
+            "SONew, flat": "--attn softmax --optim sonew:chain=flat",
+            "SONew, shuffled": "--attn softmax --optim experiments.controls:name=shuffled",
+        },
     ),
     "all": Study(
         "Do the gains of LASER, 2-simplicial attention and SONew add up?",
@@ -49,17 +92,98 @@ STUDIES = {
             "LASER + SONew": "--attn laser --optim sonew",
             "all three": ALL,
         },
-        "softmax + AdamW",
+        {"softmax + AdamW, 34% more steps": f"--attn softmax {MORE_STEPS_34}"},
+        ("2-simplicial", "all three"),
         seeds=(1, 2, 3),
     ),
 }
 
 
 def run(name, out, minutes=None):
-    """Run a study and return its record, or None if that takes longer; see harness.compare."""
-    check_gpu()
+    """Run a study, or what `minutes` allow of it; return its record, None if there is none yet."""
+    harness.check_gpu()
     study = STUDIES[name]
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    stages = [
+        study.variants,
+        {**study.variants, **study.longer_baseline},
+        {**study.variants, **study.longer_baseline, **study.controls},
+    ]
+    record = None
     try:
-        return compare(name, *study, out=out, minutes=minutes)
+        for flags in stages:
+            seeds = {n: CONTROL_SEEDS if n in study.controls else study.seeds for n in flags}
+            record = compare(study, flags, seeds, deadline)
+            save_json(Path(out) / f"{name}-gpu.json", record, "experiments.language_models")
+            harness.save_figure(plot(record), Path(out) / f"{name}-gpu.png")
     except TimeoutError as pause:
         print(f"{pause} after {minutes:g} minutes; the same command continues")
+    if record:
+        harness.print_differences(record)
+    return record
+
+
+def compare(study, flags, seeds, deadline=float("inf")):
+    """Train all variants and return the record. flags, seeds: of each variant.
+
+    Raises TimeoutError at the deadline, a value of time.monotonic().
+    """
+    settings = {name: f"{FLAGS} {more}" for name, more in flags.items()}
+
+    def make_job(variant, lr, seed):
+        return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
+
+    swept, runs = harness.sweep_and_run(run_variant, make_job, seeds, RATES, deadline)
+    baseline = next(iter(study.variants))
+    record = {"question": study.question, "metric": METRIC, "baseline": baseline}
+    record.update(seconds=0.0, variants={}, differences={}, differences_at_equal_seconds={})
+    for name in flags:
+        entry = {"settings": settings[name], "sweep": swept[name], "runs": runs[name]}
+        record["variants"][name] = entry
+        record["seconds"] += sum(run["seconds"] for run in swept[name] + runs[name])
+        if name != baseline:
+            difference = harness.paired_difference(runs[name], runs[baseline])
+            record["differences"][name] = difference
+    for longer in study.longer_baseline.keys() & flags.keys():
+        for name in study.equal_seconds:
+            difference = harness.paired_difference(runs[name], runs[longer])
+            record["differences_at_equal_seconds"][name] = {**difference, "baseline": longer}
+    return record
+
+
+def run_variant(job):
+    """Train one variant and return its run; job: {variant, flags, lr, seed}."""
+    flags = f"{job['flags']} --lr {job['lr']:g} --seed {job['seed']}"
+    result = harness.run_train(flags, harness.CACHE)
+    run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}
+    evaluated = [row for row in result["history"] if "val_loss" in row]
+    run["curve"] = [[int(row["step"]), row["val_loss"]] for row in evaluated]
+    return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
+
+
+def evaluation_steps(runs):
+    return [step for step, _ in runs[0]["curve"]]
+
+
+def losses(runs):
+    """Return the held-out losses of all runs at their evaluations, (seeds, evaluations)."""
+    return [[loss for _, loss in run["curve"]] for run in runs]
+
+
+def plot(record):
+    """Plot the differences of language models to the baseline, over training and at the end."""
+    figure, (left, right) = harness.new_figure((11, 1.8 + 0.45 * len(record["differences"])), 1, 2)
+    baseline = record["variants"][record["baseline"]]["runs"]
+    for i, name in enumerate(list(record["differences"])[:6]):
+        # mean over seeds of the difference, if both were evaluated at the same steps
+        runs = record["variants"][name]["runs"]
+        if evaluation_steps(runs) == evaluation_steps(baseline):
+            same_seeds = baseline[: len(runs)]
+            differences = np.array(losses(runs)) - losses(same_seeds)  # (seeds, evaluations)
+            left.plot(evaluation_steps(runs), differences.mean(0), "o-", color=f"C{i}", label=name)
+    left.axhline(0, color="black", lw=0.8)
+    left.set(xlabel="step", ylabel=f"difference to {record['baseline']}")
+    left.legend(fontsize=8)
+    harness.plot_differences(record, right)
+    figure.suptitle(record["metric"])
+    return figure

@@ -208,9 +208,8 @@ def run(init, questions, out, minutes=None):
         return {**job, "lr": lr, "seed": seed}
 
     try:
-        swept, runs = harness.sweep_and_run(
-            run_finetune, make_job, list(VARIANTS), RATES, SEEDS, deadline
-        )
+        seeds = dict.fromkeys(VARIANTS, SEEDS)
+        swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, deadline)
     except TimeoutError as pause:
         print(f"{pause} after {minutes:g} minutes; the same command continues")
         return None

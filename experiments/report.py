@@ -57,13 +57,18 @@ def study_rows(name, record, ending=""):
     for variant, entry in record["variants"].items():
         means[variant] = statistics.mean(run["value"] for run in entry["runs"])
 
-    rows = []
+    # a variant called "TASK: VARIANT" is compared with the baseline of its own task
+    compared = []  # (baseline, variant, difference)
     for variant, difference in record["differences"].items():
+        task, colon, _ = variant.rpartition(": ")
+        compared.append((f"{task}{colon}{record['baseline']}", variant, difference))
+    for variant, difference in record.get("differences_at_equal_seconds", {}).items():
+        compared.append((difference["baseline"], variant, difference))
+
+    rows = []
+    for baseline, variant, difference in compared:
         if not variant.endswith(ending):
             continue
-        # a variant called "TASK: VARIANT" is compared with the baseline of its own task
-        task, colon, _ = variant.rpartition(": ")
-        baseline = f"{task}{colon}{record['baseline']}"
         mean = difference["mean"]
         half_width = difference["half_width_95"]
         rows.append(

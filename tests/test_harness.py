@@ -100,40 +100,6 @@ def test_run_train_returns_history_and_caches(tiny):
     assert harness.run_train(flags, cache="cache") == first
 
 
-def test_compare(tiny, monkeypatch):
-    """Two variants, a sweep whose first grid is at the edge, seeds, differences, files."""
-    monkeypatch.setattr(harness, "parallel", lambda f, jobs, **_: [fake_run(job) for job in jobs])
-    variants = {"softmax": "--attn softmax", "other": "--attn laser"}
-    record = harness.compare(
-        "demo", "Is it better?", variants, "softmax", rates=(1e-3, 2e-3), seeds=(1, 2, 3)
-    )
-    rates = [run["lr"] for run in record["variants"]["other"]["sweep"]]
-    assert rates == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "extended until the best is inside, for all"
-    assert rates == [run["lr"] for run in record["variants"]["softmax"]["sweep"]]
-    assert {run["lr"] for run in record["variants"]["other"]["runs"]} == {4e-3}
-    assert {run["lr"] for run in record["variants"]["softmax"]["runs"]} == {1e-3}
-    difference = record["differences"]["other"]
-    assert difference["n"] == 3
-    assert difference["mean"] == pytest.approx(-0.5)
-    saved = json.loads(Path("results/demo-gpu.json").read_text())
-    assert saved["differences"] == record["differences"]
-    assert {"command", "commit", "hardware", "versions", "seconds"} <= set(saved)
-    assert Path("results/demo-gpu.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def fake_run(job):
-    is_other = "laser" in job["flags"]
-    best = 4e-3 if is_other else 1e-3
-    value = 2.0 - 0.5 * is_other + abs(job["lr"] - best) + 0.01 * job["seed"]
-    return {
-        "seed": job["seed"],
-        "lr": job["lr"],
-        "value": value,
-        "curve": [[1, value]],
-        "seconds": 1.0,
-    }
-
-
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape = {"n_layer": 4, "n_head": 1, "n_embd": 16, "block_size": 8, "batch_size": 1}

@@ -92,6 +92,18 @@ def test_each_task_has_its_own_baseline():
     assert report.study_rows("laser-cpu", record)[0][1:3] == ["hard: softmax 5", "hard: LASER 5"]
 
 
+def test_rows_at_equal_seconds():
+    variants = {**STUDY["variants"], "softmax, longer": {"runs": [{"seed": 1, "value": 2.25}]}}
+    difference = {"mean": -0.5, "half_width_95": 0.1, "n": 2, "baseline": "softmax, longer"}
+    at_equal_seconds = {"LASER": difference}
+    record = {**STUDY, "variants": variants, "differences_at_equal_seconds": at_equal_seconds}
+    rows = report.study_rows("laser-gpu", record)
+    assert [row[1:3] for row in rows] == [
+        ["softmax 2.5", "LASER 1.75"],
+        ["softmax, longer 2.25", "LASER 1.75"],
+    ]
+
+
 def test_check_finds_what_is_out_of_date(repository):
     refused(["--check"], "README.md", "results/README.md", main=report.main)
     report.main([])
