@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
@@ -22,17 +23,96 @@ from support.files import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
-STUDIES = ["laser", "simplicial", "sonew", "lora_rite", "ttt_context", "all"]
-# A study with many differences: how the variants' names end that README.md shows
-HEADLINES = {"ttt_context-cpu": "3072: trained queries"}
+
+
+class Finding(NamedTuple):
+    """What README.md shows of a study: one difference to a baseline."""
+
+    result: str  # name of the JSON file
+    variant: str
+    label: str
+    in_percent: bool = False  # show the difference relative to the baseline
+
+
+class Idea(NamedTuple):
+    name: str
+    arxiv: str
+    claim: str  # of the paper
+    file: str
+    findings: list
+
+
+IDEAS = [
+    Idea(
+        "LASER attention",
+        "2411.03493",
+        "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
+        "laser",
+        [
+            Finding("laser-gpu", "LASER", "loss of a GPT", in_percent=True),
+            Finding(
+                "laser-cpu",
+                "trained with LASER, rows with max p > 0.9: LASER",
+                "log10 of the gradient at peaked logits",
+            ),
+        ],
+    ),
+    Idea(
+        "2-simplicial attention",
+        "2507.02754",
+        "score pairs of keys with a trilinear form: a lower loss, a steeper scaling law",
+        "simplicial",
+        [
+            Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", in_percent=True),
+            Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy composing functions"),
+            Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy finding triples"),
+        ],
+    ),
+    Idea(
+        "SONew",
+        "2311.10085",
+        "precondition with the inverse of a band of E[g gᵀ], in closed form: 30% fewer steps",
+        "sonew",
+        [
+            Finding("sonew-gpu", "SONew", "loss of a GPT", in_percent=True),
+            Finding("sonew-gpu", "SONew, 30% fewer steps", "in 30% fewer steps", in_percent=True),
+            Finding("sonew-cpu", "SONew, band 1", "autoencoder's loss", in_percent=True),
+        ],
+    ),
+    Idea(
+        "LoRA-RITE",
+        "2410.20625",
+        "update B A in a way that does not depend on how it is factored: better fine-tuning",
+        "lora_rite",
+        [
+            Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
+            Finding("lora_rite-cpu", "LoRA-RITE", "log10 of the drift under reparametrisation"),
+        ],
+    ),
+    Idea(
+        "query-only test-time training",
+        "2512.13898",
+        "train the query projections on a long prompt instead of writing thinking tokens",
+        "ttt_context",
+        [
+            Finding(
+                "ttt_context-cpu",
+                f"{task}, no QK-norm, 3072: trained queries",
+                f"accuracy on {task}, against a fitted temperature",
+            )
+            for task in ("records", "columns")
+        ],
+    ),
+]
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
 
 
 def load_results():
-    """Return {name: record} of all results, studies first."""
+    """Return {name: record} of all results, in the order of the ideas, benchmarks last."""
     records = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    order = [f"{name}-{size}" for name in STUDIES for size in ("cpu", "gpu")]
+    studies = [idea.file for idea in IDEAS] + ["all"]
+    order = [f"{name}-{size}" for name in studies for size in ("gpu", "cpu")]
     names = [name for name in order if name in records]
     names += sorted(set(records) - set(names))
     return {name: records[name] for name in names}
@@ -50,25 +130,72 @@ def table(header, rows):
     return "\n".join(lines)
 
 
-def study_rows(name, record, ending=""):
-    """Return one row of studies_table for each difference whose variant's name ends so."""
-    study = name.rpartition("-")[0]
+def variant_means(record):
+    """Return {variant: mean value over its runs}."""
     means = {}
     for variant, entry in record["variants"].items():
         means[variant] = statistics.mean(run["value"] for run in entry["runs"])
+    return means
 
-    # a variant called "TASK: VARIANT" is compared with the baseline of its own task
+
+def baseline_of(record, variant):
+    """Return the baseline; a variant called "TASK: VARIANT" has the one of its own task."""
+    task, colon, _ = variant.rpartition(": ")
+    return f"{task}{colon}{record['baseline']}"
+
+
+def ideas_table(records):
+    """Return the table of the ideas: what the papers claim, and what was measured here."""
+    header = ["idea", "the paper's claim", "measured here, with 95% intervals", "files", "command"]
+    rows = []
+    for idea in IDEAS:
+        findings = [finding for finding in idea.findings if finding.result in records]
+        measured = [finding_text(records[finding.result], finding) for finding in findings]
+        commands = {}  # command: seconds
+        for finding in findings:
+            record = records[finding.result]
+            commands[f"`{command_of(record)}`"] = record["seconds"]
+        times = [f"{command}, {seconds / 60:.0f} min" for command, seconds in commands.items()]
+        link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
+        files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
+        rows.append([link, idea.claim, "; ".join(measured), files, "; ".join(times)])
+    return table(header, rows)
+
+
+def command_of(record):
+    """Return the command that made a result, without how long its last part was to take."""
+    return record["command"].partition(" --minutes")[0]
+
+
+def file_link(path):
+    """Return a link to a file of the repository with the number of its lines, in tens."""
+    lines = len((REPOSITORY / path).read_text().splitlines())
+    return f"[{path}]({path}) ({round(lines, -1)} lines)"
+
+
+def finding_text(record, finding):
+    means = variant_means(record)
+    difference = record["differences"][finding.variant]
+    baseline = means[baseline_of(record, finding.variant)]
+    mean, half_width = difference["mean"], difference["half_width_95"]
+    if finding.in_percent:
+        return f"{finding.label} {100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%"
+    change = f"{baseline:.3g} → {means[finding.variant]:.3g} (± {half_width:.2g})"
+    return f"{finding.label} {change}"
+
+
+def study_rows(name, record):
+    """Return one row of studies_table for each difference."""
+    study = name.rpartition("-")[0]
+    means = variant_means(record)
     compared = []  # (baseline, variant, difference)
     for variant, difference in record["differences"].items():
-        task, colon, _ = variant.rpartition(": ")
-        compared.append((f"{task}{colon}{record['baseline']}", variant, difference))
+        compared.append((baseline_of(record, variant), variant, difference))
     for variant, difference in record.get("differences_at_equal_seconds", {}).items():
         compared.append((difference["baseline"], variant, difference))
 
     rows = []
     for baseline, variant, difference in compared:
-        if not variant.endswith(ending):
-            continue
         mean = difference["mean"]
         half_width = difference["half_width_95"]
         rows.append(
@@ -78,24 +205,17 @@ def study_rows(name, record, ending=""):
                 f"{variant} {means[variant]:.4g}",
                 f"{mean:.4g} ± {half_width:.4g} (n = {difference['n']})",
                 "resolved" if abs(mean) > half_width else "not resolved",
-                f"`{record['command']}`",
+                f"`{command_of(record)}`",
                 f"{record['seconds']:.0f} s",
             ]
         )
     return rows
 
 
-def studies_table(records, headlines):
-    """Return the table of all studies: each variant and its difference to the baseline.
-
-    headlines: {study: how the names of the variants end that are shown}; others show all.
-    """
+def studies_table(name, record):
+    """Return the table of a study: each variant and its difference to the baseline."""
     header = ["study, metric", "baseline", "variant", "difference, 95%", "", "command", "time"]
-    rows = []
-    for name, record in records.items():
-        if "differences" in record:
-            rows += study_rows(name, record, headlines.get(name, ""))
-    return table(header, rows)
+    return table(header, study_rows(name, record))
 
 
 def kernels_table(record):
@@ -159,7 +279,7 @@ def step_cell(row):
 
 def all_tables(records):
     """Return the Markdown between the two markers of README.md."""
-    parts = [studies_table(records, HEADLINES)]
+    parts = [ideas_table(records)]
     if "kernels" in records:
         record = records["kernels"]
         where = f"{record['hardware']}, torch {record['versions']['torch']}"
@@ -185,7 +305,7 @@ def results_readme(records):
         origin.append(f"- seconds: {record['seconds']:.0f}")
         parts.append("\n".join(origin))
         if "differences" in record:
-            parts.append(studies_table({name: record}, {}))
+            parts.append(studies_table(name, record))
         if (RESULTS / f"{name}.png").exists():
             parts.append(f"![{name}]({name}.png)")
     return "\n\n".join(parts) + "\n"

@@ -47,6 +47,10 @@ def repository(tmp_path, monkeypatch):
     """A folder with a result that depends on laser.py."""
     monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    finding = report.Finding("laser-cpu", "LASER", "loss", in_percent=True)
+    monkeypatch.setattr(report, "IDEAS", [report.Idea("L", "1", "less", "laser", [finding])])
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "laser.py").write_text("x = 1\n" * 14)
     (tmp_path / "results").mkdir()
     (tmp_path / "laser.py").write_text("x = 1")
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -68,12 +72,18 @@ def test_tables(repository):
     report.main([])
     text = (repository / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    row = next(line for line in text.splitlines() if "LASER" in line)
-    assert "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |" in row
-    assert "`python laser.py` | 61 s" in row
+    row = next(line for line in text.splitlines() if "less" in line)
+    assert "| [L](https://arxiv.org/abs/1) | less | loss -30.0 ± 10.0% |" in row
+    assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
+    assert "| `python laser.py`, 1 min |" in row
     kernel = next(line for line in text.splitlines() if line.startswith("| laser | 4 x 16"))
     assert kernel == "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |"
-    assert "Is it better?" in (repository / "results/README.md").read_text()
+
+    text = (repository / "results/README.md").read_text()
+    assert "Is it better?" in text
+    row = next(line for line in text.splitlines() if "resolved" in line)
+    assert "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |" in row
+    assert "`python laser.py` | 61 s" in row
 
 
 def test_a_wide_interval_is_not_resolved(repository):
@@ -104,6 +114,21 @@ def test_rows_at_equal_seconds():
     ]
 
 
+def test_finding_text():
+    finding = report.Finding("laser-cpu", "LASER", "loss")
+    assert report.finding_text(STUDY, finding) == "loss 2.5 → 1.75 (± 0.25)"
+    finding = finding._replace(in_percent=True)
+    assert report.finding_text(STUDY, finding) == "loss -30.0 ± 10.0%"
+
+
+def test_findings_are_in_the_results():
+    records = report.load_results()
+    for idea in report.IDEAS:
+        for finding in idea.findings:
+            if finding.result in records:
+                assert finding.variant in records[finding.result]["differences"]
+
+
 def test_check_finds_what_is_out_of_date(repository):
     refused(["--check"], "README.md", "results/README.md", main=report.main)
     report.main([])
@@ -113,8 +138,7 @@ def test_check_finds_what_is_out_of_date(repository):
     report.main(["--check"])
     (repository / "laser.py").write_text("x = 2")
     refused(["--check"], "results/laser-cpu.json", main=report.main)
-    (repository / "laser.py").unlink()
-    refused(["--check"], "results/laser-cpu.json", main=report.main)
+    assert report.changed_files({**STUDY, "code": {"deleted.py": "0"}}) == ["deleted.py"]
 
 
 @pytest.mark.parametrize("commit", [None, "0" * 40 + "-dirty"])
