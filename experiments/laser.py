@@ -227,9 +227,13 @@ def main(argv, description):
     args = study_parser(description, on_gpus="GPTs with LASER and softmax").parse_args(argv)
     out = check_writable(args.out)
     if args.full:
-        from experiments import language_models
+        from experiments import language_models, laser_gradients
 
-        return language_models.run("laser", out, args.minutes)
+        start_time = time.monotonic()
+        record = language_models.run("laser", out, args.minutes)
+        minutes = args.minutes and args.minutes - (time.monotonic() - start_time) / 60
+        laser_gradients.run(out, minutes)
+        return record
     record = {"question": "Where attention is peaked, does more gradient reach LASER's logits?"}
     record.update(metric="log10 of the gradient at the logits", baseline="softmax")
     record.update(variants={}, differences={})
