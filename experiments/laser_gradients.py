@@ -23,11 +23,16 @@ from experiments.provenance import code_hashes, save_json
 from laser import causal_mask
 from support import data, distributed
 
-FLAGS = "--model small --data python --steps 3000 --eval-batches 1 --sample 0"
+DATA = "python"
+FLAGS = "--model small --steps 3000 --eval-batches 1 --sample 0"
 STOPS = (30, 300, 1000, 2000, 3000)
 LRS = {"softmax": 1e-3, "LASER": 1e-3}  # the best of results/laser-gpu.json
 SEEDS = (1, 2, 3)
 SEQUENCES = 8
+
+
+def settings_of(variant):
+    return f"{FLAGS} --data {DATA} --attn {variant.lower()} --lr {LRS[variant]:g}"
 
 
 def gradients_by_layer(model, variant, x, y):
@@ -49,7 +54,7 @@ def train_and_probe(job):
 
     job: {variant, seed}. The value is log10 of the mean over layers at the last stop.
     """
-    key = ["gradients", job["variant"], job["seed"], FLAGS, STOPS]
+    key = ["gradients", settings_of(job["variant"]), job["seed"], STOPS]
     key.append(code_hashes("experiments.laser_gradients"))
     return harness.disk_cache(harness.CACHE, key, lambda: compute(job))
 
@@ -57,7 +62,7 @@ def train_and_probe(job):
 def compute(job):
     start_time = time.perf_counter()
     variant = job["variant"]
-    flags = f"{FLAGS} --attn {variant.lower()} --lr {LRS[variant]:g} --seed {job['seed']}"
+    flags = f"{settings_of(variant)} --seed {job['seed']}"
     curve = []  # [step, gradient of each layer]
     Path("out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="out", prefix="study-") as folder:
@@ -83,9 +88,8 @@ def probe_run(out, variant):
     device = distributed.pick_device("")
     model, tokenizer = train.load_model(out, device)
     T = model.config.block_size
-    source = "python" if "--data python" in FLAGS else "stdlib"
     with redirect_stdout(io.StringIO()):
-        text = data.load_dataset(source, tokenizer, T, Path("out", ".tokens"))
+        text = data.load_dataset(DATA, tokenizer, T, Path("out", ".tokens"))
     starts = range(0, SEQUENCES * (T + 1), T + 1)
     x, y = data.to_device(data.read_sequences(text.val, starts, T), device)
     return gradients_by_layer(model, variant, x, y)
@@ -126,9 +130,9 @@ def run(out, minutes=None):
     record = {"question": "Does more gradient reach the logits of a GPT with LASER?"}
     record.update(metric="log10 of the gradient at the logits at the end", baseline="softmax")
     record.update(seconds=sum(run["seconds"] for run in results), variants={}, differences={})
-    for variant, lr in LRS.items():
-        settings = f"{FLAGS} --attn {variant.lower()} --lr {lr:g}"
-        record["variants"][variant] = {"settings": settings, "sweep": None, "runs": runs[variant]}
+    for variant in LRS:
+        entry = {"settings": settings_of(variant), "sweep": None, "runs": runs[variant]}
+        record["variants"][variant] = entry
     record["differences"]["LASER"] = harness.paired_difference(runs["LASER"], runs["softmax"])
     save_json(Path(out) / "laser-gradients.json", record, "experiments.laser_gradients")
     harness.save_figure(plot(record), Path(out) / "laser-gradients.png")

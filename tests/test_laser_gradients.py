@@ -37,7 +37,8 @@ def test_gradients_are_those_at_the_logits():
 
 
 def test_study_at_tiny_size(tiny, monkeypatch):
-    flags = "--data stdlib --n-layer 2 --n-embd 32 --n-head 2 --block-size 16 --batch-size 4"
+    monkeypatch.setattr(laser_gradients, "DATA", "text.txt")
+    flags = "--n-layer 2 --n-embd 32 --n-head 2 --block-size 16 --batch-size 4"
     flags += " --steps 4 --eval-batches 1 --sample 0 --device cpu"
     monkeypatch.setattr(laser_gradients, "FLAGS", flags)
     monkeypatch.setattr(laser_gradients, "STOPS", (2, 4))
