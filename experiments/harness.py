@@ -68,22 +68,26 @@ def disk_cache(folder, key, compute):
     """Return the cached result for this key, or else call compute() and cache its result.
 
     Key and result must be JSON values. The key must contain everything the result depends on.
+    compute: None only looks, and returns None if there is nothing.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = Path(folder) / f"{name}.json"
     if not path.exists():
+        if compute is None:
+            return None
         write_json(path, {"key": key, "result": compute()})
     return json.loads(path.read_text())["result"]
 
 
-def run_train(flags, cache=None):
+def run_train(flags, cache=None, look_only=False):
     """Train and return the result of train.main, with "seconds" and "history", the rows of log.csv.
 
     flags: one string, as on the command line. cache: folder of the disk cache; None: no cache.
+    look_only: return None if the result is not cached.
     """
     if cache is not None:
         code = code_hashes("train", *plugin_modules(flags))
-        return disk_cache(cache, [flags, code], partial(run_train, flags))
+        return disk_cache(cache, [flags, code], None if look_only else partial(run_train, flags))
     start_time = time.perf_counter()
     Path("out").mkdir(exist_ok=True)  # runs under out/ share one token cache
     with tempfile.TemporaryDirectory(dir="out", prefix="study-") as out:
@@ -108,18 +112,30 @@ def start_worker(gpu_queue, threads):
     torch.set_num_threads(threads)
 
 
-def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs"):
+def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs", look=None):
     """Return [function(job) for job in jobs], computed by one process per visible GPU or CPU core.
 
-    function must be importable, and jobs and results are pickled. After the deadline, a value of
-    time.monotonic(), no further job is started, and TimeoutError is raised once the running ones
-    are done. With a disk cache inside `function`, the next call resumes there.
+    function must be importable, and jobs and results are pickled. look(job) returns a result that
+    is cached, else None. After the deadline, a value of time.monotonic(), no further job is
+    started, and TimeoutError is raised once the running ones are done. With a disk cache inside
+    `function`, the next call resumes there.
     """
+    results = {}
+    waiting = []
+    for i, job in enumerate(jobs):
+        found = look(job) if look else None
+        if found is None:
+            waiting.append((i, job))
+        else:
+            results[i] = found
+    if not waiting:
+        return [results[i] for i in range(len(jobs))]
+
     gpus = []
     if torch.cuda.is_available():
         default = ",".join(map(str, range(torch.cuda.device_count())))
         gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or default).split(",")
-    workers = min(workers or len(gpus) or os.cpu_count(), len(jobs))
+    workers = min(workers or len(gpus) or os.cpu_count(), len(waiting))
 
     # each worker takes one GPU from the queue
     context = multiprocessing.get_context("spawn")
@@ -129,10 +145,8 @@ def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs"):
     threads = max(1, os.cpu_count() // max(1, workers))
     pool = ProcessPoolExecutor(workers, context, start_worker, (gpu_queue, threads))
 
-    results = {}
-    waiting = list(enumerate(jobs))
     running = {}  # future: index of its job
-    bar = tqdm(total=len(jobs), desc=label, unit="run", leave=False)
+    bar = tqdm(total=len(jobs), initial=len(results), desc=label, unit="run", leave=False)
     try:
         while waiting or running:
             while waiting and len(running) < workers and time.monotonic() < deadline:
@@ -156,24 +170,25 @@ def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs"):
 # -- studies ---------------------------------------------------------------------------------------
 
 
-def sweep_and_run(run, make_job, seeds, rates, deadline=float("inf")):
+def sweep_and_run(run, make_job, seeds, rates, **options):
     """Find the learning rate of each variant, then run its seeds at it.
 
     run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
-    seeds: {variant: seeds}. Returns the runs of the sweep and those of the seeds, {variant: runs}.
+    seeds: {variant: seeds}. options: of `parallel`. Returns the runs of the sweep and those of the
+    seeds, {variant: runs} each.
     """
     names = list(seeds)
-    swept = sweep(run, make_job, names, rates, deadline)
+    swept = sweep(run, make_job, names, rates, **options)
     jobs = []
     for name in names:
         jobs += [make_job(name, best_rate(swept[name]), seed) for seed in seeds[name]]
     runs = {name: [] for name in names}
-    for job, result in zip(jobs, parallel(run, jobs, deadline=deadline, label="seeds")):
+    for job, result in zip(jobs, parallel(run, jobs, label="seeds", **options)):
         runs[job["variant"]].append(result)
     return swept, runs
 
 
-def sweep(run, make_job, names, rates, deadline=float("inf"), max_extensions=3):
+def sweep(run, make_job, names, rates, max_extensions=3, **options):
     """Return {variant: [run at each rate]}; the grid grows until each best rate lies inside it.
 
     run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid.
@@ -182,7 +197,7 @@ def sweep(run, make_job, names, rates, deadline=float("inf"), max_extensions=3):
     new_rates = list(rates)
     for _ in range(max_extensions + 1):
         jobs = [make_job(name, rate, SWEEP_SEED) for name in names for rate in new_rates]
-        for job, result in zip(jobs, parallel(run, jobs, deadline=deadline, label="sweep")):
+        for job, result in zip(jobs, parallel(run, jobs, label="sweep", **options)):
             runs[job["variant"]].append(result)
         for name in names:
             runs[name].sort(key=lambda result: result["lr"])

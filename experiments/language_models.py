@@ -6,6 +6,7 @@ controls, which get fewer seeds. Its JSON is written after each stage.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,7 +134,10 @@ def compare(study, flags, seeds, deadline=float("inf")):
     def make_job(variant, lr, seed):
         return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
 
-    swept, runs = harness.sweep_and_run(run_variant, make_job, seeds, RATES, deadline)
+    look = partial(run_variant, look_only=True)
+    swept, runs = harness.sweep_and_run(
+        run_variant, make_job, seeds, RATES, deadline=deadline, look=look
+    )
     baseline = next(iter(study.variants))
     record = {"question": study.question, "metric": METRIC, "baseline": baseline}
     record.update(seconds=0.0, variants={}, differences={}, differences_at_equal_seconds={})
@@ -151,10 +155,15 @@ def compare(study, flags, seeds, deadline=float("inf")):
     return record
 
 
-def run_variant(job):
-    """Train one variant and return its run; job: {variant, flags, lr, seed}."""
+def run_variant(job, look_only=False):
+    """Train one variant and return its run; job: {variant, flags, lr, seed}.
+
+    look_only: return None if it is not cached.
+    """
     flags = f"{job['flags']} --lr {job['lr']:g} --seed {job['seed']}"
-    result = harness.run_train(flags, harness.CACHE)
+    result = harness.run_train(flags, harness.CACHE, look_only)
+    if result is None:
+        return None
     run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}
     evaluated = [row for row in result["history"] if "val_loss" in row]
     run["curve"] = [[int(row["step"]), row["val_loss"]] for row in evaluated]

@@ -209,7 +209,7 @@ def run(init, questions, out, minutes=None):
 
     try:
         seeds = dict.fromkeys(VARIANTS, SEEDS)
-        swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, deadline)
+        swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, deadline=deadline)
     except TimeoutError as pause:
         print(f"{pause} after {minutes:g} minutes; the same command continues")
         return None

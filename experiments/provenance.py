@@ -1,6 +1,7 @@
 """Where a result comes from: its command, hardware, versions, and the code that it depends on."""
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -77,6 +78,7 @@ def is_docstring(statement):
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
+@functools.cache
 def code_hashes(*modules):
     """Return {path: code_hash} of the modules' source files, relative to the repository."""
     paths = source_files(*modules)

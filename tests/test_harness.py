@@ -61,6 +61,7 @@ def test_disk_cache_computes_once(tmp_path):
         result = harness.disk_cache(tmp_path / "cache", key, lambda key=key: compute(key))
         assert result == {"loss": 0.1 + 0.2, "curve": [1, None]}
     assert calls == [["a", 1], ["a", 2]]
+    assert harness.disk_cache(tmp_path / "cache", ["a", 3], None) is None
     with pytest.raises(KeyboardInterrupt):
         harness.disk_cache(tmp_path / "cache", "broken", lambda: compute("broken"))
     assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is left of an interrupted run"
@@ -77,6 +78,11 @@ def test_parallel_keeps_the_order(monkeypatch):
     fork = multiprocessing.get_context("fork")  # unlike "spawn" it need not import torch again
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     assert harness.parallel(square, [1, 2, 3], workers=2) == [1, 4, 9]
+
+
+def test_parallel_computes_only_what_is_not_cached():
+    cached = {"first": 1, "second": 2}
+    assert harness.parallel("never called", list(cached), look=cached.get) == [1, 2]
 
 
 def test_parallel_passes_errors_on_and_stops():

@@ -26,7 +26,7 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "check_gpu", lambda: None)
     jobs = []
 
-    def parallel(function, new_jobs, deadline, label):
+    def parallel(function, new_jobs, deadline, label, look):
         if time.monotonic() > deadline:
             raise TimeoutError(f"0 of {len(new_jobs)} {label} are done")
         jobs.extend(new_jobs)
