@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import checkpoint, cuda_graph, data, distributed, plugins, run_folder
+from support import checkpoint, cuda_graph, data, distributed, hub, plugins, run_folder
 from support.cli import adjustable, option
 from support.distributed import AsyncScalar, print0, rank, world_size
 from support.runlog import RunLog
@@ -712,7 +712,7 @@ def train(gpt_config, run, launch):
     specs = [plugins.parse_spec(spec)[0] for spec in gpt_config.attn.split(",")]
     name = "-".join([launch.model or "gpt", *dict.fromkeys(specs)])
     if launch.init:
-        name = origin.resolve().name
+        name = hub.model_name(origin)
     resumed = origin if launch.resume else None
     with run_folder.claim_folder(launch.out, name, resumed) as out:
         result = train_in(out, gpt_config, run, launch, device, origin)
