@@ -219,8 +219,8 @@ def describe_error(error):
     is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_out_of_memory or "can't allocate memory" in message:
         return 2, (
-            "out of memory; a smaller --micro-batch, which does not change the result, or a "
-            "shorter context needs less, and so does --fsdp on several GPUs"
+            "out of memory; a shorter context needs less, and so do fewer or shorter spans, a "
+            "smaller --micro-batch, which does not change the result, and --fsdp on several GPUs"
         )
     return None
 
