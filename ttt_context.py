@@ -1,12 +1,5 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
-    python ttt_context.py --prompt my.txt --question "Who is the narrator?"
-    python ttt_context.py --prompt my.txt --init DIR   a run, a folder, ORG/NAME
-    python ttt_context.py --experiment                 a study of small models
-
-The first command answers twice, before and after a few training steps on the
-prompt, and says what they changed.
-
 A long context dilutes softmax attention. To give probability 1 - e to one
 relevant key (the needle) among T keys, the needle's logit z_* must exceed the
 logit z_j of every other key by a margin that grows with T:
@@ -32,6 +25,12 @@ the paper, and to 33.5 with thinking. Others found that random spans hurt (arXiv
 Where the paper does not say, we choose: the keys and values of a span come from
 the cache, too. W_Q is trained in float32, because bfloat16 would lose small
 steps. No span covers the question. Up to 8 spans are held out.
+
+    python ttt_context.py --prompt my.txt --question "Who is the narrator?"
+    python ttt_context.py --prompt my.txt --init DIR   a run, a folder, ORG/NAME
+    python ttt_context.py --experiment                 a study of small models
+
+The first two answer before and after the steps, and say what these changed.
 """
 
 from support import cli
@@ -302,12 +301,12 @@ class AdaptConfig:
     steps: int = option(32, "AdamW steps", least=0)
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
-    lr: float = option(None, "learning rate; None: 1e-3 for a run, else 1e-5", least=0)
+    lr: float = option(None, "learning rate; default: 1e-3 for a run, else 1e-5", least=0)
     seed: int = option(1337, "draws the spans, together with the text", least=0)
     max_tokens: int = option(100, "longest answer")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
-    experiment: bool = option(False, "run experiments/ttt_context.py instead")
+    experiment: bool = option(False, "run the study instead", action=cli.SWITCH)
     out: str = option("results", "folder for what --experiment finds")
 
     def __post_init__(self):
