@@ -402,7 +402,7 @@ def report(result):
         before = f"{result['held_out_before']:.4f}"
         after = f"{result['held_out_after']:.4f}"
         changed += [] if before == after else ["the held-out loss"]
-        losses = f"{before} before, {after} after, nats/token on {result['held_out_spans']} spans"
+        losses = f"{before} before, {after} after, nats/token; spans: {result['held_out_spans']}"
     print(f"this training changed {' and '.join(changed) or 'nothing'} ({losses})")
 
 

@@ -93,7 +93,7 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
 @pytest.mark.parametrize(
     "adapted, spans, after, sentence",
     [
-        ("yes", 8, 2.5, "nothing (2.5000 before, 2.5000 after, nats/token on 8 spans)"),
+        ("yes", 8, 2.5, "nothing (2.5000 before, 2.5000 after, nats/token; spans: 8)"),
         ("yes", 8, 2.4, "the held-out loss (2.5000 before, 2.4000 after, "),
         ("no", 8, 2.50001, "the answer (2.5000 before, 2.5000 after, "),
         ("no", 8, 2.6, "the answer and the held-out loss (2.5000 before, 2.6000 after, "),
