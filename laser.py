@@ -21,7 +21,7 @@ underflow to log 0. We sort the values into bands of width 64, subtract the
 fixed center of each band, and add the bands up in log space. So a future token
 changes nothing. On a GPU it may change rounding; see kernels/laser.py.
 
-    python laser.py                 gradients at the logits, and the numerics
+    python laser.py                 a study of the gradients: a minute, CPU
     python train.py --attn laser    train with it
 """
 

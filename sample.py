@@ -1,11 +1,12 @@
 """Sample text from a trained GPT.
 
-python sample.py --prompt "def main("         the newest run under out/
-python sample.py --init out/NAME              another run, from the start
-python sample.py --prompt @my.txt             a prompt from a file
-python sample.py --temperature 0              always the likeliest token
-python sample.py --init DIR --chat "Hi!"      a Hugging Face chat model
-python sample.py --init DIR --export NEW      a Hugging Face folder of it
+python sample.py --prompt "def main("        the newest run under out/
+python sample.py --init out/NAME             another run, from the start
+python sample.py --prompt @my.txt            a prompt from a file
+python sample.py --temperature 0             always the likeliest token
+python sample.py --init ORG/NAME --chat Hi   a chat model of huggingface.co,
+python sample.py --init DIR --chat @my.txt   or in a folder
+python sample.py --init DIR --export NEW     write it in Hugging Face's format
 
 The text goes to stdout as it is generated, all else to stderr. The KV cache
 keeps the keys and values of earlier tokens; --no-cache recomputes them for each
@@ -290,7 +291,7 @@ def decode_stream(tokens, tokenizer):
 class SampleConfig:
     """Sampling"""
 
-    init: str = option("newest", "run or Hugging Face folder; newest: the newest run under out/")
+    init: str = option("newest", "a run, Hugging Face folder or ORG/NAME, or the newest run")
     prompt: str = option("", "text to continue, or @FILE; default: a new document")
     chat: str = option("", "message to answer, or @FILE, in the model's chat template")
     max_tokens: int = option(300, "tokens to generate; an end-of-text token ends earlier")
@@ -301,7 +302,7 @@ class SampleConfig:
     attn: str = option("", "use this attention instead of the checkpoint's")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
-    cache: bool = option(True, "keep keys and values")
+    cache: bool = option(True, "keep the keys and values of earlier tokens")
     export: str = option("", "write the weights as a Hugging Face folder, and end")
 
     def __post_init__(self):

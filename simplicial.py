@@ -25,7 +25,8 @@ because a trilinear form changes when q, k and k2 are rotated by the same angle.
 The authors' code adds 1/D to k2 and 1 to v2, since v * v2 is tiny with
 untrained weights. The paper does not mention this, and we do not do it.
 
-    python simplicial.py    Match3 and function composition
+    python simplicial.py    can one layer find a triple, or compose two
+                            functions? four minutes on two CPU cores
     python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
 """
 

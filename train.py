@@ -1,18 +1,19 @@
 """Train a small GPT. Papers plug in as attention, optimizers and adapters.
 
-python train.py                               on Python's own library
-python train.py --data my.txt                 any text file or folder
-python train.py --model gpt2                  a preset; its fields are flags
-python train.py --attn laser,laser,simplicial attention by layer, cycled
-python train.py --attn simplicial:help        a module's NAME:option=value
-python train.py --attn mine --optim mine      your mine.py: attention(q, k, v),
-                                              optimizer(groups, lr)
-python train.py --init DIR                    from the weights of a run or of
-                                              Llama, SmolLM2, Qwen2.5, Qwen3
-python train.py --init DIR --adapter lora_rite
-python train.py --init DIR --data X --eval-only
-python train.py --resume                      the newest run, bit for bit
-torchrun --nproc-per-node 8 train.py          on 8 GPUs; --fsdp shards it
+python train.py                           on the source of Python's library
+python train.py --data my.txt             any text file or folder
+python train.py --model gpt2 --steps 100  a preset, and what to change in it
+python train.py --attn softmax,laser      attention by layer, cycled
+python train.py --attn simplicial:help    a module's options: simplicial:w1=64
+python train.py --attn mine --optim mine  your mine.py: attention(q, k, v),
+                                          optimizer(groups, lr)
+python train.py --init out/NAME           from the weights of a run
+python train.py --init ORG/NAME           from Llama, SmolLM2, Qwen2.5 or Qwen3
+                                          on huggingface.co, or in a folder
+python train.py --init DIR --adapter lora_rite --optim lora_rite
+python train.py --init DIR --data my.txt --eval-only
+python train.py --resume                  go on with the newest run, bit for bit
+torchrun --nproc-per-node 8 train.py      on 8 GPUs; --fsdp shards the model
 
 A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png, and
 sample.py writes with it. Exit status: 0 done, 1 the loss was not finite, 2 bad
@@ -38,8 +39,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import checkpoint, cuda_graph, data, distributed, plugins, run_folder
-from support.cli import adjustable, option
+from support import checkpoint, cuda_graph, data, distributed, hub, plugins, run_folder
+from support.cli import SWITCH, adjustable, option
 from support.distributed import AsyncScalar, print0, rank, world_size
 from support.runlog import RunLog
 
@@ -75,7 +76,7 @@ class GPTConfig:
     tied: bool = option(True, "the output layer is the embedding, transposed")
     rope_theta: float = option(10000.0, "base of the RoPE wavelengths")
     norm_eps: float = option(1e-5, "added to the mean square in RMSNorm")
-    attn: str = option("softmax", "attention by layer, cycled: softmax, a module, a:w1=64,b")
+    attn: str = option("softmax", "of the layers, cycled: softmax, MODULE, MODULE:option=value")
 
     def __post_init__(self):
         cli.check_fields(self)
@@ -95,10 +96,10 @@ class GPTConfig:
 
 @dataclass
 class RunConfig:
-    """The run: what decides its numbers, beside the model"""
+    """The run"""
 
     # adjustable, since a file may have moved: --resume compares the text itself
-    data: str = adjustable("stdlib", "stdlib, python, a text file or folder, or .jsonl (answers)")
+    data: str = adjustable("stdlib", "text file, folder or .jsonl; stdlib; python: all there is")
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, ...) or a .tiktoken file")
     optim: str = option("adamw", "adamw or a module with optimizer(groups, lr)")
     adapter: str = option("", "a module with adapt(model): train what it adds, freeze the weights")
@@ -108,7 +109,7 @@ class RunConfig:
     warmup: int = option(0, "warm-up steps; 0: a twentieth of --steps")
     weight_decay: float = option(0.1, "decay of the matrices; gains are never decayed", least=0)
     clip: float = option(1.0, "largest norm of the whole gradient; 0: no limit", least=0)
-    seed: int = option(1337, "draws the weights and, with the step, each batch", least=0)
+    seed: int = option(1337, "draws the weights and the batches", least=0)
     eval_every: int = adjustable(0, "steps between evaluations and saves; 0: a tenth of --steps")
     eval_batches: int = adjustable(20, "held-out batches per evaluation, always the same ones")
     dtype: str = adjustable("", "fp32 or bf16 activations; default: bf16 on a GPU that has it")
@@ -144,20 +145,20 @@ PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
 
 @dataclass
 class LaunchConfig:
-    """This call: free to differ on --resume"""
+    """This call (may differ on --resume)"""
 
-    model: str = option("", "a preset; default: tiny on a CPU, small on a GPU", choices=PRESETS)
+    model: str = option("", "sets layers, heads, width, context, batch, steps, lr", choices=PRESETS)
     out: str = option("", "folder of the run; default: a new one, out/MODEL-ATTN")
     resume: str = option("", "continue a run; default: the newest", nargs="?", const="newest")
-    init: str = option("", "start from the weights of the run or Hugging Face folder INIT")
+    init: str = option("", "start from the weights of a run, Hugging Face folder or ORG/NAME")
     stop_after: int = option(0, "end this call after so many steps, as an interruption would")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     sample: int = option(200, "tokens to show at the end", least=0)
-    eval_only: bool = option(False, "print the held-out loss of --init on --data, and end")
+    eval_only: bool = option(False, "print the held-out loss of --init on --data", action=SWITCH)
     export: str = option("", "at the end, write the weights as a Hugging Face folder, too")
     compile: bool = option(None, "torch.compile; default: on CUDA, where Triton is there")
     graph: bool = option(None, "replay steps as CUDA graphs; default: on one GPU, if possible")
-    fsdp: bool = option(False, "shard weights, gradients and optimizer state over the processes")
+    fsdp: bool = option(False, "shard weights, gradients and optimizer state", action=SWITCH)
 
     def __post_init__(self):
         cli.check_fields(self)
@@ -712,7 +713,7 @@ def train(gpt_config, run, launch):
     specs = [plugins.parse_spec(spec)[0] for spec in gpt_config.attn.split(",")]
     name = "-".join([launch.model or "gpt", *dict.fromkeys(specs)])
     if launch.init:
-        name = origin.resolve().name
+        name = hub.model_name(origin)
     resumed = origin if launch.resume else None
     with run_folder.claim_folder(launch.out, name, resumed) as out:
         result = train_in(out, gpt_config, run, launch, device, origin)

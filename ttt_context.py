@@ -2,38 +2,35 @@
 
 A long context dilutes softmax attention. To give probability 1 - e to one
 relevant key (the needle) among T keys, the needle's logit z_* must exceed the
-logit z_j of every other key by a margin of
+logit z_j of every other key by a margin that grows with T:
 
     z_* - z_j >= log((T - 1) (1 - e) / e)
 
-The margin grows with log T, but the weights are fixed. Thinking longer does not
-help, since each new token reads the context through the same attention. The
-paper (Bansal et al.) spends that compute on the queries instead. It reads the
-prompt once, freezes all keys and values, and takes a few AdamW steps on the
-query projections W_Q of all layers. The loss is that of the next token, on
-random spans of n tokens of the prompt. Then it answers from the same KV cache.
+Thinking longer does not help, since each new token reads the context through
+the same attention. The paper (Bansal et al.) spends that compute on the queries
+instead: it reads the prompt once, freezes keys and values, takes a few AdamW
+steps on the query projections W_Q of all layers, with the next-token loss on
+random spans of n tokens of the prompt, and answers from the same KV cache.
+Afterwards W_Q is as before, bit for bit.
 
     loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
     dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     if l = -log p_*
 
 Here p_j is the attention of a query q of width D to key k_j. If the loss were
--log p_*, a step would move q from the mean key towards the needle. The paper
-takes 32 steps with n = 128. For Qwen3-4B on LongBench-v2 it reports an accuracy
-of 27.0 without training, 33.5 with thinking and 39.6 with trained queries.
-Others found that random spans hurt (arXiv 2607.09415). There is no proof that
-the margin grows where the answer is read. With a norm after W_Q, as in Qwen3,
-queries can change their direction but not their length.
+-log p_*, a step would move q from the mean key towards the needle. With 32
+steps and n = 128, Qwen3-4B's accuracy on LongBench-v2 rose from 27.0 to 39.6 in
+the paper, and to 33.5 with thinking. Others found that random spans hurt (arXiv
+2607.09415), and nothing proves that the margin grows where the answer is read.
 
 Where the paper does not say, we choose: the keys and values of a span come from
-the cache, too. W_Q is trained in float32, because bfloat16 would round away
-steps with a learning rate of 1e-5. No span covers the question, which is read
-with the new W_Q. Up to 8 spans are held out to measure what was learned.
+the cache, too. W_Q is trained in float32, because bfloat16 would lose small
+steps. No span covers the question. Up to 8 spans are held out.
 
-    python ttt_context.py --prompt my.txt --question "..."   the newest run
-    python ttt_context.py --prompt my.txt --init DIR         any model
-    python ttt_context.py --experiment                       small models, CPU
+    python ttt_context.py --prompt my.txt --question "Who is the narrator?"
+    python ttt_context.py --prompt my.txt --init DIR   a run, a folder, ORG/NAME
+    python ttt_context.py --experiment                 a study of small models
 
-Afterwards the model's weights are as before, bit for bit.
+The first two answer before and after the steps, and say what these changed.
 """
 
 from support import cli
@@ -49,7 +46,6 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -66,6 +62,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # 135 M parameters: it runs on a CPU
 
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
@@ -300,16 +297,16 @@ class AdaptConfig:
 
     prompt: str = option("", "the context, a text file", metavar="FILE")
     question: str = option("", "about the context; default: continue where it ends")
-    init: str = option("newest", "run or Hugging Face folder; newest: the newest run under out/")
+    init: str = option("", "run, folder or ORG/NAME; default: SmolLM2-135M-Instruct or a run")
     steps: int = option(32, "AdamW steps", least=0)
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
-    lr: float = option(None, "learning rate; None: 1e-3 for a run, else 1e-5", least=0)
+    lr: float = option(None, "learning rate; default: 1e-3 for a run, else 1e-5", least=0)
     seed: int = option(1337, "draws the spans, together with the text", least=0)
     max_tokens: int = option(100, "longest answer")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
-    experiment: bool = option(False, "run experiments/ttt_context.py instead")
+    experiment: bool = option(False, "run the study instead", action=cli.SWITCH)
     out: str = option("results", "folder for what --experiment finds")
 
     def __post_init__(self):
@@ -341,14 +338,14 @@ def encode_prompt(tokenizer, prompt, question=""):
 
 
 def find_model(args):
-    """Return the folder of the model to adapt. If there is no run yet, train the default model."""
-    if args.init == "newest" and not any(Path("out").glob("*/ckpt.pt")):
-        print("there is no run under out/ yet; training the default model first", file=sys.stderr)
-        device = ["--device", args.device] if args.device else []
-        result = train.main(["--sample", "0", *device])
-        if result["signal"]:
-            raise KeyboardInterrupt(result["signal"])
-    return run_folder.find_run(args.init)
+    """Return the folder of the model to adapt: --init, or DEFAULT_MODEL, or the newest run."""
+    try:
+        return run_folder.find_run(args.init or DEFAULT_MODEL)
+    except ValueError as error:
+        if args.init:
+            raise
+        print(f"using the newest run: {error}", file=sys.stderr)
+        return run_folder.find_run("newest")
 
 
 def compare(model, tokenizer, ids, question, args):
@@ -359,7 +356,16 @@ def compare(model, tokenizer, ids, question, args):
     T = len(ids)
     n = args.span
     held_out, starts = split_spans(T, n)
-    caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
+    with tqdm(total=len(model.layers), unit="layer", desc="reading") as bar:
+
+        def show_layer(layer, inputs, x):
+            x[0, -1, 0].item()  # wait for the device
+            bar.update()
+
+        hooks = [layer.register_forward_hook(show_layer) for layer in model.layers]
+        caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
+        for hook in hooks:
+            hook.remove()
 
     @torch.no_grad()
     def evaluate():
@@ -383,22 +389,21 @@ def compare(model, tokenizer, ids, question, args):
 
 
 def report(result):
-    """Print the answers, the held-out losses and the costs of a run."""
+    """Print the answers, what the steps cost, and whether they changed anything."""
     print(f"--- as it is\n{result['plain']}")
     print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
-    if result["held_out_spans"] == 0:
-        print("held-out spans: none, the prompt is shorter than three spans")
-    else:
-        before = result["held_out_before"]
-        after = result["held_out_after"]
-        print(
-            f"loss on {result['held_out_spans']} held-out spans: {before:.4f} before, {after:.4f} "
-            f"after, {after - before:+.4f} nats/token"
-        )
     print(
         f"{result['steps']} steps in {result['seconds']:.2f} s; as many FLOPs "
         f"({result['flops']:.3g}) as {result['thinking_tokens']:,} tokens of thinking"
     )
+    changed = [] if result["plain"] == result["adapted"] else ["the answer"]
+    losses = "the prompt is too short for held-out spans"
+    if result["held_out_spans"]:
+        before = f"{result['held_out_before']:.4f}"
+        after = f"{result['held_out_after']:.4f}"
+        changed += [] if before == after else ["the held-out loss"]
+        losses = f"{before} before, {after} after, nats/token; spans: {result['held_out_spans']}"
+    print(f"this training changed {' and '.join(changed) or 'nothing'} ({losses})")
 
 
 def run(args):
@@ -415,24 +420,20 @@ def run(args):
     T = len(context)
     if T <= args.span:
         raise ValueError(
-            f"{args.prompt} has {T} tokens, but a span takes {args.span} and its last target; "
-            f"give a longer text or a smaller --span"
+            f"{args.prompt} has {T} tokens, not more than --span {args.span}; give a longer text"
         )
     ttt_cost.check_memory(model, T + args.max_tokens, args.span * args.batch_spans)
     if args.lr is None:  # models from elsewhere have trained for longer and need smaller steps
         args.lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
 
-    print(f"{folder} on {device}: {T:,} tokens, {len(question)} to ask", file=sys.stderr)
-    limit = model.config.block_size
-    n_tokens = T + len(question)
-    if n_tokens > limit:
-        note = f"that is {n_tokens / limit:.1f} times the {limit:,} tokens the model was trained on"
-        print(note, file=sys.stderr)
+    counts = f"{T:,} tokens of prompt, {len(question)} of question"
+    limit = f"the model was trained on up to {model.config.block_size:,} tokens"
+    print(f"{folder} on {device}: {counts}; {limit}", file=sys.stderr)
 
     # compare the answers, and convert the FLOPs of the steps to tokens of thinking
     result = compare(model, tokenizer, torch.tensor(context, device=device), question, args)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
-    thinking_tokens = ttt_cost.thinking_tokens(model, n_tokens, flops)
+    thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
     result |= {"flops": flops, "thinking_tokens": thinking_tokens}
     result |= {"context": T, "lr": args.lr, "steps": args.steps}
     report(result)
@@ -445,12 +446,7 @@ def main(argv=None):
         from experiments import ttt_context as experiment
 
         return experiment.main(["--out", args.out])
-    try:
-        return run(args)
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            "the GPU is out of memory; give a shorter text, or a smaller --span or --batch-spans"
-        ) from None
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """All on: do the gains of LASER, 2-simplicial attention and SONew add up?
 
-python experiments/all_ideas.py               on GPUs, the same GPT, data and steps
-python experiments/all_ideas.py --minutes 8   stop after that; call again to go on
+python experiments/all_ideas.py               the same GPT and data, on GPUs
+python experiments/all_ideas.py --minutes 8   stop then; call again to go on
 
 Writes results/all-gpu.json and .png.
 """

@@ -150,15 +150,17 @@ def print_figures(name, figures):
 
 def parse_args(argv):
     parser = study_parser(__doc__)
-    parser.add_argument(
-        "--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help="presets to time"
-    )
-    parser.add_argument("--init", help="time the weights of this folder instead")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="length of the prompt")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens to generate")
+    presets = f"presets to time, of {', '.join(train.PRESETS)}"
+    parser.add_argument("--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help=presets)
+    parser.add_argument("--init", metavar="DIR", help="time a run or model folder, or ORG/NAME")
+    number = {"type": int, "metavar": "N"}
+    prompt = "length of the prompt (default: 512)"
+    parser.add_argument("--prompt-tokens", default=512, help=prompt, **number)
+    parser.add_argument("--tokens", default=256, help="to generate (default: 256)", **number)
     parser.add_argument("--compile", action="store_true", help="time torch.compile, too")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--dtype", default="", choices=list(train.DTYPES))
+    parser.add_argument("--device", default="", help="cpu, cuda or mps; default: the best")
+    dtype = "default: bf16 on a GPU that has it"
+    parser.add_argument("--dtype", default="", choices=list(train.DTYPES), help=dtype)
     args = parser.parse_args(argv)
     if args.prompt_tokens < 1 or args.tokens < 1:
         raise ValueError("--prompt-tokens and --tokens must be at least 1")

@@ -162,9 +162,12 @@ def print_rows(shape, rows):
 def make_parser():
     parser = study_parser(__doc__)
     lists = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--shapes", choices=train.PRESETS, help="presets to time", **lists)
-    parser.add_argument("--variants", choices=VARIANTS, help="default: all", **lists)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps per round, of 5 rounds")
+    presets = f"presets to time, of {', '.join(train.PRESETS)}"
+    parser.add_argument("--shapes", choices=train.PRESETS, help=presets, **lists)
+    variants = f"what to time, of {', '.join(VARIANTS)} (default: each)"
+    parser.add_argument("--variants", choices=VARIANTS, help=variants, **lists)
+    steps = f"timed steps in each of {ROUNDS} rounds (default: 10)"
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help=steps)
     parser.add_argument("--fsdp", action="store_true", help="several processes: FSDP2, not DDP")
     parser.add_argument(
         "--graph", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: as train.py)"

@@ -80,11 +80,15 @@ def bench(preset, T, device, dtype, n_steps, n):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument("--model", choices=train.PRESETS, metavar="NAME", default="qwen3-4b")
-    parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
-    parser.add_argument("--steps", type=int, default=32, help="AdamW steps")
-    parser.add_argument("--span", type=int, default=128, help="tokens of a span")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 or mps")
+    shapes = f"one of {', '.join(train.PRESETS)} (default: qwen3-4b)"
+    name = {"metavar": "NAME", "help": shapes}
+    parser.add_argument("--model", choices=train.PRESETS, default="qwen3-4b", **name)
+    number = {"type": int, "metavar": "N"}
+    context = "tokens of the prompt (default: 32768)"
+    parser.add_argument("--context", default=32768, help=context, **number)
+    parser.add_argument("--steps", default=32, help="AdamW steps (default: 32)", **number)
+    parser.add_argument("--span", default=128, help="tokens of a span (default: 128)", **number)
+    parser.add_argument("--device", default="", help="cpu, cuda or mps; default: the best")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.span < 1 or args.context <= args.span:
         raise ValueError("--steps and --span must be at least 1, and --context more than --span")

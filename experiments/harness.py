@@ -267,9 +267,10 @@ def plot_differences(record, axes=None):
 def study_parser(description, on_gpus=""):
     """Return the parser of a study: --out, and --full for what runs on GPUs, if that is given."""
     parser = Parser(description=description)
-    parser.add_argument("--out", default="results", help="folder of JSON and figure")
+    out = "folder for the JSON and the figure (default: results)"
+    parser.add_argument("--out", default="results", metavar="DIR", help=out)
     if on_gpus:
-        parser.add_argument("--full", action="store_true", help=f"run instead, on GPUs: {on_gpus}")
+        parser.add_argument("--full", action="store_true", help=f"on GPUs, instead: {on_gpus}")
         minutes = "with --full: stop after so many minutes; the same command continues"
         parser.add_argument("--minutes", type=float, metavar="N", help=minutes)
     return parser

@@ -224,7 +224,8 @@ def add_task(record, task, settings, seeds, measure):
 
 
 def main(argv, description):
-    args = study_parser(description, on_gpus="GPTs with LASER and softmax").parse_args(argv)
+    parser = study_parser(description, on_gpus="train GPTs with LASER and with softmax")
+    args = parser.parse_args(argv)
     out = check_writable(args.out)
     if args.full:
         from experiments import language_models, laser_gradients

@@ -195,7 +195,9 @@ def crossed_ci95(values):
 def run(init, questions, out, minutes=None):
     """Run the study, or a part of it in `minutes`; write its JSON and figure."""
     if not init or not questions:
-        raise ValueError("--full needs --init, a folder with SmolLM2-135M, and --questions FOLDER")
+        raise ValueError(
+            "--full needs --init HuggingFaceTB/SmolLM2-135M or its folder, and --questions DIR"
+        )
     for task in TASKS:
         for split in ("train", "test"):
             read_questions(questions, task, split)

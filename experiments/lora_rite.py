@@ -1,19 +1,21 @@
 """Which optimizers care how LoRA's product Z = B A is factored?
 
-The factors (B R, R^-1 A) have the same product as (B, A). Both start side
-by side in float64 and are trained on the same batches; the drift is
-|Z' - Z| / |Z| over all adapters after some steps. An optimizer that is
-invariant under reparametrisation leaves nothing but rounding.
+LoRA freezes a weight and trains a low-rank update Z = B A. The factors B R and
+R^-1 A have the same product, so a good optimizer should change Z in the same
+way. Here both pairs start side by side in float64 and are trained on the same
+batches. The drift is |Z' - Z| / |Z| over all adapters after some steps; for an
+optimizer that is invariant under reparametrisation it is nothing but rounding.
 
-LoRA-RITE is invariant, also when it clips unmagnified gradients; but not
-if raw ones are clipped before: their norm depends on the factors. AdamW is
-not, nor is LoRA+ (Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354), which
-is AdamW with a larger learning rate for B.
+LoRA-RITE is invariant (lora_rite.py explains it), also with its own clip, but
+not if train.py clips the gradients before, whose norm depends on the factors.
+AdamW is not, nor is LoRA+ (Hayou, Ghosh and Yu, ICML 2024, arXiv 2402.12354),
+which is AdamW with a larger learning rate for B.
 
-    python lora_rite.py             -> results/lora_rite-cpu.json and .png
+    python lora_rite.py           a minute and a half on two CPU cores
+    python lora_rite.py --full    fine-tuning of a real model, on GPUs
 
-The weights are those of a tiny GPT trained on Python's library; the text
-to adapt it to is Python's manual.
+The weights are those of a tiny GPT trained on Python's library; the text to
+adapt it to is Python's manual. Writes results/lora_rite-cpu.json and .png.
 """
 
 import math
@@ -167,9 +169,12 @@ def plot(record):
 
 
 def main(argv=None):
-    parser = study_parser(__doc__, on_gpus="fine-tuning of a real model on questions")
-    parser.add_argument("--init", help="with --full: a folder with SmolLM2-135M")
-    parser.add_argument("--questions", help="with --full: see experiments/lora_finetune.py")
+    parser = study_parser(__doc__, on_gpus="teach SmolLM2-135M to answer questions")
+    parser.add_argument(
+        "--init", metavar="DIR", help="with --full: SmolLM2-135M, its folder or ORG/NAME"
+    )
+    questions = "with --full: their folder, see experiments/lora_finetune.py"
+    parser.add_argument("--questions", metavar="DIR", help=questions)
     args = parser.parse_args(argv)
     out = check_writable(args.out)
     if args.full:

@@ -301,7 +301,7 @@ def main(argv, description, seeds=SEEDS, steps=None):
 
     steps: optimizer steps of every run in place of those in TASKS.
     """
-    parser = harness.study_parser(description, on_gpus="GPTs with and without it")
+    parser = harness.study_parser(description, on_gpus="train GPTs with and without it")
     args = parser.parse_args(argv)
     out = harness.check_writable(args.out)
     if args.full:

@@ -22,9 +22,9 @@ Learning rates are chosen on contexts of seed 0, which are not reported. A
 model's value is its mean over 4 contexts of 32 questions. The intervals are
 Student's t over models, paired by seed.
 
-    python ttt_context.py --experiment    five minutes on two CPU cores
+    python ttt_context.py --experiment    six minutes on two CPU cores
 
-writes results/ttt_context-cpu.json and .png.
+Writes results/ttt_context-cpu.json and .png.
 """
 
 import itertools

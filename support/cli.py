@@ -17,6 +17,7 @@ from pathlib import Path
 from support import plugins
 
 LARGEST = 2**32  # upper limit of every numeric flag
+SWITCH = "store_true"  # action of a flag without a --no- form
 
 
 # -- dataclass fields ------------------------------------------------------------------------------
@@ -98,15 +99,17 @@ def check_arguments(argv):
         previous = argument
 
 
-def add_flag(group, f):
+def add_flag(group, f, default):
     """Add the flag of a dataclass field. If it is not given, the parsed namespace lacks it."""
-    settings = {"type": f.type, "metavar": f.type.__name__.upper()}
+    settings = {"type": f.type}
     if f.type is bool:
         settings = {"action": argparse.BooleanOptionalAction}
+    if f.type in (int, float):
+        settings["metavar"] = "N" if f.type is int else "X"
     settings.update(f.metadata["argparse"])
     help = f.metadata["help"]
-    if f.default or f.type in (int, float):
-        help = f"{help} (default: {f.default})"
+    if default or type(default) in (int, float):
+        help = f"{help} (default: {default})"
     settings["help"] = help.replace("%", "%%")
     group.add_argument(flag_name(f.name), dest=f.name, default=argparse.SUPPRESS, **settings)
 
@@ -118,11 +121,12 @@ def parse_configs(argv, description, configs, plugin_flags, starting_values):
     starting_values: called with {field: value} of the flags given, returns {field: value} of a
     preset or a saved run. Flags override these values, and these override the defaults.
     """
-    parser = Parser(description=description)
+    parser = Parser(description=description, usage="%(prog)s [--flag value ...]")
+    base = starting_values({})  # as --help shows it
     for config in configs:
         group = parser.add_argument_group((config.__doc__ or config.__name__).splitlines()[0])
         for f in fields(config):
-            add_flag(group, f)
+            add_flag(group, f, base.get(f.name, f.default))
     given = vars(parser.parse_args(argv))
 
     for flag, plugin in plugin_flags.items():
@@ -219,8 +223,8 @@ def describe_error(error):
     is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_out_of_memory or "can't allocate memory" in message:
         return 2, (
-            "out of memory; a smaller --micro-batch, which does not change the result, or a "
-            "shorter context needs less, and so does --fsdp on several GPUs"
+            "out of memory; a shorter context needs less, and so do fewer or shorter spans, a "
+            "smaller --micro-batch, which does not change the result, and --fsdp on several GPUs"
         )
     return None
 

@@ -19,14 +19,9 @@ from safetensors.torch import save_file
 
 from support.distributed import print0
 from support.files import read_user_file
+from support.hub import TOKENIZER_FILES, model_name
 from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 SHARD_BYTES = 4 * 10**9  # in one file of an exported folder
 # A pretrained model wants small steps; used where no flag says otherwise
 FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
@@ -64,7 +59,7 @@ def read_tokenizer(folder, vocab_size):
         if os.path.lexists(folder / name):
             files[name] = read_text(folder / name)
     require("tokenizer.json" in files, f"{folder} has no tokenizer.json; no other kind is read")
-    state = {"name": folder.resolve().name, "files": files, "stops": []}
+    state = {"name": model_name(folder), "files": files, "stops": []}
     tokenizer = Encoding(state)
     highest = f"{tokenizer.name}/tokenizer.json has the id {tokenizer.n_vocab - 1}"
     is_embedded = tokenizer.n_vocab <= vocab_size

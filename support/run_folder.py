@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from support import hub
 from support.distributed import broadcast_object, rank
 from support.files import get_stat, is_file, remove_stale_temp_files, shown
 
@@ -22,7 +23,8 @@ LOCK = ".ckpt.pt.lock"
 def find_run(name, resume=False):
     """Return the folder called `name`, or for "newest" the run under out/ with the newest ckpt.pt.
 
-    It must hold a run or, unless resume is true, a Hugging Face model. Returns None for "" or None.
+    It must hold a run or, unless resume is true, a Hugging Face model, which may also be ORG/NAME
+    on huggingface.co. Returns None for "" or None.
     """
     if not name:
         return None
@@ -30,6 +32,8 @@ def find_run(name, resume=False):
         return find_newest_run()
     if is_file(Path(name, "ckpt.pt")) or (not resume and is_file(Path(name, "config.json"))):
         return Path(name)
+    if not resume and hub.is_model_name(name):
+        return hub.fetch(name)
     missing = shown(Path(name, "ckpt.pt"))
     raise ValueError(f"{shown(name)} holds no run: there is no {missing}")
 

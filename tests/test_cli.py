@@ -29,6 +29,8 @@ class Config:
     note: str = cli.adjustable("", "100% free")
     flag: bool = cli.option(False, "a switch")
     maybe: bool = cli.option(None, "a switch with three positions")
+    switch: bool = cli.option(False, "a switch that is off", action=cli.SWITCH)
+    number: float = cli.option(None, "a number or none")
 
     def __post_init__(self):
         cli.check_fields(self)
@@ -99,6 +101,20 @@ def test_help_fits_80_columns(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "100% free" in capsys.readouterr().out
+
+
+def test_help_shows_what_a_call_without_flags_would_use(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", base={"n": 4})
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: ") and "[--flag value ...] words" in text
+    assert "--n N a number above 0 (default: 4)" in text
+    assert "0 has a meaning (default: 0)" in text
+    assert "(default: 0.5)" in text and "(default: a)" in text
+    assert "None" not in text and "False" not in text
+    assert "--maybe, --no-maybe" in text and "--no-switch" not in text
+    assert parse("--switch").switch is True
+    refused(["--no-switch"], "--no-switch", main=lambda argv: parse(*argv))
 
 
 # -- how scripts end -------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from tests.common import REPOSITORY, run_forked
 
 PAPERS = {"laser", "simplicial", "sonew", "lora_rite"}
 SCRIPTS = ["train.py", "sample.py", "ttt_context.py", *(f"{name}.py" for name in sorted(PAPERS))]
-SCRIPTS += [f"experiments/{path.name}" for path in REPOSITORY.glob("experiments/bench_*.py")]
+for path in sorted(REPOSITORY.glob("experiments/*.py")):
+    if "__main__" in path.read_text():
+        SCRIPTS.append(f"experiments/{path.name}")
 PYTHON_FILES = [
     path
     for pattern in ("*.py", "kernels/*.py", "support/*.py", "experiments/*.py", "tests/*.py")

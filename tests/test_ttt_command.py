@@ -12,11 +12,11 @@ import torch
 import train
 import ttt_context
 from experiments import ttt_cost
-from support import run_folder, tokenizer
-from tests.common import REPOSITORY, refused
-from tests.hf import edit_json, hf  # noqa: F401
+from support import hub, run_folder, tokenizer
+from tests.common import REPOSITORY, refused, run_script
+from tests.hf import edit_json, hf, make_folder  # noqa: F401
 
-SMALL = "--steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
+SMALL = "--init newest --steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
 
 
 def without_seconds(result):
@@ -32,26 +32,17 @@ def run(tiny):
     return Path("out/a")
 
 
-@pytest.fixture
-def tiny_default(tiny, monkeypatch):
-    """Make the default model so small that a command can train it; text.txt has 1,200 bytes."""
-    small = {"n_layer": 1, "n_embd": 32, "n_head": 2, "steps": 2, "data": "text.txt"}
-    monkeypatch.setitem(train.PRESETS, "tiny", {**train.PRESETS["tiny"], **small})
-    Path("text.txt").write_text(Path("text.txt").read_text()[:1200])
-
-
-def test_command(tiny_default, capsys):
-    # without a run, the default model is trained first
-    result = ttt_context.main([*SMALL, "text.txt", "--batch-spans", "2"])
+def test_command(run, capsys):
+    result = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     printed = capsys.readouterr()
-    assert "training the default model first" in printed.err
-    assert "times the 128 tokens" in printed.err
+    assert "up to 16 tokens" in printed.err
+    assert "reading: 100%" in printed.err and "2/2" in printed.err
+    assert "adapting: 100%" in printed.err and "3/3" in printed.err
     assert f"as it is\n{result['plain']}\n" in printed.out
     assert f"trained on this prompt\n{result['adapted']}\n" in printed.out
-    assert "held-out spans" in printed.out
 
     # the context has one token before the text, and its last token asks
-    size = len(Path("text.txt").read_bytes())
+    size = len(Path("prompt.txt").read_bytes())
     assert result["context"] == size
     assert result["lr"] == 1e-3
     assert result["held_out_spans"] == 8
@@ -61,13 +52,64 @@ def test_command(tiny_default, capsys):
     thinking_tokens = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
     assert result["thinking_tokens"] == thinking_tokens
 
-    # with a run, the same numbers again
-    again = ttt_context.main([*SMALL, "text.txt", "--batch-spans", "2"])
+    # the same numbers again
+    again = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     assert without_seconds(again) == without_seconds(result)
-    assert "default model" not in capsys.readouterr().err
 
 
-def test_each_flag_changes_what_it_says(tiny_default, capsys):
+def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatch, capsys):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": "empty"}
+    flags = [flag for flag in SMALL if flag not in ("--init", "newest")]
+    done = run_script("ttt_context.py", *flags, "text.txt", env=offline)
+    assert done.returncode == 2
+    note, error = done.stderr.splitlines()
+    assert note.startswith(f"using the newest run: {ttt_context.DEFAULT_MODEL} is neither")
+    assert error == "ttt_context.py: there is no run under out/ yet; python train.py makes one"
+
+    # a fetched model comes before a run
+    names = []
+
+    def fetch(name):
+        names.append(name)
+        if not Path("fetched").is_dir():
+            raise ValueError("no network")
+        return Path("fetched")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    train.main([*tiny, "--out", "out/a", "--steps", "1"])
+    Path("prompt.txt").write_text(Path("text.txt").read_text()[:300])
+    capsys.readouterr()
+    ttt_context.main([*flags, "prompt.txt"])
+    err = capsys.readouterr().err
+    assert "using the newest run: no network\n" in err and "out/a on cpu" in err
+    refused([*SMALL, "prompt.txt", "--init", "a/b"], "no network", main=ttt_context.main)
+    make_folder(Path("fetched"))
+    assert ttt_context.main([*flags, "prompt.txt"])["lr"] == 1e-5
+    err = capsys.readouterr().err
+    assert "newest" not in err and "fetched on cpu" in err
+    assert names == [ttt_context.DEFAULT_MODEL, "a/b", ttt_context.DEFAULT_MODEL]
+
+
+@pytest.mark.parametrize(
+    "adapted, spans, after, sentence",
+    [
+        ("yes", 8, 2.5, "nothing (2.5000 before, 2.5000 after, nats/token; spans: 8)"),
+        ("yes", 8, 2.4, "the held-out loss (2.5000 before, 2.4000 after, "),
+        ("no", 8, 2.50001, "the answer (2.5000 before, 2.5000 after, "),
+        ("no", 8, 2.6, "the answer and the held-out loss (2.5000 before, 2.6000 after, "),
+        ("no", 0, None, "the answer (the prompt is too short for held-out spans)"),
+        ("yes", 0, None, "nothing (the prompt is too short for held-out spans)"),
+    ],
+)
+def test_the_last_sentence_says_what_changed(adapted, spans, after, sentence, capsys):
+    result = {"plain": "yes", "adapted": adapted, "held_out_spans": spans, "held_out_after": after}
+    result["held_out_before"] = 2.5 if spans else None
+    ttt_context.report({**result, "steps": 3, "seconds": 1.0, "flops": 1, "thinking_tokens": 1})
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"this training changed {sentence}")
+
+
+def test_each_flag_changes_what_it_says(run, capsys):
+    Path("text.txt").write_text(Path("prompt.txt").read_text())
     two_spans = ttt_context.main([*SMALL, "text.txt", "--batch-spans", "2"])
     one_span = ttt_context.main([*SMALL, "text.txt"])
     assert one_span["held_out_after"] != two_spans["held_out_after"]
@@ -82,7 +124,7 @@ def test_each_flag_changes_what_it_says(tiny_default, capsys):
 
     Path("short.txt").write_text("seven wizards boil éclairs")
     assert ttt_context.main([*SMALL, "short.txt"])["held_out_spans"] == 0
-    assert "held-out spans: none" in capsys.readouterr().out
+    assert "too short for held-out spans" in capsys.readouterr().out
 
 
 def test_held_out_losses_and_answers_are_of_the_right_weights(run):
@@ -122,16 +164,11 @@ def test_thinking_comes_after_the_question(run):
     assert result["thinking_tokens"] == after_question < after_context
 
 
-def test_damaged_numbers_and_an_interrupted_default_run_end_it(run, monkeypatch):
+def test_damaged_numbers_end_it(run, monkeypatch):
     nan = torch.tensor(torch.nan)
-    with monkeypatch.context() as damage:
-        damage.setattr(ttt_context, "span_loss", lambda *args: nan)
-        with pytest.raises(FloatingPointError, match="held-out"):
-            ttt_context.main([*SMALL, "prompt.txt", "--steps", "0"])
-    monkeypatch.setattr(train, "main", lambda argv: {"signal": 15})
-    Path("out").rename("elsewhere")
-    with pytest.raises(KeyboardInterrupt):
-        ttt_context.main([*SMALL, "prompt.txt"])
+    monkeypatch.setattr(ttt_context, "span_loss", lambda *args: nan)
+    with pytest.raises(FloatingPointError, match="held-out"):
+        ttt_context.main([*SMALL, "prompt.txt", "--steps", "0"])
 
 
 def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
@@ -182,7 +219,8 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     text = Path("text.txt").read_bytes()
     for flags, parts in BAD_FLAGS:
         device = [] if "--device" in flags else ["--device", "cpu"]
-        refused([*flags.split(), *device], *parts, main=ttt_context.main)
+        init = [] if "--init" in flags else ["--init", "newest"]
+        refused([*init, *flags.split(), *device], *parts, main=ttt_context.main)
     for flag in ("--prompt", "--question", "--init", "--device", "--out"):
         refused(["--prompt", "text.txt", flag, ""], f"{flag} is empty", main=ttt_context.main)
     not_utf8 = ["--prompt", "text.txt", "--question", "caf\udce9"]

@@ -1,0 +1,61 @@
+"""Models by name: ORG/NAME on huggingface.co becomes a folder in the cache of huggingface_hub."""
+
+import functools
+import re
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# never *.bin, which would have to be unpickled
+MODEL_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
+
+
+def is_model_name(name):
+    """Return whether this can only mean a model on huggingface.co: ORG/NAME with no folder ORG."""
+    has_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+    return has_form is not None and not Path(name).parent.exists()
+
+
+def model_name(folder):
+    """Return NAME for a folder called NAME, and for the cached folder of the model ORG/NAME."""
+    folder = Path(folder).resolve()
+    if folder.parent.name == "snapshots":  # models--ORG--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name
+
+
+@functools.cache  # a second request could get newer weights than the first
+def fetch(name):
+    """Return the local folder of the model ORG/NAME, downloaded unless it is in the cache.
+
+    Without a network the cache is enough. Raises ValueError if the model cannot be had.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        # "*/*": the folders hold copies in formats of other software
+        wanted = [*MODEL_FILES, *TOKENIZER_FILES]
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=wanted, ignore_patterns=["*/*"]
+        )
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{name}"
+        reason = f"is gated; accept its terms on {page}, then run: hf auth login"
+    except errors.RepositoryNotFoundError:
+        reason = "is neither a folder here nor a public model on huggingface.co; check the name"
+    except errors.LocalEntryNotFoundError:
+        reason = (
+            "is neither a folder here nor in the local cache, and huggingface.co cannot be "
+            "reached; give a folder, or try again with a network"
+        )
+    except Exception as error:  # errors of HTTP have no type that all versions share
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = f"cannot be fetched from huggingface.co ({lines[0]})"
+    else:
+        return Path(folder)
+    raise ValueError(f"{name} {reason}")
