@@ -102,6 +102,24 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
 
 
 @triton.jit
+def own_rows(PADDED: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr):
+    """is_own[q, r]: is row r of a tile a row of its query q? [PADDED, ROWS]"""
+    return tl.arange(0, PADDED)[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
+
+
+@triton.jit
+def block_queries(
+    query_block, sizes,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """-> rows of the QUERIES queries of a block in (GROUP, Tq), and which of PADDED exist."""
+    query_index = tl.arange(0, PADDED)
+    query = query_block * QUERIES + query_index
+    mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
+    return query_row(query, sizes, GROUP), mask
+
+
+@triton.jit
 def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
     """The keys that a tile sees, first_key ... end - 1. -> first_key, first_block, end
 
@@ -331,9 +349,7 @@ def forward_queries(
 
     chunks = tl.cdiv(sizes.w2, OFFSETS)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    query_index = tl.arange(0, PADDED)
-    # is_own[q, r]: is row r of the tile a row of its query q? [PADDED, ROWS]
-    is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
+    is_own = own_rows(PADDED, ROWS, OFFSETS)  # [PADDED, ROWS]
     o = tl.zeros((PADDED, D), tl.float32)
     lse = tl.full((PADDED,), -float("inf"), tl.float32)
     first_tile = query_block * chunks
@@ -363,9 +379,7 @@ def forward_queries(
             qk2 = tl.zeros((ROWS, D), dtype)
 
     # -- store --
-    query = query_block * QUERIES + query_index
-    row = query_row(query, sizes, GROUP)
-    mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
+    row, mask = block_queries(query_block, sizes, GROUP, QUERIES, PADDED)
     if REPAIR:
         mask &= tl.load(head.lse_ptr + row, mask=mask, other=0.0) == float("inf")
     o_ptrs = head.o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
@@ -439,6 +453,36 @@ def repair_kernel(
 # Backward: dq, dk2 and dv2, a program per piece of queries
 
 
+class BackwardHead(NamedTuple):
+    """The inputs of the backward pass of one KV head."""
+
+    q_ptr: tl.tensor  # (GROUP, Tq, D)
+    k_ptr: tl.tensor  # (Tk, D)
+    v_ptr: tl.tensor
+    k2_ptr: tl.tensor  # (Tk2, D)
+    v2_ptr: tl.tensor
+    do_ptr: tl.tensor  # (GROUP, Tq, D)
+    lse_ptr: tl.tensor  # (GROUP, Tq)
+    delta_ptr: tl.tensor
+
+
+@triton.jit
+def select_backward_head(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes,
+    GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Return the BackwardHead of KV head bh in the batch."""
+    q_ptr += bh * GROUP * sizes.Tq * D
+    do_ptr += bh * GROUP * sizes.Tq * D
+    lse_ptr += bh * GROUP * sizes.Tq
+    delta_ptr += bh * GROUP * sizes.Tq
+    k_ptr += bh * sizes.Tk * D
+    v_ptr += bh * sizes.Tk * D
+    k2_ptr += bh * sizes.Tk2 * D
+    v2_ptr += bh * sizes.Tk2 * D
+    return BackwardHead(q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr)
+
+
 class RowInputs(NamedTuple):
     """Inputs of the backward pass for the rows of a tile."""
 
@@ -451,14 +495,21 @@ class RowInputs(NamedTuple):
 
 @triton.jit
 def make_row_operands(
-    q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index, sizes, qk_scale,
+    head, tile_index, sizes, qk_scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
     tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
-    qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.exists, qk_scale, D)
+    qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)
     tl.debug_barrier()  # without it all loads come first, and registers spill
-    return qk2, multiply_rows(do_ptr, v2_ptr, tile, tile.has_rivals, 1.0, D)
+    return qk2, multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.has_rivals, 1.0, D)
+
+
+@triton.jit
+def load_row_inputs(head, tile, qk2, dov2):
+    lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
+    delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
+    return RowInputs(qk2, dov2, lse, delta, tile.position)
 
 
 @triton.jit
@@ -479,7 +530,7 @@ def backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION: t
 
 @triton.jit
 def attend_backward(
-    k_ptr, v_ptr, rows, tile, w1,
+    head, rows, tile, w1,
     D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return pv = P V and dsk = dS K of the rows of a tile over their windows. [ROWS, D]"""
@@ -490,13 +541,13 @@ def attend_backward(
 
     # -- small blocks, up to where the whole blocks start --
     for start in tl.range(first_key, first_block, EDGE, num_stages=1):
-        k, v = load_keys(k_ptr, v_ptr, start, first_block, EDGE, D)
+        k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         pv, dsk = backward_block(pv, dsk, rows, k, v, start, first_block, w1, True, PRECISION)
 
     # -- whole blocks; only those past the first query need a mask --
     for start in range(first_block, end, BLOCK_N):
-        k = load_block(k_ptr, start, BLOCK_N, D)
-        v = load_block(v_ptr, start, BLOCK_N, D)
+        k = load_block(head.k_ptr, start, BLOCK_N, D)
+        v = load_block(head.v_ptr, start, BLOCK_N, D)
         is_partial = start + BLOCK_N > tile.first_position + 1
         pv, dsk = backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION)
     return pv, dsk
@@ -518,7 +569,6 @@ def k2_rows(
     first_read = first_position2 - chunk * OFFSETS - OFFSETS + 1  # its largest offset
     k2_position = tl.arange(0, K2_ROWS) + first_read
     reads = (k2_position[:, None] == tile.position2[None, :]).to(dtype)
-    tl.debug_barrier()
     # the last row of the buffer is the last position of the piece
     q_position = k2_position - (sizes.Tk2 - sizes.Tq)
     return reads, q_position + buffer_rows - piece * (tl.program_id(0) + 1)
@@ -545,22 +595,16 @@ def dq_dk2_dv2_kernel(
     The shares go to a buffer of the program. Its last `piece` rows are the positions of its
     queries; its first w2 - 1 rows are the positions before, which its first queries see as well.
     """
-    ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
     dtype: tl.constexpr = q_ptr.dtype.element_ty
 
     # -- select the KV head --
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     bh = tl.program_id(1).to(tl.int64)
-    q_ptr += bh * GROUP * Tq * D
-    do_ptr += bh * GROUP * Tq * D
+    head = select_backward_head(
+        q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes, GROUP, D
+    )
     dq_ptr += bh * GROUP * Tq * D
-    lse_ptr += bh * GROUP * Tq
-    delta_ptr += bh * GROUP * Tq
-    k_ptr += bh * Tk * D
-    v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk2 * D
-    v2_ptr += bh * Tk2 * D
 
     # -- steps of this program: tiles, and the chunks of their offsets --
     chunks = tl.cdiv(w2, OFFSETS)
@@ -569,18 +613,14 @@ def dq_dk2_dv2_kernel(
     last_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
     scale = tl.cast(scale, tl.float32)
     qk2, dov2 = make_row_operands(
-        q_ptr, do_ptr, k2_ptr, v2_ptr, first_tile, sizes,
-        scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
-    )  # fmt: skip
+        head, first_tile, sizes, scale * LOG2E, GROUP, D, QUERIES, OFFSETS
+    )
     dq = tl.zeros((PADDED, D), tl.float32)
     for tile_index in range(first_tile, last_tile):
-        # -- load lse and delta --
+        # -- compute pv and dsk of each row --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
-        lse = tl.load(lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
-        delta = tl.load(delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
-        inputs = RowInputs(qk2, dov2, lse, delta, tile.position)
-
-        pv, dsk = attend_backward(k_ptr, v_ptr, inputs, tile, w1, D, BLOCK_N, PRECISION)
+        rows = load_row_inputs(head, tile, qk2, dov2)
+        pv, dsk = attend_backward(head, rows, tile, w1, D, BLOCK_N, PRECISION)
 
         # pv and dsk fill the registers. So the barriers below delay the loads, and the tile is made
         # again: w1 > 0 is always true, but the compiler cannot know, so it does not keep the first.
@@ -592,37 +632,34 @@ def dq_dk2_dv2_kernel(
         reads, buffer_row = k2_rows(
             tile, tile_index % chunks, sizes, piece, buffer_rows, QUERIES, OFFSETS, dtype
         )
+        tl.debug_barrier()
         in_buffer = (buffer_row >= 0) & (buffer_row < buffer_rows)
         program = same_bh * tl.num_programs(0) + tl.program_id(0)
-        do = load_rows(do_ptr, tile.q_row, tile.exists, D)  # [ROWS, D]
+        do = load_rows(head.do_ptr, tile.q_row, tile.exists, D)  # [ROWS, D]
         dv2 = tl.dot(reads, (pv * do).to(dtype), input_precision=PRECISION)  # [K2_ROWS, D]
         add_to_buffer(dv2_ptr + program * buffer_rows * D, dv2, buffer_row, in_buffer, D)
         tl.debug_barrier()
-        q = load_rows(q_ptr, tile.q_row, tile.exists, D)
+        q = load_rows(head.q_ptr, tile.q_row, tile.exists, D)
         dk2 = tl.dot(reads, (dsk * q).to(dtype), input_precision=PRECISION) * scale
         add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
         tl.debug_barrier()
 
         # -- sum the rows of each query; dq starts at 0 in its first chunk --
-        k2 = load_rows(k2_ptr, tile.position2, tile.exists, D)
-        query_index = tl.arange(0, PADDED)
-        is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
+        k2 = load_rows(head.k2_ptr, tile.position2, tile.exists, D)
+        is_own = own_rows(PADDED, QUERIES * OFFSETS, OFFSETS)  # [PADDED, ROWS]
         dsk_k2 = (dsk * k2).to(dtype)
         dq_chunk = tl.dot(is_own.to(dtype), dsk_k2, input_precision=PRECISION) * scale
         dq = tl.where(tile_index % chunks == 0, 0.0, dq) + dq_chunk
 
         # -- store dq; the store of the last chunk is the one that stays --
-        query = tile_index // chunks * QUERIES + query_index
-        mask = (query_index < QUERIES) & (query < GROUP * Tq)
-        q_row = query_row(query, sizes, GROUP)
+        q_row, mask = block_queries(tile_index // chunks, sizes, GROUP, QUERIES, PADDED)
         dq_ptrs = dq_ptr + q_row[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(dq_ptrs, dq.to(dtype), mask=mask[:, None])
 
         # -- compute qk2 and dov2 of the next tile: here, for the reason given in forward_queries --
         qk2, dov2 = make_row_operands(
-            q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index + 1, sizes,
-            scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
-        )  # fmt: skip
+            head, tile_index + 1, sizes, scale * LOG2E, GROUP, D, QUERIES, OFFSETS
+        )
         tl.debug_barrier()  # in the next step other threads add to the same rows of the buffers
 
 
@@ -643,21 +680,16 @@ def dk_dv_kernel(
     # -- select the KV head --
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     bh = tl.program_id(1).to(tl.int64)
-    q_ptr += bh * GROUP * Tq * D
-    do_ptr += bh * GROUP * Tq * D
-    lse_ptr += bh * GROUP * Tq
-    delta_ptr += bh * GROUP * Tq
-    k_ptr += bh * Tk * D
-    v_ptr += bh * Tk * D
+    head = select_backward_head(
+        q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes, GROUP, D
+    )
     dk_ptr += bh * Tk * D
     dv_ptr += bh * Tk * D
-    k2_ptr += bh * Tk2 * D
-    v2_ptr += bh * Tk2 * D
 
     # -- load the keys --
     start = tl.program_id(0) * BLOCK_N
     key = start + tl.arange(0, BLOCK_N)
-    k, v = load_keys(k_ptr, v_ptr, start, Tk, BLOCK_N, D)
+    k, v = load_keys(head.k_ptr, head.v_ptr, start, Tk, BLOCK_N, D)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
@@ -673,11 +705,13 @@ def dk_dv_kernel(
     for tile_index in range(first_block * chunks, end_block * chunks):
         # -- load the rows; with a single pair, qk2 = 0 and lse = 0, so P = 1 and dk gets 0 --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
-        qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.has_rivals, qk_scale, D)  # [ROWS, D]
-        dov2 = multiply_rows(do_ptr, v2_ptr, tile, tile.exists, 1.0, D)
-        lse = tl.load(lse_ptr + tile.q_row, mask=tile.has_rivals, other=0.0) * LOG2E
+        qk2 = multiply_rows(
+            head.q_ptr, head.k2_ptr, tile, tile.has_rivals, qk_scale, D
+        )  # [ROWS, D]
+        dov2 = multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.exists, 1.0, D)
+        lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.has_rivals, other=0.0) * LOG2E
         lse = tl.where(tile.exists, lse, float("inf"))  # exp2(s - inf) = 0
-        delta = tl.load(delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
+        delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
 
         # -- recompute p, transposed --
         s = tl.dot(k, tl.trans(qk2), input_precision=PRECISION)  # [BLOCK_N, ROWS]
