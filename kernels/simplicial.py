@@ -19,7 +19,6 @@ numbers overflows in the backward pass. Tuning history and times: kernels/NOTES.
 """
 
 import functools
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -876,23 +875,11 @@ def check_size(heads, group, Tq, Tk, Tk2, D):
 # Forward on the host
 
 
-def try_hopper(q, k, v, k2, v2, o, lse, sizes):
-    """Run hopper_kernel if it applies. -> whether it did"""
-    global hopper
+def hopper_plan(q, k, w1, w2):
+    """Return the compile-time arguments of hopper_kernel, or None where forward_kernel runs."""
     if hopper is None or not q.is_cuda:
-        return False
-    _, _, _, w1, w2 = sizes
-    group = q.shape[1] // k.shape[1]
-    plan = hopper.plan(q.dtype, q.device, group, q.shape[3], w1, w2)
-    if plan is None:
-        return False
-    try:
-        hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)
-    except Exception as error:  # of a Triton with another Gluon; those of the GPU come later
-        warnings.warn(f"2-simplicial attention is slower: hopper_kernel fails, {error!r:.300}")
-        hopper = None
-        return False
-    return True
+        return None
+    return hopper.plan(q.dtype, q.device, q.shape[1] // k.shape[1], q.shape[3], w1, w2)
 
 
 def forward(
@@ -914,7 +901,6 @@ def forward(
     # TMA wants addresses that are multiples of 16
     k = k if k.data_ptr() % 16 == 0 else k.clone()
     v = v if v.data_ptr() % 16 == 0 else v.clone()
-    is_done = try_hopper(q, k, v, k2, v2, o, lse, sizes)
     options = get_options("forward", q.dtype, q.device, H // Hkv, D, min(w2, Tk2))
     block = [options["BLOCK_N"], D]
     k_blocks = TensorDescriptor.from_tensor(k.view(-1, D), block)  # (B * Hkv * Tk, D)
@@ -922,7 +908,10 @@ def forward(
     tensors = q, k, v, k_blocks, v_blocks, k2, v2, o, lse
 
     tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])
-    if not is_done:
+    plan = hopper_plan(q, k, min(w1, Tk), min(w2, Tk2))
+    if plan is not None:
+        hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)
+    else:
         forward_kernel[(tiles, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     programs = triton.cdiv(tiles, max(1, REPAIR_QUERIES.value // options["QUERIES"]))
     repair_kernel[(programs, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
