@@ -397,14 +397,14 @@ def forward_kernel(
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, lse = attention(q, k, v, k2, v2) of a tile; repair_kernel takes rows out of range."""
+    query_block = tl.program_id(0)
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     head = select_head(
         q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, sizes, GROUP, D
     )
     forward_queries(
-        tl.program_id(0), head, sizes, scale,
-        GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False,
-    )  # fmt: skip
+        query_block, head, sizes, scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -506,6 +506,7 @@ def make_row_operands(
 
 @triton.jit
 def load_row_inputs(head, tile, qk2, dov2):
+    """Load lse and delta of the rows of a tile. -> RowInputs"""
     lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
     delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
     return RowInputs(qk2, dov2, lse, delta, tile.position)
