@@ -227,6 +227,23 @@ def load_queries_and_key(
 
 
 @triton.jit
+def attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION: tl.constexpr):
+    """Add a block of keys to acc = sum exp2(S - m_i) V and l_i = sum exp2(S - m_i), online softmax.
+
+    q and acc [ROWS, D], m_i and l_i [ROWS], k and v [BLOCK_N, D], exists [BLOCK_N]: is there a key?
+    """
+    # -- compute qk --
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [ROWS, BLOCK_N]
+    qk = tl.where(exists[None, :], qk, -float("inf"))
+    # -- m_new is finite because every block has a key that all rows see --
+    m_new = tl.maximum(m_i, tl.max(qk, 1))
+    p = tl.exp2(qk - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
 def attention_kernel(
     qkv_ptr,  # (H + 2 Hkv, D): this token's queries, keys and values
     q_gain_ptr, k_gain_ptr,  # (D,), (D,)
@@ -286,16 +303,9 @@ def attention_kernel(
             is_new = (keys == length)[:, None]
             k = tl.where(is_new, new_k[None, :], k)
             v = tl.where(is_new, new_v[None, :], v)
-            # -- compute qk --
-            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [ROWS, BLOCK_N]
-            qk = tl.where((keys < split_end)[None, :], qk, -float("inf"))
-            # -- online softmax; m_new is finite because every block has a key that all rows see --
-            m_new = tl.maximum(m_i, tl.max(qk, 1))
-            p = tl.exp2(qk - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-            m_i = m_new
-            l_i = l_i * alpha + tl.sum(p, 1)
+            acc, m_i, l_i = attend_block(
+                acc, m_i, l_i, q, k, v, keys < split_end, qk_scale, PRECISION
+            )
             # -- prefetch the next block --
             next_n = start_n + BLOCK_N
             mask = (keys + BLOCK_N < length)[:, None] & (next_n < split_end)

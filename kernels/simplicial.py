@@ -19,7 +19,6 @@ numbers overflows in the backward pass. Tuning history and times: kernels/NOTES.
 """
 
 import functools
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -102,6 +101,24 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
 
 
 @triton.jit
+def own_rows(PADDED: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr):
+    """is_own[q, r]: is row r of a tile a row of its query q? [PADDED, ROWS]"""
+    return tl.arange(0, PADDED)[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
+
+
+@triton.jit
+def block_queries(
+    query_block, sizes,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """-> rows of the QUERIES queries of a block in (GROUP, Tq), and which of PADDED exist."""
+    query_index = tl.arange(0, PADDED)
+    query = query_block * QUERIES + query_index
+    mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
+    return query_row(query, sizes, GROUP), mask
+
+
+@triton.jit
 def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
     """The keys that a tile sees, first_key ... end - 1. -> first_key, first_block, end
 
@@ -150,14 +167,37 @@ def multiply_rows(x_ptr, y_ptr, tile, mask, factor, D: tl.constexpr):
 # Forward
 
 
-class Keys(NamedTuple):
-    """k and v of one KV head."""
+class Head(NamedTuple):
+    """The tensors of one KV head."""
 
-    k_ptr: tl.tensor
+    q_ptr: tl.tensor  # (GROUP, Tq, D)
+    k_ptr: tl.tensor  # (Tk, D)
     v_ptr: tl.tensor
     k_blocks: tl.tensor  # TMA descriptors of all heads
     v_blocks: tl.tensor
     first_row: tl.tensor  # of this head in them
+    k2_ptr: tl.tensor  # (Tk2, D)
+    v2_ptr: tl.tensor
+    o_ptr: tl.tensor  # (GROUP, Tq, D)
+    lse_ptr: tl.tensor  # (GROUP, Tq)
+
+
+@triton.jit
+def select_head(
+    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, sizes,
+    GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Return the Head that this program computes."""
+    bh = tl.program_id(1).to(tl.int64)
+    q_ptr += bh * GROUP * sizes.Tq * D
+    o_ptr += bh * GROUP * sizes.Tq * D
+    lse_ptr += bh * GROUP * sizes.Tq
+    first_row = (bh * sizes.Tk).to(tl.int32)
+    k_ptr += bh * sizes.Tk * D
+    v_ptr += bh * sizes.Tk * D
+    k2_ptr += bh * sizes.Tk2 * D
+    v2_ptr += bh * sizes.Tk2 * D
+    return Head(q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, first_row, k2_ptr, v2_ptr, o_ptr, lse_ptr)
 
 
 @triton.jit
@@ -200,7 +240,7 @@ def attend_block(
 
 @triton.jit
 def attend(
-    keys, qk2, tile, w1, needs_max,
+    head, qk2, tile, w1, needs_max,
     D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend from the rows of a tile to their windows. -> acc [ROWS, D], m_i and l_i [ROWS]"""
@@ -214,7 +254,7 @@ def attend(
 
     # -- small blocks, up to where the whole blocks start --
     for start in tl.range(first_key, first_block, EDGE, num_stages=1):
-        k, v = load_keys(keys.k_ptr, keys.v_ptr, start, first_block, EDGE, D)
+        k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         acc, m_i, l_i = attend_block(
             acc, m_i, l_i, qk2, k, v, tile.position, start, first_block, w1, True, needs_max,
             PRECISION,
@@ -222,8 +262,8 @@ def attend(
 
     # -- whole blocks; only those past the first query need a mask --
     for start in range(first_block, end, BLOCK_N):
-        k = keys.k_blocks.load([keys.first_row + start, 0])  # [BLOCK_N, D]
-        v = keys.v_blocks.load([keys.first_row + start, 0])
+        k = head.k_blocks.load([head.first_row + start, 0])  # [BLOCK_N, D]
+        v = head.v_blocks.load([head.first_row + start, 0])
         is_partial = start + BLOCK_N > tile.first_position + 1
         acc, m_i, l_i = attend_block(
             acc, m_i, l_i, qk2, k, v, tile.position, start, end, w1, is_partial, needs_max,
@@ -247,9 +287,50 @@ def sum_rows(is_member, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def combine_rows(
+    acc, m_i, l_i, v2_ptr, tile, is_own,
+    D: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
+):  # fmt: skip
+    """Combine the rows of each query: a softmax over its offsets. -> o [PADDED, D], lse [PADDED]
+
+    acc [ROWS, D], m_i and l_i [ROWS]: from attend. lse is in base 2, -inf without a pair.
+    """
+    # -- share of each row in the softmax of its query; "/ l_i" because acc is not normalized --
+    m_i = tl.where(tile.exists, m_i, -float("inf"))
+    m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
+    m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
+    p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
+    l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
+    l_safe = tl.where(l_q == 0.0, 1.0, l_q)
+    share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
+
+    # -- multiply by v2, sum the rows of each query --
+    v2 = load_rows(v2_ptr, tile.position2, tile.exists, D)  # [ROWS, D]
+    x = (acc * share[:, None] * v2).to(v2.dtype)
+    if REPAIR:
+        o = sum_rows(is_own, x, PRECISION)  # [PADDED, D]
+    else:
+        o = tl.dot(is_own.to(x.dtype), x, input_precision=PRECISION)
+    lse = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(l_safe))
+    return o, lse
+
+
+@triton.jit
+def merge_chunk(o, lse, o_chunk, lse_chunk):
+    """Merge o [PADDED, D] and lse [PADDED] with those of another chunk: a softmax over chunks."""
+    m = tl.maximum(lse, lse_chunk)
+    m = tl.where(m == -float("inf"), 0.0, m)
+    weight = tl.exp2(lse - m)
+    weight_chunk = tl.exp2(lse_chunk - m)
+    total = tl.where(weight + weight_chunk == 0.0, 1.0, weight + weight_chunk)
+    o = o * (weight / total)[:, None] + o_chunk * (weight_chunk / total)[:, None]
+    lse = tl.where(weight + weight_chunk == 0.0, -float("inf"), m + tl.log2(total))
+    return o, lse
+
+
+@triton.jit
 def forward_queries(
-    query_block, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
-    sizes, scale,
+    query_block, head, sizes, scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
@@ -260,86 +341,49 @@ def forward_queries(
     """
     ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
-    dtype = q_ptr.dtype.element_ty
+    dtype = head.q_ptr.dtype.element_ty
     # range of sum exp2(S) without a maximum: v up to 2^67 cannot overflow, P fits float16
     LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0**-60
     MOST: tl.constexpr = 2.0**15 if dtype == tl.float16 else 2.0**60
 
-    # -- select the KV head --
-    bh = tl.program_id(1).to(tl.int64)
-    q_ptr += bh * GROUP * sizes.Tq * D
-    o_ptr += bh * GROUP * sizes.Tq * D
-    lse_ptr += bh * GROUP * sizes.Tq
-    first_row = (bh * sizes.Tk).to(tl.int32)
-    k_ptr += bh * sizes.Tk * D
-    v_ptr += bh * sizes.Tk * D
-    k2_ptr += bh * sizes.Tk2 * D
-    v2_ptr += bh * sizes.Tk2 * D
-    keys = Keys(k_ptr, v_ptr, k_blocks, v_blocks, first_row)
-
     chunks = tl.cdiv(sizes.w2, OFFSETS)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    query_index = tl.arange(0, PADDED)
-    # is_own[q, r]: is row r of the tile a row of its query q? [PADDED, ROWS]
-    is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
+    is_own = own_rows(PADDED, ROWS, OFFSETS)  # [PADDED, ROWS]
     o = tl.zeros((PADDED, D), tl.float32)
     lse = tl.full((PADDED,), -float("inf"), tl.float32)
     first_tile = query_block * chunks
     tile = make_tile(first_tile, sizes, GROUP, QUERIES, OFFSETS)
-    qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.exists, qk_scale, D)  # [ROWS, D]
+    qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)  # [ROWS, D]
     for chunk in range(chunks):
         # -- attend from each row --
         tile = make_tile(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS)
-        acc, m_i, l_i = attend(keys, qk2, tile, sizes.w1, None, D, BLOCK_N, PRECISION)
+        acc, m_i, l_i = attend(head, qk2, tile, sizes.w1, None, D, BLOCK_N, PRECISION)
         needs_max = tile.exists & ~((l_i > LEAST) & (l_i < MOST))
         if REPAIR:
-            acc, m_i, l_i = attend(keys, qk2, tile, sizes.w1, needs_max, D, BLOCK_N, PRECISION)
+            acc, m_i, l_i = attend(head, qk2, tile, sizes.w1, needs_max, D, BLOCK_N, PRECISION)
         else:
             l_i = tl.where(needs_max, float("nan"), l_i)
 
-        # -- share of each row in the softmax of its query; "/ l_i" because acc is not normalized --
-        m_i = tl.where(tile.exists, m_i, -float("inf"))
-        m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
-        m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
-        p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
-        l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
-        l_safe = tl.where(l_q == 0.0, 1.0, l_q)
-        share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
-
-        # -- multiply by v2, sum the rows of each query --
-        v2 = load_rows(v2_ptr, tile.position2, tile.exists, D)  # [ROWS, D]
-        x = (acc * share[:, None] * v2).to(dtype)
-        if REPAIR:
-            o_chunk = sum_rows(is_own, x, PRECISION)  # [PADDED, D]
-        else:
-            o_chunk = tl.dot(is_own.to(dtype), x, input_precision=PRECISION)
-        lse_chunk = tl.where(l_q == 0.0, -float("inf"), m_q + tl.log2(l_safe))
-
-        # -- merge with the chunks before: a softmax over chunks --
-        m = tl.maximum(lse, lse_chunk)
-        m = tl.where(m == -float("inf"), 0.0, m)
-        weight = tl.exp2(lse - m)
-        weight_chunk = tl.exp2(lse_chunk - m)
-        total = tl.where(weight + weight_chunk == 0.0, 1.0, weight + weight_chunk)
-        o = o * (weight / total)[:, None] + o_chunk * (weight_chunk / total)[:, None]
-        lse = tl.where(weight + weight_chunk == 0.0, -float("inf"), m + tl.log2(total))
+        # -- combine the rows of each query, merge with the chunks before --
+        o_chunk, lse_chunk = combine_rows(
+            acc, m_i, l_i, head.v2_ptr, tile, is_own, D, PRECISION, REPAIR
+        )
+        o, lse = merge_chunk(o, lse, o_chunk, lse_chunk)
 
         # -- compute qk2 of the next chunk: here, so that Triton keeps it in shared memory --
         if chunk + 1 < chunks:
             next_tile = make_tile(first_tile + chunk + 1, sizes, GROUP, QUERIES, OFFSETS)
-            qk2 = multiply_rows(q_ptr, k2_ptr, next_tile, next_tile.exists, qk_scale, D)
+            qk2 = multiply_rows(head.q_ptr, head.k2_ptr, next_tile, next_tile.exists, qk_scale, D)
         else:
             qk2 = tl.zeros((ROWS, D), dtype)
 
     # -- store --
-    query = query_block * QUERIES + query_index
-    row = query_row(query, sizes, GROUP)
-    mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
+    row, mask = block_queries(query_block, sizes, GROUP, QUERIES, PADDED)
     if REPAIR:
-        mask &= tl.load(lse_ptr + row, mask=mask, other=0.0) == float("inf")
-    o_ptrs = o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
+        mask &= tl.load(head.lse_ptr + row, mask=mask, other=0.0) == float("inf")
+    o_ptrs = head.o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(o_ptrs, o.to(dtype), mask=mask[:, None])
-    tl.store(lse_ptr + row, lse * LN2, mask=mask)
+    tl.store(head.lse_ptr + row, lse * LN2, mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -353,10 +397,14 @@ def forward_kernel(
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, lse = attention(q, k, v, k2, v2) of a tile; repair_kernel takes rows out of range."""
+    query_block = tl.program_id(0)
+    sizes = Sizes(Tq, Tk, Tk2, w1, w2)
+    head = select_head(
+        q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, sizes, GROUP, D
+    )
     forward_queries(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
-        Sizes(Tq, Tk, Tk2, w1, w2), scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False,
-    )  # fmt: skip
+        query_block, head, sizes, scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -390,14 +438,48 @@ def repair_kernel(
         tl.debug_barrier()  # forward_queries reads it
         for tile in range(first_tile, first_tile + TILES):
             if tl.max((needs_repair & (query // QUERIES == tile)).to(tl.int32), 0) > 0:
+                head = select_head(
+                    q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
+                    sizes, GROUP, D,
+                )  # fmt: skip
                 forward_queries(
-                    tile, q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr,
-                    sizes, scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, True,
+                    tile, head, sizes, scale,
+                    GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, True,
                 )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
 # Backward: dq, dk2 and dv2, a program per piece of queries
+
+
+class BackwardHead(NamedTuple):
+    """The inputs of the backward pass of one KV head."""
+
+    q_ptr: tl.tensor  # (GROUP, Tq, D)
+    k_ptr: tl.tensor  # (Tk, D)
+    v_ptr: tl.tensor
+    k2_ptr: tl.tensor  # (Tk2, D)
+    v2_ptr: tl.tensor
+    do_ptr: tl.tensor  # (GROUP, Tq, D)
+    lse_ptr: tl.tensor  # (GROUP, Tq)
+    delta_ptr: tl.tensor
+
+
+@triton.jit
+def select_backward_head(
+    q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes,
+    GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Return the BackwardHead of KV head bh in the batch."""
+    q_ptr += bh * GROUP * sizes.Tq * D
+    do_ptr += bh * GROUP * sizes.Tq * D
+    lse_ptr += bh * GROUP * sizes.Tq
+    delta_ptr += bh * GROUP * sizes.Tq
+    k_ptr += bh * sizes.Tk * D
+    v_ptr += bh * sizes.Tk * D
+    k2_ptr += bh * sizes.Tk2 * D
+    v2_ptr += bh * sizes.Tk2 * D
+    return BackwardHead(q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr)
 
 
 class RowInputs(NamedTuple):
@@ -412,14 +494,22 @@ class RowInputs(NamedTuple):
 
 @triton.jit
 def make_row_operands(
-    q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index, sizes, qk_scale,
+    head, tile_index, sizes, qk_scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
     tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
-    qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.exists, qk_scale, D)
+    qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)
     tl.debug_barrier()  # without it all loads come first, and registers spill
-    return qk2, multiply_rows(do_ptr, v2_ptr, tile, tile.has_rivals, 1.0, D)
+    return qk2, multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.has_rivals, 1.0, D)
+
+
+@triton.jit
+def load_row_inputs(head, tile, qk2, dov2):
+    """Load lse and delta of the rows of a tile. -> RowInputs"""
+    lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
+    delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
+    return RowInputs(qk2, dov2, lse, delta, tile.position)
 
 
 @triton.jit
@@ -436,6 +526,52 @@ def backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION: t
     ds = p * (tl.dot(rows.dov2, tl.trans(v), input_precision=PRECISION) - rows.delta[:, None])
     dsk = tl.dot(ds.to(k.dtype), k, dsk, input_precision=PRECISION)
     return pv, dsk
+
+
+@triton.jit
+def attend_backward(
+    head, rows, tile, w1,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return pv = P V and dsk = dS K of the rows of a tile over their windows. [ROWS, D]"""
+    ROWS: tl.constexpr = rows.qk2.shape[0]
+    pv = tl.zeros((ROWS, D), tl.float32)
+    dsk = tl.zeros((ROWS, D), tl.float32)
+    first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
+
+    # -- small blocks, up to where the whole blocks start --
+    for start in tl.range(first_key, first_block, EDGE, num_stages=1):
+        k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
+        pv, dsk = backward_block(pv, dsk, rows, k, v, start, first_block, w1, True, PRECISION)
+
+    # -- whole blocks; only those past the first query need a mask --
+    for start in range(first_block, end, BLOCK_N):
+        k = load_block(head.k_ptr, start, BLOCK_N, D)
+        v = load_block(head.v_ptr, start, BLOCK_N, D)
+        is_partial = start + BLOCK_N > tile.first_position + 1
+        pv, dsk = backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION)
+    return pv, dsk
+
+
+@triton.jit
+def k2_rows(
+    tile, chunk, sizes, piece, buffer_rows,
+    QUERIES: tl.constexpr, OFFSETS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Return which rows of a tile read which position of k2, and where it is in the buffer.
+
+    -> reads [K2_ROWS, ROWS], 0 or 1, buffer_row [K2_ROWS]; chunk: of the tile's offsets.
+    """
+    LARGER: tl.constexpr = OFFSETS if OFFSETS > QUERIES else QUERIES
+    # positions of k2 that a tile reads: at most QUERIES + OFFSETS - 1, padded to a power of two
+    K2_ROWS: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
+    first_position2 = tile.first_position - sizes.Tk + sizes.Tk2  # of the first query in k2
+    first_read = first_position2 - chunk * OFFSETS - OFFSETS + 1  # its largest offset
+    k2_position = tl.arange(0, K2_ROWS) + first_read
+    reads = (k2_position[:, None] == tile.position2[None, :]).to(dtype)
+    # the last row of the buffer is the last position of the piece
+    q_position = k2_position - (sizes.Tk2 - sizes.Tq)
+    return reads, q_position + buffer_rows - piece * (tl.program_id(0) + 1)
 
 
 @triton.jit
@@ -459,25 +595,16 @@ def dq_dk2_dv2_kernel(
     The shares go to a buffer of the program. Its last `piece` rows are the positions of its
     queries; its first w2 - 1 rows are the positions before, which its first queries see as well.
     """
-    ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
-    LARGER: tl.constexpr = OFFSETS if OFFSETS > QUERIES else QUERIES
-    # positions of k2 that a tile reads: at most QUERIES + OFFSETS - 1, padded to a power of two
-    K2_ROWS: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
-    dtype = q_ptr.dtype.element_ty
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
 
     # -- select the KV head --
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     bh = tl.program_id(1).to(tl.int64)
-    q_ptr += bh * GROUP * Tq * D
-    do_ptr += bh * GROUP * Tq * D
+    head = select_backward_head(
+        q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes, GROUP, D
+    )
     dq_ptr += bh * GROUP * Tq * D
-    lse_ptr += bh * GROUP * Tq
-    delta_ptr += bh * GROUP * Tq
-    k_ptr += bh * Tk * D
-    v_ptr += bh * Tk * D
-    k2_ptr += bh * Tk2 * D
-    v2_ptr += bh * Tk2 * D
 
     # -- steps of this program: tiles, and the chunks of their offsets --
     chunks = tl.cdiv(w2, OFFSETS)
@@ -486,29 +613,14 @@ def dq_dk2_dv2_kernel(
     last_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
     scale = tl.cast(scale, tl.float32)
     qk2, dov2 = make_row_operands(
-        q_ptr, do_ptr, k2_ptr, v2_ptr, first_tile, sizes,
-        scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
-    )  # fmt: skip
+        head, first_tile, sizes, scale * LOG2E, GROUP, D, QUERIES, OFFSETS
+    )
     dq = tl.zeros((PADDED, D), tl.float32)
     for tile_index in range(first_tile, last_tile):
-        # -- load lse and delta --
+        # -- compute pv and dsk of each row --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
-        lse = tl.load(lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
-        delta = tl.load(delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
-        inputs = RowInputs(qk2, dov2, lse, delta, tile.position)
-
-        # -- compute pv and dsk: over small blocks of keys, then whole blocks --
-        pv = tl.zeros((ROWS, D), tl.float32)
-        dsk = tl.zeros((ROWS, D), tl.float32)
-        first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
-        for start in tl.range(first_key, first_block, EDGE, num_stages=1):
-            k, v = load_keys(k_ptr, v_ptr, start, first_block, EDGE, D)
-            pv, dsk = backward_block(pv, dsk, inputs, k, v, start, first_block, w1, True, PRECISION)
-        for start in range(first_block, end, BLOCK_N):
-            k = load_block(k_ptr, start, BLOCK_N, D)
-            v = load_block(v_ptr, start, BLOCK_N, D)
-            is_partial = start + BLOCK_N > tile.first_position + 1
-            pv, dsk = backward_block(pv, dsk, inputs, k, v, start, end, w1, is_partial, PRECISION)
+        rows = load_row_inputs(head, tile, qk2, dov2)
+        pv, dsk = attend_backward(head, rows, tile, w1, D, BLOCK_N, PRECISION)
 
         # pv and dsk fill the registers. So the barriers below delay the loads, and the tile is made
         # again: w1 > 0 is always true, but the compiler cannot know, so it does not keep the first.
@@ -517,47 +629,37 @@ def dq_dk2_dv2_kernel(
         tile = make_tile(same_index, sizes, GROUP, QUERIES, OFFSETS)
 
         # -- sum the rows that read the same position of k2, by a product with a 0/1 matrix --
-        first_position2 = tile.first_position - Tk + Tk2  # of the first query in k2
-        first_read = (
-            first_position2 - tile_index % chunks * OFFSETS - OFFSETS + 1
-        )  # its largest offset
-        k2_position = tl.arange(0, K2_ROWS) + first_read
-        reads = (k2_position[:, None] == tile.position2[None, :]).to(dtype)  # [K2_ROWS, ROWS]
+        reads, buffer_row = k2_rows(
+            tile, tile_index % chunks, sizes, piece, buffer_rows, QUERIES, OFFSETS, dtype
+        )
         tl.debug_barrier()
-        # the last row of the buffer is the last position of the piece
-        q_position = k2_position - (Tk2 - Tq)
-        buffer_row = q_position + buffer_rows - piece * (tl.program_id(0) + 1)
         in_buffer = (buffer_row >= 0) & (buffer_row < buffer_rows)
         program = same_bh * tl.num_programs(0) + tl.program_id(0)
-        do = load_rows(do_ptr, tile.q_row, tile.exists, D)  # [ROWS, D]
+        do = load_rows(head.do_ptr, tile.q_row, tile.exists, D)  # [ROWS, D]
         dv2 = tl.dot(reads, (pv * do).to(dtype), input_precision=PRECISION)  # [K2_ROWS, D]
         add_to_buffer(dv2_ptr + program * buffer_rows * D, dv2, buffer_row, in_buffer, D)
         tl.debug_barrier()
-        q = load_rows(q_ptr, tile.q_row, tile.exists, D)
+        q = load_rows(head.q_ptr, tile.q_row, tile.exists, D)
         dk2 = tl.dot(reads, (dsk * q).to(dtype), input_precision=PRECISION) * scale
         add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
         tl.debug_barrier()
 
         # -- sum the rows of each query; dq starts at 0 in its first chunk --
-        k2 = load_rows(k2_ptr, tile.position2, tile.exists, D)
-        query_index = tl.arange(0, PADDED)
-        is_own = query_index[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]  # [PADDED, ROWS]
+        k2 = load_rows(head.k2_ptr, tile.position2, tile.exists, D)
+        is_own = own_rows(PADDED, QUERIES * OFFSETS, OFFSETS)  # [PADDED, ROWS]
         dsk_k2 = (dsk * k2).to(dtype)
         dq_chunk = tl.dot(is_own.to(dtype), dsk_k2, input_precision=PRECISION) * scale
         dq = tl.where(tile_index % chunks == 0, 0.0, dq) + dq_chunk
 
         # -- store dq; the store of the last chunk is the one that stays --
-        query = tile_index // chunks * QUERIES + query_index
-        mask = (query_index < QUERIES) & (query < GROUP * Tq)
-        q_row = query_row(query, sizes, GROUP)
+        q_row, mask = block_queries(tile_index // chunks, sizes, GROUP, QUERIES, PADDED)
         dq_ptrs = dq_ptr + q_row[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(dq_ptrs, dq.to(dtype), mask=mask[:, None])
 
         # -- compute qk2 and dov2 of the next tile: here, for the reason given in forward_queries --
         qk2, dov2 = make_row_operands(
-            q_ptr, do_ptr, k2_ptr, v2_ptr, tile_index + 1, sizes,
-            scale * LOG2E, GROUP, D, QUERIES, OFFSETS,
-        )  # fmt: skip
+            head, tile_index + 1, sizes, scale * LOG2E, GROUP, D, QUERIES, OFFSETS
+        )
         tl.debug_barrier()  # in the next step other threads add to the same rows of the buffers
 
 
@@ -578,21 +680,16 @@ def dk_dv_kernel(
     # -- select the KV head --
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     bh = tl.program_id(1).to(tl.int64)
-    q_ptr += bh * GROUP * Tq * D
-    do_ptr += bh * GROUP * Tq * D
-    lse_ptr += bh * GROUP * Tq
-    delta_ptr += bh * GROUP * Tq
-    k_ptr += bh * Tk * D
-    v_ptr += bh * Tk * D
+    head = select_backward_head(
+        q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes, GROUP, D
+    )
     dk_ptr += bh * Tk * D
     dv_ptr += bh * Tk * D
-    k2_ptr += bh * Tk2 * D
-    v2_ptr += bh * Tk2 * D
 
     # -- load the keys --
     start = tl.program_id(0) * BLOCK_N
     key = start + tl.arange(0, BLOCK_N)
-    k, v = load_keys(k_ptr, v_ptr, start, Tk, BLOCK_N, D)
+    k, v = load_keys(head.k_ptr, head.v_ptr, start, Tk, BLOCK_N, D)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
@@ -608,11 +705,13 @@ def dk_dv_kernel(
     for tile_index in range(first_block * chunks, end_block * chunks):
         # -- load the rows; with a single pair, qk2 = 0 and lse = 0, so P = 1 and dk gets 0 --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
-        qk2 = multiply_rows(q_ptr, k2_ptr, tile, tile.has_rivals, qk_scale, D)  # [ROWS, D]
-        dov2 = multiply_rows(do_ptr, v2_ptr, tile, tile.exists, 1.0, D)
-        lse = tl.load(lse_ptr + tile.q_row, mask=tile.has_rivals, other=0.0) * LOG2E
+        qk2 = multiply_rows(
+            head.q_ptr, head.k2_ptr, tile, tile.has_rivals, qk_scale, D
+        )  # [ROWS, D]
+        dov2 = multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.exists, 1.0, D)
+        lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.has_rivals, other=0.0) * LOG2E
         lse = tl.where(tile.exists, lse, float("inf"))  # exp2(s - inf) = 0
-        delta = tl.load(delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
+        delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
 
         # -- recompute p, transposed --
         s = tl.dot(k, tl.trans(qk2), input_precision=PRECISION)  # [BLOCK_N, ROWS]
@@ -777,23 +876,11 @@ def check_size(heads, group, Tq, Tk, Tk2, D):
 # Forward on the host
 
 
-def try_hopper(q, k, v, k2, v2, o, lse, sizes):
-    """Run hopper_kernel if it applies. -> whether it did"""
-    global hopper
+def hopper_plan(q, k, w1, w2):
+    """Return the compile-time arguments of hopper_kernel, or None where forward_kernel runs."""
     if hopper is None or not q.is_cuda:
-        return False
-    _, _, _, w1, w2 = sizes
-    group = q.shape[1] // k.shape[1]
-    plan = hopper.plan(q.dtype, q.device, group, q.shape[3], w1, w2)
-    if plan is None:
-        return False
-    try:
-        hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)
-    except Exception as error:  # of a Triton with another Gluon; those of the GPU come later
-        warnings.warn(f"2-simplicial attention is slower: hopper_kernel fails, {error!r:.300}")
-        hopper = None
-        return False
-    return True
+        return None
+    return hopper.plan(q.dtype, q.device, q.shape[1] // k.shape[1], q.shape[3], w1, w2)
 
 
 def forward(
@@ -815,7 +902,6 @@ def forward(
     # TMA wants addresses that are multiples of 16
     k = k if k.data_ptr() % 16 == 0 else k.clone()
     v = v if v.data_ptr() % 16 == 0 else v.clone()
-    is_done = try_hopper(q, k, v, k2, v2, o, lse, sizes)
     options = get_options("forward", q.dtype, q.device, H // Hkv, D, min(w2, Tk2))
     block = [options["BLOCK_N"], D]
     k_blocks = TensorDescriptor.from_tensor(k.view(-1, D), block)  # (B * Hkv * Tk, D)
@@ -823,7 +909,10 @@ def forward(
     tensors = q, k, v, k_blocks, v_blocks, k2, v2, o, lse
 
     tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])
-    if not is_done:
+    plan = hopper_plan(q, k, min(w1, Tk), min(w2, Tk2))
+    if plan is not None:
+        hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)
+    else:
         forward_kernel[(tiles, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     programs = triton.cdiv(tiles, max(1, REPAIR_QUERIES.value // options["QUERIES"]))
     repair_kernel[(programs, B * Hkv)](*tensors, *sizes, D**-0.5, **options)

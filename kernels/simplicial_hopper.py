@@ -558,7 +558,7 @@ def plan(dtype, device, group, D, w1, w2):
 def launch(options, q, k, v, k2, v2, o, lse, sizes):
     """Run hopper_kernel. Writes o and lse, which is inf for the queries left to repair_kernel.
 
-    options: from plan. sizes: Tq, Tk, Tk2, w1, w2.
+    options: from plan. sizes: Tq, Tk, Tk2, w1, w2. Raises RuntimeError if it does not build.
     """
     D = q.shape[3]
     layout = key_layout()
@@ -574,4 +574,10 @@ def launch(options, q, k, v, k2, v2, o, lse, sizes):
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(multiprocessors, tiles * heads)
     tensors = q, *descriptors, k2, v2, o, lse
-    hopper_kernel[(programs,)](*tensors, *sizes, D**-0.5, tiles, heads, **options, num_warps=4)
+    try:
+        hopper_kernel[(programs,)](*tensors, *sizes, D**-0.5, tiles, heads, **options, num_warps=4)
+    except Exception as error:  # Gluon changes from one Triton to the next
+        raise RuntimeError(
+            f"hopper_kernel fails with Triton {triton.__version__}: install Triton 3.6 or 3.7, or "
+            f"remove kernels/simplicial_hopper.py to run the slower forward_kernel instead"
+        ) from error

@@ -12,6 +12,14 @@ from tests.common import REPOSITORY, fails, refused, without_rights
 from tests.test_data import BYTE, load, write_jsonl
 
 
+def read_documents(folder):
+    """Return the bytes of each document. With byte tokens, a NUL ends each."""
+    tokens = bytes(load(folder))
+    *texts, end = tokens.split(b"\0")
+    assert end == b""
+    return texts
+
+
 def test_documents_of_a_folder(tmp_path, capsys):
     contents = {
         "a.txt": b"one",
@@ -24,24 +32,28 @@ def test_documents_of_a_folder(tmp_path, capsys):
         ".hidden": b"no",
         ".git/c.txt": b"no",
     }
+    folder = tmp_path / "d"
     for name, content in contents.items():
-        (tmp_path / "d" / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / "d" / name).write_bytes(content)
-    (tmp_path / "d/dangling").symlink_to("nowhere")
-    os.mkfifo(tmp_path / "d/pipe")
-    tokens = bytes(load(tmp_path / "d"))
-    assert sorted(tokens.split(b"\0")) == [b"", b"one", b"two"] and tokens.endswith(b"\0")
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(content)
+    (folder / "dangling").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    assert sorted(read_documents(folder)) == [b"one", b"two"]
     assert "skipped  5 of 7 documents" in capsys.readouterr().out
 
 
 def test_standard_library_is_there():
     paths = documents.find_documents("stdlib")
-    assert len(paths) > 200 and paths == sorted(paths)
+    assert len(paths) > 200, "the standard library has several hundred files"
+    assert paths == sorted(paths)
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     for path in paths:
-        tests = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-        assert path.suffix == ".py" and not tests & set(path.parts)
+        assert path.suffix == ".py"
+        assert not excluded & set(path.parts)
     everything = set(documents.find_documents("python"))
-    assert set(paths) <= everything and REPOSITORY / "train.py" not in everything
+    assert set(paths) <= everything
+    assert REPOSITORY / "train.py" not in everything
 
 
 def test_bad_data(tmp_path, monkeypatch):
@@ -90,13 +102,14 @@ def test_unreadable_files_and_folders(tmp_path, monkeypatch):
 
 
 def test_files_that_disappear_are_left_out(tmp_path, monkeypatch):
-    (tmp_path / "d").mkdir()
+    folder = tmp_path / "d"
+    folder.mkdir()
     for name in "abc":
-        (tmp_path / "d" / name).write_text(f"text {name}")
-    found = documents.find_documents(str(tmp_path / "d"))
-    (tmp_path / "d/b").unlink()
+        (folder / name).write_text(f"text {name}")
+    found = documents.find_documents(str(folder))
+    (folder / "b").unlink()
     monkeypatch.setattr(data, "find_documents", lambda _: found)
-    assert sorted(bytes(load(tmp_path / "d")).split(b"\0")) == [b"", b"text a", b"text c"]
+    assert sorted(read_documents(folder)) == [b"text a", b"text c"]
 
 
 def test_json_lines_are_split_at_newlines_alone(tmp_path):
@@ -143,11 +156,14 @@ def test_empty_jsonl(tmp_path):
 
 
 def test_lone_surrogates_and_nul_in_answers(tmp_path):
-    write_jsonl(tmp_path / "x.jsonl", [("\ud83d", "\0\udce9"), ("a", "b")])
+    rows = [("\ud83d", "\0\udce9"), ("a", "b")]
+    write_jsonl(tmp_path / "x.jsonl", rows)
     tokens = load(tmp_path / "x.jsonl")
     starts, answers = data.prompts_and_answers(tokens)
-    assert len(starts) == len(answers) == 2  # a NUL inside an answer begins no prompt
-    assert "\ufffd".encode() in bytes(tokens[tokens >= 0].tolist())
+    assert len(starts) == len(rows), "a NUL inside an answer begins no prompt"
+    assert len(answers) == len(rows)
+    answer_bytes = bytes(tokens[tokens >= 0].tolist())
+    assert "\ufffd".encode() in answer_bytes
 
 
 def test_the_command_refuses_bad_data(tiny):

@@ -1,6 +1,5 @@
 """LoRA-RITE in PyTorch, and LoRA adapters: against the paper's algorithm, invariance, training."""
 
-import copy
 import math
 
 import pytest
@@ -91,7 +90,8 @@ def test_it_is_the_papers_algorithm(options, shape):
         with_grads = [(a.detach(), b.detach(), a.grad, b.grad) for a, b in leaves]
         lr = 0.05 * (1 - 0.5 * t / 50)
         factors = lora_rite.reference(with_grads, states, t + 1, lr, (0.9, 0.999), 1e-6, **options)
-    assert distance(ours, [b @ a.T for a, b in factors]) < 1e-11
+    expected = [b @ a.T for a, b in factors]
+    assert distance(ours, expected) < 1e-11
 
     # the state is the paper's, but for the rotation of the bases
     A = optimizer.param_groups[0]["params"][0]
@@ -120,7 +120,7 @@ def test_the_reference_is_the_formula_of_the_paper():
         h_a = ga / b.norm()
         h_b = gb / a.norm()
         scale = min(1.0, 2.0 / math.sqrt(h_a.square().sum() + h_b.square().sum()))
-        assert (scale == 1) == (t == 1)
+        assert (scale == 1) == (t == 1), "the second gradients are clipped"
         h_a = scale * h_a
         h_b = scale * h_b
         d1 = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
@@ -216,8 +216,11 @@ def test_bad_factors(case, dtype):
     pairs, loss = low_rank(samples=2 if case == "two samples" else None)
     start = [BAD_FACTORS[case](A, B) for A, B in pairs]
     after, losses, optimizer = descend(start, loss, dtype=dtype)
-    states = [t for state in optimizer.state.values() for t in state.values()]
-    assert all(t.isfinite().all() for t in [*after, *states])
+    for product in after:
+        assert product.isfinite().all()
+    for state in optimizer.state.values():
+        assert state["M"].isfinite().all()
+        assert state["packed"].isfinite().all()
     if case == "A zero too":
         assert losses[-1] == losses[0], "there is no gradient"
     elif dtype != torch.bfloat16 or case != "cond 1e8":  # there 1e8 is rounded to 1e6
@@ -247,9 +250,10 @@ def test_inverse_root(eigenvalues, kept):
 
 def test_float32_follows_float64():
     pairs, loss = low_rank()
-    truth = descend(pairs, loss)[0]
-    ours = descend(pairs, loss, dtype=torch.float32)[0]
-    assert distance([p.double() for p in ours], truth) < 1e-5
+    truth, _, _ = descend(pairs, loss)
+    ours, _, _ = descend(pairs, loss, dtype=torch.float32)
+    ours = [p.double() for p in ours]
+    assert distance(ours, truth) < 1e-5
 
     # with Gram matrices in float32, this would be off by 0.3
     generator = torch.Generator().manual_seed(5)
@@ -257,8 +261,9 @@ def test_float32_follows_float64():
     Q2 = torch.linalg.qr(torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)).Q
     R = Q1 @ torch.diag(torch.tensor([1e2, 1.0, 1.0, 1e-2]).double()) @ Q2
     bent = [(torch.linalg.solve(r, A), B @ r) for r, (A, B) in zip(R, pairs)]
-    ours = descend(bent, loss, dtype=torch.float32)[0]
-    assert distance([p.double() for p in ours], truth) < 5e-3
+    ours, _, _ = descend(bent, loss, dtype=torch.float32)
+    ours = [p.double() for p in ours]
+    assert distance(ours, truth) < 5e-3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
@@ -275,7 +280,8 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad):
         optimizer.step()
         moved = [not torch.equal(p, q) for p, q in zip(parameters, before)]
         assert moved == [True, True, t != 1, True, True, True]
-    assert all(p.isfinite().all() for p in parameters)
+    for p in parameters:
+        assert p.isfinite().all()
     skipped = [numbers(optimizer, p).skipped.item() for p in parameters]
     assert skipped == [0, 0, 1, 0, 0, 0]
 
@@ -293,7 +299,8 @@ def test_a_parameter_that_is_not_finite_spoils_its_own_pair_only(bad):
             parameters[0].data[0, 0] = bad
         optimizer.step()
     assert not parameters[0].isfinite().all()
-    assert parameters[2].isfinite().all() and parameters[3].isfinite().all()
+    assert parameters[2].isfinite().all()
+    assert parameters[3].isfinite().all()
 
 
 def test_missing_gradients():
@@ -309,7 +316,9 @@ def test_missing_gradients():
             ps[i].grad = None
         before = [p.detach().clone() for p in ps]
         optimizer.step()
-        assert [torch.equal(p, q) for p, q in zip(ps, before)] == [i in missing for i in range(4)]
+        for i, p in enumerate(ps):
+            stayed = torch.equal(p, before[i])
+            assert stayed == (i in missing), i
 
         # x_old = (x + lr M root^T) / shrink, with the root of the partner
         for i, p in enumerate(ps):
@@ -345,9 +354,11 @@ def test_equal_pairs_are_batched_and_their_order_is_free():
             optimizer.step()
         return [B @ A for _, (A, B) in sorted(net.items())]
 
-    base = run([0, 1, 2, 3], False)
-    assert distance(run([0, 1, 2, 3], True), base) < 1e-13
-    assert distance(run([3, 1, 0, 2], False), base) < 1e-13
+    one_group = run([0, 1, 2, 3], split=False)
+    four_groups = run([0, 1, 2, 3], split=True)
+    another_order = run([3, 1, 0, 2], split=False)
+    assert distance(four_groups, one_group) < 1e-13
+    assert distance(another_order, one_group) < 1e-13
 
 
 def test_a_closure_is_called_with_gradients_on():
@@ -366,105 +377,7 @@ def test_a_closure_is_called_with_gradients_on():
 
 
 # --------------------------------------------------------------------------------------------------
-# Its state
-
-
-def run_steps(optimizer, parameters, grads, steps):
-    for t in steps:
-        optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)  # that of the last step is in the state
-        for p, g in zip(parameters, grads[t]):
-            p.grad = g.clone()
-        optimizer.step()
-
-
-def some_nets(dtype=torch.float32, count=2, **options):
-    """Return gradients of six steps, and `count` times the same parameters and an optimizer."""
-    pairs, _ = low_rank()
-    grads = [[torch.randn(p.shape).to(dtype) for pair in pairs for p in pair] for _ in range(6)]
-    nets = []
-    for _ in range(count):
-        parameters = [nn.Parameter(p.to(dtype).clone()) for pair in pairs for p in pair]
-        group = {"params": parameters, "pair": True}
-        nets.append((parameters, LoRARITE([group], 0.1, **options)))
-    return grads, nets
-
-
-@pytest.mark.parametrize("options", [{}, {"escape": True, "weight_decay": 0.1}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_state_goes_through_a_file(dtype, options, tmp_path):
-    grads, [(whole, a), (parts, b)] = some_nets(dtype, **options)
-    run_steps(a, whole, grads, range(6))
-    run_steps(b, parts, grads, range(3))
-    torch.save(b.state_dict(), tmp_path / "state")
-    c = LoRARITE([{"params": parts, "pair": True}], 0.1)
-    c.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    run_steps(c, parts, grads, range(3, 6))
-    assert is_equal(whole, parts) and is_equal(a.state_dict(), c.state_dict())
-
-
-def test_load_state_dict_respects_hooks_as_adam_does():
-    """A pre-hook may replace what is loaded; post-hooks see the loaded state; nothing is shared."""
-    grads, [(parameters, a), (others, b)] = some_nets()
-    run_steps(a, parameters, grads, range(2))
-    saved = a.state_dict()
-    seen = []
-
-    def pre_hook(optimizer, state_dict):
-        state = {i: {**s, "M": s["M"] + 1} for i, s in state_dict["state"].items()}
-        return {**state_dict, "state": state}
-
-    def post_hook(optimizer):
-        seen.append(optimizer.state[others[0]]["packed"].clone())
-
-    b.register_load_state_dict_pre_hook(pre_hook)
-    b.register_load_state_dict_post_hook(post_hook)
-    b.load_state_dict(saved)
-    for p, q in zip(parameters, others):
-        assert torch.equal(b.state[q]["M"], a.state[p]["M"] + 1)
-        assert torch.equal(b.state[q]["packed"], a.state[p]["packed"])
-        assert b.state[q]["packed"].dtype == torch.float64
-    assert torch.equal(seen[0], a.state[parameters[0]]["packed"])
-
-    before = copy.deepcopy(saved)
-    run_steps(b, others, grads, range(2, 4))
-    assert is_equal(saved, before), "the loaded dict is not written to"
-
-
-BAD_STATES = {
-    "M of another shape": lambda s: dict(s, M=torch.ones(3)),
-    "packed is short": lambda s: dict(s, packed=s["packed"][:-1]),
-    "NaN": lambda s: dict(s, packed=s["packed"] * math.nan),
-    "meta": lambda s: dict(s, M=s["M"].to("meta")),
-    "sparse": lambda s: dict(s, M=s["M"].to_sparse()),
-    "integers": lambda s: dict(s, M=s["M"].long()),
-    "strings": lambda s: dict(s, M="M"),
-    "M is missing": lambda s: {"packed": s["packed"]},
-    "more than that": lambda s: dict(s, exp_avg=s["M"]),
-    "a negative step": lambda s: dict(s, packed=s["packed"] * -1),
-    "shrink 0": lambda s: dict(s, packed=s["packed"] * 0),
-    "a list": lambda s: [1, 2],
-}
-
-
-@pytest.mark.parametrize("case", BAD_STATES)
-def test_bad_states_are_refused(case):
-    grads, [(parameters, a), (others, b)] = some_nets()
-    run_steps(a, parameters, grads, range(1))
-    saved = a.state_dict()
-    saved["state"][1] = BAD_STATES[case](saved["state"][1])
-    message = r"the state of a factor \(17, 4\) is not one of LoRA-RITE"
-    with pytest.raises(ValueError, match=message):
-        b.load_state_dict(saved)
-    assert not b.state, "nothing was loaded"
-
-
-def test_a_state_with_stride_0_becomes_real_memory():
-    grads, [(parameters, a), (others, b)] = some_nets()
-    run_steps(a, parameters, grads, range(1))
-    saved = a.state_dict()
-    saved["state"][0]["M"] = torch.ones(1).expand(4, 24)
-    b.load_state_dict(saved)
-    assert b.state[others[0]]["M"].is_contiguous()
+# Its options
 
 
 OPTION_ERRORS = [
@@ -503,7 +416,8 @@ def test_options_of_the_plug_in():
     groups = [{"params": [A, B], "pair": True, "weight_decay": 0.3}]
     optimizer = lora_rite.optimizer(groups, 0.5, beta1=0.1, beta2=0.2, **given)
     expected = {**given, "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}
-    assert {name: optimizer.param_groups[0][name] for name in expected} == expected
+    for name, value in expected.items():
+        assert optimizer.param_groups[0][name] == value, name
     groups = [{"params": [A, B], "pair": True}]
     default, plain = lora_rite.optimizer(groups, 1e-3), LoRARITE(groups)
     assert is_equal(default.param_groups, plain.param_groups)

@@ -237,6 +237,61 @@ def test_lines_have_at_most_100_columns():
     assert wide == []
 
 
+MAX_FUNCTION = 80  # lines, from def to the last
+MAX_TRAINING_FUNCTION = 110  # train_in of train.py
+MAX_TRAINING_LOOP = 45
+
+
+def too_long(path):
+    """Return the functions of a file that are too long, and the training loop if it is."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        limit = MAX_FUNCTION
+        if path.name == "train.py" and node.name == "train_in":
+            limit = MAX_TRAINING_FUNCTION
+            loops = [child for child in ast.walk(node) if isinstance(child, ast.While)]
+            found += [f"loop of {node.name}" for n in loops if n_lines(n) > MAX_TRAINING_LOOP]
+        if n_lines(node) > limit:
+            found.append(node.name)
+    return found
+
+
+def n_lines(node):
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", SOURCE_FILES, ids=lambda path: path.name)
+def test_functions_are_short(path):
+    assert too_long(path) == []
+
+
+@pytest.mark.parametrize(
+    "file,name,opening,most",
+    [
+        ("laser.py", "train_in", "def train_in():\n", MAX_FUNCTION),
+        ("train.py", "main", "async def main():\n", MAX_FUNCTION),
+        ("train.py", "train_in", "def train_in():\n", MAX_TRAINING_FUNCTION),
+        ("train.py", "loop of train_in", "def train_in():\n while x:\n", MAX_TRAINING_LOOP + 1),
+    ],
+)
+def test_long_functions_are_found(file, name, opening, most, tmp_path):
+    n_opening = opening.count("\n")
+    path = tmp_path / file
+    path.write_text(opening + "  pass\n" * (most - n_opening))
+    assert too_long(path) == []
+    path.write_text(opening + "  pass\n" * (most - n_opening + 1))
+    assert too_long(path) == [name]
+
+
+def test_train_has_one_training_loop():
+    tree = ast.parse((REPOSITORY / "train.py").read_text())
+    (function,) = [n for n in tree.body if getattr(n, "name", "") == "train_in"]
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.While)]
+    assert len(loops) == 1, "test_functions_are_short measures it"
+
+
 # -- README, results, licence ----------------------------------------------------------------------
 
 

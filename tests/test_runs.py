@@ -55,8 +55,7 @@ def run_code(code, *argv, **options):
 
 
 def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
-    tiny += ["--eval-every", "20"]
-    tiny += ["--micro-batch", "2"]
+    tiny += ["--eval-every", "20", "--micro-batch", "2"]
     assert train.main([*tiny, "--out", "out/uninterrupted"])["out"] == "out/uninterrupted"
     train.main([*tiny, "--out", "out/resumed", "--stop-after", "20"])
     with open("out/resumed/log.csv", "a") as file:
@@ -162,7 +161,7 @@ def test_bad_resume(tiny):
     with open("text.txt", "a") as file:
         file.write("more")
     refused(["--resume", "--device", "cpu"], "the text has changed", "--init out/a")
-    assert Path("out/a/ckpt.pt").read_bytes() == before and os.listdir("out/a") != []
+    assert Path("out/a/ckpt.pt").read_bytes() == before
     assert not list(Path("out/a").glob(".*"))
     assert sorted(os.listdir("out")) == [".tokens", "a"]
 
@@ -176,7 +175,8 @@ def test_init_starts_anew_from_the_weights(tiny):
     a = train.main([*tiny, "--out", "out/a", "--steps", "3"])
     flags = "--init out/a --out out/b --data text.txt --steps 1 --batch-size 4 --lr 1e-9"
     b = train.main([*flags.split(), "--eval-batches", "2", "--sample", "0", "--device", "cpu"])
-    assert b["step"] == 1 and abs(a["val_loss"] - b["val_loss"]) < 1e-3
+    assert b["step"] == 1
+    assert abs(a["val_loss"] - b["val_loss"]) < 1e-3
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG\0\xff" * 99, b"step\n1\n2,\n", None])
@@ -187,8 +187,10 @@ def test_a_damaged_log_does_not_stop_a_resume(tiny, content):
     if content is not None:
         Path("out/a/log.csv").write_bytes(content)
     assert train.main([*RESUME, "out/a", "--stop-after", "2"])["step"] == 7
-    assert [row[0] for row in rows("out/a")] == ["step", "6", "7"]
-    assert Path("out/a/config.json").exists() and load("out/a")["step"] == 7
+    first_column = [row[0] for row in rows("out/a")]
+    assert first_column == ["step", "6", "7"]
+    assert Path("out/a/config.json").exists()
+    assert load("out/a")["step"] == 7
 
 
 # -- what goes wrong while saving ------------------------------------------------------------------
@@ -204,7 +206,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "save", broken_save)
     refused([*RESUME, "out/a"], "cannot write out/a/ckpt.pt", "No space left", "untouched")
-    assert Path("out/a/ckpt.pt").read_bytes() == before and not list(Path("out/a").glob(".*"))
+    assert Path("out/a/ckpt.pt").read_bytes() == before
+    assert not list(Path("out/a").glob(".*"))
 
 
 def test_a_full_disk(tiny):
@@ -216,7 +219,8 @@ def test_a_full_disk(tiny):
         refused([*RESUME, "out/a"], "cannot write out/a/ckpt.pt (File too large)", "untouched")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert Path("out/a/ckpt.pt").read_bytes() == before and not list(Path("out/a").glob(".*"))
+    assert Path("out/a/ckpt.pt").read_bytes() == before
+    assert not list(Path("out/a").glob(".*"))
     assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 2
 
 
@@ -236,7 +240,8 @@ def test_kill_9_while_saving(tiny):
     before = Path("out/a/ckpt.pt").read_bytes()
     assert run_code(KILL_WHILE_SAVING, *RESUME, "out/a").returncode == -9
     assert Path("out/a/ckpt.pt").read_bytes() == before
-    assert list(Path("out/a").glob(".ckpt.pt.[0-9]*")) and Path("out/a", LOCK).exists()
+    assert list(Path("out/a").glob(".ckpt.pt.[0-9]*"))
+    assert Path("out/a", LOCK).exists()
     step = train.main([*RESUME, "out/a", "--stop-after", "1"])["step"]
     assert step == 6, "the lock of the killed process does not count"
     assert not list(Path("out/a").glob(".*")), "its temporary file and its lock are removed"
@@ -261,10 +266,13 @@ def test_five_runs_at_once_have_five_folders(tiny):
     done = run_code(FIVE_AT_ONCE, *tiny)
     assert "[0, 0, 0, 0, 0]" in done.stdout, done.stderr[-2000:]
     names = sorted(os.listdir("out"))
-    assert names == [".tokens", names[1], *(f"{names[1]}-{n}" for n in range(2, 6))]
-    seeds = [load(f"out/{name}")["config"]["run"]["seed"] for name in names[1:]]
-    assert sorted(seeds) == [0, 1, 2, 3, 4]
-    assert all(len(rows(f"out/{name}")) == 4 for name in names[1:])
+    first = names[1]
+    assert names == [".tokens", first, f"{first}-2", f"{first}-3", f"{first}-4", f"{first}-5"]
+    seeds = set()
+    for name in names[1:]:
+        seeds.add(load(f"out/{name}")["config"]["run"]["seed"])
+        assert len(rows(f"out/{name}")) == 4, "a header and three steps"
+    assert seeds == {0, 1, 2, 3, 4}
     assert len(os.listdir("out/.tokens")) == 1
 
 
@@ -299,7 +307,8 @@ def test_a_failed_start_leaves_nothing(tiny):
     refused([*tiny, "--attn", "nix"], "no attention 'nix'")
     refused([*tiny, "--out", "mine", "--micro-batch", "3"], "--batch-size 4 does not divide")
     refused([*tiny, "--data", "nowhere"], "nowhere")
-    assert not Path("mine").exists() and set(os.listdir("out")) <= {".tokens"}
+    assert not Path("mine").exists()
+    assert set(os.listdir("out")) <= {".tokens"}
 
 
 def test_folders_of_unusual_names(tiny, plotted):
@@ -394,11 +403,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
     monkeypatch.setattr(train, "train_step", poisoned_step)
     with pytest.raises(FloatingPointError, match="nan"):
         train.main([*tiny, "--out", "out/a", "--steps", "10", "--eval-every", "5"])
-    assert load("out/a")["step"] == 5 and len(rows("out/a")) == 8
+    assert load("out/a")["step"] == 5, "the last evaluation before the seventh step"
+    assert len(rows("out/a")) == 8, "a header and seven steps"
     net, before = models[-1]
     assert torch.equal(net.embed_tokens.weight, before), "the optimizer took the step"
     monkeypatch.setattr(train, "train_step", original)
-    assert train.main([*RESUME, "out/a"])["step"] == 10 and len(rows("out/a")) == 11
+    assert train.main([*RESUME, "out/a"])["step"] == 10
+    assert len(rows("out/a")) == 11, "a header and ten steps"
 
 
 def test_weights_gone_bad_are_not_saved(tiny, monkeypatch):
@@ -442,24 +453,30 @@ def test_sharded_runs(tiny):
     assert done.returncode == 0, done.stderr[-3000:]
 
     for optim in ("adamw", "sonew"):
-        whole, parts = load(f"out/{optim}-whole"), load(f"out/{optim}-parts")
-        assert whole["step"] == 4 and is_equal(whole, parts)
+        whole = load(f"out/{optim}-whole")
+        parts = load(f"out/{optim}-parts")
+        assert whole["step"] == 4
+        assert is_equal(whole, parts)
         assert rows(f"out/{optim}-whole") == rows(f"out/{optim}-parts")
     for rank in range(2):  # no process waits for one that has been refused
         assert "mine/log.csv would be overwritten" in Path(f"refused{rank}").read_text()
-    assert os.listdir("mine") == ["log.csv"] and not list(Path("out").glob("*/.*"))
-    assert len(os.listdir("out")) == 6
+    assert os.listdir("mine") == ["log.csv"]
+    assert not list(Path("out").glob("*/.*"))
+    folders = [".tokens", "adamw-parts", "adamw-whole", "four", "sonew-parts", "sonew-whole"]
+    assert sorted(os.listdir("out")) == folders
 
     train.main([*RESUME, "out/four"])  # sharded before, and now whole
-    one, two = load("out/adamw-whole"), load("out/four")
-    assert two["step"] == 4
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, rtol=1e-5, atol=1e-6)
+    expected = load("out/adamw-whole")
+    resumed = load("out/four")
+    assert resumed["step"] == 4
+    for name, weight in expected["model"].items():
+        torch.testing.assert_close(resumed["model"][name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_the_command_says_it_in_one_sentence(tiny):
     Path("mine").mkdir()
     Path("mine/loss.png").touch()
     done = run_script("train.py", *tiny, "--out", "mine")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: mine/loss.png would be overwritten")

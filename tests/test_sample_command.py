@@ -46,9 +46,10 @@ class Words:
         return b"".join(self.tokens[i] for i in ids)
 
     def chat(self, messages):
-        assert [set(message) for message in messages] == [{"role", "content"}]
-        assert messages[0]["role"] == "user"
-        return [5, *self.encode_ordinary(messages[0]["content"]), 2]
+        (message,) = messages
+        assert set(message) == {"role", "content"}
+        assert message["role"] == "user"
+        return [5, *self.encode_ordinary(message["content"]), 2]
 
 
 def decoded(tokens, tokenizer):
@@ -284,7 +285,7 @@ def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypat
 def test_export(tiny):
     run = train.main([*tiny, "--steps", "2", "--sample", "0", "--qk-norm"])["out"]
     assert sample.main(["--init", run, "--export", "new"]) == {}
-    assert {path.name for path in Path("new").iterdir()} == {"config.json", "model.safetensors"}
+    assert sorted(os.listdir("new")) == ["config.json", "model.safetensors"]
     model, _ = train.load_model(run)
     exported = load_file("new/model.safetensors")
     for name, tensor in model.state_dict().items():
@@ -306,9 +307,11 @@ def test_export(tiny):
 def test_a_signal_ends_the_text(run, monkeypatch, capsys):
     original = sample.generate
 
+    n_tokens = 3
+
     def interrupted(*args):
         for n, token in enumerate(original(*args)):
-            if n == 3:
+            if n == n_tokens:
                 signal.raise_signal(signal.SIGINT)
             yield token
 
@@ -317,8 +320,8 @@ def test_a_signal_ends_the_text(run, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert result["signal"] == signal.SIGINT
     assert out == result["text"] + "\n"
-    assert "\n3 tokens, " in err
-    assert len(result["text"]) <= 6
+    assert f"\n{n_tokens} tokens, " in err
+    assert len(result["text"]) <= len("the") + n_tokens
 
 
 def test_ctrl_c_while_it_streams(run):
@@ -330,9 +333,12 @@ def test_ctrl_c_while_it_streams(run):
     first = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert (first + rest).startswith(b"the") and rest.endswith(b"\n")
-    assert b"Traceback" not in err and b" tokens, " in err
+    assert process.returncode == 128 + signal.SIGINT
+    out = first + rest
+    assert out.startswith(b"the")
+    assert out.endswith(b"\n")
+    assert b"Traceback" not in err
+    assert b" tokens, " in err
 
 
 @pytest.fixture
@@ -355,7 +361,9 @@ def test_the_reader_goes_away(run, run_with_stdout):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stdout:
-        assert run_with_stdout(stdout, "the") == (0, f"{run} on cpu\n"), "quietly"
+        status, err = run_with_stdout(stdout, "the")
+    assert status == 0
+    assert err == f"{run} on cpu\n", "quietly"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -363,10 +371,13 @@ def test_stdout_is_full(run, run_with_stdout):
     with open("/dev/full", "w") as stdout:
         status, err = run_with_stdout(stdout, "the")
     assert status == 2
-    assert len(err.splitlines()) == 2 and "No space left on device" in err.splitlines()[1]
+    lines = err.splitlines()  # the checkpoint and device, and the error
+    assert len(lines) == 2
+    assert "No space left on device" in lines[1]
 
 
 def test_stdout_that_lacks_characters(run_with_stdout):
     raw = io.BytesIO()
     status, _ = run_with_stdout(io.TextIOWrapper(raw, "ascii"), "aéb")
-    assert status == 0 and raw.getvalue().startswith(rb"a\xe9b")
+    assert status == 0
+    assert raw.getvalue().startswith(rb"a\xe9b")

@@ -32,10 +32,14 @@ def test_the_fastest_version_that_takes_a_tensor_is_chosen():
 
     assert chosen((8, 960)) == ("fused", False), "a chunk is a row"
     assert chosen((8, 964)) == ("fused", True), "a row is longer than a chunk"
-    assert chosen((1, 960)) == chosen((8, 64)) == chosen((964,), band=0) == ("fused", False)
+    assert chosen((1, 960)) == ("fused", False)
+    assert chosen((8, 64)) == ("fused", False)
+    assert chosen((964,), band=0) == ("fused", False)
     assert chosen((8, 964), groups=("sharded",)) == ("simple",)
-    for shape, offset in (((8, 961), 0), ((8, 960), 1), ((4, 3), 0), ((0, 8), 0)):
-        assert chosen(shape, offset) == ("simple",)
+    assert chosen((8, 961)) == ("simple",), "chains are not whole quads"
+    assert chosen((8, 960), offset=1) == ("simple",), "not aligned"
+    assert chosen((4, 3)) == ("simple",)
+    assert chosen((0, 8)) == ("simple",), "empty"
     assert chosen((4, 3), band=0) == ("fused", False)
 
 
@@ -90,12 +94,14 @@ def test_plans_are_made_once(monkeypatch):
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert len(made) == 5, "the state was copied"
-    monkeypatch.setattr(kernel.PlanCache, "CAPACITY", 5)
+    capacity = 5  # as many as there are
+    monkeypatch.setattr(kernel.PlanCache, "CAPACITY", capacity)
     momenta = [optimizer.state[p]["m"].clone() for _ in range(2)]
     for m in momenta:
         optimizer.state[p]["m"] = m
         optimizer.step()
-    assert len(made) == 7 and len(optimizer.plan_cache.recent) == 5
+    assert len(made) == capacity + len(momenta)
+    assert len(optimizer.plan_cache.recent) == capacity
 
 
 def test_plans_keep_no_gradient_alive(monkeypatch):
@@ -115,23 +121,27 @@ def test_plans_keep_no_gradient_alive(monkeypatch):
 @pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
 def test_in_a_cuda_graph(shape):
     """With gradients elsewhere than in the steps before, and a learning rate on the device."""
+    warm_up = 3  # steps before the graph is captured
+    steps = 8
     nets = []
     optimizers = []
     for _ in range(2):
         nets.append([torch.nn.Parameter(torch.ones(s, device="cuda")) for s in (shape, (8,))])
         lr = torch.tensor(0.1, device="cuda")
         optimizers.append(sonew.SONew(nets[-1], lr))
-    grads = torch.randn(8, *shape, device="cuda")
+    grads = torch.randn(steps, *shape, device="cuda")
 
     def step(i, t):
         for p in nets[i]:
             p.grad = grads[t].clone() if p.dim() > 1 else grads[t][0, :8].clone()
         optimizers[i].step()
 
-    for t in range(3):
+    for t in range(warm_up):
         step(0, t)
         step(1, t)
-    source = grads[3].clone()
+
+    # capture the step of net 0, whose gradients are copies of `source`
+    source = grads[warm_up].clone()
     graph = torch.cuda.CUDAGraph()
     nets[0][0].grad = torch.empty_like(source)  # elsewhere than in the steps before
     nets[0][1].grad = torch.empty_like(source[0, :8])
@@ -140,16 +150,22 @@ def test_in_a_cuda_graph(shape):
         nets[0][0].grad.copy_(source)
         nets[0][1].grad.copy_(source[0, :8])
         optimizers[0].step()
-    optimizers[0].plan_cache.recent.clear()  # the graph keeps what it reads
-    others = [torch.full((64,), -1, device="cuda") for _ in range(1000)]
-    for t in range(3, 8):
+
+    # the graph keeps what it reads: memory that were free would now be overwritten
+    optimizers[0].plan_cache.recent.clear()
+    n_others = 1000
+    others = [torch.full((64,), -1, device="cuda") for _ in range(n_others)]
+
+    # replay it, while net 1 takes the same steps without a graph
+    for t in range(warm_up, steps):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"].fill_(0.1 / t)
         source.copy_(grads[t])
         graph.replay()
         step(1, t)
-    assert is_equal(nets[0], nets[1]) and len(others) == 1000
-    assert optimizers[0].state[nets[0][0]]["step"] == 8
+    assert is_equal(nets[0], nets[1])
+    assert len(others) == n_others
+    assert optimizers[0].state[nets[0][0]]["step"] == steps
 
 
 # What real calls launch: parameters, state, band, whether they take Adam's step, chunks need a halo
@@ -228,4 +244,5 @@ def hopper_cases():
 def test_kernels_build():
     pytest.importorskip("triton.experimental.gluon")
     cases = [*simple_cases(), *fused_cases(), *hopper_cases()]
-    assert len(check_build("tests.sonew_kernels", cases)) == len(cases) >= 13
+    reports = check_build("tests.sonew_kernels", cases)
+    assert len(reports) == len(cases)
