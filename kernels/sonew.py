@@ -512,16 +512,21 @@ def choose_plan(param):
     """Return the fastest class of plan for a parameter, and its arguments after the parameters.
 
     sonew_fused.py needs unsharded tensors whose sizes are multiples of four; sonew_hopper.py also
-    needs a u that fits into the shared memory of a Hopper GPU.
+    needs a u that fits into the shared memory of a Hopper GPU. Both files are optional.
     """
-    from kernels import sonew_fused  # it imports this file
-
+    try:
+        from kernels import sonew_fused  # it imports this file
+    except ImportError:  # it was not copied
+        return SimplePlan, ()
     if param.process_groups or not sonew_fused.is_aligned(param):
         return SimplePlan, ()
+
     _, needs_halo = sonew_fused.chunk_size(param)
     if sonew_fused.has_hopper(param.p.device):
-        from kernels import sonew_hopper
-
+        try:
+            from kernels import sonew_hopper
+        except ImportError:  # it was not copied
+            return sonew_fused.FusedPlan, (needs_halo,)
         if sonew_hopper.fits(param):
             return sonew_hopper.RingPlan, (needs_halo,)
     return sonew_fused.FusedPlan, (needs_halo,)

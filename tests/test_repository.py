@@ -168,6 +168,15 @@ assert not {"matplotlib", "transformers", "jinja2", "requests"} & set(sys.module
     assert dict(zip(names, outcomes)) == {name: [0, ""] for name in names}
 
 
+def test_another_package_named_kernels_is_not_imported(tmp_path):
+    """Hugging Face has one. Without an __init__.py of ours, Python would prefer it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").touch()
+    sources = ["import train", "import laser"]
+    outcomes = run_forked(sources, env={"PYTHONPATH": str(tmp_path)}, cwd=REPOSITORY)
+    assert outcomes == [[0, ""], [0, ""]]
+
+
 def test_help_fits_80_columns(tmp_path):
     sources = []
     for script in SCRIPTS:
