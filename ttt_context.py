@@ -32,6 +32,7 @@ with the new W_Q. Up to 8 spans are held out to measure what was learned.
     python ttt_context.py --prompt my.txt --question "..."   the newest run
     python ttt_context.py --prompt my.txt --init DIR         any model
     python ttt_context.py --experiment                       small models, CPU
+    python ttt_context.py --experiment --full --init DIR     the same on GPUs
 
 Afterwards the model's weights are as before, bit for bit.
 """
@@ -310,12 +311,16 @@ class AdaptConfig:
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
     experiment: bool = option(False, "run experiments/ttt_context.py instead")
+    full: bool = option(False, "with --experiment: its study on GPUs; --init: needles, too")
+    minutes: float = option(None, "with --full: stop after so many; the same command continues")
     out: str = option("results", "folder for what --experiment finds")
 
     def __post_init__(self):
         cli.check_fields(self)
         if not self.prompt and not self.experiment:
             raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
+        if self.full and not self.experiment:
+            raise ValueError("--full is the size of a study; give it with --experiment")
 
 
 def encode_prompt(tokenizer, prompt, question=""):
@@ -444,7 +449,12 @@ def main(argv=None):
     if args.experiment:
         from experiments import ttt_context as experiment
 
-        return experiment.main(["--out", args.out])
+        flags = ["--out", args.out]
+        if args.full:
+            flags += ["--full", *(["--init", args.init] if args.init != "newest" else [])]
+        if args.minutes:
+            flags += ["--minutes", str(args.minutes)]
+        return experiment.main(flags)
     try:
         return run(args)
     except torch.OutOfMemoryError:
