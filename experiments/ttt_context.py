@@ -56,7 +56,6 @@ SMALL = {
     "seeds": [1, 2, 3, 4, 5, 6],
     "lengths": [96, 768, 3072],
     "contexts": 4,
-    "rate_contexts": 2,  # on which the learning rates are chosen
     "questions": 32,
     "steps": 32,  # of training the queries or the temperatures
     "span": 128,
@@ -67,10 +66,9 @@ SMALL = {
 }
 FULL = {
     **SMALL,
-    "train": {"steps": 1200, "batch": 32, "tokens": 96, "lr": 1e-2, "examples": 8192},
+    "train": {"steps": 600, "batch": 64, "tokens": 96, "lr": 1e-2, "examples": 4096},
     "lengths": [3072, 12288],
     "contexts": 16,
-    "rate_contexts": 4,
     "lrs": {
         "trained queries": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
         "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1, 1.0],

@@ -2,23 +2,21 @@
 
 Facts such as "The password of Anna is mango." are hidden between paragraphs of Python's manual.
 SmolLM2-135M continues "The password of Anna is" before and after its queries are trained on that
-context. The margin is the log odds of the right word. One rate is chosen for all lengths, on
-contexts of their own; the intervals are Student's t over contexts.
+context. The margin is the log odds of the right word. One learning rate is chosen for all lengths,
+on contexts of their own. The intervals are Student's t over contexts.
 """
 
 import bisect
 import itertools
 import math
 import random
-import statistics
 import time
 from pydoc_data.topics import topics
 
 import torch
 
 import train
-from experiments import harness
-from experiments.provenance import code_hashes, save_json
+from experiments import harness, provenance
 from sample import first_ids
 from support import distributed, run_folder
 from ttt_context import adapt, prefill, span_loss, split_spans
@@ -41,11 +39,10 @@ def make_context(tokenizer, T, seed):
         return [int(i) for i in tokenizer.encode_ordinary(text)]  # some return NumPy integers
 
     rng = random.Random(seed)
-    pages = sorted(topics.values())
-    rng.shuffle(pages)
+    pages = rng.sample(sorted(topics.values()), len(topics))
     paragraphs = "\n\n".join(pages).split("\n\n")
-    counts = itertools.accumulate(len(encode(f"{paragraph}\n\n")) for paragraph in paragraphs)
-    del paragraphs[bisect.bisect(list(counts), T - 16 * FACTS) :]  # a fact has fewer than 16
+    ends = itertools.accumulate(len(encode(f"{paragraph}\n\n")) for paragraph in paragraphs)
+    del paragraphs[bisect.bisect(list(ends), T - 16 * FACTS) :]  # a fact has fewer than 16
 
     pairs = []
     for name, word in zip(rng.sample(NAMES, FACTS), rng.sample(WORDS, FACTS)):
@@ -77,12 +74,12 @@ def ask(model, caches, T, pairs, limit):
             ids = [token]
         margins.append(log_p - math.log(max(-math.expm1(log_p), 1e-9)))
         n_right += greedy == answer
-    return statistics.fmean(margins), n_right / len(pairs)
+    return sum(margins) / len(pairs), n_right / len(pairs)
 
 
 def run_context(job):
     """Return what `measure` returns for a job [init, T, seed], from the disk cache if it is there."""
-    code = code_hashes("experiments.ttt_needles")
+    code = provenance.code_hashes("experiments.ttt_needles")
     return harness.disk_cache(harness.CACHE, [job, code], lambda: measure(*job))
 
 
@@ -133,7 +130,7 @@ def run(init, out, deadline=float("inf")):
             record["variants"][f"{T} tokens: {name}"] = entry
         record["differences"][f"{T} tokens: trained queries"] = changes[RATES.index(best_lr)]
         record["by_lr"][T] = changes
-    save_json(out / "ttt_needles-gpu.json", record, "experiments.ttt_needles")
+    provenance.save_json(out / "ttt_needles-gpu.json", record, "experiments.ttt_needles")
     harness.save_figure(plot(record), out / "ttt_needles-gpu.png")
     harness.print_differences(record)
     return record

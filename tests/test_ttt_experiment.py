@@ -354,7 +354,7 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     train.main([*tiny, *shape, "--out", "base"])
     monkeypatch.setattr(harness, "check_gpu", lambda: None)
     monkeypatch.setattr(harness, "parallel", one_after_the_other)
-    monkeypatch.setattr(study, "FULL", {**TINY, "steps": 1, "contexts": 8, "rate_contexts": 4})
+    monkeypatch.setattr(study, "FULL", {**TINY, "steps": 1, "contexts": 8})
     monkeypatch.setattr(ttt_needles, "LENGTHS", (500, 900))
     monkeypatch.setattr(ttt_needles, "RATES", (1e-4, 1e-2))
     monkeypatch.setattr(ttt_needles, "RATE_SEEDS", (101,))
