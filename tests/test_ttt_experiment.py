@@ -1,5 +1,6 @@
 """The query-only experiment: questions, variants, the study at tiny size; the benchmark."""
 
+import functools
 import json
 import math
 import pickle
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 import train
 import ttt_context
-from experiments import bench_ttt, harness, ttt_cost, ttt_needles
+from experiments import bench_ttt, harness, provenance, ttt_cost, ttt_needles
 from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
 from experiments import ttt_variants as experiment
@@ -352,6 +353,7 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     """On a CPU, with a tiny model of bytes and contexts to fit."""
     shape = ["--block-size", "256", "--n-head", "2", "--steps", "2", "--sample", "0"]
     train.main([*tiny, *shape, "--out", "base"])
+    monkeypatch.setattr(provenance, "code_hash", functools.cache(provenance.code_hash))
     monkeypatch.setattr(harness, "check_gpu", lambda: None)
     monkeypatch.setattr(harness, "parallel", one_after_the_other)
     monkeypatch.setattr(study, "FULL", {**TINY, "steps": 1, "contexts": 8})
@@ -367,9 +369,8 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
 
     # the second time everything comes from the cache
     saved = Path("results/ttt_needles-gpu.json").read_text()
-    for function in ("study_model", "measure"):
-        module = experiment if function == "study_model" else ttt_needles
-        monkeypatch.setattr(module, function, None)
+    monkeypatch.setattr(experiment, "study_model", None)
+    monkeypatch.setattr(ttt_needles, "measure", None)
     assert ttt_context.main(flags)["variants"] == first["variants"]
     assert json.loads(Path("results/ttt_needles-gpu.json").read_text()) == json.loads(saved)
     for name in ("ttt_context-gpu.png", "ttt_needles-gpu.png", "ttt_context-gpu.json"):
