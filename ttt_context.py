@@ -451,7 +451,9 @@ def main(argv=None):
 
         flags = ["--out", args.out]
         if args.full:
-            flags += ["--full", *(["--init", args.init] if args.init != "newest" else [])]
+            flags.append("--full")
+        if args.init != "newest":
+            flags += ["--init", args.init]
         if args.minutes:
             flags += ["--minutes", str(args.minutes)]
         return experiment.main(flags)

@@ -105,34 +105,35 @@ def summarize(jobs, results):
     for job, result in zip(jobs, results):
         seed = job["seed"]
         for name, scores in result["scores"].items():
-            entry = variants.setdefault(name, {"settings": {}, "sweep": [], "runs": []})
-            run = {
-                "seed": seed,
-                "lr": scores.get("lr"),
-                "value": statistics.fmean(scores["margin"]),
-            }
-            for metric in ("accuracy", "needle_attention"):
-                if metric in scores:
-                    run[metric] = statistics.fmean(scores[metric])
-            entry["runs"].append({**run, "margins": scores["margin"], "seconds": result["seconds"]})
+            settings = {"samples": scores["samples"]} if "samples" in scores else {}
+            entry = variants.setdefault(name, {"settings": settings, "sweep": [], "runs": []})
+            run = {"seed": seed, "lr": scores.get("lr"), "margins": scores["margin"]}
+            run["value"] = statistics.fmean(scores["margin"])
+            run["accuracy"] = statistics.fmean(scores["accuracy"])
+            if "needle_attention" in scores:
+                run["needle_attention"] = statistics.fmean(scores["needle_attention"])
+            entry["runs"].append({**run, "seconds": result["seconds"]})
             for lr, margin in scores.get("sweep", []):
                 entry["sweep"].append({"seed": seed, "lr": lr, "value": margin})
 
     differences = {}
     for name, entry in variants.items():
         setting, variant = name.split(": ")
-        if variant != BASELINE:
-            baseline = variants[f"{setting}: {BASELINE}"]["runs"]
-            difference = harness.paired_difference(entry["runs"], baseline)
-            in_accuracy = harness.paired_difference(
-                by_accuracy(entry["runs"]), by_accuracy(baseline)
-            )
-            differences[name] = {**difference, "accuracy": in_accuracy}
+        if variant == BASELINE:
+            continue
+        runs = entry["runs"]
+        baseline_runs = variants[f"{setting}: {BASELINE}"]["runs"]
+        difference = harness.paired_difference(runs, baseline_runs)
+        difference["accuracy"] = harness.paired_difference(
+            by_accuracy(runs), by_accuracy(baseline_runs)
+        )
+        differences[name] = difference
     return variants, differences
 
 
 def by_accuracy(runs):
-    return [{"seed": run["seed"], "value": run["accuracy"]} for run in runs]
+    """Return runs whose value is their accuracy."""
+    return [{**run, "value": run["accuracy"]} for run in runs]
 
 
 def plot(variants, lengths):

@@ -212,8 +212,9 @@ def thinking_samples(model, T, recipe):
 def compare_variants(model, task, T, recipe, seed):
     """Compare the variants of a model on contexts of T tokens.
 
-    Returns {variant: {"margin", "accuracy" and others: [value on each context]}}, and of those that
-    are trained also "lr" and "sweep", [[learning rate, mean margin], ...] on contexts of seed 0.
+    Returns {variant: {"margin", "accuracy" and others: [value on each context]}}. Thinking also has
+    "samples", and what is trained has "lr" and "sweep": [[learning rate, mean margin], ...] on
+    contexts of seed 0.
     """
     # choose the rates, and train on every context
     swept = sweep_rates(model, task, T, recipe)
@@ -248,6 +249,8 @@ def compare_variants(model, task, T, recipe, seed):
             entry = results.setdefault(variant, {name: [] for name in scores})
             for name, value in scores.items():
                 entry[name].append(round(value, 4))
+    for variant, n in n_samples.items():
+        results[variant]["samples"] = n
     for variant, margins in swept.items():
         sweep = [[lr, round(margin, 4)] for lr, margin in margins.items()]
         results[variant] |= {"lr": lrs[variant], "sweep": sweep}

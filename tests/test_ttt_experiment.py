@@ -233,6 +233,7 @@ def test_variants_get_what_they_are_called(monkeypatch):
     n_samples = ttt_cost.thinking_tokens(model, 120, flops)
     assert n_samples > 10
     assert sample_counts == [n_samples, 2 * 2 * 16] * 4
+    assert results["equal-FLOP thinking"]["samples"] == n_samples
 
     # contexts 0 and 1 are of one kind, 2 and 3 of the other
     for c, same_kind, other_kind in ((0, 1, 2), (1, 0, 3), (2, 3, 0), (3, 2, 1)):
