@@ -78,7 +78,7 @@ def ask(model, caches, T, pairs, limit):
 
 
 def run_context(job):
-    """Return what `measure` returns for a job [init, T, seed], from the disk cache if it is there."""
+    """Return what `measure` returns for a job (init, T, seed), cached on disk."""
     code = provenance.code_hashes("experiments.ttt_needles")
     return harness.disk_cache(harness.CACHE, [job, code], lambda: measure(*job))
 
@@ -108,7 +108,7 @@ def measure(init, T, seed):
 
 
 def run(init, out, deadline=float("inf")):
-    """Run the study, or as much as the deadline allows; write JSON and figure, return the record."""
+    """Run the study, or as much as the deadline allows; write and return the record."""
     init = str(run_folder.find_run(init))
     jobs = [(init, T, seed) for T in reversed(LENGTHS) for seed in RATE_SEEDS + SEEDS]
     results = harness.parallel(run_context, jobs, deadline=deadline, label="contexts")

@@ -260,7 +260,8 @@ def compare_variants(model, task, T, recipe, seed):
 def study_model(job):
     """Train one model and compare the variants on it.
 
-    job: {recipe, seed, norm, lengths, device}. Returns {"task, norm, T: variant": scores} and the seconds.
+    job: {recipe, seed, norm, lengths, device}. Returns {"scores", "seconds"}; scores:
+    {"task, norm, T: variant": what compare_variants returns}.
     """
     start_time = time.perf_counter()
     recipe = job["recipe"]
