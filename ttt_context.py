@@ -29,6 +29,7 @@ steps. No span covers the question. Up to 8 spans are held out.
     python ttt_context.py --prompt my.txt --question "Who is the narrator?"
     python ttt_context.py --prompt my.txt --init DIR   a run, a folder, ORG/NAME
     python ttt_context.py --experiment                 a study of small models
+    python ttt_context.py --experiment --full          the same on GPUs
 
 The first two answer before and after the steps, and say what these changed.
 """
@@ -307,12 +308,16 @@ class AdaptConfig:
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
     experiment: bool = option(False, "run the study instead", action=cli.SWITCH)
+    full: bool = option(False, "with --experiment: its study on GPUs", action=cli.SWITCH)
+    minutes: float = option(None, "with --full: stop after so many; the same command continues")
     out: str = option("results", "folder for what --experiment finds")
 
     def __post_init__(self):
         cli.check_fields(self)
         if not self.prompt and not self.experiment:
             raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
+        if self.full and not self.experiment:
+            raise ValueError("--full is the size of a study; give it with --experiment")
 
 
 def encode_prompt(tokenizer, prompt, question=""):
@@ -445,7 +450,14 @@ def main(argv=None):
     if args.experiment:
         from experiments import ttt_context as experiment
 
-        return experiment.main(["--out", args.out])
+        flags = ["--out", args.out]
+        if args.full:
+            flags.append("--full")
+        if args.init:
+            flags += ["--init", args.init]
+        if args.minutes:
+            flags += ["--minutes", str(args.minutes)]
+        return experiment.main(flags)
     return run(args)
 
 

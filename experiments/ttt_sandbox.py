@@ -178,13 +178,13 @@ def build_model(recipe, norm, seed):
     return model
 
 
-def train_model(recipe, norm, seed):
+def train_model(recipe, norm, seed, device="cpu"):
     """Train a model on short contexts of both tasks.
 
     In the first half of the steps only predictable values count in the loss. This teaches the model
     to look things up.
     """
-    model = build_model(recipe, norm, seed)
+    model = build_model(recipe, norm, seed).to(device)
     settings = recipe["train"]
     generator = torch.Generator().manual_seed(seed)
     examples = []
@@ -200,10 +200,10 @@ def train_model(recipe, norm, seed):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, pct_start=0.1)
     for step in range(n_steps):
         drawn = torch.randint(len(ids), (settings["batch"],), generator=generator)
-        batch = permute_tokens(ids[drawn], recipe, generator)  # (B, T + 1)
+        batch = permute_tokens(ids[drawn], recipe, generator).to(device)  # (B, T + 1)
         targets = batch[:, 1:]
         if step < n_steps / 2:
-            targets = targets.masked_fill(~is_predictable[drawn, 1:], -1)
+            targets = targets.masked_fill(~is_predictable[drawn, 1:].to(device), -1)
         loss = model(batch[:, :-1], targets)
         optimizer.zero_grad()
         loss.backward()

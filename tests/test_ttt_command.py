@@ -182,6 +182,7 @@ def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
 
 BAD_FLAGS = [
     ("", ["--prompt", "--experiment"]),
+    ("--prompt text.txt --full", ["--full", "--experiment"]),
     ("--prompt none.txt", ["none.txt"]),
     ("--prompt empty.txt", ["empty.txt has 0 tokens"]),
     ("--prompt binary", ["binary", "UTF-8"]),

@@ -1,5 +1,6 @@
 """The query-only experiment: questions, variants, the study at tiny size; the benchmark."""
 
+import functools
 import json
 import math
 import pickle
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 
 import train
 import ttt_context
-from experiments import bench_ttt, ttt_cost
-from experiments import ttt_context as experiment
+from experiments import bench_ttt, harness, provenance, ttt_cost, ttt_needles
+from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
+from experiments import ttt_variants as experiment
 from tests.common import DEVICE, refused, small_gpt
 
 TINY = {
-    **experiment.RECIPE,
+    **study.SMALL,
     "shape": {"n_layer": 2, "n_head": 2, "head_dim": 16, "n_embd": 32},
     "names": 32,
     "train": {"steps": 2, "batch": 4, "tokens": 48, "lr": 1e-2, "examples": 8},
@@ -76,7 +78,8 @@ def test_questions_are_answered_as_by_a_plain_forward():
     scores = experiment.score(model, kv, context._replace(answers=answers))
     assert scores["accuracy"] == 1
     assert abs(scores["needle_attention"] - p.mean()) < 1e-12
-    assert abs(scores["margin"] - (p / (1 - p)).log().mean()) < 1e-12
+    right = logits.softmax(-1).gather(1, answers[:, None])[:, 0]
+    assert abs(scores["margin"] - (right / (1 - right)).log().mean()) < 1e-10
     half_wrong = answers + torch.tensor([0, 1])
     scores = experiment.score(model, kv, context._replace(answers=half_wrong))
     assert scores["accuracy"] == 0.5
@@ -114,12 +117,13 @@ def test_votes_of_many_samples(monkeypatch):
     answers = torch.ones(400, dtype=torch.int64)
     context = sandbox.Context(None, None, None, answers, None)
 
-    def accuracy(n_samples):
-        return experiment.vote(None, None, context, n_samples, 0)["accuracy"]
+    def vote(n_samples):
+        return experiment.vote(None, None, context, n_samples, 0)
 
-    assert 0.5 < accuracy(1) < 0.7
-    assert 0.7 < accuracy(9) < 0.97
-    assert accuracy(301) > 0.99
+    assert 0.5 < vote(1)["accuracy"] < 0.7
+    assert 0.7 < vote(9)["accuracy"] < 0.97
+    assert vote(301)["accuracy"] > 0.99
+    assert vote(301)["margin"] == pytest.approx(math.log(0.6 / 0.4), abs=0.02)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,11 +207,11 @@ def test_variants_get_what_they_are_called(monkeypatch):
 
     def score(model, kv, context):
         scored.append((in_model[-1] if in_model else None, context.questions))
-        return {"accuracy": 0.5}
+        return {"margin": 1.0, "accuracy": 0.5}
 
     def vote(model, kv, context, n_samples, seed):
         sample_counts.append(n_samples)
-        return {"accuracy": 0.5}
+        return {"margin": 1.0, "accuracy": 0.5}
 
     def spy(model, factor=1.0):
         factors.append(factor)
@@ -216,16 +220,20 @@ def test_variants_get_what_they_are_called(monkeypatch):
     for function in (fit, fitted, score, vote):
         monkeypatch.setattr(experiment, function.__name__, function)
     monkeypatch.setattr(experiment, "temperatures", spy)
-    monkeypatch.setattr(experiment, "choose_rates", lambda *args: lrs)
+    swept = {variant: {1.0: -1.0, lr: 0.5} for variant, lr in lrs.items()}
+    monkeypatch.setattr(experiment, "sweep_rates", lambda *args: swept)
     results = experiment.compare_variants(model, "columns", 120, recipe, 1)
-    assert set(results) == {*experiment.COLORS, "log T"}
+    assert set(results) == {*study.COLORS, "equal-FLOP thinking", "2 N k thinking"}
+    assert results["trained queries"]["lr"] == 1e-3
+    assert results["trained queries"]["sweep"] == [[1.0, -1.0], [1e-3, 0.5]]
     assert all(len(scores["accuracy"]) == 4 for scores in results.values())
     assert fits == [("trained queries", 1e-3)] * 4 + [("fitted temperature", 1e-1)] * 4
     assert factors == [math.log(120) / math.log(60)] * 4
     flops = ttt_cost.flops_of_spans(model, 2 * 16, 120)
     n_samples = ttt_cost.thinking_tokens(model, 120, flops)
     assert n_samples > 10
-    assert sample_counts == [n_samples] * 4
+    assert sample_counts == [n_samples, 2 * 2 * 16] * 4
+    assert results["equal-FLOP thinking"]["samples"] == n_samples
 
     # contexts 0 and 1 are of one kind, 2 and 3 of the other
     for c, same_kind, other_kind in ((0, 1, 2), (1, 0, 3), (2, 3, 0), (3, 2, 1)):
@@ -252,17 +260,18 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
     tried = []  # (learning rate, ids of the context)
     make_context = experiment.make_context
 
-    def spy(task, recipe, T, seed, c):
+    def spy(task, recipe, T, seed, c, device):
         made.append((seed, c))
-        return make_context(task, recipe, T, seed, c)
+        return make_context(task, recipe, T, seed, c, device)
 
     def fit(model, variant, kv, ids, recipe, lr):
         tried.append((lr, ids))
         return []
 
-    def choose(accuracies):
-        monkeypatch.setattr(experiment, "score", lambda *args: {"accuracy": accuracies(*tried[-1])})
-        return experiment.choose_rates(model, "columns", 60, TINY)
+    def choose(margins):
+        monkeypatch.setattr(experiment, "score", lambda *args: {"margin": margins(*tried[-1])})
+        swept = experiment.sweep_rates(model, "columns", 60, TINY)
+        return {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
 
     model = sandbox.build_model(TINY, "no QK-norm", 1)
     monkeypatch.setattr(experiment, "make_context", spy)
@@ -288,31 +297,36 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
 def test_differences_are_paired_by_seed():
     def result(ours, theirs):
         setting = "records, QK-norm, 96"
-        return {
-            f"{setting}: trained queries": {"accuracy": ours, "lr": 1e-3},
-            f"{setting}: fitted temperature": {"accuracy": theirs, "lr": 0.1},
+        scores = {
+            f"{setting}: trained queries": {"margin": ours, "accuracy": [0.5], "lr": 1e-3},
+            f"{setting}: fitted temperature": {"margin": theirs, "accuracy": [0.25], "lr": 0.1},
         }
+        for entry in scores.values():
+            entry["sweep"] = [[entry["lr"], 2.0]]
+        return {"scores": scores, "seconds": 1.5}
 
     results = [result([0.5, 1.0], [0.5, 0.5]), result([0.2, 0.4], [0.1, 0.1])]
-    jobs = [({}, seed, "QK-norm") for seed in (0, 1)]
-    variants, differences = experiment.summarize(jobs, results)
+    variants, differences = study.summarize([{"seed": 0}, {"seed": 1}], results)
     assert list(differences) == ["records, QK-norm, 96: trained queries"]
     (difference,) = differences.values()
     assert difference["mean"] == pytest.approx((0.25 + 0.2) / 2)
     assert difference["n"] == 2
     half_width = 12.706 * 0.05 / 2  # Student's t, one degree of freedom
     assert difference["half_width_95"] == pytest.approx(half_width, rel=1e-3)
+    assert difference["accuracy"] == {"mean": 0.25, "half_width_95": 0, "n": 2}
     entry = variants["records, QK-norm, 96: trained queries"]
     assert [run["value"] for run in entry["runs"]] == pytest.approx([0.75, 0.3])
-    assert entry["sweep"] == {"seed 0": 1e-3, "seed 1": 1e-3}
+    assert [run["seconds"] for run in entry["runs"]] == [1.5, 1.5]
+    assert entry["sweep"] == [{"seed": seed, "lr": 1e-3, "value": 2.0} for seed in (0, 1)]
+
+
+def one_after_the_other(function, jobs, *workers, **options):
+    return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
 
 
 def test_study(tiny, monkeypatch, capsys):
-    def one_after_the_other(function, jobs, **options):
-        return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
-
-    monkeypatch.setattr(experiment.harness, "parallel", one_after_the_other)
-    monkeypatch.setattr(experiment, "RECIPE", {**TINY, "steps": 1})
+    monkeypatch.setattr(harness, "parallel", one_after_the_other)
+    monkeypatch.setattr(study, "SMALL", {**TINY, "steps": 1})
     result = ttt_context.main(["--experiment", "--out", "shown"])
     names = sorted(path.name for path in Path("shown").iterdir())
     assert names == ["ttt_context-cpu.json", "ttt_context-cpu.png"]
@@ -323,15 +337,107 @@ def test_study(tiny, monkeypatch, capsys):
     assert saved["seconds"] > 0
     for key in ("command", "commit", "hardware", "versions", "question", "metric", "baseline"):
         assert key in saved
-    n_settings = 2 * 2  # norms and lengths; `columns` has seven variants, `records` six
-    assert len(saved["variants"]) == n_settings * (7 + 6)
-    assert len(saved["differences"]) == n_settings * (6 + 5)
+    n_settings = 2 * 2  # norms and lengths; `columns` has eight variants, `records` seven
+    assert len(saved["variants"]) == n_settings * (8 + 7)
+    assert len(saved["differences"]) == n_settings * (7 + 6)
     for name, entry in saved["variants"].items():
         assert [run["seed"] for run in entry["runs"]] == [1, 2], name
         for run in entry["runs"]:
-            assert len(run["accuracy"]) == 4
-            assert run["value"] == pytest.approx(sum(run["accuracy"]) / 4)
-    refused(["--full"], "--full", main=experiment.main)
+            assert len(run["margins"]) == 4
+            assert run["value"] == pytest.approx(sum(run["margins"]) / 4)
+            assert 0 <= run["accuracy"] <= 1
+    assert not Path("out").exists(), "the study on a CPU leaves no cache"
+    refused(["--full"], "GPU", main=study.main)
+
+
+def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
+    """On a CPU, with a tiny model of bytes and contexts to fit."""
+    shape = ["--block-size", "256", "--n-head", "2", "--steps", "2", "--sample", "0"]
+    train.main([*tiny, *shape, "--out", "base"])
+    monkeypatch.setattr(provenance, "code_hash", functools.cache(provenance.code_hash))
+    monkeypatch.setattr(harness, "check_gpu", lambda: None)
+    monkeypatch.setattr(harness, "parallel", one_after_the_other)
+    monkeypatch.setattr(study, "FULL", {**TINY, "steps": 1, "contexts": 8})
+    monkeypatch.setattr(ttt_needles, "LENGTHS", (500, 900))
+    monkeypatch.setattr(ttt_needles, "RATES", (1e-4, 1e-2))
+    monkeypatch.setattr(ttt_needles, "RATE_SEEDS", (101,))
+    monkeypatch.setattr(ttt_needles, "SEEDS", (1, 2))
+    monkeypatch.setattr(ttt_needles, "SPAN", 32)
+    flags = ["--experiment", "--full", "--init", "base", "--out", "results", "--minutes", "9"]
+    first = ttt_context.main(flags)
+    assert all(len(run["margins"]) == 8 for run in list(first["variants"].values())[0]["runs"])
+    assert capsys.readouterr().out.count("trained queries") >= 2 * 2 + 2
+
+    # the second time everything comes from the cache
+    saved = Path("results/ttt_needles-gpu.json").read_text()
+    monkeypatch.setattr(experiment, "study_model", None)
+    monkeypatch.setattr(ttt_needles, "measure", None)
+    assert ttt_context.main(flags)["variants"] == first["variants"]
+    assert json.loads(Path("results/ttt_needles-gpu.json").read_text()) == json.loads(saved)
+    for name in ("ttt_context-gpu.png", "ttt_needles-gpu.png", "ttt_context-gpu.json"):
+        assert Path("results", name).exists()
+
+    def out_of_time(*args, **options):
+        raise TimeoutError("1 of 8 runs are done")
+
+    monkeypatch.setattr(harness, "parallel", out_of_time)
+    assert ttt_context.main(flags) is None
+    assert "1 of 8 runs are done after 9 minutes" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# Needles in real text
+
+
+class Words:
+    """A tokenizer whose tokens are words and the line breaks between them."""
+
+    start = [0]
+
+    def __init__(self):
+        self.ids = {}
+
+    def encode_ordinary(self, text):
+        words = text.replace("\n", " \n ").split(" ")
+        return [self.ids.setdefault(word, len(self.ids) + 1) for word in words if word]
+
+
+def test_contexts_with_needles():
+    tokenizer = Words()
+    ids, pairs = ttt_needles.make_context(tokenizer, 1000, seed=1)
+    assert 500 < len(ids) <= 1000
+    words = {i: word for word, i in tokenizer.ids.items()}
+    text = " ".join(words[i] for i in ids[1:])
+    assert ids[0] == 0
+    assert len(pairs) == ttt_needles.FACTS
+    for question, answer in pairs:
+        fact = " ".join(words[i] for i in question + answer)
+        assert text.count(f"{fact}.") == 1
+    places = [text.index(" ".join(words[i] for i in question)) for question, _ in pairs]
+    assert max(places) - min(places) > 1000, "all over the text"
+    assert ttt_needles.make_context(tokenizer, 1000, seed=1) == (ids, pairs)
+    assert ttt_needles.make_context(tokenizer, 1000, seed=2)[1] != pairs
+
+
+def test_margins_of_needles_are_those_of_a_plain_forward():
+    model = small_gpt(torch.float64).requires_grad_(False)
+    ids = torch.randint(64, (40,), generator=generator(3))
+    caches, _ = ttt_context.prefill(model, ids, room=5)
+    pairs = [([7, 9], [3, 4]), ([1, 2, 5], [6])]
+    margin, accuracy = ttt_needles.ask(model, caches, 40, pairs, 60)
+    expected = 0.0
+    for question, answer in pairs:
+        p = 1.0
+        for i, token in enumerate(answer):
+            text = torch.cat([ids, torch.tensor(question + answer[:i])])
+            p *= model(text[None])[0, -1, :60].softmax(-1)[token].item()
+        expected += math.log(p / (1 - p)) / 2
+    assert margin == pytest.approx(expected, abs=1e-8)
+    assert accuracy == 0
+
+    # what greedy decoding answers is right
+    tokens = list(ttt_context.answer(model, caches, 40, [7, 9], 2, 60))
+    assert ttt_needles.ask(model, caches, 40, [([7, 9], tokens), pairs[1]], 60)[1] == 0.5
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""Do trained queries find needles in real text, and at which learning rate?
+
+Facts such as "The password of Anna is mango." are hidden between paragraphs of Python's manual.
+SmolLM2-135M continues "The password of Anna is" before and after its queries are trained on that
+context. The margin is the log odds of the right word. One learning rate is chosen for all lengths,
+on contexts of their own. The intervals are Student's t over contexts.
+"""
+
+import bisect
+import itertools
+import math
+import random
+import time
+from pydoc_data.topics import topics
+
+import torch
+
+import train
+from experiments import harness, provenance
+from sample import first_ids
+from support import distributed, run_folder
+from ttt_context import adapt, prefill, span_loss, split_spans
+
+NAMES = "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Laura Martin".split()
+WORDS = "mango lemon tiger eagle copper silver violin piano river desert winter castle".split()
+FACTS = 8  # in a context
+LENGTHS = (2048, 4096, 8192)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+RATE_SEEDS = (101, 102, 103, 104)  # of contexts on which the rate is chosen
+SEEDS = (1, 2, 3, 4, 5, 6)  # of contexts that are reported
+SPAN = 128
+METRIC = "log odds of the right answer, nats"
+
+
+def make_context(tokenizer, T, seed):
+    """Return the token ids of a context of at most T tokens, and pairs of question and answer."""
+
+    def encode(text):
+        return [int(i) for i in tokenizer.encode_ordinary(text)]  # some return NumPy integers
+
+    rng = random.Random(seed)
+    pages = rng.sample(sorted(topics.values()), len(topics))
+    paragraphs = "\n\n".join(pages).split("\n\n")
+    ends = itertools.accumulate(len(encode(f"{paragraph}\n\n")) for paragraph in paragraphs)
+    del paragraphs[bisect.bisect(list(ends), T - 16 * FACTS) :]  # a fact has fewer than 16
+
+    pairs = []
+    for name, word in zip(rng.sample(NAMES, FACTS), rng.sample(WORDS, FACTS)):
+        question = f"The password of {name} is"
+        paragraphs.insert(rng.randrange(len(paragraphs) + 1), f"{question} {word}.")
+        pairs.append((encode(question), encode(f" {word}")))
+    return [*first_ids(tokenizer), *encode("\n\n".join(paragraphs) + "\n\n")], pairs
+
+
+@torch.no_grad()
+def ask(model, caches, T, pairs, limit):
+    """Return the mean margin of the answers, and the share of them that greedy decoding gives.
+
+    caches: from `prefill`, of T tokens. limit: the vocabulary size without padding.
+    """
+    device = model.embed_tokens.weight.device
+    margins = []
+    n_right = 0
+    for question, answer in pairs:
+        for cache in caches:
+            cache.length = T  # forget an earlier question
+        ids = question
+        log_p = 0.0
+        greedy = []
+        for token in answer:
+            logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
+            log_p += logits.double().log_softmax(-1)[token].item()
+            greedy.append(int(logits.argmax()))
+            ids = [token]
+        margins.append(log_p - math.log(max(-math.expm1(log_p), 1e-9)))
+        n_right += greedy == answer
+    return sum(margins) / len(pairs), n_right / len(pairs)
+
+
+def run_context(job):
+    """Return what `measure` returns for a job (init, T, seed), cached on disk."""
+    code = provenance.code_hashes("experiments.ttt_needles")
+    return harness.disk_cache(harness.CACHE, [job, code], lambda: measure(*job))
+
+
+def measure(init, T, seed):
+    """Ask about one context without training, with lr 0, and after training at each of RATES.
+
+    Returns a list of {seed, lr, value, accuracy, loss, seconds}. The value is the margin.
+    """
+    device = distributed.pick_device("")
+    dtype = train.DTYPES[distributed.pick_dtype("", device)]
+    model, tokenizer = train.load_model(init, device, dtype)
+    ids, pairs = make_context(tokenizer, T, seed)
+    ids = torch.tensor(ids, device=device)
+    caches, kv = prefill(model, ids, room=max(len(q) + len(answer) for q, answer in pairs))
+    held_out, starts = split_spans(len(ids), SPAN)
+    rows = []
+    for lr in (0.0, *RATES):
+        start_time = time.perf_counter()
+        steps = 32 if lr else 0
+        with adapt(model, kv, ids, starts, steps=steps, n=SPAN, lr=lr), torch.no_grad():
+            margin, accuracy = ask(model, caches, len(ids), pairs, tokenizer.n_vocab)
+            loss = span_loss(model, kv, ids, held_out, SPAN).item()
+        row = {"seed": seed, "lr": lr, "value": margin, "accuracy": accuracy, "loss": loss}
+        rows.append({**row, "seconds": time.perf_counter() - start_time})
+    return rows
+
+
+def run(init, out, deadline=float("inf")):
+    """Run the study, or as much as the deadline allows; write and return the record."""
+    init = str(run_folder.find_run(init))
+    jobs = [(init, T, seed) for T in reversed(LENGTHS) for seed in RATE_SEEDS + SEEDS]
+    results = harness.parallel(run_context, jobs, deadline=deadline, label="contexts")
+    rows = {job[1:]: result for job, result in zip(jobs, results)}  # {(T, seed): rows}
+
+    # the rate with the highest margin, on average over all lengths
+    swept = {T: [row for seed in RATE_SEEDS for row in rows[T, seed][1:]] for T in LENGTHS}
+    swept_rows = list(itertools.chain(*swept.values()))
+    best_lr = max(RATES, key=lambda lr: sum(r["value"] for r in swept_rows if r["lr"] == lr))
+
+    record = {"question": "Do trained queries find needles in real text?", "metric": METRIC}
+    record.update(baseline="in context", variants={}, differences={}, best_lr=best_lr, by_lr={})
+    record["seconds"] = sum(row["seconds"] for result in results for row in result)
+    for T in LENGTHS:
+        runs_by_lr = {lr: [rows[T, s][i] for s in SEEDS] for i, lr in enumerate((0.0, *RATES))}
+        changes = [harness.paired_difference(runs_by_lr[lr], runs_by_lr[0.0]) for lr in RATES]
+        for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept[T])):
+            entry = {"settings": {"init": init, "lr": lr}, "sweep": sweep, "runs": runs_by_lr[lr]}
+            record["variants"][f"{T} tokens: {name}"] = entry
+        record["differences"][f"{T} tokens: trained queries"] = changes[RATES.index(best_lr)]
+        record["by_lr"][T] = changes
+    provenance.save_json(out / "ttt_needles-gpu.json", record, "experiments.ttt_needles")
+    harness.save_figure(plot(record), out / "ttt_needles-gpu.png")
+    harness.print_differences(record)
+    return record
+
+
+def plot(record):
+    """Plot the change of the margin against the learning rate, a line for each length."""
+    figure, axes = harness.new_figure((7, 4))
+    for T, changes in record["by_lr"].items():
+        means = [change["mean"] for change in changes]
+        half_widths = [change["half_width_95"] for change in changes]
+        axes.errorbar(RATES, means, half_widths, fmt="o-", capsize=3, label=f"{T:,} tokens")
+    axes.axhline(0, color="black", lw=0.8)
+    axes.axvline(record["best_lr"], color="C7", ls=":", label="chosen on other contexts")
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"change of {record['metric']}")
+    axes.legend(fontsize=8)
+    return figure

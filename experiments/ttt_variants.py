@@ -1,0 +1,276 @@
+"""One run of the query-only study: the variants of one model, on contexts of one length.
+
+    in context            the model as it is
+    log T                 logits times log T / log(training length), without training
+    fitted temperature    one factor per head, trained like the queries
+    trained queries       the method, on this context
+    foreign queries       trained on another context of the same kind
+    other-kind queries    on a context where the other column decides
+    equal-FLOP thinking   majority of as many sampled answers as cost the FLOPs of the steps
+    2 N k thinking        of as many as the paper counts, for N steps on spans of k tokens
+
+All variants answer the same questions from the same cache. Learning rates are chosen for each
+model, on contexts of seed 0, which are not reported.
+"""
+
+import itertools
+import math
+import time
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from experiments import ttt_sandbox
+from experiments.ttt_cost import flops_of_spans, thinking_tokens
+from experiments.ttt_sandbox import TASKS
+from support import distributed
+from ttt_context import prefill, train_queries, trainable_queries
+
+# --------------------------------------------------------------------------------------------------
+# Asking. The needles of a question are the positions in the context that hold its answer.
+
+
+class QuestionCache:
+    """One layer's frozen keys and values (Hkv, T, D) of a context, for Q questions about it.
+
+    needles (Q, T): bool. `attend` sets `needle_attention` (Q, H) to the probability that the last
+    token of each question gives to its needles, if the layer has softmax attention.
+    """
+
+    needle_attention = None
+
+    def __init__(self, k, v, needles):
+        self.k = k
+        self.v = v
+        self.length = k.shape[1]
+        self.needles = needles
+
+    def attend(self, module, heads):
+        """Return a layer's attention to the context and to the question so far, (Q, H, n, D)."""
+        q, k, v = heads  # of the questions' n tokens: (Q, H, n, D) and twice (Q, Hkv, n, D)
+        Q, H, _, D = q.shape
+        k = torch.cat([self.k.expand(Q, -1, -1, -1), k], dim=2)  # (Q, Hkv, T + n, D)
+        v = torch.cat([self.v.expand(Q, -1, -1, -1), v], dim=2)
+        if getattr(module.function, "has_logits", True):
+            # attention of the last token to the T positions of the context
+            keys = k.repeat_interleave(H // k.shape[1], dim=1)  # (Q, H, T + n, D)
+            scores = q[:, :, -1:] @ keys.transpose(2, 3) * D**-0.5  # (Q, H, 1, T + n)
+            p = scores.softmax(-1)[:, :, 0, : self.length]  # (Q, H, T)
+            self.needle_attention = (p * self.needles[:, None]).sum(-1)
+        return module.function(q, k, v, **module.options)
+
+
+@torch.no_grad()
+def ask(model, kv, context):
+    """Return the logits of the answers, (Q, V), and the attention to the needles, (Q, heads).
+
+    kv: the frozen keys and values of each layer. The heads are those of all softmax layers.
+    """
+    caches = [QuestionCache(k, v, context.needles) for k, v in kv]
+    logits = model(context.questions, cache=caches)[:, -1]
+    by_layer = [cache.needle_attention for cache in caches if cache.needle_attention is not None]
+    return logits, torch.cat(by_layer, dim=1)
+
+
+def log_odds(logits, answers):
+    """Return log(p / (1 - p)) of the probability p of each answer; logits (Q, V), answers (Q)."""
+    is_answer = torch.arange(logits.shape[1], device=logits.device) == answers[:, None]  # (Q, V)
+    others = logits.masked_fill(is_answer, -torch.inf)
+    return logits[is_answer] - others.logsumexp(1)
+
+
+def score(model, kv, context):
+    """Return the margin and accuracy of the answers, and the attention to the needles.
+
+    The margin is the log odds of the right answer in nats, its mean over the questions. The
+    attention is that of the head which attends most to the needles.
+    """
+    logits, needle_attention = ask(model, kv, context)
+    is_right = logits.argmax(-1) == context.answers
+    return {
+        "margin": log_odds(logits, context.answers).mean().item(),
+        "accuracy": is_right.float().mean().item(),
+        "needle_attention": needle_attention.mean(0).max().item(),
+    }
+
+
+def vote(model, kv, context, n_samples, seed):
+    """Return margin and accuracy when the majority of n_samples sampled answers counts.
+
+    An answer is one token, so the samples can all be drawn from the same logits. The margin is the
+    log odds of the share of right samples, with half a sample added to the right and to the wrong.
+    """
+    logits, _ = ask(model, kv, context)
+    generator = torch.Generator().manual_seed(seed)
+    p = logits.cpu().softmax(-1)
+    samples = torch.multinomial(p, n_samples, replacement=True, generator=generator)  # (Q, samples)
+    answers = context.answers.cpu()
+    n_right = (samples == answers[:, None]).sum(1)  # (Q)
+    majority = samples.mode(dim=1).values
+    return {
+        "margin": ((n_right + 0.5) / (n_samples - n_right + 0.5)).log().mean().item(),
+        "accuracy": (majority == answers).float().mean().item(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# What is trained
+
+
+@contextmanager
+def temperatures(model, factor=1.0):
+    """Freeze the model and multiply the queries of each head by a trainable factor.
+
+    Yields the logarithms of the factors, (H, 1) for each layer. The factors come after the QK-norm
+    if there is one, which would undo them. At the end of the block the model is as before.
+    """
+    with trainable_queries(model) as weights, ExitStack() as hooks:
+        log_factors = []
+        for layer, weight in zip(model.layers, weights):
+            weight.requires_grad_(False)
+            shape = (model.config.n_head, 1)
+            options = {"device": weight.device, "requires_grad": True}
+            log_factor = torch.full(shape, math.log(factor), **options)
+
+            def scale(norm, inputs, q, log_factor=log_factor):  # q (B, T, H, D)
+                return (q * log_factor.exp()).to(q.dtype)
+
+            hooks.enter_context(layer.self_attn.q_norm.register_forward_hook(scale))
+            log_factors.append(log_factor)
+        yield log_factors
+
+
+# what a variant trains: a context manager that yields the parameters
+TRAINED = {"trained queries": trainable_queries, "fitted temperature": temperatures}
+
+
+def fit(model, variant, kv, ids, recipe, lr):
+    """Train a variant on random spans of ids; return its parameters. The model is as before."""
+    n = min(recipe["span"], len(ids) // 2)
+    starts = torch.arange(len(ids) - n)
+    with TRAINED[variant](model) as weights:
+        steps = train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr)
+        list(steps)  # take them all
+        return [w.detach().clone() for w in weights]
+
+
+@contextmanager
+def fitted(model, variant, parameters):
+    """Let the model have the parameters of a variant, from `fit`, inside the `with` block."""
+    with TRAINED[variant](model) as weights, torch.no_grad():
+        for weight, parameter in zip(weights, parameters):
+            weight.copy_(parameter)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
+def make_context(task, recipe, T, seed, c, device="cpu"):
+    """Return context number c of a seed. In `columns`, a decides in 0, 1, 4, 5, ..., else b."""
+    generator = torch.Generator().manual_seed(10**6 * seed + 10 * T + c)
+    key_column = c // 2 % 2
+    options = (recipe["questions"], key_column)
+    context = ttt_sandbox.make_context(task, T, recipe, generator, *options)
+    return ttt_sandbox.Context(*(t.to(device) for t in context))
+
+
+def make_contexts(model, task, recipe, T, seed, numbers):
+    """Return contexts of a seed, and the frozen keys and values of each."""
+    device = model.embed_tokens.weight.device
+    contexts = [make_context(task, recipe, T, seed, c, device) for c in numbers]
+    return contexts, [prefill(model, context.ids)[1] for context in contexts]
+
+
+def sweep_rates(model, task, T, recipe):
+    """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind."""
+    contexts, caches = make_contexts(model, task, recipe, T, 0, (0, 2))
+    margins = {}
+    for variant, lrs in recipe["lrs"].items():
+        margins[variant] = {}
+        for lr in lrs:
+            total = 0.0
+            for context, kv in zip(contexts, caches):
+                parameters = fit(model, variant, kv, context.ids, recipe, lr)
+                with fitted(model, variant, parameters):
+                    total += score(model, kv, context)["margin"]
+            margins[variant][lr] = total / len(contexts)
+    return margins
+
+
+def thinking_samples(model, T, recipe):
+    """Return how many samples, of one token each, the two ways of thinking get."""
+    n = min(recipe["span"], T // 2)
+    flops = flops_of_spans(model, recipe["steps"] * n, T)
+    return {
+        "equal-FLOP thinking": max(1, thinking_tokens(model, T, flops)),
+        "2 N k thinking": 2 * recipe["steps"] * n,
+    }
+
+
+def compare_variants(model, task, T, recipe, seed):
+    """Compare the variants of a model on contexts of T tokens.
+
+    Returns {variant: {"margin", "accuracy" and others: [value on each context]}}. Thinking also has
+    "samples", and what is trained has "lr" and "sweep": [[learning rate, mean margin], ...] on
+    contexts of seed 0.
+    """
+    # choose the rates, and train on every context
+    swept = sweep_rates(model, task, T, recipe)
+    lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
+    contexts, caches = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
+    trained = {}  # {variant: [its parameters for each context]}
+    for variant, lr in lrs.items():
+        trained[variant] = []
+        for context, kv in zip(contexts, caches):
+            trained[variant].append(fit(model, variant, kv, context.ids, recipe, lr))
+
+    # ask every variant about every context
+    log_t_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
+    n_samples = thinking_samples(model, T, recipe)
+    results = {}
+    for c, (context, kv) in enumerate(zip(contexts, caches)):
+        found = {"in context": score(model, kv, context)}
+        with temperatures(model, log_t_factor):
+            found["log T"] = score(model, kv, context)
+        with fitted(model, "fitted temperature", trained["fitted temperature"][c]):
+            found["fitted temperature"] = score(model, kv, context)
+        trained_on = {"trained queries": c, "foreign queries": c ^ 1}  # 0 and 1, 2 and 3, ...
+        if task == "columns":
+            trained_on["other-kind queries"] = c ^ 2  # 0 and 2, 1 and 3, ...
+        for variant, other in trained_on.items():
+            with fitted(model, "trained queries", trained["trained queries"][other]):
+                found[variant] = score(model, kv, context)
+        for variant, n in n_samples.items():
+            found[variant] = vote(model, kv, context, n, seed)
+
+        for variant, scores in found.items():
+            entry = results.setdefault(variant, {name: [] for name in scores})
+            for name, value in scores.items():
+                entry[name].append(round(value, 4))
+    for variant, n in n_samples.items():
+        results[variant]["samples"] = n
+    for variant, margins in swept.items():
+        sweep = [[lr, round(margin, 4)] for lr, margin in margins.items()]
+        results[variant] |= {"lr": lrs[variant], "sweep": sweep}
+    return results
+
+
+def study_model(job):
+    """Train one model and compare the variants on it.
+
+    job: {recipe, seed, norm, lengths, device}. Returns {"scores", "seconds"}; scores:
+    {"task, norm, T: variant": what compare_variants returns}.
+    """
+    start_time = time.perf_counter()
+    recipe = job["recipe"]
+    seed = job["seed"]
+    norm = job["norm"]
+    device = distributed.pick_device(job["device"])
+    model = ttt_sandbox.train_model(recipe, norm, seed, device)
+    scores = {}
+    for task, T in itertools.product(TASKS, job["lengths"]):
+        for variant, found in compare_variants(model, task, T, recipe, seed).items():
+            scores[f"{task}, {norm}, {T}: {variant}"] = found
+    return {"scores": scores, "seconds": time.perf_counter() - start_time}
