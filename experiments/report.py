@@ -98,7 +98,7 @@ IDEAS = [
             Finding(
                 "ttt_context-cpu",
                 f"{task}, no QK-norm, 3072: trained queries",
-                f"accuracy on {task}, against a fitted temperature",
+                f"log odds on {task}, against a fitted temperature",
             )
             for task in ("records", "columns")
         ],
