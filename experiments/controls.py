@@ -86,19 +86,23 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class ShuffledSONew(SONew):
-    """SONew on matrices whose columns are in a random order: chains of strangers."""
+    """SONew on matrices whose columns are in a random order, so that no neighbours are related."""
+
+    def __init__(self, groups, *options):
+        super().__init__(groups, *options)
+        self.orders = {}  # {matrix: order of its columns}, made here: a captured step cannot copy
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() > 1:
+                    generator = torch.Generator().manual_seed(p.shape[1])
+                    order = torch.randperm(p.shape[1], generator=generator)
+                    self.orders[p] = order.to(p.device)
 
     @torch.no_grad()
     def step(self):
-        matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
-        for p in matrices:
-            order = self.column_order(p)
+        for p, order in self.orders.items():
             p.copy_(p[:, order])
             p.grad.copy_(p.grad[:, order])
         super().step()
-        for p in matrices:
-            p.copy_(p[:, self.column_order(p).argsort()])
-
-    def column_order(self, p):
-        generator = torch.Generator().manual_seed(p.shape[1])
-        return torch.randperm(p.shape[1], generator=generator).to(p.device)
+        for p, order in self.orders.items():
+            p.copy_(p[:, order.argsort()])

@@ -83,7 +83,7 @@ def test_shuffled_sonew_is_sonew_of_permuted_columns():
     params, groups = make_groups()
     others, _ = make_groups()
     shuffled = controls.optimizer(groups, 0.1, name="shuffled")
-    order = shuffled.column_order(params[1])
+    order = shuffled.orders[params[1]]
     assert sorted(order.tolist()) == [0, 1, 2, 3] != order.tolist()
     matrix = others[1]
     permuted = torch.nn.Parameter(matrix.detach()[:, order].clone())
