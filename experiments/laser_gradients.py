@@ -18,6 +18,7 @@ import torch
 
 import train
 from experiments import harness
+from experiments.language_models import RATES
 from experiments.laser import logit_gradients, probe_model
 from experiments.provenance import code_hashes, save_json
 from laser import causal_mask
@@ -26,13 +27,13 @@ from support import data, distributed
 DATA = "python"
 FLAGS = "--model small --steps 3000 --eval-batches 1 --sample 0"
 STOPS = (30, 300, 1000, 2000, 3000)
-LRS = {"softmax": 1e-3, "LASER": 1e-3}  # the best of results/laser-gpu.json
+VARIANTS = ("softmax", "LASER")
 SEEDS = (1, 2, 3)
 SEQUENCES = 8
 
 
 def settings_of(variant):
-    return f"{FLAGS} --data {DATA} --attn {variant.lower()} --lr {LRS[variant]:g}"
+    return f"{FLAGS} --data {DATA} --attn {variant.lower()} --lr {RATES[1]:g}"
 
 
 def gradients_by_layer(model, variant, x, y):
@@ -99,7 +100,7 @@ def plot(record):
     """Draw the gradient over training, and how much larger LASER's is by layer at the end."""
     figure, (left, right) = harness.new_figure((10, 3.6), 1, 2)
     last = {}  # variant: gradient by layer at the last stop, mean over seeds
-    for variant in LRS:
+    for variant in VARIANTS:
         curves = torch.tensor(
             [[layers for _, layers in run["curve"]] for run in record["variants"][variant]["runs"]]
         )  # (seeds, stops, layers)
@@ -117,12 +118,12 @@ def plot(record):
 def run(out, minutes=None):
     """Run the study, or a part of it in `minutes`; write its JSON and figure."""
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    jobs = [{"variant": variant, "seed": seed} for variant in LRS for seed in SEEDS]
-    runs = {variant: [] for variant in LRS}
+    jobs = [{"variant": variant, "seed": seed} for variant in VARIANTS for seed in SEEDS]
+    runs = {variant: [] for variant in VARIANTS}
     try:
         results = harness.parallel(train_and_probe, jobs, deadline=deadline, label="probed runs")
     except TimeoutError as pause:
-        print(f"{pause} after {minutes:g} minutes; the same command continues")
+        print(f"{pause}; the same command continues")
         return None
     for job, result in zip(jobs, results):
         runs[job["variant"]].append(result)
@@ -130,7 +131,7 @@ def run(out, minutes=None):
     record = {"question": "Does more gradient reach the logits of a GPT with LASER?"}
     record.update(metric="log10 of the gradient at the logits at the end", baseline="softmax")
     record.update(seconds=sum(run["seconds"] for run in results), variants={}, differences={})
-    for variant in LRS:
+    for variant in VARIANTS:
         entry = {"settings": settings_of(variant), "sweep": None, "runs": runs[variant]}
         record["variants"][variant] = entry
     record["differences"]["LASER"] = harness.paired_difference(runs["LASER"], runs["softmax"])
