@@ -280,6 +280,9 @@ def step_cell(row):
 def all_tables(records):
     """Return the Markdown between the two markers of README.md."""
     parts = [ideas_table(records)]
+    outdated = [name for name, record in records.items() if changed_files(record)]
+    if outdated:
+        parts.append(f"Made with older code, to be run again: {', '.join(outdated)}.")
     if "kernels" in records:
         record = records["kernels"]
         where = f"{record['hardware']}, torch {record['versions']['torch']}"

@@ -114,6 +114,13 @@ def test_rows_at_equal_seconds():
     ]
 
 
+def test_outdated_results_are_named():
+    records = {"old": {**STUDY, "code": {"deleted.py": "0"}}, "new": STUDY}
+    text = report.all_tables(records)
+    assert text.endswith("Made with older code, to be run again: old.")
+    assert "to be run again" not in report.all_tables({"new": STUDY})
+
+
 def test_finding_text():
     finding = report.Finding("laser-cpu", "LASER", "loss")
     assert report.finding_text(STUDY, finding) == "loss 2.5 → 1.75 (± 0.25)"
