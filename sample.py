@@ -214,7 +214,7 @@ def generate(
     cached: keep keys and values of earlier tokens; False: recompute them for each token.
     graph: decode with a CUDAGraphDecoder; needs softmax attention.
 
-    When the context is full, its older half is dropped, and the cache is filled anew from the other
+    When the context is full, its older half is dropped, and the cache is filled from the other
     half. So the tokens do not depend on `cached`.
     """
     check_sampling(temperature, top_k, top_p)

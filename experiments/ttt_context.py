@@ -15,12 +15,10 @@ The metric is the margin of the right answer, log(p / (1 - p)). A model's value
 is its mean over contexts of 32 questions. The intervals are Student's t over
 models, paired by seed.
 
-    python ttt_context.py --experiment           five minutes on two CPU cores
-    python ttt_context.py --experiment --full    20 minutes on a GPU
+    python ttt_context.py --experiment           on two CPU cores
+    python ttt_context.py --experiment --full    on GPUs
 
-    python ttt_context.py --experiment    five minutes on two CPU cores
-
-writes results/ttt_context-cpu.json and .png, or -gpu. With --full, contexts
+Writes results/ttt_context-cpu.json and .png, or -gpu. With --full, contexts
 have up to 12,288 tokens, and there are 16 of them and more learning rates.
 --init FOLDER adds experiments/ttt_needles.py: SmolLM2-135M and real text.
 """

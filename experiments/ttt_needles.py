@@ -72,7 +72,8 @@ def ask(model, caches, T, pairs, limit):
             log_p += logits.double().log_softmax(-1)[token].item()
             greedy.append(int(logits.argmax()))
             ids = [token]
-        margins.append(log_p - math.log(max(-math.expm1(log_p), 1e-9)))
+        other_p = max(-math.expm1(log_p), 1e-9)  # 1 - p
+        margins.append(log_p - math.log(other_p))
         n_right += greedy == answer
     return sum(margins) / len(pairs), n_right / len(pairs)
 

@@ -13,7 +13,7 @@ the channel's values. shift is 1 if all values are near the center: exp(v - cent
 1, where bfloat16 keeps few digits, so exp_v is expm1(v - center). Rows of p sum to 1, so x, too, is
 1 too small, and log_kernel adds the 1. In other channels, shift is 0.
 
-If some channel of a head has values more than MAX_RANGE apart, or NaN or infinity, its exp would
+If some channel has values more than MAX_RANGE apart, or NaN or infinity, its exp would
 underflow or overflow. The fallback kernels then compute the head again, by an online log-sum-exp of
 qk + v. They find this out on the device, so the host never waits. A future key can change an
 earlier row by rounding only, as it can move the center.
@@ -72,7 +72,7 @@ def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
 
 @triton.jit
 def load_channels(ptr, b, hkv, HKV, D: tl.constexpr):
-    """center, shift or is_wide of each channel of a head: [D]"""
+    """center, shift or is_wide of each channel: [D]"""
     return tl.load(ptr + (b * HKV + hkv) * D + tl.arange(0, D))
 
 

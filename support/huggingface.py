@@ -228,7 +228,7 @@ class Weights(Mapping):
     """A lazy mapping from train.GPT's names to the tensors of a folder.
 
     Names, shapes and types are checked when it is created, before any tensor is read. Each access
-    opens the file anew and reads one tensor, so that memory holds one tensor at a time.
+    opens the file again and reads one tensor, so that memory holds one tensor at a time.
     config: fields of train.GPTConfig.
     """
 

@@ -209,7 +209,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(case):
 
 @pytest.mark.parametrize("make", [sonew, lora_rite, adafactor], ids=lambda make: make.__name__)
 def test_state_of_other_shapes_is_compared_too(make):
-    """Replace each tensor of the state in turn by one of three values."""
+    """Replace one tensor of the state after the other by one of three values."""
     model = one_layer((4, 6), (8, 4))
     optimizer = make(model)
     step(model, optimizer)
