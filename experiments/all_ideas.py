@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
 from experiments import language_models
-from experiments.harness import check_writable, study_parser
+from experiments.harness import check_writable, deadline_after, study_parser
 from support.cli import run_main
 
 
@@ -21,7 +21,8 @@ def main(argv=None):
     parser = study_parser(__doc__)
     parser.add_argument("--minutes", type=float, metavar="N", help="stop after so many minutes")
     args = parser.parse_args(argv)
-    return language_models.run("all", check_writable(args.out), args.minutes)
+    out = check_writable(args.out)
+    return language_models.run("all", out, deadline_after(args.minutes))
 
 
 if __name__ == "__main__":

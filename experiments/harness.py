@@ -112,6 +112,11 @@ def start_worker(gpu_queue, threads):
     torch.set_num_threads(threads)
 
 
+def deadline_after(minutes):
+    """Return the value that time.monotonic() will have in so many minutes. None: infinity."""
+    return time.monotonic() + 60 * minutes if minutes else float("inf")
+
+
 def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs", look=None):
     """Return [function(job) for job in jobs], computed by one process per visible GPU or CPU core.
 
@@ -153,7 +158,8 @@ def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs", 
                 i, job = waiting.pop(0)
                 running[pool.submit(function, job)] = i
             if not running:
-                raise TimeoutError(f"{len(results)} of {len(jobs)} {label} are done")
+                done = f"{len(results)} of {len(jobs)} {label} are done"
+                raise TimeoutError(f"time is up: {done}; the same command continues")
             finished = next(as_completed(running))
             results[running.pop(finished)] = finished.result()
             bar.update()

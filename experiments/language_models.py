@@ -5,7 +5,6 @@
 controls, which get fewer seeds. Its JSON is written after each stage.
 """
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -100,11 +99,13 @@ STUDIES = {
 }
 
 
-def run(name, out, minutes=None):
-    """Run a study, or what `minutes` allow of it; return its record, None if there is none yet."""
+def run(name, out, deadline=float("inf")):
+    """Run a study, or what it can until the deadline; return its record, None if there is none yet.
+
+    deadline: a value of time.monotonic().
+    """
     harness.check_gpu()
     study = STUDIES[name]
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     stages = [
         study.variants,
         {**study.variants, **study.longer_baseline},
@@ -118,7 +119,7 @@ def run(name, out, minutes=None):
             save_json(Path(out) / f"{name}-gpu.json", record, "experiments.language_models")
             harness.save_figure(plot(record), Path(out) / f"{name}-gpu.png")
     except TimeoutError as pause:
-        print(f"{pause} after {minutes:g} minutes; the same command continues")
+        print(pause)
     if record:
         harness.print_differences(record)
     return record

@@ -22,6 +22,7 @@ import torch
 import train
 from experiments.harness import (
     check_writable,
+    deadline_after,
     new_figure,
     paired_difference,
     print_differences,
@@ -230,10 +231,9 @@ def main(argv, description):
     if args.full:
         from experiments import language_models, laser_gradients
 
-        start_time = time.monotonic()
-        record = language_models.run("laser", out, args.minutes)
-        minutes = args.minutes and args.minutes - (time.monotonic() - start_time) / 60
-        laser_gradients.run(out, minutes)
+        deadline = deadline_after(args.minutes)
+        record = language_models.run("laser", out, deadline)
+        laser_gradients.run(out, deadline)
         return record
     record = {"question": "Where attention is peaked, does more gradient reach LASER's logits?"}
     record.update(metric="log10 of the gradient at the logits", baseline="softmax")

@@ -115,15 +115,14 @@ def plot(record):
     return figure
 
 
-def run(out, minutes=None):
-    """Run the study, or a part of it in `minutes`; write its JSON and figure."""
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+def run(out, deadline=float("inf")):
+    """Run the study, or a part of it until the deadline; write its JSON and figure."""
     jobs = [{"variant": variant, "seed": seed} for variant in VARIANTS for seed in SEEDS]
     runs = {variant: [] for variant in VARIANTS}
     try:
         results = harness.parallel(train_and_probe, jobs, deadline=deadline, label="probed runs")
     except TimeoutError as pause:
-        print(f"{pause}; the same command continues")
+        print(pause)
         return None
     for job, result in zip(jobs, results):
         runs[job["variant"]].append(result)

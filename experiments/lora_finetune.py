@@ -192,8 +192,8 @@ def crossed_ci95(values):
     return float(mean), float(harness.T_95[n_seeds - 2] * variance**0.5)
 
 
-def run(init, questions, out, minutes=None):
-    """Run the study, or a part of it in `minutes`; write its JSON and figure."""
+def run(init, questions, out, deadline=float("inf")):
+    """Run the study, or a part of it until the deadline; write its JSON and figure."""
     if not init or not questions:
         raise ValueError(
             "--full needs --init HuggingFaceTB/SmolLM2-135M or its folder, and --questions DIR"
@@ -202,7 +202,6 @@ def run(init, questions, out, minutes=None):
         for split in ("train", "test"):
             read_questions(questions, task, split)
     Path("out").mkdir(exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def make_job(variant, lr, seed):
         flags = f"{FLAGS} {VARIANTS[variant]}"
@@ -213,7 +212,7 @@ def run(init, questions, out, minutes=None):
         seeds = dict.fromkeys(VARIANTS, SEEDS)
         swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, deadline=deadline)
     except TimeoutError as pause:
-        print(f"{pause} after {minutes:g} minutes; the same command continues")
+        print(pause)
         return None
 
     record = {"question": "Which optimizer makes LoRA adapters answer questions best?"}

@@ -30,6 +30,7 @@ import train
 from experiments.harness import (
     check_gpu,
     check_writable,
+    deadline_after,
     new_figure,
     paired_difference,
     print_differences,
@@ -181,7 +182,7 @@ def main(argv=None):
         from experiments import lora_finetune
 
         check_gpu()
-        return lora_finetune.run(args.init, args.questions, out, args.minutes)
+        return lora_finetune.run(args.init, args.questions, out, deadline_after(args.minutes))
     baseline = "AdamW"
     record = {"question": "Which optimizers care how LoRA's product is factored?"}
     record.update(metric=f"log10 of |Z' - Z| / |Z| after {STEPS} steps", baseline=baseline)

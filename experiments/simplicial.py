@@ -307,7 +307,7 @@ def main(argv, description, seeds=SEEDS, steps=None):
     if args.full:
         from experiments import language_models
 
-        return language_models.run("simplicial", out, args.minutes)
+        return language_models.run("simplicial", out, harness.deadline_after(args.minutes))
     start_time = time.perf_counter()
     record = {
         "question": "Does one layer of 2-simplicial attention solve tasks about three tokens?",

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from experiments.harness import (
     check_writable,
+    deadline_after,
     new_figure,
     paired_difference,
     print_differences,
@@ -396,7 +397,7 @@ def main(argv=None):
     if args.full:
         from experiments import language_models
 
-        return language_models.run("sonew", out, args.minutes)
+        return language_models.run("sonew", out, deadline_after(args.minutes))
     images = load_mnist(args.mnist)
     start_time = time.perf_counter()
     if args.sweep:

@@ -208,14 +208,14 @@ def main(argv=None):
     from experiments import ttt_needles
 
     harness.check_gpu()
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    deadline = harness.deadline_after(args.minutes)
     try:
         record = run(out, FULL, True, deadline)
         if args.init:
             ttt_needles.run(args.init, out, deadline)
         return record
     except TimeoutError as pause:
-        print(f"{pause} after {args.minutes:g} minutes; the same command continues")
+        print(pause)
 
 
 if __name__ == "__main__":

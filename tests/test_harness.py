@@ -91,7 +91,7 @@ def test_parallel_passes_errors_on_and_stops():
 
 
 def test_parallel_stops_at_the_deadline():
-    with pytest.raises(TimeoutError, match="0 of 2"):
+    with pytest.raises(TimeoutError, match="0 of 2 runs are done; the same command continues"):
         harness.parallel(square, [1, 2], workers=1, deadline=time.monotonic())
 
 

@@ -28,7 +28,7 @@ def demo(tmp_path, monkeypatch):
 
     def parallel(function, new_jobs, deadline, label, look):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"0 of {len(new_jobs)} {label} are done")
+            raise TimeoutError(f"0 of {len(new_jobs)} {label} are done; the same command continues")
         jobs.extend(new_jobs)
         return [fake_run(job) for job in new_jobs]
 
@@ -85,7 +85,7 @@ def test_seeds_of_the_runs_are_not_those_of_the_sweep(demo):
 
 
 def test_a_pause_keeps_the_stages_that_are_done(demo, monkeypatch, capsys):
-    assert language_models.run("demo", "results", minutes=1e-9) is None
+    assert language_models.run("demo", "results", harness.deadline_after(1e-9)) is None
     assert "the same command continues" in capsys.readouterr().out
 
     def compare(study, flags, seeds, deadline):
@@ -95,7 +95,7 @@ def test_a_pause_keeps_the_stages_that_are_done(demo, monkeypatch, capsys):
 
     real_compare = language_models.compare
     monkeypatch.setattr(language_models, "compare", compare)
-    record = language_models.run("demo", "results", minutes=1)
+    record = language_models.run("demo", "results", harness.deadline_after(1))
     assert record["variants"].keys() == {"softmax", "other"}
     assert Path("results/demo-gpu.json").exists()
 

@@ -382,7 +382,7 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(harness, "parallel", out_of_time)
     assert ttt_context.main(flags) is None
-    assert "1 of 8 runs are done after 9 minutes" in capsys.readouterr().out
+    assert "1 of 8 runs are done" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
