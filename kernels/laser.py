@@ -54,14 +54,14 @@ def batch_and_head(H):
 @triton.jit
 def load_tile(ptr, b, h, rows, T, H, D: tl.constexpr):
     """Positions `rows` of head h, zeros from T on: [rows, D]"""
-    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    return tl.load(ptr + (b * T * H + h) * D + offs, mask=(rows < T)[:, None], other=0.0)
+    ptrs = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    return tl.load(ptrs, mask=(rows < T)[:, None], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, x, b, h, rows, T, H, D: tl.constexpr):
-    offs = rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
-    tl.store(ptr + (b * T * H + h) * D + offs, x.to(ptr.dtype.element_ty), (rows < T)[:, None])
+    ptrs = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=(rows < T)[:, None])
 
 
 @triton.jit
