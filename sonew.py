@@ -1,40 +1,44 @@
 """SONew: a sparsified online Newton optimizer (arXiv 2311.10085).
 
-A full second-order method preconditions a tensor's n gradients with the inverse
-of their (n, n) statistics S = E[g g^T]. SONew keeps b + 1 diagonals of S,
-S_k[i] = E[g_i g_{i+k}], and takes the banded X that is closest to the inverse
-of S in LogDet divergence:
+Let g (n) be the gradient of a tensor with n entries, its coordinates. A full
+second-order method averages g g^T over the steps into a matrix S (n, n), and
+multiplies the momentum by the inverse of S. SONew keeps a band of S only,
+S_k[i] = E[g_i g_{i+k}] for k = 0 ... b, and replaces the inverse by a matrix X
+with the same band. Here for n = 4 and b = 1:
 
-    minimise  tr(X S) - log det X   over X > 0 with X_ij = 0 for |i - j| > b
+    S_0[0] S_1[0]   ?      ?          X_00  X_01   0     0
+    S_1[0] S_0[1] S_1[1]   ?          X_10  X_11  X_12   0
+      ?    S_1[1] S_0[2] S_1[2]        0    X_21  X_22  X_23
+      ?      ?    S_1[2] S_0[3]        0     0    X_32  X_33
 
-The coordinates form a chain in memory order. Each has edges to the next b, its
-successors, and to no other. So the minimiser has a closed form:
+X minimises tr(X S) - log det X over the positive definite matrices of this
+form: it is the closest to the inverse of S in LogDet divergence. Coordinates
+form a chain, in memory order. Each has edges to the next b, its successors.
+X has a closed form, which needs for each i only i and its successors:
 
-    psi_i = W_i^-1 c_i            W_i (b, b): entries of S between successors
-                                  c_i (b): entries of S between i and each
-    s_i   = S_0[i] - psi_i . c_i  Schur complement: the variance of g_i that its
-                                  successors do not explain
-    X     = L diag(1/s) L^T       L[i+k, i] = -psi_i[k], ones on the diagonal
-    u     = X m                   the direction, where m is the momentum
+    W_i (b, b)   entries of S between the successors
+    c_i (b)      entries of S between i and each successor
+    psi_i (b)    W_i^-1 c_i: the best weights to predict g_i from the successors
+    s_i          S_0[i] - psi_i . c_i: its mean squared error, a Schur complement
+    X (n, n)     L diag(1/s) L^T: L[i+k, i] = -psi_i[k], ones on the diagonal
+    u (n)        X m: the direction of the step, where m (n) is the momentum
 
 Edge removal (Algorithm 3): where s_i <= gamma S_0[i], the edges from i to its
 successors are dropped. The edge to a successor that depends linearly on those
-before it is dropped too. So X stays positive definite. Grafting: each tensor's
-step gets the length of Adam's. With b = 0, u is m / S_0, Adam without its
-square root. Biases and gains take Adam's step.
+before it is dropped too. So X stays positive definite. Grafting: u is scaled to
+the length of Adam's step, tensor by tensor. With b = 0, u is m / S_0, Adam
+without its square root. Biases and gains take Adam's step.
 
-Damping: S_0 is replaced by S_0 + eps scale^2. scale is the tensor's mean
-root-mean-square gradient, mean_i sqrt(S_0[i]), after the previous step; in the
-first step it is the mean magnitude of the gradient. So multiplying all
-gradients by a constant changes no step. An absolute eps is right for one scale
-only: 1e-8 is fine for an autoencoder on MNIST, but exceeds S_0 in most
-coordinates of a GPT, whose gradients are far smaller.
+Damping: eps scale^2 is added to S_0. scale is the size of a typical gradient:
+the mean of sqrt(S_0[i]) over the tensor after the previous step, and of |g_i|
+in the first step. So multiplying all gradients by a constant changes no step.
 
-Where we depart from the released code: its eps is absolute. The variance of
-Adam's step in the grafting is bias-corrected here, and there is no eps in it
-(the first step of the released code is 1 / sqrt(1 - beta2) times too long). The
-test for edge removal is relative to S_0. Chains end with the rows of a matrix,
-not with the tensor (chain="flat"). A gradient that is not finite counts as 0.
+Where we depart from the released code: it adds eps without a scale. 1e-8 is
+then fine for an autoencoder on MNIST, but exceeds S_0 in most coordinates of a
+GPT. In the grafting, it has an eps and does not correct the bias of Adam's
+variance: its first step is 1 / sqrt(1 - beta2) times too long. We remove edges
+relative to S_0, end chains with the rows of a matrix (chain="flat": with the
+tensor, as released), and count a gradient that is not finite as 0.
 
     python sonew.py                 the LogDet problem, an autoencoder on MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
@@ -56,31 +60,32 @@ except ModuleNotFoundError as missing:  # macOS and Windows
         raise
     kernel = None
 
-LEAST_SCALE = 1e-15  # squares of smaller gradients lose precision in float32
+LEAST_SCALE = 1e-15  # the squares of smaller gradients lose precision in float32
 
 # --------------------------------------------------------------------------------------------------
-# The method, as pure functions. A tensor is viewed as R chains of C coordinates.
+# The method, as pure functions. A tensor is viewed as (R, C): R chains of C coordinates each.
+# Edges for R = 2, C = 4, b = 1:   g[0, 0] -- g[0, 1] -- g[0, 2] -- g[0, 3]
+#                                  g[1, 0] -- g[1, 1] -- g[1, 2] -- g[1, 3]
 
 
 def reference(S, m):
     """Solve the LogDet problem of one chain with dense matrices, in any dtype.
 
-    S: b+1 diagonals (n,), where S[k][i] is the entry (i, i+k). m: the momentum (n,).
+    S: a list of b+1 diagonals, (n,) each; S[k][i] is the entry (i, i+k). m: the momentum (n,).
     Returns X (n, n) and X m (n,).
 
-    X is the inverse of the maximum-determinant completion of the banded matrix: invert S on every
-    window of b+1 neighbours, add these up, and subtract the inverses on the b coordinates that two
-    successive windows share.
+    X is a sum of small inverses. Add the inverse of S on every window of b+1 neighbours, and
+    subtract its inverse on the b coordinates that two successive windows share.
     """
     n = len(m)
     b = min(len(S), n) - 1
 
-    # the banded matrix
+    # the banded matrix S
     dense = torch.diag(S[0])  # (n, n)
     for k in range(1, b + 1):
         dense = dense + torch.diag(S[k][: n - k], k) + torch.diag(S[k][: n - k], -k)
 
-    # inverses of windows
+    # b = 1: inverses on {0, 1}, {1, 2}, {2, 3}, ... minus those on {1}, {2}, ...
     X = torch.zeros_like(dense)
     for i in range(n - b):
         window = slice(i, i + b + 1)
@@ -92,33 +97,35 @@ def reference(S, m):
 
 
 def shift(x, k):
-    """Return y (R, C) with y[:, i] = x[:, i + k], and zeros past the ends. k may be negative."""
+    """Shift x (R, C) left by k: [[a, b, c]] -> [[b, c, 0]] for k = 1, [[0, a, b]] for k = -1."""
     if k < 0:
         return F.pad(x, (-k, 0))[:, : x.shape[1]]
     return F.pad(x, (0, k))[:, k:]
 
 
 def factor(S, gamma):
-    """Factor X = L diag(1/s) L^T by Gaussian elimination, for all coordinates at once.
+    """Return psi and s of X = L diag(1/s) L^T, by Gaussian elimination for all i at once.
 
-    S: the b+1 statistics, each (R, C); S[k][:, i] belongs to coordinates i and i+k.
-    Returns psi, a list of b tensors (R, C), and s (R, C).
+    S: a list of b+1 statistics, (R, C) each: S[k][r, i] = E[g_i g_{i+k}] in chain r.
+    psi: a list of b tensors (R, C): psi[k - 1][r, i] is the weight of g_{i+k} in predicting g_i.
+    s (R, C): the variance of g_i that its successors leave unexplained.
     """
     b = len(S) - 1
 
-    # Each coordinate i has its own small system W psi = c. The successors p = 0 ... b-1 of i are
-    # the coordinates i+1+p. W[p][q], q <= p, (R, C): S between successors p and q, which is S[p-q]
-    # at i+1+q. c[p] (R, C): S between i and successor p.
+    # each coordinate i has its own system W psi = c; for b = 2, with the successors i+1 and i+2:
+    #     W = [[S_0[i+1], S_1[i+1]],     c = [S_1[i],
+    #          [S_1[i+1], S_0[i+2]]]          S_2[i]]
+    # W[p][q] (R, C) holds this entry for every i; W is symmetric, so q <= p is enough
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
     c = list(S[1:])
     variance = [W[p][p] for p in range(b)]
 
-    # forward elimination: subtract row j from the rows below it, in W and in c
+    # forward elimination: subtract multiples of row j from the rows p below it, in W and in c
     pivot_inv = [None] * b
     for j in range(b):
-        # drop successor j if at most gamma of its variance is left: those before it explain it
+        # drop successor j if those before it leave at most gamma of its variance unexplained
         pivot_inv[j] = torch.where(W[j][j] > gamma * variance[j], 1 / W[j][j], 0)
         for p in range(j + 1, b):
             ratio = W[p][j] * pivot_inv[j]
@@ -126,19 +133,19 @@ def factor(S, gamma):
                 W[p][q] = W[p][q] - ratio * W[q][j]
             c[p] = c[p] - ratio * c[j]
 
-    # Schur complement: s = S_0 - c^T W^-1 c
+    # Schur complement: S_0 - c^T W^-1 c, with W and c as they were before the elimination
     s = S[0]
     for j in range(b):
         s = s - c[j] * (c[j] * pivot_inv[j])
 
-    # back substitution: psi = W^-1 c
+    # back substitution, from the last row up: psi = W^-1 c
     psi = [None] * b
     for j in reversed(range(b)):
         psi[j] = c[j] * pivot_inv[j]
         for p in range(j + 1, b):
             psi[j] = psi[j] - W[p][j] * pivot_inv[j] * psi[p]
 
-    # edge removal: drop all successors of i if they leave at most gamma of its own variance
+    # edge removal: drop all successors of i if they leave at most gamma of its variance
     keep = s > gamma * S[0]
     psi = [torch.where(keep, psi_k, 0) for psi_k in psi]
     s = torch.where(keep, s, S[0])
@@ -148,15 +155,15 @@ def factor(S, gamma):
 def precondition(m, psi, s):
     """Return the direction u = L diag(1/s) L^T m (R, C), given psi and s from `factor`.
 
-    m: the momentum (R, C). u is 0 where s is 0, that is, where there has been no gradient yet.
+    m: the momentum (R, C). u is 0 where s is 0: there, all gradients have been 0.
     """
-    # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i]
+    # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i], for each successor i+k
     w = m
     for k, psi_k in enumerate(psi, start=1):
         w = w - psi_k * shift(m, k)
     w = torch.where(s > 0, w / s, 0)
 
-    # u = L w: subtract psi_i[k] w[i] from w[i+k]
+    # u = L w: subtract psi_i[k] w[i] from w[i+k]; shift by -k puts a value of i at i+k
     u = w
     for k, psi_k in enumerate(psi, start=1):
         u = u - shift(psi_k * w, -k)
@@ -164,20 +171,21 @@ def precondition(m, psi, s):
 
 
 def bias_correction(beta, step):
-    """Return 1 - beta^step without cancellation, in the dtype of the tensor step."""
+    """Return 1 - beta^step, accurate for a beta near 1 too. step and the result: ()."""
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.expm1(step * log_beta)
 
 
 def unit_of(scale):
-    """Return the unit in which to measure gradients, (): scale, or 1 if it is too small."""
+    """Return what gradients are divided by, (): scale, or 1 if scale is too small for that."""
     return torch.where(scale > LEAST_SCALE, scale, 1)
 
 
 def update_statistics(g, m, S, beta1, beta2):
-    """Add gradient g to the momentum m and the b+1 statistics S; all are (R, C).
+    """Add the gradient g to the running averages m and S; g, m and each S[k] are (R, C).
 
-    Returns m, S and is_good: False where g or its square is not finite, where g counts as 0.
+    Returns the new momentum m, the new list S of b+1 statistics, and is_good (R, C). It is False
+    where g or its square is not finite; such an entry of g counts as 0.
     """
     is_good = (g * g).isfinite()
     g = torch.where(is_good, g, 0)
@@ -188,19 +196,19 @@ def update_statistics(g, m, S, beta1, beta2):
 
 
 def directions(m, S, step, scale, beta1, beta2, eps, gamma):
-    """Return u, a and root (R, C): the directions of SONew and Adam, and sqrt(S_0) / scale.
+    """Return SONew's direction u, Adam's direction a, and root = sqrt(S_0) / scale, (R, C) each.
 
-    m, S: the momentum and the b+1 statistics (R, C) after `step` gradients.
+    m, S: the momentum (R, C) and the list of b+1 statistics (R, C), after `step` gradients.
     step, scale: (). If the scale is 0 (all gradients have been 0), u is the momentum.
     """
-    # correct the bias, and divide by the scale, so that eps has no unit
+    # correct the bias of the averages, and measure gradients in units of the scale, as eps is
     unit = unit_of(scale)
     m_factor = 1 / (bias_correction(beta1, step) * unit)
     S_factor = 1 / (bias_correction(beta2, step) * (unit * unit))
     m_hat = m * m_factor
     S_hat = [S_k * S_factor for S_k in S]
 
-    # Adam's direction and SONew's, the latter with damped statistics
+    # Adam's direction, then SONew's, for which eps is added to S_0
     root = S_hat[0].sqrt()
     a = torch.where(root > 0, m_hat / root, 0)
     psi, s = factor([S_hat[0] + eps, *S_hat[1:]], gamma)
@@ -213,26 +221,26 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
 
 
 class LocalParam(NamedTuple):
-    """A parameter, its gradient and its state on this process, all contiguous."""
+    """What one step needs of a parameter. Its tensors are this process's shard, contiguous."""
 
     p: torch.Tensor
     grad: torch.Tensor
     state: dict  # step, skipped and scale: (); m, s0 ... sb: shaped like p
-    band: int  # b, successors of each coordinate
+    band: int  # b, the number of successors of a coordinate
     chain: int  # C, coordinates per chain
     is_adam: bool  # whether to take Adam's step
-    numel: int  # coordinates of the parameter in all processes together
-    process_groups: tuple  # those over which its rows are sharded
-    shard: torch.Tensor | None = None  # the parameter's memory: p, or what p is a copy of
+    numel: int  # coordinates on all processes together
+    process_groups: tuple  # process groups over which the rows are sharded
+    shard: torch.Tensor | None = None  # the parameter itself: p, or if p is a copy, its original
 
 
 def to_local(t):
-    """Return this process's shard of a DTensor, and any other tensor as it is."""
+    """Return this process's shard of a DTensor; return any other tensor as it is."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def shard_groups(p, chain):
-    """Return the process groups over which p is sharded. ValueError if that would cut a chain."""
+    """Return the process groups over which p is sharded. Raise ValueError if that cuts a chain."""
     if not isinstance(p, DTensor):
         return ()
     groups = []
@@ -246,7 +254,7 @@ def shard_groups(p, chain):
 
 
 def band_and_chain(p, group):
-    """Return b and the coordinates per chain for p; Adam's step has b = 0 and chains of 1."""
+    """Return b and C, coordinates per chain. For a vector, which takes Adam's step: 0 and 1."""
     if p.dim() < 2:
         return 0, 1
     chain = p.numel() if group["chain"] == "flat" else math.prod(p.shape[1:])
@@ -254,7 +262,7 @@ def band_and_chain(p, group):
 
 
 def local_param(p, group, state):
-    """Return the LocalParam of p, which has a gradient."""
+    """Return the LocalParam of a parameter that has a gradient."""
     band, chain = band_and_chain(p, group)
     shard = p
     grad = p.grad
@@ -288,7 +296,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
         m = state["m"].to(dtype).view_as(g)
         S = [state[f"s{k}"].to(dtype).view_as(g) for k in range(param.band + 1)]
 
-        # update them
+        # add g to them and store them
         m, S, is_good = update_statistics(g, m, S, beta1, beta2)
         state["step"] += 1
         state["m"].copy_(m.view_as(param.p))
@@ -299,19 +307,19 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
         scale = state["scale"]
         u, a, root = directions(m, S, state["step"], scale, beta1, beta2, eps, gamma)
 
-        # sum |a|^2, |u|^2 and root over all shards; the last is inf if a gradient was bad
+        # sum over all shards; root also gives the next scale, and is inf where g is not finite
         root = torch.where(is_good, root, math.inf)
         sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
         for process_group in param.process_groups:
             dist.all_reduce(sums, group=process_group)
         all_good = sums[2] < math.inf
 
-        # graft: give u the length of Adam's step
+        # grafting: scale u to the length of Adam's step
         norm_a, norm_u = sums[:2].sqrt()
         graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
         u = a if param.is_adam else graft * u
 
-        # update the parameter and its scale, unless a gradient was bad
+        # update the parameter and its scale, unless an entry of g is not finite
         p = param.p.to(dtype)
         rate = torch.where(all_good, lr, 0)
         param.p.copy_(p - rate * (u.view_as(p) + weight_decay * p))
@@ -323,26 +331,26 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
 class SONew(torch.optim.Optimizer):
     """SONew, grafted to the length of Adam's step. lr, betas and weight_decay: as in AdamW.
 
-    eps: damping, added to S_0 in units of scale^2, see the top of this file.
-    band: b, successors of each coordinate, 0 to 4. The state is b + 2 tensors of the parameter's
-        shape, and three scalars.
-    gamma: edges are removed where the Schur complement is at most gamma S_0. With bf16_state, gamma
-        is at least 2^-7, the rounding error of bfloat16.
+    eps: damping; eps scale^2 is added to S_0, where scale is the size of a typical gradient.
+    band: b, the number of successors of a coordinate, 0 to 4. The state of a parameter is b + 2
+        tensors of its shape (momentum and statistics) and three scalars.
+    gamma: the edges of a coordinate are removed if its successors leave at most this fraction of
+        its variance unexplained. With bf16_state at least 2^-7, the rounding error of bfloat16.
     chain: "row", one chain per p[i].flatten(), or "flat", one through the whole tensor.
     bf16_state: keep momentum and statistics in bfloat16; else in float32 (float64 for float64).
     use_kernel: use the Triton kernel. None: for CUDA tensors; False: never; True: always.
 
-    If an entry of a gradient or its square is not finite, it counts as 0 in the statistics, and its
-    tensor is not updated. state["skipped"] counts these steps. No step waits for the device.
+    A gradient entry that is not finite, or whose square is not, counts as 0 in the statistics. Its
+    tensor skips that step, which state["skipped"] counts. No step waits for the device.
 
     Raises ValueError for an option out of range, a sparse or complex gradient, a parameter that is
     sharded other than by rows, or a state that does not fit the parameters.
     """
 
-    # A CUDA graph can capture a step after prepare(): no step waits for the device, counters and lr
-    # can be tensors on the device, and plan_cache keeps alive what replays read.
+    # A CUDA graph can capture step() after prepare(): no step waits for the device, lr may be a
+    # tensor on the device, and plan_cache keeps the tables alive that a replay reads
     capturable = True
-    use_kernel = None  # these two are for copies of the optimizer, which skip __init__
+    use_kernel = None  # copies of the optimizer skip __init__, so these two need a default
     plan_cache = None
 
     def __init__(
@@ -389,7 +397,7 @@ class SONew(torch.optim.Optimizer):
                 torch.autograd.graph.increment_version([param.p for param in for_kernel])
             step_torch(for_torch, **options)
 
-            # write back parameters that are not contiguous: the step has updated a copy of these
+            # if a parameter is not contiguous, the step has updated a copy; copy it back
             for param in for_kernel + for_torch:
                 if param.shard is not param.p:
                     param.shard.copy_(param.p)
@@ -397,7 +405,7 @@ class SONew(torch.optim.Optimizer):
 
     @torch.no_grad()
     def prepare(self):
-        """Plan the launches of the next step before a capture, which cannot upload their tables."""
+        """Plan the kernel launches of step(). A capture of step() could not upload their tables."""
         for group in self.param_groups:
             for_kernel, _ = self._local_params(group)
             if for_kernel:
@@ -434,9 +442,9 @@ class SONew(torch.optim.Optimizer):
         return self.plan_cache.get(params)
 
     def load_state_dict(self, state_dict):
-        """Load a copy of a state as torch.optim.Adam does, hooks included, but keep its dtype.
+        """Load a copy of an optimizer state. Raises ValueError if it does not fit.
 
-        PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
+        It keeps its dtype: PyTorch would cast bfloat16 state to the dtype of the parameters.
         """
         states = {}
 
@@ -474,7 +482,7 @@ def check_options(group):
 
 
 def init_state(p, group):
-    """Return the state of p before its first step: scalars step, skipped, scale; m, s0 ... sb."""
+    """Return the state before the first step: scalars, momentum m and statistics s0 ... sb."""
     wide_dtype = torch.promote_types(p.dtype, torch.float32)
     dtype = torch.bfloat16 if group["bf16_state"] else wide_dtype
     band, _ = band_and_chain(p, group)
@@ -487,7 +495,7 @@ def init_state(p, group):
 
 
 def mean_magnitude(p, chain):
-    """Return the mean magnitude of p's gradient over all processes, or 0 if it is not finite."""
+    """Return mean_i |g_i| of p's gradient over all processes, or 0 if it is not finite."""
     total = to_local(p.grad).abs().sum(dtype=torch.promote_types(p.dtype, torch.float32))
     for process_group in shard_groups(p, chain):
         dist.all_reduce(total, group=process_group)
@@ -496,7 +504,7 @@ def mean_magnitude(p, chain):
 
 @torch.no_grad()
 def copy_state(p, group, saved):
-    """Return a copy of the saved state of p, {name: tensor}; ValueError if it does not fit."""
+    """Return a copy of the saved state of p, {name: tensor}. ValueError if it does not fit."""
     state = init_state(p, group)
     if saved.keys() != state.keys():
         raise ValueError(f"SONew's state has {sorted(saved)}; it must have {sorted(state)}")
