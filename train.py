@@ -1,22 +1,23 @@
-"""Train a small GPT. Papers plug in as attention, optimizers and adapters.
+"""Train a small GPT. A paper's file can replace its attention or optimizer.
 
 python train.py                           on the source of Python's library
-python train.py --data my.txt             any text file or folder
-python train.py --model gpt2 --steps 100  a preset, and what to change in it
-python train.py --attn softmax,laser      attention by layer, cycled
-python train.py --attn simplicial:help    a module's options: simplicial:w1=64
+python train.py --data my.txt             on a text file or folder
+python train.py --model gpt2 --steps 100  a preset, with one setting changed
+python train.py --attn softmax,laser      layers alternate between the two
+python train.py --attn simplicial:help    list a module's options
+python train.py --attn simplicial:w1=64   set one of them
 python train.py --attn mine --optim mine  your mine.py: attention(q, k, v),
                                           optimizer(groups, lr)
-python train.py --init out/NAME           from the weights of a run
-python train.py --init ORG/NAME           from Llama, SmolLM2, Qwen2.5 or Qwen3
+python train.py --init out/NAME           start from the weights of a run
+python train.py --init ORG/NAME           or from Llama, SmolLM2, Qwen2.5, Qwen3
                                           on huggingface.co, or in a folder
 python train.py --init DIR --adapter lora_rite --optim lora_rite
 python train.py --init DIR --data my.txt --eval-only
-python train.py --resume                  go on with the newest run, bit for bit
+python train.py --resume                  continue the newest run, bit for bit
 torchrun --nproc-per-node 8 train.py      on 8 GPUs; --fsdp shards the model
 
-A run leaves out/NAME/ with ckpt.pt, config.json, log.csv and loss.png, and
-sample.py writes with it. Exit status: 0 done, 1 the loss was not finite, 2 bad
+A run writes ckpt.pt, config.json, log.csv and loss.png to out/NAME/; sample.py
+generates text from it. Exit status: 0 done, 1 the loss was not finite, 2 bad
 input, 128 + signal when stopped (the run is saved first).
 """
 
@@ -52,11 +53,11 @@ except ModuleNotFoundError as missing:
     fused_cross_entropy = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Logits that exist at one time: 2 GB of bf16 on a GPU, what fits the caches on a CPU
+# Logits in memory at a time: 2 GB of bf16 on a GPU; on a CPU, few enough to fit its caches
 LOGITS_AT_ONCE = {"cuda": 2**30, "mps": 2**26, "cpu": 2**22}
 
 # --------------------------------------------------------------------------------------------------
-# Settings: every field is a flag
+# Settings: every field is a flag. --resume may change adjustable() fields, and the LaunchConfig.
 
 
 @dataclass
@@ -98,7 +99,7 @@ class GPTConfig:
 class RunConfig:
     """The run"""
 
-    # adjustable, since a file may have moved: --resume compares the text itself
+    # adjustable, because the file may have moved; --resume compares the text itself
     data: str = adjustable("stdlib", "text file, folder or .jsonl; stdlib; python: all there is")
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, ...) or a .tiktoken file")
     optim: str = option("adamw", "adamw or a module with optimizer(groups, lr)")
@@ -137,7 +138,7 @@ PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
     "gpt2": preset(12, 12, 768, 1024, 64, 5000, 6e-4),
     "gpt2-medium": preset(24, 16, 1024, 1024, 64, 10000, 3e-4),
     "gpt2-large": preset(36, 20, 1280, 1024, 64, 20000, 2.5e-4),
-    # two published shapes, for benchmarks
+    # shapes of published models, for benchmarks
     "smollm2-135m": preset(30, 9, 576, 2048, 64, 10000, 6e-4, **SMOLLM2),
     "qwen3-4b": preset(36, 32, 2560, 4096, 64, 10000, 2e-4, **QWEN3),
 }
@@ -171,7 +172,7 @@ class LaunchConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# Model: parts are named as in Llama, so that weights of Llama, SmolLM2, Qwen2.5 and Qwen3 load
+# Model. Modules have Llama's names, so weights of Llama, SmolLM2, Qwen2.5 and Qwen3 load.
 
 
 class Linear(nn.Linear):
@@ -217,7 +218,7 @@ def softmax_attention(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
-    is_causal = False  # a bool, not a comparison: torch.compile makes those of lengths symbolic
+    is_causal = False  # a plain bool: torch.compile would make Tq == Tk symbolic
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys, not the last
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     elif 1 < Tq:
@@ -227,7 +228,7 @@ def softmax_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Projections around a plain attention function, one for each of its positional parameters."""
+    """Attention layer: projects x to the inputs of the function that `attn` names, and calls it."""
 
     def __init__(self, config, attn):
         super().__init__()
@@ -239,9 +240,9 @@ class Attention(nn.Module):
             given = ", ".join(self.inputs)
             raise ValueError(f"--attn {attn}: attention({given}) does not begin with q, k, v")
 
-        # how far back each input after q is seen; None: everything
+        # window of each input after q: a query sees this many of the last positions; None: all
         self.windows = []
-        names = getattr(self.function, "windows", {})  # input: name of the option
+        names = getattr(self.function, "windows", {})  # {input: option that sets its window}
         for name in self.inputs[1:]:
             window = self.options[names[name]] if name in names else None
             if window is not None and (type(window) is not int or window < 1):
@@ -260,7 +261,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def project(self, x, cos, sin):
-        """x (B, T, C) -> the function's inputs, (B, H, T, D) for q and (B, Hkv, T, D) for others"""
+        """Return the function's inputs for x (B, T, C): q (B, H, T, D), others (B, Hkv, T, D)."""
         heads = []
         for name in self.inputs:
             projection = getattr(self, f"{name}_proj")
@@ -279,7 +280,7 @@ class Attention(nn.Module):
         if cache is None:
             y = self.function(*heads, **self.options)  # (B, H, T, D)
         else:
-            y = cache.attend(self, heads)  # the same over cached positions as well
+            y = cache.attend(self, heads)  # the function, over cached positions as well
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -315,7 +316,7 @@ class GPT(nn.Module):
         self.dtype = dtype  # of the activations; the weights stay float32
         self.is_compiled = False
         pattern = config.attn.split(",")
-        for spec in pattern:  # those for which there are too few layers, too
+        for spec in pattern:  # check all of them, even if there are fewer layers
             plugins.resolve(spec, *PLUGINS["attn"])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList()
@@ -327,11 +328,12 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx, targets=None, count=None, cache=None):
-        """Return the loss against targets (B, T), or without targets the logits (B, T, V).
+        """Return the loss if there are targets (B, T), otherwise the logits (B, T, V).
 
-        The loss is the sum of the cross-entropies in nats over the targets >= 0, divided by
-        `count`, by default their number. With a cache, one entry per layer, idx (B, T) continues
-        the cached text, and the logits are (B, 1, V), those of the last position.
+        The loss is the sum of the cross-entropies in nats over all targets >= 0, divided by
+        `count`, which is the number of these targets by default.
+        cache: a list with one KV cache per layer. idx (B, T) continues the text in it, and the
+        logits are those of the last position only, (B, 1, V).
         """
         start = cache[0].length if cache else 0
         head_dim = self.config.head_dim
@@ -362,10 +364,10 @@ class GPT(nn.Module):
         )
 
     def compile(self):
-        """Compile layer by layer: one graph serves all layers, so it takes seconds.
+        """Compile layer by layer. All layers share one graph, so this takes seconds.
 
-        Compiled as a whole, every kernel recomputed the RoPE angles: 153 ms a step instead of
-        117 (gpt2, H200).
+        When the model was one graph, every kernel recomputed the RoPE angles, and a step took
+        153 ms instead of 117 (gpt2, H200).
         """
         self.is_compiled = True
         for module in (*self.layers, self.norm):
@@ -373,13 +375,13 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss: softmax cross-entropy of x W^T, without ever holding all logits
+# Loss: softmax cross-entropy of the logits x W^T, of which only a chunk is in memory at a time
 
 
 def linear_cross_entropy(x, weight, targets, count=None):
-    """Return the cross-entropy of softmax(x W^T) summed over the targets >= 0, over `count`.
+    """Return the cross-entropy of softmax(x W^T), summed over all targets >= 0, divided by count.
 
-    x (N, C), weight (V, C), targets (N) -> scalar
+    x (N, C), weight (V, C), targets (N) -> scalar. count: by default the number of these targets.
     """
     if count is None:
         count = (targets >= 0).sum().clamp(min=1)
@@ -387,7 +389,7 @@ def linear_cross_entropy(x, weight, targets, count=None):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradients too, a chunk of rows at a time."""
+    """Compute the gradients in the forward pass already, while a chunk's logits are in memory."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, count, with_grad):
@@ -402,9 +404,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.zeros_like(x) if with_grad and ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight) if with_grad and ctx.needs_input_grad[1] else None
 
-        # a power of two, so that few shapes are compiled
+        # rows per chunk: a power of two, so that the kernel is compiled for few shapes
         rows = max(1, LOGITS_AT_ONCE[x.device.type] // len(w))
         rows = 2 ** (rows.bit_length() - 1)
+
+        # add up the loss and grad_w over the chunks; each has its own rows of grad_x
         loss = torch.zeros((), dtype=scale.dtype, device=x.device)
         for i in range(0, len(x), rows):
             chunk = slice(i, i + rows)
@@ -422,16 +426,16 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants
+        if torch.is_grad_enabled():  # create_graph=True, but the saved gradients are constants
             raise RuntimeError("linear_cross_entropy has no second derivatives")
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return *grads, None, None, None
 
 
 def cross_entropy_chunk(logits, targets, scale, with_grad):
-    """Return the sum of scale * cross-entropy over the rows, and its gradient in the logits.
+    """Return the sum of scale * cross-entropy over the rows, and its gradient.
 
-    logits (R, V), targets (R, 1), scale (R, 1)
+    logits (R, V), targets (R, 1), scale (R, 1) -> scalar, gradient for the logits (R, V) or None
     """
     z = logits.to(scale.dtype)
     lse = z.logsumexp(-1, keepdim=True)  # (R, 1)
@@ -451,7 +455,7 @@ def adamw(groups, lr, *, beta1=0.9, beta2=0.95, eps=1e-8):
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
-PLUGINS = {  # flag: (function to look for in the module, what is built in)
+PLUGINS = {  # flag: (name of the function in a module, functions that need no module)
     "attn": ("attention", {"softmax": softmax_attention}),
     "optim": ("optimizer", {"adamw": adamw}),
     "adapter": ("adapt", {}),
@@ -459,7 +463,7 @@ PLUGINS = {  # flag: (function to look for in the module, what is built in)
 
 
 def param_groups(model, weight_decay):
-    """Decay the matrices, not the gains and biases."""
+    """Return two parameter groups: matrices, which decay, and gains and biases, which do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     return [
@@ -478,7 +482,7 @@ def make_optimizer(groups, run):
 
 
 def get_lr(step, run):
-    """Linear warm-up, then half a cosine from run.lr down to a tenth of it."""
+    """Return the rate: linear warm-up to run.lr, then half a cosine down to a tenth of it."""
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup
     progress = (step - run.warmup) / max(1, run.steps - run.warmup)
@@ -491,10 +495,9 @@ def get_lr(step, run):
 
 @torch.no_grad()
 def init_weights(model, seed):
-    """Draw normal weights with standard deviation 0.02, smaller where a residual branch ends.
+    """Draw weights from N(0, 0.02^2); the last matrix of a residual branch gets smaller ones.
 
-    Each tensor has its own generator, so that the weights depend neither on the device nor on
-    how they are sharded.
+    Each tensor has its own generator, so the weights do not depend on the device or on sharding.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # gains and biases
@@ -509,7 +512,7 @@ def init_weights(model, seed):
 
 
 def load_checkpoint(folder, modules=()):
-    """Return a checkpoint, checked. modules: settings that name modules to be imported from it."""
+    """Return a validated checkpoint. Its settings in `modules` may name only our own modules."""
     config_types = {"model": GPTConfig, "run": RunConfig}
     return checkpoint.load(folder, config_types, PLUGINS, modules)
 
@@ -517,8 +520,8 @@ def load_checkpoint(folder, modules=()):
 def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=False):
     """Return the GPT of a run or Hugging Face folder, ready to use, and its tokenizer.
 
-    Its matrices are stored in `dtype`, that of the activations; adapters are merged. attn:
-    replaces its attention. is_trusted: it may name modules that are not part of this repository.
+    Adapters are merged. dtype: of matrices and activations. attn: an attention to use instead of
+    its own. is_trusted: whether it may name modules from outside this repository.
     """
     modules = ["adapter"] if attn else ["attn", "adapter"]
     saved = load_checkpoint(folder, [] if is_trusted else modules)
@@ -532,19 +535,19 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=
     has_adapter = bool(saved["config"]["run"].get("adapter"))
     model = empty_model(config, device, torch.float32 if has_adapter else dtype)
     checkpoint.load_weights(model, saved["model"])
-    checkpoint.merge_adapters(model, saved)  # in float32, so that weights are rounded once
+    checkpoint.merge_adapters(model, saved)  # in float32, to round to `dtype` only once
     return store_matrices(model, dtype), tokenizer
 
 
 def empty_model(config, device, dtype):
-    """Return a GPT on the device, for inference, with matrices in `dtype` and no values yet."""
+    """Return a GPT for inference, with matrices in `dtype`; its memory is not initialised."""
     with torch.device("meta"):
         model = GPT(config, dtype)
     return store_matrices(model, dtype).to_empty(device=device).eval()
 
 
 def store_matrices(model, dtype):
-    """Keep the matrices in `dtype`, that of the activations from now on; return the model."""
+    """Convert the matrices to `dtype`, compute activations in it as well, and return the model."""
     model.dtype = dtype
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -554,7 +557,8 @@ def store_matrices(model, dtype):
 
 def build_model(gpt_config, run, launch, device, saved):
     """Return the model with its weights, and the parameter groups to train."""
-    with torch.device("meta"):  # so that a sharded model never exists as a whole
+    # build it without memory, so that a sharded model never exists as a whole
+    with torch.device("meta"):
         model = GPT(gpt_config, DTYPES[run.dtype])
     if launch.compile:
         model.compile()
@@ -566,6 +570,7 @@ def build_model(gpt_config, run, launch, device, saved):
         checkpoint.check_weights(model, saved["model"])
     model.to_empty(device=device)
 
+    # draw or load the weights
     if saved is None:
         init_weights(model, run.seed)
     else:
@@ -575,6 +580,7 @@ def build_model(gpt_config, run, launch, device, saved):
     if not run.adapter:
         return model, param_groups(model, run.weight_decay)
 
+    # train only what the adapter adds
     torch.manual_seed(run.seed)  # adapters may draw their first weights
     adapt, options = plugins.resolve(run.adapter, *PLUGINS["adapter"])
     groups = adapt(model, **options)
@@ -588,19 +594,19 @@ def build_model(gpt_config, run, launch, device, saved):
 def get_batch(text, run, block_size, step, micro_batch, device):
     """Return this rank's micro-batches of inputs and targets, and the targets counted on all ranks.
 
-    A pure function of (seed, step, rank): the same batches are drawn on any number of ranks, and
-    a resumed run has no position in the data to restore.
+    The global batch is a pure function of (seed, step), and each rank takes its part. So it is the
+    same on any number of ranks, and a resumed run has no position in the data to restore.
     """
     starts = data.batch_starts(run.seed, step, text.starts, run.batch_size)
     windows = data.read_sequences(text.train, starts, block_size)  # (batch_size, T + 1)
     n_counted = float((windows[:, 1:] >= 0).sum())
     x, y = data.to_device(windows[rank() :: world_size()], device)  # (batch_size / ranks, T) each
-    count = torch.full((), max(1.0, n_counted), device=device)  # does not wait for the device
+    count = torch.full((), max(1.0, n_counted), device=device)  # filled on the device: no wait
     return list(zip(x.split(micro_batch), y.split(micro_batch))), count
 
 
 class Step:
-    """The three parts of a training step, run eagerly; support/cuda_graph.py captures them.
+    """The parts of a training step, run eagerly. support/cuda_graph.py captures them as graphs.
 
     net: the model, or its data-parallel wrapper. clip: largest norm of the gradient; 0: no limit.
     """
@@ -611,9 +617,9 @@ class Step:
         self.clip = clip or math.inf
 
     def forward(self, batch):
-        """Return the mean loss, with the last micro-batch's backward pass still to run."""
+        """Return the mean loss. Run all micro-batches, except for the last backward pass."""
         micro_batches, count = batch
-        count = count / world_size()  # ranks average their gradients: this makes it the mean of all
+        count = count / world_size()  # gradients are averaged over ranks, but count is the total
         total_loss = 0.0
         for i, (x, y) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -625,7 +631,7 @@ class Step:
         return total_loss
 
     def backward(self):
-        """Finish the gradients and clip them; return their norm before that."""
+        """Run the last backward pass and clip the gradients; return their norm before clipping."""
         self.loss.backward()
         self.loss = None
         grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
@@ -639,13 +645,14 @@ class Step:
 
 
 def train_step(step, batch, signalled=0):
-    """Take one optimizer step on the mean loss over the counted targets of all ranks.
+    """Take one optimizer step on the mean loss over the targets of all ranks.
 
-    Returns the loss, the gradient norm before clipping (an AsyncScalar, to be read later), and
-    whether some rank was signalled. If the loss is not finite, the weights stay as they are.
+    step: a Step. signalled: the signal received on this rank, or 0. Returns the loss, the gradient
+    norm before clipping (an AsyncScalar, to be read later), and whether some rank was signalled. If
+    the loss is not finite, the weights stay as they are.
     """
     total_loss = step.forward(batch)
-    # ask for the loss now, to have it while the backward pass runs
+    # start copying the loss to the host, so that it arrives while the backward pass runs
     report = AsyncScalar(distributed.mean_over_ranks(total_loss, signalled))
     grad_norm = AsyncScalar(step.backward())
     loss, signalled = report.read()
@@ -657,7 +664,7 @@ def train_step(step, batch, signalled=0):
 
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):  # a captured step reads it there
+        if torch.is_tensor(group["lr"]):  # a captured step reads the rate from this tensor
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -665,10 +672,10 @@ def set_lr(optimizer, lr):
 
 @torch.no_grad()
 def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
-    """Return the mean loss over the counted targets of held-out sequences, or None if stopped."""
+    """Return the mean loss on held-out sequences, or None if a stop signal came meanwhile."""
     starts = data.eval_starts(text, run.eval_batches * run.batch_size, block_size)
 
-    # every forward pass has the same shape: what fills up the last one is not counted
+    # pad, so that all forward passes have the same shape; sequences of the padding do not count
     n_sequences = len(starts)
     per_forward = micro_batch * world_size()
     n_filled = math.ceil(n_sequences / per_forward) * per_forward
@@ -699,17 +706,20 @@ def set_vocab_size(gpt_config, tokenizer):
 
 
 def train(gpt_config, run, launch):
-    """Train, and return plain data: step, loss, val_loss, val_bpb, tokens_per_s, out, signal.
+    """Train. Return a dict with step, loss, val_loss, val_bpb, tokens_per_s, out and signal.
 
     With launch.eval_only, return val_loss and val_bpb of launch.init. Raises ValueError for bad
     input and FloatingPointError when the loss is not finite.
     """
+    # device, and the folder of the run to start from, if any
     device, dtype, compile = distributed.prepare(launch.device, run.dtype, launch.compile)
     run = replace(run, dtype=dtype)
     launch = replace(launch, compile=compile)
     origin = run_folder.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if launch.eval_only:
         return train_in(None, gpt_config, run, launch, device, origin)
+
+    # lock a folder named after the preset and the attention, or after the model of --init
     specs = [plugins.parse_spec(spec)[0] for spec in gpt_config.attn.split(",")]
     name = "-".join([launch.model or "gpt", *dict.fromkeys(specs)])
     if launch.init:
@@ -722,10 +732,10 @@ def train(gpt_config, run, launch):
 
 
 def train_in(out, gpt_config, run, launch, device, origin):
-    """Train in the folder `out`, which this process holds, from the checkpoint in `origin`."""
+    """Train in the folder `out`, which `train` has locked, from the checkpoint in `origin`."""
     micro_batch = distributed.micro_batch_size(run.batch_size, run.micro_batch)
 
-    # checkpoint to start from, tokenizer, data
+    # checkpoint to start from (--init imports the adapter in it, to merge it), tokenizer, data
     saved = None
     if origin is not None:
         saved = load_checkpoint(origin, [] if launch.resume else ["adapter"])
@@ -778,7 +788,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
         while step < last_step and not stop.now:
             start_time = time.perf_counter()
 
-            # learning rate, and random numbers for plug-ins that draw some
+            # learning rate, and a seed for plug-ins that draw random numbers
             lr = get_lr(step, run)
             set_lr(optimizer, lr)
             distributed.seed_everything(run.seed, step)
@@ -807,7 +817,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
             if val_loss is not None:
                 row.update(val_loss=val_loss, val_bpb=val_loss * text.bits_per_byte)
 
-            # log and save, and only then print: the reader of the output may be gone
+            # log and save, and only then print, since printing may fail
             log.append(row)
             result.update(row)
             if is_due or step == last_step or stop.now:
@@ -817,7 +827,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
         if step == first_step:  # stopped before the first step
             log.save(model, optimizer, step)
 
-        # the end: result, plot, a sample, the weights for others
+        # the end: result, plot, a sample, the exported weights
         result.update(step=step, out=str(out), signal=stop.now)
         log.finish(result)
         if step == run.steps and not stop.now:
@@ -832,7 +842,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
 
 
 def starting_values(given):
-    """Return the settings that the given flags override: of a preset, or of a saved run."""
+    """Return the settings of the preset or the run to start from; `given` flags override them."""
     launch = cli.make_config(LaunchConfig, given)
     origin = run_folder.find_run(launch.resume or launch.init, resume=bool(launch.resume))
     if origin is None:
@@ -846,7 +856,7 @@ def starting_values(given):
     if launch.resume:
         return {**saved["model"], **saved["run"]}
 
-    # --init: the model and its tokenizer stay, the recipe is new
+    # --init: model and tokenizer must stay; batch size, steps and learning rate are defaults
     fixed = {**saved["model"], "tokenizer": saved["run"]["tokenizer"]}
     for name, value in fixed.items():
         if name != "block_size" and given.get(name, value) != value:
