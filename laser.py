@@ -2,24 +2,28 @@
 
 Duvvuri and Dhillon, ICML 2025, arXiv 2411.03493.
 
-Softmax attention, out = sum_j p_j v_j, passes the gradient p_j (v_j - out) to
-its logits, which vanishes where the probability p_j does. LASER attends to
-exp(v) and takes the logarithm of the result, for each channel by itself:
+Softmax attention is out_i = sum_j p_ij v_j. Its derivative in a logit is
+p_ij (v_j - out_i), so the gradient vanishes where the probability p_ij does.
+LASER attends to exp(v), then takes the logarithm, in each channel by itself:
 
-    p_ij = softmax_j(q_i . k_j / sqrt(D)), over the keys j <= i
+    p_ij = softmax_j(q_i . k_j / sqrt(D))    over the keys j <= i
     out_i = log sum_j p_ij exp(v_j)
 
     d out_i / d logit_ij = b_ij - p_ij
-    b_ij = p_ij exp(v_j - out_i)    the posterior; it sums to 1 over j
+    b_ij = p_ij exp(v_j - out_i)             sums to 1 over j, as p_ij does
 
 So keys with a large value get a larger gradient. The output lies between that
 of softmax attention and the largest value seen; adding c to v adds c to it.
 
 Where we depart from the paper: it subtracts the maximum of v over all keys
-before exp, so a single future token 110 above the others makes all earlier rows
-underflow to log 0. We sort the values into bands of width 64, subtract the
-fixed center of each band, and add the bands up in log space. So a future token
-changes nothing. On a GPU it may change rounding; see kernels/laser.py.
+before exp. Then a single future value 110 above the others makes all earlier
+outputs underflow to log 0. We sort the values into bands of width 64, subtract
+the center of each band, and add up the bands in log space:
+
+    band     [-96, -32]  [-32, 32]  [32, 96]
+    center       -64         0         64
+
+So future tokens change nothing but, on a GPU, rounding (see kernels/laser.py).
 
     python laser.py                 a study of the gradients: a minute, CPU
     python train.py --attn laser    train with it
@@ -38,19 +42,19 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-BAND = 64.0  # values lie within 32 of a center; exp(+-32) is well inside float32's range
+BAND = 64.0  # width of a band: values are within 32 of its center, and float32 can hold exp(32)
 
 
 def causal_mask(Tq, Tk, device):
-    """Return True where a query sees a key, (Tq, Tk); the queries are the last Tq positions."""
+    """Return a mask (Tq, Tk), True where a query sees a key. Queries are at the last positions."""
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
 def reference(q, k, v):
     """Compute LASER by its definition, out_i = logsumexp_j(log p_ij + v_j), in any dtype.
 
-    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D). The queries are the last Tq of the Tk
-    positions. For tests: it makes a tensor of (B, H, Tq, Tk, D).
+    q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D). The queries are at the last Tq of the
+    Tk positions. For tests: it makes a tensor of shape (B, H, Tq, Tk, D).
     """
     _, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
@@ -65,14 +69,14 @@ def reference(q, k, v):
 
 
 def attention(q, k, v):
-    """Compute `reference` without a (Tq, Tk, D) tensor; for use in a model.
+    """Compute what `reference` does, without a (Tq, Tk, D) tensor. This is the function to use.
 
-    On a GPU this runs kernels/laser.py. It runs in PyTorch on a CPU, in float64, without Triton and
-    for D > 128. Raises ValueError if the shapes do not fit each other.
+    Runs kernels/laser.py on a GPU. Runs in PyTorch on a CPU, in float64, without Triton, or if
+    D > 128. Raises ValueError if the shapes do not fit each other.
     """
     check_shapes(q, k, v)
     if q.numel() == 0:
-        return 0.0 * q  # nothing to attend from; keeps the gradient
+        return 0.0 * q  # no queries: an empty result that still depends on q
     if not q.is_cuda or q.dtype == torch.float64:
         return attention_torch(q, k, v)
     if kernel is None or q.shape[3] > 128:
@@ -99,26 +103,27 @@ def check_shapes(q, k, v):
 def attention_torch(q, k, v):
     """Compute LASER attention in PyTorch: scaled_dot_product_attention over exp(v), then log.
 
-    Computes in float32 or float64, also under autocast: for a small v, exp(v) is close to 1, where
-    bfloat16 keeps few digits. torch.compile breaks its graph to read the number of bands.
+    Computes in float32 or float64, even under autocast: if v is small, exp(v) is close to 1, where
+    bfloat16 has few digits. torch.compile breaks its graph here to read the number of bands.
     """
     dtype = q.dtype
     compute_dtype = torch.promote_types(dtype, torch.float32)
     q, k, v = (t.to(compute_dtype) for t in (q, k, v))
 
+    # one band: out = log(attend(exp(v - center))) + center
     centers = band_centers(v)
     if len(centers) == 1:
         out = attend(q, k, (v - centers[0]).exp()).log() + centers[0]
         return out.to(dtype)
 
-    # attend to the values of one band at a time, then add the bands up in log space
+    # several bands: attend to the values of one at a time, then add up the results in log space
     nearest_center = (v / BAND).round() * BAND
     log_sums = []
     for center in centers:
         in_band = nearest_center == center
         exp_v = (v - center).masked_fill(~in_band, -torch.inf).exp()
         x = attend(q, k, exp_v)  # (B, H, Tq, D)
-        is_empty = x == 0  # no key before this query has its value in the band
+        is_empty = x == 0  # this query sees no value that is in the band
         log_x = x.masked_fill(is_empty, 1.0).log() + center  # log(0) would make NaN gradients
         log_sums.append(log_x.masked_fill(is_empty, -torch.inf))
     return torch.stack(log_sums).logsumexp(0).to(dtype)
@@ -126,7 +131,7 @@ def attention_torch(q, k, v):
 
 @torch.compiler.disable
 def band_centers(v):
-    """Return the multiples of BAND from the lowest to the highest value in v."""
+    """Return the centers of all bands that v may have values in: multiples of BAND."""
     low = v.min().item()
     high = v.max().item()
     if not math.isfinite(high - low):

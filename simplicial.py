@@ -1,22 +1,26 @@
 """2-simplicial attention: Fast and Simplex (Roy et al., arXiv 2507.02754).
 
-A query scores *pairs* of keys. The logit is trilinear in the query, a first key
-and a second key, one softmax runs over all pairs, and the output is the mean of
-the products of their two values:
+A query scores *pairs* of keys: a first key from k and a second key from k2. One
+softmax runs over all pairs, and the output is the mean, with these weights, of
+the products of the pair's two values, from v and v2:
 
     S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
-    o_i   = sum_jk P_ijk (v_j * v2_k)     j in (i - w1, i], k in (i - w2, i]
+    o_i   = sum_jk P_ijk (v_j * v2_k)
 
-i, j and k are positions, l a channel, and * multiplies elementwise. k and v
-have a window of w1 positions (512 in the paper), k2 and v2 one of w2 (32); both
-include the query's own position. Every fourth layer is of this kind. The paper
-claims, for models of 2 billion active parameters and up, a lower loss on
-mathematics and code after as many tokens, and a steeper scaling law.
+i, j and k are positions, l is a channel, and * multiplies elementwise. Each
+query sees two windows (w1 is 512 in the paper, w2 is 32):
 
-How to compute it: for a fixed distance d = i - k, ordinary attention with the
-query q_i * k2_{i-d} over (k, v) and the window w1 gives an output a_id and a
-log-sum-exp e_id. The softmax over pairs is a mixture of these w2 ordinary
-attentions, so any flash attention can compute it:
+    k, v      [ i-w1+1 ..................... i ]    w1 positions j
+    k2, v2                 [ i-w2+1 ........ i ]    w2 positions k
+
+In the paper, every fourth layer is of this kind. For models of 2 billion active
+parameters and up, it claims a lower loss on mathematics and code after the same
+number of tokens, and a steeper scaling law.
+
+How to compute it: fix the distance d = i - k. Then this is ordinary attention
+over (k, v) with the query q_i * k2_{i-d} and the window w1. Its output is a_id
+and its log-sum-exp e_id. The softmax over pairs is a mixture of w2 such
+attentions, d = 0 ... w2 - 1, so any flash attention can compute it:
 
     o_i = sum_d softmax_d(e_id) (a_id * v2_{i-d})
 
@@ -43,11 +47,11 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-LOGITS_AT_ONCE = 2**25  # how many logits attention_torch holds in memory
+LOGITS_AT_ONCE = 2**25  # how many logits attention_torch has in memory at a time
 
 
 def check(q, k, v, k2, v2, w1, w2):
-    """Raise ValueError unless the shapes fit together and windows have at least 1 position."""
+    """Raise ValueError unless the shapes fit together and both windows have a position."""
     tensors = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
     fits = all(t.dim() == 4 for t in tensors.values())
     if fits:
@@ -72,6 +76,7 @@ def get_windows(x, n, w):
     """Return x at positions i - w + 1 ... i, for each i of the last n positions.
 
     x (B, H, T, D) -> windows (B, H, n, w, D), and exists (n, w): False before position 0.
+    For T = 3, n = 2 and w = 3, the positions are [[-1, 0, 1], [0, 1, 2]].
     """
     T = x.shape[2]
     padded = F.pad(x, (0, 0, w - 1, 0))  # w - 1 zeros before position 0
@@ -85,8 +90,8 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     """Compute causal 2-simplicial attention by its definition, in any dtype.
 
     q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D) -> (B, H, Tq, D). The last
-    query is at the last position of the keys, as in decoding with a KV cache. Makes tensors of
-    shape (B, H, Tq, w1, w2) and (B, H, Tq, w1, D), so it is for tests.
+    query, last key and last second key are at the same position. For tests: it makes tensors of
+    shape (B, H, Tq, w1, w2) and (B, H, Tq, w1, D).
     """
     check(q, k, v, k2, v2, w1, w2)
     _, H, Tq, D = q.shape
@@ -111,7 +116,7 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
 
 
 def nan_or_zero(q, k, v, k2, v2, w1, w2):
-    """Return NaN for queries with inf or NaN in themselves or in their windows, 0 for the others.
+    """Return NaN where a query, or something in its windows, is inf or NaN; 0 elsewhere.
 
     Shapes as in `reference` -> (B, H, Tq, 1)
     """
@@ -127,38 +132,39 @@ def nan_or_zero(q, k, v, k2, v2, w1, w2):
 
 
 def attend(q, k, v, k2, v2, w1, w2):
-    """Attend from n queries at the last positions: w2 ordinary attentions, with one softmax.
+    """Attend from n queries at the last n positions: w2 ordinary attentions with one softmax.
 
     q (B, Hkv, g, n, D), where g query heads share a KV head; k and v (B, Hkv, Tk, D), k2 and v2
     (B, Hkv, Tk2, D) -> (B, Hkv, g, n, D)
     """
     _, _, _, n, D = q.shape
-    # the J keys that any of these queries sees: the query at i sees those at j in (i - w1, i]
+    # J keys are enough for all n queries: the query at i sees the keys at j, i - w1 < j <= i
     k = k[:, :, -(w1 + n - 1) :]  # (B, Hkv, J, D)
     v = v[:, :, -(w1 + n - 1) :]
     j = torch.arange(k.shape[2], device=q.device)
     i = j[-n:, None]
     is_visible = (j <= i) & (j > i - w1)  # (n, J)
-    # the w2 second keys of each query
+    # the second keys and values of each query
     k2, exists = get_windows(k2, n, w2)  # (B, Hkv, n, w2, D), (n, w2)
     v2, _ = get_windows(v2, n, w2)
 
-    # logits: each query with each of its second keys makes one query of ordinary attention
+    # logits: the product of a query and one of its second keys is a query of ordinary attention
     qk2 = q[..., None, :] * k2[:, :, None] * D**-0.5  # (B, Hkv, g, n, w2, D)
     s = qk2.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
     s = s.unflatten(2, qk2.shape[2:5])  # (B, Hkv, g, n, w2, J)
     s = s.masked_fill(~(is_visible[:, None] & exists[:, :, None]), -torch.inf)
 
-    # softmax over all pairs (w2, J), then the sum over J, then that over w2
+    # softmax over all pairs (w2, J), then sum over the J keys, then over the w2 second keys
     p = s.flatten(-2).softmax(-1).view(s.shape)
     a = (p.flatten(2, 4) @ v).view(qk2.shape)  # (B, Hkv, g, n, w2, D)
     return (a * v2[:, :, None]).sum(-2)
 
 
 def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_ONCE):
-    """Compute 2-simplicial attention in PyTorch, block by block of queries, in float32 or float64.
+    """Compute 2-simplicial attention in PyTorch, one block of queries after the other.
 
-    If all blocks together have more than `logits_at_once` logits, the backward recomputes them.
+    Computes in float32 or float64. If all blocks together have more than `logits_at_once` logits,
+    the backward pass recomputes them.
     """
     if q.numel() == 0:  # an empty result that still depends on every input
         return q + 0 * sum(t.sum() for t in (k, v, k2, v2))
@@ -171,13 +177,13 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     w2 = min(w2, k2.shape[2])
     tensors = [t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, k2, v2)]
 
-    # A matrix product adds 0 * inf = NaN to queries that the mask hides the inf from. So compute
-    # with 0 for inf and NaN, and add NaN to the outputs afterwards.
+    # The mask hides an inf from a query, but a matrix product still adds 0 * inf = NaN. So compute
+    # with 0 in place of inf and NaN, and make the outputs NaN afterwards that should be.
     nan = nan_or_zero(*tensors, w1, w2)
     q, k, v, k2, v2 = (t.nan_to_num(nan=0, posinf=0, neginf=0) for t in tensors)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
-    # n queries per block see up to w1 + n keys, and w2 second keys each
+    # n queries per block: together they see w1 + n keys, and each of them w2 second keys
     if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
         starts = [0]
@@ -197,7 +203,7 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
             else:
                 outputs.append(attend(*block))
     o = torch.cat(outputs, 3).flatten(1, 2)  # (B, H, Tq, D)
-    # the square makes NaN of the gradients, too: its derivative is 2 * NaN
+    # nan.square() makes the gradients NaN, too: its derivative is 2 * NaN
     return (o + nan.square()).to(dtype)
 
 
@@ -211,10 +217,10 @@ def warn_fallback(reason):
 
 
 def attention(q, k, v, k2, v2, *, w1=512, w2=32):
-    """Compute 2-simplicial attention; shapes as in `reference`, or ValueError if they do not fit.
+    """Compute 2-simplicial attention. Shapes as in `reference`; ValueError if they do not fit.
 
-    Runs kernels/simplicial.py on a GPU, else PyTorch. The kernel supports head dimensions 16, 32,
-    64 and 128 in float32, float16 and bfloat16.
+    Runs kernels/simplicial.py on a GPU, otherwise PyTorch. The kernel supports head dimensions 16,
+    32, 64 and 128 in float32, float16 and bfloat16.
     """
     check(q, k, v, k2, v2, w1, w2)
     k, v, k2, v2 = (t.to(q.dtype) for t in (k, v, k2, v2))
@@ -229,7 +235,7 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
 
 
 attention.rotary = ()  # inputs that get RoPE
-attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # which option is its window
+attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # option that sets its window
 
 
 def main(argv=None):
