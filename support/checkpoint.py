@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, validated completely before use, never unpickled."""
+"""Checkpoints: written atomically, fully validated before use, and without pickled code."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def save(folder, model, optimizer, **more):
-    """Write ckpt.pt. Every rank calls this, to gather what is sharded; rank 0 writes."""
+    """Write ckpt.pt, with `more` entries. All ranks call this and gather shards; rank 0 writes."""
 
     def gather(value):
         if not torch.is_tensor(value):
@@ -29,9 +29,10 @@ def save(folder, model, optimizer, **more):
             return None
         return whole if whole is value else whole.cpu()
 
+    # optimizer state {number of the parameter: state}, {} for one that never had a gradient
     optimizer_state = optimizer.state_dict()
     for group in optimizer_state["param_groups"]:
-        for i in group["params"]:  # a parameter that never had a gradient has no state
+        for i in group["params"]:
             optimizer_state["state"].setdefault(i, {})
     state = tree_map(gather, {"model": model.state_dict(), "optimizer": optimizer_state})
     state.update(more)
@@ -45,9 +46,9 @@ def save(folder, model, optimizer, **more):
 
 
 def check_values(value):
-    """Check that nested dicts, lists and tuples hold only tensors and plain values.
+    """Raise ValueError unless nested dicts, lists and tuples hold only tensors and plain values.
 
-    Returns the number of bytes of all tensors. Raises ValueError for anything else in it.
+    Returns the number of bytes of all tensors.
     """
     if isinstance(value, torch.Tensor):
         is_dense = value.layout == torch.strided and not value.is_nested
@@ -69,11 +70,11 @@ def check_values(value):
 def load(folder, config_types, plugins, modules=()):
     """Read the checkpoint of a run, or a Hugging Face folder, and validate all of it.
 
-    config_types: {"model": dataclass, "run": dataclass} of its settings; their constructors raise
+    config_types: {"model": dataclass, "run": dataclass} for its settings; their constructors raise
         ValueError for bad values.
-    plugins: {setting: (function name, built-ins)} of the settings that name modules.
-    modules: the settings among them that the caller will import from the checkpoint without the
-        user having named them. They must be modules of this repository.
+    plugins: {setting: (function name, built-ins)} for the settings that name modules.
+    modules: those of these settings whose module will be imported because the file names it, not
+        the user. Each must then be a module of this repository.
 
     The file is memory-mapped, so a tensor is read only when it is used. Raises ValueError.
     """
@@ -98,7 +99,7 @@ def load(folder, config_types, plugins, modules=()):
 
 
 def check_contents(saved, file_size):
-    """Check the types of all entries, and that the tensors are not larger than the file."""
+    """Check the types of all entries, and that the tensors are no larger than the file."""
     missing = REQUIRED - set(saved)
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -106,7 +107,7 @@ def check_contents(saved, file_size):
         if not isinstance(saved[key], dict):
             raise ValueError(f"its {key} is no dict")
 
-    # a tensor of stride 0 can claim any size; twice, because tied tensors share their storage
+    # a tensor of stride 0 can claim any size; twice, because tied tensors are counted twice
     if check_values(saved) > 2 * file_size:
         raise ValueError("its tensors describe more values than the file has")
 
@@ -121,6 +122,7 @@ def check_contents(saved, file_size):
 
 def check_settings(saved, file_size, config_types, plugins, modules):
     """Check the settings, the modules they name, the size of the model, and the tokenizer."""
+    # settings have exactly the fields of this version, with allowed values
     for key, config_type in config_types.items():
         settings = saved["config"][key]
         unmatched = set(settings) ^ {f.name for f in fields(config_type)}
@@ -135,6 +137,7 @@ def check_settings(saved, file_size, config_types, plugins, modules):
     if largest > file_size or sizes["n_layer"] > len(saved["model"]):
         raise ValueError("its settings describe a larger model than it holds")
 
+    # modules to import must be our own
     settings = {**saved["config"]["model"], **saved["config"]["run"]}
     for name in modules:
         check_own(settings[name], plugins[name][1])
@@ -142,7 +145,7 @@ def check_settings(saved, file_size, config_types, plugins, modules):
 
 
 def get_weight(state, name, shape):
-    """Return a tensor of a state dict; raise ValueError if it is missing or of another shape."""
+    """Return a tensor of a state dict; raise ValueError if it is missing or not of this shape."""
     if name not in state:
         raise ValueError(f"the checkpoint lacks the tensor {name}")
     tensor = state[name]
@@ -154,8 +157,8 @@ def get_weight(state, name, shape):
 def check_weights(model, state):
     """Raise ValueError unless the state dict has every tensor of the model, in the same shape.
 
-    Call this while the model is on the meta device, before its memory is allocated. The lazy
-    state of a Hugging Face folder is not a dict; its shapes were checked when it was opened.
+    Call this while the model is on the meta device, before its memory is allocated. The state of a
+    Hugging Face folder is not a dict; its shapes have been checked when it was opened.
     """
     if isinstance(state, dict):
         for name, tensor in model.state_dict().items():
@@ -170,7 +173,7 @@ def load_weights(model, state):
 
 
 def merge_adapters(model, saved):
-    """Load the adapters of a checkpoint, if it has any, and merge them into the model's weights."""
+    """Add the adapters of a checkpoint, if it has any, load them and merge them into the model."""
     spec = saved["config"]["run"].get("adapter")
     if spec:
         adapt, options = resolve(spec, "adapt")
@@ -185,7 +188,10 @@ def merge_adapters(model, saved):
 
 
 def check_unchanged(saved, configs, fingerprint, origin):
-    """Raise ValueError if the data, or a setting that is not adjustable, differs from the run's."""
+    """Raise ValueError if the data or a setting has changed, except for adjustable settings.
+
+    configs: the settings of this call. fingerprint: of the tokens. origin: the run's folder.
+    """
     before = {**saved["config"]["model"], **saved["config"]["run"]}
     for config in configs:
         for f in fields(config):
@@ -206,9 +212,9 @@ def check_unchanged(saved, configs, fingerprint, origin):
 def restore(model, optimizer, saved):
     """Restore the weights and the optimizer state of a run that is resumed.
 
-    Optimizer kernels trust the shapes and strides of their state, so they never get a tensor of
-    the file. Instead, one step on zero gradients makes the optimizer allocate its own state, then
-    the saved values are copied into it. Raises ValueError for anything missing or of another shape.
+    Optimizer kernels trust the shapes and strides of their state, so they must not get tensors from
+    a file. Instead, one step on zero gradients makes the optimizer allocate its state, and the
+    saved values are copied into it. Raises ValueError if a value is missing or has another shape.
     """
     if saved["step"] > 0:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -217,14 +223,14 @@ def restore(model, optimizer, saved):
             if set(state["state"]) != set(range(len(parameters))):
                 raise ValueError("the checkpoint lacks the optimizer's state of some parameters")
             for i, p in enumerate(parameters):
-                if state["state"][i] != {}:  # otherwise it has never had a gradient
+                if state["state"][i] != {}:  # {}: it has never had a gradient
                     p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
             restore_state(optimizer, parameters, state, saved["step"])
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError("the checkpoint's optimizer state is malformed") from None
-    load_weights(model, saved["model"])  # last, since weight decay changed them in that step
+    load_weights(model, saved["model"])  # last, because that step has decayed the weights
 
 
 def restore_state(optimizer, parameters, state, step):
@@ -238,7 +244,7 @@ def restore_state(optimizer, parameters, state, step):
         if not 0 <= count <= step:
             raise ValueError(f"the checkpoint's optimizer has counted {count} steps, not {step}")
 
-    # numbers may change during a run; all other options follow from the settings
+    # restore numbers such as lr, which change during a run; other options follow from the settings
     if len(state["param_groups"]) != len(optimizer.param_groups):
         raise ValueError("the checkpoint's optimizer has another number of parameter groups")
     for group, saved_group in zip(optimizer.param_groups, state["param_groups"]):
@@ -248,10 +254,10 @@ def restore_state(optimizer, parameters, state, step):
 
 
 def copy_into(own, saved, name):
-    """Copy saved optimizer state into the tensors of `own`, which has the same structure.
+    """Copy saved optimizer state into `own`, the optimizer's state, which is nested the same way.
 
-    Returns `own` with its numbers and strings replaced. name: where this is in the state, for the
-    error. Raises ValueError where type, dtype, shape, keys or length differ.
+    Returns `own` with its numbers and strings replaced. name: what to call this part of the state
+    in an error. Raises ValueError if types, dtypes, shapes, keys or lengths differ.
     """
     if describe(saved) != describe(own):
         raise ValueError(
@@ -272,7 +278,7 @@ def copy_into(own, saved, name):
 
 
 def describe(value):
-    """Return the type of a value, for a tensor its dtype and shape."""
+    """Return the type of a value as text, and for a tensor its dtype and shape."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return type(value).__name__

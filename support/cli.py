@@ -1,7 +1,7 @@
 """Command line: dataclass fields become flags, errors become one line and an exit status.
 
-Imports nothing heavy, so that a script can import this first and call exit_on_signals() before its
-own slow imports.
+This imports nothing slow. So a script can import it first, and call exit_on_signals() before slow
+imports of its own.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from support import plugins
 
 LARGEST = 2**32  # upper limit of every numeric flag
-SWITCH = "store_true"  # action of a flag without a --no- form
+SWITCH = "store_true"  # argparse action of a flag that has no --no-NAME
 
 
 # -- dataclass fields ------------------------------------------------------------------------------
@@ -26,15 +26,15 @@ SWITCH = "store_true"  # action of a flag without a --no- form
 def option(default, help, least=None, is_adjustable=False, **argparse_options):
     """Declare a dataclass field that is also a flag.
 
-    least: smallest value allowed. By default 0 where the default is 0, else 1 for an int and
-    anything above 0 for a float.
+    least: the smallest allowed value. Without it, an int must be at least 1, or at least 0 if its
+    default is 0; a float must be above 0.
     """
     metadata = {"help": help, "least": least, "adjustable": is_adjustable}
     return field(default=default, metadata={**metadata, "argparse": argparse_options})
 
 
 def adjustable(default, help, **more):
-    """Declare an option that --resume may change, because it affects only reports or rounding."""
+    """Declare an option that may change on --resume: it affects only reports or rounding."""
     return option(default, help, is_adjustable=True, **more)
 
 
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_arguments(argv):
-    """Raise ValueError for an empty value, as an unset shell variable gives, and for non-text."""
+    """Raise ValueError if a value is empty, as from an unset shell variable, or is not text."""
     previous = "an argument"
     for argument in argv:
         if not argument or re.fullmatch(r"--[\w-]+=", argument):
@@ -100,7 +100,10 @@ def check_arguments(argv):
 
 
 def add_flag(group, f, default):
-    """Add the flag of a dataclass field. If it is not given, the parsed namespace lacks it."""
+    """Add the flag of a dataclass field. Without the flag, the parsed namespace lacks the field.
+
+    default: shown in the help.
+    """
     settings = {"type": f.type}
     if f.type is bool:
         settings = {"action": argparse.BooleanOptionalAction}
@@ -117,24 +120,27 @@ def add_flag(group, f, default):
 def parse_configs(argv, description, configs, plugin_flags, starting_values):
     """Return one instance per dataclass in `configs`, from the command line.
 
-    plugin_flags: {flag: (function name, built-ins)} of the flags that name modules.
-    starting_values: called with {field: value} of the flags given, returns {field: value} of a
-    preset or a saved run. Flags override these values, and these override the defaults.
+    plugin_flags: {flag: (function name, built-ins)} for the flags that name modules.
+    starting_values: a function from the given flags, {field: value}, to the values of a preset or a
+    saved run, {field: value}. Flags override these values, and these override the defaults.
     """
+    # read the flags
     parser = Parser(description=description, usage="%(prog)s [--flag value ...]")
-    base = starting_values({})  # as --help shows it
+    base = starting_values({})  # --help shows these as defaults
     for config in configs:
         group = parser.add_argument_group((config.__doc__ or config.__name__).splitlines()[0])
         for f in fields(config):
             add_flag(group, f, base.get(f.name, f.default))
     given = vars(parser.parse_args(argv))
 
+    # --attn NAME:help prints the options of a module
     for flag, plugin in plugin_flags.items():
         for spec in given.get(flag, "").split(","):
             if spec.endswith(":help"):
                 plugins.print_options(spec, *plugin)
                 sys.exit(0)
 
+    # modules that a checkpoint names, not the user, must be our own
     base = starting_values(given)
     for flag, (_, builtin) in plugin_flags.items():
         if flag in base and flag not in given:
@@ -143,7 +149,7 @@ def parse_configs(argv, description, configs, plugin_flags, starting_values):
 
 
 def make_config(config, values):
-    """Return an instance of a dataclass from those entries of `values` that are its fields."""
+    """Return an instance of the dataclass `config`; entries of `values` may be for others."""
     return config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
 
 
@@ -163,9 +169,9 @@ def local_rank():
 
 @contextmanager
 def ignore_lost_output():
-    """Ignore that stdout or stderr cannot be written (`| head`, closed terminal, full disk).
+    """Go on if stdout or stderr cannot be written (`| head`, a closed terminal, a full disk).
 
-    Output that is lost must not end a run. From then on it goes to /dev/null.
+    Lost output must not end a run. All later output then goes to /dev/null.
     """
     try:
         yield
@@ -180,7 +186,7 @@ def ignore_lost_output():
 
 
 def stop_signals():
-    """Return the signals that ask a program to stop; SIGHUP only if nohup does not ignore it."""
+    """Return the signals that ask a program to stop. Under nohup, SIGHUP is not one of them."""
     signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals.append(signal.SIGHUP)
@@ -195,7 +201,7 @@ def exit_at_once(signum, frame):
 
 
 def exit_on_signals():
-    """Exit with one line instead of a traceback on Ctrl-C, while there is nothing to save yet."""
+    """From now on, exit with one line on Ctrl-C. For phases that have nothing to save."""
     for signum in stop_signals():
         signal.signal(signum, exit_at_once)
 
@@ -208,7 +214,7 @@ def raise_interrupt(signum, frame):
 
 
 def describe_error(error):
-    """Return (exit status, message) for an error that needs no traceback, or None."""
+    """Return (exit status, message), or None for an error that needs a traceback."""
     import torch
 
     message = " ".join(str(error).split())
@@ -230,16 +236,17 @@ def describe_error(error):
 
 
 def run_main(main):
-    """Run a script's main() and exit: status 0, 1 numbers not finite, 2 bad input, 128 + signal.
+    """Run a script's main() and exit. With FIVEFOLD_TRACEBACK=1, errors keep their traceback.
 
-    FIVEFOLD_TRACEBACK=1 in the environment shows where an error comes from.
+    Exit status: 0 done, 1 a loss was not finite, 2 bad input, 128 + signal when stopped.
     """
+    # signals raise KeyboardInterrupt; stdout and stderr accept every text
     for signum in stop_signals():
         signal.signal(signum, raise_interrupt)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal shows every character
+    sys.stdout.reconfigure(errors="backslashreplace")  # escape what the terminal cannot show
 
     # run it, and turn errors into a status and a message
     status = 0
@@ -254,7 +261,7 @@ def run_main(main):
         if local_rank() == 0:
             message = "stopped before its end"
     except BrokenPipeError:
-        pass  # the reader of the output, `head` for example, has had enough
+        pass  # a program such as `head` has closed our output
     except Exception as error:
         described = describe_error(error)
         if described is None or os.environ.get("FIVEFOLD_TRACEBACK"):
@@ -265,10 +272,10 @@ def run_main(main):
     exit_on_signals()
     with ignore_lost_output():
         if message and local_rank() > 0:
-            time.sleep(3)  # if all processes fail alike, torchrun ends this one meanwhile
+            time.sleep(3)  # if rank 0 fails too, torchrun ends this process before it prints
             message = f"process {local_rank()}: {message}"
         if message:
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if launched_by_torchrun():
-        os._exit(status)  # gloo's threads have been seen to abort while Python shuts down
+        os._exit(status)  # a normal exit can abort in a thread of gloo
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""A training step as CUDA graphs: captured once, then replayed without the host's work."""
+"""Run a training step as CUDA graphs: capture its kernels once, then replay them every step."""
 
 import warnings
 
@@ -10,12 +10,13 @@ WARM_UP = 3  # eager steps before the capture: kernels are compiled and optimize
 
 
 def prepare(asked, device, optimizer):
-    """Decide whether to capture the training step, print why, and return it.
+    """Decide whether to capture the training step, and print why. If so, lr moves to the device.
 
-    asked: True, False, or None to do so where it is possible: an optimizer has to keep all numbers
-    that change from step to step on the device. It says so with `capturable = True`; PyTorch's
-    fused optimizers have an option for it. The learning rate moves to the device, too.
+    asked: True, False, or None to capture where it is possible. The optimizer has to keep all
+    numbers that change between steps on the device: one with an attribute `capturable = True`, or
+    one of PyTorch's fused optimizers, which have an option of this name.
     """
+    # what makes a capture impossible, if anything
     is_fused = all("capturable" in group and group.get("fused") for group in optimizer.param_groups)
     obstacle = None
     if device.type != "cuda":
@@ -27,6 +28,7 @@ def prepare(asked, device, optimizer):
     if asked and obstacle:
         raise ValueError(f"--graph cannot be used here ({obstacle}); leave it out")
 
+    # decide and report
     use_graph = asked is not False and obstacle is None
     reason = obstacle or "they save the host's work"
     if asked is not None:
@@ -42,10 +44,11 @@ def prepare(asked, device, optimizer):
 class CapturedStep:
     """A training step as three CUDA graphs: forward, backward, update.
 
-    They are replayed on copies of each batch, at the addresses of the capture. Gradients and
-    activations live in memory that the graphs share and keep. step: a train.Step whose optimizer
-    is capturable and has taken some steps. pool: graphs of several steps that take turns may share
-    one. Raises RuntimeError if some operation cannot be captured.
+    A replay reads the addresses of the capture, so each batch is copied there first. Gradients and
+    activations live in a memory pool that the graphs share and keep.
+    step: a train.Step whose optimizer is capturable and has taken some steps. pool: a memory pool
+    to share with other captured steps, never replayed at the same time. Raises RuntimeError if an
+    operation cannot be captured.
     """
 
     def __init__(self, step, batch, pool=None):
@@ -58,11 +61,11 @@ class CapturedStep:
         self.count = count.clone()
         self.pool = pool or torch.cuda.graph_pool_handle()
 
-        # in the order of the replay: each graph may reuse memory that the one before has freed
+        # capture in the order of replay: a graph may reuse memory that the one before has freed
         static_batch = self.micro_batches, self.count
         self.forward_graph, self.total_loss = self.capture(step.forward, static_batch)
         self.backward_graph, self.grad_norm = self.capture(step.backward)
-        if hasattr(self.optimizer, "prepare"):  # the gradients have their final addresses now
+        if hasattr(self.optimizer, "prepare"):  # the addresses of the gradients are final now
             self.optimizer.prepare()
         self.update_graph, _ = self.capture(step.optimizer.step)
 
@@ -93,13 +96,13 @@ class CapturedStep:
 
 
 def capture_step(step, batch):
-    """Return the step as CUDA graphs, or the step itself, with a warning, if that fails."""
+    """Return a CapturedStep, or if that fails the step itself, with a warning."""
     try:
         return CapturedStep(step, batch)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"the step runs eagerly, since it cannot be captured: {reason}")
-        # PyTorch leaves its random numbers in the state of a capture
+        # the failed capture leaves PyTorch's generator in capture mode; a cloned state is not
         generator = torch.cuda.default_generators[batch[1].device.index]
         generator.graphsafe_set_state(generator.clone_state())
         step.clear()

@@ -1,4 +1,4 @@
-"""Documents: find the files that --data names, and turn each into an array of tokens."""
+"""Documents: find the files that --data names, and tokenize each of them."""
 
 import codecs
 import os
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def find_documents(data):
     """Return the sorted paths of the files that --data names."""
-    # Python's standard library; its tests are over half of it and not installed everywhere
+    # Python's standard library, without its tests: over half of it, and not installed everywhere
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib")).resolve()
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -52,10 +52,10 @@ def find_documents(data):
 
 
 def list_files(root, suffix="", is_strict=False):
-    """Return the regular files below a folder, without following links to folders.
+    """Return the regular files below a folder whose names end with `suffix`.
 
-    Files and folders that cannot be read are skipped or, if is_strict, raise ValueError. Files
-    that are deleted meanwhile are skipped.
+    Links to folders are not followed. Files and folders that cannot be read are skipped, or if
+    is_strict, raise ValueError. Files that are deleted meanwhile are skipped.
     """
 
     def check(error):
@@ -89,7 +89,7 @@ def read_file(path):
 
 
 def read_text(path):
-    """Return a file as text, or "" if it is binary: not UTF-8, or with a NUL byte."""
+    """Return the text of a file, or "" if it is binary: not in UTF-8, or with a NUL byte."""
     raw = read_file(path)
     try:
         return "" if b"\0" in raw else raw.decode()
@@ -98,7 +98,7 @@ def read_text(path):
 
 
 def read_documents(paths, tokenizer, dtype):
-    """Return one array of tokens per text file; an empty array for a binary file."""
+    """Return one array of tokens per file, which is empty if the file is binary."""
 
     def encode(path):
         return np.asarray(tokenizer.encode_ordinary(read_text(path)), dtype)
@@ -110,7 +110,7 @@ def read_documents(paths, tokenizer, dtype):
 def read_answers(path, tokenizer):
     """Return one int32 array of tokens per JSON line {"prompt": ..., "answer": ...}.
 
-    Tokens of the prompt, which are not trained on, are stored as ~id, so they are negative.
+    The loss ignores tokens of the prompt. They are stored as ~id, which is negative.
     """
     documents = []
     raw = read_file(path).removeprefix(codecs.BOM_UTF8)
