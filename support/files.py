@@ -1,4 +1,4 @@
-"""Files: written atomically, and read safely where a user names them."""
+"""Files: write them atomically, and safely read those that a user names."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-LARGEST_PID = 2**22  # Linux's limit; a larger number at the end of a file name is no process id
+LARGEST_PID = 2**22  # Linux's limit: a larger number in a file name is not a process id
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -16,9 +16,9 @@ LARGEST_PID = 2**22  # Linux's limit; a larger number at the end of a file name 
 
 @contextmanager
 def atomic_write(path):
-    """Open a temporary file that replaces `path` if the block ends without an error.
+    """Open a temporary file. It replaces `path` if the block ends without an error.
 
-    Otherwise the previous file stays as it was. Errors of the disk become a ValueError.
+    After an error, the previous file is as it was. An error of the disk becomes a ValueError.
     """
     path = Path(path)
     temp_path = path.with_name(f".{path.name}.{os.getpid()}")
@@ -41,7 +41,7 @@ def atomic_write(path):
 
 
 def find_os_error(error):
-    """Return the OSError that an exception wraps, as those of torch.save do, or None."""
+    """Return the OSError inside an exception, or None. Those of torch.save wrap one."""
     while isinstance(error, Exception) and not isinstance(error, OSError):
         error = error.__context__
     return error if isinstance(error, OSError) else None
@@ -62,9 +62,9 @@ def write_json(path, data):
 
 
 def remove_stale_temp_files(folder, patterns):
-    """Delete the temporary files `.NAME.PID` that atomic_write left behind in killed processes.
+    """Delete temporary files, `.NAME.PID`, that killed processes have left from atomic_write.
 
-    patterns: of NAME, as in fnmatch. Files of processes that are alive stay.
+    patterns: patterns for NAME, as in fnmatch. Files of running processes stay.
     """
     for path in Path(folder).glob(".*"):
         name, _, pid = path.name[1:].rpartition(".")
@@ -76,7 +76,7 @@ def remove_stale_temp_files(folder, patterns):
 
 
 def is_alive(pid):
-    """Return whether a process has this id. On Windows always True: os.kill would end it."""
+    """Return whether a process has this id. Always True on Windows, where os.kill would end it."""
     if os.name == "nt":
         return True
     try:
@@ -92,13 +92,13 @@ def is_alive(pid):
 
 
 def shown(path):
-    """Return a path as printable text: control characters and invalid bytes are escaped."""
+    """Return a path as printable text, with control characters and invalid bytes escaped."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
 
 def get_stat(path):
-    """Return os.stat of a path that a user gave, or None if it does not exist.
+    """Return os.stat of a path that a user gave, or None if there is no such file.
 
     Raises ValueError if the name is not valid or access is denied.
     """
@@ -119,8 +119,8 @@ def is_file(path):
 def read_user_file(path, limit=2**30):
     """Return the bytes of a file that a user named.
 
-    Raises ValueError if it does not exist, is unreadable, is larger than `limit` bytes, or is not
-    a regular file: reading a pipe would block, and reading a device might never end.
+    Raises ValueError if it does not exist, cannot be read, is larger than `limit` bytes, or is not
+    a regular file: a pipe might wait forever, and a device might never end.
     """
     info = get_stat(path)
     if info is None:
@@ -129,7 +129,7 @@ def read_user_file(path, limit=2**30):
     try:
         with open(path, "rb", opener=open_nonblocking) as file:
             info = os.fstat(file.fileno())
-            check_regular(path, info)  # once more: it may have been replaced since
+            check_regular(path, info)  # again, because it may have been replaced since
             if info.st_size > limit:
                 raise ValueError(f"cannot read {shown(path)}: it is larger than {limit:,} bytes")
             return file.read()
@@ -144,15 +144,15 @@ def check_regular(path, info):
 
 
 def open_nonblocking(path, flags):
-    """Open without waiting for a writer, should the path be a pipe. Windows lacks the flag."""
+    """Open a file; if it is a pipe, do not wait for a writer. Windows has no such flag."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def parse_json(data, what):
-    """Return the value of JSON given as text or as UTF-8 bytes.
+    """Return the value of JSON, given as text or as UTF-8 bytes.
 
-    Raises ValueError, with `what` as the subject, if it is malformed, nested too deeply, or
-    contains NaN or Infinity, which are no JSON.
+    Raises ValueError if it is malformed, nested too deeply, or contains NaN or Infinity, which are
+    not JSON. what: the subject of the error's sentence, such as the file's name.
     """
 
     def reject(constant):

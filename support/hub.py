@@ -1,4 +1,4 @@
-"""Models by name: ORG/NAME on huggingface.co becomes a folder in the cache of huggingface_hub."""
+"""Models on huggingface.co: download ORG/NAME into the cache folder of huggingface_hub."""
 
 import functools
 import re
@@ -10,35 +10,35 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# never *.bin, which would have to be unpickled
+# never *.bin: unpickling a file can run any code
 MODEL_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
 
 
 def is_model_name(name):
-    """Return whether this can only mean a model on huggingface.co: ORG/NAME with no folder ORG."""
+    """Return whether `name` means a model on huggingface.co: ORG/NAME, and no folder ORG here."""
     has_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
     return has_form is not None and not Path(name).parent.exists()
 
 
 def model_name(folder):
-    """Return NAME for a folder called NAME, and for the cached folder of the model ORG/NAME."""
+    """Return NAME for a folder called NAME, or for the cached folder of the model ORG/NAME."""
     folder = Path(folder).resolve()
     if folder.parent.name == "snapshots":  # models--ORG--NAME/snapshots/COMMIT
         return folder.parent.parent.name.split("--")[-1]
     return folder.name
 
 
-@functools.cache  # a second request could get newer weights than the first
+@functools.cache  # otherwise a second call could get newer weights than the first
 def fetch(name):
-    """Return the local folder of the model ORG/NAME, downloaded unless it is in the cache.
+    """Return the local folder of the model ORG/NAME. Download it unless it is in the cache.
 
-    Without a network the cache is enough. Raises ValueError if the model cannot be had.
+    A cached model needs no network. Raises ValueError if the model cannot be fetched.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        # "*/*": the folders hold copies in formats of other software
+        # ignore "*/*": folders inside hold copies of the weights in other formats
         wanted = [*MODEL_FILES, *TOKENIZER_FILES]
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=wanted, ignore_patterns=["*/*"]
@@ -53,7 +53,7 @@ def fetch(name):
             "is neither a folder here nor in the local cache, and huggingface.co cannot be "
             "reached; give a folder, or try again with a network"
         )
-    except Exception as error:  # errors of HTTP have no type that all versions share
+    except Exception as error:  # versions differ in the types of their HTTP errors
         lines = str(error).splitlines() or [type(error).__name__]
         reason = f"cannot be fetched from huggingface.co ({lines[0]})"
     else:

@@ -1,7 +1,7 @@
-"""KV caches of one layer, for any attention function and for CUDA graphs.
+"""KV caches of one layer: one for any attention function, and one for CUDA graphs.
 
-cache.attend(module, heads) stores the keys and values of new positions, and returns their attention
-over everything stored. Attention modules of train.GPT call it instead of their function.
+train.GPT's attention layers call cache.attend(module, heads) instead of their attention function.
+It stores the keys and values of new positions, and attends from these to all stored positions.
 """
 
 import torch
@@ -10,22 +10,25 @@ import torch
 class KVCache:
     """One layer's keys, values and other attention inputs, for up to `size` positions.
 
-    An input that is only seen through a window of w positions uses a ring buffer: position t lives
-    in slot t % w.
+    If queries see only the last w positions of an input, it is stored in a ring buffer of w slots.
+    Position t is in slot t % w. For w = 4, after position 5:   slots [4, 5, 2, 3]
     """
 
     def __init__(self, size):
         self.size = size
-        self.length = 0
-        self.tensors = None  # one (B, Hkv, w, D) per input after q, allocated at first use
+        self.length = 0  # positions stored so far
+        self.tensors = None  # ring buffers (B, Hkv, w, D), one per input after q; made at first use
 
     def attend(self, module, heads):
-        """Attention of q (B, H, T, D) over the cache and the T new positions -> (B, H, T, D)"""
+        """Store T new positions and attend from q (B, H, T, D) to all stored -> (B, H, T, D)."""
         q, *new = heads
         return module.function(q, *self.extend(module.windows, new), **module.options)
 
     def extend(self, windows, new):
-        """Store T new positions per input, (B, Hkv, T, D); return what their queries may see."""
+        """Store T new positions of each input; return what their queries may see of each.
+
+        windows: window of each input, or None. new: the inputs, (B, Hkv, T, D) each.
+        """
         start = self.length
         end = start + new[0].shape[2]
         if end > self.size:
@@ -40,11 +43,11 @@ class KVCache:
         for ring, t in zip(self.tensors, new):
             w = ring.shape[2]
             if end == start + 1:
-                # a single query sees every slot, so their order does not matter
+                # one new position: its query sees every slot, so their order does not matter
                 ring[:, :, start % w] = t[:, :, 0]
                 visible.append(ring[:, :, : min(end, w)])
             else:
-                # oldest position first; the last w of them stay in the ring
+                # several: put all in order, old ones first, and keep the last w of them
                 past = torch.arange(max(0, start - w), start, device=t.device)
                 kept = torch.arange(max(0, end - w), end, device=t.device)
                 in_order = torch.cat([ring[:, :, past % w], t], dim=2)
@@ -57,8 +60,8 @@ class KVCache:
 class StaticKVCache:
     """A KV cache for softmax attention whose tensors never move or grow, as CUDA graphs need.
 
-    length: int64 tensor (1,) on the device, advanced by the caller, so that a step is the same work
-    at every position.
+    length: positions stored so far, an int64 tensor (1,) on the device. The caller advances it. So
+    a step launches the same kernels at every position.
     """
 
     def __init__(self, config, size, length, dtype):
@@ -68,7 +71,7 @@ class StaticKVCache:
         self.length = length
 
     def attend(self, module, heads):
-        """Attention of one new token over the cache, or of a prompt that starts at position 0."""
+        """Attend from one new token to all stored ones, or from a prompt, the first T tokens."""
         q, k, v = heads  # (1, H, T, D), (1, Hkv, T, D), (1, Hkv, T, D)
         T = q.shape[2]
         positions = self.length + torch.arange(T, device=q.device)
@@ -77,7 +80,7 @@ class StaticKVCache:
         if T > 1:
             return module.function(q, k, v, **module.options)
 
-        # one query against every slot; those after its position are masked
+        # one query: compute scores for all `size` positions, and mask those after its own
         q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (1, Hkv, H / Hkv, D)
         scores = q @ self.k.transpose(2, 3) * q.shape[-1] ** -0.5  # (1, Hkv, H / Hkv, size)
         is_future = torch.arange(self.k.shape[2], device=q.device) > self.length

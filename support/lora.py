@@ -14,16 +14,17 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def inject(model, rank, alpha=None, targets=("q_proj", "v_proj"), seed=0):
     """Put adapters on every nn.Linear whose name ends with one of `targets`, and freeze all else.
 
-    targets: patterns such as "q_proj" or "layers.0.mlp.*". The layers get parameters lora_A
-    (rank, n) and lora_B (m, rank), in float32 at least. scale is alpha / rank, or 1 if alpha is
-    None. Returns the model. Raises ValueError if a target matches no layer, a layer cannot carry an
-    adapter, the rank or alpha is out of range, or there are adapters already.
+    targets: patterns such as "q_proj" or "layers.0.mlp.*". A layer with a weight (m, n) gets the
+    parameters lora_A (rank, n) and lora_B (m, rank), in float32 or wider. scale is alpha / rank, or
+    1 if alpha is None. Returns the model. Raises ValueError if a target matches no layer, a layer
+    cannot have an adapter, rank or alpha is out of range, or there are adapters already.
     """
     return inject_layers(model, find_layers(model, targets), rank, alpha, seed)
 
 
 def inject_layers(model, layers, rank, alpha, seed=0):
-    """Put adapters on `layers`, {name: nn.Linear}; see `inject`. All checks come first."""
+    """Put adapters on `layers`, {name: nn.Linear}. See `inject`."""
+    # check everything before the model is changed
     check_layers(model, layers)
     sizes = [(min(linear.weight.shape), name) for name, linear in layers.items()]
     size, smallest = min(sizes)
@@ -49,14 +50,14 @@ def inject_layers(model, layers, rank, alpha, seed=0):
 
 
 def init_A(name, shape, seed):
-    """Return uniform numbers in +-1 / sqrt(n), as PEFT does. They depend on name and seed only."""
+    """Draw A (rank, n), uniform in +-1 / sqrt(n) as in PEFT. Depends on name and seed only."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
 def add_adapter(linear, inputs, y):
-    """Return y + scale B A x: the forward hook of a layer with x (..., n), y = W x (..., m)."""
+    """Forward hook of an adapted layer: return y + scale B A x, for x (..., n) and y (..., m)."""
     linear.lora_called = True
     (x,) = inputs
     Ax = F.linear(x, linear.lora_A.to(x.dtype))  # (..., r)
@@ -65,12 +66,12 @@ def add_adapter(linear, inputs, y):
 
 
 def adapters(model):
-    """Return {name: layer} of the layers that carry an adapter."""
+    """Return {name: layer} for all layers that have an adapter."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def adapter_groups(model):
-    """Return one parameter group for LoRARITE: {"params": [A, B, A, B, ...], "pair": True}."""
+    """Return the parameter groups for LoRARITE: one, in which each A is followed by its B."""
     parameters = []
     for linear in adapters(model).values():
         parameters += [linear.lora_A, linear.lora_B]
@@ -79,11 +80,11 @@ def adapter_groups(model):
 
 @torch.no_grad()
 def merge(model):
-    """Add each adapter to its layer's weight and remove it; all stays frozen. Returns the model."""
+    """Add scale B A to each adapted weight and remove the adapter. Returns the model, frozen."""
     for linear in adapters(model).values():
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
-        linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded once
+        linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded to its dtype once
         linear.lora_hook.remove()
         del linear.lora_A, linear.lora_B, linear.lora_scale, linear.lora_called, linear.lora_hook
     for module in model.modules():
@@ -94,7 +95,7 @@ def merge(model):
 
 
 # --------------------------------------------------------------------------------------------------
-# Which layers can carry an adapter
+# Which layers can have an adapter
 
 
 def linear_layers(model):
@@ -102,7 +103,7 @@ def linear_layers(model):
 
 
 def find_layers(model, targets):
-    """Return {name: layer} of the linear layers whose names end with one of the targets."""
+    """Return {name: layer} for all linear layers whose names end with one of the targets."""
     linears = linear_layers(model)
     chosen = set()
     for target in targets:
@@ -117,8 +118,8 @@ def find_layers(model, targets):
 
 
 def check_layers(model, layers):
-    """Raise ValueError if a weight is no plain tensor, or if another module uses its memory."""
-    # all tensors of the model: (module, name, memory)
+    """Raise ValueError if a layer's weight is not a plain tensor, or another module shares it."""
+    # all tensors of the model, as (module, name, memory)
     tensors = []
     for module_name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -143,8 +144,8 @@ def check_layers(model, layers):
 def check_called(model, inputs, output):
     """Raise ValueError if the first forward pass of the model did not call an adapted layer.
 
-    A model may use a layer's weight without calling the layer, as nn.MultiheadAttention does. The
-    adapter would then have no effect in training, but change the model when it is merged.
+    A model may use the weight of a layer without calling the layer, as nn.MultiheadAttention does.
+    Then the adapter would have no effect in training, but would change the model when merged.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,6 +1,6 @@
-"""Plug-ins: a spec such as simplicial:w1=128:w2=16 becomes a function and its options.
+"""Plug-ins: find the function and the options that a spec such as simplicial:w1=128:w2=16 names.
 
---attn, --optim and --adapter name modules this way: files of this repository or of the reader's.
+--attn, --optim and --adapter take specs. NAME is a module of this repository or of your own.
 """
 
 import importlib
@@ -31,9 +31,9 @@ def own_modules():
 
 
 def check_own(specs, builtin):
-    """Check comma-separated specs from a checkpoint, which must not import a stranger's module.
+    """Raise ValueError unless all specs name built-ins or modules of this repository.
 
-    Raises ValueError if one names neither a built-in nor a module of this repository.
+    For comma-separated specs from a checkpoint: a stranger's file must not make us import others.
     """
     for spec in filter(None, specs.split(",")):
         name = parse_spec(spec)[0]
@@ -45,7 +45,7 @@ def check_own(specs, builtin):
 
 
 def find_plugin(name, function_name, builtin):
-    """Return the built-in called `name`, or else function_name from the module called `name`."""
+    """Return the built-in called `name`, or else the function in the module called `name`."""
     if name in builtin:
         return builtin[name]
     known = "".join(f"{known}, or " for known in builtin)
@@ -58,7 +58,7 @@ def find_plugin(name, function_name, builtin):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if not f"{name}.".startswith(f"{missing.name}."):  # one of the module's own imports failed
+        if not f"{name}.".startswith(f"{missing.name}."):  # one of its own imports failed
             raise
         raise ValueError(error) from None
     function = getattr(module, function_name, None)
@@ -68,7 +68,7 @@ def find_plugin(name, function_name, builtin):
 
 
 def resolve(spec, function_name, builtin=None):
-    """Return the function that a plug-in spec names, and all its options, defaults included."""
+    """Return the function that a spec names, and {option: value} with all its options."""
     name, given = parse_spec(spec)
     function = find_plugin(name, function_name, builtin or {})
     options = signature(function)[1]
@@ -93,7 +93,7 @@ def parse_value(text, value_type, what):
 
 
 def signature(function):
-    """Return the positional parameters of a plug-in, and {keyword option: default}."""
+    """Return the names of the parameters without a default, and {name: default} of the options."""
     inputs = []
     options = {}
     for parameter in inspect.signature(function).parameters.values():

@@ -1,4 +1,4 @@
-"""The folder of a run: found by name or age, and locked so that it holds one run at a time."""
+"""The folder of a run: find it by name or age, and lock it, so that only one run uses it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from support.files import get_stat, is_file, remove_stale_temp_files, shown
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows: nothing stops two runs with the same --out there
+except ModuleNotFoundError:  # Windows, where two runs with the same --out are not prevented
     fcntl = None
 
 RUN_FILES = ("ckpt.pt", "config.json", "log.csv", "loss.png")
@@ -23,8 +23,8 @@ LOCK = ".ckpt.pt.lock"
 def find_run(name, resume=False):
     """Return the folder called `name`, or for "newest" the run under out/ with the newest ckpt.pt.
 
-    It must hold a run or, unless resume is true, a Hugging Face model, which may also be ORG/NAME
-    on huggingface.co. Returns None for "" or None.
+    The folder must hold a run. Unless resume is true, it may hold a Hugging Face model instead, and
+    name may be ORG/NAME on huggingface.co. Returns None for "" or None.
     """
     if not name:
         return None
@@ -51,13 +51,14 @@ def find_newest_run():
 
 @contextmanager
 def claim_folder(out, name, origin=None):
-    """Lock the folder of a run and yield its path; it is unlocked when the block ends.
+    """Lock the folder of a run and yield its path. Unlock it when the block ends.
 
-    origin: the folder of the run to resume. Otherwise this is a new run, in `out` or, if that is
-    empty, in the first free one of out/NAME, out/NAME-2, ... Rank 0 locks it for all ranks. A new
+    origin: the folder of the run to resume. Otherwise, a new run gets the folder `out`, or if that
+    is "", the first free one of out/NAME, out/NAME-2, ... Rank 0 locks it for all ranks. A new
     folder that is still empty at the end is removed. Raises ValueError if another process has
     locked the folder, or if it contains files that the run would overwrite.
     """
+    # find and lock it on rank 0, and tell the other ranks the folder or the error
     folder = None
     error = None
     is_new = False
@@ -75,9 +76,11 @@ def claim_folder(out, name, origin=None):
         except ValueError as caught:
             error = str(caught)
             unlock_folder(folder, lock, is_new)
-    folder, error = broadcast_object((folder, error))  # so that all ranks fail alike
+    folder, error = broadcast_object((folder, error))
     if error:
         raise ValueError(error)
+
+    # run the block
     try:
         yield folder
     finally:
@@ -86,14 +89,14 @@ def claim_folder(out, name, origin=None):
 
 
 def make_folder(out, name):
-    """Create the folder of a new run; return it and whether it did not exist before."""
+    """Return the folder of a new run, which is made if necessary, and whether it is new."""
     root = Path(out or "out")
     try:
         is_new = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         if out:
             return root, is_new
-        name = re.sub(r"[^\w.]+", "-", name)[:60].strip("-.")  # no : or , of plug-in specs
+        name = re.sub(r"[^\w.]+", "-", name)[:60].strip("-.")  # without : and , of specs
         number = 1
         while True:
             folder = root / (name if number == 1 else f"{name}-{number}")
@@ -125,8 +128,8 @@ def check_free(folder):
 def lock_folder(folder):
     """Lock the folder for this process and return the open lock file.
 
-    The system drops the lock when the process ends, even by kill -9. Raises ValueError if another
-    process has locked it.
+    The system removes the lock when the process ends, even after kill -9. Raises ValueError if
+    another process has locked the folder.
     """
     path = folder / LOCK
     while True:
@@ -147,7 +150,7 @@ def lock_folder(folder):
         except OSError as error:
             warnings.warn(f"{shown(folder)} cannot be locked ({error.strerror}): use it only once")
 
-        # try again if a run that has just ended deleted the file between our open and flock
+        # start over if another run ended and deleted this file between our open and flock
         info = get_stat(path)
         if info is not None and os.path.samestat(info, os.fstat(lock.fileno())):
             break
@@ -162,7 +165,7 @@ def unlock_folder(folder, lock, is_new):
     """Unlock a folder, and remove it if it is new and still empty."""
     if lock is not None:
         with suppress(OSError):
-            (folder / LOCK).unlink()  # while locked, so it cannot be another process's lock file
+            (folder / LOCK).unlink()  # before unlocking: later, it may be another process's file
         lock.close()
     if is_new:
         with suppress(OSError):
@@ -172,8 +175,8 @@ def unlock_folder(folder, lock, is_new):
 def get_cache_folder(folder):
     """Return the folder in which the tokens of a run are cached.
 
-    Runs under out/ share out/.tokens, and runs elsewhere share an existing .tokens beside them.
-    Any other run keeps its tokens in its own folder, the only place known to be writable.
+    Runs under out/ share the folder out/.tokens. Runs elsewhere share a folder .tokens next to
+    theirs, if there is one. Other runs use their own folder, which is certain to be writable.
     """
     shared = folder.parent / ".tokens"
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The files of a run: checkpoint, settings and result, log, and a plot of the losses."""
+"""Write the files of a run: checkpoint, settings and result, log, and a plot of the losses."""
 
 import math
 import os
@@ -11,10 +11,10 @@ from support.files import atomic_write, name_write_errors, read_user_file, shown
 
 
 class RunLog:
-    """Write the files of a run: ckpt.pt, config.json, log.csv with a row per step, loss.png.
+    """Write ckpt.pt, config.json, log.csv with a row per step, and loss.png. Only rank 0 writes.
 
-    When a run is resumed at step n, rows after n, written after its last checkpoint, are dropped,
-    and so are damaged rows. Only rank 0 writes.
+    A run resumes at the step n of its last checkpoint. Rows of log.csv that were written after
+    that, and damaged rows, are dropped.
     """
 
     columns = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
@@ -28,6 +28,8 @@ class RunLog:
         self.record = {"command": " ".join(sys.argv), **settings, "machine": machine}
         if rank() > 0:
             return
+
+        # rewrite the log up to this step, and open it to append
         lines = [self.columns, *(row.values() for row in self.read_rows(step))]
         with atomic_write(self.path) as file:
             file.writelines((",".join(line) + "\n").encode() for line in lines)
@@ -36,7 +38,7 @@ class RunLog:
         write_json(folder / "config.json", self.record)
 
     def read_rows(self, last_step):
-        """Return the undamaged rows up to last_step, as {column: text}."""
+        """Return the undamaged rows up to last_step, each as {column: text}."""
         try:
             data = read_user_file(self.path)
         except ValueError:
@@ -47,7 +49,7 @@ class RunLog:
             values = line.decode(errors="replace").split(",")
             if len(values) != len(self.columns):
                 continue
-            is_evaluated = values[4:] != ["", ""]  # then it has both val_loss and val_bpb
+            is_evaluated = values[4:] != ["", ""]  # then val_loss and val_bpb are there
             try:
                 step = int(values[0])
                 for value in values[1:] if is_evaluated else values[1:4]:
@@ -76,7 +78,7 @@ class RunLog:
             self.file.write(line.encode())
 
     def save(self, model, optimizer, step):
-        """Write the checkpoint, once the log up to this step is on the disk."""
+        """Write the checkpoint, after making sure that the log up to here is on the disk."""
         if rank() == 0:
             with name_write_errors(self.path):
                 os.fsync(self.file.fileno())
@@ -98,7 +100,7 @@ class RunLog:
             print0(f"done; see what it writes with: python sample.py --init {shown(self.folder)}")
 
     def plot(self):
-        """Plot the training loss and the held-out loss in bits per byte."""
+        """Plot training loss and held-out loss, in bits per byte."""
         from matplotlib.figure import Figure
 
         rows = self.read_rows(self.settings["run"]["steps"])

@@ -12,7 +12,7 @@ import tiktoken
 
 from support.files import read_user_file
 
-# Patterns that split a text into words; BPE then merges the bytes of each word
+# Patterns that split a text into words, before BPE merges the bytes of each word
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
@@ -32,8 +32,8 @@ CL100K_SPECIAL = {
     "<|fim_suffix|>": 100260,
     "<|endofprompt|>": 100276,
 }
-# A .tiktoken file holds only the merges. By its name: their number, and what it does not say, the
-# split pattern and the special tokens
+# A .tiktoken file holds only the ranks of its tokens. The rest follows from its name.
+# {name of the file: (number of ranks, split pattern, special tokens)}
 PUBLISHED = {
     "r50k_base": (50256, GPT2_SPLIT, {"<|endoftext|>": 50256}),
     "p50k_base": (50280, GPT2_SPLIT, {"<|endoftext|>": 50256}),
@@ -43,7 +43,7 @@ PUBLISHED = {
 SAME_AS = {"gpt2": "r50k_base"}  # the same vocabulary; only r50k_base is published as a file
 
 DOWNLOAD_SECONDS = 60
-LONGEST_BLANK = 400_000  # characters of white space; tiktoken panics at about a million
+LONGEST_BLANK = 400_000  # longest run of white space; tiktoken panics at about a million
 
 
 def valid_text(text):
@@ -56,7 +56,7 @@ def valid_text(text):
 
 
 def cut_long_blanks(text):
-    """Split text inside runs of white space that are too long for tiktoken. Usually [text]."""
+    """Return text in pieces, cut inside white space too long for tiktoken. Usually [text]."""
     pieces = []
     start = 0
     for blank in re.finditer(rf"(?<!\s)\s{{{LONGEST_BLANK},}}", text):
@@ -67,7 +67,7 @@ def cut_long_blanks(text):
 
 
 class ByteTokenizer:
-    """Each byte is a token. Token 0, a byte that no text contains, ends a document."""
+    """Each byte is a token. Byte 0, which no text contains, ends a document."""
 
     name = "byte"
     n_vocab = 256
@@ -83,11 +83,11 @@ class ByteTokenizer:
 class BPETokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, made safe for any vocabulary, any text and any ids.
 
-    ranks: {token as bytes: id}; lower ids are merged first. eot_token: the id of <|endoftext|>,
-    which ends a document, or None if the vocabulary lacks it.
+    pat_str: the split pattern. ranks: {token as bytes: id}; BPE merges tokens of low id first.
+    eot_token: the id of <|endoftext|>, which ends a document, or None if there is none.
     """
 
-    eot_token = None  # the base class has a property, which raises KeyError if there is none
+    eot_token = None  # replaces a property of the base class, which raises KeyError
 
     def __init__(self, name, pat_str, ranks, special_tokens):
         ids = [*ranks.values(), *special_tokens.values()]
@@ -124,7 +124,7 @@ class BPETokenizer(tiktoken.Encoding):
 
 
 def get_tokenizer(name, saved=None):
-    """Return the tokenizer called `name`, or that of a checkpoint if `saved` is given.
+    """Return the tokenizer called `name`, or if `saved` is given, that of this checkpoint.
 
     name: byte, a tiktoken encoding (gpt2, cl100k_base, ...), or the path of a .tiktoken file.
     """
@@ -143,7 +143,7 @@ def get_tokenizer(name, saved=None):
 def published_tokenizer(name):
     """Return one of tiktoken's encodings, from its cache or the network.
 
-    tiktoken's download has no time-out, so it runs in a thread that is abandoned after a minute.
+    tiktoken's download has no time-out, so it runs in a thread, for which we wait a minute at most.
     """
     found = []
 
@@ -168,11 +168,12 @@ def published_tokenizer(name):
 
 
 def tokenizer_from_file(path):
-    """Return the tokenizer of a .tiktoken file, whose lines are a token in base64 and its rank.
+    """Return the tokenizer of a .tiktoken file. Each line is a token in base64 and its rank.
 
-    The file does not say how text is split into words. If it has the name of a published encoding
-    (cl100k_base.tiktoken), text is split as that one does, otherwise as GPT-2 does.
+    The file does not say how to split text into words. If it is named after a published encoding,
+    such as cl100k_base.tiktoken, text is split as in that one, otherwise as in GPT-2.
     """
+    # read the ranks
     ranks = {}
     for number, line in enumerate(read_user_file(path).splitlines(), 1):
         if not line.strip():
@@ -190,6 +191,7 @@ def tokenizer_from_file(path):
         ranks[token] = token_rank
     check_bytes(ranks, path)
 
+    # find the split pattern and the special tokens by the name of the file
     name = Path(path).stem
     name = SAME_AS.get(name, name)
     split = GPT2_SPLIT
@@ -202,14 +204,14 @@ def tokenizer_from_file(path):
 
 
 def check_bytes(ranks, path):
-    """Raise ValueError if a byte has no token: then some texts could not be encoded."""
+    """Raise ValueError if a byte is not a token, because then some texts cannot be encoded."""
     for b in range(256):
         if bytes([b]) not in ranks:
             raise ValueError(f"{path} is not a whole .tiktoken file: no token is the byte {b}")
 
 
 def tokenizer_state(tokenizer):
-    """Return the tokenizer as plain data, so that a checkpoint needs no other file."""
+    """Return the tokenizer as plain data, to be saved in a checkpoint."""
     if hasattr(tokenizer, "state"):  # the tokenizer of a Hugging Face folder
         return tokenizer.state
     if isinstance(tokenizer, ByteTokenizer):
@@ -226,7 +228,7 @@ def tokenizer_state(tokenizer):
 
 
 def tokenizer_from_state(state):
-    """Return the tokenizer from tokenizer_state. The state may come from a stranger's file."""
+    """Return the tokenizer for a tokenizer_state, which may come from a stranger's file."""
     try:
         if state["name"] == "byte" and len(state) == 1:
             return ByteTokenizer()
