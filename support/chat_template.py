@@ -1,8 +1,8 @@
 """Chat templates of Hugging Face folders: untrusted Jinja, rendered in a process with limits.
 
-Jinja's sandbox keeps a template away from files and from Python's internals, but not from endless
-loops or texts of many GB. So it is rendered by `python -m support.chat_template`, which reads JSON
-on stdin, writes JSON to stdout, and is limited to SECONDS and MEMORY.
+Jinja's sandbox protects files and Python's internals from a template, but does not prevent endless
+loops or texts of many GB. So a process of its own, `python -m support.chat_template`, renders it.
+It reads JSON on stdin, writes JSON to stdout, and is limited to SECONDS and MEMORY.
 """
 
 import json
@@ -16,10 +16,11 @@ MEMORY = 2**30  # bytes, where the system can limit them
 
 
 def render(template, variables):
-    """Return the text of a Jinja template, as transformers' apply_chat_template renders it.
+    """Render a Jinja template as transformers' apply_chat_template does, and return the text.
 
-    variables: plain data. ValueError with the reason if the template fails.
+    variables: plain data. Raises ValueError with the reason if the template fails.
     """
+    # ask a new process
     request = json.dumps({"template": template, "variables": variables})
     command = [sys.executable, "-m", "support.chat_template"]
     repository = Path(__file__).resolve().parent.parent
@@ -29,6 +30,8 @@ def render(template, variables):
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"it runs for more than {SECONDS} seconds") from None
+
+    # read its answer, or why there is none
     if process.returncode:
         lines = process.stderr.decode(errors="replace").strip().splitlines()
         raise ValueError(lines[-1] if lines else f"its process ended with {process.returncode}")
@@ -48,7 +51,7 @@ def render_here(template, variables):
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}: marks the model's text; prints it as it is."""
+        """{% generation %} ... {% endgeneration %}: prints what is inside, the model's own text."""
 
         tags = {"generation"}
 
@@ -83,7 +86,8 @@ def render_here(template, variables):
 
 
 def main():
-    """Answer one request of `render`."""
+    """Answer one request of `render`: JSON on stdin, JSON on stdout."""
+    # limit the memory, and write no core files
     if os.name == "posix":
         import resource
 

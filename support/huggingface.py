@@ -1,8 +1,8 @@
-"""Hugging Face folders, in and out: dense models of the Llama, SmolLM2, Qwen2.5 and Qwen3 families.
+"""Read and write Hugging Face folders of dense Llama, SmolLM2, Qwen2.5 and Qwen3 models.
 
-config.json becomes the fields of train.GPTConfig, *.safetensors become tensors under train.GPT's
-names, read lazily. What the GPT does not compute exactly is refused: a ValueError with one sentence
-that names the file and the setting or tensor.
+config.json becomes the fields of train.GPTConfig. The tensors in *.safetensors get train.GPT's
+names and are read lazily. If the GPT would not compute a model exactly, a ValueError says in one
+sentence which file and which setting or tensor is the reason.
 """
 
 import json
@@ -22,15 +22,15 @@ from support.files import read_user_file
 from support.hub import TOKENIZER_FILES, model_name
 from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
-SHARD_BYTES = 4 * 10**9  # in one file of an exported folder
-# A pretrained model wants small steps; used where no flag says otherwise
+SHARD_BYTES = 4 * 10**9  # largest file of tensors that `export` writes
+# Defaults for fine-tuning, where flags do not say otherwise
 FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
 
 
 def load_checkpoint(folder):
-    """Return the folder as a checkpoint before its first step: model, config and tokenizer.
+    """Return the folder as a checkpoint: {model, config, tokenizer}.
 
-    model: a lazy mapping from names in train.GPT to tensors.
+    model: a lazy mapping from train.GPT's names to tensors.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -50,9 +50,10 @@ def read_text(path):
 
 
 def read_tokenizer(folder, vocab_size):
-    """Return {name, files, stops}: the tokenizer's files as text, and the ids that end an answer.
+    """Return the state of the folder's tokenizer: {name, files, stops}.
 
-    Raises ValueError for an id from vocab_size on, which would have no embedding.
+    files: {name of a file: its text}. stops: the ids that end an answer. Raises ValueError if an id
+    is vocab_size or more, and so has no embedding.
     """
     files = {}
     for name in TOKENIZER_FILES:
@@ -61,19 +62,23 @@ def read_tokenizer(folder, vocab_size):
     require("tokenizer.json" in files, f"{folder} has no tokenizer.json; no other kind is read")
     state = {"name": model_name(folder), "files": files, "stops": []}
     tokenizer = Encoding(state)
-    highest = f"{tokenizer.name}/tokenizer.json has the id {tokenizer.n_vocab - 1}"
-    is_embedded = tokenizer.n_vocab <= vocab_size
-    require(is_embedded, f"{highest}, but config.json has vocab_size {vocab_size}")
+    if tokenizer.n_vocab > vocab_size:
+        problem = f"{tokenizer.name}/tokenizer.json has the id {tokenizer.n_vocab - 1}"
+        raise ValueError(f"{problem}, but config.json has vocab_size {vocab_size}")
 
-    # two files list the ids that end an answer, a third names the token
+    # ids that end an answer: two files may have one, or a list of them
     stops = []
     for path in (folder / "generation_config.json", folder / "config.json"):
         ids = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
+        if ids is None:
+            continue
         if not isinstance(ids, list):
-            ids = [] if ids is None else [ids]
+            ids = [ids]
         is_valid = all(type(i) is int and 0 <= i < vocab_size for i in ids)
         require(is_valid, f"{path} has eos_token_id = {ids!r}, which are not all token ids")
         stops += ids
+
+    # and tokenizer_config.json may name a token
     eos_token = tokenizer.roles.get("eos_token")
     if eos_token in tokenizer.special_tokens:
         stops.append(tokenizer.special_tokens[eos_token])
@@ -82,14 +87,12 @@ def read_tokenizer(folder, vocab_size):
 
 # -- config.json and the fields of train.GPTConfig -------------------------------------------------
 
-FAMILIES = {  # what sets a family apart
+FAMILIES = {  # {architecture in config.json: what is particular to its models}
     "LlamaForCausalLM": {"model_type": "llama", "qkv_bias": False, "qk_norm": False},
     "Qwen2ForCausalLM": {"model_type": "qwen2", "qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"model_type": "qwen3", "qkv_bias": False, "qk_norm": True},
 }
-
-
-SETTINGS = {  # field of train.GPTConfig: (its name in config.json, its type, its largest value)
+SETTINGS = {  # {field of train.GPTConfig: (name in config.json, type, largest value)}
     "vocab_size": ("vocab_size", int, 2**24),
     "block_size": ("max_position_embeddings", int, 2**32),
     "n_layer": ("num_hidden_layers", int, 1024),
@@ -102,7 +105,7 @@ SETTINGS = {  # field of train.GPTConfig: (its name in config.json, its type, it
     "norm_eps": ("rms_norm_eps", float, 1.0),
     "rope_theta": ("rope_theta", float, 2**32),
 }
-ONLY_VALUES = {  # of settings that the GPT does not implement; absent or null is fine, too
+ONLY_VALUES = {  # {setting: the only value that the GPT implements}; absent or null is fine, too
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -113,7 +116,7 @@ ONLY_VALUES = {  # of settings that the GPT does not implement; absent or null i
 
 
 def read_config(folder, text=None):
-    """Return the fields of train.GPTConfig in the folder's config.json, or in its `text`."""
+    """Return the fields of train.GPTConfig for the folder's config.json, or for its `text`."""
     path = Path(folder) / "config.json"
     with malformed(path):
         return gpt_fields(read_object(path, text), path)
@@ -121,6 +124,7 @@ def read_config(folder, text=None):
 
 def gpt_fields(settings, path):
     """Return the fields of train.GPTConfig for the settings of a config.json."""
+    # refuse what the GPT cannot compute
     if "architectures" not in settings:
         raise ValueError(
             f"{path} names no architecture, so {path.parent} is not a Hugging Face folder; "
@@ -139,6 +143,7 @@ def gpt_fields(settings, path):
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
 
+    # translate and check one field after the other
     fields = {}
     for field, (name, needed_type, largest) in SETTINGS.items():
         if name == "head_dim" and name not in values:
@@ -227,9 +232,8 @@ def open_tensors(path):
 class Weights(Mapping):
     """A lazy mapping from train.GPT's names to the tensors of a folder.
 
-    Names, shapes and types are checked when it is created, before any tensor is read. Each access
-    opens the file again and reads one tensor, so that memory holds one tensor at a time.
-    config: fields of train.GPTConfig.
+    The constructor checks names, shapes and types without reading tensors. Each access opens a file
+    and reads one tensor, so only one has to be in memory at a time. config: fields of GPTConfig.
     """
 
     def __init__(self, folder, config):
@@ -249,7 +253,7 @@ class Weights(Mapping):
                 )
             self.paths[name] = path
 
-        # what is left: buffers of old versions, and the output layer of tied models
+        # other tensors may be buffers of old versions, or the output layer of tied models
         for their_name, (path, _) in found.items():
             if their_name == "lm_head.weight":
                 with open_tensors(path) as file:
@@ -292,7 +296,7 @@ def find_tensors(folder):
 
 
 def weight_files(folder):
-    """Return the safetensors files of a folder, as its index lists them if there is one."""
+    """Return the paths of the safetensors files: those in the index if there is one."""
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
         weight_map = read_object(index).get("weight_map")
@@ -314,7 +318,7 @@ def weight_files(folder):
 
 
 def check_exportable(folder, config):
-    """Raise ValueError if `export` would. config: fields of train.GPTConfig, by name."""
+    """Raise ValueError if `export` would raise it. config: fields of train.GPTConfig, by name."""
     folder = Path(folder)
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder} exists and is not an empty folder; give --export a new one")
@@ -326,7 +330,7 @@ def check_exportable(folder, config):
 
 
 def family_of(config):
-    """Return the name of the architecture with these biases and norms, or None."""
+    """Return the architecture that has the biases and norms of this config, or None."""
     for architecture, family in FAMILIES.items():
         if all(family[name] == config[name] for name in ("qkv_bias", "qk_norm")):
             return architecture
@@ -335,7 +339,7 @@ def family_of(config):
 
 @contextmanager
 def atomic_folder(folder):
-    """Yield a draft that becomes `folder` when the block ends well; otherwise nothing is left."""
+    """Yield a temporary folder. It becomes `folder` if the block ends without an error."""
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     is_ours = False
     try:
@@ -358,14 +362,16 @@ def atomic_folder(folder):
 def export(folder, weights, config, tokenizer, dtype=None):
     """Write a folder that transformers loads; it appears as a whole or not at all.
 
-    weights: {name in train.GPT: tensor}, read one shard at a time. config: fields of
-    train.GPTConfig, by name. tokenizer: its state, as a checkpoint keeps it. dtype: of the tensors;
-    default: that of the folder that the weights came from, else their own.
+    weights: {name in train.GPT: tensor}. config: fields of train.GPTConfig, by name. tokenizer: its
+    state, as a checkpoint has it. dtype: of the tensors that are written; by default that of the
+    Hugging Face folder the model came from, or if there is none, of the weights.
     """
     folder = Path(folder)
     check_exportable(folder, config)
     shapes = tensor_shapes(config)
     settings = export_settings(config, tokenizer)
+
+    # the dtype; its setting is called torch_dtype in older versions of transformers
     if dtype is None:
         name = settings.get("dtype") or settings.get("torch_dtype")
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -379,14 +385,14 @@ def export(folder, weights, config, tokenizer, dtype=None):
             if name in tokenizer.get("files", {}):
                 (draft / name).write_text(tokenizer["files"][name], encoding="utf-8", newline="")
         (draft / "config.json").write_text(json.dumps(settings, indent=2))
-    remark = (
-        "" if "files" in tokenizer else ", without its tokenizer, which transformers cannot read"
-    )
+    remark = ""
+    if "files" not in tokenizer:
+        remark = ", without its tokenizer, which transformers cannot read"
     print0(f"exported {folder}, in {settings[key]}{remark}")
 
 
 def export_settings(config, tokenizer):
-    """Return the content of config.json: the original one where there is one, with what changed."""
+    """Return the settings for config.json: those of the original folder, if any, with changes."""
     path = Path(tokenizer["name"]) / "config.json"
     settings = {
         "architectures": [family_of(config)],
@@ -415,6 +421,7 @@ def export_settings(config, tokenizer):
 
 def write_weights(folder, weights, shapes, dtype):
     """Write the tensors as model.safetensors, or as several files and an index."""
+    # distribute the names over files of at most SHARD_BYTES
     shards = [[]]
     free_bytes = SHARD_BYTES
     for name, shape in shapes.items():
@@ -425,6 +432,7 @@ def write_weights(folder, weights, shapes, dtype):
         shards[-1].append(name)
         free_bytes -= n_bytes
 
+    # write the files, and where each tensor is
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file_name = "model.safetensors"

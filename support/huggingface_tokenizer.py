@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: byte-level BPE by the library tokenizers, and chats."""
+"""The tokenizer of a Hugging Face folder, run by the library `tokenizers`, and its chat format."""
 
 import json
 import re
@@ -9,10 +9,11 @@ from support import chat_template
 from support.files import parse_json, read_user_file, shown
 from support.tokenizer import valid_text
 
-# The library needs over 100 bytes of memory per character and panics after 10 million blanks, so a
-# long text is encoded in pieces. No word goes across a single space or newline between two letters
+# The library needs over 100 bytes of memory per character and panics after 10 million blanks. So a
+# long text is encoded in pieces of 10,000 to 1,000,000 characters. They end before a single space or
+# newline between two letters, where no word is cut.
 PIECES = re.compile(r".{10000,1000000}?\w(?=[ \n]\w)|.{1,1000000}", re.DOTALL)
-GUARD = "\ud800"  # a lone surrogate, which no valid text contains
+GUARD = "\ud800"  # in `chat`, marks what is not a special token; no valid text contains it
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -22,7 +23,7 @@ def require(condition, message):
 
 
 def read_object(path, text=None):
-    """Return the dict in a JSON file, or in `text`, which was read from it."""
+    """Return the dict in a JSON file, or in `text` if the file has been read already."""
     raw = read_user_file(path) if text is None else valid_text(text).encode()
     value = parse_json(raw, str(path))
     require(isinstance(value, dict), f"{path} holds no JSON object")
@@ -31,7 +32,7 @@ def read_object(path, text=None):
 
 @contextmanager
 def malformed(path):
-    """Turn the exceptions of a file with an unexpected structure into a ValueError."""
+    """Turn exceptions that a file with an unexpected structure causes into a ValueError."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
@@ -39,7 +40,8 @@ def malformed(path):
 
 
 def check_supported(data, path):
-    """Raise ValueError for what is not implemented here, or makes the library panic."""
+    """Raise ValueError if a tokenizer.json is not implemented here or makes the library panic."""
+    # the model must be BPE, and the last step before it must turn text into bytes
     model = data["model"]
     pre_tokenizer = data.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
@@ -52,6 +54,7 @@ def check_supported(data, path):
     normalizer = data.get("normalizer")
     require(normalizer in (None, {"type": "NFC"}), f"{path} has a normalizer other than NFC")
 
+    # special tokens must be plain texts
     unsupported = ["lstrip", "rstrip", "single_word"]
     if normalizer is not None:
         unsupported.append("normalized")
@@ -67,6 +70,7 @@ def check_supported(data, path):
 
 def byte_of_character():
     """Return {character: byte}: tokenizer.json writes each byte as one printable character."""
+    # printable bytes are written as themselves, the others as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable}
@@ -88,12 +92,12 @@ def load_library(data, path):
 
 
 class Encoding:
-    """A tokenizer with the ids of a Hugging Face folder, and its chat template.
+    """The tokenizer of a Hugging Face folder, with its ids and its chat template.
 
-    state: {name, files, stops}, as huggingface.read_tokenizer returns it and a checkpoint keeps it.
-    start: ids before any text. eot_token: ends a document, or None. stops: ids that end an answer.
-    special_tokens: {text: id}. token_bytes: {id: bytes}. roles: {"bos_token": its text, ...}.
-    chat_template: Jinja, or None.
+    state: {name, files, stops}, as huggingface.read_tokenizer returns it and checkpoints have it.
+    special_tokens: {text: id}. token_bytes: {id: bytes}. start: ids that come before every text.
+    eot_token: the id that ends a document, or None. stops: ids that end an answer.
+    roles: {"bos_token": its text, ...}. chat_template: Jinja, or None.
     """
 
     def __init__(self, state):
@@ -102,10 +106,13 @@ class Encoding:
         files = state["files"]
         self.read_tokenizer(files["tokenizer.json"])
         self.stops = set(state["stops"])
+
+        # a document ends with the end-of-text token, or if there is none, with a stop
         ends = [self.special_tokens.get(text) for text in ("<|endoftext|>", "<|end_of_text|>")]
         ends = [i for i in [*ends, *state["stops"]] if i in self.token_bytes]
         self.eot_token = ends[0] if ends else None
 
+        # special tokens by role, and the chat template
         path = Path(self.name) / "tokenizer_config.json"
         settings = read_object(path, files.get(path.name, "{}"))
         template = files.get("chat_template.jinja") or settings.get("chat_template")
@@ -116,13 +123,13 @@ class Encoding:
                 text = token["content"] if isinstance(token, dict) else token
                 if isinstance(text, str):
                     self.roles[role] = text
-            if isinstance(template, list):  # several of them, by name
+            if isinstance(template, list):  # several templates; each has a name
                 template = {entry["name"]: entry["template"] for entry in template}.get("default")
                 require(template, f"{self.name} has chat templates, but none named default")
         self.chat_template = template or None
 
     def read_tokenizer(self, text):
-        """Set the vocabulary and `start` from the text of tokenizer.json."""
+        """Set vocabulary, library tokenizer and `start` from the text of tokenizer.json."""
         path = Path(self.name) / "tokenizer.json"
         data = read_object(path, text)
         with malformed(path):
@@ -143,21 +150,21 @@ class Encoding:
             for token, i in vocab.items():
                 self.token_bytes[i] = bytes(byte_of[character] for character in token)
 
-        # without the special tokens, so that the library finds none of them in a text
+        # remove the special tokens, so that the library finds none of them in a text
         model["vocab"] = vocab
         data.update(added_tokens=[], truncation=None, padding=None)
         self.library = load_library(data, path)
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self.special_pattern = "|".join(longest_first) or "(?!)"  # (?!) never matches
 
-        # the mask is 1 for the ids that the library puts before and after a text
+        # `start`: the mask is 1 for ids that the library adds before and after a text
         encoded = self.library.encode("a")
         n_start = [*encoded.special_tokens_mask, 0].index(0)
         self.start = encoded.ids[:n_start]
         self.n_vocab = max([*self.token_bytes, *self.start]) + 1
 
     def encode_ordinary(self, text):
-        """Return the ids of a text. The name of a special token in it stays text."""
+        """Return the ids of a text. The name of a special token is encoded as text, too."""
         ids = []
         for piece in PIECES.findall(valid_text(text)):
             ids += self.library.encode(piece, add_special_tokens=False).ids
@@ -168,7 +175,7 @@ class Encoding:
         return b"".join(self.token_bytes.get(i, b"") for i in ids)
 
     def encode(self, text):
-        """Return the ids of text that may name special tokens; a name after a GUARD stays text."""
+        """Return the ids of a text with special tokens. A name after a GUARD is plain text."""
         ids = []
         parts = re.split(f"(?<!{GUARD})({self.special_pattern})", text)
         for n, part in enumerate(parts):  # text and special tokens alternate
@@ -179,10 +186,10 @@ class Encoding:
         return ids
 
     def chat(self, messages):
-        """Return the ids of the folder's chat template, up to where the answer begins.
+        """Return the ids of a chat in the format of the chat template, ready for the answer.
 
         messages: [{"role": "user", "content": "..."}, ...]. The name of a special token inside a
-        message stays text, so that no message can end its turn.
+        message is plain text, so that no message can pretend to end.
         """
         if self.chat_template is None:
             raise ValueError(f"{self.name} has no chat template: it continues text; use --prompt")

@@ -14,14 +14,14 @@ from support.files import atomic_write, parse_json, read_user_file, write_json
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# Settings in adapter_config.json that may have any value, since they do not change the product B A
+# Settings in adapter_config.json that may have any value: they do not change the product B A
 ANY_VALUE = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision"),
     *("base_model_name_or_path", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size"),  # without effect, unless another setting is on
 }
-# Settings that must have one of these values. Other initial values also change the frozen weights.
+# Settings that must have one of these values. Other kinds of init also change the frozen weights.
 ALLOWED_VALUES = {
     "peft_type": ["LORA"],
     "bias": ["none"],
@@ -32,9 +32,9 @@ OFF_VALUES = [None, False, {}, [], ""]
 
 
 def save(model, folder, prefix=""):
-    """Write the adapters, but not the model, into a folder that holds no adapters yet.
+    """Write the adapters of a model into a folder that has none yet. The model is not written.
 
-    prefix: PEFT's name of a layer is prefix + our name: "model." for a train.GPT.
+    prefix: a layer's name in PEFT is prefix + its name here. It is "model." for a train.GPT.
     """
     layers = lora.adapters(model)
     if not layers:
@@ -47,9 +47,10 @@ def save(model, folder, prefix=""):
 
 @torch.no_grad()
 def load(model, folder, prefix=""):
-    """Put the adapters that `save` or PEFT wrote on the model, and return it; without dropout.
+    """Put the adapters that `save` or PEFT wrote on the model, without dropout, and return it.
 
-    Raises ValueError if the folder holds no adapters of plain LoRA, or if they do not fit.
+    prefix: as in `save`. Raises ValueError if the folder has no adapters of plain LoRA, or if they
+    do not fit the model.
     """
     rank, alpha, tensors = read_adapters(folder)
     linears = {prefix + name: m for name, m in lora.linear_layers(model).items()}
@@ -69,7 +70,7 @@ def load(model, folder, prefix=""):
 
 
 def write_adapters(folder, tensors, scale):
-    """Write adapters {layer: (A (r, n), B (m, r))} of one rank, for y = W x + scale B A x."""
+    """Write adapters, {layer: (A (r, n), B (m, r))}, all of the same rank r and the same scale."""
     for file_name in (CONFIG, WEIGHTS):
         path = Path(folder, file_name)
         if os.path.lexists(path):
@@ -78,6 +79,8 @@ def write_adapters(folder, tensors, scale):
     for layer, (A, B) in tensors.items():
         named[f"base_model.model.{layer}.lora_A.weight"] = A.cpu().contiguous()
         named[f"base_model.model.{layer}.lora_B.weight"] = B.cpu().contiguous()
+
+    # settings as PEFT names them; in PEFT, scale is lora_alpha / r
     rank = len(A)
     config = {
         "peft_type": "LORA",
@@ -97,7 +100,7 @@ def write_adapters(folder, tensors, scale):
 
 
 def read_adapters(folder):
-    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. ValueError if it is not plain LoRA."""
+    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. Raise ValueError if not plain LoRA."""
     rank, alpha = read_config(Path(folder, CONFIG))
     path = Path(folder, WEIGHTS)
     try:
@@ -122,6 +125,7 @@ def read_adapters(folder):
     if not found:
         raise ValueError(f"{path} holds no adapters")
 
+    # every layer needs both matrices
     tensors = {}
     for layer, factors in found.items():
         A = factors.get("A.weight")  # (r, n)
@@ -133,7 +137,7 @@ def read_adapters(folder):
 
 
 def read_config(path):
-    """Return rank and alpha from adapter_config.json. ValueError if it is not one of plain LoRA."""
+    """Return rank and alpha from adapter_config.json. Raise ValueError if not plain LoRA."""
     config = parse_json(read_user_file(path), path)
     if not isinstance(config, dict) or not {"peft_type", "r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{path} holds no LoRA settings: peft_type, r and lora_alpha")
