@@ -10,8 +10,8 @@ from support.files import parse_json, read_user_file, shown
 from support.tokenizer import valid_text
 
 # The library needs over 100 bytes of memory per character and panics after 10 million blanks. So a
-# long text is encoded in pieces of 10,000 to 1,000,000 characters. They end before a single space or
-# newline between two letters, where no word is cut.
+# long text is encoded in pieces of 10,000 to 1,000,000 characters. Each ends before a single space
+# or newline between two letters, where no word is cut.
 PIECES = re.compile(r".{10000,1000000}?\w(?=[ \n]\w)|.{1,1000000}", re.DOTALL)
 GUARD = "\ud800"  # in `chat`, marks what is not a special token; no valid text contains it
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
