@@ -249,6 +249,7 @@ class Attention(nn.Module):
                 raise ValueError(f"--attn {attn}: {names[name]} is {window}; it must be at least 1")
             self.windows.append(window)
 
+        # one projection per input; all inputs but q have n_kv_head heads
         for name in self.inputs:
             n_head = config.n_head if name == "q" else config.n_kv_head
             width = n_head * config.head_dim
@@ -331,9 +332,8 @@ class GPT(nn.Module):
         """Return the loss if there are targets (B, T), otherwise the logits (B, T, V).
 
         The loss is the sum of the cross-entropies in nats over all targets >= 0, divided by
-        `count`, which is the number of these targets by default.
-        cache: a list with one KV cache per layer. idx (B, T) continues the text in it, and the
-        logits are those of the last position only, (B, 1, V).
+        `count`, by default their number. cache: a list with one KV cache per layer. idx (B, T)
+        continues the cached text, and the logits are those of the last position, (B, 1, V).
         """
         start = cache[0].length if cache else 0
         head_dim = self.config.head_dim
@@ -395,7 +395,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, count, with_grad):
         w = weight.to(x.dtype)
         counted = (targets >= 0).to(torch.promote_types(x.dtype, torch.float32))
-        scale = counted / count  # (N,)
+        scale = counted / count  # (N,): 1 / count if the target counts, else 0
         cross_entropy = cross_entropy_chunk
         if x.is_cuda and fused_cross_entropy is not None:
             cross_entropy = fused_cross_entropy
@@ -523,6 +523,7 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=
     Adapters are merged. dtype: of matrices and activations. attn: an attention to use instead of
     its own. is_trusted: whether it may name modules from outside this repository.
     """
+    # check the checkpoint before memory is allocated for it
     modules = ["adapter"] if attn else ["attn", "adapter"]
     saved = load_checkpoint(folder, [] if is_trusted else modules)
     config = GPTConfig(**saved["config"]["model"])
@@ -532,10 +533,12 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=
     tokenizer = data.tokenizer_from_state(saved["tokenizer"])
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{folder}: its tokenizer has more tokens than the model's embedding")
+
+    # merge an adapter in float32, to round to `dtype` only once
     has_adapter = bool(saved["config"]["run"].get("adapter"))
     model = empty_model(config, device, torch.float32 if has_adapter else dtype)
     checkpoint.load_weights(model, saved["model"])
-    checkpoint.merge_adapters(model, saved)  # in float32, to round to `dtype` only once
+    checkpoint.merge_adapters(model, saved)
     return store_matrices(model, dtype), tokenizer
 
 
@@ -557,8 +560,7 @@ def store_matrices(model, dtype):
 
 def build_model(gpt_config, run, launch, device, saved):
     """Return the model with its weights, and the parameter groups to train."""
-    # build it without memory, so that a sharded model never exists as a whole
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory yet, so a sharded model never exists as a whole
         model = GPT(gpt_config, DTYPES[run.dtype])
     if launch.compile:
         model.compile()
@@ -570,7 +572,6 @@ def build_model(gpt_config, run, launch, device, saved):
         checkpoint.check_weights(model, saved["model"])
     model.to_empty(device=device)
 
-    # draw or load the weights
     if saved is None:
         init_weights(model, run.seed)
     else:
@@ -592,7 +593,7 @@ def build_model(gpt_config, run, launch, device, saved):
 
 
 def get_batch(text, run, block_size, step, micro_batch, device):
-    """Return this rank's micro-batches of inputs and targets, and the targets counted on all ranks.
+    """Return this rank's micro-batches [(x, y), ...], and the number of targets >= 0 of all ranks.
 
     The global batch is a pure function of (seed, step), and each rank takes its part. So it is the
     same on any number of ranks, and a resumed run has no position in the data to restore.
@@ -675,7 +676,7 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
     """Return the mean loss on held-out sequences, or None if a stop signal came meanwhile."""
     starts = data.eval_starts(text, run.eval_batches * run.batch_size, block_size)
 
-    # pad, so that all forward passes have the same shape; sequences of the padding do not count
+    # repeat some, so that all forward passes have the same shape; repetitions do not count
     n_sequences = len(starts)
     per_forward = micro_batch * world_size()
     n_filled = math.ceil(n_sequences / per_forward) * per_forward
@@ -711,7 +712,6 @@ def train(gpt_config, run, launch):
     With launch.eval_only, return val_loss and val_bpb of launch.init. Raises ValueError for bad
     input and FloatingPointError when the loss is not finite.
     """
-    # device, and the folder of the run to start from, if any
     device, dtype, compile = distributed.prepare(launch.device, run.dtype, launch.compile)
     run = replace(run, dtype=dtype)
     launch = replace(launch, compile=compile)
