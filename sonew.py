@@ -386,11 +386,13 @@ class SONew(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # options of the update
             beta1, beta2 = group["betas"]
             gamma = max(group["gamma"], 2**-7) if group["bf16_state"] else group["gamma"]
             options = {"beta1": beta1, "beta2": beta2, "gamma": gamma}
             options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
 
+            # take the step; autograd has to be told that the kernel changes parameters
             for_kernel, for_torch = self._local_params(group)
             if for_kernel:
                 kernel.run(self._plans(for_kernel), **options)
@@ -442,10 +444,8 @@ class SONew(torch.optim.Optimizer):
         return self.plan_cache.get(params)
 
     def load_state_dict(self, state_dict):
-        """Load a copy of an optimizer state. Raises ValueError if it does not fit.
-
-        It keeps its dtype: PyTorch would cast bfloat16 state to the dtype of the parameters.
-        """
+        """Load a copy of an optimizer state. Raises ValueError if it does not fit."""
+        # PyTorch would cast bfloat16 state to the dtype of the parameters, so copy it ourselves
         states = {}
 
         def copy_states(_, saved):

@@ -29,7 +29,7 @@ def save(folder, model, optimizer, **more):
             return None
         return whole if whole is value else whole.cpu()
 
-    # optimizer state {number of the parameter: state}, {} for one that never had a gradient
+    # the state of each parameter, by its number; {} for one that has never had a gradient
     optimizer_state = optimizer.state_dict()
     for group in optimizer_state["param_groups"]:
         for i in group["params"]:
