@@ -33,7 +33,7 @@ class KVCache:
         end = start + new[0].shape[2]
         if end > self.size:
             raise ValueError(f"the KV cache has room for {self.size} positions, not for {end}")
-        if self.tensors is None:
+        if self.tensors is None:  # first use: allocate
             self.tensors = []
             for t, window in zip(new, windows):
                 w = min(window or self.size, self.size)
@@ -48,6 +48,7 @@ class KVCache:
                 visible.append(ring[:, :, : min(end, w)])
             else:
                 # several: put all in order, old ones first, and keep the last w of them
+                #     w = 4, new [6 7 8]: slots [4 5 2 3], in order [2 3 4 5 6 7 8], slots [8 5 6 7]
                 past = torch.arange(max(0, start - w), start, device=t.device)
                 kept = torch.arange(max(0, end - w), end, device=t.device)
                 in_order = torch.cat([ring[:, :, past % w], t], dim=2)

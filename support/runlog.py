@@ -13,8 +13,9 @@ from support.files import atomic_write, name_write_errors, read_user_file, shown
 class RunLog:
     """Write ckpt.pt, config.json, log.csv with a row per step, and loss.png. Only rank 0 writes.
 
-    A run resumes at the step n of its last checkpoint. Rows of log.csv that were written after
-    that, and damaged rows, are dropped.
+    settings: of model and run. text: a data.Dataset. machine: what distributed.describe returns.
+    A run resumes at the step of its last checkpoint. Rows of log.csv that were written after that,
+    and damaged rows, are dropped.
     """
 
     columns = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
