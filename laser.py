@@ -58,9 +58,11 @@ def reference(q, k, v):
     """
     _, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
+    # H / Hkv query heads share a key head
     k = k.repeat_interleave(H // Hkv, dim=1)  # (B, H, Tk, D)
     v = v.repeat_interleave(H // Hkv, dim=1)
 
+    # log p_ij, with -inf for the keys that a query does not see
     scores = q @ k.transpose(-1, -2) * D**-0.5  # (B, H, Tq, Tk)
     scores = scores.masked_fill(~causal_mask(Tq, Tk, q.device), -torch.inf)
     log_p = scores.log_softmax(-1)

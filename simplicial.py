@@ -97,13 +97,13 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     _, H, Tq, D = q.shape
     w1 = min(w1, k.shape[2])
     w2 = min(w2, k2.shape[2])
-    k, v, k2, v2 = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2))  # H heads
+    k, v, k2, v2 = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v, k2, v2))  # Hkv -> H
     k, exists = get_windows(k, Tq, w1)  # (B, H, Tq, w1, D), (Tq, w1)
     v, _ = get_windows(v, Tq, w1)
     k2, exists2 = get_windows(k2, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
     v2, _ = get_windows(v2, Tq, w2)
 
-    # the logits of each query, k_j . (q * k2_k), and their softmax over all pairs (j, k)
+    # the logits of each query, k_j . (q * k2_k), and one softmax over all pairs (j, k)
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
     p = s.flatten(-2).softmax(-1).view(s.shape)
@@ -143,7 +143,8 @@ def attend(q, k, v, k2, v2, w1, w2):
     v = v[:, :, -(w1 + n - 1) :]
     j = torch.arange(k.shape[2], device=q.device)
     i = j[-n:, None]
-    is_visible = (j <= i) & (j > i - w1)  # (n, J)
+    is_visible = (j <= i) & (j > i - w1)  # (n, J); for w1 = n = 2: [[1, 1, 0], [0, 1, 1]]
+
     # the second keys and values of each query
     k2, exists = get_windows(k2, n, w2)  # (B, Hkv, n, w2, D), (n, w2)
     v2, _ = get_windows(v2, n, w2)
@@ -179,11 +180,12 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
 
     # The mask hides an inf from a query, but a matrix product still adds 0 * inf = NaN. So compute
     # with 0 in place of inf and NaN, and make the outputs NaN afterwards that should be.
-    nan = nan_or_zero(*tensors, w1, w2)
+    nan = nan_or_zero(*tensors, w1, w2)  # (B, H, Tq, 1)
     q, k, v, k2, v2 = (t.nan_to_num(nan=0, posinf=0, neginf=0) for t in tensors)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
-    # n queries per block: together they see w1 + n keys, and each of them w2 second keys
+    # n queries per block see w1 + n keys together, and w2 second keys each. n is w1 / 2, but at
+    # least 16, unless a block would then have more than logits_at_once logits.
     if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
         starts = [0]

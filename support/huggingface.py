@@ -401,7 +401,7 @@ def export_settings(config, tokenizer):
         "bos_token_id": None,
         "eos_token_id": tokenizer.get("stops"),
     }
-    before = {}
+    before = {}  # fields of GPTConfig, as in the original config.json
     if "config" in tokenizer:
         original = read_object(path, tokenizer["config"])
         before = read_config(path.parent, tokenizer["config"])
@@ -410,7 +410,7 @@ def export_settings(config, tokenizer):
             # training on shorter windows does not shorten the context
             config = {**config, "block_size": max(config["block_size"], before["block_size"])}
     for field, (name, _, _) in SETTINGS.items():
-        if config[field] == before.get(field):
+        if config[field] == before.get(field):  # unchanged: keep what the original says
             continue
         if field == "rope_theta" and settings.get("rope_parameters"):
             settings["rope_parameters"][name] = config[field]

@@ -134,6 +134,7 @@ class Encoding:
         data = read_object(path, text)
         with malformed(path):
             check_supported(data, path)
+            # {text: id} for the special tokens and for all others; check their ids
             model = data["model"]
             special = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
             vocab = {token: i for token, i in model["vocab"].items() if token not in special}
