@@ -457,7 +457,7 @@ def consumer(
             wait_full(v_ring, block)
             p = gl.convert_layout(p.to(dtype), P_LAYOUT)
 
-        # -- blocks that all rows see --
+        # -- blocks that all rows see: P of each, and P V of the block before --
         for b in range(1, keys.count - 1):
             block += 1
             start = keys.start + b * BLOCK_N
@@ -466,7 +466,7 @@ def consumer(
                 s, p, acc, l_i, inputs, block, start, BLOCK_N, use_acc=True, is_partial=False
             )
 
-        # -- the last block, where rows do not see later keys --
+        # -- the last block, where rows do not see the keys after their query --
         if keys.count > 1:
             block += 1
             start = keys.start + (keys.count - 1) * BLOCK_N
