@@ -150,7 +150,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
     variance[p]: W[p][p] before any elimination. s: S_0 of the element, less what the successors
     eliminated so far explain. W, c and variance are tuples of blocks, s is a block.
     """
-    psi = ()
+    psi = ()  # a tuple of blocks, as kernels have no lists
     if N > 0:
         # 1 / pivot; 0 drops a successor that depends linearly on those before it
         inverse = tl.where(W[0][0] > gamma * variance[0], 1 / W[0][0], 0.0)
@@ -282,7 +282,7 @@ def load_statistics(
     m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     m = options.beta1 * m + options.new1 * g
 
-    S = ()
+    S = ()  # a tuple of blocks, as kernels have no lists
     for k in tl.static_range(BAND + 1):
         g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # 0 past the chain
         S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
@@ -430,7 +430,7 @@ def update_kernel(
     offs = start + lane
     mask = (lane < INNER) & (offs < n)
 
-    # -- statistics --
+    # -- statistics: compute them again, and store them --
     to_chain_end = distance_to_chain_end(start, offs, chain)
     m, S, _ = load_statistics(row_ptr, offs, mask, to_chain_end, options, GRAD, STATE, BAND)
     m_ptr = load_pointer(row_ptr, M_PTR, STATE)
@@ -439,7 +439,7 @@ def update_kernel(
         S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
         tl.store(S_ptr + offs, S[k].to(STATE), mask=mask)
 
-    # -- parameters --
+    # -- parameters: p -= rate * (graft * u + weight_decay * p) --
     rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
     u = tl.load(u_ptr + program * INNER + lane, mask=mask, other=0.0)
     p_ptr = load_pointer(row_ptr, P_PTR, PARAM)
