@@ -160,7 +160,7 @@ def log_kernel(
 ):
     """Compute out = log(x + shift) + center for BLOCK_T positions of one query head."""
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # positions
     x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
@@ -183,7 +183,7 @@ def grad_x_kernel(
     delta, the sum of grad_x * x over the channels, is what the softmax backward pass needs.
     """
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # positions
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]  # 0 or 1, see exp_kernel
@@ -220,7 +220,7 @@ def attn_fwd_kernel(
 ):  # fmt: skip
     """Compute x = softmax(q k^T scale) @ exp_v, [BLOCK_M, D], for BLOCK_M queries of one head."""
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # queries with most keys first
@@ -232,8 +232,8 @@ def attn_fwd_kernel(
     acc = tl.zeros((BLOCK_M, D), tl.float32)  # running sum of exp2(qk - m_i) * exp_v
 
     # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask
-    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(start_m + BLOCK_M + past, Tk)
+    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N  # start of the first block to mask
+    end = tl.minimum(start_m + BLOCK_M + past, Tk)  # the last of these queries sees end - 1
     for stage in tl.static_range(2):
         lo = diagonal if stage == 1 else 0
         hi = end if stage == 1 else diagonal
@@ -248,7 +248,7 @@ def attn_fwd_kernel(
             # -- online softmax; m_new is finite because every query sees key 0 --
             m_new = tl.maximum(m_i, tl.max(qk, 1))
             p = tl.exp2(qk - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
+            alpha = tl.exp2(m_i - m_new)  # rescales the sums to the new maximum
             l_i = l_i * alpha + tl.sum(p, 1)
             m_i = m_new
             # -- update acc --
@@ -272,7 +272,7 @@ def attn_bwd_dq_kernel(
     ds = p * (grad_x @ exp_v^T - delta) is the gradient with respect to the scores q k^T scale.
     """
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # queries with most keys first
@@ -288,8 +288,8 @@ def attn_bwd_dq_kernel(
     dq = tl.zeros((BLOCK_M, D), tl.float32)
 
     # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask
-    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(start_m + BLOCK_M + past, Tk)
+    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N  # start of the first block to mask
+    end = tl.minimum(start_m + BLOCK_M + past, Tk)  # the last of these queries sees end - 1
     for stage in tl.static_range(2):
         lo = diagonal if stage == 1 else 0
         hi = end if stage == 1 else diagonal
@@ -303,7 +303,7 @@ def attn_bwd_dq_kernel(
             if stage == 1:
                 p = tl.where(offs_n[None, :] <= (offs_m + past)[:, None], p, 0.0)
             # -- compute ds and dq --
-            dp = tl.dot(grad_x, tl.trans(exp_v), input_precision=PRECISION)
+            dp = tl.dot(grad_x, tl.trans(exp_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta[:, None])
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
 
@@ -335,7 +335,7 @@ def attn_bwd_dkdv_kernel(
     # query m sees the keys 0 ... m + past: the first block with a query that sees these keys
     first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M
     for member in range(GROUP):
-        h = hkv * GROUP + member
+        h = hkv * GROUP + member  # a query head that uses this key/value head
         first = (b * H + h) * Tq  # of this head in lse and delta, (B * H, Tq)
         for start_m in range(first_m, Tq, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -349,7 +349,7 @@ def attn_bwd_dkdv_kernel(
             p = tl.where(offs_n[:, None] - past <= offs_m[None, :], p, 0.0)
             # -- compute dv, ds and dk --
             dv += tl.dot(p.to(grad_x.dtype), grad_x, input_precision=PRECISION)
-            dp = tl.dot(exp_v, tl.trans(grad_x), input_precision=PRECISION)
+            dp = tl.dot(exp_v, tl.trans(grad_x), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta[None, :])
             dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
 
@@ -377,7 +377,7 @@ def fallback_fwd_kernel(
     the rounding error of out.
     """
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
         return
@@ -439,7 +439,7 @@ def fallback_bwd_kernel(
 
     # -- dq: a block of queries, one key at a time --
     for member in range(GROUP):
-        h = hkv * GROUP + member
+        h = hkv * GROUP + member  # a query head that uses this key/value head
         for start_m in range(first_block, Tq, step):
             offs_m = start_m + tl.arange(0, BLOCK_T)
             q = load_tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BLOCK_T, D]
@@ -509,7 +509,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
     key += tuple([(t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     compiled = compiled_kernels.get(key)
     if compiled is not None:
-        compiled[*grid, 1](*tensors, *numbers)
+        compiled[*grid, 1](*tensors, *numbers)  # a compiled kernel takes a grid of three numbers
         return
 
     if len(compiled_kernels) > 10_000:  # numbers include the lengths, which may be many
