@@ -197,7 +197,7 @@ def grad_x_kernel(
 
 @triton.jit
 def grad_v_kernel(dv_ptr, exp_v_ptr, shift_ptr, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Compute dv = grad_exp_v * (exp_v + shift), in place: on entry, dv holds grad_exp_v."""
+    """Compute dv = grad_exp_v * (exp_v + shift) in place: on entry, dv_ptr holds grad_exp_v."""
     b, hkv = batch_and_head(HKV)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # positions
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]  # 0 or 1, see exp_kernel
@@ -380,7 +380,7 @@ def fallback_fwd_kernel(
     hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
-        return
+        return  # no channel of this head is wide
     first_block = tl.program_id(0) * BLOCK_T  # the first position of this program's first block
     step = tl.num_programs(0) * BLOCK_T  # from one of its blocks to the next
     past = Tk - Tq  # positions before the first query
@@ -393,7 +393,7 @@ def fallback_fwd_kernel(
         m_i = tl.full((BLOCK_T, D), -3.0e38, tl.float32)  # finite: -inf - -inf would be NaN
         l_i = tl.zeros((BLOCK_T, D), tl.float32)  # running sum of exp(qk + v - m_i)
         for j in range(tl.minimum(start_m + BLOCK_T + past, Tk)):
-            k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)
+            k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)  # [D]
             v = load_row(v_ptr, b, hkv, j, Tk, HKV, D)
             # -- compute qk + v --
             qk = tl.sum(q * k[None, :], 1) * scale  # [BLOCK_T]
@@ -406,7 +406,7 @@ def fallback_fwd_kernel(
         out = m_i + tl.log(l_i) - lse[:, None]
         rounded = out.to(out_ptr.dtype.element_ty)
         store_tile(out_ptr, rounded, b, h, offs_m, Tq, H, D)
-        store_tile(x_ptr, out - rounded.to(tl.float32), b, h, offs_m, Tq, H, D)
+        store_tile(x_ptr, out - rounded.to(tl.float32), b, h, offs_m, Tq, H, D)  # rounding error
 
     # -- copy v to exp_v, for blocks of keys --
     for start_n in range(first_block, Tk, step):
@@ -432,7 +432,7 @@ def fallback_bwd_kernel(
     HKV = H // GROUP
     b, hkv = batch_and_head(HKV)
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
-        return
+        return  # no channel of this head is wide
     first_block = tl.program_id(0) * BLOCK_T  # the first position of this program's first block
     step = tl.num_programs(0) * BLOCK_T  # from one of its blocks to the next
     past = Tk - Tq  # positions before the first query
@@ -449,11 +449,11 @@ def fallback_bwd_kernel(
             lse = tl.load(lse_ptr + (b * H + h) * Tq + offs_m, mask=offs_m < Tq, other=0.0)
             dq = tl.zeros((BLOCK_T, D), tl.float32)
             for j in range(tl.minimum(start_m + BLOCK_T + past, Tk)):
-                k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)
+                k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)  # [D]
                 v = load_row(v_ptr, b, hkv, j, Tk, HKV, D)
                 # -- recompute p and the posterior --
                 log_p = tl.sum(q * k[None, :], 1) * scale - lse  # [BLOCK_T]
-                is_seen = j <= offs_m + past
+                is_seen = j <= offs_m + past  # causal mask, [BLOCK_T]
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v[None, :] - out)  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
@@ -472,14 +472,14 @@ def fallback_bwd_kernel(
         for member in range(GROUP):
             h = hkv * GROUP + member
             for i in range(tl.maximum(start_n - past, 0), Tq):
-                q = load_row(q_ptr, b, h, i, Tq, H, D)
+                q = load_row(q_ptr, b, h, i, Tq, H, D)  # [D]
                 grad_out = load_row(grad_out_ptr, b, h, i, Tq, H, D)
                 out = load_row(out_ptr, b, h, i, Tq, H, D)
                 out += load_row(x_ptr, b, h, i, Tq, H, D)  # its rounding error
                 # -- recompute p and the posterior --
                 log_p = tl.sum(k * q[None, :], 1) * scale  # [BLOCK_T]
                 log_p -= tl.load(lse_ptr + (b * H + h) * Tq + i)
-                is_seen = offs_n <= i + past
+                is_seen = offs_n <= i + past  # causal mask, [BLOCK_T]
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v - out[None, :])  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
@@ -522,7 +522,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 @functools.cache
 def get_configs(dtype, D, is_hopper):
     """Return the launch options of attn_fwd_kernel, attn_bwd_dq_kernel and attn_bwd_dkdv_kernel."""
-    # BLOCK_M, BLOCK_N, num_warps, num_stages of each; on Hopper, bfloat16 spills no registers
+    # BLOCK_M, BLOCK_N, num_warps and num_stages of each; on Hopper, bfloat16 spills no registers
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:
@@ -558,7 +558,7 @@ def can_use_cudnn(q, k, exp_v):
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
-    is_gqa = q.shape[1] != k.shape[1]
+    is_gqa = q.shape[1] != k.shape[1]  # grouped-query attention
     params = torch.backends.cuda.SDPAParams(q, k, exp_v, None, 0.0, True, is_gqa)
     return torch.backends.cuda.can_use_cudnn_attention(params)
 
@@ -572,7 +572,7 @@ def attention_forward(q, k, exp_v, scale):
         x, lse, *_ = cudnn(q, k, exp_v, None, True, is_causal=True, scale=scale)
         return to_bthd(x), lse.view(B, H, Tq)
 
-    # by our kernel: one program per block of queries and head
+    # by our kernel
     x = torch.empty_like(q, dtype=exp_v.dtype)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     config, _, _ = get_configs(q.dtype, D, is_hopper(q.device))
@@ -638,7 +638,7 @@ def forward(
     _, HKV, Tk, _ = k.shape
     out, exp_v, center, shift, is_wide = new_buffers(q, k, v)
 
-    # exp, attention, log
+    # exp_v (B, HKV, Tk, D), x = p @ exp_v (B, H, Tq, D), out = log(x + shift) + center
     exp_tensors = v, exp_v, center, shift, is_wide
     exp_constants = {"D": D, "SLICE": SLICE, "BLOCK_T": 4 * BLOCK_T}
     launch(exp_kernel, (D // SLICE, B * HKV), exp_tensors, (HKV, Tk), num_warps=8, **exp_constants)
@@ -666,7 +666,7 @@ def backward(
     grad_x = torch.empty_like(x)
     delta = torch.empty_like(lse)
 
-    # log, attention, exp
+    # gradients of the logarithm, of attention, and of the exponential
     constants = {"D": D, "BLOCK_T": BLOCK_T}
     grid = (ceil(Tq / BLOCK_T), B * H)
     tensors = grad_out, x, shift, grad_x, delta
@@ -751,7 +751,7 @@ def attention(q, k, v):
     if q.numel() == 0:
         return 0.0 * q  # nothing to attend from; keeps the gradient
 
-    if padded_D > D:  # channels of zeros change no score
+    if padded_D > D:  # to a power of two; channels of zeros change no score
         q, k, v = (F.pad(t, (0, padded_D - D)) for t in (q, k, v))
     q, k, v = (to_bthd(t) for t in (q, k, v))
     if torch.compiler.is_compiling():
