@@ -65,10 +65,10 @@ class Options(NamedTuple):
     beta2: tl.tensor
     new1: tl.tensor
     new2: tl.tensor
-    log_beta1: tl.tensor
+    log_beta1: tl.tensor  # for the bias corrections
     log_beta2: tl.tensor
-    eps: tl.tensor
-    gamma: tl.tensor
+    eps: tl.tensor  # damping
+    gamma: tl.tensor  # threshold of edge removal
     weight_decay: tl.tensor
 
 
@@ -182,7 +182,8 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
 def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
     """Add up the sums of a tensor's programs, always in the same order.
 
-    partial_ptr: (programs, SUMS). total_ptr: (SUMS,). offs: 0 ... BLOCK - 1.
+    partial_ptr: (programs, SUMS). total_ptr: (SUMS,). offs: 0 ... BLOCK - 1. ".cg" loads from L2,
+    because other multiprocessors may have just written the sums.
     """
     for column in tl.static_range(SUMS):
         ptrs = partial_ptr + offs * SUMS + column  # element (offs, column)
@@ -306,8 +307,8 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
     for p in tl.static_range(BAND):
         row = ()
         for q in tl.static_range(p):
-            row = row + (shift(S[p - q], lane, q + 1, BLOCK),)
-        diagonal = shift(S0_damped, lane, p + 1, BLOCK)
+            row = row + (shift(S[p - q], lane, q + 1, BLOCK),)  # W[p][q]
+        diagonal = shift(S0_damped, lane, p + 1, BLOCK)  # W[p][p]
         W = W + (row + (diagonal,),)
         c = c + (S[p + 1],)
         variance = variance + (diagonal,)

@@ -360,15 +360,15 @@ def precondition(
     # -- psi and s: each element i has its own system W psi = c --
     # W[p][q], q <= p, is S between the successors i+1+p and i+1+q, which is S[p-q] at i+1+q;
     # c[p] is S between i and i+1+p, which is S[p+1] at i
-    S0 = units.S0_weight * S[0] + units.eps
-    W = ()
+    S0 = units.S0_weight * S[0] + units.eps  # damped
+    W = ()  # a tuple of tuples, as kernels have no lists
     c = ()
     variance = ()
     for p in tl.static_range(BAND):
         row = ()
         for q in tl.static_range(p):
-            row = row + (shift(S[p - q], lane, q + 1, LINES, L),)
-        diagonal = shift(S0, lane, p + 1, LINES, L)
+            row = row + (shift(S[p - q], lane, q + 1, LINES, L),)  # W[p][q]
+        diagonal = shift(S0, lane, p + 1, LINES, L)  # W[p][p]
         W = W + (row + (diagonal,),)
         c = c + (S[p + 1],)
         variance = variance + (diagonal,)
@@ -385,7 +385,7 @@ def precondition(
     w = tl.where(s > 0, w / s, 0.0)
 
     # -- u = L w: u[i] = w[i] - sum_k psi_k[i-k] w[i-k], from the elements before i --
-    x = ()
+    x = ()  # x[k - 1][i] = psi_k[i] w[i], what element i subtracts from element i+k
     for k in tl.static_range(BAND):
         x = x + (tl.where(keep, psi[k], 0.0) * w,)
     u = w
@@ -608,8 +608,9 @@ def schedule(n_programs, lag):
     later tensors. For n_programs = (2, 3) and lag = 0, statistics s and updates u of (tensor, run):
         s(0,0) s(0,1) s(1,0) u(0,0) s(1,1) u(0,1) s(1,2) u(1,0) u(1,1) u(1,2)
     """
+    # the tensor, and the run in it, of each program of the statistics
     counts = torch.tensor(n_programs)
-    ends = counts.cumsum(0)
+    ends = counts.cumsum(0)  # of each tensor, among all programs
     P = int(counts.sum())
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     run = torch.arange(P) - (ends - counts)[tensor]
@@ -636,6 +637,8 @@ class FusedPlan(Plan):
     def prepare(self, params, run, lag):
         """Make the tables, and the memory that launches share. run: chunks per program."""
         self.run = run
+
+        # table of tensors: each has consecutive programs, one per run of its chunks
         chunks = [chunk_size(param)[0] for param in params]
         n_programs = []
         first_programs = []
@@ -645,10 +648,10 @@ class FusedPlan(Plan):
             n_programs.append(triton.cdiv(param.p.numel(), chunk * run))
             self.n_programs += n_programs[-1]
         rows = table_rows(params, chunks, first_programs, n_programs)
-
         in_order, items = schedule(tuple(n_programs), lag)
         self.table, self.in_order, self.items = self.upload(rows, in_order, items)
 
+        # memory: a halo per chunk, a row of sums per program and per tensor, counters
         n_halos = self.n_programs * run if self.needs_halo else 0
         self.halos = torch.empty(n_halos, self.band + 3, 8, device=self.device)
         self.partial = torch.empty(self.n_programs, SUMS.value, device=self.device)
@@ -663,8 +666,9 @@ class FusedPlan(Plan):
             halo_kernel[(self.n_programs,)](*tensors, *constants, num_warps=1)
 
     def step(self, numbers, lr_on_device):
+        # numbers: the kernel's arguments beta1 ... weight_decay, in this order
         self.copy_halos()
-        self.counters.zero_()
+        self.counters.zero_()  # no program has published its sums yet
         lines = self.config.lines
         u = torch.empty(self.n_programs * self.run * 128 * lines, device=self.device)
         tensors = (self.table, self.items, self.halos, u, self.partial, self.totals, self.counters)

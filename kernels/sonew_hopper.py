@@ -285,7 +285,7 @@ class RingPlan(FusedPlan):
 
     def step(self, numbers, lr_on_device):
         self.copy_halos()
-        self.counters.zero_()
+        self.counters.zero_()  # no run is taken, and no sums are published yet
         n_runs = self.n_programs  # FusedPlan counts a program per run
         tensors = (self.table, self.in_order, self.halos, self.partial, self.totals, self.counters)
         constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, self.needs_halo)
