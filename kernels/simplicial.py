@@ -904,7 +904,7 @@ def get_options(kernel, dtype, device, group, D, w2):
     return {
         "GROUP": group,
         "D": D,
-        "QUERIES": config.rows // offsets,
+        "QUERIES": config.rows // offsets,  # per tile
         "OFFSETS": offsets,
         "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
@@ -978,8 +978,8 @@ def forward(
 def clean(x, y, o=None):
     """Replace inf and NaN in x and y by 0. With o, compute delta = (y * o).sum(-1), too.
 
-    x, y and o (..., D) -> x and y cleaned (..., D); is_bad (...), which rows had an inf or NaN, in
-    delta as well; delta (...) float32, 0 where not finite, or None
+    x, y and o: (..., D). Returns x and y cleaned; is_bad (...), whether a row of x or y has inf or
+    NaN, or its delta is not finite; delta (...) float32, 0 where it is not finite, or None.
     """
     x_clean = torch.empty_like(x)
     y_clean = torch.empty_like(y)
@@ -994,7 +994,7 @@ def clean(x, y, o=None):
 def any_in_window(flags, w):
     """Return for each i whether one of flags[i - w + 1 ... i] is True. flags (..., T) bool."""
     count = F.pad(flags.cumsum(-1), (w, 0))  # count[i + w]: how many of flags[0 ... i] are True
-    return count[..., w:] > count[..., :-w]
+    return count[..., w:] > count[..., :-w]  # those up to i, those up to i - w
 
 
 def seen_by(flags, T, w):
@@ -1030,11 +1030,11 @@ def backward(
     k, v, has_bad, _ = clean(k, v)  # has_bad (B, Hkv, Tk)
     k2, v2, has_bad2, _ = clean(k2, v2)  # has_bad2 (B, Hkv, Tk2)
     sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
-    sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]
+    sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]  # the queries are the last Tq
     is_bad |= sees_bad.repeat_interleave(group, 1) | ~lse.isfinite()
     by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq), is one of the group bad?
 
-    # with lse = inf, P = exp(S - lse) = 0: they add nothing to any gradient
+    # with lse = inf, P = exp(S - lse) = 0, so bad queries add nothing to any gradient
     lse = lse.masked_fill(is_bad, torch.inf)
     delta = delta.masked_fill(is_bad, 0)
     tensors = q, k, v, k2, v2, do, lse, delta
