@@ -328,7 +328,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def direction_kernel(
-    table_ptr, blocks_ptr,  # (T, COLUMNS), (programs, 2) int64
+    table_ptr, blocks_ptr,  # int64: (T, COLUMNS); (programs, 2), tensor and block of each program
     u_ptr, partial_ptr, total_ptr,  # (programs, INNER), (programs, SUMS), (T, SUMS) float32
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,

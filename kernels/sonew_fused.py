@@ -443,7 +443,7 @@ def wait_for_sums(ready_ptr):
 
 @triton.jit
 def halo_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (programs, 2) int64
+    table_ptr, items_ptr,  # int64: (T, COLUMNS); (programs, 2), tensor and run of each program
     halo_ptr,  # (programs, RUN, BAND + 3, 2, 4) of GRAD and STATE
     GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
@@ -483,7 +483,7 @@ def halo_kernel(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (2 programs, 2) int64, from `schedule`
+    table_ptr, items_ptr,  # int64: (T, COLUMNS); (2 programs, 2), tensor and run, from `schedule`
     halo_ptr, u_ptr,  # (programs, RUN, BAND + 3, 8), (programs, RUN, 128 LINES)
     partial_ptr, total_ptr,  # (programs, SUMS), (T, SUMS)
     counters_ptr,  # (2 T + 1) int32: T times done, T times ready, see publish_sums; one not used
