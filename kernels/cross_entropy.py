@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf alone does no harm
-CONFIG = (8192, 8)  # logits per block, warps
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # first maximum: -inf - -inf would be NaN
+CONFIG = (8192, 8)  # BLOCK (logits that a program loads at once), warps per program
 
 
 @triton.jit
@@ -25,27 +25,27 @@ def cross_entropy_kernel(
     V, stride_r,
     WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss of one row and, with WITH_GRAD, its gradient in place of the logits"""
+    """Compute the loss of one row of V logits. With WITH_GRAD, its gradient overwrites them."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_r
     target = tl.load(target_ptr + row)
-    scale = tl.load(scale_ptr + row)
+    scale = tl.load(scale_ptr + row)  # 0 where the target is negative, which means: ignore the row
     z_t = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)  # before it is overwritten
     offs_v = tl.arange(0, BLOCK)
 
-    # -- first pass: online log-sum-exp --
+    # -- first pass, BLOCK logits at a time: running maximum m_i, l_i = sum_v exp(z_v - m_i) --
     m_i = tl.full((), LOWEST, tl.float32)
     l_i = tl.zeros((), tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + offs_v
-        z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)  # [BLOCK]
         m_new = tl.maximum(m_i, tl.max(z, 0))
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(z - m_new), 0)
         m_i = m_new
     lse = m_i + tl.log(l_i)
     tl.store(loss_ptr + row, (lse - z_t) * scale)
 
-    # -- second pass: gradient --
+    # -- second pass: gradient, scale * (softmax - one-hot of the target) --
     if WITH_GRAD:
         for start in range(0, V, BLOCK):
             cols = start + offs_v
@@ -60,6 +60,7 @@ def cross_entropy(logits, targets, scale, with_grad, config=CONFIG):
 
     logits (R, V): overwritten by the gradient, if it is asked for. targets (R, 1): int64.
     scale (R, 1): float32, 0 where a target is negative. config: logits per block, warps.
+    Raises ValueError if a row is not contiguous, or has too many logits for 32-bit offsets.
     """
     R, V = logits.shape
     if logits.stride(1) != 1:

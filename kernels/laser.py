@@ -8,15 +8,11 @@
     attention        dq, dk, grad_exp_v                       by cuDNN or attn_bwd_*_kernel
     grad_v_kernel    dv = grad_exp_v * (exp_v + shift)
 
-center and shift are numbers of each channel of each key/value head. center is near the middle of
-the channel's values. shift is 1 if all values are near the center: exp(v - center) is then close to
-1, where bfloat16 keeps few digits, so exp_v is expm1(v - center). Rows of p sum to 1, so x, too, is
-1 too small, and log_kernel adds the 1. In other channels, shift is 0.
-
-If some channel has values more than MAX_RANGE apart, or NaN or infinity, its exp would
-underflow or overflow. The fallback kernels then compute the head again, by an online log-sum-exp of
-qk + v. They find this out on the device, so the host never waits. A future key can change an
-earlier row by rounding only, as it can move the center.
+Each channel of each key/value head has its own center, near the middle of its values, and its own
+shift, 0 or 1, which exp_kernel explains. If some channel has NaN, infinity or values more than
+MAX_RANGE apart, its exp would overflow or underflow. The fallback kernels then compute the head
+again. They find this out on the device, so the host never waits. A future key can move the center,
+which changes earlier rows by rounding only.
 
 Besides attention we read and write 10 bytes per bfloat16 element forward and 12 backward. On one
 H200 with B 4, H 16, T 4096, D 128: 0.605 + 1.513 ms; as published, over cuDNN, 0.762 + 1.513 ms.
@@ -40,39 +36,45 @@ FALLBACK_PROGRAMS = 1024  # at most, as each has to find out whether its head ne
 
 
 # --------------------------------------------------------------------------------------------------
-# Loads and stores. Grids are (blocks, B * heads); GROUP query heads share a key/value head hkv.
-# Tensors are (B, T, H, D) in memory, so head h of batch entry b starts at (b T H + h) D, and its
-# positions are H D apart. b is int64, as a tensor may have more than 2^31 elements.
+# Loads and stores. Each program computes a block of positions of one head of one batch entry, and
+# the grid is (blocks, B * heads). GROUP query heads share a key/value head, hkv. In memory, tensors
+# are (B, T, H, D):
+#     element (b, t, h, d) is at ((b T + t) H + h) D + d  =  (b T H + h) D  +  t (H D)  +  d
+#                                                            start of head    position    channel
 
 
 @triton.jit
 def batch_and_head(H):
+    # Axis 1 of the grid counts b * H + h. b is int64: a tensor may have more than 2^31 elements.
     head = tl.program_id(1)
     return (head // H).to(tl.int64), head % H
 
 
 @triton.jit
 def load_tile(ptr, b, h, rows, T, H, D: tl.constexpr):
-    """Positions `rows` of head h, zeros from T on: [rows, D]"""
+    """Load the positions `rows` of head h, [len(rows), D]; zeros from position T on."""
+    # start of the head + position + channel
     ptrs = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     return tl.load(ptrs, mask=(rows < T)[:, None], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, x, b, h, rows, T, H, D: tl.constexpr):
+    # Store x [len(rows), D] at the positions `rows` of head h: start of head + position + channel.
     ptrs = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=(rows < T)[:, None])
 
 
 @triton.jit
 def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
-    offs = row * (H * D) + tl.arange(0, D)
-    return tl.load(ptr + (b * T * H + h) * D + offs).to(tl.float32)  # [D]
+    # Load a single position of head h, [D].
+    offs = row * (H * D) + tl.arange(0, D)  # from the start of the head
+    return tl.load(ptr + (b * T * H + h) * D + offs).to(tl.float32)
 
 
 @triton.jit
 def load_channels(ptr, b, hkv, HKV, D: tl.constexpr):
-    """center, shift or is_wide of each channel: [D]"""
+    """Load center, shift or is_wide, (B * HKV, D), for the channels of key/value head hkv: [D]"""
     return tl.load(ptr + (b * HKV + hkv) * D + tl.arange(0, D))
 
 
@@ -87,14 +89,19 @@ def exp_kernel(
     HKV, T,
     D: tl.constexpr, SLICE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """exp_v = exp(v - center) - shift, for all positions of SLICE channels of one head"""
+    """Compute exp_v = exp(v - center) - shift for SLICE channels of one head, at all T positions.
+
+    shift is 1 in channels where all values are near the center. There exp(v - center) is close to
+    1, where bfloat16 keeps few digits, so exp_v is expm1(v - center) instead. Rows of p sum to 1,
+    so x = p @ exp_v is 1 too small as well, and log_kernel adds the 1 again.
+    """
     b, hkv = batch_and_head(HKV)
     offs_t = tl.arange(0, BLOCK_T)[:, None]
-    offs_d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
-    v_ptr += (b * T * HKV + hkv) * D
+    offs_d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)  # channels
+    v_ptr += (b * T * HKV + hkv) * D  # start of the head
     exp_v_ptr += (b * T * HKV + hkv) * D
 
-    # -- lowest and highest value of each channel --
+    # -- lowest and highest value of each channel: first of each row of the block, then of all --
     low = tl.full((BLOCK_T, SLICE), float("inf"), tl.float32)
     high = tl.full((BLOCK_T, SLICE), -float("inf"), tl.float32)
     for start in range(0, T, BLOCK_T):
@@ -105,15 +112,17 @@ def exp_kernel(
     low = tl.min(low, 0)  # [SLICE]
     high = tl.max(high, 0)
 
-    # -- center: the middle, rounded so that one more key rarely changes it --
+    # -- center: the middle, rounded, because then one more key rarely changes it --
     middle = (low + high) / 2
-    nearest_1 = tl.floor(middle + 0.5)
-    nearest_16 = 16 * tl.floor(middle / 16 + 0.5)
+    nearest_1 = tl.floor(middle + 0.5)  # the nearest integer
+    nearest_16 = 16 * tl.floor(middle / 16 + 0.5)  # the nearest multiple of 16
     is_constant = low == high
     use_shift = (low - nearest_1 >= -2) | is_constant  # values from center - 2 to center + 3
     center = tl.where(use_shift, nearest_1, nearest_16)
     center = tl.where(is_constant, low, center)  # then exp_v is 0 and out is exactly v
     shift = use_shift.to(tl.float32)
+
+    # -- store the numbers of each channel --
     is_narrow = high - low <= MAX_RANGE  # false for inf - inf
     offs_c = (b * HKV + hkv) * D + offs_d
     tl.store(center_ptr + offs_c, center)
@@ -125,7 +134,7 @@ def exp_kernel(
         rows = start + offs_t
         offs = rows * (HKV * D) + offs_d[None, :]
         v = tl.load(v_ptr + offs, mask=rows < T, other=0.0).to(tl.float32)
-        d = v - center[None, :]
+        d = v - center[None, :]  # [BLOCK_T, SLICE]
         use_series = use_shift[None, :] & (tl.abs(d) < 1 / 8)
         exp_v = tl.where(use_series, expm1_series(d), tl.exp(d) - shift[None, :])
         tl.store(exp_v_ptr + offs, exp_v.to(exp_v_ptr.dtype.element_ty), mask=rows < T)
@@ -133,13 +142,15 @@ def exp_kernel(
 
 @triton.jit
 def expm1_series(x):
-    """exp(x) - 1 for |x| < 1/8, by its Taylor series: no cancellation"""
+    """Return exp(x) - 1 for |x| < 1/8. The Taylor series has no cancellation, unlike exp(x) - 1."""
+    # x + x^2 / 2! + x^3 / 3! + x^4 / 4! + x^5 / 5!
     return x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120))))
 
 
 @triton.jit
 def log1p_series(x):
-    """log(1 + x) for |x| < 1/16, by its Taylor series: 1 + x is not rounded"""
+    """Return log(1 + x) for |x| < 1/16. The Taylor series does not round 1 + x."""
+    # x - x^2 / 2 + x^3 / 3 - x^4 / 4 + x^5 / 5 - x^6 / 6
     return x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6)))))
 
 
@@ -147,14 +158,14 @@ def log1p_series(x):
 def log_kernel(
     x_ptr, out_ptr, center_ptr, shift_ptr, H, GROUP, T, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """out = log(x + shift) + center"""
+    """Compute out = log(x + shift) + center for BLOCK_T positions of one query head."""
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # positions
     x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
-    center = load_channels(center_ptr, b, hkv, HKV, D)[None, :]
-    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
+    center = load_channels(center_ptr, b, hkv, HKV, D)[None, :]  # [1, D]
+    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]  # 0 or 1, see exp_kernel
     use_series = (shift > 0) & (tl.abs(x) < 1 / 16)
     out = tl.where(use_series, log1p_series(x), tl.log(x + shift)) + center
     store_tile(out_ptr, out, b, h, offs_t, T, H, D)
@@ -167,33 +178,37 @@ def grad_x_kernel(
     H, GROUP, T,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = grad_out / (x + shift), delta = sum_d grad_x * x"""
+    """Compute grad_x = grad_out / (x + shift) for BLOCK_T positions of one query head.
+
+    delta, the sum of grad_x * x over the channels, is what the softmax backward pass needs.
+    """
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # positions
+    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]  # 0 or 1, see exp_kernel
     x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
     grad_out = load_tile(grad_out_ptr, b, h, offs_t, T, H, D).to(tl.float32)
     grad_x = (grad_out / (x + shift)).to(grad_x_ptr.dtype.element_ty)
     store_tile(grad_x_ptr, grad_x, b, h, offs_t, T, H, D)
-    delta = tl.sum(grad_x.to(tl.float32) * x, 1)  # of the rounded grad_x, as in dq and dk
+    delta = tl.sum(grad_x.to(tl.float32) * x, 1)  # from the rounded grad_x, which dq and dk use too
     tl.store(delta_ptr + (b * H + h) * T + offs_t, delta, mask=offs_t < T)
 
 
 @triton.jit
 def grad_v_kernel(dv_ptr, exp_v_ptr, shift_ptr, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """dv = grad_exp_v * (exp_v + shift), in place: dv holds grad_exp_v on entry"""
+    """Compute dv = grad_exp_v * (exp_v + shift) in place: on entry, dv_ptr holds grad_exp_v."""
     b, hkv = batch_and_head(HKV)
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # positions
+    shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]  # 0 or 1, see exp_kernel
     grad_exp_v = load_tile(dv_ptr, b, hkv, offs_t, T, HKV, D).to(tl.float32)  # [BLOCK_T, D]
     exp_v = load_tile(exp_v_ptr, b, hkv, offs_t, T, HKV, D).to(tl.float32)
     store_tile(dv_ptr, grad_exp_v * (exp_v + shift), b, hkv, offs_t, T, HKV, D)
 
 
 # --------------------------------------------------------------------------------------------------
-# Flash attention over exp_v, where cuDNN cannot be used. Query i sees the keys up to i + Tk - Tq.
+# Flash attention over exp_v, where cuDNN cannot be used. The queries are the last Tq of the Tk
+# positions, and query i sees the keys 0 ... i + past, where past = Tk - Tq.
 
 
 @triton.jit
@@ -203,22 +218,22 @@ def attn_fwd_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x = softmax(qk) @ exp_v"""
+    """Compute x = softmax(q k^T scale) @ exp_v, [BLOCK_M, D], for BLOCK_M queries of one head."""
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # queries with most keys first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
-    qk_scale = tl.cast(scale, tl.float32) * LOG2E
-    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E  # exp(scale * s) = exp2(qk_scale * s)
+    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)  # running maximum of qk
+    l_i = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp2(qk - m_i)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)  # running sum of exp2(qk - m_i) * exp_v
 
-    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the others, with a mask
-    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(start_m + BLOCK_M + past, Tk)
+    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask
+    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N  # start of the first block to mask
+    end = tl.minimum(start_m + BLOCK_M + past, Tk)  # the last of these queries sees end - 1
     for stage in tl.static_range(2):
         lo = diagonal if stage == 1 else 0
         hi = end if stage == 1 else diagonal
@@ -230,18 +245,19 @@ def attn_fwd_kernel(
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
             if stage == 1:
                 qk = tl.where(offs_n[None, :] <= (offs_m + past)[:, None], qk, -float("inf"))
-            # -- online softmax; m_new is finite because every row sees key 0 --
+            # -- online softmax; m_new is finite because every query sees key 0 --
             m_new = tl.maximum(m_i, tl.max(qk, 1))
             p = tl.exp2(qk - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)
+            alpha = tl.exp2(m_i - m_new)  # rescales the sums to the new maximum
             l_i = l_i * alpha + tl.sum(p, 1)
             m_i = m_new
             # -- update acc --
             acc = acc * alpha[:, None]
             acc += tl.dot(p.to(exp_v.dtype), exp_v, input_precision=PRECISION)
 
+    # -- normalize and store --
     store_tile(x_ptr, acc / l_i[:, None], b, h, offs_m, Tq, H, D)
-    lse = (m_i + tl.log2(l_i)) / LOG2E
+    lse = (m_i + tl.log2(l_i)) / LOG2E  # log-sum-exp of each query, [BLOCK_M]
     tl.store(lse_ptr + (b * H + h) * Tq + offs_m, lse, mask=offs_m < Tq)
 
 
@@ -251,25 +267,29 @@ def attn_bwd_dq_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ds = p * (grad_x @ exp_v^T - delta), dq = scale * ds @ k"""
+    """Compute dq = scale * ds @ k, [BLOCK_M, D], for BLOCK_M queries of one head.
+
+    ds = p * (grad_x @ exp_v^T - delta) is the gradient with respect to the scores q k^T scale.
+    """
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     past = Tk - Tq  # positions before the first query
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest rows first
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # queries with most keys first
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    lse_ptr += (b * H + h) * Tq
+    lse_ptr += (b * H + h) * Tq  # lse and delta are (B * H, Tq)
     delta_ptr += (b * H + h) * Tq
     q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
     grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
+    # lse in base 2; past the last query it is inf, which makes p = exp2(qk - lse) zero
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E
     delta = tl.load(delta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
-    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E  # exp(scale * s) = exp2(qk_scale * s)
     dq = tl.zeros((BLOCK_M, D), tl.float32)
 
-    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the others, with a mask
-    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(start_m + BLOCK_M + past, Tk)
+    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask
+    diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N  # start of the first block to mask
+    end = tl.minimum(start_m + BLOCK_M + past, Tk)  # the last of these queries sees end - 1
     for stage in tl.static_range(2):
         lo = diagonal if stage == 1 else 0
         hi = end if stage == 1 else diagonal
@@ -283,7 +303,7 @@ def attn_bwd_dq_kernel(
             if stage == 1:
                 p = tl.where(offs_n[None, :] <= (offs_m + past)[:, None], p, 0.0)
             # -- compute ds and dq --
-            dp = tl.dot(grad_x, tl.trans(exp_v), input_precision=PRECISION)
+            dp = tl.dot(grad_x, tl.trans(exp_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta[:, None])
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
 
@@ -296,7 +316,11 @@ def attn_bwd_dkdv_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk = scale * ds^T @ q, dv = p^T @ grad_x = grad_exp_v, summed over the query heads"""
+    """Compute dk = scale * ds^T @ q and dv = p^T @ grad_x, [BLOCK_N, D], for BLOCK_N keys.
+
+    Both are sums over the GROUP query heads that share the key/value head. dv is grad_exp_v, the
+    gradient with respect to exp_v; ds is that with respect to the scores, as in attn_bwd_dq_kernel.
+    """
     HKV = H // GROUP
     b, hkv = batch_and_head(HKV)
     past = Tk - Tq  # positions before the first query
@@ -304,14 +328,15 @@ def attn_bwd_dkdv_kernel(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)  # [BLOCK_N, D]
     exp_v = load_tile(exp_v_ptr, b, hkv, offs_n, Tk, HKV, D)
-    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E  # exp(scale * s) = exp2(qk_scale * s)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
 
-    first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M  # the first to see these keys
+    # query m sees the keys 0 ... m + past: the first block with a query that sees these keys
+    first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M
     for member in range(GROUP):
-        h = hkv * GROUP + member
-        first = (b * H + h) * Tq
+        h = hkv * GROUP + member  # a query head that uses this key/value head
+        first = (b * H + h) * Tq  # of this head in lse and delta, (B * H, Tq)
         for start_m in range(first_m, Tq, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
@@ -324,7 +349,7 @@ def attn_bwd_dkdv_kernel(
             p = tl.where(offs_n[:, None] - past <= offs_m[None, :], p, 0.0)
             # -- compute dv, ds and dk --
             dv += tl.dot(p.to(grad_x.dtype), grad_x, input_precision=PRECISION)
-            dp = tl.dot(exp_v, tl.trans(grad_x), input_precision=PRECISION)
+            dp = tl.dot(exp_v, tl.trans(grad_x), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta[None, :])
             dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
 
@@ -333,9 +358,11 @@ def attn_bwd_dkdv_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Fallback: compute heads with a wide channel again, in float32, and overwrite the results. The
-# weight of key j differs by channel, so there is no matrix product: a program takes BLOCK_T queries
-# and one key at a time. The posterior of a channel, p * exp(v - out), sums to 1 over the keys.
+# Fallback: compute heads with a wide channel again, in float32, and overwrite the results. It needs
+# no center: out_id = log sum_j exp(qk_ij + v_jd) - log sum_j exp(qk_ij), for query i, key j and
+# channel d. The weight of key j differs by channel, so this is no matrix product: a program takes
+# BLOCK_T queries and one key at a time. The grid is small, because few heads need this. So each
+# program loops over blocks: the one of its own number, and from there in steps of num_programs.
 
 
 @triton.jit
@@ -344,42 +371,44 @@ def fallback_fwd_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """out = logsumexp_j(qk + v) - logsumexp_j(qk)
+    """Compute out = logsumexp_j(qk + v) - logsumexp_j(qk), for heads with a wide channel only.
 
-    For the backward pass, which needs v and out in full precision, it stores v in exp_v, and what
-    rounding took from out in x.
+    The backward pass needs v and out in full precision. So this also stores v in exp_v, and in x
+    the rounding error of out.
     """
     b, h = batch_and_head(H)
-    hkv = h // GROUP
+    hkv = h // GROUP  # the key/value head that query head h uses
     HKV = H // GROUP
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
-        return
-    first_block = tl.program_id(0) * BLOCK_T
-    step = tl.num_programs(0) * BLOCK_T
+        return  # no channel of this head is wide
+    first_block = tl.program_id(0) * BLOCK_T  # the first position of this program's first block
+    step = tl.num_programs(0) * BLOCK_T  # from one of its blocks to the next
     past = Tk - Tq  # positions before the first query
 
+    # -- out, for blocks of queries --
     for start_m in range(first_block, Tq, step):
         offs_m = start_m + tl.arange(0, BLOCK_T)
         q = load_tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BLOCK_T, D]
         lse = tl.load(lse_ptr + (b * H + h) * Tq + offs_m, mask=offs_m < Tq, other=0.0)
         m_i = tl.full((BLOCK_T, D), -3.0e38, tl.float32)  # finite: -inf - -inf would be NaN
-        l_i = tl.zeros((BLOCK_T, D), tl.float32)
+        l_i = tl.zeros((BLOCK_T, D), tl.float32)  # running sum of exp(qk + v - m_i)
         for j in range(tl.minimum(start_m + BLOCK_T + past, Tk)):
-            k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)
+            k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)  # [D]
             v = load_row(v_ptr, b, hkv, j, Tk, HKV, D)
             # -- compute qk + v --
             qk = tl.sum(q * k[None, :], 1) * scale  # [BLOCK_T]
             logits = qk[:, None] + v[None, :]  # [BLOCK_T, D]
             logits = tl.where((j <= offs_m + past)[:, None], logits, -float("inf"))
-            # -- online log-sum-exp, per row and channel --
+            # -- online log-sum-exp, per query and channel --
             m_new = tl.maximum(m_i, logits)
             l_i = l_i * tl.exp(m_i - m_new) + tl.exp(logits - m_new)
             m_i = m_new
         out = m_i + tl.log(l_i) - lse[:, None]
         rounded = out.to(out_ptr.dtype.element_ty)
         store_tile(out_ptr, rounded, b, h, offs_m, Tq, H, D)
-        store_tile(x_ptr, out - rounded.to(tl.float32), b, h, offs_m, Tq, H, D)
+        store_tile(x_ptr, out - rounded.to(tl.float32), b, h, offs_m, Tq, H, D)  # rounding error
 
+    # -- copy v to exp_v, for blocks of keys --
     for start_n in range(first_block, Tk, step):
         offs_n = start_n + tl.arange(0, BLOCK_T)
         v = load_tile(v_ptr, b, hkv, offs_n, Tk, HKV, D)
@@ -393,35 +422,38 @@ def fallback_bwd_kernel(
     H, GROUP, Tq, Tk, scale,
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Gradients for one key/value head and its GROUP query heads, from ds_ij by dot products:
+    """Compute dq, dk and dv of a key/value head with a wide channel, and of its GROUP query heads.
 
-    ds_ij = sum_d grad_out * (posterior - p), dv_j = sum_i grad_out * posterior
+    The posterior of key j, exp(qk + v - lse - out) = p_ij exp(v_jd - out_id), is the derivative of
+    out_id with respect to v_jd. It sums to 1 over the keys j. With it
+        dv_jd = sum_i grad_out_id * posterior_ijd
+        ds_ij = sum_d grad_out_id * (posterior_ijd - p_ij), from which dq and dk follow as usual
     """
     HKV = H // GROUP
     b, hkv = batch_and_head(HKV)
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
-        return
-    first_block = tl.program_id(0) * BLOCK_T
-    step = tl.num_programs(0) * BLOCK_T
+        return  # no channel of this head is wide
+    first_block = tl.program_id(0) * BLOCK_T  # the first position of this program's first block
+    step = tl.num_programs(0) * BLOCK_T  # from one of its blocks to the next
     past = Tk - Tq  # positions before the first query
 
-    # dq: a block of queries, one key at a time
+    # -- dq: a block of queries, one key at a time --
     for member in range(GROUP):
-        h = hkv * GROUP + member
+        h = hkv * GROUP + member  # a query head that uses this key/value head
         for start_m in range(first_block, Tq, step):
             offs_m = start_m + tl.arange(0, BLOCK_T)
             q = load_tile(q_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # [BLOCK_T, D]
             grad_out = load_tile(grad_out_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
             out = load_tile(out_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
-            out += load_tile(x_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)
+            out += load_tile(x_ptr, b, h, offs_m, Tq, H, D).to(tl.float32)  # its rounding error
             lse = tl.load(lse_ptr + (b * H + h) * Tq + offs_m, mask=offs_m < Tq, other=0.0)
             dq = tl.zeros((BLOCK_T, D), tl.float32)
             for j in range(tl.minimum(start_m + BLOCK_T + past, Tk)):
-                k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)
+                k = load_row(k_ptr, b, hkv, j, Tk, HKV, D)  # [D]
                 v = load_row(v_ptr, b, hkv, j, Tk, HKV, D)
                 # -- recompute p and the posterior --
                 log_p = tl.sum(q * k[None, :], 1) * scale - lse  # [BLOCK_T]
-                is_seen = j <= offs_m + past
+                is_seen = j <= offs_m + past  # causal mask, [BLOCK_T]
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v[None, :] - out)  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
@@ -430,7 +462,7 @@ def fallback_bwd_kernel(
                 dq += ds[:, None] * k[None, :]
             store_tile(dq_ptr, dq * scale, b, h, offs_m, Tq, H, D)
 
-    # dk and dv: a block of keys, one query at a time
+    # -- dk and dv: a block of keys, one query at a time --
     for start_n in range(first_block, Tk, step):
         offs_n = start_n + tl.arange(0, BLOCK_T)
         k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D).to(tl.float32)  # [BLOCK_T, D]
@@ -440,14 +472,14 @@ def fallback_bwd_kernel(
         for member in range(GROUP):
             h = hkv * GROUP + member
             for i in range(tl.maximum(start_n - past, 0), Tq):
-                q = load_row(q_ptr, b, h, i, Tq, H, D)
+                q = load_row(q_ptr, b, h, i, Tq, H, D)  # [D]
                 grad_out = load_row(grad_out_ptr, b, h, i, Tq, H, D)
                 out = load_row(out_ptr, b, h, i, Tq, H, D)
-                out += load_row(x_ptr, b, h, i, Tq, H, D)
+                out += load_row(x_ptr, b, h, i, Tq, H, D)  # its rounding error
                 # -- recompute p and the posterior --
                 log_p = tl.sum(k * q[None, :], 1) * scale  # [BLOCK_T]
                 log_p -= tl.load(lse_ptr + (b * H + h) * Tq + i)
-                is_seen = offs_n <= i + past
+                is_seen = offs_n <= i + past  # causal mask, [BLOCK_T]
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v - out[None, :])  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
@@ -466,9 +498,10 @@ compiled_kernels = {}
 
 
 def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constants):
-    """Do kernel[grid](*tensors, *numbers, *constants), in a third of the host's time.
+    """Launch kernel[grid](*tensors, *numbers, *constants) in a third of Triton's host time.
 
-    To find the right compiled kernel, Triton examines all arguments, in 10 to 30 us. We look it up.
+    To find the right compiled kernel, Triton examines all arguments, which takes 10 to 30 us. We
+    look it up by all that Triton specializes for: device, numbers, options, dtypes and alignment.
     constants: in the order of the kernel's constexpr arguments.
     """
     numbers += tuple(constants.values())
@@ -476,19 +509,20 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
     key += tuple([(t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     compiled = compiled_kernels.get(key)
     if compiled is not None:
-        compiled[*grid, 1](*tensors, *numbers)
+        compiled[*grid, 1](*tensors, *numbers)  # a compiled kernel takes a grid of three numbers
         return
 
     if len(compiled_kernels) > 10_000:  # numbers include the lengths, which may be many
         compiled_kernels.clear()
-    # compile if need be and launch; the interpreter returns None
+    # compile and launch in Triton's own way; the interpreter returns None
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled_kernels[key] = kernel[grid](*tensors, *numbers, **options)
 
 
 @functools.cache
 def get_configs(dtype, D, is_hopper):
-    """Return options of attn_fwd, attn_bwd_dq, attn_bwd_dkdv; bfloat16 does not spill on Hopper."""
+    """Return the launch options of attn_fwd_kernel, attn_bwd_dq_kernel and attn_bwd_dkdv_kernel."""
+    # BLOCK_M, BLOCK_N, num_warps and num_stages of each; on Hopper, bfloat16 spills no registers
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:
@@ -512,19 +546,19 @@ def is_hopper(device):
 
 
 def to_bthd(t):
-    """Return t (B, H, T, D) with memory in the order (B, T, H, D), copied only if need be."""
+    """Return t (B, H, T, D) with memory in the order (B, T, H, D), copied only if necessary."""
     if t.transpose(1, 2).is_contiguous():
         return t
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def can_use_cudnn(q, k, exp_v):
-    """Return whether cuDNN takes these inputs. Its backward is not deterministic."""
+    """Return whether cuDNN can compute this attention. Its backward pass is not deterministic."""
     if not q.is_cuda or q.dtype != torch.bfloat16 or q.shape[2] != k.shape[2]:
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
-    is_gqa = q.shape[1] != k.shape[1]
+    is_gqa = q.shape[1] != k.shape[1]  # grouped-query attention
     params = torch.backends.cuda.SDPAParams(q, k, exp_v, None, 0.0, True, is_gqa)
     return torch.backends.cuda.can_use_cudnn_attention(params)
 
@@ -538,6 +572,7 @@ def attention_forward(q, k, exp_v, scale):
         x, lse, *_ = cudnn(q, k, exp_v, None, True, is_causal=True, scale=scale)
         return to_bthd(x), lse.view(B, H, Tq)
 
+    # by our kernel
     x = torch.empty_like(q, dtype=exp_v.dtype)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     config, _, _ = get_configs(q.dtype, D, is_hopper(q.device))
@@ -548,7 +583,7 @@ def attention_forward(q, k, exp_v, scale):
 
 
 def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
-    """Return dq, dk and grad_exp_v of attention_forward."""
+    """Return dq, dk and grad_exp_v. grad_x (B, H, Tq, D), delta (B, H, Tq): from grad_x_kernel."""
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape
     if can_use_cudnn(q, k, exp_v):
@@ -560,6 +595,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
         grads = cudnn(*inputs, attn_bias=None, **dropout, **varlen, is_causal=True, scale=scale)
         return [to_bthd(grad) for grad in grads]
 
+    # by our kernels: one program per block of queries and head, then one per block of keys and head
     dq = torch.empty_like(q)
     dk = torch.empty_like(k)
     dv = torch.empty_like(exp_v)
@@ -578,7 +614,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
 
 
 def new_buffers(q, k, v):
-    """Allocate and return out, exp_v, center, shift and is_wide."""
+    """Allocate out (like q), exp_v (like v), and center, shift and is_wide, (B * HKV, D)."""
     B, HKV, _, D = k.shape
     exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # fp16 overflows
     out = torch.empty_like(q)
@@ -589,7 +625,7 @@ def new_buffers(q, k, v):
 
 
 def fallback_grid(T, heads):
-    """Return a small grid, as few heads need the fallback; its programs loop over the blocks."""
+    """Return the grid of a fallback kernel: small, because few heads need it."""
     blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
     return max(blocks, 1), heads
 
@@ -602,7 +638,7 @@ def forward(
     _, HKV, Tk, _ = k.shape
     out, exp_v, center, shift, is_wide = new_buffers(q, k, v)
 
-    # exp, attention, log
+    # exp_v (B, HKV, Tk, D), x = p @ exp_v (B, H, Tq, D), out = log(x + shift) + center
     exp_tensors = v, exp_v, center, shift, is_wide
     exp_constants = {"D": D, "SLICE": SLICE, "BLOCK_T": 4 * BLOCK_T}
     launch(exp_kernel, (D // SLICE, B * HKV), exp_tensors, (HKV, Tk), num_warps=8, **exp_constants)
@@ -611,7 +647,7 @@ def forward(
     grid = (ceil(Tq / BLOCK_T), B * H)
     launch(log_kernel, grid, (x, out, center, shift), (H, H // HKV, Tq), **constants)
 
-    # fallback
+    # fallback: overwrites out, x and exp_v of heads with a wide channel
     grid = fallback_grid(Tq, B * H)
     tensors = q, k, v, is_wide, lse, out, x, exp_v
     sizes = H, H // HKV, Tq, Tk, scale
@@ -630,7 +666,7 @@ def backward(
     grad_x = torch.empty_like(x)
     delta = torch.empty_like(lse)
 
-    # log, attention, exp
+    # gradients of the logarithm, of attention, and of the exponential
     constants = {"D": D, "BLOCK_T": BLOCK_T}
     grid = (ceil(Tq / BLOCK_T), B * H)
     tensors = grad_out, x, shift, grad_x, delta
@@ -639,7 +675,7 @@ def backward(
     grid = (ceil(Tk / BLOCK_T), B * HKV)
     launch(grad_v_kernel, grid, (dv, exp_v, shift), (HKV, Tk), **constants)
 
-    # fallback, for heads whose exp_v is v
+    # fallback: overwrites dq, dk and dv of heads with a wide channel, where exp_v holds v
     grid = fallback_grid(Tk, B * HKV)
     tensors = q, k, exp_v, is_wide, lse, out, x, grad_out, dq, dk, dv
     sizes = H, H // HKV, Tq, Tk, scale
@@ -655,7 +691,7 @@ def setup_context(ctx, inputs, output):
 
 
 class Laser(torch.autograd.Function):
-    """For eager mode; costs the host less per call than a custom op."""
+    """LASER attention in eager mode, where this costs less host time per call than a custom op."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -665,7 +701,7 @@ class Laser(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        if torch.is_grad_enabled():  # create_graph=True; what is saved would count as constant
+        if torch.is_grad_enabled():  # create_graph=True, which needs the gradient of backward()
             raise RuntimeError("the LASER kernel has no second derivatives")
         return *backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
@@ -715,7 +751,7 @@ def attention(q, k, v):
     if q.numel() == 0:
         return 0.0 * q  # nothing to attend from; keeps the gradient
 
-    if padded_D > D:  # channels of zeros change no score
+    if padded_D > D:  # to a power of two; channels of zeros change no score
         q, k, v = (F.pad(t, (0, padded_D - D)) for t in (q, k, v))
     q, k, v = (to_bthd(t) for t in (q, k, v))
     if torch.compiler.is_compiling():

@@ -1,7 +1,9 @@
 """2-simplicial attention as flash attention, forward and backward.
 
-A row is a query i with one of its offsets d < w2. Row (i, d) attends to k and v with the query
-q_i * k2_{i-d}. A tile has QUERIES queries with OFFSETS offsets each: ROWS rows in all.
+Query i scores pairs of a key j and a second key i - d, with an offset d < w2. For one offset, this
+is ordinary attention with the query q_i * k2_{i-d}. So the kernels compute rows: row (i, d) is
+query i with offset d, and it attends to k and v in the window w1. A tile is what a program computes
+at once: QUERIES queries with OFFSETS offsets each, ROWS = QUERIES * OFFSETS rows.
 
     forward_kernel       o_i = sum_d share_id * (output of row d) * v2_{i-d}, where share_id is the
                          part of row d in the softmax of query i over all its pairs
@@ -11,11 +13,10 @@ q_i * k2_{i-d}. A tile has QUERIES queries with OFFSETS offsets each: ROWS rows 
                          dk2_{i-d} += (dS K)_id * q_i, dv2_{i-d} += (P V)_id * do_i
     dk_dv_kernel         dk_j = sum_id dS * (q_i * k2_{i-d}), dv_j = sum_id P * (do_i * v2_{i-d})
 
-Grid: (tiles, pieces of PIECE positions or blocks of keys; B * Hkv). If w2 > w1, (k, v) and (k2, v2)
-change places. No atomics: two runs give the same bits. FLOPs / (B H T w1 w2 D): 4 forward and 16
-backward, as both backward kernels compute S and dP. A query that sees inf or NaN gets NaN, as do
-the gradients of what it sees; all others keep their bits, unless a product of finite float16
-numbers overflows in the backward pass. Tuning history and times: kernels/NOTES.md.
+S are the scores of a row and P its weights in the softmax of its query, whose log-sum-exp is lse_i;
+delta_i = do_i . o_i. If w2 > w1, (k, v) and (k2, v2) change places. No atomics: two runs give the
+same bits. As both backward kernels compute S and dP, FLOPs / (B H T w1 w2 D) are 4 forward and 16
+backward. Tuning history and times: kernels/NOTES.md.
 """
 
 import functools
@@ -36,20 +37,23 @@ except (ImportError, AttributeError):  # a Triton without this Gluon
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EDGE = tl.constexpr(16)  # keys per small block, at the start of a window
+EDGE = tl.constexpr(16)  # keys of a small block, at the start of a window; see key_blocks
 REPAIR_QUERIES = tl.constexpr(128)  # queries that a program of repair_kernel checks, at least
 PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
 BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
 WIDTHS = (16, 32, 64, 128)  # head dimensions
-# a KV cache changes these with every token: do not compile again
+# arguments that Triton does not specialize for: a KV cache changes them with every token
 VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "past", "N"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Tiles. Queries are numbered position by position, the GROUP query heads of a KV head side by side,
-# so that a tile is full whether GROUP is 1 or 64. A window w2 > OFFSETS takes several consecutive
-# tiles, one per chunk of OFFSETS offsets. With QUERIES = OFFSETS = 2, w2 = 4, rows (query, offset):
+# Tiles. The GROUP query heads of a KV head are numbered side by side, position by position:
+#     query = position * GROUP + head        (in q, (GROUP, Tq, D), it is row head * Tq + position)
+# Then a tile is full whether GROUP is 1 or 64. A window w2 > OFFSETS takes several consecutive
+# tiles, one per chunk of OFFSETS offsets. For QUERIES = OFFSETS = 2 and w2 = 4, the rows
+# (query, offset) are
 #     tile 0: (0, 0) (0, 1) (1, 0) (1, 1)     tile 1: (0, 2) (0, 3) (1, 2) (1, 3)
+#     tile 2: (2, 0) (2, 1) (3, 0) (3, 1)     tile 3: (2, 2) (2, 3) (3, 2) (3, 3)
 
 
 class Sizes(NamedTuple):
@@ -61,34 +65,39 @@ class Sizes(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The rows of a tile, (ROWS,) each, and the positions in k of its first and last query."""
+    """The rows (query i, offset d) of a tile, (ROWS,) each, and the range of its positions."""
 
     q_row: tl.tensor  # row of the query in the (GROUP, Tq) rows of q
-    position: tl.tensor  # of the query in k, i
-    position2: tl.tensor  # of the offset in k2, i - d
-    exists: tl.tensor
-    has_rivals: tl.tensor  # its query sees several pairs; with a single pair, P = 1 and dS = 0
-    first_position: tl.tensor
-    last_position: tl.tensor
+    position: tl.tensor  # i, of the query in k
+    position2: tl.tensor  # i - d, of the second key in k2
+    exists: tl.tensor  # the query exists, and the offset is in its window
+    has_rivals: tl.tensor  # the query sees several pairs; with a single pair, P = 1 and dS = 0
+    first_position: tl.tensor  # of the first query in k, a number
+    last_position: tl.tensor  # of the last query in k, a number
 
 
 @triton.jit
 def query_row(query, sizes, GROUP: tl.constexpr):
-    """Row of a query in the (GROUP, Tq) rows of q."""
+    """Return head * Tq + position, the row of query = position * GROUP + head in q (GROUP, Tq)."""
     return query % GROUP * sizes.Tq + query // GROUP
 
 
 @triton.jit
 def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
-    # -- rows: consecutive tiles hold the chunks of offsets of the same queries --
+    # Return tile number `index`: the Tile of QUERIES queries and one chunk of OFFSETS offsets.
+
+    # -- query and offset of each row: the chunks of the same queries are consecutive tiles --
     row = tl.arange(0, QUERIES * OFFSETS)
     chunks = tl.cdiv(sizes.w2, OFFSETS)
     query = index // chunks * QUERIES + row // OFFSETS
     offset = index % chunks * OFFSETS + row % OFFSETS
+
+    # -- position of the query in q, in k (i) and in k2 (i2): q has the last positions --
     step = tl.minimum(query // GROUP, sizes.Tq - 1)  # rows past the end repeat the last position
     i = step + sizes.Tk - sizes.Tq
     i2 = step + sizes.Tk2 - sizes.Tq
     exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
+    # the query has min(i + 1, w1) * min(i2 + 1, w2) pairs: is that more than one?
     has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
 
     # -- positions of the first and the last query --
@@ -102,7 +111,7 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
 
 @triton.jit
 def own_rows(PADDED: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr):
-    """is_own[q, r]: is row r of a tile a row of its query q? [PADDED, ROWS]"""
+    """Return is_own [PADDED, ROWS]: does row r of a tile, query r // OFFSETS, belong to query q?"""
     return tl.arange(0, PADDED)[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
 
 
@@ -111,8 +120,8 @@ def block_queries(
     query_block, sizes,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """-> rows of the QUERIES queries of a block in (GROUP, Tq), and which of PADDED exist."""
-    query_index = tl.arange(0, PADDED)
+    """Return the rows in q (GROUP, Tq) of a block of queries, and which of them exist. [PADDED]"""
+    query_index = tl.arange(0, PADDED)  # QUERIES, padded to the 16 rows that a product needs
     query = query_block * QUERIES + query_index
     mask = (query_index < QUERIES) & (query < GROUP * sizes.Tq)
     return query_row(query, sizes, GROUP), mask
@@ -120,10 +129,13 @@ def block_queries(
 
 @triton.jit
 def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
-    """The keys that a tile sees, first_key ... end - 1. -> first_key, first_block, end
+    """Divide the keys that a tile sees into blocks. -> first_key, first_block, end
 
-    Whole blocks of BLOCK_N keys go from first_block to end, as many as fit into a window. The few
-    keys before them, which not all rows see, take small blocks of EDGE keys.
+        | EDGE | ... | EDGE |   BLOCK_N   |   BLOCK_N   | ... |   BLOCK_N   |
+        first_key           first_block                                     end
+
+    Whole blocks of BLOCK_N keys end at the last query, and are as many as fit into a window. The
+    few keys before them, which not all rows see, take small blocks of EDGE keys.
     """
     first_key = tl.maximum(tile.first_position - w1 + 1, 0)
     end = tile.last_position + 1
@@ -133,31 +145,37 @@ def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def is_visible(position, key, w1, end):
+    # a query at `position` sees the w1 keys up to its own; keys from `end` on do not count
     return (key <= position) & (key > position - w1) & (key < end)
 
 
 @triton.jit
 def load_rows(ptr, rows, mask, D: tl.constexpr):
+    # load rows of a matrix of D columns, 0 where the mask is False: [len(rows), D]
     ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
     return tl.load(ptrs, mask=mask[:, None], other=0.0)
 
 
 @triton.jit
 def load_keys(k_ptr, v_ptr, start, end, SIZE: tl.constexpr, D: tl.constexpr):
-    """-> k and v at start ... start + SIZE - 1, 0 from end on. [SIZE, D]"""
+    """Return k and v at the positions start ... start + SIZE - 1, [SIZE, D]; 0 from `end` on."""
     key = start + tl.arange(0, SIZE)
     return load_rows(k_ptr, key, key < end, D), load_rows(v_ptr, key, key < end, D)
 
 
 @triton.jit
 def load_block(ptr, start, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    # load a whole block of keys, which needs no mask: [BLOCK_N, D]
     rows = start + tl.arange(0, BLOCK_N)
     return tl.load(ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
 
 
 @triton.jit
 def multiply_rows(x_ptr, y_ptr, tile, mask, factor, D: tl.constexpr):
-    """factor * x_i * y_{i-d}, rounded once; 0 outside the mask. [ROWS, D]"""
+    """Return factor * x_i * y_{i-d} of each row (i, d) of a tile, 0 outside the mask. [ROWS, D]
+
+    x: q or do, which have a row per query. y: k2 or v2, which have a row per position.
+    """
     x = load_rows(x_ptr, tile.q_row, mask, D).to(tl.float32)
     y = load_rows(y_ptr, tile.position2, mask, D).to(tl.float32)
     return (x * factor * y).to(x_ptr.dtype.element_ty)
@@ -173,9 +191,9 @@ class Head(NamedTuple):
     q_ptr: tl.tensor  # (GROUP, Tq, D)
     k_ptr: tl.tensor  # (Tk, D)
     v_ptr: tl.tensor
-    k_blocks: tl.tensor  # TMA descriptors of all heads
+    k_blocks: tl.tensor  # TMA descriptors, (B * Hkv * Tk, D): these have the rows of all heads
     v_blocks: tl.tensor
-    first_row: tl.tensor  # of this head in them
+    first_row: tl.tensor  # of this head in the descriptors
     k2_ptr: tl.tensor  # (Tk2, D)
     v2_ptr: tl.tensor
     o_ptr: tl.tensor  # (GROUP, Tq, D)
@@ -187,7 +205,7 @@ def select_head(
     q_ptr, k_ptr, v_ptr, k_blocks, v_blocks, k2_ptr, v2_ptr, o_ptr, lse_ptr, sizes,
     GROUP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Return the Head that this program computes."""
+    """Return the Head that this program computes: KV head bh, so skip the bh heads before it."""
     bh = tl.program_id(1).to(tl.int64)
     q_ptr += bh * GROUP * sizes.Tq * D
     o_ptr += bh * GROUP * sizes.Tq * D
@@ -207,8 +225,9 @@ def attend_block(
 ):  # fmt: skip
     """Add a block of keys to acc = sum exp2(S - m_i) V and l_i = sum exp2(S - m_i) of each row.
 
-    is_partial: some row does not see the whole block. needs_max: None, then m_i stays 0; or the
-    rows that need a running maximum. The others keep their bits.
+    qk2 [ROWS, D]: q * k2 of the rows. k and v [BLOCK_N, D]: the block, from key `start` on.
+    is_partial: whether some row does not see the whole block. needs_max: None, and m_i stays 0; or
+    which rows [ROWS] need a running maximum, while the others keep their bits.
     """
     # -- compute scores, in base 2 --
     s = tl.dot(qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
@@ -243,7 +262,10 @@ def attend(
     head, qk2, tile, w1, needs_max,
     D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend from the rows of a tile to their windows. -> acc [ROWS, D], m_i and l_i [ROWS]"""
+    """Attend from the rows of a tile, qk2 [ROWS, D], to their windows of w1 keys.
+
+    Returns the sums of attend_block: acc [ROWS, D], m_i and l_i [ROWS].
+    """
     ROWS: tl.constexpr = qk2.shape[0]
     first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
     m_i = tl.zeros((ROWS,), tl.float32)
@@ -260,7 +282,7 @@ def attend(
             PRECISION,
         )  # fmt: skip
 
-    # -- whole blocks; only those past the first query need a mask --
+    # -- whole blocks; a mask is needed only where a block goes on after the first query --
     for start in range(first_block, end, BLOCK_N):
         k = head.k_blocks.load([head.first_row + start, 0])  # [BLOCK_N, D]
         v = head.v_blocks.load([head.first_row + start, 0])
@@ -274,10 +296,10 @@ def attend(
 
 @triton.jit
 def sum_rows(is_member, x, PRECISION: tl.constexpr):
-    """is_member [R, ROWS] bool, x [ROWS, D] -> [R, D], the sum of the rows that are members
+    """Return sums of rows, [R, D]: sum r takes the rows of x [ROWS, D] where is_member[r] is True.
 
-    The sum is a product with a 0/1 matrix, where 0 * inf = NaN would reach all sums. So a row that
-    is not finite is taken out, and makes NaN of the sums that it is a member of.
+    The sum is a product with a 0/1 matrix, where 0 * inf = NaN would reach all sums. So rows that
+    are not finite are replaced by 0, and then the sums that they belong to are set to NaN.
     """
     is_bad = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 0  # [ROWS]
     x = tl.where(is_bad[:, None], 0.0, x)
@@ -293,18 +315,20 @@ def combine_rows(
 ):  # fmt: skip
     """Combine the rows of each query: a softmax over its offsets. -> o [PADDED, D], lse [PADDED]
 
-    acc [ROWS, D], m_i and l_i [ROWS]: from attend. lse is in base 2, -inf without a pair.
+    acc [ROWS, D], m_i and l_i [ROWS]: from attend. is_own [PADDED, ROWS]: which row belongs to
+    which query. lse is in base 2, and -inf for a query without a pair.
     """
-    # -- share of each row in the softmax of its query; "/ l_i" because acc is not normalized --
+    # -- maximum m_q and sum l_q of each query, over its rows --
     m_i = tl.where(tile.exists, m_i, -float("inf"))
     m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
     m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
     p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
     l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
     l_safe = tl.where(l_q == 0.0, 1.0, l_q)
+    # share of each row in its query: the sum has one term; "/ l_i" because acc is not normalized
     share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
 
-    # -- multiply by v2, sum the rows of each query --
+    # -- multiply by v2 and add up the rows of each query, by a product with the 0/1 matrix --
     v2 = load_rows(v2_ptr, tile.position2, tile.exists, D)  # [ROWS, D]
     x = (acc * share[:, None] * v2).to(v2.dtype)
     if REPAIR:
@@ -317,7 +341,10 @@ def combine_rows(
 
 @triton.jit
 def merge_chunk(o, lse, o_chunk, lse_chunk):
-    """Merge o [PADDED, D] and lse [PADDED] with those of another chunk: a softmax over chunks."""
+    """Merge o [PADDED, D] and lse [PADDED] of the offsets so far with those of another chunk.
+
+    The weight of each is exp2(lse) / (exp2(lse) + exp2(lse_chunk)), or 0 where lse is -inf.
+    """
     m = tl.maximum(lse, lse_chunk)
     m = tl.where(m == -float("inf"), 0.0, m)
     weight = tl.exp2(lse - m)
@@ -334,20 +361,21 @@ def forward_queries(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
-    """Compute o and lse of QUERIES queries.
+    """Compute o and lse of QUERIES queries, over all their offsets.
 
-    There is no running maximum: a query whose sums leave the range of the dtype, or whose output is
-    not finite, gets lse = inf. With REPAIR, only these are computed, their sums with a maximum.
+    There is no running maximum: where a sum leaves the range of the dtype, o is NaN. With REPAIR,
+    such sums are computed with a maximum, and only the queries that had lse = inf are stored.
     """
     ROWS: tl.constexpr = QUERIES * OFFSETS
-    PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
+    PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # a matrix product needs 16 rows
     dtype = head.q_ptr.dtype.element_ty
     # range of sum exp2(S) without a maximum: v up to 2^67 cannot overflow, P fits float16
     LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0**-60
     MOST: tl.constexpr = 2.0**15 if dtype == tl.float16 else 2.0**60
 
+    # these queries have one tile for each chunk of OFFSETS offsets, from first_tile on
     chunks = tl.cdiv(sizes.w2, OFFSETS)
-    qk_scale = tl.cast(scale, tl.float32) * LOG2E
+    qk_scale = tl.cast(scale, tl.float32) * LOG2E  # exp(scale * s) = exp2(qk_scale * s)
     is_own = own_rows(PADDED, ROWS, OFFSETS)  # [PADDED, ROWS]
     o = tl.zeros((PADDED, D), tl.float32)
     lse = tl.full((PADDED,), -float("inf"), tl.float32)
@@ -364,7 +392,7 @@ def forward_queries(
         else:
             l_i = tl.where(needs_max, float("nan"), l_i)
 
-        # -- combine the rows of each query, merge with the chunks before --
+        # -- combine the rows of each query, and merge the result with the chunks before --
         o_chunk, lse_chunk = combine_rows(
             acc, m_i, l_i, head.v2_ptr, tile, is_own, D, PRECISION, REPAIR
         )
@@ -377,8 +405,8 @@ def forward_queries(
         else:
             qk2 = tl.zeros((ROWS, D), dtype)
 
-    # -- store --
-    row, mask = block_queries(query_block, sizes, GROUP, QUERIES, PADDED)
+    # -- store; lse in natural logarithms --
+    row, mask = block_queries(query_block, sizes, GROUP, QUERIES, PADDED)  # rows of q
     if REPAIR:
         mask &= tl.load(head.lse_ptr + row, mask=mask, other=0.0) == float("inf")
     o_ptrs = head.o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
@@ -396,7 +424,7 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o, lse = attention(q, k, v, k2, v2) of a tile; repair_kernel takes rows out of range."""
+    """Compute o and lse of QUERIES queries of KV head program_id(1). See forward_queries."""
     query_block = tl.program_id(0)
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     head = select_head(
@@ -418,7 +446,7 @@ def repair_kernel(
 
     An inf in v reaches all rows of a tile, as 0 * inf = NaN. Usually there is nothing to repair.
     """
-    TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)
+    TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)  # blocks of QUERIES queries to check
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     first_tile = tl.program_id(0) * TILES
     query = first_tile * QUERIES + tl.arange(0, TILES * QUERIES)
@@ -432,10 +460,10 @@ def repair_kernel(
     is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
     needs_repair = (lse == float("inf")) | ~is_finite
 
-    # -- recompute the tiles that hold one --
+    # -- recompute the blocks that hold one, and store these queries only --
     if tl.max(needs_repair.to(tl.int32), 0) > 0:
-        tl.store(lse_ptr + row, float("inf"), mask=mask & needs_repair)
-        tl.debug_barrier()  # forward_queries reads it
+        tl.store(lse_ptr + row, float("inf"), mask=mask & needs_repair)  # marks these queries
+        tl.debug_barrier()  # forward_queries reads the marks
         for tile in range(first_tile, first_tile + TILES):
             if tl.max((needs_repair & (query // QUERIES == tile)).to(tl.int32), 0) > 0:
                 head = select_head(
@@ -449,7 +477,7 @@ def repair_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Backward: dq, dk2 and dv2, a program per piece of queries
+# Backward: dq, dk2 and dv2, a program per piece of `piece` query positions
 
 
 class BackwardHead(NamedTuple):
@@ -462,7 +490,7 @@ class BackwardHead(NamedTuple):
     v2_ptr: tl.tensor
     do_ptr: tl.tensor  # (GROUP, Tq, D)
     lse_ptr: tl.tensor  # (GROUP, Tq)
-    delta_ptr: tl.tensor
+    delta_ptr: tl.tensor  # (GROUP, Tq), sum of o * do over the channels
 
 
 @triton.jit
@@ -470,7 +498,7 @@ def select_backward_head(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, bh, sizes,
     GROUP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Return the BackwardHead of KV head bh in the batch."""
+    """Return the BackwardHead of KV head bh of the batch: skip the bh heads before it."""
     q_ptr += bh * GROUP * sizes.Tq * D
     do_ptr += bh * GROUP * sizes.Tq * D
     lse_ptr += bh * GROUP * sizes.Tq
@@ -489,7 +517,7 @@ class RowInputs(NamedTuple):
     dov2: tl.tensor  # do_i * v2_{i-d}, [ROWS, D]
     lse: tl.tensor  # in base 2, [ROWS]; inf where a row does not exist: exp2(s - inf) = 0
     delta: tl.tensor  # [ROWS]
-    position: tl.tensor  # [ROWS]
+    position: tl.tensor  # of the query in k, [ROWS]
 
 
 @triton.jit
@@ -497,7 +525,10 @@ def make_row_operands(
     head, tile_index, sizes, qk_scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """-> qk2, dov2. dov2 is 0 where a query sees a single pair; as delta is too, dS = 0 exactly."""
+    """Return qk2 = q_i * k2_{i-d} * qk_scale and dov2 = do_i * v2_{i-d} of a tile, [ROWS, D].
+
+    Where a query sees a single pair, dov2 is 0. As delta is 0 too, dS is exactly 0 there.
+    """
     tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
     qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)
     tl.debug_barrier()  # without it all loads come first, and registers spill
@@ -506,7 +537,7 @@ def make_row_operands(
 
 @triton.jit
 def load_row_inputs(head, tile, qk2, dov2):
-    """Load lse and delta of the rows of a tile. -> RowInputs"""
+    """Load lse and delta of the queries of a tile, [ROWS]. Return the RowInputs."""
     lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
     delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
     return RowInputs(qk2, dov2, lse, delta, tile.position)
@@ -514,7 +545,7 @@ def load_row_inputs(head, tile, qk2, dov2):
 
 @triton.jit
 def backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION: tl.constexpr):
-    """Add a block of keys to pv = P V and dsk = dS K of each row."""
+    """Add a block of keys to pv = P V and dsk = dS K of each row, [ROWS, D]. k, v: [BLOCK_N, D]"""
     # -- recompute p --
     s = tl.dot(rows.qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
     p = tl.exp2(s - rows.lse[:, None])
@@ -544,7 +575,7 @@ def attend_backward(
         k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         pv, dsk = backward_block(pv, dsk, rows, k, v, start, first_block, w1, True, PRECISION)
 
-    # -- whole blocks; only those past the first query need a mask --
+    # -- whole blocks; a mask is needed only where a block goes on after the first query --
     for start in range(first_block, end, BLOCK_N):
         k = load_block(head.k_ptr, start, BLOCK_N, D)
         v = load_block(head.v_ptr, start, BLOCK_N, D)
@@ -560,22 +591,26 @@ def k2_rows(
 ):  # fmt: skip
     """Return which rows of a tile read which position of k2, and where it is in the buffer.
 
-    -> reads [K2_ROWS, ROWS], 0 or 1, buffer_row [K2_ROWS]; chunk: of the tile's offsets.
+    reads [K2_ROWS, ROWS]: 1 where the row reads the position, else 0. buffer_row [K2_ROWS]: row of
+    the position in the program's buffer of dk2 and dv2. chunk: which chunk of offsets the tile has.
     """
     LARGER: tl.constexpr = OFFSETS if OFFSETS > QUERIES else QUERIES
-    # positions of k2 that a tile reads: at most QUERIES + OFFSETS - 1, padded to a power of two
+    # a tile reads at most QUERIES + OFFSETS - 1 positions, here padded to a power of two
     K2_ROWS: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
     first_position2 = tile.first_position - sizes.Tk + sizes.Tk2  # of the first query in k2
-    first_read = first_position2 - chunk * OFFSETS - OFFSETS + 1  # its largest offset
+    first_read = first_position2 - chunk * OFFSETS - OFFSETS + 1  # where its largest offset leads
     k2_position = tl.arange(0, K2_ROWS) + first_read
     reads = (k2_position[:, None] == tile.position2[None, :]).to(dtype)
-    # the last row of the buffer is the last position of the piece
+
+    # the last row of the buffer, buffer_rows - 1, is the last position of the piece
+    #     | w2 - 1 positions before the piece |     piece     |
     q_position = k2_position - (sizes.Tk2 - sizes.Tq)
     return reads, q_position + buffer_rows - piece * (tl.program_id(0) + 1)
 
 
 @triton.jit
 def add_to_buffer(ptr, x, rows, mask, D: tl.constexpr):
+    # add x [len(rows), D] to rows of a buffer in memory
     ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(ptrs, tl.load(ptrs, mask=mask[:, None], other=0.0) + x, mask=mask[:, None])
 
@@ -590,12 +625,12 @@ def dq_dk2_dv2_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of the `piece` positions of a program, and their share of dk2 and dv2.
+    """Compute dq of `piece` query positions, and what they add to dk2 and dv2.
 
-    The shares go to a buffer of the program. Its last `piece` rows are the positions of its
-    queries; its first w2 - 1 rows are the positions before, which its first queries see as well.
+    Sums for dk2 and dv2 go to a buffer of this program alone. Its last `piece` rows are the
+    positions of its queries, its first w2 - 1 rows those before, which these queries see as well.
     """
-    PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # least rows of a product
+    PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # a matrix product needs 16 rows
     dtype: tl.constexpr = q_ptr.dtype.element_ty
 
     # -- select the KV head --
@@ -606,9 +641,9 @@ def dq_dk2_dv2_kernel(
     )
     dq_ptr += bh * GROUP * Tq * D
 
-    # -- steps of this program: tiles, and the chunks of their offsets --
+    # -- tiles of this program: a tile for each chunk of OFFSETS offsets of QUERIES queries --
     chunks = tl.cdiv(w2, OFFSETS)
-    steps = piece * GROUP // QUERIES * chunks
+    steps = piece * GROUP // QUERIES * chunks  # how many tiles
     first_tile = tl.program_id(0) * steps
     last_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
     scale = tl.cast(scale, tl.float32)
@@ -617,18 +652,18 @@ def dq_dk2_dv2_kernel(
     )
     dq = tl.zeros((PADDED, D), tl.float32)
     for tile_index in range(first_tile, last_tile):
-        # -- compute pv and dsk of each row --
+        # -- compute pv = P V and dsk = dS K of each row, [ROWS, D] --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
         rows = load_row_inputs(head, tile, qk2, dov2)
         pv, dsk = attend_backward(head, rows, tile, w1, D, BLOCK_N, PRECISION)
 
-        # pv and dsk fill the registers. So the barriers below delay the loads, and the tile is made
-        # again: w1 > 0 is always true, but the compiler cannot know, so it does not keep the first.
+        # pv and dsk fill the registers. So barriers delay the loads below, and the tile is computed
+        # again, not kept: w1 > 0 is always true, but the compiler does not know it.
         same_index = tl.where(w1 > 0, tile_index, 0)
         same_bh = tl.where(w1 > 0, bh, 0)
         tile = make_tile(same_index, sizes, GROUP, QUERIES, OFFSETS)
 
-        # -- sum the rows that read the same position of k2, by a product with a 0/1 matrix --
+        # -- dv2 and dk2: sum the rows that read the same position of k2, by a 0/1 matrix --
         reads, buffer_row = k2_rows(
             tile, tile_index % chunks, sizes, piece, buffer_rows, QUERIES, OFFSETS, dtype
         )
@@ -644,19 +679,19 @@ def dq_dk2_dv2_kernel(
         add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
         tl.debug_barrier()
 
-        # -- sum the rows of each query; dq starts at 0 in its first chunk --
+        # -- dq: sum the rows of each query, and the chunks of offsets, from 0 in the first --
         k2 = load_rows(head.k2_ptr, tile.position2, tile.exists, D)
         is_own = own_rows(PADDED, QUERIES * OFFSETS, OFFSETS)  # [PADDED, ROWS]
         dsk_k2 = (dsk * k2).to(dtype)
         dq_chunk = tl.dot(is_own.to(dtype), dsk_k2, input_precision=PRECISION) * scale
         dq = tl.where(tile_index % chunks == 0, 0.0, dq) + dq_chunk
 
-        # -- store dq; the store of the last chunk is the one that stays --
+        # -- store dq: each chunk overwrites it, so the complete sum of the last chunk remains --
         q_row, mask = block_queries(tile_index // chunks, sizes, GROUP, QUERIES, PADDED)
         dq_ptrs = dq_ptr + q_row[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(dq_ptrs, dq.to(dtype), mask=mask[:, None])
 
-        # -- compute qk2 and dov2 of the next tile: here, for the reason given in forward_queries --
+        # -- compute qk2 and dov2 of the next tile: here, Triton keeps them in shared memory --
         qk2, dov2 = make_row_operands(
             head, tile_index + 1, sizes, scale * LOG2E, GROUP, D, QUERIES, OFFSETS
         )
@@ -676,7 +711,10 @@ def dk_dv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk = dS^T (q_i * k2_{i-d}) and dv = P^T (do_i * v2_{i-d}) of BLOCK_N keys."""
+    """Compute dk = dS^T (q_i * k2_{i-d}) and dv = P^T (do_i * v2_{i-d}) of BLOCK_N keys.
+
+    The sums are over the rows (query i, offset d) of all tiles with a query that sees the keys.
+    """
     # -- select the KV head --
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     bh = tl.program_id(1).to(tl.int64)
@@ -692,18 +730,18 @@ def dk_dv_kernel(
     k, v = load_keys(head.k_ptr, head.v_ptr, start, Tk, BLOCK_N, D)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
-    dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
+    dk_sum = tl.zeros((BLOCK_N, D), tl.float32)  # in float32, sums of all but the last tiles
     dv_sum = tl.zeros((BLOCK_N, D), tl.float32)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
 
-    # -- tiles with queries that see one of these keys: positions first ... end - 1 of q --
+    # -- tiles with a query that sees one of these keys: positions first ... end - 1 of q --
     first = tl.maximum(start - (Tk - Tq), 0)
     end = tl.minimum(start + BLOCK_N + w1 - 1, Tk) - (Tk - Tq)
-    first_block = first * GROUP // QUERIES
+    first_block = first * GROUP // QUERIES  # of QUERIES queries
     end_block = tl.cdiv(tl.maximum(end, first) * GROUP, QUERIES)
-    chunks = tl.cdiv(w2, OFFSETS)
+    chunks = tl.cdiv(w2, OFFSETS)  # tiles of a block: one per chunk of OFFSETS offsets
     for tile_index in range(first_block * chunks, end_block * chunks):
-        # -- load the rows; with a single pair, qk2 = 0 and lse = 0, so P = 1 and dk gets 0 --
+        # -- load the rows; if a query sees a single pair, qk2 = lse = 0, so P = 1 and dk gets 0 --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
         qk2 = multiply_rows(
             head.q_ptr, head.k2_ptr, tile, tile.has_rivals, qk_scale, D
@@ -713,7 +751,7 @@ def dk_dv_kernel(
         lse = tl.where(tile.exists, lse, float("inf"))  # exp2(s - inf) = 0
         delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
 
-        # -- recompute p, transposed --
+        # -- recompute p, transposed; it needs no mask if all queries see all keys --
         s = tl.dot(k, tl.trans(qk2), input_precision=PRECISION)  # [BLOCK_N, ROWS]
         p = tl.exp2(s - lse[None, :])
         sees_all = (start + BLOCK_N <= tile.first_position + 1) & (tile.last_position - w1 < start)
@@ -725,7 +763,7 @@ def dk_dv_kernel(
         ds = p * (tl.dot(v, tl.trans(dov2), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(qk2.dtype), qk2, dk, input_precision=PRECISION)
 
-        # -- float32: sum 64 tiles at a time, since one long sum would be the largest error --
+        # -- float32: sum 64 tiles at a time, since one long sum would lose the most digits --
         if PRECISION == "ieee":
             is_last = tile_index % 64 == 63
             dk_sum += tl.where(is_last, dk, 0.0)
@@ -733,7 +771,7 @@ def dk_dv_kernel(
             dk = tl.where(is_last, 0.0, dk)
             dv = tl.where(is_last, 0.0, dv)
 
-    # -- store; qk2 has a factor of LOG2E --
+    # -- store; LN2 removes the factor LOG2E of qk2 --
     is_seen = tl.load(is_seen_ptr + bh * Tk + key, mask=key < Tk, other=0) != 0
     dk = tl.where(is_seen[:, None], float("nan"), (dk + dk_sum) * LN2)
     dv = tl.where(is_seen[:, None], float("nan"), dv + dv_sum)
@@ -743,8 +781,10 @@ def dk_dv_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Backward: inf and NaN. P = 0 does not hide them in a product, as 0 * inf = NaN. So clean_kernel
-# replaces them by 0 first, and afterwards the gradients that depend on them are set to NaN.
+# Backward: inf and NaN. A query that sees one gets NaN, as do the gradients of what it sees; all
+# others keep their bits, unless a product of finite float16 numbers overflows. P = 0 does not hide
+# inf and NaN in a product, as 0 * inf = NaN. So clean_kernel first replaces them by 0, and
+# afterwards the gradients that depend on them are set to NaN.
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -753,12 +793,17 @@ def clean_kernel(
     is_bad_ptr, delta_ptr,  # (N,) int8, (N,) float32
     N, D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Copy x and y with 0 for inf and NaN, and flag rows with one. With o, delta = sum y * o."""
+    """Copy BLOCK_T rows of x and y with 0 for inf and NaN, and set is_bad where a row has one.
+
+    With o, the rows are queries and y is do: also compute delta = sum_d y * o of each.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs = rows[:, None] * D + tl.arange(0, D)[None, :]
     mask = (rows < N)[:, None]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK_T, D]
     y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+
+    # -- replace inf and NaN by 0 --
     is_finite_x = tl.abs(x) < float("inf")
     is_finite_y = tl.abs(y) < float("inf")
     tl.store(x_clean_ptr + offs, tl.where(is_finite_x, x, 0.0), mask=mask)
@@ -774,26 +819,33 @@ def clean_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def sum_buffers_kernel(
-    dk2_buffers_ptr, dv2_buffers_ptr,  # of dq_dk2_dv2_kernel
+    dk2_buffers_ptr, dv2_buffers_ptr,  # (B * Hkv, pieces, buffer_rows, D), of dq_dk2_dv2_kernel
     is_seen_ptr,  # (B, Hkv, Tk2) by a query with inf or NaN
     dk2_ptr, dv2_ptr,  # (B, Hkv, Tk2, D)
     Tk2, past, pieces, piece, buffer_rows,  # past: positions of k2 before the first query
     D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dk2 and dv2: add up the buffers that hold a position, in order. NaN where is_seen."""
+    """Compute dk2 and dv2 of BLOCK_T positions: add up the buffers that hold a position, in order.
+
+        positions    | piece 0 | piece 1 | piece 2 |
+        buffer 1         | - - |=========|
+        buffer 2                   | - - |=========|
+
+    Buffer n holds piece n (=), and the w2 - 1 positions before it (-) that its queries see as well.
+    """
     bh = tl.program_id(1).to(tl.int64)
     position = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = position < Tk2
     q_position = position - past  # negative before the first query
 
-    # A position is in the buffer of its own piece and in those of up to `reach` pieces after it.
+    # a position is in the buffer of its own piece, and in those of up to `reach` pieces after it
     reach = tl.cdiv(buffer_rows - piece, piece)
-    own_piece = (q_position + reach * piece) // piece - reach  # // of a number >= 0 rounds down
+    own_piece = (q_position + reach * piece) // piece - reach  # // rounds down numbers >= 0 only
     dk2 = tl.zeros((BLOCK_T, D), tl.float32)
     dv2 = tl.zeros((BLOCK_T, D), tl.float32)
     for b in range(reach + 1):
-        n = own_piece + b
-        row = q_position - (n + 1) * piece + buffer_rows  # a buffer ends at the end of its piece
+        n = own_piece + b  # number of the buffer
+        row = q_position - (n + 1) * piece + buffer_rows  # in buffer n, which ends with its piece
         mask = exists & (n >= 0) & (n < pieces) & (row >= 0)
         buffer_row = (bh * pieces + n) * buffer_rows + row
         dk2 += load_rows(dk2_buffers_ptr, buffer_row, mask, D)
@@ -815,7 +867,7 @@ class Config(NamedTuple):
     block_n: int  # keys per block
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # most registers per thread
+    maxnreg: int | None = None  # limit of registers per thread
 
 
 # Chosen by time on one H200, with registers spilled where that was faster (step 7 in NOTES.md).
@@ -852,7 +904,7 @@ def get_options(kernel, dtype, device, group, D, w2):
     return {
         "GROUP": group,
         "D": D,
-        "QUERIES": config.rows // offsets,
+        "QUERIES": config.rows // offsets,  # per tile
         "OFFSETS": offsets,
         "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
@@ -886,7 +938,7 @@ def hopper_plan(q, k, w1, w2):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int
 ) -> tuple[Tensor, Tensor]:
-    """-> o like q, lse (B, H, Tq) float32 in natural logarithms. All inputs are contiguous."""
+    """Return o like q, and lse (B, H, Tq) float32 in natural logarithms. Inputs are contiguous."""
     o = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
@@ -926,8 +978,8 @@ def forward(
 def clean(x, y, o=None):
     """Replace inf and NaN in x and y by 0. With o, compute delta = (y * o).sum(-1), too.
 
-    x, y and o (..., D) -> x and y cleaned (..., D); is_bad (...), which rows had an inf or NaN, in
-    delta as well; delta (...) float32, 0 where not finite, or None
+    x, y and o: (..., D). Returns x and y cleaned; is_bad (...), whether a row of x or y has inf or
+    NaN, or its delta is not finite; delta (...) float32, 0 where it is not finite, or None.
     """
     x_clean = torch.empty_like(x)
     y_clean = torch.empty_like(y)
@@ -940,15 +992,16 @@ def clean(x, y, o=None):
 
 
 def any_in_window(flags, w):
-    """flags (..., T) bool -> (..., T): whether one of flags[i - w + 1 ... i] is True, for each i"""
-    count = F.pad(flags.cumsum(-1), (w, 0))  # count[t + w]: flags up to t
-    return count[..., w:] > count[..., :-w]
+    """Return for each i whether one of flags[i - w + 1 ... i] is True. flags (..., T) bool."""
+    count = F.pad(flags.cumsum(-1), (w, 0))  # count[i + w]: how many of flags[0 ... i] are True
+    return count[..., w:] > count[..., :-w]  # those up to i, those up to i - w
 
 
 def seen_by(flags, T, w):
-    """flags (..., Tq) bool of the last Tq queries -> (..., T): does a True query see the position?
+    """Return for each of T positions whether a query with a True flag sees it, (..., T).
 
-    A position j is seen from j ... j + w - 1, which is a window in reversed order.
+    flags (..., Tq): of the last Tq positions. Position j is seen by j ... j + w - 1, which is a
+    window in reversed order.
     """
     padded = F.pad(flags, (T - flags.shape[-1], 0))
     return any_in_window(padded.flip(-1), w).flip(-1).to(torch.int8).contiguous()
@@ -958,7 +1011,7 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, o: Tensor, lse: Tensor,
     w1: int, w2: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dq, dk, dv, dk2, dv2"""
+    """Return dq, dk, dv, dk2 and dv2. do: the gradient with respect to o, (B, H, Tq, D)."""
     if q.numel() == 0:
         return tuple(torch.zeros_like(t) for t in (q, k, v, k2, v2))
     if w2 > w1:  # swap the roles, as forward does
@@ -972,22 +1025,22 @@ def backward(
     w1 = min(w1, Tk)
     w2 = min(w2, Tk2)
 
-    # bad queries: with inf or NaN in themselves or in their windows
+    # bad queries have inf or NaN in q, do, o or lse, or see it in their windows
     q, do, is_bad, delta = clean(q, do, o)  # is_bad and delta (B, H, Tq)
     k, v, has_bad, _ = clean(k, v)  # has_bad (B, Hkv, Tk)
     k2, v2, has_bad2, _ = clean(k2, v2)  # has_bad2 (B, Hkv, Tk2)
     sees_bad = any_in_window(has_bad, w1)[..., Tk - Tq :]  # (B, Hkv, Tq)
-    sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]
+    sees_bad |= any_in_window(has_bad2, w2)[..., Tk2 - Tq :]  # the queries are the last Tq
     is_bad |= sees_bad.repeat_interleave(group, 1) | ~lse.isfinite()
-    by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq)
+    by_kv_head = is_bad.unflatten(1, (Hkv, group)).any(2)  # (B, Hkv, Tq), is one of the group bad?
 
-    # with lse = inf, P = exp(S - lse) = 0: they add nothing to any gradient
+    # with lse = inf, P = exp(S - lse) = 0, so bad queries add nothing to any gradient
     lse = lse.masked_fill(is_bad, torch.inf)
     delta = delta.masked_fill(is_bad, 0)
     tensors = q, k, v, k2, v2, do, lse, delta
     sizes = Tq, Tk, Tk2, w1, w2, D**-0.5
 
-    # dk and dv
+    # dk and dv: one program per block of keys
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
     options = get_options("dk_dv", q.dtype, q.device, group, D, w2)
@@ -995,11 +1048,12 @@ def backward(
     is_seen = seen_by(by_kv_head, Tk, w1)
     dk_dv_kernel[(blocks, heads)](*tensors, is_seen, dk, dv, *sizes, **options)
 
-    # dq, and the shares of dk2 and dv2 in float32 buffers; a piece is a whole number of tiles
+    # dq, and sums for dk2 and dv2 in float32 buffers: one program, with a buffer, per piece of
+    # query positions. A piece is a whole number of tiles.
     options = get_options("dq_dk2_dv2", q.dtype, q.device, group, D, w2)
     piece = max(PIECE, options["QUERIES"])
     pieces = triton.cdiv(Tq, piece)
-    rows = piece + w2 - 1
+    rows = piece + w2 - 1  # of a buffer: the piece and the positions before it that it sees
     dq = torch.empty_like(q)
     dk2_buffers = torch.zeros(heads, pieces, rows, D, dtype=torch.float32, device=q.device)
     dv2_buffers = torch.zeros_like(dk2_buffers)
@@ -1007,7 +1061,7 @@ def backward(
     dq_dk2_dv2_kernel[(pieces, heads)](*tensors, *outputs, *sizes, piece, rows, **options)
     dq.masked_fill_(is_bad[..., None], torch.nan)
 
-    # dk2 and dv2, the sums of the buffers
+    # dk2 and dv2: add up the buffers
     dk2 = torch.empty_like(k2)
     dv2 = torch.empty_like(v2)
     is_seen = seen_by(by_kv_head, Tk2, w2)
@@ -1075,7 +1129,7 @@ def check(q, k, v, k2, v2, w1, w2):
 
 
 def attention(q, k, v, k2, v2, w1, w2):
-    """Causal 2-simplicial attention, from the last Tq positions.
+    """Compute causal 2-simplicial attention, from the last Tq positions.
 
     q (B, H, Tq, D), k and v (B, Hkv, Tk, D), k2 and v2 (B, Hkv, Tk2, D), all float32, float16 or
     bfloat16, D one of WIDTHS -> o (B, H, Tq, D), lse (B, H, Tq) float32 in natural logarithms, not

@@ -1,27 +1,22 @@
 """The forward pass of 2-simplicial attention for Hopper GPUs, in Gluon.
 
-For float16 and bfloat16, D = 64 or 128 and most windows; otherwise kernels/simplicial.py runs its
-forward_kernel. TFLOP/s in bfloat16 on one H200, windows 512 and 32, one query head per KV head: 508
-at D = 128 and 392 at D = 64 (forward_kernel: 368 and 328).
+As in simplicial.py, row (i, d) is query i with one of its offsets d < w2. It attends to k and v
+with q_i * k2_{i-d} as its query: S = (q * k2) K^T, P = exp2(S). Its P V is multiplied by v2_{i-d},
+and the rows of each query are added up. There is no running maximum: a query whose sums leave the
+range of the dtype gets lse = inf, and repair_kernel computes it again.
 
-As in simplicial.py, a row (i, d) is a query i with one of its offsets d < w2. It attends to k and v
-with q_i * k2_{i-d} for its query: S = (q * k2) K^T, P = exp2(S). Its P V is multiplied by v2_{i-d},
-and the rows of each query are added up.
-
-Gluon is the level below Triton: a kernel says which warps do what, and what waits for what.
+Gluon is the level below Triton: a kernel says which warps do what, and what waits for what. One
+program per multiprocessor goes from tile to tile (a persistent kernel). Its warpgroups, four warps
+each, have different jobs (warp specialization). The loader computes q * k2 and starts the loads of
+keys and values. The consumers, two or three warpgroups with 64 rows each, compute attention.
 
     TMA load    copies a block of a tensor to shared memory in the background
-    wgmma       a matrix product on the tensor cores, started by a warpgroup (four warps), which can
-                do something else until it waits for the result
-    mbarrier    a counter of arrivals in shared memory. Warps arrive at it, and so does a TMA load
-                when it is complete. Other warps wait until all expected arrivals have come.
+    wgmma       a matrix product on the tensor cores, which a warpgroup starts and later waits for
+    mbarrier    a counter of arrivals in shared memory; warps wait until all expected ones have come
 
-One program per multiprocessor goes from tile to tile (a persistent kernel), and its warpgroups have
-different jobs (warp specialization). The loader computes q * k2 and starts the TMA loads of keys
-and values. The consumers, two or three warpgroups with 64 rows each, compute attention.
-
-There is no running maximum, as in forward_kernel: a query whose sums leave the range of the dtype
-gets lse = inf and is left to repair_kernel.
+For float16 and bfloat16, D = 64 or 128 and most windows; otherwise forward_kernel runs. TFLOP/s in
+bfloat16 on one H200, windows 512 and 32, one query head per KV head: 508 at D = 128 and 392 at
+D = 64 (forward_kernel: 368 and 328).
 """
 
 import functools
@@ -60,32 +55,38 @@ class Config(NamedTuple):
     """The compile-time arguments. ROWS = QUERIES * OFFSETS."""
 
     GROUP: gl.constexpr  # query heads per KV head
-    D: gl.constexpr
+    D: gl.constexpr  # head dimension
     QUERIES: gl.constexpr  # per consumer; a tile has CONSUMERS * QUERIES
     OFFSETS: gl.constexpr  # per query, at least w2
     BLOCK_N: gl.constexpr  # keys per block
-    HAS_SMALL_BLOCK: gl.constexpr
-    CONSUMERS: gl.constexpr
+    HAS_SMALL_BLOCK: gl.constexpr  # each tile starts with a block of SMALL_BLOCK keys
+    CONSUMERS: gl.constexpr  # warpgroups that compute attention
 
 
 # --------------------------------------------------------------------------------------------------
-# Ring buffers in shared memory. Of all blocks that a program loads, block b is in slot b % SLOTS in
-# round b // SLOTS. Each slot has two mbarriers:
+# Ring buffers in shared memory. A program numbers the blocks that it loads, for all of its tiles.
+# Block b goes to slot b % SLOTS in round b // SLOTS, for example with SLOTS = 3:
+#     block    0  1  2 | 3  4  5 | 6  7  8
+#     slot     0  1  2 | 0  1  2 | 0  1  2
+#     round       0    |    1    |    2
+# Each slot has two mbarriers:
 #     full     the loader has filled the slot: consumers wait for it before they read
 #     empty    all consumers have read the slot: the loader waits for it before the next round
-# Each time that all expected arrivals have come, an mbarrier ends a phase and begins the next, from
-# phase 0 on. mbarrier.wait(barrier, phase % 2) waits for the end of a phase; for the phase before
-# phase 0, which the loader waits for in its first round, it returns at once.
+# An mbarrier counts arrivals, those of warps and of completed TMA loads. When all expected ones
+# have come, it ends a phase and begins the next: phase 0 in round 0, phase 1 in round 1, ...
+# mbarrier.wait(barrier, phase % 2) waits for the end of a phase. For the phase before phase 0,
+# which the loader waits for in round 0, it returns at once.
 
 
 class Ring(NamedTuple):
-    slots: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
+    slots: gl.shared_memory_descriptor  # [SLOTS, ...]
+    full: gl.shared_memory_descriptor  # an mbarrier per slot
     empty: gl.shared_memory_descriptor
 
 
 @gluon.jit
 def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    # make the mbarriers of a ring buffer that READERS consumers read
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -96,12 +97,15 @@ def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.jit
 def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr):
-    """Wait until the slot of a block is empty, then start the TMA load of `size` keys into it."""
+    """Wait until the slot of a block is empty, then start the TMA load of `size` keys into it.
+
+    desc: a tensor (B * Hkv, Tk, D). The keys are those of KV head bh from position `start` on.
+    """
     SLOTS: gl.constexpr = ring.full.shape[0]
     slot = block % SLOTS
     full = ring.full.index(slot)
-    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)  # phase: the round before
-    mbarrier.expect(full, size * D * 2)  # how many bytes complete it
+    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)  # phase: of the round before
+    mbarrier.expect(full, size * D * 2)  # how many bytes complete it: 2 per element
     target = ring.slots.index(slot).slice(0, size, 1)
     tma.async_copy_global_to_shared(desc, [bh, start, 0], full, target)
 
@@ -110,7 +114,7 @@ def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr
 def wait_full(ring, block):
     """Wait until a block is loaded."""
     SLOTS: gl.constexpr = ring.full.shape[0]
-    mbarrier.wait(ring.full.index(block % SLOTS), block // SLOTS & 1)  # phase: this round
+    mbarrier.wait(ring.full.index(block % SLOTS), block // SLOTS & 1)  # phase: of this round
 
 
 @gluon.jit
@@ -122,12 +126,15 @@ def read_slot(ring, block, size: gl.constexpr):
 
 @gluon.jit
 def release(ring, block):
-    """Tell the loader that this consumer has read a block."""
+    """Tell the loader that this consumer has read a block, whose slot it can fill again."""
     mbarrier.arrive(ring.empty.index(block % ring.full.shape[0]), count=1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Tiles. Queries are numbered position by position, the GROUP query heads of a KV head side by side.
+# Tiles. The GROUP query heads of a KV head are numbered side by side, position by position:
+#     query = position * GROUP + head        (in q, (GROUP, Tq, D), it is row head * Tq + position)
+# A tile has CONSUMERS * QUERIES consecutive queries; each consumer computes QUERIES of these, with
+# OFFSETS offsets each: rows (query 0, offset 0), (query 0, offset 1), ..., (query 1, offset 0), ...
 
 
 class KeyBlocks(NamedTuple):
@@ -139,20 +146,22 @@ class KeyBlocks(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a consumer, [ROWS] each."""
+    """The rows (query i, offset d) of a consumer, [ROWS] each."""
 
-    position: gl.tensor  # of the query in k, i
-    position2: gl.tensor  # of the offset in k2, i - d
-    exists: gl.tensor  # is there such a query, and such an offset in its window?
+    position: gl.tensor  # i, of the query in k
+    position2: gl.tensor  # i - d, of the second key in k2
+    exists: gl.tensor  # the query exists, and the offset is in its window
 
 
 @gluon.jit
 def tile_keys(tile, sizes, config: gl.constexpr):
     """Divide the keys that a tile sees, from first_key to its last position, into KeyBlocks.
 
-        first_key | rest | BLOCK_N | BLOCK_N | ... | BLOCK_N | end
+        | rest | BLOCK_N | BLOCK_N | ... | BLOCK_N |
+        first_key                                  end
 
-    The rest goes to the small block if it fits, else to one more block of BLOCK_N.
+    There are as many blocks of BLOCK_N keys as fit into a window. The rest, which not all queries
+    see, goes to a small block if it fits, else to one more block of BLOCK_N.
     """
     BLOCK_N: gl.constexpr = config.BLOCK_N
     TILE_QUERIES: gl.constexpr = config.CONSUMERS * config.QUERIES
@@ -164,7 +173,7 @@ def tile_keys(tile, sizes, config: gl.constexpr):
     last_position = gl.minimum(last_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     end = last_position + 1
 
-    # -- whole blocks, and the rest --
+    # -- whole blocks, and the keys before them --
     count = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
     first_key = gl.maximum(first_position - sizes.w1 + 1, 0)
     rest = end - count * BLOCK_N - first_key
@@ -173,25 +182,26 @@ def tile_keys(tile, sizes, config: gl.constexpr):
     use_small = (rest > 0) & (rest <= SMALL_BLOCK) & (count > 0) & config.HAS_SMALL_BLOCK
     # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
     small_start = gl.where(use_small, end - count * BLOCK_N - SMALL_BLOCK, -SMALL_BLOCK)
-    needs_block = ((rest > 0) & (use_small == 0)) | (count == 0)  # at least one
+    needs_block = ((rest > 0) & (use_small == 0)) | (count == 0)  # a tile has at least one block
     count += needs_block.to(gl.int32)
     return KeyBlocks(small_start, end - count * BLOCK_N, count)
 
 
 @gluon.jit
 def consumer_rows(first_query, row, sizes, config: gl.constexpr):
-    """Return the Rows of a consumer from its first query on. row: 0 ... ROWS - 1, in any layout"""
+    """Return the Rows of a consumer whose first query is first_query. row: 0 ... ROWS - 1"""
     query = first_query + row // config.OFFSETS
     offset = row % config.OFFSETS
-    t = gl.minimum(query // config.GROUP, sizes.Tq - 1)  # in q; rows past the end repeat the last
-    i2 = t + sizes.Tk2 - sizes.Tq
+    # positions in q (t), in k (i) and in k2 (i2); rows past the end repeat the last position
+    t = gl.minimum(query // config.GROUP, sizes.Tq - 1)
+    i2 = t + sizes.Tk2 - sizes.Tq  # i = t + sizes.Tk - sizes.Tq
     exists = (query < sizes.Tq * config.GROUP) & (offset < sizes.w2) & (offset <= i2)
     return Rows(t + sizes.Tk - sizes.Tq, i2 - offset, exists)
 
 
 @gluon.jit
 def query_row(query, Tq, GROUP: gl.constexpr):
-    """Return where the query is in q, as a row of (GROUP, Tq)."""
+    """Return head * Tq + position, the row of query = position * GROUP + head in q (GROUP, Tq)."""
     return query % GROUP * Tq + query // GROUP
 
 
@@ -201,26 +211,26 @@ def query_row(query, Tq, GROUP: gl.constexpr):
 
 @gluon.jit
 def store_qk2(slot, q_ptr, k2_ptr, qk_scale, first_query, sizes, config: gl.constexpr):
-    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows, [ROWS, D], in shared memory."""
+    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows (i, d), [ROWS, D], in shared memory."""
     GROUP: gl.constexpr = config.GROUP
     D: gl.constexpr = config.D
     OFFSETS: gl.constexpr = config.OFFSETS
-    # each thread has 8 channels, 16 bytes, and D // 8 threads have a row
+    # a thread has 8 channels of a row, 16 bytes; a warp has 256 // D rows of D // 8 threads each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     offset = gl.arange(0, OFFSETS, gl.SliceLayout(1, LAYOUT))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
 
-    # one query after the other, so that each is read once and not once per offset
+    # one query after the other, because then each is read once and not once per offset
     for n in gl.static_range(config.QUERIES):
         query = gl.minimum(first_query + n, sizes.Tq * GROUP - 1)
-        i2 = query // GROUP + sizes.Tk2 - sizes.Tq
+        i2 = query // GROUP + sizes.Tk2 - sizes.Tq  # position of the query in k2
         exists = (offset < sizes.w2) & (offset <= i2) & (first_query + n < sizes.Tq * GROUP)
         q = gl.load(q_ptr + query_row(query, sizes.Tq, GROUP) * D + offs_d)  # [D]
         q = q.to(gl.float32) * qk_scale
         k2_ptrs = k2_ptr + (i2 - offset)[:, None] * D + offs_d[None, :]
         k2 = gl.load(k2_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)  # [OFFSETS, D]
         qk2 = (q[None, :] * k2).to(q_ptr.dtype.element_ty)
-        slot.slice(n * OFFSETS, OFFSETS).store(qk2)
+        slot.slice(n * OFFSETS, OFFSETS).store(qk2)  # the rows of query n
 
 
 @gluon.jit
@@ -230,16 +240,19 @@ def loader(
 ):  # fmt: skip
     """Load what the consumers need for all tiles of this program, waiting only for empty slots.
 
-    qk2_ring has a slot for each consumer, which is filled once per tile.
+    k_ring and v_ring have a slot for each block in flight. qk2_ring has a slot for each consumer,
+    which is filled once per tile.
     """
     BLOCK_N: gl.constexpr = config.BLOCK_N
-    block = 0  # blocks of all tiles so far
-    parity = 1  # of the phase of qk2_ring.empty: the tile before
+    block = 0  # number of the block, over all tiles of this program
+    parity = 1  # of the phase of qk2_ring.empty, that of the tile before
+    # this program's tiles, when those of all heads are numbered in order
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
-        bh = pid // sizes.tiles
+        bh = pid // sizes.tiles  # KV head in the batch
         tile = pid % sizes.tiles
 
         # -- q * k2 of each consumer, once it has read that of the tile before --
+        # q (GROUP, Tq, D) and k2 (Tk2, D) of this head
         q = q_ptr + bh.to(gl.int64) * config.GROUP * sizes.Tq * config.D
         k2 = k2_ptr + bh.to(gl.int64) * sizes.Tk2 * config.D
         for consumer_id in gl.static_range(config.CONSUMERS):
@@ -264,14 +277,16 @@ def loader(
 
 
 # --------------------------------------------------------------------------------------------------
-# Consumer. While the tensor cores multiply, exp2 runs on other units:
+# Consumer. Per block of keys it computes S = (q * k2) K^T, P = exp2(S) and P V. While the tensor
+# cores multiply, exp2 runs on other units:
 #     tensor cores     S of block 1 | P V of block 0 | S of block 2 | P V of block 1 | ...
 #     other units                   | P of block 1   |              | P of block 2   | ...
 
 
 @gluon.constexpr_function
 def wgmma_layout(columns):
-    """Which thread holds which element of a wgmma result, [ROWS, columns]"""
+    """Return which thread holds which element of a wgmma result, [ROWS, columns]."""
+    # version 3 is Hopper's; each of the four warps has 16 of the 64 rows
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
     )
@@ -282,7 +297,7 @@ class Inputs(NamedTuple):
 
     qk2: gl.tensor  # q * k2 of its rows, [ROWS, D], in registers
     position: gl.tensor  # of its rows in k, [ROWS]
-    w1: gl.tensor
+    w1: gl.tensor  # window in k and v
     k_ring: Ring
     v_ring: Ring
 
@@ -300,9 +315,10 @@ def start_scores(inputs, block, size: gl.constexpr):
 
 @gluon.jit
 def exponentials(s, inputs, start, is_partial: gl.constexpr):
-    """Return P = exp2(S) and its sum over the keys of a block, which starts at key `start`.
+    """Return P = exp2(S) of a block, [ROWS, keys], and its sum over the keys, [ROWS].
 
-    is_partial: some row does not see the whole block; P is 0 where it does not.
+    start: the position of the block's first key. is_partial: some row does not see the whole block.
+    There P is 0 where row i does not see key j, that is unless i - w1 < j <= i.
     """
     if is_partial:
         i = gl.convert_layout(inputs.position, gl.SliceLayout(1, s.type.layout))[:, None]
@@ -321,9 +337,10 @@ def finish_block(
     """Compute P of a block from S while P V of the previous block is added to acc.
 
     s: S of this block, already started. p: P of the previous block, which has previous_size keys.
-    use_acc: False if acc is still empty. Returns P of this block, acc, l_i.
+    acc [ROWS, D]: sum of P V. l_i [ROWS]: sum of P. use_acc: False if acc is still empty.
+    Returns P of this block, acc, l_i.
     """
-    # start P V, then wait until only one product is unfinished: S, which is older, is done
+    # start P V, then wait until only one product is unfinished: then S, the older one, is done
     v = read_slot(inputs.v_ring, block - 1, previous_size)
     acc = warpgroup_mma(p, v, acc, use_acc=use_acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
@@ -344,26 +361,26 @@ def finish_block(
 def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, config: gl.constexpr):
     """Compute o and lse of a consumer's queries from its rows, and store them.
 
-    acc [ROWS, D]: P V. l_i [ROWS]: sums of P. A query with a sum out of range gets lse = inf.
+    acc [ROWS, D]: sum of P V. l_i [ROWS]: sum of P. A query with a sum out of range gets lse = inf.
     """
     D: gl.constexpr = config.D
     QUERIES: gl.constexpr = config.QUERIES
     OFFSETS: gl.constexpr = config.OFFSETS
     ACC_LAYOUT: gl.constexpr = acc.type.layout
-    O_LAYOUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
+    O_LAYOUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])  # of o
     dtype: gl.constexpr = o_ptr.dtype.element_ty
-    # the range of a row's sum, as in forward_queries
+    # allowed range of a row's sum of P, as in forward_queries
     LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60
     MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
 
-    # -- multiply by v2 --
+    # -- multiply the row (i, d) by v2_{i-d} --
     row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))
     rows = consumer_rows(first_query, row, sizes, config)
     offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]
     v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
     acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
 
-    # -- mark sums out of range by NaN, which reaches the sum of the query --
+    # -- replace sums out of range by NaN, which then reaches the sum of the query --
     l_i = gl.convert_layout(l_i, gl.SliceLayout(1, ACC_LAYOUT))
     in_range = (l_i > LEAST) & (l_i < MOST)
     l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
@@ -379,6 +396,7 @@ def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, confi
     # -- store --
     query = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, O_LAYOUT))
     mask = query < config.GROUP * sizes.Tq
+    # row of the query in q and o, (B * Hkv, GROUP, Tq)
     row = bh.to(gl.int64) * config.GROUP * sizes.Tq + query_row(query, sizes.Tq, config.GROUP)
     gl.store(lse_ptr + row, lse, mask=mask)
     offs = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))[None, :]
@@ -390,17 +408,18 @@ def consumer(
     config: gl.constexpr, consumer_id: gl.constexpr,
     v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes,
 ):  # fmt: skip
-    """Compute the outputs of one consumer's rows, for all tiles of this program."""
+    """Compute o and lse of QUERIES queries of each tile of this program. See the sketch above."""
     BLOCK_N: gl.constexpr = config.BLOCK_N
-    S_LAYOUT: gl.constexpr = wgmma_layout(BLOCK_N)
-    ACC_LAYOUT: gl.constexpr = wgmma_layout(config.D)
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
+    S_LAYOUT: gl.constexpr = wgmma_layout(BLOCK_N)  # of S, [ROWS, BLOCK_N]
+    ACC_LAYOUT: gl.constexpr = wgmma_layout(config.D)  # of P V, [ROWS, D]
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)  # of P, an operand in registers
     dtype: gl.constexpr = o_ptr.dtype.element_ty
     row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    block = 0  # blocks of all tiles so far
-    parity = 0  # of the phase of qk2_ring.full: this tile
+    block = 0  # number of the block, over all tiles of this program
+    parity = 0  # of the phase of qk2_ring.full, that of this tile
+    # this program's tiles, when those of all heads are numbered in order
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
-        bh = pid // sizes.tiles
+        bh = pid // sizes.tiles  # KV head in the batch
         tile = pid % sizes.tiles
         first_query = (tile * config.CONSUMERS + consumer_id) * config.QUERIES
         keys = tile_keys(tile, sizes, config)
@@ -438,7 +457,7 @@ def consumer(
             wait_full(v_ring, block)
             p = gl.convert_layout(p.to(dtype), P_LAYOUT)
 
-        # -- blocks that all rows see --
+        # -- blocks that all rows see: P of each, and P V of the block before --
         for b in range(1, keys.count - 1):
             block += 1
             start = keys.start + b * BLOCK_N
@@ -447,7 +466,7 @@ def consumer(
                 s, p, acc, l_i, inputs, block, start, BLOCK_N, use_acc=True, is_partial=False
             )
 
-        # -- the last block, where rows do not see later keys --
+        # -- the last block, where rows do not see the keys after their query --
         if keys.count > 1:
             block += 1
             start = keys.start + (keys.count - 1) * BLOCK_N
@@ -480,11 +499,11 @@ def hopper_kernel(
     CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,  # per thread
 ):  # fmt: skip
-    """o, lse = attention(q, k, v, k2, v2); lse = inf is left to repair_kernel."""
+    """Compute o and lse of attention(q, k, v, k2, v2). Grid: one program per multiprocessor."""
     sizes = Sizes(Tq, Tk, Tk2, w1, w2, tiles, heads)
     config: gl.constexpr = Config(GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_SMALL_BLOCK, CONSUMERS)
 
-    # -- ring buffers: STAGES blocks of keys and of values; q * k2 of each consumer --
+    # -- ring buffers: for STAGES blocks of keys and of values, and for q * k2 of each consumer --
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     k_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], k_blocks.layout)
     v_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], v_blocks.layout)
@@ -529,21 +548,22 @@ CONFIGS = {  # by head dimension; registers are per thread
 
 @functools.lru_cache(1024)
 def plan(dtype, device, group, D, w1, w2):
-    """-> compile-time arguments of hopper_kernel, or None if it does not apply"""
+    """Return the compile-time arguments of hopper_kernel, or None if it cannot run."""
     if dtype == torch.float32 or D not in CONFIGS:
         return None
     if torch.cuda.get_device_capability(device)[0] != 9:
         return None
     config = CONFIGS[D]
+    # all offsets of a query are rows of one consumer, as there are no chunks of offsets here
     offsets = min(32, triton.next_power_of_2(w2))
     if offsets < 16 or w2 > offsets:
         return None
     queries = ROWS.value // offsets  # of a consumer
     tile_queries = config["CONSUMERS"] * queries
 
-    # The windows of a tile's queries start at up to 1 + extra_positions different keys. Keys that
-    # only some of the queries see must be masked. At the start of a window, consumers mask a single
-    # block, the small one or a whole one, so all keys before the other blocks must fit into it.
+    # The queries of a tile have up to 1 + extra_positions positions, so their windows start at as
+    # many different keys. Keys that only some queries see must be masked. At the start of a window,
+    # consumers mask a single block, small or whole, so the keys before the others must fit into it.
     extra_positions = 0
     if group % tile_queries != 0:
         extra_positions = (tile_queries - 2) // group + 1
@@ -556,11 +576,12 @@ def plan(dtype, device, group, D, w1, w2):
 
 
 def launch(options, q, k, v, k2, v2, o, lse, sizes):
-    """Run hopper_kernel. Writes o and lse, which is inf for the queries left to repair_kernel.
+    """Run hopper_kernel. It writes o and lse, which is inf for the queries left to repair_kernel.
 
     options: from plan. sizes: Tq, Tk, Tk2, w1, w2. Raises RuntimeError if it does not build.
     """
     D = q.shape[3]
+    # TMA descriptors of k and v, with whole and with small blocks
     layout = key_layout()
     descriptors = []
     for size in (options["BLOCK_N"], SMALL_BLOCK.value):
@@ -568,6 +589,7 @@ def launch(options, q, k, v, k2, v2, o, lse, sizes):
             heads = t.view(-1, t.shape[2], D)  # (B * Hkv, Tk, D)
             descriptors.append(TensorDescriptor.from_tensor(heads, [1, size, D], layout))
 
+    # one program per multiprocessor, unless there are fewer tiles
     heads = k.shape[0] * k.shape[1]
     queries = options["GROUP"] * q.shape[2]
     tiles = triton.cdiv(queries, options["CONSUMERS"] * options["QUERIES"])

@@ -1,19 +1,18 @@
 """SONew's step in Triton, the readable version: three launches over a list of tensors.
 
-1. direction_kernel computes the new m and S_0 ... S_b in registers, and from them the direction u
-   and Adam's step a. It writes u and, per program, the sums of a^2, u^2 and sqrt(S_0).
+Symbols are those of sonew.py: parameters p, gradient g, momentum m, statistics S_k[i] = the running
+mean of g_i g_{i+k} for k = 0 ... b (b: the band), direction u, and Adam's step a.
+
+1. direction_kernel computes the new m and S_k in registers, and from them u and a. It writes u and,
+   per program, the sums of a^2, u^2 and sqrt(S_0).
 2. norms_kernel adds the sums of each tensor's programs, always in the same order. Where parameters
    are sharded, an all-reduce adds those of the other processes.
-3. update_kernel writes p, m, S_0 ... S_b, the step counters and the tensor's scale.
-
-Grid: one program per BLOCK - 2b elements of a tensor in 1 and 3, one program per tensor in 2.
+3. update_kernel writes p, m, S_k, the step counters and the tensor's scale.
 
 u_i needs the statistics of b neighbours on either side, and some of these belong to other programs.
 So 1 must not write the statistics, or a neighbour would count a gradient twice; 3 computes them
-again.
-
-Memory traffic per fp32 parameter, band b: 1 reads g, m, S_0 ... S_b and writes u; 3 reads these, u
-and p, and writes p, m, S_0 ... S_b: 12 b + 48 bytes. Arithmetic is float32.
+again. Memory traffic per fp32 parameter: 1 reads g, m, S_k and writes u; 3 reads these, u and p,
+and writes p, m, S_k: 12 b + 48 bytes. Arithmetic is float32.
 
 Limits: band 0 to 4; float32, float16, bfloat16 parameters; float32 or bfloat16 state. It takes any
 alignment, chain length and sharding. Faster: sonew_fused.py and, on Hopper, sonew_hopper.py.
@@ -33,8 +32,8 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 LEAST_SCALE = tl.constexpr(1e-15)  # below it, squares of gradients lose their digits in float32
 FAR = tl.constexpr(2**30)  # longer than any block
 
-# Columns of the table of tensors, int64. A row describes a tensor; it ends with the pointers to
-# S_0 ... S_b.
+# Columns of the table of tensors, int64. Each row describes one tensor:
+#     p | g | m | step | ... | FIRST_PROGRAM | PROGRAMS | S_0 | ... | S_b
 P_PTR = tl.constexpr(0)
 G_PTR = tl.constexpr(1)
 M_PTR = tl.constexpr(2)
@@ -43,13 +42,13 @@ SKIPPED_PTR = tl.constexpr(4)
 SCALE_PTR = tl.constexpr(5)
 SIZE = tl.constexpr(6)  # elements on this process
 WHOLE_SIZE = tl.constexpr(7)  # elements on all processes
-CHAIN = tl.constexpr(8)  # elements of a chain
-CHUNK = tl.constexpr(9)  # elements that are computed together
+CHAIN = tl.constexpr(8)  # elements of a chain; an element's successors are in the same chain
+CHUNK = tl.constexpr(9)  # elements that a program computes at a time
 FIRST_PROGRAM = tl.constexpr(10)  # the first program that computes its directions
-PROGRAMS = tl.constexpr(11)  # how many programs do
-S_PTR = tl.constexpr(12)
+PROGRAMS = tl.constexpr(11)  # how many programs compute them
+S_PTR = tl.constexpr(12)  # of S_0; those of S_1 ... S_b follow
 
-# Columns of the partial sums and of the totals
+# Columns of the partial sums, a row per program, and of the totals, a row per tensor
 SUM_A = tl.constexpr(0)  # of a^2
 SUM_U = tl.constexpr(1)  # of u^2
 SUM_ROOT = tl.constexpr(2)  # of sqrt(S_0) in units of the scale; inf if a gradient is not finite
@@ -66,25 +65,29 @@ class Options(NamedTuple):
     beta2: tl.tensor
     new1: tl.tensor
     new2: tl.tensor
-    log_beta1: tl.tensor
+    log_beta1: tl.tensor  # for the bias corrections
     log_beta2: tl.tensor
-    eps: tl.tensor
-    gamma: tl.tensor
+    eps: tl.tensor  # damping
+    gamma: tl.tensor  # threshold of edge removal
     weight_decay: tl.tensor
 
 
 class Units(NamedTuple):
-    """Numbers that turn the statistics of a tensor into units of its scale, and damp them."""
+    """Numbers that turn the statistics of a tensor into units of its scale, and damp them.
 
-    m_factor: tl.tensor  # for the momentum
-    S_factor: tl.tensor  # for S_0 ... S_b
-    S0_weight: tl.tensor  # S_0 is replaced by S0_weight S_0 + eps
+    The scale is the mean of sqrt(S_0) over the tensor: the typical size of its gradients.
+    """
+
+    m_factor: tl.tensor  # for the momentum: 1 / scale, with bias correction
+    S_factor: tl.tensor  # for S_0 ... S_b: 1 / scale^2, with bias correction
+    S0_weight: tl.tensor  # damping: S_0 is replaced by S0_weight S_0 + eps
     eps: tl.tensor
-    gamma: tl.tensor
+    gamma: tl.tensor  # threshold of edge removal
 
 
 @triton.jit
 def make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay):
+    # make all of them float32: in the interpreter, they are Python floats
     return Options(
         beta1=tl.cast(beta1, tl.float32),
         beta2=tl.cast(beta2, tl.float32),
@@ -100,15 +103,15 @@ def make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, wei
 
 @triton.jit
 def load_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
-    """Load a pointer to elements of DTYPE from a row of the table."""
+    """Load a pointer to elements of DTYPE from a column of a tensor's row in the table."""
     return tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
 def bias_correction(step, log_beta):
     """Return 1 - beta^step without cancellation: in float32, 1 - 0.999 is off by 3e-5 of itself."""
-    x = step * log_beta
-    # the Taylor series -x (1 + x/2 (1 + x/3 (1 + x/4 (1 + x/5 (1 + x/6)))))
+    x = step * log_beta  # the result is 1 - exp(x)
+    # for small x by the Taylor series -x (1 + x/2 (1 + x/3 (1 + x/4 (1 + x/5 (1 + x/6)))))
     series = 1 + x * (1 / 6)
     for k in tl.static_range(5, 1, -1):
         series = 1 + x * (1 / k) * series
@@ -118,10 +121,10 @@ def bias_correction(step, log_beta):
 
 @triton.jit
 def load_units(row_ptr, options):
-    """Return the Units of a tensor; its factors also correct the bias of m and S.
+    """Return the Units of a tensor, whose factors divide by its scale and by the bias corrections.
 
     While all gradients have been 0, there is no scale. Then the damped S_0 is 1 and all edges are
-    removed, so that u is m.
+    removed, so u is m.
     """
     step = tl.load(load_pointer(row_ptr, STEP_PTR, tl.float32)) + 1
     scale = tl.load(load_pointer(row_ptr, SCALE_PTR, tl.float32))
@@ -140,19 +143,19 @@ def load_units(row_ptr, options):
 def solve(W, c, variance, s, gamma, N: tl.constexpr):
     """Return psi = W^-1 c and s - psi . c by Gaussian elimination, as factor in sonew.py does.
 
-    All elements of a block are solved at once, each with its N successors 0 ... N - 1. This
-    eliminates successor 0, calls itself for the others and substitutes back.
+    Each element of a block has its own system, with its N successors 0 ... N - 1, and all are
+    solved at once. This eliminates successor 0, calls itself for the others and substitutes back.
 
-    W: W[p][q], q <= p, is S between successors p and q. c: c[p] is S between the element and its
-    successor p. variance: the diagonal of W before elimination. All are tuples of blocks.
-    s: S_0 of the element, less what the successors eliminated so far explain.
+    W[p][q], q <= p: S between successors p and q. c[p]: S between the element and its successor p.
+    variance[p]: W[p][p] before any elimination. s: S_0 of the element, less what the successors
+    eliminated so far explain. W, c and variance are tuples of blocks, s is a block.
     """
-    psi = ()
+    psi = ()  # a tuple of blocks, as kernels have no lists
     if N > 0:
-        # drop the successor if it depends linearly on those before it
+        # 1 / pivot; 0 drops a successor that depends linearly on those before it
         inverse = tl.where(W[0][0] > gamma * variance[0], 1 / W[0][0], 0.0)
 
-        # eliminate it from the others
+        # eliminate successor 0: W[p][q] -= W[p][0] W[q][0] / W[0][0], and likewise c and s
         W_rest = ()
         c_rest = ()
         variance_rest = ()
@@ -167,7 +170,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
         s = s - c[0] * (c[0] * inverse)
         psi_rest, s = solve(W_rest, c_rest, variance_rest, s, gamma, N - 1)
 
-        # substitute back
+        # substitute back: psi[0] = (c[0] - sum_p W[p][0] psi[p]) / W[0][0]
         first = c[0] * inverse
         for p in tl.static_range(1, N):
             first -= W[p][0] * inverse * psi_rest[p - 1]
@@ -177,12 +180,13 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
 
 @triton.jit
 def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
-    """Add the sums of a tensor's programs, in the order of the programs.
+    """Add up the sums of a tensor's programs, always in the same order.
 
-    partial_ptr (programs, SUMS), total_ptr (SUMS,). offs: 0 ... BLOCK - 1.
+    partial_ptr: (programs, SUMS). total_ptr: (SUMS,). offs: 0 ... BLOCK - 1. ".cg" loads from L2,
+    because other multiprocessors may have just written the sums.
     """
     for column in tl.static_range(SUMS):
-        ptrs = partial_ptr + offs * SUMS + column
+        ptrs = partial_ptr + offs * SUMS + column  # element (offs, column)
         acc = tl.load(ptrs, mask=offs < programs, other=0.0, cache_modifier=".cg")
         for start in range(BLOCK, programs, BLOCK):
             mask = start + offs < programs
@@ -192,7 +196,10 @@ def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr
 
 @triton.jit
 def load_step_size(total_ptr, lr, LR_ON_DEVICE: tl.constexpr, ADAM: tl.constexpr):
-    """Return the learning rate, 0 if a gradient was not finite, and the factor of u, |a| / |u|."""
+    """Return the learning rate and graft = |a| / |u|, which gives u the length of Adam's step a.
+
+    The learning rate is 0 if a gradient of the tensor was not finite. total_ptr: (SUMS,)
+    """
     rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else tl.cast(lr, tl.float32)
     sum_root = tl.load(total_ptr + SUM_ROOT, cache_modifier=".cg")
     rate = tl.where(sum_root < float("inf"), rate, 0.0)
@@ -206,7 +213,8 @@ def load_step_size(total_ptr, lr, LR_ON_DEVICE: tl.constexpr, ADAM: tl.constexpr
 
 @triton.jit
 def update_counters(row_ptr, total_ptr):
-    """Write step, skipped and scale of a tensor. One program per tensor does it."""
+    """Write step, skipped and scale of a tensor. One program per tensor calls it."""
+    # count the step, also among the skipped ones if a gradient was not finite
     step_ptr = load_pointer(row_ptr, STEP_PTR, tl.float32)
     tl.store(step_ptr, tl.load(step_ptr) + 1)
     skipped_ptr = load_pointer(row_ptr, SKIPPED_PTR, tl.float32)
@@ -214,7 +222,7 @@ def update_counters(row_ptr, total_ptr):
     is_good = sum_root < float("inf")
     tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(is_good, 0.0, 1.0))
 
-    # the sum is in units of the old scale, which is kept if a gradient was not finite
+    # new scale: the mean of sqrt(S_0), which was summed in units of the old scale
     scale_ptr = load_pointer(row_ptr, SCALE_PTR, tl.float32)
     scale = tl.load(scale_ptr)
     unit = tl.where(scale > LEAST_SCALE, scale, 1.0)
@@ -228,7 +236,7 @@ def update_counters(row_ptr, total_ptr):
 
 @triton.jit
 def shift(x, lane, k: tl.constexpr, BLOCK: tl.constexpr):
-    """Return x[lane + k]; wrong where lane + k is outside the block."""
+    """Return the block with x[lane + k] in each lane; wrong where lane + k is outside of it."""
     source = tl.minimum(tl.maximum(lane + k, 0), BLOCK - 1)
     return tl.gather(x, source, 0)
 
@@ -237,8 +245,13 @@ def shift(x, lane, k: tl.constexpr, BLOCK: tl.constexpr):
 def distance_to_chain_end(start, offs, chain):
     """Return how many elements there are from offs to the end of their chain, inclusive.
 
+        chains    ....|..................|..................|....
+        block            ^ start   ^ offs
+                         |---------------| start_to_end
+                                   |-----| distance
+
     start: the smallest of offs that is in the tensor, int64. chain: elements per chain. Distances
-    from start beyond FAR are cut to it, so that they fit into int32.
+    from start are at most FAR, so that they fit into int32.
     """
     start_to_end = tl.minimum(chain - start % chain, FAR).to(tl.int32)
     distance = start_to_end - (offs - start).to(tl.int32)
@@ -249,7 +262,7 @@ def distance_to_chain_end(start, offs, chain):
 
 @triton.jit
 def load_gradient(g_ptr, offs, mask):
-    """Return gradients, 0 where they or their squares are not finite, and where they are."""
+    """Return gradients, with 0 where g^2 is not finite, and is_good, which says where it is."""
     g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     is_good = g * g < float("inf")  # false for NaN too
     return tl.where(is_good, g, 0.0), is_good
@@ -260,14 +273,17 @@ def load_statistics(
     row_ptr, offs, mask, to_chain_end, options,
     GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Load a gradient and the old statistics. Return the new m and S_0 ... S_BAND, and is_good."""
+    """Load g, m and S_k at offs. Return the new m, the tuple of S_0 ... S_BAND, and is_good of g.
+
+    to_chain_end: distance_to_chain_end of offs. All blocks have shape (BLOCK,).
+    """
     g_ptr = load_pointer(row_ptr, G_PTR, GRAD)
     m_ptr = load_pointer(row_ptr, M_PTR, STATE)
     g, is_good = load_gradient(g_ptr, offs, mask)
     m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     m = options.beta1 * m + options.new1 * g
 
-    S = ()
+    S = ()  # a tuple of blocks, as kernels have no lists
     for k in tl.static_range(BAND + 1):
         g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # 0 past the chain
         S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
@@ -280,24 +296,25 @@ def load_statistics(
 def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
     """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does.
 
-    All are blocks (BLOCK,), as S_0 ... S_BAND are. S0_damped: S_0 with eps added.
+    psi_k[i] is the coefficient of the k-th successor of element i, and s[i] the part of S_0[i] that
+    its successors do not explain. All are blocks (BLOCK,), as S_0 ... S_BAND are.
     """
     # Each element i has its own system W psi = c. W[p][q], q <= p, is S between its successors
-    # i+1+p and i+1+q; c[p] is S between i and i+1+p.
+    # i+1+p and i+1+q, which is S_{p-q}[i+1+q]; c[p] is S between i and i+1+p, S_{p+1}[i].
     W = ()
     c = ()
     variance = ()
     for p in tl.static_range(BAND):
         row = ()
         for q in tl.static_range(p):
-            row = row + (shift(S[p - q], lane, q + 1, BLOCK),)
-        diagonal = shift(S0_damped, lane, p + 1, BLOCK)
+            row = row + (shift(S[p - q], lane, q + 1, BLOCK),)  # W[p][q]
+        diagonal = shift(S0_damped, lane, p + 1, BLOCK)  # W[p][p]
         W = W + (row + (diagonal,),)
         c = c + (S[p + 1],)
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
 
-    # edge removal: where i loses its successors, psi is 0 and s is S_0
+    # edge removal: where s is too small, i loses its successors; psi becomes 0 and s is S_0
     keep = s > gamma * S0_damped
     kept_psi = ()
     for k in tl.static_range(BAND):
@@ -311,30 +328,32 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def direction_kernel(
-    table_ptr, blocks_ptr,  # (T, COLUMNS), (programs, 2) int64
+    table_ptr, blocks_ptr,  # int64: (T, COLUMNS); (programs, 2), tensor and block of each program
     u_ptr, partial_ptr, total_ptr,  # (programs, INNER), (programs, SUMS), (T, SUMS) float32
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Compute the direction u of INNER elements of a tensor, and this program's sums.
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # find this program's block and tensor
+    # -- find the program's tensor, its row in the table, and which block of it to compute --
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks_ptr + 2 * program)
     block = tl.load(blocks_ptr + 2 * program + 1)
     row_ptr = table_ptr + tensor * COLUMNS
-    n = tl.load(row_ptr + SIZE)
+    n = tl.load(row_ptr + SIZE)  # elements of the tensor
     chain = tl.load(row_ptr + CHAIN)
 
-    # blocks overlap: a program loads BLOCK elements and stores u for the INNER ones of these
-    #     | BAND |        INNER        | BAND |
+    # -- blocks overlap: a program loads BLOCK elements, and stores u of the INNER ones --
+    #     block 0    | BAND |      INNER      | BAND |
+    #     block 1                      | BAND |      INNER      | BAND |
     INNER: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
     start = block * INNER - BAND
-    offs = start + lane
+    offs = start + lane  # elements of the tensor
     load_mask = (offs >= 0) & (offs < n)
-    store_mask = load_mask & (lane >= BAND) & (lane < BLOCK - BAND)
+    store_mask = load_mask & (lane >= BAND) & (lane < BLOCK - BAND)  # INNER
 
     # -- statistics, in units of the tensor's scale --
     to_chain_end = distance_to_chain_end(tl.maximum(start, 0), offs, chain)
@@ -354,7 +373,7 @@ def direction_kernel(
     if ADAM:
         u = a
     else:
-        # -- w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i] --
+        # -- w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i] --
         S0_damped = units.S0_weight * S_hat[0] + units.eps
         psi, s = factor(S_hat, S0_damped, lane, units.gamma, BAND, BLOCK)
         w = m_hat
@@ -362,13 +381,13 @@ def direction_kernel(
             w -= psi[k - 1] * shift(m_hat, lane, k, BLOCK)
         w = tl.where(s > 0, w / s, 0.0)
 
-        # -- u = L w: subtract psi_i[k] w[i] from w[i+k] --
+        # -- u = L w: u[i] = w[i] - sum_k psi_k[i-k] w[i-k], from the elements before i --
         u = w
         for k in tl.static_range(1, BAND + 1):
             u -= shift(psi[k - 1] * w, lane, -k, BLOCK)
-    tl.store(u_ptr + program * INNER + lane - BAND, u, mask=store_mask)
+    tl.store(u_ptr + program * INNER + lane - BAND, u, mask=store_mask)  # lane BAND is the first
 
-    # -- partial sums --
+    # -- partial sums; a gradient that is not finite makes the last one inf --
     root = tl.where(is_good, root, float("inf"))
     partial_ptr += program * SUMS
     tl.store(partial_ptr + SUM_A, tl.sum(tl.where(store_mask, a * a, 0.0), 0))
@@ -378,6 +397,7 @@ def direction_kernel(
 
 @triton.jit
 def norms_kernel(table_ptr, partial_ptr, total_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    # Add up the partial sums of one tensor, which has consecutive programs.
     tensor = tl.program_id(0)
     row_ptr = table_ptr + tensor * COLUMNS
     partial_ptr += tl.load(row_ptr + FIRST_PROGRAM) * SUMS
@@ -392,25 +412,26 @@ def update_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Compute and store m, S_k and p of the INNER elements that direction_kernel's program had.
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # find this program's block and tensor
+    # -- find the program's tensor, its row in the table, and which block of it to compute --
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks_ptr + 2 * program)
     block = tl.load(blocks_ptr + 2 * program + 1)
     row_ptr = table_ptr + tensor * COLUMNS
     total_ptr += tensor * SUMS
-    n = tl.load(row_ptr + SIZE)
+    n = tl.load(row_ptr + SIZE)  # elements of the tensor
     chain = tl.load(row_ptr + CHAIN)
 
-    # the same INNER elements, without neighbours
+    # -- blocks do not overlap here, as m and S_k need no neighbours --
     INNER: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
     start = block * INNER
     offs = start + lane
     mask = (lane < INNER) & (offs < n)
 
-    # -- statistics --
+    # -- statistics: compute them again, and store them --
     to_chain_end = distance_to_chain_end(start, offs, chain)
     m, S, _ = load_statistics(row_ptr, offs, mask, to_chain_end, options, GRAD, STATE, BAND)
     m_ptr = load_pointer(row_ptr, M_PTR, STATE)
@@ -419,7 +440,7 @@ def update_kernel(
         S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
         tl.store(S_ptr + offs, S[k].to(STATE), mask=mask)
 
-    # -- parameters --
+    # -- parameters: p -= rate * (graft * u + weight_decay * p) --
     rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
     u = tl.load(u_ptr + program * INNER + lane, mask=mask, other=0.0)
     p_ptr = load_pointer(row_ptr, P_PTR, PARAM)
@@ -427,6 +448,7 @@ def update_kernel(
     p -= rate * (graft * u + options.weight_decay * p)
     tl.store(p_ptr + offs, p.to(PARAM), mask=mask)
 
+    # -- counters --
     if block == 0:
         update_counters(row_ptr, total_ptr)
 
@@ -436,8 +458,8 @@ def update_kernel(
 
 
 def table_rows(params, chunk_sizes, first_programs, programs):
-    """Return a list of integers for each LocalParam of sonew.py, in the order of the columns."""
-    rows = []
+    """Return the rows of the table: a list of integers for each LocalParam of sonew.py."""
+    rows = []  # each in the order of the columns P_PTR, G_PTR, ...
     for i, param in enumerate(params):
         state = param.state
         pointers = [param.p.data_ptr(), param.grad.data_ptr(), state["m"].data_ptr()]
@@ -476,13 +498,15 @@ class Plan:
 
 
 class SimplePlan(Plan):
-    """The three launches of this file."""
+    """The three launches of this file, for tensors of one device, band and set of dtypes."""
 
     def __init__(self, params):
         super().__init__(params)
         inner = BLOCK - 2 * self.band  # elements that a program updates
 
-        # at least one block per tensor, because update_kernel counts the steps even of empty shards
+        # An empty shard gets a block too, because update_kernel has to count its steps. The tensor
+        # and the block of each program, for example with n_blocks = [2, 3]:
+        #     tensor  0 0 1 1 1,  block  0 1 0 1 2
         n_blocks = torch.tensor([max(1, triton.cdiv(param.p.numel(), inner)) for param in params])
         first_programs = n_blocks.cumsum(0) - n_blocks
         tensor = torch.repeat_interleave(torch.arange(len(params)), n_blocks)  # (programs,)
@@ -495,6 +519,7 @@ class SimplePlan(Plan):
         self.totals = torch.empty(len(params), SUMS.value, device=self.device)
 
     def step(self, numbers, lr_on_device):
+        # numbers: the kernels' arguments beta1 ... weight_decay, in this order
         n_programs = len(self.blocks)
         columns = self.table.shape[1]
         u = torch.empty(n_programs * (BLOCK - 2 * self.band), device=self.device)
@@ -521,7 +546,7 @@ def choose_plan(param):
     if param.process_groups or not sonew_fused.is_aligned(param):
         return SimplePlan, ()
 
-    _, needs_halo = sonew_fused.chunk_size(param)
+    _, needs_halo = sonew_fused.chunk_size(param)  # does a chunk read elements of the next one?
     if sonew_fused.has_hopper(param.p.device):
         try:
             from kernels import sonew_hopper
@@ -534,6 +559,7 @@ def choose_plan(param):
 
 def make_plans(params):
     """Return the plans of a step: one for all parameters with the same kind of plan and dtypes."""
+    # a batch: parameters that share a launch
     batches = {}
     for param in params:
         dtypes = (param.p.dtype, param.grad.dtype, param.state["m"].dtype)
@@ -558,6 +584,7 @@ class PlanCache:
 
     def get(self, params):
         """Return the plans of a step for LocalParams, if possible those of a recent step."""
+        # plans hold as long as all tensors keep their shapes, dtypes and addresses
         key = []
         for param in params:
             p = param.p
@@ -570,6 +597,7 @@ class PlanCache:
         plans = self.recent.get(key)
         if plans is None and capturing:
             raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
+        # make new plans, and drop the oldest if there are too many
         if plans is None:
             plans = make_plans(params)
             if len(self.recent) == self.CAPACITY:

@@ -1,29 +1,20 @@
 """SONew's step in Triton, fused: one launch computes the statistics, the norms and the update.
 
+Symbols are those of sonew.py: parameters p, gradient g, momentum m, statistics S_k[i] = the running
+mean of g_i g_{i+k} for k = 0 ... b (b: the band), direction u, and Adam's step a.
+
 A tensor is cut into chunks of about 1000 elements, and a program takes a run of consecutive chunks.
-Half of the programs update m and S of their run, write the direction u and sum |a|^2 (a: Adam's
-step), |u|^2 and sqrt(S_0). The last program of a tensor adds up the sums of all its programs, in a
-fixed order. The other half wait for that and apply u: p -= lr (graft u + weight_decay p). They have
-higher numbers, and programs start in order, so none waits for a program that has not started.
+Half of the programs update m and S_k of their run, write u and sum a^2, u^2 and sqrt(S_0). The last
+program of a tensor adds up the sums of all its programs, in a fixed order. The other half of the
+programs wait for that and apply u: p -= lr (graft u + weight_decay p), where graft = |a| / |u|.
+They have higher numbers, and programs start in order, so none waits for a program that has not
+started.
 
-A chunk is a tile of LINES lines. Each line is 128 consecutive elements, held by the 32 lanes
-(threads) of a warp, 4 elements each. Four such elements are called a quad:
+Memory traffic per fp32 parameter: read g, m, S_k; write m, S_k; write and read u; read and write p:
+8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an H200 for 125 M parameters at
+b = 1: 1.06 ms; measured: 1.42 ms (NOTES.md, step 6).
 
-    lane        0             1          ...        31
-    line 0   e0 e1 e2 e3   e4 e5 e6 e7   ...   e124 ... e127
-
-A successor, at most 4 elements away, is in the same lane or in the next: a warp shuffle gets it.
-For the first and last lane there is no such neighbour, so lines overlap by two quads: lanes 0 and
-31 are computed for their neighbours only, and not stored.
-
-A chunk also reads one quad on either side, its halo. m and S are updated in place, so the program
-that owns it may already have updated it. Where chains cross the ends of chunks, halo_kernel copies
-all halos beforehand.
-
-Memory traffic per fp32 parameter, band b: read g, m, S_0 ... S_b; write m, S_0 ... S_b; write and
-read u; read and write p: 8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an
-H200 for 125 M parameters at b = 1: 1.06 ms; measured: 1.42 ms (NOTES.md, step 6). Limits: sizes,
-chains and addresses are multiples of 4 elements; tensors are not sharded.
+Limits: sizes, chains and addresses are multiples of 4 elements; tensors are not sharded.
 """
 
 import functools
@@ -66,7 +57,7 @@ class Config(NamedTuple):
     warps: int  # warps per program
     run: int  # chunks per program
     stages: int  # stages of the software pipeline
-    lag: int  # programs from the last one for a tensor's statistics to the first for its update
+    lag: int  # programs between the last one for a tensor's statistics and the first for its update
     registers: int | None  # limit per thread on Hopper, where all of this was timed
 
 
@@ -80,14 +71,22 @@ CONFIG = {  # by band
 FAR = tl.constexpr(2**29)  # longer than any chunk
 
 # --------------------------------------------------------------------------------------------------
-# Shifts along the lines of a chunk. A block x is [32, LINES, 4]: lane, line and phase, which is the
-# position in the quad. Element i of a line is in lane i // 4 at phase i % 4. Shifts act on each of
-# the four phases, [32, LINES]. L is the layout of blocks in Gluon, None in Triton.
+# Shifts along lines. A chunk is LINES lines of 128 consecutive elements. The 32 lanes (threads) of
+# a warp hold a line, 4 elements each: a quad. The phase is the position in the quad.
+#     lane        0             1          ...        31
+#     line 0   e0 e1 e2 e3   e4 e5 e6 e7   ...   e124 ... e127
+#     phase     0  1  2  3    0  1  2  3   ...      0 ... 3
+# So a chunk is a block x [32, LINES, 4]: lane, line, phase. A successor, at most 4 elements on, is
+# in the same lane or in the next, from which a warp shuffle gets it. The first and the last lane
+# have no such neighbour on one side. So lines overlap by two quads: lanes 0 and 31 are computed for
+# their neighbours only, and not stored. Shifts act on each of the four phases, [32, LINES]. L is
+# the layout of blocks in Gluon, None in Triton.
 
 
 @triton.jit
 def split_quads(x, LINES: tl.constexpr):
-    """Return the phases 0 ... 3 of x [32, LINES, 4], 4 of [32, LINES]. No data changes threads."""
+    """Return the phases 0 ... 3 of x [32, LINES, 4], each [32, LINES]. No data changes threads."""
+    # element (lane, line, i, j) of the reshaped x is phase 2 i + j, and tl.split separates j = 0, 1
     even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))  # phases 0 and 2, phases 1 and 3
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -118,11 +117,11 @@ def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """Return x[i + k] for each element i of a line, 0 <= k <= 4; wrong in the last lane."""
     if k == 0:
         return x
-    # 8 consecutive elements: the quad of this lane, then that of the next
+    # eight consecutive elements, the quads of this lane and the next; for k = 1, for example,
+    #     from  e0 e1 e2 e3 | e4 e5 e6 e7  the result is  e1 e2 e3 e4
     eight = split_quads(x, LINES)
     for phase in tl.static_range(4):
         eight = eight + (shuffle(eight[phase], lane, 1, LINES, L),)
-    # phase 0 takes the element k places on, and so do the others
     return join_quads((eight[k], eight[k + 1], eight[k + 2], eight[k + 3]), LINES, L)
 
 
@@ -145,7 +144,7 @@ def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.c
     for phase in tl.static_range(4):
         if phase < BAND:
             # terms with k > phase come from the lane before, from phase - k + 4
-            total = quads[phase][3]
+            total = quads[phase][3]  # k = phase + 1
             for k in tl.static_range(phase + 2, BAND + 1):
                 total += quads[k - 1][phase - k + 4]
             total = shuffle(total, lane, -1, LINES, L)
@@ -154,7 +153,7 @@ def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.c
                 total += quads[k - 1][phase - k]
         else:
             # all terms come from the same lane
-            total = quads[0][phase - 1]
+            total = quads[0][phase - 1]  # k = 1
             for k in tl.static_range(2, BAND + 1):
                 total += quads[k - 1][phase - k]
         sums = sums + (total,)
@@ -162,11 +161,15 @@ def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.c
 
 
 # --------------------------------------------------------------------------------------------------
-# Chunks
+# Chunks. Where chains cross the ends of chunks, a chunk also reads the quads next to it, its halo:
+#     .... chunk 0 ....|....... chunk 1 .......|.... chunk 2 ....
+#                [quad]                         [quad]              the halo of chunk 1
+# m and S_k are updated in place, so the program of chunk 0 or 2 may already have updated the quad.
+# That is why halo_kernel copies all halos beforehand.
 
 
 class Index(NamedTuple):
-    """Coordinates of the elements of a tile: three vectors 0, 1, 2, ..."""
+    """Coordinates of the elements of a block [32, LINES, 4]: three vectors 0, 1, 2, ..."""
 
     lane: tl.tensor  # [32]
     line: tl.tensor  # [LINES]
@@ -178,20 +181,21 @@ class Tensors(NamedTuple):
 
     g_ptr: tl.tensor
     m_ptr: tl.tensor
-    S_ptrs: tuple
+    S_ptrs: tuple  # of S_0 ... S_BAND
     chain: tl.tensor  # elements per chain
     chunk: tl.tensor  # elements per chunk
 
 
 @triton.jit
 def aligned_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
-    """Load a pointer as load_pointer does, and tell the compiler it is a multiple of 16 bytes."""
+    """Load a pointer as load_pointer does, and tell the compiler that it is 16-byte aligned."""
     ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))  # load_pointer() loses the hint
     return tl.multiple_of(ptr, 16)
 
 
 @triton.jit
 def load_tensors(row_ptr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr):
+    # Return the Tensors of a row of the table.
     g_ptr = aligned_pointer(row_ptr, G_PTR, GRAD)
     m_ptr = aligned_pointer(row_ptr, M_PTR, STATE)
     S_ptrs = ()
@@ -213,15 +217,16 @@ def chunk_bounds(chunk_index, chunk, n):
 
 @triton.jit
 def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
-    """Return which elements of a chunk the tile holds, for a chunk of `length` elements.
+    """Return which elements of a chunk of `length` elements each lane, line and phase holds.
 
     quad [32, LINES, 1]: number of the quad in the chunk; -1 is the one before its start.
     offs [32, LINES, 4]: offset of the element from the start of the chunk, 4 quad + phase.
     load_mask, store_mask [32, LINES, 4]: which elements to load, and which of these to store.
     """
     # With a band, lines overlap. Lanes 0 and 31, in brackets, are not stored:
-    #     line 0:  quads (-1)  0 ... 29 (30)
-    #     line 1:  quads (29) 30 ... 59 (60)
+    #     lane           0   1 ... 30  31
+    #     line 0: quad (-1)  0 ... 29 (30)
+    #     line 1: quad (29) 30 ... 59 (60)
     OVERLAP: tl.constexpr = 1 if BAND > 0 else 0
     lane = index.lane[:, None, None]
     quad = index.line[None, :, None] * (32 - 2 * OVERLAP) + lane - OVERLAP
@@ -239,15 +244,19 @@ def load_quads(ptr, quad, phase, mask, halo_ptr, array: tl.constexpr, chunk, HAL
     """Load the quads [32, LINES, 1] of the chunk that starts at ptr: [32, LINES, 4], float32.
 
     With HALO, the quads before and after the chunk are read from their copies at halo_ptr,
-    (BAND + 3, 8): of each array, 4 elements before the chunk and 4 after. array: see halo_kernel.
+    (BAND + 3, 8): of each array, 4 elements before the chunk and 4 after it. array: which of them
+    is loaded, 0 for g, 1 for m, 2 + k for S_k.
     """
+    # -- address of each quad, in the tensor or among the copies --
     QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 times bits / 8
     ptrs = ptr + 4 * quad
     if HALO:
-        copies = (halo_ptr + array * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)
+        copies = (halo_ptr + array * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)  # before, after
         is_outside = (quad < 0) | (4 * quad >= chunk)
         ptrs = tl.where(is_outside, copies, ptrs)
-    ptrs = tl.multiple_of(ptrs, (QUAD_BYTES, QUAD_BYTES, QUAD_BYTES))  # so that a quad is one load
+
+    # -- load; the compiler has to know the alignment to load a quad at once --
+    ptrs = tl.multiple_of(ptrs, (QUAD_BYTES, QUAD_BYTES, QUAD_BYTES))
     return tl.load(ptrs + phase, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -261,17 +270,17 @@ def distance_to_chain_end(offs, start, chain, HALO: tl.constexpr):
                                     |------------| start_to_end
 
     offs: offsets from the start of the chunk. chain: elements per chain. Without HALO, chunks start
-    with a chain. Distances beyond FAR are cut to it, so that they fit into int32.
+    with a chain. Distances from the start are at most FAR, so that they fit into int32.
     """
     start_in_chain = start % chain if HALO else start * 0
     start_to_end = tl.minimum(chain - start_in_chain, FAR).to(tl.int32)
     start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
     chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
 
-    # if offs is in the chain of the start, or in a later one
+    # offs in the chain of the start (x > 0), or in a later one
     x = start_to_end - offs
     distance = tl.where(x > 0, x, chain - (-x) % chain)
-    # if it is in an earlier chain
+    # offs in an earlier chain: position < 0, counted from the first element of the start's chain
     position = start_in_chain + offs
     return tl.where(position < 0, (-position - 1) % chain + 1, distance)
 
@@ -282,7 +291,7 @@ def update_statistics(
     STATE: tl.constexpr, BAND: tl.constexpr, ADAM: tl.constexpr, HALO: tl.constexpr,
     LINES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Update the momentum m and the statistics S of one chunk in place.
+    """Update the momentum m and the statistics S_0 ... S_BAND of one chunk in place.
 
     start, length: where the chunk starts in the tensor, and how many elements it has.
     Returns the direction u [32, LINES, 4], and the sums of a^2 (a: Adam's step), u^2 and sqrt(S_0)
@@ -293,29 +302,29 @@ def update_statistics(
     chunk = tensors.chunk
     quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load everything before the first store, because lines overlap --
+    # -- load everything before the first store, because lines overlap: blocks [32, LINES, 4] --
     g_ptr = tensors.g_ptr + start
     g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
     m_ptr = tensors.m_ptr + start
     m = load_quads(m_ptr, quad, phase, load_mask, halo_ptr, 1, chunk, HALO)
-    old_S = ()
+    old_S = ()  # a tuple of blocks, as kernels have no lists
     for k in tl.static_range(BAND + 1):
         S_ptr = tensors.S_ptrs[k] + start
         S_k = load_quads(S_ptr, quad, phase, load_mask, halo_ptr, 2 + k, chunk, HALO)
         old_S = old_S + (S_k,)
     if BAND > 0:
-        tl.debug_barrier()
+        tl.debug_barrier()  # no thread stores before all threads have loaded
 
-    # -- momentum --
+    # -- momentum; a gradient that is not finite counts as 0 --
     is_good = g * g < float("inf")  # false for NaN too
     g = tl.where(is_good, g, 0.0)
     m = options.beta1 * m + options.new1 * g
     tl.store(m_ptr + offs, m.to(STATE), mask=store_mask, eviction_policy="evict_first")
     m *= units.m_factor
 
-    # -- statistics --
+    # -- statistics: S_k[i] = beta2 S_k[i] + (1 - beta2) g[i] g[i+k] --
     if BAND > 0:
-        # chains are whole quads, so find the distance of each quad, then of its elements
+        # elements to the end of the chain: chains are whole quads, so find it for each quad first
         to_chain_end = distance_to_chain_end(4 * quad, start, tensors.chain, HALO) - phase
     S = ()
     for k in tl.static_range(BAND + 1):
@@ -327,12 +336,12 @@ def update_statistics(
         tl.store(S_ptr + offs, new_S.to(STATE), mask=store_mask, eviction_policy="evict_first")
         S = S + (new_S * units.S_factor,)
 
-    # -- directions --
+    # -- directions: Adam's step a, and u --
     root = tl.sqrt(S[0])
     a = tl.where(root > 0, m / root, 0.0)
     u = a if ADAM else precondition(m, S, lane, units, BAND, LINES, L)
 
-    # -- sums --
+    # -- sums over quads; a gradient that is not finite makes sum_root inf --
     root = tl.where(is_good, root, float("inf"))
     sum_a = tl.sum(tl.where(store_mask, a * a, 0.0), 2)
     sum_root = tl.sum(tl.where(store_mask, root, 0.0), 2)
@@ -348,34 +357,35 @@ def precondition(
 
     m, and each S[k] of the tuple S: [32, LINES, 4], in units of the scale, not damped yet.
     """
-    # Each element i has its own system W psi = c. W[p][q], q <= p, is S between its successors
-    # i+1+p and i+1+q; c[p] is S between i and i+1+p.
-    S0 = units.S0_weight * S[0] + units.eps
-    W = ()
+    # -- psi and s: each element i has its own system W psi = c --
+    # W[p][q], q <= p, is S between the successors i+1+p and i+1+q, which is S[p-q] at i+1+q;
+    # c[p] is S between i and i+1+p, which is S[p+1] at i
+    S0 = units.S0_weight * S[0] + units.eps  # damped
+    W = ()  # a tuple of tuples, as kernels have no lists
     c = ()
     variance = ()
     for p in tl.static_range(BAND):
         row = ()
         for q in tl.static_range(p):
-            row = row + (shift(S[p - q], lane, q + 1, LINES, L),)
-        diagonal = shift(S0, lane, p + 1, LINES, L)
+            row = row + (shift(S[p - q], lane, q + 1, LINES, L),)  # W[p][q]
+        diagonal = shift(S0, lane, p + 1, LINES, L)  # W[p][p]
         W = W + (row + (diagonal,),)
         c = c + (S[p + 1],)
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0, units.gamma, BAND)
 
-    # edge removal: where i has lost its successors, psi is 0 and s is S0
+    # -- edge removal: where s is too small, i loses its successors; psi becomes 0 and s is S0 --
     keep = s > units.gamma * S0
     s = tl.where(keep, s, S0)
 
-    # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i]
+    # -- w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i] --
     w = m
     for k in tl.static_range(1, BAND + 1):
         w -= tl.where(keep, psi[k - 1], 0.0) * shift(m, lane, k, LINES, L)
     w = tl.where(s > 0, w / s, 0.0)
 
-    # u = L w: subtract psi_i[k] w[i] from w[i+k]
-    x = ()
+    # -- u = L w: u[i] = w[i] - sum_k psi_k[i-k] w[i-k], from the elements before i --
+    x = ()  # x[k - 1][i] = psi_k[i] w[i], what element i subtracts from element i+k
     for k in tl.static_range(BAND):
         x = x + (tl.where(keep, psi[k], 0.0) * w,)
     u = w
@@ -390,6 +400,7 @@ def precondition(
 
 @triton.jit
 def add3(x0, x1, x2, y0, y1, y2):
+    # for tl.reduce of three blocks at once
     return x0 + y0, x1 + y1, x2 + y2
 
 
@@ -404,11 +415,12 @@ def publish_sums(
     total_ptr (SUMS,): what they add up to. ready_ptr: becomes 1 when total_ptr is written.
     done_ptr: how many of the tensor's programs have stored their sums.
     """
+    # -- store the sums over all quads --
     sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
     for column in tl.static_range(SUMS):
         tl.store(own_ptr + column, sums[column])
 
-    # the barrier, and acq_rel: who counts the last program also sees the sums of all others
+    # -- count this program; by the barrier and acq_rel, the last one sees the sums of all others --
     tl.debug_barrier()
     is_last = tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
     if is_last:
@@ -420,7 +432,7 @@ def publish_sums(
 
 @triton.jit
 def wait_for_sums(ready_ptr):
-    """Wait until the sums of a tensor have been added up."""
+    """Wait until a tensor's last program has added up the sums, and has set ready_ptr to 1."""
     while tl.atomic_add(ready_ptr, 0, sem="acquire") == 0:
         pass
 
@@ -431,27 +443,33 @@ def wait_for_sums(ready_ptr):
 
 @triton.jit
 def halo_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (programs, 2) int64
+    table_ptr, items_ptr,  # int64: (T, COLUMNS); (programs, 2), tensor and run of each program
     halo_ptr,  # (programs, RUN, BAND + 3, 2, 4) of GRAD and STATE
     GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
-    """Copy the quads before and after each chunk. Array 0 is g, 1 is m, 2 + k is S_k."""
+    """Copy the halos of a run of RUN chunks: the quads (4 elements) before and after each chunk.
+
+    Other programs may change these while a chunk is computed. Array 0 is g, 1 is m, 2 + k is S_k.
+    """
+    # -- find the run, a row (tensor, number of the run) of items, and its tensor --
     item_ptr = items_ptr + tl.program_id(0) * 2
     row_ptr = table_ptr + tl.load(item_ptr) * COLUMNS
     run = tl.load(item_ptr + 1)
-    n = tl.load(row_ptr + SIZE)
-    chunk = tl.load(row_ptr + CHUNK)
+    n = tl.load(row_ptr + SIZE)  # elements of the tensor
+    chunk = tl.load(row_ptr + CHUNK)  # elements per chunk
 
-    # elements 0 ... 3 of a halo are the quad before the chunk, 4 ... 7 the quad after it:
+    # -- elements 0 ... 3 of a halo are the quad before the chunk, 4 ... 7 the quad after it --
     #     | 0 1 2 3 |      chunk      | 4 5 6 7 |
     c = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
     element = tl.arange(0, 8)[None, :]
     start = (run * RUN + c) * chunk
     offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN, 8]
     mask = (offs >= 0) & (offs < n) & (c < RUN)
+    # halos of all chunks: (programs * RUN, BAND + 3, 8)
     halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + c) * (BAND + 3) * 8
 
+    # -- copy them, array by array --
     for array in tl.static_range(BAND + 3):
         if array == 0:
             ptr = load_pointer(row_ptr, G_PTR, GRAD)
@@ -465,38 +483,39 @@ def halo_kernel(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step_kernel(
-    table_ptr, items_ptr,  # (T, COLUMNS), (2 programs, 2) int64, from `schedule`
+    table_ptr, items_ptr,  # int64: (T, COLUMNS); (2 programs, 2), tensor and run, from `schedule`
     halo_ptr, u_ptr,  # (programs, RUN, BAND + 3, 8), (programs, RUN, 128 LINES)
     partial_ptr, total_ptr,  # (programs, SUMS), (T, SUMS)
-    counters_ptr,  # (2 T + 1) int32: done and ready of publish_sums, T each; sonew_hopper.py's
+    counters_ptr,  # (2 T + 1) int32: T times done, T times ready, see publish_sums; one not used
     n_tensors,  # T
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr,
     LINES: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # A run is RUN consecutive chunks of a tensor. Compute its statistics, or apply its update to p.
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # take a work item: the statistics of a run of chunks, or, if tensor < 0, its update of p
+    # -- take a work item (tensor, number of the run); for an update, it has -1 - tensor --
     items_ptr += 2 * tl.program_id(0)
     tensor = tl.load(items_ptr).to(tl.int32)
     run = tl.load(items_ptr + 1).to(tl.int32)
     is_update = tensor < 0
     tensor = tl.where(is_update, -1 - tensor, tensor)
 
-    # find the tensor, and which of its chunks are in the run
+    # -- find the tensor, and which of its chunks are in the run: run * RUN ... end - 1 --
     row_ptr = table_ptr + tensor * COLUMNS
     done_ptr = counters_ptr + tensor
     ready_ptr = counters_ptr + n_tensors + tensor
     total_ptr += tensor * SUMS
-    n = tl.load(row_ptr + SIZE)
-    chunk = tl.load(row_ptr + CHUNK)
-    first = tl.load(row_ptr + FIRST_PROGRAM)
+    n = tl.load(row_ptr + SIZE)  # elements of the tensor
+    chunk = tl.load(row_ptr + CHUNK)  # elements per chunk
+    first = tl.load(row_ptr + FIRST_PROGRAM)  # how many runs the tensors before this one have
     end = tl.minimum((run + 1) * RUN, tl.cdiv(n, chunk).to(tl.int32))
-    u_ptr += first * (RUN * 128 * LINES)
+    u_ptr += first * (RUN * 128 * LINES)  # u of this tensor
 
     if is_update:
-        # -- wait for the norms, then update p --
+        # -- wait for the norms, then update p chunk by chunk --
         p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
         wait_for_sums(ready_ptr)
         rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
@@ -512,7 +531,7 @@ def step_kernel(
         if run == 0:
             update_counters(row_ptr, total_ptr)
     else:
-        # -- update m and S, and write u --
+        # -- update m and S_k and write u, chunk by chunk --
         index = Index(tl.arange(0, 32), tl.arange(0, LINES), tl.arange(0, 4))
         tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
         units = load_units(row_ptr, options)
@@ -522,7 +541,7 @@ def step_kernel(
         sum_root = zero
         for c in tl.range(run * RUN, end, num_stages=STAGES):
             start, length = chunk_bounds(c, chunk, n)
-            chunk_halo_ptr = halo_ptr + (first * RUN + c) * (BAND + 3) * 8
+            chunk_halo_ptr = halo_ptr + (first * RUN + c) * (BAND + 3) * 8  # (BAND + 3, 8)
             u, chunk_a, chunk_u, chunk_root = update_statistics(
                 index, tensors, start, length, chunk_halo_ptr, units, options,
                 STATE, BAND, ADAM, HALO, LINES, None,
@@ -556,7 +575,7 @@ def has_hopper(device):
 
 
 def is_aligned(param):
-    """Return whether a LocalParam is aligned in memory, and its chains are whole quads."""
+    """Return whether a LocalParam is aligned in memory, and its chains are whole quads of 4."""
     n = param.p.numel()
     if n == 0 or n % 4 or (param.band > 0 and param.chain % 4):
         return False
@@ -566,12 +585,15 @@ def is_aligned(param):
 
 
 def chunk_size(param):
-    """Return how many elements a chunk of a LocalParam has, and whether chunks need a halo."""
-    lanes = 30 if param.band else 32  # those that are stored
+    """Return how many elements a chunk of a LocalParam has, and whether chunks need a halo.
+
+    The halo is a copy of the elements next to a chunk. Whole chains need none.
+    """
+    lanes = 30 if param.band else 32  # with a band, a line stores 30 of its 32 quads
     most = 4 * CONFIG[param.band].lines * lanes
     if param.band == 0 or param.p.numel() <= most:
         return most, False
-    if param.chain <= most:  # whole chains, which need no neighbours
+    if param.chain <= most:  # as many whole chains as fit
         return most // param.chain * param.chain, False
     return most, True
 
@@ -583,10 +605,12 @@ def schedule(n_programs, lag):
     Returns in_order (P, 2), the tensor and the run of chunks of each of these programs, and items
     (2 P, 2), the order of step_kernel: the same with the updates of p, which have -1 - tensor. The
     updates of a tensor begin `lag` programs after its statistics, and alternate with statistics of
-    later tensors.
+    later tensors. For n_programs = (2, 3) and lag = 0, statistics s and updates u of (tensor, run):
+        s(0,0) s(0,1) s(1,0) u(0,0) s(1,1) u(0,1) s(1,2) u(1,0) u(1,1) u(1,2)
     """
+    # the tensor, and the run in it, of each program of the statistics
     counts = torch.tensor(n_programs)
-    ends = counts.cumsum(0)
+    ends = counts.cumsum(0)  # of each tensor, among all programs
     P = int(counts.sum())
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     run = torch.arange(P) - (ends - counts)[tensor]
@@ -600,7 +624,7 @@ def schedule(n_programs, lag):
 
 
 class FusedPlan(Plan):
-    """halo_kernel, if chunks need it, and step_kernel."""
+    """A step in two launches: halo_kernel, if chunks need it, and step_kernel."""
 
     def __init__(self, params, needs_halo):
         super().__init__(params)
@@ -611,8 +635,10 @@ class FusedPlan(Plan):
         self.prepare(params, self.config.run, self.config.lag)
 
     def prepare(self, params, run, lag):
-        """Make the tables, and the memory that launches share."""
+        """Make the tables, and the memory that launches share. run: chunks per program."""
         self.run = run
+
+        # table of tensors: each has consecutive programs, one per run of its chunks
         chunks = [chunk_size(param)[0] for param in params]
         n_programs = []
         first_programs = []
@@ -622,10 +648,10 @@ class FusedPlan(Plan):
             n_programs.append(triton.cdiv(param.p.numel(), chunk * run))
             self.n_programs += n_programs[-1]
         rows = table_rows(params, chunks, first_programs, n_programs)
-
         in_order, items = schedule(tuple(n_programs), lag)
         self.table, self.in_order, self.items = self.upload(rows, in_order, items)
 
+        # memory: a halo per chunk, a row of sums per program and per tensor, counters
         n_halos = self.n_programs * run if self.needs_halo else 0
         self.halos = torch.empty(n_halos, self.band + 3, 8, device=self.device)
         self.partial = torch.empty(self.n_programs, SUMS.value, device=self.device)
@@ -640,8 +666,9 @@ class FusedPlan(Plan):
             halo_kernel[(self.n_programs,)](*tensors, *constants, num_warps=1)
 
     def step(self, numbers, lr_on_device):
+        # numbers: the kernel's arguments beta1 ... weight_decay, in this order
         self.copy_halos()
-        self.counters.zero_()
+        self.counters.zero_()  # no program has published its sums yet
         lines = self.config.lines
         u = torch.empty(self.n_programs * self.run * 128 * lines, device=self.device)
         tensors = (self.table, self.items, self.halos, u, self.partial, self.totals, self.counters)

@@ -1,20 +1,21 @@
 """SONew's step on Hopper, in Gluon: sonew_fused.py with u in shared memory until it is applied.
 
-Gluon is the level below Triton, where shared memory and layouts are explicit. The direction u of a
-chunk cannot be applied at once, as its step size needs norms over the whole tensor. sonew_fused.py
-writes u to memory and reads it again; here it stays in a ring buffer in shared memory.
+Gluon is the level below Triton, where shared memory and layouts are explicit. As in sonew_fused.py,
+a chunk is about 1000 consecutive elements of a tensor, and a run is a few consecutive chunks. The
+direction u of a chunk cannot be applied at once, as its step size needs norms over the whole
+tensor. sonew_fused.py writes u to memory and reads it again; here it stays in shared memory.
 
-As many programs as run at once take runs of consecutive chunks from a counter (a persistent
-kernel). A program updates the statistics of a run, stores its u in the ring buffer, which holds two
-runs, and publishes its share of the norms. Before it takes another run it applies u of the run
-before the last, whose norms other programs have mostly completed by then.
+The grid has as many programs as run at once, and these take runs from a counter (a persistent
+kernel). A program updates the statistics of a run, stores its u in a ring buffer, which holds u of
+two runs, and publishes its sums. Before it takes another run, it applies u of the run before the
+last. Other programs have mostly completed the norms of that run's tensor by then.
 
 Memory traffic: 8 b + 28 bytes per fp32 parameter at band b. On an H200 for 125 M parameters: 0.95,
 1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
 
 Limits: those of sonew_fused.py, and a tensor may have no more runs than there are programs.
-Otherwise all programs could hold two runs and wait forever for the norms of a tensor of which
-nobody can take the remaining runs.
+Otherwise, all programs could wait for the norms of a tensor while no program is free to take its
+remaining runs.
 """
 
 from typing import NamedTuple
@@ -51,8 +52,8 @@ from kernels.sonew_fused import (
 
 class RingConfig(NamedTuple):
     programs: int  # per multiprocessor
-    registers: int  # most per thread
-    run: int  # chunks of a run
+    registers: int  # limit per thread
+    run: int  # chunks per run
 
 
 CONFIG = {  # by band
@@ -73,10 +74,10 @@ class Constants(NamedTuple):
     BAND: gl.constexpr
     ADAM: gl.constexpr  # u is Adam's step
     LR_ON_DEVICE: gl.constexpr  # lr is a pointer
-    HALO: gl.constexpr  # chunks need their neighbours' elements
+    HALO: gl.constexpr  # chunks need the elements next to them
     COLUMNS: gl.constexpr  # of the table of tensors
-    LINES: gl.constexpr  # of a chunk
-    RUN: gl.constexpr  # chunks of a run
+    LINES: gl.constexpr  # per chunk, of 128 elements each
+    RUN: gl.constexpr  # chunks per run
 
 
 class Launch(NamedTuple):
@@ -84,7 +85,7 @@ class Launch(NamedTuple):
 
     table_ptr: gl.tensor  # (T, COLUMNS): addresses and sizes of each tensor
     items_ptr: gl.tensor  # (R, 2): the tensor of a run, and the run's number in it
-    halo_ptr: gl.tensor  # copies of the elements next to each chunk
+    halo_ptr: gl.tensor  # (R * RUN, BAND + 3, 8): copies of the elements next to each chunk
     partial_ptr: gl.tensor  # (R, SUMS): sums of each run
     total_ptr: gl.tensor  # (T, SUMS): sums of each tensor
     done_ptr: gl.tensor  # (T,): how many runs of a tensor have published their sums
@@ -95,7 +96,8 @@ class Launch(NamedTuple):
 
 @gluon.constexpr_function
 def block_layout(num_warps):
-    """Layout of a chunk, [32, LINES, 4]: a warp has a line, a thread 4 consecutive elements."""
+    """Return the layout of a chunk, [32, LINES, 4]: lane of the warp, line, element of the lane."""
+    # a thread has 4 consecutive elements, a warp a line
     return gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, num_warps, 1], [2, 0, 1])
 
 
@@ -103,7 +105,7 @@ def block_layout(num_warps):
 def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     """Update m and S of a run, store its u in the ring buffer from `slot` on, publish its sums.
 
-    item: the run's row in items.
+    ring [2 RUN, 32, LINES, 4]: slots for u of the chunks of two runs. item: the run's row in items.
     """
     BAND: gl.constexpr = constants.BAND
     LINES: gl.constexpr = constants.LINES
@@ -114,12 +116,12 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     tensor = gl.load(launch.items_ptr + 2 * item).to(gl.int32)
     run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
     row_ptr = launch.table_ptr + tensor * constants.COLUMNS
-    n = gl.load(row_ptr + SIZE)
-    first_item = gl.load(row_ptr + FIRST_PROGRAM)  # of this tensor
+    n = gl.load(row_ptr + SIZE)  # elements of the tensor
+    first_item = gl.load(row_ptr + FIRST_PROGRAM)  # the item of the tensor's first run
     tensors = load_tensors(row_ptr, constants.GRAD, constants.STATE, BAND)
     units = load_units(row_ptr, launch.options)
 
-    # -- update the statistics, chunk by chunk --
+    # -- update the statistics, chunk by chunk: chunks run * RUN ... end - 1 of the tensor --
     zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, LAYOUT))
     sum_a = zero
     sum_u = zero
@@ -127,7 +129,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     end = gl.minimum((run + 1) * RUN, gl.cdiv(n, tensors.chunk).to(gl.int32))
     for c in range(run * RUN, end):
         start, length = chunk_bounds(c, tensors.chunk, n)
-        # halos are (chunks of all tensors, BAND + 3, 8)
+        # halos of all chunks: (R * RUN, BAND + 3, 8)
         chunk_halo_ptr = launch.halo_ptr + (first_item * RUN + c) * (BAND + 3) * 8
         u, chunk_a, chunk_u, chunk_root = update_statistics(
             index, tensors, start, length, chunk_halo_ptr, units, launch.options,
@@ -158,7 +160,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
 def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     """Wait for the sums of a run's tensor, then p -= rate * (graft * u + weight_decay * p).
 
-    item and slot: as in update_run.
+    item: the run's row in items. slot: where its u starts in the ring buffer.
     """
     RUN: gl.constexpr = constants.RUN
     LAYOUT: gl.constexpr = block_layout(gl.num_warps())
@@ -168,11 +170,11 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     run = gl.load(launch.items_ptr + 2 * item + 1).to(gl.int32)
     row_ptr = launch.table_ptr + tensor * constants.COLUMNS
     p_ptr = aligned_pointer(row_ptr, P_PTR, constants.PARAM)
-    n = gl.load(row_ptr + SIZE)
-    chunk = gl.load(row_ptr + CHUNK)
+    n = gl.load(row_ptr + SIZE)  # elements of the tensor
+    chunk = gl.load(row_ptr + CHUNK)  # elements per chunk
 
-    # -- load all parameters of the run before waiting; store_mask: this lane stores them --
-    p = ()
+    # -- load all parameters of the run before waiting; lines overlap, so only those it stores --
+    p = ()  # a tuple of blocks [32, LINES, 4], as kernels have no lists
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
         _, offs, _, store_mask = chunk_offsets(index, length, chunk, constants.BAND, False)
@@ -197,27 +199,34 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_runs", "n_tensors"])
 def ring_kernel(
-    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, counters_ptr,  # as of step_kernel
+    table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, counters_ptr,  # as in step_kernel
     n_runs, n_tensors,
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
     PARAM: gl.constexpr, GRAD: gl.constexpr, STATE: gl.constexpr, BAND: gl.constexpr,
     ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr, HALO: gl.constexpr, COLUMNS: gl.constexpr,
     LINES: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
+    # One of the programs that run at once: take runs of chunks, one after the other, until none is
+    # left. For each, update m and S, and keep u in the ring buffer until its norms are known.
     constants: gl.constexpr = Constants(
         PARAM, GRAD, STATE, BAND, ADAM, LR_ON_DEVICE, HALO, COLUMNS, LINES, RUN
     )
     LAYOUT: gl.constexpr = block_layout(gl.num_warps())
-    # the ring buffer: u of two runs, one from slot 0 on, the other from slot RUN on
+
+    # -- the ring buffer: u of the chunks of a run, then of another run --
+    #     slot    | 0 ... RUN - 1 | RUN ... 2 RUN - 1 |
     ring = gl.allocate_shared_memory(
         gl.float32, [2 * RUN, 32, LINES, 4], gl.SwizzledSharedLayout(4, 1, 1, [2, 0, 1])
     )
+
+    # -- what all runs share: lane, line and phase of each element of a chunk, and the arguments --
     index = Index(
         lane=gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))),
         line=gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))),
         phase=gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))),
     )
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
+    # counters (2 T + 1): done for each tensor, ready for each tensor, the number of the next run
     done_ptr = counters_ptr
     ready_ptr = counters_ptr + n_tensors
     next_run_ptr = counters_ptr + 2 * n_tensors
@@ -225,14 +234,17 @@ def ring_kernel(
         table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, done_ptr, ready_ptr, lr, options
     )
 
-    # Items of the two runs whose u is in the ring buffer, -1: none. older_item is at `slot`, where
-    # the next run goes, newer_item in the other half, at RUN - slot.
+    # -- items of the two runs whose u is in the ring buffer; -1: none --
+    # older_item is at `slot`, where the next run goes, newer_item in the other half, at RUN - slot:
+    #     run of this program    0      1      2        3        4
+    #     its slot               0      RUN    0        RUN      0
+    #     applied before it      -      -      run 0    run 1    run 2
     slot = gl.to_tensor(0)
     older_item = gl.to_tensor(-1)
     newer_item = gl.to_tensor(-1)
     item = gl.to_tensor(0)
     while item < n_runs:
-        # -- apply the older run; nobody waits for this program, as its runs are all published --
+        # -- apply the older run; as this program has published its sums, no other waits for it --
         if older_item >= 0:
             apply_run(index, ring, slot, older_item, launch, constants)
             older_item = gl.to_tensor(-1)
@@ -259,7 +271,7 @@ def resident_programs(band, device):
 
 
 def fits(param):
-    """Return whether a LocalParam has no more runs than there are programs."""
+    """Return whether a LocalParam has no more runs than there are programs in the grid."""
     chunk, _ = chunk_size(param)
     programs = resident_programs(param.band, param.p.device)
     return param.p.numel() <= programs * CONFIG[param.band].run * chunk
@@ -273,7 +285,7 @@ class RingPlan(FusedPlan):
 
     def step(self, numbers, lr_on_device):
         self.copy_halos()
-        self.counters.zero_()
+        self.counters.zero_()  # no run is taken, and no sums are published yet
         n_runs = self.n_programs  # FusedPlan counts a program per run
         tensors = (self.table, self.in_order, self.halos, self.partial, self.totals, self.counters)
         constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, self.needs_halo)
