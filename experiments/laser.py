@@ -1,12 +1,19 @@
 """LASER: does more gradient reach the logits where attention is peaked?
 
-Softmax attention passes p_j (v_j - out) to the logit of key j; LASER, with out' its own output,
-p_j (exp(v_j - out') - 1) for each channel. Both vanish with p_j, but LASER's is larger for keys
-whose value is far above the output. So both are measured on the same q, k, v, with the same
-gradient at the output: for random logits, whose spread decides how peaked attention is, and in tiny
-GPTs trained with LASER, for the rows that give one key more than 90%. (A laptop resolves neither
-this in GPTs trained with softmax nor the losses, so they are not part of the study.) Then the
-numerics: a large last value, and large values throughout.
+Attention is peaked where one key has nearly all of the probability. With the gradient g (D) at the
+output of a query, the gradient at the logit of key j is
+
+    softmax attention    p_j sum_d g_d (v_jd - out_d)
+    LASER                p_j sum_d g_d (exp(v_jd - out_d) - 1)     with LASER's own output
+
+Both vanish with p_j. LASER's is larger for keys whose value is far above the output. The metric is
+log10 of sum_j |gradient_j|, for both with the same p, v and g:
+
+    random logits    their standard deviation decides how peaked attention is
+    trained GPTs     of 2 layers, trained with LASER: the queries with one p_j above 0.9
+
+The study leaves out the losses, and GPTs trained with softmax: a laptop resolves no difference.
+It also measures rounding errors, of the paper's form of LASER and of ours.
 """
 
 import io
@@ -36,34 +43,38 @@ from support import data
 
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 LOGIT_STDS = (0.5, 1, 2, 4, 8, 16)
-REPORTED_STDS = (1, 4, 16)  # those of the table; the figure shows all
+REPORTED_STDS = (1, 4, 16)  # in the table of differences; the figure shows all
 FLAGS = "--attn laser --n-layer 2 --n-embd 64 --n-head 2 --block-size 128 --batch-size 16"
 DATA = "stdlib"
 STEPS = 100
 LR = 3e-3
 HELD_OUT_SEQUENCES = 16
-PEAKED = 0.9  # a row of p is peaked if one key has more
+PEAKED = 0.9  # a query's attention is peaked if one key has more
 
 
 # -- the gradient at the logits --------------------------------------------------------------------
 
 
 def logit_gradients(p, v, grad_out):
-    """Return {variant: sum_j |d loss / d logit_ij|}, (..., Tq), of softmax attention and of LASER.
+    """Return {variant: sum_j |d loss / d logit_ij|}, (..., Tq), for softmax attention and LASER.
 
-    p (..., Tq, Tk), v (..., Tk, D), grad_out (..., Tq, D): the gradient at the output of either.
+    p (..., Tq, Tk): probabilities; v (..., Tk, D); grad_out (..., Tq, D): d loss / d output.
     """
     out = p @ v
     at_logits = {"softmax": p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))}
 
-    x = p @ v.exp()  # LASER's output is log x
+    # LASER's output is log x with x = sum_j p_j exp(v_j)
+    x = p @ v.exp()
     grad_x = grad_out / x
     at_logits["LASER"] = p * (grad_x @ v.exp().mT - grad_out.sum(-1, keepdim=True))
     return {name: gradient.abs().sum(-1) for name, gradient in at_logits.items()}
 
 
 def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
-    """Return {variant: mean gradient at the logits} of random rows, and the mean of their max p."""
+    """Return {variant: mean gradient at the logits} of random logits, and the mean of max p.
+
+    Each of the rows is one query with T keys.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 1, T, generator=generator, dtype=torch.float64) * logit_std
     v = torch.randn(rows, T, D, generator=generator, dtype=torch.float64)
@@ -78,7 +89,10 @@ def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
 
 
 class Probe:
-    """A cache that calls the model's own attention and keeps its inputs and its output."""
+    """Record the inputs and the output of one layer's attention.
+
+    It is given to the layer as its KV cache: train.Attention then calls `attend`.
+    """
 
     length = 0
 
@@ -90,7 +104,10 @@ class Probe:
 
 
 def probe_model(model, x, y):
-    """Run forward and backward; return the probes of the layers and the loss."""
+    """Run forward and backward. Return the probe of each layer, and the loss.
+
+    x, y (B, T): tokens and targets. Afterwards, probe.out.grad is d loss / d output.
+    """
     config = model.config
     probes = [Probe() for _ in model.layers]
     cos, sin = train.rope_angles(0, x.shape[1], config.head_dim, config.rope_theta, x.device)
@@ -106,19 +123,24 @@ def probe_model(model, x, y):
 
 
 def peaked_gradients(model, x, y):
-    """Return {variant: mean gradient at the logits} of the peaked rows of all layers, their number.
+    """Return {variant: mean gradient at the logits}, and over how many queries the mean is.
 
-    It is multiplied by the number of targets, over which the loss is a mean.
+    These are the queries of all layers whose attention is peaked. The loss is a mean over the
+    targets; the gradients are multiplied by their number.
     """
     probes, _ = probe_model(model, x, y)
     peaked = {"softmax": [], "LASER": []}
     for probe in probes:
         q, k, v = (t.detach().double() for t in probe.heads)
+
+        # attention probabilities, recomputed in float64
         scores = q @ k.mT * q.shape[3] ** -0.5  # (B, H, T, T)
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
         p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+        # gradients of the queries with peaked attention
         is_peaked = p.amax(-1) > PEAKED  # (B, H, T)
-        is_peaked[:, :, 0] = False  # the first row has but one key, hence no gradient
+        is_peaked[:, :, 0] = False  # the first query has only one key, so no gradient
         gradients = logit_gradients(p, v, probe.out.grad.double())
         for name in peaked:
             peaked[name].append(gradients[name][is_peaked])
@@ -130,7 +152,7 @@ def peaked_gradients(model, x, y):
 
 
 def trained_gradients(seed, folder):
-    """Train a model with LASER; return its `peaked_gradients` on the same held-out text."""
+    """Train a GPT with LASER; return its `peaked_gradients` on held-out text."""
     out = Path(folder, str(seed))
     flags = f"{FLAGS} --data {DATA} --seed {seed} --lr {LR} --steps {STEPS} --sample 0"
     with redirect_stdout(io.StringIO()):  # the progress bar on stderr is enough
@@ -138,6 +160,7 @@ def trained_gradients(seed, folder):
     if result["signal"]:
         raise KeyboardInterrupt(result["signal"])
 
+    # read held-out text, the same for all seeds
     model, tokenizer = train.load_model(out)
     T = model.config.block_size
     with redirect_stdout(io.StringIO()):
@@ -152,7 +175,7 @@ def trained_gradients(seed, folder):
 
 
 def paper_form(q, k, v):
-    """The published form: the maximum of v over all keys, future ones too, is subtracted."""
+    """Compute LASER as published: subtract the maximum of v over all keys, also future ones."""
     largest = v.amax(2, keepdim=True)
     scores = q @ k.mT * q.shape[3] ** -0.5
     mask = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -161,7 +184,7 @@ def paper_form(q, k, v):
 
 
 def largest_errors(q, k, v):
-    """Return {form: largest error of the rows before the last, or None: not finite}, in float32."""
+    """Return {form: largest error in float32} over all queries but the last; None: not finite."""
     exact = reference(q.double(), k.double(), v.double())
     errors = {}
     for name, function in (("paper", paper_form), ("ours", attention)):
@@ -171,7 +194,7 @@ def largest_errors(q, k, v):
 
 
 def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
-    """Return the errors where the last value is larger by `jump`, and where all are large."""
+    """Return {case: largest_errors}: the last value is larger by `jump`, or all are large."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator) for _ in range(3))
     errors = {}
@@ -188,7 +211,7 @@ def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
 
 
 def plot(record):
-    """Draw the gradient by spread of the logits, and how much larger LASER's is, with intervals."""
+    """Draw the gradients of random logits, and the ratio of LASER's to softmax's in all cases."""
     figure, (left, right) = new_figure((11, 4), 1, 2)
     for name, gradients in record["by_logit_std"].items():
         left.plot(LOGIT_STDS, gradients, "o-", label=name)
@@ -208,9 +231,9 @@ def plot(record):
 
 
 def add_task(record, task, settings, seeds, measure):
-    """Measure both variants at each seed and add them to the record with their difference.
+    """Measure both variants with each seed; add the runs and their difference to the record.
 
-    measure(seed) -> {variant: gradient}, and a number that is kept as "detail".
+    measure(seed) -> {variant: gradient}, detail: a further number, stored with the run.
     """
     names = {"softmax": f"{task}: softmax", "LASER": f"{task}: LASER"}
     runs = {"softmax": [], "LASER": []}
