@@ -27,16 +27,7 @@ from pathlib import Path
 import torch
 
 import train
-from experiments.harness import (
-    check_writable,
-    deadline_after,
-    new_figure,
-    paired_difference,
-    print_differences,
-    print_gpu_result,
-    save_figure,
-    study_parser,
-)
+from experiments import harness
 from experiments.provenance import save_json
 from laser import attention, causal_mask, reference
 from support import data
@@ -61,13 +52,21 @@ def logit_gradients(p, v, grad_out):
     p (..., Tq, Tk): probabilities; v (..., Tk, D); grad_out (..., Tq, D): d loss / d output.
     """
     out = p @ v
-    at_logits = {"softmax": p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))}
+    grad_logits = {"softmax": p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))}
 
     # LASER's output is log x with x = sum_j p_j exp(v_j)
-    x = p @ v.exp()
+    exp_v = v.exp()
+    x = p @ exp_v
     grad_x = grad_out / x
-    at_logits["LASER"] = p * (grad_x @ v.exp().mT - grad_out.sum(-1, keepdim=True))
-    return {name: gradient.abs().sum(-1) for name, gradient in at_logits.items()}
+    grad_logits["LASER"] = p * (grad_x @ exp_v.mT - grad_out.sum(-1, keepdim=True))
+    return {name: gradient.abs().sum(-1) for name, gradient in grad_logits.items()}
+
+
+def attention_probabilities(q, k):
+    """Return p (B, H, Tq, Tk) of causal attention."""
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
@@ -132,23 +131,19 @@ def peaked_gradients(model, x, y):
     peaked = {"softmax": [], "LASER": []}
     for probe in probes:
         q, k, v = (t.detach().double() for t in probe.heads)
-
-        # attention probabilities, recomputed in float64
-        scores = q @ k.mT * q.shape[3] ** -0.5  # (B, H, T, T)
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
-        p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-
-        # gradients of the queries with peaked attention
+        p = attention_probabilities(q, k)  # (B, H, T, T)
+        gradients = logit_gradients(p, v, probe.out.grad.double())  # (B, H, T) each
         is_peaked = p.amax(-1) > PEAKED  # (B, H, T)
         is_peaked[:, :, 0] = False  # the first query has only one key, so no gradient
-        gradients = logit_gradients(p, v, probe.out.grad.double())
         for name in peaked:
             peaked[name].append(gradients[name][is_peaked])
-    rows = sum(map(len, peaked["LASER"]))
-    if rows == 0:
+    n_peaked = sum(len(gradients) for gradients in peaked["LASER"])
+    if n_peaked == 0:
         raise ValueError(f"no row of the attention has a probability above {PEAKED}; train longer")
-    means = {name: torch.cat(parts).mean().item() * y.numel() for name, parts in peaked.items()}
-    return means, rows
+    means = {}
+    for name, gradients in peaked.items():
+        means[name] = torch.cat(gradients).mean().item() * y.numel()
+    return means, n_peaked
 
 
 def trained_gradients(seed, folder):
@@ -165,8 +160,10 @@ def trained_gradients(seed, folder):
     T = model.config.block_size
     with redirect_stdout(io.StringIO()):
         text = data.load_dataset(DATA, tokenizer, T, out / ".tokens")
-    starts = range(0, HELD_OUT_SEQUENCES * (T + 1), T + 1)
-    starts = [start for start in starts if start + T < len(text.val)]
+    starts = []
+    for start in range(0, HELD_OUT_SEQUENCES * (T + 1), T + 1):
+        if start + T < len(text.val):
+            starts.append(start)
     x, y = data.to_device(data.read_sequences(text.val, starts, T), torch.device("cpu"))
     return peaked_gradients(model, x, y)
 
@@ -177,9 +174,7 @@ def trained_gradients(seed, folder):
 def paper_form(q, k, v):
     """Compute LASER as published: subtract the maximum of v over all keys, also future ones."""
     largest = v.amax(2, keepdim=True)
-    scores = q @ k.mT * q.shape[3] ** -0.5
-    mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    p = attention_probabilities(q, k)
     return (p @ (v - largest).exp()).log() + largest
 
 
@@ -188,7 +183,8 @@ def largest_errors(q, k, v):
     exact = reference(q.double(), k.double(), v.double())
     errors = {}
     for name, function in (("paper", paper_form), ("ours", attention)):
-        error = (function(q, k, v).double() - exact)[:, :, :-1].abs().max().item()
+        out = function(q, k, v).double()
+        error = (out - exact)[:, :, :-1].abs().max().item()
         errors[name] = error if math.isfinite(error) else None
     return errors
 
@@ -212,82 +208,85 @@ def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
 
 def plot(record):
     """Draw the gradients of random logits, and the ratio of LASER's to softmax's in all cases."""
-    figure, (left, right) = new_figure((11, 4), 1, 2)
+    figure, (left, right) = harness.new_figure((11, 4), 1, 2)
     for name, gradients in record["by_logit_std"].items():
         left.plot(LOGIT_STDS, gradients, "o-", label=name)
     left.set(xscale="log", yscale="log", xlabel="standard deviation of the logits")
-    left.set(ylabel="sum over keys of |d loss / d logit|", title="random logits, values of std 1")
+    left.set(ylabel="sum over keys of |d loss / d logit|", title="gradient at random logits")
     left.legend()
 
-    tasks = list(record["differences"])
-    for i, task in enumerate(tasks):
-        d = record["differences"][task]
+    cases = []
+    for i, (name, d) in enumerate(record["differences"].items()):
+        cases.append(name.removesuffix(": LASER"))
         right.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color="C1", capsize=4)
     right.axvline(0, color="black", lw=0.8)
-    right.set_yticks(range(len(tasks)), [task.removesuffix(": LASER") for task in tasks])
+    right.set_yticks(range(len(cases)), cases)
     right.invert_yaxis()
-    right.set_xlabel("log10 (LASER / softmax), 95% interval")
+    right.set(xlabel="log10 (LASER / softmax), 95% interval", title="ratio of the gradients")
     return figure
 
 
-def add_task(record, task, settings, seeds, measure):
-    """Measure both variants with each seed; add the runs and their difference to the record.
+def compare(record, case, settings, measured):
+    """Add the runs of one case to the record, and LASER's paired difference to softmax attention.
 
-    measure(seed) -> {variant: gradient}, detail: a further number, stored with the run.
+    measured: {seed: ({variant: gradient}, detail)}, where detail is a number to store with the run.
     """
-    names = {"softmax": f"{task}: softmax", "LASER": f"{task}: LASER"}
     runs = {"softmax": [], "LASER": []}
-    for seed in seeds:
-        gradients, detail = measure(seed)
-        for name, gradient in gradients.items():
-            runs[name].append({"seed": seed, "value": math.log10(gradient), "detail": detail})
-    for name, full_name in names.items():
-        content = {"settings": settings, "sweep": None, "runs": runs[name]}
-        record["variants"][full_name] = content
-    record["differences"][names["LASER"]] = paired_difference(runs["LASER"], runs["softmax"])
+    for seed, (gradients, detail) in measured.items():
+        for name in runs:
+            value = math.log10(gradients[name])
+            runs[name].append({"seed": seed, "value": value, "detail": detail})
+    for name in runs:
+        variant = {"settings": settings, "sweep": None, "runs": runs[name]}
+        record["variants"][f"{case}: {name}"] = variant
+    difference = harness.paired_difference(runs["LASER"], runs["softmax"])
+    record["differences"][f"{case}: LASER"] = difference
 
 
 def main(argv, description):
-    parser = study_parser(description, on_gpus="train GPTs with LASER and with softmax")
+    parser = harness.study_parser(description, on_gpus="train GPTs with LASER and with softmax")
     args = parser.parse_args(argv)
-    out = check_writable(args.out)
+    out = harness.check_writable(args.out)
     if args.full:
         from experiments import language_models, laser_gradients
 
-        deadline = deadline_after(args.minutes)
+        deadline = harness.deadline_after(args.minutes)
         record = language_models.run("laser", out, deadline)
         laser_gradients.run(out, deadline)
         return record
-    record = {"question": "Where attention is peaked, does more gradient reach LASER's logits?"}
-    record.update(metric="log10 of the gradient at the logits", baseline="softmax")
-    record.update(variants={}, differences={})
+
     start_time = time.perf_counter()
+    record = {
+        "question": "Where attention is peaked, does more gradient reach LASER's logits?",
+        "metric": "log10 of the gradient at the logits",
+        "baseline": "softmax",
+        "variants": {},
+        "differences": {},
+        "by_logit_std": {"softmax": [], "LASER": []},
+    }
 
     # random logits
-    for std in REPORTED_STDS:
-        task = f"random logits of std {std}"
-        add_task(record, task, "", SEEDS, lambda seed, std=std: random_gradients(std, seed))
-    by_std = {"softmax": [], "LASER": []}
     for std in LOGIT_STDS:
-        draws = [random_gradients(std, seed)[0] for seed in SEEDS]
-        for name in by_std:
-            by_std[name].append(statistics.mean(draw[name] for draw in draws))
-    record["by_logit_std"] = by_std
+        measured = {seed: random_gradients(std, seed) for seed in SEEDS}
+        for name, means in record["by_logit_std"].items():
+            means.append(statistics.mean(gradients[name] for gradients, _ in measured.values()))
+        if std in REPORTED_STDS:
+            compare(record, f"random logits of std {std}", "", measured)
 
-    # trained models
-    task = f"trained with LASER, rows with max p > {PEAKED}"
-    settings = f"{FLAGS} --data {DATA} --lr {LR} --steps {STEPS}"
+    # trained GPTs
     with tempfile.TemporaryDirectory() as folder:
-        add_task(record, task, settings, SEEDS, lambda seed: trained_gradients(seed, folder))
+        measured = {seed: trained_gradients(seed, folder) for seed in SEEDS}
+    settings = f"{FLAGS} --data {DATA} --lr {LR} --steps {STEPS}"
+    compare(record, f"trained with LASER, rows with max p > {PEAKED}", settings, measured)
 
     record["numerics"] = numerics()
     record["seconds"] = time.perf_counter() - start_time
     save_json(out / "laser-cpu.json", record, "experiments.laser")
-    save_figure(plot(record), out / "laser-cpu.png")
-    print_differences(record)
+    harness.save_figure(plot(record), out / "laser-cpu.png")
+    harness.print_differences(record)
     print("largest error in float32 of the rows before the last:")
     for case, errors in record["numerics"].items():
         paper = "not finite" if errors["paper"] is None else f"{errors['paper']:.1e}"
         print(f"  {case:20} paper's form {paper:>10}   ours {errors['ours']:.1e}")
-    print_gpu_result("laser")
+    harness.print_gpu_result("laser")
     return record
