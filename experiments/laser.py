@@ -51,28 +51,28 @@ def logit_gradients(p, v, grad_out):
 
     p (..., Tq, Tk): probabilities; v (..., Tk, D); grad_out (..., Tq, D): d loss / d output.
     """
+    # softmax attention: p_j (g . v_j - g . out)
     out = p @ v
-    grad_logits = {"softmax": p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))}
+    grad_softmax = p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))
 
-    # LASER's output is log x with x = sum_j p_j exp(v_j)
+    # LASER: out = log x with x = sum_j p_j exp(v_j), so p_j (g / x . exp(v_j) - g . 1)
     exp_v = v.exp()
-    x = p @ exp_v
-    grad_x = grad_out / x
-    grad_logits["LASER"] = p * (grad_x @ exp_v.mT - grad_out.sum(-1, keepdim=True))
-    return {name: gradient.abs().sum(-1) for name, gradient in grad_logits.items()}
+    grad_x = grad_out / (p @ exp_v)
+    grad_laser = p * (grad_x @ exp_v.mT - grad_out.sum(-1, keepdim=True))
+    return {"softmax": grad_softmax.abs().sum(-1), "LASER": grad_laser.abs().sum(-1)}
 
 
 def attention_probabilities(q, k):
-    """Return p (B, H, Tq, Tk) of causal attention."""
+    """Return p (B, H, Tq, Tk) of causal attention. q (B, H, Tq, D), k (B, H, Tk, D)"""
     scores = q @ k.mT * q.shape[3] ** -0.5
     mask = causal_mask(q.shape[2], k.shape[2], q.device)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
-    """Return {variant: mean gradient at the logits} of random logits, and the mean of max p.
+    """Return {variant: mean gradient at the logits}, and the mean of max p, for random logits.
 
-    Each of the rows is one query with T keys.
+    rows: queries to average over, each with T keys of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 1, T, generator=generator, dtype=torch.float64) * logit_std
@@ -122,10 +122,10 @@ def probe_model(model, x, y):
 
 
 def peaked_gradients(model, x, y):
-    """Return {variant: mean gradient at the logits}, and over how many queries the mean is.
+    """Return {variant: mean gradient at the logits} of all queries with peaked attention.
 
-    These are the queries of all layers whose attention is peaked. The loss is a mean over the
-    targets; the gradients are multiplied by their number.
+    Also returns the number of these queries. The loss is a mean over the targets y (B, T); so that
+    the gradients do not depend on how many there are, they are multiplied by this number.
     """
     probes, _ = probe_model(model, x, y)
     peaked = {"softmax": [], "LASER": []}
@@ -207,7 +207,7 @@ def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
 
 
 def plot(record):
-    """Draw the gradients of random logits, and the ratio of LASER's to softmax's in all cases."""
+    """Draw the gradients at random logits, and how much larger LASER's are in each case."""
     figure, (left, right) = harness.new_figure((11, 4), 1, 2)
     for name, gradients in record["by_logit_std"].items():
         left.plot(LOGIT_STDS, gradients, "o-", label=name)
@@ -216,9 +216,10 @@ def plot(record):
     left.legend()
 
     cases = []
-    for i, (name, d) in enumerate(record["differences"].items()):
+    for i, (name, difference) in enumerate(record["differences"].items()):
         cases.append(name.removesuffix(": LASER"))
-        right.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color="C1", capsize=4)
+        half_width = difference["half_width_95"]
+        right.errorbar(difference["mean"], i, xerr=half_width, fmt="o", color="C1", capsize=4)
     right.axvline(0, color="black", lw=0.8)
     right.set_yticks(range(len(cases)), cases)
     right.invert_yaxis()
@@ -229,7 +230,7 @@ def plot(record):
 def compare(record, case, settings, measured):
     """Add the runs of one case to the record, and LASER's paired difference to softmax attention.
 
-    measured: {seed: ({variant: gradient}, detail)}, where detail is a number to store with the run.
+    measured: {seed: ({variant: gradient}, detail)}; the detail is a number stored with each run.
     """
     runs = {"softmax": [], "LASER": []}
     for seed, (gradients, detail) in measured.items():

@@ -50,12 +50,12 @@ CLIP = 0.05  # largest gradient norm; small enough to clip in every step
 
 
 def adamw(groups, ratio=1.0):
-    """Build AdamW. groups: of `adapter_groups`. ratio: learning rate of each B relative to A."""
-    sides = []
-    for group in groups:  # its parameters are A, B, A, B, ...
-        sides.append({"params": group["params"][::2], "lr": LR})
-        sides.append({"params": group["params"][1::2], "lr": LR * ratio})
-    return torch.optim.AdamW(sides, betas=(0.9, 0.999), weight_decay=0.0)
+    """Build AdamW in which the learning rate of every B is `ratio` times that of every A."""
+    param_groups = []
+    for group in groups:  # the parameters of each group are A, B, A, B, ...
+        param_groups.append({"params": group["params"][::2], "lr": LR})
+        param_groups.append({"params": group["params"][1::2], "lr": LR * ratio})
+    return torch.optim.AdamW(param_groups, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def lora_plus(groups):
@@ -70,7 +70,7 @@ def lora_rite_clipped(groups):
     return LoRARITE(groups, LR, clip=CLIP)
 
 
-VARIANTS = {  # optimizer, and the norm to which train.py clips the gradients (0: it does not)
+VARIANTS = {  # optimizer, and the norm that train.py clips the gradients to (0: no clipping)
     "AdamW": (adamw, 0.0),
     "AdamW, gradients clipped": (adamw, CLIP),
     "LoRA+": (lora_plus, 0.0),
@@ -80,7 +80,8 @@ VARIANTS = {  # optimizer, and the norm to which train.py clips the gradients (0
     "LoRA-RITE, gradients clipped": (lora_rite, CLIP),
 }
 BASELINE = "AdamW"
-NOT_PLOTTED = ("AdamW, gradients clipped", "LoRA+, gradients clipped")  # as without clipping
+# with and without clipping, the drift of these is nearly the same
+NOT_PLOTTED = ("AdamW, gradients clipped", "LoRA+, gradients clipped")
 
 
 # -- model and text --------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def prepare(folder):
 
 
 def two_factorizations(base, seed):
-    """Return two models with equal products B A: factors (B, A), and (B R, R^-1 A)."""
+    """Return two models with adapters (B, A) and (B R, R^-1 A), so with the same products B A."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -113,15 +114,17 @@ def two_factorizations(base, seed):
         model = train.load_model(base, dtype=torch.float64)[0].double()
         models.append(inject(model, RANK, targets=TARGETS, seed=seed))
 
-    # R: a random rotation, then a stretch of each axis, from 1 / sqrt(CONDITION) to sqrt(CONDITION)
+    # singular values of R, from 1 / sqrt(CONDITION) to sqrt(CONDITION)
     half = math.log10(CONDITION) / 2
-    stretch = torch.logspace(-half, half, RANK, dtype=torch.float64)
+    singular_values = torch.logspace(-half, half, RANK, dtype=torch.float64)
+
+    # LoRA starts with B = 0, which R does not change, so B is random here
     first, second = models
-    for one, other in zip(adapters(first).values(), adapters(second).values()):
-        R = torch.linalg.qr(randn(RANK, RANK)).Q * stretch
-        one.lora_B.data = 0.1 * randn(*one.lora_B.shape)  # LoRA's B = 0 has no product to compare
-        other.lora_A.data = torch.linalg.solve(R, one.lora_A.data)
-        other.lora_B.data = one.lora_B.data @ R
+    for one, two in zip(adapters(first).values(), adapters(second).values()):
+        R = torch.linalg.qr(randn(RANK, RANK)).Q * singular_values
+        one.lora_B.data = 0.1 * randn(*one.lora_B.shape)
+        two.lora_A.data = torch.linalg.solve(R, one.lora_A.data)
+        two.lora_B.data = one.lora_B.data @ R
     return models
 
 
@@ -129,11 +132,11 @@ def two_factorizations(base, seed):
 
 
 @torch.no_grad()
-def drift(model, other):
-    """Return |Z' - Z| / |Z| over all adapters; Z = B A of the model, Z' of the other one."""
+def drift(first, second):
+    """Return |Z' - Z| / |Z| over all adapters, with Z = B A in the first model, Z' in the second."""
     difference = 0.0
     size = 0.0
-    for one, two in zip(adapters(model).values(), adapters(other).values()):
+    for one, two in zip(adapters(first).values(), adapters(second).values()):
         Z = one.lora_B @ one.lora_A
         difference += (two.lora_B @ two.lora_A - Z).square().sum().item()
         size += Z.square().sum().item()
@@ -148,12 +151,13 @@ def train_both(base, text, name, seed):
     optimizers = [make_optimizer(adapter_groups(model)) for model in models]
     config = train.RunConfig(batch_size=BATCH_SIZE, seed=seed)
 
+    # each step: the same batch for both models
     distances = [drift(*models)]
     losses = []  # of the first model
     for step in range(STEPS):
         batch = train.get_batch(text, config, BLOCK_SIZE, step, BATCH_SIZE, torch.device("cpu"))
         for model, optimizer in zip(models, optimizers):
-            loss, grad_norm, _ = train.train_step(train.Step(model, optimizer, clip), batch)
+            loss, _, _ = train.train_step(train.Step(model, optimizer, clip), batch)
             if model is models[0]:
                 losses.append(loss)
         distances.append(drift(*models))
