@@ -133,7 +133,7 @@ def two_factorizations(base, seed):
 
 @torch.no_grad()
 def drift(first, second):
-    """Return |Z' - Z| / |Z| over all adapters, with Z = B A in the first model, Z' in the second."""
+    """Return |Z' - Z| / |Z| over all adapters: Z = B A in the first model, Z' in the second."""
     difference = 0.0
     size = 0.0
     for one, two in zip(adapters(first).values(), adapters(second).values()):
