@@ -160,10 +160,7 @@ def trained_gradients(seed, folder):
     T = model.config.block_size
     with redirect_stdout(io.StringIO()):
         text = data.load_dataset(DATA, tokenizer, T, out / ".tokens")
-    starts = []
-    for start in range(0, HELD_OUT_SEQUENCES * (T + 1), T + 1):
-        if start + T < len(text.val):
-            starts.append(start)
+    starts = range(0, HELD_OUT_SEQUENCES * (T + 1), T + 1)
     x, y = data.to_device(data.read_sequences(text.val, starts, T), torch.device("cpu"))
     return peaked_gradients(model, x, y)
 
