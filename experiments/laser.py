@@ -1,12 +1,19 @@
 """LASER: does more gradient reach the logits where attention is peaked?
 
-Softmax attention passes p_j (v_j - out) to the logit of key j; LASER, with out' its own output,
-p_j (exp(v_j - out') - 1) for each channel. Both vanish with p_j, but LASER's is larger for keys
-whose value is far above the output. So both are measured on the same q, k, v, with the same
-gradient at the output: for random logits, whose spread decides how peaked attention is, and in tiny
-GPTs trained with LASER, for the rows that give one key more than 90%. (A laptop resolves neither
-this in GPTs trained with softmax nor the losses, so they are not part of the study.) Then the
-numerics: a large last value, and large values throughout.
+Attention is peaked where one key has nearly all of the probability. With the gradient g (D) at the
+output of a query, the gradient at the logit of key j is
+
+    softmax attention    p_j sum_d g_d (v_jd - out_d)
+    LASER                p_j sum_d g_d (exp(v_jd - out_d) - 1)     with LASER's own output
+
+Both vanish with p_j. LASER's is larger for keys whose value is far above the output. The metric is
+log10 of sum_j |gradient_j|, for both with the same p, v and g:
+
+    random logits    their standard deviation decides how peaked attention is
+    trained GPTs     of 2 layers, trained with LASER: the queries with one p_j above 0.9
+
+The study leaves out the losses, and GPTs trained with softmax: a laptop resolves no difference.
+It also measures rounding errors, of the paper's form of LASER and of ours.
 """
 
 import io
@@ -20,50 +27,53 @@ from pathlib import Path
 import torch
 
 import train
-from experiments.harness import (
-    check_writable,
-    deadline_after,
-    new_figure,
-    paired_difference,
-    print_differences,
-    print_gpu_result,
-    save_figure,
-    study_parser,
-)
+from experiments import harness
 from experiments.provenance import save_json
 from laser import attention, causal_mask, reference
 from support import data
 
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 LOGIT_STDS = (0.5, 1, 2, 4, 8, 16)
-REPORTED_STDS = (1, 4, 16)  # those of the table; the figure shows all
+REPORTED_STDS = (1, 4, 16)  # in the table of differences; the figure shows all
 FLAGS = "--attn laser --n-layer 2 --n-embd 64 --n-head 2 --block-size 128 --batch-size 16"
 DATA = "stdlib"
 STEPS = 100
 LR = 3e-3
 HELD_OUT_SEQUENCES = 16
-PEAKED = 0.9  # a row of p is peaked if one key has more
+PEAKED = 0.9  # a query's attention is peaked if one key has more
 
 
 # -- the gradient at the logits --------------------------------------------------------------------
 
 
 def logit_gradients(p, v, grad_out):
-    """Return {variant: sum_j |d loss / d logit_ij|}, (..., Tq), of softmax attention and of LASER.
+    """Return {variant: sum_j |d loss / d logit_ij|}, (..., Tq), for softmax attention and LASER.
 
-    p (..., Tq, Tk), v (..., Tk, D), grad_out (..., Tq, D): the gradient at the output of either.
+    p (..., Tq, Tk): probabilities; v (..., Tk, D); grad_out (..., Tq, D): d loss / d output.
     """
+    # softmax attention: p_j (g . v_j - g . out)
     out = p @ v
-    at_logits = {"softmax": p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))}
+    grad_softmax = p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))
 
-    x = p @ v.exp()  # LASER's output is log x
-    grad_x = grad_out / x
-    at_logits["LASER"] = p * (grad_x @ v.exp().mT - grad_out.sum(-1, keepdim=True))
-    return {name: gradient.abs().sum(-1) for name, gradient in at_logits.items()}
+    # LASER: out = log x with x = sum_j p_j exp(v_j), so p_j (g / x . exp(v_j) - g . 1)
+    exp_v = v.exp()
+    grad_x = grad_out / (p @ exp_v)
+    grad_laser = p * (grad_x @ exp_v.mT - grad_out.sum(-1, keepdim=True))
+    return {"softmax": grad_softmax.abs().sum(-1), "LASER": grad_laser.abs().sum(-1)}
+
+
+def attention_probabilities(q, k):
+    """Return p (B, H, Tq, Tk) of causal attention. q (B, H, Tq, D), k (B, H, Tk, D)"""
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
-    """Return {variant: mean gradient at the logits} of random rows, and the mean of their max p."""
+    """Return {variant: mean gradient at the logits}, and the mean of max p, for random logits.
+
+    rows: queries to average over, each with T keys of its own.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 1, T, generator=generator, dtype=torch.float64) * logit_std
     v = torch.randn(rows, T, D, generator=generator, dtype=torch.float64)
@@ -78,7 +88,10 @@ def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
 
 
 class Probe:
-    """A cache that calls the model's own attention and keeps its inputs and its output."""
+    """Record the inputs and the output of one layer's attention.
+
+    It is given to the layer as its KV cache: train.Attention then calls `attend`.
+    """
 
     length = 0
 
@@ -90,7 +103,10 @@ class Probe:
 
 
 def probe_model(model, x, y):
-    """Run forward and backward; return the probes of the layers and the loss."""
+    """Run forward and backward. Return the probe of each layer, and the loss.
+
+    x, y (B, T): tokens and targets. Afterwards, probe.out.grad is d loss / d output.
+    """
     config = model.config
     probes = [Probe() for _ in model.layers]
     cos, sin = train.rope_angles(0, x.shape[1], config.head_dim, config.rope_theta, x.device)
@@ -106,31 +122,32 @@ def probe_model(model, x, y):
 
 
 def peaked_gradients(model, x, y):
-    """Return {variant: mean gradient at the logits} of the peaked rows of all layers, their number.
+    """Return {variant: mean gradient at the logits} of all queries with peaked attention.
 
-    It is multiplied by the number of targets, over which the loss is a mean.
+    Also returns the number of these queries. The loss is a mean over the targets y (B, T); so that
+    the gradients do not depend on how many there are, they are multiplied by this number.
     """
     probes, _ = probe_model(model, x, y)
     peaked = {"softmax": [], "LASER": []}
     for probe in probes:
         q, k, v = (t.detach().double() for t in probe.heads)
-        scores = q @ k.mT * q.shape[3] ** -0.5  # (B, H, T, T)
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
-        p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        p = attention_probabilities(q, k)  # (B, H, T, T)
+        gradients = logit_gradients(p, v, probe.out.grad.double())  # (B, H, T) each
         is_peaked = p.amax(-1) > PEAKED  # (B, H, T)
-        is_peaked[:, :, 0] = False  # the first row has but one key, hence no gradient
-        gradients = logit_gradients(p, v, probe.out.grad.double())
+        is_peaked[:, :, 0] = False  # the first query has only one key, so no gradient
         for name in peaked:
             peaked[name].append(gradients[name][is_peaked])
-    rows = sum(map(len, peaked["LASER"]))
-    if rows == 0:
+    n_peaked = sum(len(gradients) for gradients in peaked["LASER"])
+    if n_peaked == 0:
         raise ValueError(f"no row of the attention has a probability above {PEAKED}; train longer")
-    means = {name: torch.cat(parts).mean().item() * y.numel() for name, parts in peaked.items()}
-    return means, rows
+    means = {}
+    for name, gradients in peaked.items():
+        means[name] = torch.cat(gradients).mean().item() * y.numel()
+    return means, n_peaked
 
 
 def trained_gradients(seed, folder):
-    """Train a model with LASER; return its `peaked_gradients` on the same held-out text."""
+    """Train a GPT with LASER; return its `peaked_gradients` on held-out text."""
     out = Path(folder, str(seed))
     flags = f"{FLAGS} --data {DATA} --seed {seed} --lr {LR} --steps {STEPS} --sample 0"
     with redirect_stdout(io.StringIO()):  # the progress bar on stderr is enough
@@ -138,12 +155,12 @@ def trained_gradients(seed, folder):
     if result["signal"]:
         raise KeyboardInterrupt(result["signal"])
 
+    # read held-out text, the same for all seeds
     model, tokenizer = train.load_model(out)
     T = model.config.block_size
     with redirect_stdout(io.StringIO()):
         text = data.load_dataset(DATA, tokenizer, T, out / ".tokens")
     starts = range(0, HELD_OUT_SEQUENCES * (T + 1), T + 1)
-    starts = [start for start in starts if start + T < len(text.val)]
     x, y = data.to_device(data.read_sequences(text.val, starts, T), torch.device("cpu"))
     return peaked_gradients(model, x, y)
 
@@ -152,26 +169,25 @@ def trained_gradients(seed, folder):
 
 
 def paper_form(q, k, v):
-    """The published form: the maximum of v over all keys, future ones too, is subtracted."""
+    """Compute LASER as published: subtract the maximum of v over all keys, also future ones."""
     largest = v.amax(2, keepdim=True)
-    scores = q @ k.mT * q.shape[3] ** -0.5
-    mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    p = attention_probabilities(q, k)
     return (p @ (v - largest).exp()).log() + largest
 
 
 def largest_errors(q, k, v):
-    """Return {form: largest error of the rows before the last, or None: not finite}, in float32."""
+    """Return {form: largest error in float32} over all queries but the last; None: not finite."""
     exact = reference(q.double(), k.double(), v.double())
     errors = {}
     for name, function in (("paper", paper_form), ("ours", attention)):
-        error = (function(q, k, v).double() - exact)[:, :, :-1].abs().max().item()
+        out = function(q, k, v).double()
+        error = (out - exact)[:, :, :-1].abs().max().item()
         errors[name] = error if math.isfinite(error) else None
     return errors
 
 
 def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
-    """Return the errors where the last value is larger by `jump`, and where all are large."""
+    """Return {case: largest_errors}: the last value is larger by `jump`, or all are large."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator) for _ in range(3))
     errors = {}
@@ -188,83 +204,87 @@ def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
 
 
 def plot(record):
-    """Draw the gradient by spread of the logits, and how much larger LASER's is, with intervals."""
-    figure, (left, right) = new_figure((11, 4), 1, 2)
+    """Draw the gradients at random logits, and how much larger LASER's are in each case."""
+    figure, (left, right) = harness.new_figure((11, 4), 1, 2)
     for name, gradients in record["by_logit_std"].items():
         left.plot(LOGIT_STDS, gradients, "o-", label=name)
     left.set(xscale="log", yscale="log", xlabel="standard deviation of the logits")
-    left.set(ylabel="sum over keys of |d loss / d logit|", title="random logits, values of std 1")
+    left.set(ylabel="sum over keys of |d loss / d logit|", title="gradient at random logits")
     left.legend()
 
-    tasks = list(record["differences"])
-    for i, task in enumerate(tasks):
-        d = record["differences"][task]
-        right.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color="C1", capsize=4)
+    cases = []
+    for i, (name, difference) in enumerate(record["differences"].items()):
+        cases.append(name.removesuffix(": LASER"))
+        half_width = difference["half_width_95"]
+        right.errorbar(difference["mean"], i, xerr=half_width, fmt="o", color="C1", capsize=4)
     right.axvline(0, color="black", lw=0.8)
-    right.set_yticks(range(len(tasks)), [task.removesuffix(": LASER") for task in tasks])
+    right.set_yticks(range(len(cases)), cases)
     right.invert_yaxis()
-    right.set_xlabel("log10 (LASER / softmax), 95% interval")
+    right.set(xlabel="log10 (LASER / softmax), 95% interval", title="ratio of the gradients")
     return figure
 
 
-def add_task(record, task, settings, seeds, measure):
-    """Measure both variants at each seed and add them to the record with their difference.
+def compare(record, case, settings, measured):
+    """Add the runs of one case to the record, and LASER's paired difference to softmax attention.
 
-    measure(seed) -> {variant: gradient}, and a number that is kept as "detail".
+    measured: {seed: ({variant: gradient}, detail)}; the detail is a number stored with each run.
     """
-    names = {"softmax": f"{task}: softmax", "LASER": f"{task}: LASER"}
     runs = {"softmax": [], "LASER": []}
-    for seed in seeds:
-        gradients, detail = measure(seed)
-        for name, gradient in gradients.items():
-            runs[name].append({"seed": seed, "value": math.log10(gradient), "detail": detail})
-    for name, full_name in names.items():
-        content = {"settings": settings, "sweep": None, "runs": runs[name]}
-        record["variants"][full_name] = content
-    record["differences"][names["LASER"]] = paired_difference(runs["LASER"], runs["softmax"])
+    for seed, (gradients, detail) in measured.items():
+        for name in runs:
+            value = math.log10(gradients[name])
+            runs[name].append({"seed": seed, "value": value, "detail": detail})
+    for name in runs:
+        variant = {"settings": settings, "sweep": None, "runs": runs[name]}
+        record["variants"][f"{case}: {name}"] = variant
+    difference = harness.paired_difference(runs["LASER"], runs["softmax"])
+    record["differences"][f"{case}: LASER"] = difference
 
 
 def main(argv, description):
-    parser = study_parser(description, on_gpus="train GPTs with LASER and with softmax")
+    parser = harness.study_parser(description, on_gpus="train GPTs with LASER and with softmax")
     args = parser.parse_args(argv)
-    out = check_writable(args.out)
+    out = harness.check_writable(args.out)
     if args.full:
         from experiments import language_models, laser_gradients
 
-        deadline = deadline_after(args.minutes)
+        deadline = harness.deadline_after(args.minutes)
         record = language_models.run("laser", out, deadline)
         laser_gradients.run(out, deadline)
         return record
-    record = {"question": "Where attention is peaked, does more gradient reach LASER's logits?"}
-    record.update(metric="log10 of the gradient at the logits", baseline="softmax")
-    record.update(variants={}, differences={})
+
     start_time = time.perf_counter()
+    record = {
+        "question": "Where attention is peaked, does more gradient reach LASER's logits?",
+        "metric": "log10 of the gradient at the logits",
+        "baseline": "softmax",
+        "variants": {},
+        "differences": {},
+        "by_logit_std": {"softmax": [], "LASER": []},
+    }
 
     # random logits
-    for std in REPORTED_STDS:
-        task = f"random logits of std {std}"
-        add_task(record, task, "", SEEDS, lambda seed, std=std: random_gradients(std, seed))
-    by_std = {"softmax": [], "LASER": []}
     for std in LOGIT_STDS:
-        draws = [random_gradients(std, seed)[0] for seed in SEEDS]
-        for name in by_std:
-            by_std[name].append(statistics.mean(draw[name] for draw in draws))
-    record["by_logit_std"] = by_std
+        measured = {seed: random_gradients(std, seed) for seed in SEEDS}
+        for name, means in record["by_logit_std"].items():
+            means.append(statistics.mean(gradients[name] for gradients, _ in measured.values()))
+        if std in REPORTED_STDS:
+            compare(record, f"random logits of std {std}", "", measured)
 
-    # trained models
-    task = f"trained with LASER, rows with max p > {PEAKED}"
-    settings = f"{FLAGS} --data {DATA} --lr {LR} --steps {STEPS}"
+    # trained GPTs
     with tempfile.TemporaryDirectory() as folder:
-        add_task(record, task, settings, SEEDS, lambda seed: trained_gradients(seed, folder))
+        measured = {seed: trained_gradients(seed, folder) for seed in SEEDS}
+    settings = f"{FLAGS} --data {DATA} --lr {LR} --steps {STEPS}"
+    compare(record, f"trained with LASER, rows with max p > {PEAKED}", settings, measured)
 
     record["numerics"] = numerics()
     record["seconds"] = time.perf_counter() - start_time
     save_json(out / "laser-cpu.json", record, "experiments.laser")
-    save_figure(plot(record), out / "laser-cpu.png")
-    print_differences(record)
+    harness.save_figure(plot(record), out / "laser-cpu.png")
+    harness.print_differences(record)
     print("largest error in float32 of the rows before the last:")
     for case, errors in record["numerics"].items():
         paper = "not finite" if errors["paper"] is None else f"{errors['paper']:.1e}"
         print(f"  {case:20} paper's form {paper:>10}   ours {errors['ours']:.1e}")
-    print_gpu_result("laser")
+    harness.print_gpu_result("laser")
     return record

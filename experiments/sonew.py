@@ -1,15 +1,19 @@
 """SONew against Adam, SGD and RMSProp on an autoencoder of MNIST's digits.
 
-SONew is an optimizer that multiplies the gradient by an approximate inverse of
+SONew multiplies the gradient by an approximate inverse of its statistics
 E[g g^T], of which it keeps a few diagonals, the band; sonew.py explains it.
 
-The autoencoder is that of the paper, made smaller and trained for 300 steps.
-Every optimizer got the same number of settings: 4 learning rates times 3 values
-of a second option, on seed 0 and at the length they are used at (--sweep).
-The ablations of SONew are the diagonal alone (band 0), chains through the whole
-tensor instead of its rows (flat), and pixels in a random order, so that
-neighbours in a row of weights are no longer neighbours in the image. The study
-also checks the closed form on statistics of real gradients.
+Part 1 trains a smaller version of the paper's autoencoder for 300 steps, and
+measures the test loss. Every optimizer got the same budget for tuning, on seed
+0: 4 learning rates times 3 values of its momentum or eps (--sweep). Ablations:
+
+    band 0              the diagonal alone
+    band 1, flat        one chain through the whole tensor, not one per row
+    band 1, shuffled    pixels in a random order, so that neighbours in a row of
+                        weights are no longer neighbours in the image
+
+Part 2 applies SONew's closed form to statistics of real gradients, and measures
+how far the inverse is from exact: the LogDet divergence.
 
     python sonew.py           two minutes on two CPU cores
     python sonew.py --full    language models, on GPUs
@@ -17,123 +21,64 @@ also checks the closed form on statistics of real gradients.
 Writes results/sonew-cpu.json and .png.
 """
 
-import hashlib
-import io
+import itertools
 import math
-import statistics
 import time
-import urllib.request
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from experiments.harness import (
-    check_writable,
-    deadline_after,
-    new_figure,
-    paired_difference,
-    print_differences,
-    print_gpu_result,
-    save_figure,
-    study_parser,
-)
+from experiments import harness
+from experiments.mnist import load_mnist
 from experiments.provenance import save_json
-from sonew import SONew, bias_correction, factor, precondition, reference
-from support.files import atomic_write, read_user_file
+from sonew import SONew, factor, precondition
 
-WIDTHS = (784, 64, 32, 16)
+WIDTHS = (784, 64, 32, 16)  # of the encoder; the decoder mirrors it
 BATCH = 250
 STEPS = 300
 SEEDS = (1, 2, 3, 4, 5)
-MNIST = (
-    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz",
-    "https://s3.amazonaws.com/img-datasets/mnist.npz",
-)
-MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
-
-# -- optimizers: make(parameters, lr, second option) -----------------------------------------------
+BASELINE = "Adam"
+BANDS = range(5)  # of the LogDet problem
 
 
-def sgd(parameters, lr, momentum):
-    return torch.optim.SGD(parameters, lr, momentum=momentum)
-
-
-def rmsprop(parameters, lr, eps):
-    return torch.optim.RMSprop(parameters, lr, 0.99, eps)
-
-
-def adam(parameters, lr, eps):
-    return torch.optim.Adam(parameters, lr, (0.9, 0.99), eps)
-
-
-def sonew(**options):
-    def make(parameters, lr, eps):
-        return SONew(parameters, lr, (0.9, 0.99), eps, **options)
-
-    return make
+# -- optimizers ------------------------------------------------------------------------------------
 
 
 class Variant(NamedTuple):
-    make: object
-    rates: tuple  # learning rates of the sweep
-    seconds: tuple  # values of the second option
-    best: tuple  # the best of both
+    lrs: tuple  # learning rates of the sweep
+    momentum_or_eps: tuple  # of the sweep: momentum for SGD, eps for all others
+    best: tuple  # (lr, momentum or eps) with the lowest training loss in the sweep
+    options: dict = {}  # of SONew
 
 
-RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+SONEW_LRS = (1e-2, 3e-2, 1e-1, 3e-1)
 SMALL_EPS = (1e-7, 1e-6, 1e-5)
 LARGE_EPS = (1e-6, 1e-5, 1e-4)
-VARIANTS = {
-    "SGD": Variant(sgd, (1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
-    "RMSProp": Variant(rmsprop, (1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
-    "Adam": Variant(adam, (3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
-    "SONew, band 0": Variant(sonew(band=0), RATES, SMALL_EPS, (1e-1, 1e-6)),
-    "SONew, band 1": Variant(sonew(), RATES, SMALL_EPS, (1e-1, 1e-6)),
-    "band 1, flat": Variant(sonew(chain="flat"), RATES, SMALL_EPS, (1e-1, 1e-6)),
-    "band 1, shuffled": Variant(sonew(), RATES, LARGE_EPS, (1e-1, 1e-5)),
-    "SONew, band 4": Variant(sonew(band=4), RATES, LARGE_EPS, (1e-1, 1e-5)),
+VARIANTS = {  # two grids, the best setting, options
+    "SGD": Variant((1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
+    "RMSProp": Variant((1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
+    "Adam": Variant((3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
+    "SONew, band 0": Variant(SONEW_LRS, SMALL_EPS, (1e-1, 1e-6), {"band": 0}),
+    "SONew, band 1": Variant(SONEW_LRS, SMALL_EPS, (1e-1, 1e-6)),
+    "band 1, flat": Variant(SONEW_LRS, SMALL_EPS, (1e-1, 1e-6), {"chain": "flat"}),
+    "band 1, shuffled": Variant(SONEW_LRS, LARGE_EPS, (1e-1, 1e-5)),
+    "SONew, band 4": Variant(SONEW_LRS, LARGE_EPS, (1e-1, 1e-5), {"band": 4}),
 }
 
-# -- data and network ------------------------------------------------------------------------------
+
+def make_optimizer(name, parameters, lr, momentum_or_eps):
+    if name == "SGD":
+        return torch.optim.SGD(parameters, lr, momentum=momentum_or_eps)
+    if name == "RMSProp":
+        return torch.optim.RMSprop(parameters, lr, alpha=0.99, eps=momentum_or_eps)
+    if name == "Adam":
+        return torch.optim.Adam(parameters, lr, (0.9, 0.99), eps=momentum_or_eps)
+    options = VARIANTS[name].options
+    return SONew(parameters, lr, (0.9, 0.99), eps=momentum_or_eps, **options)
 
 
-def load_mnist(path=None):
-    """Return training and test images, (60000, 784) and (10000, 784), from 0 to 1.
-
-    path: an .npz file; by default out/mnist.npz, fetched if it is not there.
-    """
-    if path is None:
-        path = Path("out", "mnist.npz")
-        if not path.is_file():
-            fetch_mnist(path)
-    content = read_user_file(path, limit=2**30)
-    try:
-        with np.load(io.BytesIO(content)) as arrays:
-            images = [arrays[name].reshape(-1, 784) for name in ("x_train", "x_test")]
-    except (OSError, ValueError, KeyError, EOFError, TypeError):
-        raise ValueError(
-            f"{path} is not MNIST: give an .npz file with x_train and x_test, 28 x 28 bytes each"
-        ) from None
-    return [torch.from_numpy(x).float() / 255 for x in images]
-
-
-def fetch_mnist(path):
-    """Download MNIST to path, from the first address that has the right file."""
-    for url in MNIST:
-        try:
-            content = urllib.request.urlopen(url, timeout=10).read()
-        except OSError:
-            continue
-        if hashlib.sha256(content).hexdigest() == MNIST_SHA256:
-            with atomic_write(path) as file:
-                file.write(content)
-            return
-    raise ValueError(
-        "MNIST cannot be fetched now; give --mnist FILE.npz with the arrays x_train and x_test"
-    )
+# -- images and network ----------------------------------------------------------------------------
 
 
 def shuffle_pixels(images):
@@ -143,69 +88,25 @@ def shuffle_pixels(images):
 
 
 def autoencoder(widths, seed):
-    """784-...-code-...-784, tanh except at the code and the output; Glorot-uniform weights."""
+    """Build the network 784-...-code-...-784, with tanh except at the code and at the output."""
     torch.manual_seed(seed)
     sizes = [*widths, *widths[-2::-1]]
+    code = len(widths) - 1  # index of the code in `sizes`
+    output = len(sizes) - 1
     layers = []
-    for i in range(len(sizes) - 1):
-        linear = torch.nn.Linear(sizes[i], sizes[i + 1])
+    for i in range(1, len(sizes)):
+        linear = torch.nn.Linear(sizes[i - 1], sizes[i])
         torch.nn.init.xavier_uniform_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
         layers.append(linear)
-        if i + 1 not in (len(widths) - 1, len(sizes) - 1):
+        if i not in (code, output):
             layers.append(torch.nn.Tanh())
     return torch.nn.Sequential(*layers)
 
 
 def cross_entropy(logits, x):
-    """Nats per image, summed over its pixels. (N, 784) each"""
+    """Return the loss in nats per image, summed over the pixels. logits, x: (N, 784)"""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-
-
-# -- training --------------------------------------------------------------------------------------
-
-
-def get_lr(step, lr):
-    """Linear warm-up over a tenth of the steps, then linear decay to 0."""
-    return lr * min((step + 1) / (STEPS / 10), (STEPS - step) / (STEPS * 0.9), 1.0)
-
-
-def train_variant(name, setting, images, seed):
-    """Train an autoencoder and return its run; value: test cross-entropy in nats per image."""
-    start_time = time.perf_counter()
-    if name.endswith("shuffled"):
-        images = shuffle_pixels(images)
-    train_images, test_images = images
-    net = autoencoder(WIDTHS, seed)
-    optimizer = VARIANTS[name].make(list(net.parameters()), *setting)
-    generator = torch.Generator().manual_seed(seed)
-    curve = []
-    step_seconds = []
-    for step in range(STEPS):
-        if step % max(1, STEPS // 10) == 0:
-            curve.append([step, evaluate(net, train_images[:5000])])
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, setting[0])
-        x = train_images[torch.randint(len(train_images), (BATCH,), generator=generator)]
-        loss = cross_entropy(net(x), x)
-        optimizer.zero_grad()
-        loss.backward()
-        step_start = time.perf_counter()
-        optimizer.step()
-        step_seconds.append(time.perf_counter() - step_start)
-
-    train_loss = evaluate(net, train_images[:10000])
-    run = {
-        "seed": seed,
-        "value": evaluate(net, test_images),
-        "train": train_loss,
-        "curve": [*curve, [STEPS, train_loss]],
-        "ms_per_optimizer_step": 1e3 * statistics.median(step_seconds),
-    }
-    if isinstance(optimizer, SONew):
-        run.update(edge_statistics(optimizer))
-    run["seconds"] = time.perf_counter() - start_time
-    return run
 
 
 @torch.no_grad()
@@ -213,93 +114,161 @@ def evaluate(net, x):
     return cross_entropy(net(x), x).item()
 
 
-def edge_statistics(optimizer):
-    """Return the share of coordinates whose edges are removed, and the smallest s / S_0 kept."""
-    n_removed = 0
-    n_edges = 0
-    least = math.inf
-    for group in optimizer.param_groups:
-        matrices = [p for p in group["params"] if "s1" in optimizer.state[p]]
-        for p in matrices:
-            # bias-corrected and damped statistics in units of the scale, b+1 of (R, C)
-            state = optimizer.state[p]
-            n_chains = len(p) if group["chain"] == "row" else 1
-            correction = bias_correction(group["betas"][1], state["step"]) * state["scale"] ** 2
-            names = [f"s{k}" for k in range(group["band"] + 1)]
-            S = [state[name].view(n_chains, -1) / correction for name in names]
-            S[0] = S[0] + group["eps"]
+# -- training --------------------------------------------------------------------------------------
 
-            psi, s = factor(S, group["gamma"])
-            has_edge = torch.stack(S[1:]).any(0)
-            is_kept = torch.stack(psi).any(0)
-            n_removed += (has_edge & ~is_kept).sum().item()
-            n_edges += has_edge.sum().item()
-            if is_kept.any():
-                least = min(least, (s / S[0])[is_kept].min().item())
-    return {"edges_removed": n_removed / n_edges, "least_schur": least} if n_edges else {}
+
+def get_lr(step, peak_lr):
+    """Warm up over a tenth of the steps, then decay to 0, both linearly."""
+    warmup = (step + 1) / (STEPS / 10)
+    decay = (STEPS - step) / (STEPS * 0.9)
+    return peak_lr * min(warmup, decay, 1.0)
+
+
+def train_variant(name, setting, images, seed):
+    """Train an autoencoder with one optimizer and return its run; its value is the test loss.
+
+    setting: (lr, momentum or eps). images: training and test images.
+    """
+    start_time = time.perf_counter()
+    if name.endswith("shuffled"):
+        images = shuffle_pixels(images)
+    train_images, test_images = images
+    lr, momentum_or_eps = setting
+    net = autoencoder(WIDTHS, seed)
+    optimizer = make_optimizer(name, list(net.parameters()), lr, momentum_or_eps)
+    generator = torch.Generator().manual_seed(seed)  # of the batches
+
+    curve = []  # [step, training loss]
+    for step in range(STEPS):
+        if step % max(1, STEPS // 10) == 0:
+            curve.append([step, evaluate(net, train_images[:5000])])
+
+        # one step on a random batch
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, lr)
+        chosen = torch.randint(len(train_images), (BATCH,), generator=generator)
+        x = train_images[chosen]
+        loss = cross_entropy(net(x), x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    train_loss = evaluate(net, train_images[:10000])
+    curve.append([STEPS, train_loss])
+    test_loss = evaluate(net, test_images)
+    run = {"seed": seed, "value": test_loss, "train": train_loss, "curve": curve}
+    run["seconds"] = time.perf_counter() - start_time
+    return run
 
 
 def sweep(images):
-    """Return {variant: [[lr, second option, training loss], ...]}, best first, on seed 0."""
-    found = {}
+    """Train with every setting of each variant's grid, on seed 0.
+
+    Returns {variant: [[lr, momentum or eps, training loss], ...]}, the best setting first.
+    """
+    results = {}
     for name, variant in VARIANTS.items():
         rows = []
-        for lr in variant.rates:
-            for second in variant.seconds:
-                run = train_variant(name, (lr, second), images, 0)
-                rows.append([lr, second, run["train"]])
+        for setting in itertools.product(variant.lrs, variant.momentum_or_eps):
+            run = train_variant(name, setting, images, seed=0)
+            rows.append([*setting, run["train"]])
         rows.sort(key=lambda row: row[2] if math.isfinite(row[2]) else math.inf)
-        found[name] = rows
+        results[name] = rows
+        lr, momentum_or_eps, _ = rows[0]
         losses = " ".join(f"{loss:.1f}" for _, _, loss in rows)
-        print(f"{name:18s} lr {rows[0][0]:g}, second {rows[0][1]:g}: {losses}", flush=True)
-    return found
+        print(f"{name:18s} lr {lr:g}, second {momentum_or_eps:g}: {losses}", flush=True)
+    return results
 
 
-# -- the LogDet problem on real statistics ---------------------------------------------------------
+def compare(images):
+    """Train each variant with its best setting on all seeds; return the record of the study."""
+    variants = {}
+    runs = {}
+    for name, variant in VARIANTS.items():
+        runs[name] = [train_variant(name, variant.best, images, seed) for seed in SEEDS]
+        lr, second = variant.best
+        settings = {"lr": lr, "second": second, "widths": WIDTHS, "batch": BATCH, "steps": STEPS}
+        grid = {"lr": variant.lrs, "second": variant.momentum_or_eps, "seed": 0}
+        variants[name] = {"settings": settings, "sweep": grid, "runs": runs[name]}
+
+    differences = {}
+    for name in VARIANTS:
+        if name != BASELINE:
+            differences[name] = harness.paired_difference(runs[name], runs[BASELINE])
+    differences_to_band_1 = {}
+    for name in ("SONew, band 0", "band 1, flat", "band 1, shuffled", "SONew, band 4"):
+        differences_to_band_1[name] = harness.paired_difference(runs[name], runs["SONew, band 1"])
+    return {
+        "question": "Does SONew train an autoencoder of MNIST faster than Adam?",
+        "metric": "test cross-entropy, nats per image",
+        "baseline": BASELINE,
+        "variants": variants,
+        "differences": differences,
+        "differences_to_band_1": differences_to_band_1,
+    }
 
 
-def completion(C, b):
-    """Return X (n, n) of the statistics C (n, n), by `factor`, a column at a time: X = X^T."""
-    S = [F.pad(C.diagonal(k), (0, k))[None] for k in range(b + 1)]
-    psi, s = factor(S, 1e-12)
-    columns = torch.eye(len(C), dtype=C.dtype)
-    return torch.cat([precondition(column[None], psi, s) for column in columns])
+# -- the closed form on statistics of real gradients -----------------------------------------------
 
 
-def logdet_problem(images):
-    """Complete the bands of the statistics of one hidden unit's gradients, before training.
+def gradient_statistics(images):
+    """Return C = E[g g^T], (112, 112), of an untrained autoencoder.
 
-    Returns, by band, the LogDet divergence tr(X C) - log det(X C) - n for the pixels as they lie
-    and shuffled, and how far X is from the reference and X^-1 from C on the band; the statistics C
-    of 112 neighbouring pixels; and X^-1 by band.
+    g: gradients of the weights from 112 pixels, four rows of the image, to the first hidden unit.
     """
-    # gradients image by image: those of the weights are delta x^T
     x = images[0][:5000].double()
     net = autoencoder(WIDTHS, 0).double()
     hidden = net[0](x).requires_grad_()
     loss = F.binary_cross_entropy_with_logits(net[1:](hidden), x, reduction="sum")
-    delta = torch.autograd.grad(loss, hidden)[0][:, :1]  # (N, 1)
-    g = (delta * x)[:, 336:448]  # (N, n)
-    n = g.shape[1]
+    grad_hidden = torch.autograd.grad(loss, hidden)[0]  # (N, 64)
+    g = (grad_hidden[:, :1] * x)[:, 336:448]  # (N, 112): one gradient per image
     C = g.T @ g / len(g)
-    C = C + 1e-3 * C.diagonal().mean() * torch.eye(n)  # some pixels are always black
+    damping = 1e-3 * C.diagonal().mean()  # some pixels are black in all images
+    return C + damping * torch.eye(len(C))
 
+
+def banded_inverse(C, band):
+    """Return the symmetric X (n, n) of this band that is closest to the inverse of C (n, n)."""
+    # S_k[i] = C[i, i + k]: the diagonals of C, padded with zeros to (1, n)
+    S = [F.pad(C.diagonal(k), (0, k))[None] for k in range(band + 1)]
+    psi, s = factor(S, 1e-12)
+
+    # X e_i is column i of X, and also row i
+    identity = torch.eye(len(C), dtype=C.dtype)
+    return torch.cat([precondition(e[None], psi, s) for e in identity])
+
+
+def logdet_divergence(X, C):
+    """Return tr(X C) - log det(X C) - n; it is 0 if X is the inverse of C."""
+    product = X @ C
+    return (torch.trace(product) - torch.logdet(product) - len(C)).item()
+
+
+def logdet_problem(images):
+    """Approximate the inverse of gradient statistics C by a banded X, for each band.
+
+    Returns the measurements by band, C (n, n), and {band: X^-1}. Measured are the LogDet divergence
+    for pixels in order and shuffled, and the error of X^-1 = C within the band.
+    """
+    C = gradient_statistics(images)
+    n = len(C)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(n)
-    names = ("divergence", "divergence_shuffled", "from_reference", "from_band")
-    result = {name: {} for name in names}
+    C_shuffled = C[order][:, order]
+    pixels = torch.arange(n)
+    distance = (pixels[:, None] - pixels).abs()  # (n, n), from the diagonal
+
+    result = {"divergence": {}, "divergence_shuffled": {}, "from_band": {}}
     inverses = {}
-    for b in range(5):
-        for name, statistics_ in (("divergence_shuffled", C[order][:, order]), ("divergence", C)):
-            X = completion(statistics_, b)
-            product = X @ statistics_
-            result[name][b] = (torch.trace(product) - torch.logdet(product) - n).item()
-        inverses[b] = torch.linalg.inv(X)
-        S = [F.pad(C.diagonal(k), (0, k)) for k in range(b + 1)]
-        exact = reference(S, torch.zeros(n, dtype=C.dtype))[0]
-        result["from_reference"][b] = ((X - exact).abs().max() / exact.abs().max()).item()
-        on_band = (positions[:, None] - positions).abs() <= b
-        result["from_band"][b] = ((inverses[b] - C)[on_band].abs().max() / C.max()).item()
+    for band in BANDS:
+        X_shuffled = banded_inverse(C_shuffled, band)
+        result["divergence_shuffled"][band] = logdet_divergence(X_shuffled, C_shuffled)
+        X = banded_inverse(C, band)
+        result["divergence"][band] = logdet_divergence(X, C)
+
+        # the minimiser is exact within the band
+        inverses[band] = torch.linalg.inv(X)
+        errors = (inverses[band] - C)[distance <= band]
+        result["from_band"][band] = (errors.abs().max() / C.max()).item()
     return result, C, inverses
 
 
@@ -307,100 +276,67 @@ def logdet_problem(images):
 
 
 def plot(record, C, inverses):
-    figure, axes = new_figure((12, 7.4), 2, 3)
-    plot_statistics(axes[0], C, inverses)
-    left, middle, right = axes[1]
+    """Draw the statistics, the LogDet divergence by band, training curves and test losses."""
+    figure, (top, bottom) = harness.new_figure((12, 7.4), 2, 3)
+    plot_statistics(top, C, inverses)
+    left, middle, right = bottom
 
     # LogDet divergence by band
-    logdet = record["logdet"]
-    left.plot(range(5), list(logdet["divergence"].values()), "o-", label="pixels in order")
-    shuffled = list(logdet["divergence_shuffled"].values())
-    left.plot(range(5), shuffled, "s--", label="pixels shuffled")
-    left.set(xlabel="band", ylabel="LogDet divergence", title="distance to the statistics")
-    left.set_xticks(range(5))
+    divergence = record["logdet"]["divergence"].values()
+    shuffled = record["logdet"]["divergence_shuffled"].values()
+    left.plot(BANDS, list(divergence), "o-", label="pixels in order")
+    left.plot(BANDS, list(shuffled), "s--", label="pixels shuffled")
+    left.set(xlabel="band", ylabel="LogDet divergence", title="approximation error of $X$")
+    left.set_xticks(BANDS)
     left.legend(fontsize=8)
 
-    # training curves, without the two ablations of chains
+    # training curves without the ablations of band 1, and the test losses of all seeds
     names = list(record["variants"])
     for i, name in enumerate(names):
         runs = record["variants"][name]["runs"]
         if not name.startswith("band 1,"):
             steps, losses = zip(*runs[0]["curve"], strict=True)
             middle.plot(steps, losses, f"C{i}", label=name)
-        values = [run["value"] for run in runs]
-        right.plot(values, [-i] * len(values), "o", color=f"C{i}", alpha=0.6)
+        test_losses = [run["value"] for run in runs]
+        right.plot(test_losses, [i] * len(runs), "o", color=f"C{i}", alpha=0.6)
     title = f"autoencoder of MNIST, seed {SEEDS[0]}"
     middle.set(xlabel="step", ylabel="training loss, nats per image", yscale="log", title=title)
     middle.legend(fontsize=7)
-    right.set_yticks([-i for i in range(len(names))], names)
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
     right.set(xlabel="test loss, nats per image", title=f"{len(SEEDS)} seeds")
     return figure
 
 
 def plot_statistics(axes, C, inverses):
-    """Show the statistics and their completions, as correlations."""
-    size = C.diagonal().sqrt()
+    """Show C and its approximations X^-1 as correlations: entry ij over sqrt(C_ii C_jj)."""
+    size = C.diagonal().sqrt()  # (n,)
     matrices = {
-        "statistics $E[g g^T]$, as correlations": C,
-        "$X^{-1}$, band 1": inverses[1],
-        "$X^{-1}$, band 4": inverses[4],
+        "correlations of gradients, $E[g g^T]$": C,
+        "approximation $X^{-1}$, band 1": inverses[1],
+        "approximation $X^{-1}$, band 4": inverses[4],
     }
     for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
         correlation = (matrix / size / size[:, None]).numpy()
         ax.imshow(correlation, vmin=-1, vmax=1, cmap="RdBu_r")
-        ax.set(xticks=[], yticks=[], title=title)
-
-
-def compare(images):
-    """Train each variant at its best setting, on new seeds. Return the record of the study."""
-    variants = {}
-    for name, variant in VARIANTS.items():
-        lr, second = variant.best
-        settings = {"lr": lr, "second": second, "widths": WIDTHS, "batch": BATCH, "steps": STEPS}
-        grid = {"lr": variant.rates, "second": variant.seconds, "seed": 0}
-        runs = [train_variant(name, variant.best, images, seed) for seed in SEEDS]
-        variants[name] = {"settings": settings, "sweep": grid, "runs": runs}
-
-    runs = {name: variant["runs"] for name, variant in variants.items()}
-    others = [name for name in runs if name != "Adam"]
-    differences = {name: paired_difference(runs[name], runs["Adam"]) for name in others}
-    bands = [name for name in others if "band" in name and name != "SONew, band 1"]
-    to_band_1 = {name: paired_difference(runs[name], runs["SONew, band 1"]) for name in bands}
-    return {
-        "question": "Does SONew train an autoencoder of MNIST faster than Adam?",
-        "metric": "test cross-entropy, nats per image",
-        "baseline": "Adam",
-        "variants": variants,
-        "differences": differences,
-        "differences_to_band_1": to_band_1,
-    }
-
-
-def print_record(record):
-    print_differences(record)
-    for name, d in record["differences_to_band_1"].items():
-        print(f"  {name} less band 1: {d['mean']:+.1f} +- {d['half_width_95']:.1f}")
-    logdet = record["logdet"]
-    print(f"X^-1 = S on the band to {max(logdet['from_band'].values()):.0e}; LogDet divergence:")
-    for b, divergence in logdet["divergence"].items():
-        print(f"  band {b}: {divergence:.0f}, {logdet['divergence_shuffled'][b]:.0f} shuffled")
+        ax.set(xticks=[], yticks=[], xlabel="pixel", ylabel="pixel", title=title)
 
 
 def main(argv=None):
-    parser = study_parser(__doc__, on_gpus="train GPTs with SONew and with AdamW")
-    parser.add_argument(
-        "--mnist", metavar="FILE", help="the images; default: out/mnist.npz, downloaded"
-    )
+    parser = harness.study_parser(__doc__, on_gpus="train GPTs with SONew and with AdamW")
+    mnist = "the images; default: out/mnist.npz, downloaded"
+    parser.add_argument("--mnist", metavar="FILE", help=mnist)
     parser.add_argument("--sweep", action="store_true", help="search the learning rates again")
     args = parser.parse_args(argv)
-    out = check_writable(args.out)
+    out = harness.check_writable(args.out)
     if args.full:
         from experiments import language_models
 
-        return language_models.run("sonew", out, deadline_after(args.minutes))
+        return language_models.run("sonew", out, harness.deadline_after(args.minutes))
+
     images = load_mnist(args.mnist)
     start_time = time.perf_counter()
-    if args.sweep:
+    if args.sweep:  # instead of the study
         record = {"seed": 0, "steps": STEPS, "train": sweep(images)}
         record["seconds"] = time.perf_counter() - start_time
         save_json(out / "sonew-cpu-sweep.json", record, "experiments.sonew")
@@ -410,7 +346,15 @@ def main(argv=None):
     record["logdet"], C, inverses = logdet_problem(images)
     record["seconds"] = time.perf_counter() - start_time
     save_json(out / "sonew-cpu.json", record, "experiments.sonew")
-    save_figure(plot(record, C, inverses), out / "sonew-cpu.png", dpi=110)
-    print_record(record)
-    print_gpu_result("sonew")
+    harness.save_figure(plot(record, C, inverses), out / "sonew-cpu.png", dpi=110)
+
+    harness.print_differences(record)
+    for name, d in record["differences_to_band_1"].items():
+        print(f"  {name} less band 1: {d['mean']:+.1f} +- {d['half_width_95']:.1f}")
+    logdet = record["logdet"]
+    print(f"X^-1 = S on the band to {max(logdet['from_band'].values()):.0e}; LogDet divergence:")
+    for band, divergence in logdet["divergence"].items():
+        shuffled = logdet["divergence_shuffled"][band]
+        print(f"  band {band}: {divergence:.0f}, {shuffled:.0f} shuffled")
+    harness.print_gpu_result("sonew")
     return record

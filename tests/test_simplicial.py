@@ -457,18 +457,6 @@ def test_chance_levels():
     assert abs((y == 0).float().mean() - 0.25) < 0.02
 
 
-def test_refit_of_the_papers_table():
-    study = pytest.importorskip("experiments.simplicial")
-    exponents = study.refit()
-    assert abs(exponents["GSM8k"]["softmax"][0] - 0.1311) < 1e-4
-    assert abs(exponents["MBPP"]["2-simplicial"][0] - 0.1702) < 1e-4
-    assert abs(study.fit_exponent((1, 10, 100), (1, 0.1, 0.01)) - 1) < 1e-12
-    for models in exponents.values():
-        assert models["2-simplicial"][0] > models["softmax"][0], "all three sizes"
-    keeps = {b: m["2-simplicial"][1] > m["softmax"][1] for b, m in exponents.items()}
-    assert keeps == {"GSM8k": True, "MMLU": False, "MMLU-pro": True, "MBPP": False}
-
-
 def test_study(tmp_path, capsys):
     study = pytest.importorskip("experiments.simplicial")
     out = str(tmp_path / "results")
