@@ -13,8 +13,8 @@ import train
 import ttt_context
 from experiments import ttt_cost
 from support import hub, run_folder, tokenizer
-from tests.common import REPOSITORY, refused, run_script
-from tests.hf import edit_json, hf, make_folder  # noqa: F401
+from tests.common import REPOSITORY, refused
+from tests.hf import edit_json, hf  # noqa: F401
 
 SMALL = "--init newest --steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
 
@@ -36,8 +36,8 @@ def test_command(run, capsys):
     result = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     printed = capsys.readouterr()
     assert "up to 16 tokens" in printed.err
-    assert "reading: 100%" in printed.err and "2/2" in printed.err
-    assert "adapting: 100%" in printed.err and "3/3" in printed.err
+    assert "adapting: 100%" in printed.err
+    assert "3/3" in printed.err
     assert f"as it is\n{result['plain']}\n" in printed.out
     assert f"trained on this prompt\n{result['adapted']}\n" in printed.out
 
@@ -46,7 +46,10 @@ def test_command(run, capsys):
     assert result["context"] == size
     assert result["lr"] == 1e-3
     assert result["held_out_spans"] == 8
-    assert result["held_out_before"] != result["held_out_after"]
+    before = result["held_out_before"]
+    after = result["held_out_after"]
+    assert before != after
+    assert f"{before:.4f} before, {after:.4f} after, nats/token; spans: 8" in printed.out
     model, _ = train.load_model(run_folder.find_run("newest"))
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
     thinking_tokens = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
@@ -57,58 +60,16 @@ def test_command(run, capsys):
     assert without_seconds(again) == without_seconds(result)
 
 
-def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatch, capsys):
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": "empty"}
-    flags = [flag for flag in SMALL if flag not in ("--init", "newest")]
-    done = run_script("ttt_context.py", *flags, "text.txt", env=offline)
-    assert done.returncode == 2
-    note, error = done.stderr.splitlines()
-    assert note.startswith(f"using the newest run: {ttt_context.DEFAULT_MODEL} is neither")
-    assert error == "ttt_context.py: there is no run under out/ yet; python train.py makes one"
-
-    # a fetched model comes before a run
-    names = []
-
+def test_the_default_model_is_fetched(tiny, monkeypatch):
     def fetch(name):
-        names.append(name)
-        if not Path("fetched").is_dir():
-            raise ValueError("no network")
-        return Path("fetched")
+        raise ValueError(f"there is no network to fetch {name}")
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    train.main([*tiny, "--out", "out/a", "--steps", "1"])
-    Path("prompt.txt").write_text(Path("text.txt").read_text()[:300])
-    capsys.readouterr()
-    ttt_context.main([*flags, "prompt.txt"])
-    err = capsys.readouterr().err
-    assert "using the newest run: no network\n" in err and "out/a on cpu" in err
-    refused([*SMALL, "prompt.txt", "--init", "a/b"], "no network", main=ttt_context.main)
-    make_folder(Path("fetched"))
-    assert ttt_context.main([*flags, "prompt.txt"])["lr"] == 1e-5
-    err = capsys.readouterr().err
-    assert "newest" not in err and "fetched on cpu" in err
-    assert names == [ttt_context.DEFAULT_MODEL, "a/b", ttt_context.DEFAULT_MODEL]
+    error = "no network to fetch HuggingFaceTB/SmolLM2-135M-Instruct"
+    refused(["--prompt", "text.txt", "--device", "cpu"], error, main=ttt_context.main)
 
 
-@pytest.mark.parametrize(
-    "adapted, spans, after, sentence",
-    [
-        ("yes", 8, 2.5, "nothing (2.5000 before, 2.5000 after, nats/token; spans: 8)"),
-        ("yes", 8, 2.4, "the held-out loss (2.5000 before, 2.4000 after, "),
-        ("no", 8, 2.50001, "the answer (2.5000 before, 2.5000 after, "),
-        ("no", 8, 2.6, "the answer and the held-out loss (2.5000 before, 2.6000 after, "),
-        ("no", 0, None, "the answer (the prompt is too short for held-out spans)"),
-        ("yes", 0, None, "nothing (the prompt is too short for held-out spans)"),
-    ],
-)
-def test_the_last_sentence_says_what_changed(adapted, spans, after, sentence, capsys):
-    result = {"plain": "yes", "adapted": adapted, "held_out_spans": spans, "held_out_after": after}
-    result["held_out_before"] = 2.5 if spans else None
-    ttt_context.report({**result, "steps": 3, "seconds": 1.0, "flops": 1, "thinking_tokens": 1})
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"this training changed {sentence}")
-
-
-def test_each_flag_changes_what_it_says(run, capsys):
+def test_each_flag_changes_what_it_says(run):
     Path("text.txt").write_text(Path("prompt.txt").read_text())
     two_spans = ttt_context.main([*SMALL, "text.txt", "--batch-spans", "2"])
     one_span = ttt_context.main([*SMALL, "text.txt"])
@@ -121,10 +82,6 @@ def test_each_flag_changes_what_it_says(run, capsys):
     assert untrained["plain"] == untrained["adapted"]
     assert untrained["held_out_before"] == untrained["held_out_after"]
     assert untrained["context"] == one_span["context"] + 1
-
-    Path("short.txt").write_text("seven wizards boil éclairs")
-    assert ttt_context.main([*SMALL, "short.txt"])["held_out_spans"] == 0
-    assert "too short for held-out spans" in capsys.readouterr().out
 
 
 def test_held_out_losses_and_answers_are_of_the_right_weights(run):
@@ -182,16 +139,16 @@ def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
 
 BAD_FLAGS = [
     ("", ["--prompt", "--experiment"]),
-    ("--prompt text.txt --full", ["--full", "--experiment"]),
+    ("--prompt text.txt --full", ["--full"]),
     ("--prompt none.txt", ["none.txt"]),
-    ("--prompt empty.txt", ["empty.txt has 0 tokens"]),
+    ("--prompt empty.txt", ["has 0 tokens", "128"]),
     ("--prompt binary", ["binary", "UTF-8"]),
     ("--prompt nul.txt", ["nul.txt", "UTF-8"]),
     ("--prompt .", ["."]),
     ("--prompt fifo", ["fifo"]),
     (f"--prompt {'x' * 300}", ["xxx"]),
-    ("--prompt short.txt", ["short.txt has 13 tokens", "128"]),
-    ("--prompt edge.txt --span 16", ["edge.txt has 16 tokens", "16"]),
+    ("--prompt short.txt", ["has 13 tokens", "128"]),
+    ("--prompt edge.txt --span 5", ["has 15 tokens", "more than 15", "--span"]),
     ("--prompt text.txt --span 0", ["--span is 0"]),
     ("--prompt text.txt --steps -1", ["--steps is -1"]),
     ("--prompt text.txt --seed -1", ["--seed is -1"]),
@@ -215,14 +172,14 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     Path("binary").write_bytes(b"\xff\x00\x01")
     Path("nul.txt").write_text("a\0b" * 100)
     Path("short.txt").write_text("boil éclairs")
-    Path("edge.txt").write_text("x" * 16)  # one token of the start, and without a question one less
+    Path("edge.txt").write_text("x" * 15)  # one token of the start, and without a question one less
     os.mkfifo("fifo")
     text = Path("text.txt").read_bytes()
     for flags, parts in BAD_FLAGS:
         device = [] if "--device" in flags else ["--device", "cpu"]
         init = [] if "--init" in flags else ["--init", "newest"]
         refused([*init, *flags.split(), *device], *parts, main=ttt_context.main)
-    for flag in ("--prompt", "--question", "--init", "--device", "--out"):
+    for flag in ("--prompt", "--question", "--init", "--device", "--dtype"):
         refused(["--prompt", "text.txt", flag, ""], f"{flag} is empty", main=ttt_context.main)
     not_utf8 = ["--prompt", "text.txt", "--question", "caf\udce9"]
     refused(not_utf8, "caf", "UTF-8", main=ttt_context.main)
