@@ -128,10 +128,9 @@ def can_use_kernel(model):
 
 @torch.no_grad()
 def prefill(model, ids, room=0):
-    """Run the model on a prompt once, ids (T), and return its keys and values in two forms.
+    """Run the model on a prompt, ids (T), and return the KVCache of each layer.
 
-    caches: a KVCache for each layer, with room for `room` more tokens.
-    kv: for each layer the pair k, v of the prompt, views (Hkv, T, D) of its cache.
+    room: how many more tokens the caches can hold.
     """
     for layer in model.layers:
         attention = layer.self_attn
@@ -140,20 +139,15 @@ def prefill(model, ids, room=0):
                 f"{model.config.attn} attention does not keep a key and a value of every position, "
                 f"which query-only training needs; use a model with softmax attention"
             )
-    T = len(ids)
-    caches = [KVCache(T + room) for _ in model.layers]
+    caches = [KVCache(len(ids) + room) for _ in model.layers]
     model(ids[None], cache=caches)
-    kv = []
-    for cache in caches:
-        k, v = cache.tensors  # (1, Hkv, T + room, D)
-        kv.append((k[0, :, :T], v[0, :, :T]))
-    return caches, kv
+    return caches
 
 
-def span_loss(model, kv, ids, starts, n):
+def span_loss(model, caches, ids, starts, n):
     """Return the mean next-token loss, in nats, on S spans of n tokens of a prompt.
 
-    kv: the frozen keys and values of each layer, from `prefill`. ids (T): the prompt.
+    caches: from `prefill`. ids (T): the prompt.
     starts (S), on the CPU: the first position of each span. The largest one allowed is T - n - 1,
     because the last token of a span needs a token after it as its target.
     """
@@ -171,9 +165,10 @@ def span_loss(model, kv, ids, starts, n):
     # values of the spans, which are not used (in Qwen3-4B 3% of a step's FLOPs)
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
-    for layer, (k, v) in zip(model.layers, kv, strict=True):
-        cache = FrozenCache(k, v, starts, use_kernel)
-        x = layer(x, cos[positions], sin[positions], cache)
+    for layer, cache in zip(model.layers, caches, strict=True):
+        k, v = cache.tensors  # (1, Hkv, size of the cache, D)
+        frozen = FrozenCache(k[0], v[0], starts, use_kernel)
+        x = layer(x, cos[positions], sin[positions], frozen)
     x = model.norm(x).flatten(0, 1)  # (S * n, C)
 
     output_layer = model.embed_tokens if model.lm_head is None else model.lm_head
@@ -228,11 +223,13 @@ def split_spans(T, n):
     return held_out, starts[(distances >= n).all(dim=1)]
 
 
-def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0):
+def train_queries(
+    model, weights, caches, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0
+):
     """Train `weights` with AdamW, `batch` random spans of n tokens per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`.
-    kv, ids: as for `span_loss`. starts: the span starts to draw from, (number of them).
+    caches, ids: as for `span_loss`. starts: the span starts to draw from, (number of them).
     Raises FloatingPointError if a loss is not finite.
     """
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
@@ -243,7 +240,7 @@ def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, 
 
     for _ in range(steps):
         drawn = torch.randint(len(starts), (batch,), generator=generator)
-        loss = span_loss(model, kv, ids, starts[drawn], n)
+        loss = span_loss(model, caches, ids, starts[drawn], n)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -255,14 +252,14 @@ def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, 
 
 
 @contextmanager
-def adapt(model, kv, ids, starts, *, steps=32, **options):
+def adapt(model, caches, ids, starts, *, steps=32, **options):
     """Train the queries on a prompt, and let the model use them inside the `with` block.
 
-    kv, ids, starts, steps and other options: as for `train_queries`. Yields the trained W_Q of
+    caches, ids, starts, steps and other options: as for `train_queries`. Yields the trained W_Q of
     each layer.
     """
     with trainable_queries(model) as weights:
-        losses = train_queries(model, weights, kv, ids, starts, steps=steps, **options)
+        losses = train_queries(model, weights, caches, ids, starts, steps=steps, **options)
         bar = tqdm(losses, total=steps, unit="step", desc="adapting")
         for loss in bar:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -342,12 +339,12 @@ def compare(model, tokenizer, ids, question, args):
     """
     n = args.span
     held_out, starts = split_spans(len(ids), n)
-    caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
+    caches = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
     def evaluate():
         """Return the answer and the loss on the held-out spans."""
-        loss = span_loss(model, kv, ids, held_out, n).item()
+        loss = span_loss(model, caches, ids, held_out, n).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on held-out spans is {loss}")
         tokens = answer(model, caches, len(ids), question, args.max_tokens, tokenizer.n_vocab)
@@ -357,7 +354,7 @@ def compare(model, tokenizer, ids, question, args):
     result["plain"], result["held_out_before"] = evaluate()
     options = {"n": n, "batch": args.batch_spans, "lr": args.lr, "seed": args.seed}
     start_time = time.perf_counter()
-    with adapt(model, kv, ids, starts, steps=args.steps, **options):
+    with adapt(model, caches, ids, starts, steps=args.steps, **options):
         result["seconds"] = time.perf_counter() - start_time
         result["adapted"], result["held_out_after"] = evaluate()
     return result

@@ -44,13 +44,13 @@ def bench(preset, T, device, dtype, n_steps, n):
 
     # the prompt, and the steps on it
     prefill(model, context[:n])  # compiles and allocates
-    (_, kv), prefill_seconds = timed(device, lambda: prefill(model, context))
+    caches, prefill_seconds = timed(device, lambda: prefill(model, context))
     starts = split_spans(T, n)[1]
     with trainable_queries(model) as weights:
-        steps = train_queries(model, weights, kv, context, starts, steps=WARM_UP + n_steps, n=n)
+        steps = train_queries(model, weights, caches, context, starts, steps=WARM_UP + n_steps, n=n)
         list(itertools.islice(steps, WARM_UP))
         _, steps_seconds = timed(device, lambda: list(steps))
-    del kv
+    del caches
 
     # tokens of thinking, from half of them on
     options = {"temperature": 0, "graph": device.type == "cuda"}

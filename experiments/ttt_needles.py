@@ -94,15 +94,15 @@ def measure(init, T, seed):
     model, tokenizer = train.load_model(init, device, dtype)
     ids, pairs = make_context(tokenizer, T, seed)
     ids = torch.tensor(ids, device=device)
-    caches, kv = prefill(model, ids, room=max(len(q) + len(answer) for q, answer in pairs))
+    caches = prefill(model, ids, room=max(len(q) + len(answer) for q, answer in pairs))
     held_out, starts = split_spans(len(ids), SPAN)
     rows = []
     for lr in (0.0, *RATES):
         start_time = time.perf_counter()
         steps = 32 if lr else 0
-        with adapt(model, kv, ids, starts, steps=steps, n=SPAN, lr=lr), torch.no_grad():
+        with adapt(model, caches, ids, starts, steps=steps, n=SPAN, lr=lr), torch.no_grad():
             margin, accuracy = ask(model, caches, len(ids), pairs, tokenizer.n_vocab)
-            loss = span_loss(model, kv, ids, held_out, SPAN).item()
+            loss = span_loss(model, caches, ids, held_out, SPAN).item()
         row = {"seed": seed, "lr": lr, "value": margin, "accuracy": accuracy, "loss": loss}
         rows.append({**row, "seconds": time.perf_counter() - start_time})
     return rows

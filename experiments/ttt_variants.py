@@ -31,7 +31,7 @@ from ttt_context import prefill, train_queries, trainable_queries
 
 
 class QuestionCache:
-    """One layer's frozen keys and values (Hkv, T, D) of a context, for Q questions about it.
+    """One layer's frozen keys and values (1, Hkv, T, D) of a context, for Q questions about it.
 
     needles (Q, T): bool. `attend` sets `needle_attention` (Q, H) to the probability that the last
     token of each question gives to its needles, if the layer has softmax attention.
@@ -42,7 +42,7 @@ class QuestionCache:
     def __init__(self, k, v, needles):
         self.k = k
         self.v = v
-        self.length = k.shape[1]
+        self.length = k.shape[2]
         self.needles = needles
 
     def attend(self, module, heads):
@@ -61,15 +61,18 @@ class QuestionCache:
 
 
 @torch.no_grad()
-def ask(model, kv, context):
+def ask(model, caches, context):
     """Return the logits of the answers, (Q, V), and the attention to the needles, (Q, heads).
 
-    kv: the frozen keys and values of each layer. The heads are those of all softmax layers.
+    caches: from `prefill`. The heads are those of all softmax layers.
     """
-    caches = [QuestionCache(k, v, context.needles) for k, v in kv]
-    logits = model(context.questions, cache=caches)[:, -1]
-    by_layer = [cache.needle_attention for cache in caches if cache.needle_attention is not None]
-    return logits, torch.cat(by_layer, dim=1)
+    question_caches = [QuestionCache(*cache.tensors, context.needles) for cache in caches]
+    logits = model(context.questions, cache=question_caches)[:, -1]
+    needle_attention = []
+    for cache in question_caches:
+        if cache.needle_attention is not None:
+            needle_attention.append(cache.needle_attention)
+    return logits, torch.cat(needle_attention, dim=1)
 
 
 def log_odds(logits, answers):
@@ -79,13 +82,13 @@ def log_odds(logits, answers):
     return logits[is_answer] - others.logsumexp(1)
 
 
-def score(model, kv, context):
+def score(model, caches, context):
     """Return the margin and accuracy of the answers, and the attention to the needles.
 
     The margin is the log odds of the right answer in nats, its mean over the questions. The
     attention is that of the head which attends most to the needles.
     """
-    logits, needle_attention = ask(model, kv, context)
+    logits, needle_attention = ask(model, caches, context)
     is_right = logits.argmax(-1) == context.answers
     return {
         "margin": log_odds(logits, context.answers).mean().item(),
@@ -94,13 +97,13 @@ def score(model, kv, context):
     }
 
 
-def vote(model, kv, context, n_samples, seed):
+def vote(model, caches, context, n_samples, seed):
     """Return margin and accuracy when the majority of n_samples sampled answers counts.
 
     An answer is one token, so the samples can all be drawn from the same logits. The margin is the
     log odds of the share of right samples, with half a sample added to the right and to the wrong.
     """
-    logits, _ = ask(model, kv, context)
+    logits, _ = ask(model, caches, context)
     generator = torch.Generator().manual_seed(seed)
     p = logits.cpu().softmax(-1)
     samples = torch.multinomial(p, n_samples, replacement=True, generator=generator)  # (Q, samples)
@@ -144,12 +147,14 @@ def temperatures(model, factor=1.0):
 TRAINED = {"trained queries": trainable_queries, "fitted temperature": temperatures}
 
 
-def fit(model, variant, kv, ids, recipe, lr):
+def fit(model, variant, caches, ids, recipe, lr):
     """Train a variant on random spans of ids; return its parameters. The model is as before."""
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
-        steps = train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr)
+        steps = train_queries(
+            model, weights, caches, ids, starts, steps=recipe["steps"], n=n, lr=lr
+        )
         list(steps)  # take them all
         return [w.detach().clone() for w in weights]
 
@@ -177,24 +182,24 @@ def make_context(task, recipe, T, seed, c, device="cpu"):
 
 
 def make_contexts(model, task, recipe, T, seed, numbers):
-    """Return contexts of a seed, and the frozen keys and values of each."""
+    """Return contexts of a seed, and for each the KV caches after reading it."""
     device = model.embed_tokens.weight.device
     contexts = [make_context(task, recipe, T, seed, c, device) for c in numbers]
-    return contexts, [prefill(model, context.ids)[1] for context in contexts]
+    return contexts, [prefill(model, context.ids) for context in contexts]
 
 
 def sweep_rates(model, task, T, recipe):
     """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind."""
-    contexts, caches = make_contexts(model, task, recipe, T, 0, (0, 2))
+    contexts, all_caches = make_contexts(model, task, recipe, T, 0, (0, 2))
     margins = {}
     for variant, lrs in recipe["lrs"].items():
         margins[variant] = {}
         for lr in lrs:
             total = 0.0
-            for context, kv in zip(contexts, caches):
-                parameters = fit(model, variant, kv, context.ids, recipe, lr)
+            for context, caches in zip(contexts, all_caches):
+                parameters = fit(model, variant, caches, context.ids, recipe, lr)
                 with fitted(model, variant, parameters):
-                    total += score(model, kv, context)["margin"]
+                    total += score(model, caches, context)["margin"]
             margins[variant][lr] = total / len(contexts)
     return margins
 
@@ -219,31 +224,31 @@ def compare_variants(model, task, T, recipe, seed):
     # choose the rates, and train on every context
     swept = sweep_rates(model, task, T, recipe)
     lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
-    contexts, caches = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
+    contexts, all_caches = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
     trained = {}  # {variant: [its parameters for each context]}
     for variant, lr in lrs.items():
         trained[variant] = []
-        for context, kv in zip(contexts, caches):
-            trained[variant].append(fit(model, variant, kv, context.ids, recipe, lr))
+        for context, caches in zip(contexts, all_caches):
+            trained[variant].append(fit(model, variant, caches, context.ids, recipe, lr))
 
     # ask every variant about every context
     log_t_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
     n_samples = thinking_samples(model, T, recipe)
     results = {}
-    for c, (context, kv) in enumerate(zip(contexts, caches)):
-        found = {"in context": score(model, kv, context)}
+    for c, (context, caches) in enumerate(zip(contexts, all_caches)):
+        found = {"in context": score(model, caches, context)}
         with temperatures(model, log_t_factor):
-            found["log T"] = score(model, kv, context)
+            found["log T"] = score(model, caches, context)
         with fitted(model, "fitted temperature", trained["fitted temperature"][c]):
-            found["fitted temperature"] = score(model, kv, context)
+            found["fitted temperature"] = score(model, caches, context)
         trained_on = {"trained queries": c, "foreign queries": c ^ 1}  # 0 and 1, 2 and 3, ...
         if task == "columns":
             trained_on["other-kind queries"] = c ^ 2  # 0 and 2, 1 and 3, ...
         for variant, other in trained_on.items():
             with fitted(model, "trained queries", trained["trained queries"][other]):
-                found[variant] = score(model, kv, context)
+                found[variant] = score(model, caches, context)
         for variant, n in n_samples.items():
-            found[variant] = vote(model, kv, context, n, seed)
+            found[variant] = vote(model, caches, context, n, seed)
 
         for variant, scores in found.items():
             entry = results.setdefault(variant, {name: [] for name in scores})

@@ -88,12 +88,12 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
     result = ttt_context.main([*SMALL, "prompt.txt", "--lr", "0.03", "--question", "Who?"])
     model, _ = train.load_model(run)
     ids = torch.tensor([0, *Path("prompt.txt").read_bytes()])
-    caches, kv = ttt_context.prefill(model, ids, room=20)
+    caches = ttt_context.prefill(model, ids, room=20)
     held_out, starts = ttt_context.split_spans(len(ids), 16)
 
     @torch.no_grad()
     def held_out_loss():
-        losses = [ttt_context.span_loss(model, kv, ids, start[None], 16) for start in held_out]
+        losses = [ttt_context.span_loss(model, caches, ids, start[None], 16) for start in held_out]
         return torch.stack(losses).mean().item()
 
     def reply():
@@ -103,7 +103,7 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
     before = held_out_loss()
     assert result["plain"] == reply()
     options = {"steps": 3, "n": 16, "lr": 0.03, "seed": 1337}
-    with ttt_context.adapt(model, kv, ids, starts, **options):
+    with ttt_context.adapt(model, caches, ids, starts, **options):
         after = held_out_loss()
         assert result["adapted"] == reply()
     assert result["held_out_before"] == pytest.approx(before, rel=1e-5)
