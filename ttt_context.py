@@ -104,8 +104,7 @@ class FrozenCache:
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
 
-        # attention functions take the queries as the last positions, so cut the keys at the end of
-        # each span
+        # attention functions take queries as the last positions, so cut the keys after each span
         outputs = []
         for q_span, start in zip(q.split(1), self.starts.tolist()):
             end = start + q.shape[2]
@@ -161,8 +160,8 @@ def span_loss(model, caches, ids, starts, n):
     config = model.config
     cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
 
-    # run the layers on the spans, with attention to the frozen cache; they also compute keys and
-    # values of the spans, which are not used (in Qwen3-4B 3% of a step's FLOPs)
+    # run the layers on the spans, with attention to the frozen cache; the keys and values that
+    # they compute for the spans are not used (3% of the FLOPs of a step in Qwen3-4B)
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -217,7 +216,7 @@ def split_spans(T, n):
     n_held_out = max(1, min(8, (T - 1) // (8 * n)))
     last_start = T - 1 - n  # the last target of this span is the last token of the prompt
     held_out = [round((i + 0.5) / n_held_out * last_start) for i in range(n_held_out)]
-    held_out = torch.tensor(held_out, dtype=torch.int64)
+    held_out = torch.tensor(held_out)
     starts = torch.arange(last_start + 1)
     distances = (starts[:, None] - held_out).abs()  # (starts, held-out spans)
     return held_out, starts[(distances >= n).all(dim=1)]
@@ -229,7 +228,7 @@ def train_queries(
     """Train `weights` with AdamW, `batch` random spans of n tokens per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`.
-    caches, ids: as for `span_loss`. starts: the span starts to draw from, (number of them).
+    caches, ids: as for `span_loss`. starts: all span starts that may be drawn.
     Raises FloatingPointError if a loss is not finite.
     """
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
@@ -255,8 +254,7 @@ def train_queries(
 def adapt(model, caches, ids, starts, *, steps=32, **options):
     """Train the queries on a prompt, and let the model use them inside the `with` block.
 
-    caches, ids, starts, steps and other options: as for `train_queries`. Yields the trained W_Q of
-    each layer.
+    All arguments are those of `train_queries`. Yields the trained W_Q of each layer.
     """
     with trainable_queries(model) as weights:
         losses = train_queries(model, weights, caches, ids, starts, steps=steps, **options)
@@ -380,12 +378,13 @@ def run(args):
     limit = f"the model was trained on up to {model.config.block_size:,} tokens"
     print(f"{folder} on {device}: {counts}; {limit}", file=sys.stderr)
 
-    # compare the answers, and convert the FLOPs of the steps to tokens of thinking
+    # compare the answers, and count how many tokens of thinking take as many FLOPs as the steps
     result = compare(model, tokenizer, torch.tensor(context, device=device), question, args)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
     thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
     result |= {"context": T, "lr": args.lr, "flops": flops, "thinking_tokens": thinking_tokens}
 
+    # report
     print(f"--- as it is\n{result['plain']}")
     print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
     seconds = f"{args.steps} steps in {result['seconds']:.2f} s"
