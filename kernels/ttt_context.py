@@ -107,22 +107,26 @@ def span_forward_kernel(
     k_ptr, v_ptr,  # (HKV, T, D)
     starts_ptr,  # (S,)
     o_ptr, lse_ptr,  # (splits, S, H, n, D) and (splits, S, H, n), float32
-    n, HKV, S, split_size, stride_k, stride_v, scale,  # strides of a head, in rows
+    n, HKV, S,  # queries per span, KV heads, spans
+    split_size, stride_k, stride_v,  # keys per split, rows from one head of k or v to the next
+    scale,  # 1 / sqrt(D)
     GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute o = softmax(q k^T / sqrt(D)) v and the log-sum-exp, over the keys of one split."""
-    # which rows, and where they begin in q; which keys and values
+    # the rows of this program, and their positions in the prompt
     tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < n * GROUP
     start = tl.load(starts_ptr + span)
     positions = start + rows % n
+
+    # where the rows of this span and KV head begin in q, and its keys and values in k and v
     row_start = (span * HKV + head).to(tl.int64) * n * GROUP
     k_ptr += head.to(tl.int64) * stride_k * D
     v_ptr += head.to(tl.int64) * stride_v * D
 
-    # q, and for each row the running sum of p v, maximum of qk and sum of p
+    # load q; start the running sum of p v (acc), maximum of qk (m_i) and sum of p (l_i)
     q = load_rows(q_ptr + row_start * D, rows, mask, D, True)  # [BLOCK_M, D]
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -143,7 +147,7 @@ def span_forward_kernel(
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
             if stage == 1:
                 qk = tl.where(offs_n[None, :] <= positions[:, None], qk, -float("inf"))
-            # -- compute p; a row that has seen no key yet has maximum -inf: subtract 0 instead --
+            # -- compute p; rows that have seen no key yet have m_new = -inf, so subtract 0 there --
             m_new = tl.maximum(m_i, tl.max(qk, 1))
             m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
             p = tl.exp2(qk - m_safe[:, None])
@@ -153,7 +157,7 @@ def span_forward_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             m_i = m_new
 
-    # write o and lse; a row that sees no key of this split has lse = -inf, so weight 0 in the merge
+    # write o and lse; a row that sees no key of this split gets lse = -inf: weight 0 in the merge
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     lse = tl.where(l_i == 0.0, -float("inf"), (m_i + tl.log2(l_safe)) * LN2)
     offs_out = (split.to(tl.int64) * S * HKV * n * GROUP + row_start) + rows
@@ -209,22 +213,26 @@ def span_backward_kernel(
     starts_ptr,  # (S,)
     o_ptr, do_ptr, lse_ptr,  # (S, H, n, D) twice and (S, H, n)
     dq_ptr,  # (splits, S, H, n, D), float32
-    n, HKV, S, split_size, stride_k, stride_v, scale,  # strides of a head, in rows
+    n, HKV, S,  # queries per span, KV heads, spans
+    split_size, stride_k, stride_v,  # keys per split, rows from one head of k or v to the next
+    scale,  # 1 / sqrt(D)
     GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq = scale * ds k, ds = p * (do v^T - delta), over the keys of one split."""
-    # which rows, and where they begin in q; which keys and values
+    # the rows of this program, and their positions in the prompt
     tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < n * GROUP
     start = tl.load(starts_ptr + span)
     positions = start + rows % n
+
+    # where the rows of this span and KV head begin in q, and its keys and values in k and v
     row_start = (span * HKV + head).to(tl.int64) * n * GROUP
     k_ptr += head.to(tl.int64) * stride_k * D
     v_ptr += head.to(tl.int64) * stride_v * D
 
-    # the tensors of the rows; outside the mask lse = inf, so p = 0
+    # load the tensors of the rows; outside the mask lse = inf, so p = 0
     do = load_rows(do_ptr + row_start * D, rows, mask, D, True)  # [BLOCK_M, D]
     o = load_rows(o_ptr + row_start * D, rows, mask, D, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
@@ -286,9 +294,9 @@ def split_keys(q, n_kv_head, starts, config, num_sms):
     rows = H // n_kv_head * n  # per span and KV head
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * n_kv_head  # per span
 
-    # as many programs as SMs, rounded to a multiple of all tiles
+    # as many programs as SMs, rounded down to a multiple of the tiles of all spans
     num_programs = max(num_sms // (tiles * S), 1) * tiles * S
-    total_keys = int(starts.sum()) + S * n  # the sum of what each span needs
+    total_keys = int(starts.sum()) + S * n  # summed over the spans
     keys_per_program = triton.cdiv(tiles * total_keys, num_programs)
     split_size = triton.cdiv(keys_per_program, config["BLOCK_N"]) * config["BLOCK_N"]
 
@@ -306,7 +314,7 @@ def copy_to_device(starts, q):
 
 
 def get_sizes(q, k, v, split_size):
-    """Return the arguments that both span kernels take after their tensors, but the block sizes."""
+    """Return the arguments that both span kernels take between their tensors and block sizes."""
     S, H, n, D = q.shape
     HKV = k.shape[0]
     return {
