@@ -294,6 +294,17 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
 # The study
 
 
+def test_rates_of_the_recipes():
+    """The full study tries all rates of the small one, and both try 0.1 for the queries."""
+    for variant, small in study.SMALL["lrs"].items():
+        full = study.FULL["lrs"][variant]
+        assert small == sorted(small)
+        assert full == sorted(full)
+        assert set(small) <= set(full)
+    for recipe in (study.SMALL, study.FULL):
+        assert recipe["lrs"]["trained queries"][-1] == 0.1
+
+
 def test_differences_are_paired_by_seed():
     def result(ours, theirs):
         setting = "records, QK-norm, 96"
