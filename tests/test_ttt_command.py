@@ -118,7 +118,8 @@ def test_thinking_comes_after_the_question(run):
     T = result["context"]
     after_context = ttt_cost.thinking_tokens(model, T, result["flops"])
     after_question = ttt_cost.thinking_tokens(model, T + len(question), result["flops"])
-    assert result["thinking_tokens"] == after_question < after_context
+    assert result["thinking_tokens"] == after_question
+    assert after_question < after_context
 
 
 def test_damaged_numbers_end_it(run, monkeypatch):
@@ -187,7 +188,8 @@ def test_refuses_in_one_sentence(run, monkeypatch):
         limits.setattr(ttt_cost, "free_bytes", lambda device: 2**20)
         refused([*SMALL, "text.txt"], "tokens", "are free", "shorter", main=ttt_context.main)
     assert Path("text.txt").read_bytes() == text
-    assert {p.name for p in Path("out").iterdir() if not p.name.startswith(".")} == {"a"}
+    runs = [path.name for path in Path("out").iterdir()]
+    assert [name for name in runs if not name.startswith(".")] == ["a"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -262,13 +264,14 @@ def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
     n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
     result = ttt_context.main(flags)
     assert result["lr"] == 1e-5, "the weights were trained for long"
-    assert n_tokens < result["context"] < n_tokens + 50, "and the beginning of a turn"
+    n_added = result["context"] - n_tokens
+    assert 0 < n_added < 50, "the beginning of a turn comes first"
     settings = folder / "tokenizer_config.json"
     edit_json(settings, chat_template="{{ raise_exception('not today') }}")
     refused(flags, "template", "not today", main=ttt_context.main)
     edit_json(settings, chat_template=None)
-    n_plain = len(tokenizer.encode_ordinary(text))
-    assert 0 <= ttt_context.main(flags)["context"] - n_plain <= 1, "plain text"
+    n_added = ttt_context.main(flags)["context"] - len(tokenizer.encode_ordinary(text))
+    assert n_added in (0, 1), "plain text, perhaps after a first token"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,6 +294,7 @@ def test_ctrl_c(run):
         part = os.read(process.stderr.fileno(), 1000)
         assert part, seen
         seen += part
+
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT

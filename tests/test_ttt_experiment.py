@@ -55,9 +55,10 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
             ids = experiment.make_context("columns", TINY, 300, seed, i).ids
             contexts.add(tuple(ids.tolist()))
             names, _, values = ids.view(-1, 3).T.tolist()
-            a_is_the_key = len(set(zip(names, values))) == len(set(names))
+            pairs = set(zip(names, values))
+            a_is_the_key = len(pairs) == len(set(names))  # each name has only one value
             assert a_is_the_key == (i < 2), "in the first two of four"
-    assert len(contexts) == 8
+    assert len(contexts) == 8, "all are different"
 
 
 def test_questions_are_answered_as_by_a_plain_forward():
@@ -146,8 +147,10 @@ def test_temperatures_and_what_a_norm_takes_away(norm):
         arguments = (model, log_factors, caches, ids, torch.arange(20))
         losses = list(ttt_context.train_queries(*arguments, steps=3, n=16, lr=0.1))
         assert len(losses) == 3
-        assert all(log_factor.abs().max() > 0 for log_factor in log_factors)
-        assert all(p.grad is None for p in model.parameters())
+        for log_factor in log_factors:
+            assert log_factor.abs().max() > 0
+        for p in model.parameters():
+            assert p.grad is None
     with experiment.temperatures(model, 3.0):
         sharp = logits()
     assert (sharp - plain).abs().max() > 0.1
@@ -173,7 +176,8 @@ def test_fitted_values_are_put_back_and_taken_away(variant):
     with experiment.TRAINED[variant](model) as weights:
         starts = torch.arange(60 - 16)
         list(ttt_context.train_queries(model, weights, caches, ids, starts, steps=3, n=16, lr=1e-2))
-        assert all(map(torch.equal, values, weights))
+        for value, weight in zip(values, weights, strict=True):
+            assert torch.equal(value, weight)
     with experiment.fitted(model, variant, values):
         starts = torch.tensor([20])
         inside = ttt_context.span_loss(model, caches, ids, starts, 16)
@@ -226,7 +230,8 @@ def test_variants_get_what_they_are_called(monkeypatch):
     assert set(results) == {*study.COLORS, "equal-FLOP thinking", "2 N k thinking"}
     assert results["trained queries"]["lr"] == 1e-3
     assert results["trained queries"]["sweep"] == [[1.0, -1.0], [1e-3, 0.5]]
-    assert all(len(scores["accuracy"]) == 4 for scores in results.values())
+    for scores in results.values():
+        assert len(scores["accuracy"]) == 4
     assert fits == [("trained queries", 1e-3)] * 4 + [("fitted temperature", 1e-1)] * 4
     assert factors == [math.log(120) / math.log(60)] * 4
     flops = ttt_cost.flops_of_spans(model, 2 * 16, 120)
@@ -376,7 +381,9 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     monkeypatch.setattr(ttt_needles, "SPAN", 32)
     flags = ["--experiment", "--full", "--init", "base", "--out", "results", "--minutes", "9"]
     first = ttt_context.main(flags)
-    assert all(len(run["margins"]) == 8 for run in list(first["variants"].values())[0]["runs"])
+    for entry in first["variants"].values():
+        for run in entry["runs"]:
+            assert len(run["margins"]) == 8
     assert capsys.readouterr().out.count("trained queries") >= 2 * 2 + 2
 
     # the second time everything comes from the cache
