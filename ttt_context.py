@@ -6,7 +6,7 @@ margin that grows with T:
 
     z_* - z_j >= log((T - 1) (1 - e) / e)
 
-Thinking longer does not help: each new token reads the context through the same
+Thinking longer helps little: each new token reads the context through the same
 attention. The paper (Bansal et al.) spends that compute on the queries instead:
 
     1. Read the prompt once, and freeze its keys and values.
@@ -61,7 +61,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    kernel = None
+    kernel = None  # then the attention of spans runs in PyTorch
 
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
@@ -156,12 +156,14 @@ def span_loss(model, caches, ids, starts, n):
             f"spans of {n} tokens at {starts.tolist()} do not fit: they need {n} tokens of a text "
             f"of {T}, and the one after them"
         )
+
+    # the position of each token, and the RoPE angles of all T positions
     positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
     config = model.config
     cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
 
-    # run the layers on the spans, with attention to the frozen cache; the keys and values that
-    # they compute for the spans are not used (3% of the FLOPs of a step in Qwen3-4B)
+    # run the layers on the spans, with attention to the frozen cache; they also compute keys and
+    # values of the spans, which are not used: 3% of the FLOPs of a step in Qwen3-4B
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -213,13 +215,16 @@ def split_spans(T, n):
             f"the prompt has {T} tokens, which is too short for spans of {n}; give one of more "
             f"than {3 * n} tokens, or a smaller --span"
         )
-    n_held_out = max(1, min(8, (T - 1) // (8 * n)))
     last_start = T - 1 - n  # the last target of this span is the last token of the prompt
+    n_held_out = max(1, min(8, (T - 1) // (8 * n)))
     held_out = [round((i + 0.5) / n_held_out * last_start) for i in range(n_held_out)]
     held_out = torch.tensor(held_out)
+
+    # training spans start at least n positions before or after each of them
     starts = torch.arange(last_start + 1)
     distances = (starts[:, None] - held_out).abs()  # (starts, held-out spans)
-    return held_out, starts[(distances >= n).all(dim=1)]
+    is_allowed = (distances >= n).all(dim=1)
+    return held_out, starts[is_allowed]
 
 
 def train_queries(
@@ -265,8 +270,8 @@ def adapt(model, caches, ids, starts, *, steps=32, **options):
 
 
 @torch.no_grad()
-def answer(model, caches, T, question, n, limit=None):
-    """Answer a question about a prompt of T tokens by greedy decoding: yield n token ids.
+def answer(model, caches, T, question, n_tokens, limit=None):
+    """Answer a question about a prompt of T tokens by greedy decoding: yield n_tokens token ids.
 
     caches: from `prefill`. question: token ids, at least one. limit: the vocabulary size without
     padding.
@@ -275,7 +280,7 @@ def answer(model, caches, T, question, n, limit=None):
         cache.length = T  # forget an earlier question and its answer
     ids = list(question)
     device = model.embed_tokens.weight.device
-    for _ in range(n):
+    for _ in range(n_tokens):
         logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
         token = int(logits.argmax())
         yield token
@@ -311,11 +316,11 @@ class AdaptConfig:
 def encode_prompt(tokenizer, prompt, question=""):
     """Return the token ids of the context, and those of the question.
 
-    With a chat template, both together are one user message. The question begins where its tokens
-    differ from those of the same message without the question. Otherwise, both are plain text. If
+    With a chat template, both together are one user message. Otherwise both are plain text. If
     there is no question, the last token of the prompt takes its place.
     """
     if question and getattr(tokenizer, "chat_template", None):
+        # the question begins where the message differs from one without the question
         content = f"{prompt}\n\n"
         ids = tokenizer.chat([{"role": "user", "content": content + question}])
         without_question = tokenizer.chat([{"role": "user", "content": content}])

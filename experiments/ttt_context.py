@@ -40,7 +40,7 @@ from support import cli
 
 BASELINE = "fitted temperature"
 METRIC = "log odds of the right answer, nats"
-# of the variants in the figure; thinking is left out, since its margin is that of `in context`
+# line colors of the figure; thinking is left out, since its margin is nearly that of `in context`
 COLORS = {
     "in context": "C7",
     "log T": "C0",

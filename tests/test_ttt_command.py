@@ -130,9 +130,9 @@ def test_damaged_numbers_end_it(run, monkeypatch):
 
 
 def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
-    def scripted(model, caches, T, question, n, limit):
+    def scripted(model, caches, T, question, n_tokens, limit):
         assert limit == 256, "no padding of the vocabulary"
-        yield from [72, 105, 0, 33][:n]
+        yield from [72, 105, 0, 33][:n_tokens]
 
     monkeypatch.setattr(ttt_context, "answer", scripted)
     assert ttt_context.main([*SMALL, "prompt.txt"])["plain"] == "Hi"
