@@ -59,7 +59,8 @@ class QuestionCache:
             keys = k.repeat_interleave(H // k.shape[1], dim=1)  # (Q, H, T + n, D)
             scores = q[:, :, -1:] @ keys.transpose(2, 3) * D**-0.5  # (Q, H, 1, T + n)
             p = scores.softmax(-1)[:, :, 0, : self.length]  # (Q, H, T)
-            self.needle_attention = (p * self.needles[:, None]).sum(-1)
+            is_needle = self.needles[:, None]  # (Q, 1, T)
+            self.needle_attention = (p * is_needle).sum(-1)
         return module.function(q, k, v, **module.options)
 
 
@@ -83,6 +84,7 @@ def log_odds(logits, answers):
 
     logits (Q, V). answers (Q): token ids.
     """
+    # log(p / (1 - p)) is the logit of the answer less the log-sum-exp of all other logits
     is_answer = torch.arange(logits.shape[1], device=logits.device) == answers[:, None]  # (Q, V)
     others = logits.masked_fill(is_answer, -torch.inf)
     return logits[is_answer] - others.logsumexp(1)
@@ -95,11 +97,13 @@ def score(model, caches, context):
     attention is that of the head that attends to the needles most.
     """
     logits, needle_attention = ask(model, caches, context)
-    is_right = logits.argmax(-1) == context.answers
+    margins = log_odds(logits, context.answers)  # (Q)
+    is_right = logits.argmax(-1) == context.answers  # (Q)
+    by_head = needle_attention.mean(0)  # (heads)
     return {
-        "margin": log_odds(logits, context.answers).mean().item(),
+        "margin": margins.mean().item(),
         "accuracy": is_right.float().mean().item(),
-        "needle_attention": needle_attention.mean(0).max().item(),
+        "needle_attention": by_head.max().item(),
     }
 
 
@@ -109,17 +113,18 @@ def vote(model, caches, context, n_samples, seed):
     An answer is one token, so all samples can be drawn from the same logits. The margin is the log
     odds of the share of right samples, with half a sample added to the right and the wrong ones.
     """
+    # sample answers to each question
     logits, _ = ask(model, caches, context)
     generator = torch.Generator().manual_seed(seed)
     p = logits.cpu().softmax(-1)
     samples = torch.multinomial(p, n_samples, replacement=True, generator=generator)  # (Q, samples)
+
+    # compare them, and the majority of them, with the right answer
     answers = context.answers.cpu()
     n_right = (samples == answers[:, None]).sum(1)  # (Q)
-    majority = samples.mode(dim=1).values
-    return {
-        "margin": ((n_right + 0.5) / (n_samples - n_right + 0.5)).log().mean().item(),
-        "accuracy": (majority == answers).float().mean().item(),
-    }
+    odds = (n_right + 0.5) / (n_samples - n_right + 0.5)  # (Q)
+    is_right = samples.mode(dim=1).values == answers  # (Q)
+    return {"margin": odds.log().mean().item(), "accuracy": is_right.float().mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,14 +143,15 @@ def temperatures(model, factor=1.0):
         for layer, weight in zip(model.layers, weights):
             weight.requires_grad_(False)
             shape = (model.config.n_head, 1)
-            options = {"device": weight.device, "requires_grad": True}
-            log_factor = torch.full(shape, math.log(factor), **options)
+            log_factor = torch.full(shape, math.log(factor), device=weight.device)
+            log_factors.append(log_factor.requires_grad_())
 
-            def scale(norm, inputs, q, log_factor=log_factor):  # q (B, T, H, D)
+            # multiply the output of the QK-norm, q (B, T, H, D); without a norm it is an identity
+            def scale(norm, inputs, q, log_factor=log_factor):
                 return (q * log_factor.exp()).to(q.dtype)
 
-            hooks.enter_context(layer.self_attn.q_norm.register_forward_hook(scale))
-            log_factors.append(log_factor)
+            hook = layer.self_attn.q_norm.register_forward_hook(scale)
+            hooks.enter_context(hook)  # removed when the block ends
         yield log_factors
 
 
@@ -158,10 +164,9 @@ def fit(model, variant, caches, ids, recipe, lr):
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
-        steps = train_queries(
-            model, weights, caches, ids, starts, steps=recipe["steps"], n=n, lr=lr
-        )
-        list(steps)  # a generator: this runs all steps
+        options = {"steps": recipe["steps"], "n": n, "lr": lr}
+        for _ in train_queries(model, weights, caches, ids, starts, **options):
+            pass  # a generator, which takes a step each time
         return [w.detach().clone() for w in weights]
 
 
@@ -179,10 +184,10 @@ def fitted(model, variant, parameters):
 
 
 def make_context(task, recipe, T, seed, c, device="cpu"):
-    """Return context number c of a seed. In the task `columns`, contexts alternate in pairs:
+    """Return context number c of a seed. In the task `columns` there are two kinds of contexts:
 
-    c                             0  1  2  3  4  5  6  7
-    column that decides (the key) a  a  b  b  a  a  b  b
+    c                            0  1  2  3  4  5  6  7
+    column that decides (key)    a  a  b  b  a  a  b  b
     """
     generator = torch.Generator().manual_seed(10**6 * seed + 10 * T + c)
     key_column = c // 2 % 2

@@ -177,15 +177,17 @@ def merge_kernel(
 
     num_rows: S * H * n, the rows of all spans and heads.
     """
+    # the rows of this program
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < num_rows
     offs_d = tl.arange(0, D)[None, :]
-    split_stride = tl.cast(num_rows, tl.int64)
+    split_stride = tl.cast(num_rows, tl.int64)  # rows from one split to the next
     m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
     for split in range(0, num_splits):
+        # -- load lse and o of the split --
         offs = split * split_stride + rows
         lse = tl.load(split_lse_ptr + offs, mask=mask, other=0.0) * LOG2E
         o = tl.load(split_o_ptr + offs[:, None] * D + offs_d, mask=mask[:, None], other=0.0)
@@ -197,6 +199,7 @@ def merge_kernel(
         l_i = l_i * alpha + weight
         m_i = m_new
 
+    # write o and lse
     o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(lse_ptr + rows, (m_i + tl.log2(l_i)) * LN2, mask=mask)
     tl.store(o_ptr + rows[:, None] * D + offs_d, o, mask=mask[:, None])
@@ -219,7 +222,10 @@ def span_backward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq = scale * ds k, ds = p * (do v^T - delta), over the keys of one split."""
+    """Compute ds = p * (do v^T - delta) and dq = scale * ds k, over the keys of one split.
+
+    delta: do . o of each row, which equals the sum of p * (do v^T) over all keys.
+    """
     # the rows of this program, and their positions in the prompt
     tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -280,6 +286,7 @@ def get_config(direction, q):
 
 
 def count_sms(q):
+    """Return the number of multiprocessors of the GPU that holds q."""
     if q.is_cuda:
         return torch.cuda.get_device_properties(q.device).multi_processor_count
     return INTERPRETER_SMS
