@@ -53,7 +53,8 @@ def make_context(tokenizer, T, seed):
         question = f"The password of {name} is"
         paragraphs.insert(rng.randrange(len(paragraphs) + 1), f"{question} {word}.")
         pairs.append((encode(question), encode(f" {word}")))
-    return [*first_ids(tokenizer), *encode("\n\n".join(paragraphs) + "\n\n")], pairs
+    text = "\n\n".join(paragraphs) + "\n\n"
+    return [*first_ids(tokenizer), *encode(text)], pairs
 
 
 @torch.no_grad()
@@ -103,7 +104,8 @@ def measure(init, T, seed):
     model, tokenizer = train.load_model(init, device, dtype)
     ids, pairs = make_context(tokenizer, T, seed)
     ids = torch.tensor(ids, device=device)
-    caches = prefill(model, ids, room=max(len(q) + len(answer) for q, answer in pairs))
+    longest = max(len(question) + len(answer) for question, answer in pairs)
+    caches = prefill(model, ids, room=longest)
 
     # train and ask
     held_out, starts = split_spans(len(ids), SPAN)

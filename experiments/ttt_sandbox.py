@@ -38,8 +38,8 @@ class Context(NamedTuple):
 def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n_keys=None):
     """Return a random Context of at most n_tokens, with at most n_questions.
 
-    key_column: in `columns`, 0 if a is the key and 1 if b is. n_keys: how many keys, by default half
-    the number of records. Questions on `records` are about keys that occur once.
+    key_column: in `columns`, 0 if a is the key and 1 if b is. n_keys: by default half the number of
+    records. Questions on `records` are about keys that occur once.
     """
 
     def choose(n, k):
@@ -50,42 +50,44 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n
         return torch.randint(high, shape, generator=generator)
 
     # draw a, b, key and value of each record, all (n_records), numbered from 0
-    names = recipe["names"]
+    max_names = recipe["names"]
     n_records = n_tokens // 3
     n_keys = n_keys or n_records // 2
     if task == "records":
         # use few names, so that each is part of several keys: neither a nor b decides alone
-        n_names = min(names, max(4, math.ceil(1.5 * n_keys**0.5)))
+        n_names = min(max_names, max(4, math.ceil(1.5 * n_keys**0.5)))
         pairs = choose(n_names**2, n_keys)  # a pair (a, b) is the number a * n_names + b
         key = pairs[randint(len(pairs), n_records)]
         a = key // n_names
         b = key % n_names
     else:
-        n_names = names
+        n_names = max_names
         a = randint(min(n_keys, n_names), n_records)
         b = randint(min(n_keys, n_names), n_records)
         key = a if key_column == 0 else b
     value_of_key = randint(recipe["values"], int(key.max()) + 1)
     value = value_of_key[key]
 
-    # token ids: a from 0 on, b from `names` on, values from 2 * `names` on; which of its tokens
-    # stands for a name is random
-    a_tokens = choose(names, n_names)[a]
-    b_tokens = choose(names, n_names)[b] + names
-    records = torch.stack([a_tokens, b_tokens, value + 2 * names], dim=1)  # (n_records, 3)
+    # choose random tokens for the names
+    #
+    #     token ids    0 ... max_names - 1    max_names ... 2 max_names - 1    from 2 max_names on
+    #     stand for             a                          b                          value
+    a_tokens = choose(max_names, n_names)[a]
+    b_tokens = choose(max_names, n_names)[b] + max_names
+    value_tokens = value + 2 * max_names
+    records = torch.stack([a_tokens, b_tokens, value_tokens], dim=1)  # (n_records, 3)
 
     # a value is predictable if an earlier record has the same key
     has_same_key = key[:, None] == key  # (n_records, n_records)
     is_predictable = torch.zeros(n_records, 3, dtype=torch.bool)
     is_predictable[:, 2] = has_same_key.tril(-1).any(dim=1)
 
-    # draw the records to ask about
+    # draw the records to ask about; of `records`, those whose key occurs once, if there are any
     candidates = torch.arange(n_records)
     occurs_once = has_same_key.sum(dim=1) == 1
     if task == "records" and occurs_once.any():
         candidates = candidates[occurs_once]
     asked = candidates[choose(len(candidates), n_questions)]  # (Q)
-
     questions = records[asked, :2]
     answers = records[asked, 2]
 
@@ -97,8 +99,14 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n
     # the needles of a question are the values of all records with its key
     needles = torch.zeros(len(asked), n_records, 3, dtype=torch.bool)
     needles[:, :, 2] = has_same_key[asked]
-    ids = records.flatten()
-    return Context(ids, is_predictable.flatten(), questions, answers, needles.flatten(1))
+
+    return Context(
+        ids=records.flatten(),
+        is_predictable=is_predictable.flatten(),
+        questions=questions,
+        answers=answers,
+        needles=needles.flatten(1),
+    )
 
 
 def make_example(task, T, recipe, generator):
