@@ -63,6 +63,8 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None  # then the attention of spans runs in PyTorch
 
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # small enough for a CPU
+
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
 
@@ -297,7 +299,7 @@ class AdaptConfig:
 
     prompt: str = option("", "the context, a text file", metavar="FILE")
     question: str = option("", "about the context; default: continue where it ends")
-    init: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "run, folder, ORG/NAME or newest")
+    init: str = option("", "run, folder or ORG/NAME; default: SmolLM2-135M-Instruct or a run")
     steps: int = option(32, "AdamW steps", least=0)
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
@@ -335,6 +337,34 @@ def encode_prompt(tokenizer, prompt, question=""):
     return ids[:n_context], ids[n_context:]
 
 
+def find_model(init):
+    """Return the folder of a model: `init`, or by default SmolLM2, or offline the newest run."""
+    if init:
+        return run_folder.find_run(init)
+    try:
+        return run_folder.find_run(DEFAULT_MODEL)
+    except ValueError as error:
+        print(f"using the newest run: {error}", file=sys.stderr)
+        return run_folder.find_run("newest")
+
+
+@contextmanager
+def progress_of_layers(model, label):
+    """Show a progress bar while the layers of the model run once, inside the `with` block."""
+    with tqdm(total=len(model.layers), unit="layer", desc=label) as bar:
+
+        def show(layer, inputs, x):
+            x[0, -1, 0].item()  # wait for the device
+            bar.update()
+
+        hooks = [layer.register_forward_hook(show) for layer in model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def compare(model, tokenizer, ids, question, args):
     """Answer before and after training the queries; return both answers, losses and seconds.
 
@@ -342,7 +372,8 @@ def compare(model, tokenizer, ids, question, args):
     """
     n = args.span
     held_out, starts = split_spans(len(ids), n)
-    caches = prefill(model, ids, room=len(question) + args.max_tokens)
+    with progress_of_layers(model, "reading"):
+        caches = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
     def evaluate():
@@ -363,6 +394,21 @@ def compare(model, tokenizer, ids, question, args):
     return result
 
 
+def report(result):
+    """Print both answers, what the steps cost, and what they changed."""
+    print(f"--- as it is\n{result['plain']}")
+    print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
+    print(
+        f"{result['steps']} steps in {result['seconds']:.2f} s; as many FLOPs "
+        f"({result['flops']:.3g}) as {result['thinking_tokens']:,} tokens of thinking"
+    )
+    before = f"{result['held_out_before']:.4f}"
+    after = f"{result['held_out_after']:.4f}"
+    answers = "the same answer" if result["plain"] == result["adapted"] else "another answer"
+    loss = f"stayed at {after}" if before == after else f"went from {before} to {after}"
+    print(f"training gave {answers}; the loss on {result['held_out_spans']} held-out spans {loss}")
+
+
 def run(args):
     """Adapt to --prompt. Print and return the answers before and after, losses and costs."""
     from experiments import ttt_cost
@@ -371,7 +417,7 @@ def run(args):
     prompt = read_prompt(f"@{args.prompt}")
     device = distributed.pick_device(args.device)
     dtype = train.DTYPES[distributed.pick_dtype(args.dtype, device)]
-    folder = run_folder.find_run(args.init)
+    folder = find_model(args.init)
     model, tokenizer = train.load_model(folder, device, dtype)
     context, question = encode_prompt(tokenizer, prompt, args.question)
     T = len(context)
@@ -387,15 +433,9 @@ def run(args):
     result = compare(model, tokenizer, torch.tensor(context, device=device), question, args)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
     thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
-    result |= {"context": T, "lr": args.lr, "flops": flops, "thinking_tokens": thinking_tokens}
-
-    # report
-    print(f"--- as it is\n{result['plain']}")
-    print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
-    seconds = f"{args.steps} steps in {result['seconds']:.2f} s"
-    print(f"{seconds}; as many FLOPs ({flops:.3g}) as {thinking_tokens:,} tokens of thinking")
-    losses = f"{result['held_out_before']:.4f} before, {result['held_out_after']:.4f} after"
-    print(f"loss on held-out spans: {losses}, nats/token; spans: {result['held_out_spans']}")
+    result |= {"context": T, "lr": args.lr, "steps": args.steps}
+    result |= {"flops": flops, "thinking_tokens": thinking_tokens}
+    report(result)
     return result
 
 

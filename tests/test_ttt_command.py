@@ -13,8 +13,8 @@ import train
 import ttt_context
 from experiments import ttt_cost
 from support import hub, run_folder, tokenizer
-from tests.common import REPOSITORY, refused
-from tests.hf import edit_json, hf  # noqa: F401
+from tests.common import REPOSITORY, refused, run_script
+from tests.hf import edit_json, hf, make_folder  # noqa: F401
 
 SMALL = "--init newest --steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
 
@@ -36,6 +36,8 @@ def test_command(run, capsys):
     result = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     printed = capsys.readouterr()
     assert "up to 16 tokens" in printed.err
+    assert "reading: 100%" in printed.err
+    assert "2/2" in printed.err
     assert "adapting: 100%" in printed.err
     assert "3/3" in printed.err
     assert f"as it is\n{result['plain']}\n" in printed.out
@@ -49,7 +51,7 @@ def test_command(run, capsys):
     before = result["held_out_before"]
     after = result["held_out_after"]
     assert before != after
-    assert f"{before:.4f} before, {after:.4f} after, nats/token; spans: 8" in printed.out
+    assert "the loss on 8 held-out spans" in printed.out
     model, _ = train.load_model(run_folder.find_run("newest"))
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
     thinking_tokens = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
@@ -60,13 +62,52 @@ def test_command(run, capsys):
     assert without_seconds(again) == without_seconds(result)
 
 
-def test_the_default_model_is_fetched(tiny, monkeypatch):
+def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatch, capsys):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": "empty"}
+    flags = [flag for flag in SMALL if flag not in ("--init", "newest")]
+    done = run_script("ttt_context.py", *flags, "text.txt", env=offline)
+    assert done.returncode == 2
+    note, error = done.stderr.splitlines()
+    assert note.startswith(f"using the newest run: {ttt_context.DEFAULT_MODEL} is neither")
+    assert error == "ttt_context.py: there is no run under out/ yet; python train.py makes one"
+
+    # a fetched model comes before a run
+    names = []
+
     def fetch(name):
-        raise ValueError(f"there is no network to fetch {name}")
+        names.append(name)
+        if not Path("fetched").is_dir():
+            raise ValueError("no network")
+        return Path("fetched")
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    error = "no network to fetch HuggingFaceTB/SmolLM2-135M-Instruct"
-    refused(["--prompt", "text.txt", "--device", "cpu"], error, main=ttt_context.main)
+    train.main([*tiny, "--out", "out/a", "--steps", "1"])
+    Path("prompt.txt").write_text(Path("text.txt").read_text()[:300])
+    capsys.readouterr()
+    ttt_context.main([*flags, "prompt.txt"])
+    err = capsys.readouterr().err
+    assert "using the newest run: no network\n" in err and "out/a on cpu" in err
+    refused([*SMALL, "prompt.txt", "--init", "a/b"], "no network", main=ttt_context.main)
+    make_folder(Path("fetched"))
+    assert ttt_context.main([*flags, "prompt.txt"])["lr"] == 1e-5
+    err = capsys.readouterr().err
+    assert "newest" not in err and "fetched on cpu" in err
+    assert names == [ttt_context.DEFAULT_MODEL, "a/b", ttt_context.DEFAULT_MODEL]
+
+
+@pytest.mark.parametrize(
+    "adapted, after, sentence",
+    [
+        ("yes", 2.5, "the same answer; the loss on 8 held-out spans stayed at 2.5000"),
+        ("yes", 2.4, "the same answer; the loss on 8 held-out spans went from 2.5000 to 2.4000"),
+        ("no", 2.50001, "another answer; the loss on 8 held-out spans stayed at 2.5000"),
+    ],
+)
+def test_the_last_sentence_says_what_changed(adapted, after, sentence, capsys):
+    result = {"plain": "yes", "adapted": adapted, "held_out_before": 2.5, "held_out_after": after}
+    result |= {"steps": 3, "seconds": 1.0, "flops": 1, "thinking_tokens": 1, "held_out_spans": 8}
+    ttt_context.report(result)
+    assert capsys.readouterr().out.splitlines()[-1] == f"training gave {sentence}"
 
 
 def test_each_flag_changes_what_it_says(run):
