@@ -1,37 +1,37 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
-A long context dilutes softmax attention. To give probability 1 - e to one
-relevant key (the needle) among T keys, the needle's logit z_* must exceed the
-logit z_j of every other key by a margin that grows with T:
+A long context dilutes softmax attention. One relevant key among T (the needle)
+gets probability 1 - e if its logit z_* exceeds every other logit z_j by a
+margin that grows with T:
 
     z_* - z_j >= log((T - 1) (1 - e) / e)
 
-Thinking longer does not help, since each new token reads the context through
-the same attention. The paper (Bansal et al.) spends that compute on the queries
-instead: it reads the prompt once, freezes keys and values, takes a few AdamW
-steps on the query projections W_Q of all layers, with the next-token loss on
-random spans of n tokens of the prompt, and answers from the same KV cache.
-Afterwards W_Q is as before, bit for bit.
+Thinking longer helps little: each new token reads the context through the same
+attention. The paper (Bansal et al.) spends that compute on the queries instead:
 
-    loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
-    dl/dq   = (sum_j p_j k_j - k_*) / sqrt(D)     if l = -log p_*
+    1. Read the prompt once, and freeze its keys and values.
+    2. Take a few AdamW steps on the query projections W_Q of all layers. The
+       loss is next-token prediction on random spans of n tokens of the prompt:
+       loss(t) = -1/n sum_{i=t}^{t+n-1} log p(x_{i+1} | x_{<=i})
+    3. Answer from the same KV cache, then restore W_Q bit for bit.
 
-Here p_j is the attention of a query q of width D to key k_j. If the loss were
--log p_*, a step would move q from the mean key towards the needle. With 32
-steps and n = 128, Qwen3-4B's accuracy on LongBench-v2 rose from 27.0 to 39.6 in
-the paper, and to 33.5 with thinking. Others found that random spans hurt (arXiv
-2607.09415), and nothing proves that the margin grows where the answer is read.
+Let p_j be the attention of a query q of width D to key k_j. If the loss were
+-log p_*, a step would move q away from the mean key and towards the needle:
 
-Where the paper does not say, we choose: the keys and values of a span come from
-the cache, too. W_Q is trained in float32, because bfloat16 would lose small
-steps. No span covers the question. Up to 8 spans are held out.
+    d(-log p_*) / dq = (sum_j p_j k_j - k_*) / sqrt(D)
+
+With 32 steps and n = 128, Qwen3-4B's accuracy on LongBench-v2 rose from 27.0 to
+39.6 in the paper, and to 33.5 with thinking. Others found that random spans
+hurt (arXiv 2607.09415). There is no proof that the margin grows at the answer.
+
+Where the paper is silent, we choose: spans use the keys and values of the
+cache even for their own tokens. W_Q is trained in float32, since bfloat16 would
+lose small steps. No span covers the question. Up to 8 spans are held out.
 
     python ttt_context.py --prompt my.txt --question "Who is the narrator?"
-    python ttt_context.py --prompt my.txt --init DIR   a run, a folder, ORG/NAME
-    python ttt_context.py --experiment                 a study of small models
-    python ttt_context.py --experiment --full          the same on GPUs
-
-The first two answer before and after the steps, and say what these changed.
+    python ttt_context.py --prompt my.txt --init newest    your own newest run
+    python ttt_context.py --experiment                     a study on a CPU
+    python ttt_context.py --experiment --full              and on GPUs
 """
 
 from support import cli
@@ -61,9 +61,9 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    kernel = None
+    kernel = None  # then the attention of spans runs in PyTorch
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # 135 M parameters: it runs on a CPU
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # small enough for a CPU
 
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
@@ -73,67 +73,65 @@ def reference(q, k, v, starts):
     """Compute the attention of S spans of n queries to T shared keys, by its definition.
 
     q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D), in any dtype.
-    Query r of span s is at position starts[s] + r and sees the keys up to that position.
+    Query i of span s is at position starts[s] + i and sees the keys up to that position.
     """
     S, H, n, D = q.shape
     Hkv, T, _ = k.shape
     k = k.repeat_interleave(H // Hkv, dim=0)  # (H, T, D)
     v = v.repeat_interleave(H // Hkv, dim=0)
 
-    positions = starts.to(q.device)[:, None] + torch.arange(n, device=q.device)  # (S, n)
-    is_future = torch.arange(T, device=q.device) > positions[:, None, :, None]  # (S, 1, n, T)
+    query_positions = starts.to(q.device)[:, None] + torch.arange(n, device=q.device)  # (S, n)
+    key_positions = torch.arange(T, device=q.device)
+    is_future = key_positions > query_positions[:, None, :, None]  # (S, 1, n, T)
     scores = q @ k.transpose(1, 2) * D**-0.5  # (S, H, n, T)
     return scores.masked_fill(is_future, -torch.inf).softmax(-1) @ v
 
 
 @dataclass
 class FrozenCache:
-    """One layer's keys and values of a prompt, which S spans of the prompt attend to."""
+    """One layer's keys and values of a prompt, to which S spans of the prompt attend."""
 
     k: torch.Tensor  # (Hkv, T, D)
     v: torch.Tensor  # (Hkv, T, D)
     starts: torch.Tensor  # (S), on the CPU: the first position of each span
-    use_kernel: bool  # compute softmax attention with kernels/ttt_context.py, on a GPU
+    use_kernel: bool  # compute softmax attention on a GPU with kernels/ttt_context.py
 
-    def attend(self, module, heads):
-        """Return the attention of a layer to the frozen keys and values, (S, H, n, D).
+    def attend(self, attention, heads):
+        """Return the attention of the spans to the frozen keys and values, (S, H, n, D).
 
-        module: the layer's train.Attention. heads: its q (S, H, n, D), and k and v of the spans,
-        which are not used.
+        attention: the layer's train.Attention. heads: q (S, H, n, D) of the spans, then their own
+        k and v, which are not used.
         """
         q = heads[0]
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
 
-        # attention functions take the queries as the last positions, so the keys of each span
-        # have to end where the span ends
+        # attention functions take queries as the last positions, so cut the keys after each span
         outputs = []
         for q_span, start in zip(q.split(1), self.starts.tolist()):
             end = start + q.shape[2]
             k = self.k[None, :, :end]  # (1, Hkv, end, D)
             v = self.v[None, :, :end]
-            outputs.append(module.function(q_span, k, v, **module.options))
+            outputs.append(attention.function(q_span, k, v, **attention.options))
         return torch.cat(outputs)
 
 
 def can_use_kernel(model):
     """Return whether kernels/ttt_context.py can compute the attention of this model."""
-    weight = model.embed_tokens.weight
-    if not weight.is_cuda or model.dtype == torch.float64 or not is_softmax(model.config):
+    is_on_gpu = model.embed_tokens.weight.is_cuda
+    if not is_on_gpu or model.dtype == torch.float64 or not is_softmax(model.config):
         return False
-    if kernel is not None and model.config.head_dim in kernel.WIDTHS:
-        return True
-    reason = "pip install triton" if kernel is None else f"head dim {model.config.head_dim}"
-    warnings.warn(f"span attention runs in PyTorch, which is slower: {reason}")
-    return False
+    if kernel is None:
+        warnings.warn("span attention is slower without Triton: pip install triton")
+        return False
+    return model.config.head_dim in kernel.WIDTHS
 
 
 @torch.no_grad()
 def prefill(model, ids, room=0):
-    """Compute the keys and values of a prompt, ids (T), with untrained queries.
+    """Run the model on a prompt, ids (T), and return the KVCache of each layer.
 
-    Returns caches, a KVCache per layer with room for `room` more tokens, and kv, their keys and
-    values of the prompt: a pair of views (Hkv, T, D) per layer.
+    room: how many more tokens the caches can hold.
     """
     for layer in model.layers:
         attention = layer.self_attn
@@ -142,46 +140,43 @@ def prefill(model, ids, room=0):
                 f"{model.config.attn} attention does not keep a key and a value of every position, "
                 f"which query-only training needs; use a model with softmax attention"
             )
-    T = len(ids)
-    caches = [KVCache(T + room) for _ in model.layers]
+    caches = [KVCache(len(ids) + room) for _ in model.layers]
     model(ids[None], cache=caches)
-    kv = []
-    for cache in caches:
-        k, v = cache.tensors  # (1, Hkv, T + room, D)
-        kv.append((k[0, :, :T], v[0, :, :T]))
-    return caches, kv
+    return caches
 
 
-def span_loss(model, kv, ids, starts, n):
-    """Return the mean next-token loss, in nats, on spans of n tokens of a text.
+def span_loss(model, caches, ids, starts, n):
+    """Return the mean next-token loss, in nats, on S spans of n tokens of a prompt.
 
-    kv: the frozen keys and values of each layer, from `prefill`. ids (T): the text.
-    starts (S), on the CPU: the first position of each span. The last one may be T - n - 1, because
-    the last token of a span needs a token after it as its target.
-
-    The layers also compute keys and values of the spans, which are not used. In Qwen3-4B this is
-    3% of a step's FLOPs.
+    caches: from `prefill`. ids (T): the prompt.
+    starts (S), on the CPU: the first position of each span. The largest one allowed is T - n - 1,
+    because the last token of a span needs a token after it as its target.
     """
     T = len(ids)
-    if n < 1 or len(starts) == 0 or int(starts.min()) < 0 or int(starts.max()) + n >= T:
+    if n < 1 or len(starts) == 0 or starts.min() < 0 or starts.max() + n >= T:
         raise ValueError(
             f"spans of {n} tokens at {starts.tolist()} do not fit: they need {n} tokens of a text "
             f"of {T}, and the one after them"
         )
-    positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
-    c = model.config
-    cos, sin = train.rope_angles(0, T, c.head_dim, c.rope_theta, ids.device)  # (T, 1, D/2)
 
-    # run the model's own layers on the spans, with the frozen cache in place of their keys
+    # the position of each token, and the RoPE angles of all T positions
+    positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
+    config = model.config
+    cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
+
+    # run the layers on the spans, with attention to the frozen cache; they also compute keys and
+    # values of the spans, which are not used: 3% of the FLOPs of a step in Qwen3-4B
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
-    for layer, (k, v) in zip(model.layers, kv, strict=True):
-        cache = FrozenCache(k, v, starts, use_kernel)
-        x = layer(x, cos[positions], sin[positions], cache)
+    for layer, cache in zip(model.layers, caches, strict=True):
+        k, v = cache.tensors  # (1, Hkv, size of the cache, D)
+        frozen = FrozenCache(k[0], v[0], starts, use_kernel)
+        x = layer(x, cos[positions], sin[positions], frozen)
     x = model.norm(x).flatten(0, 1)  # (S * n, C)
 
-    weight = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight  # (V, C)
-    return train.linear_cross_entropy(x, weight, ids[positions + 1].flatten())
+    output_layer = model.embed_tokens if model.lm_head is None else model.lm_head
+    targets = ids[positions + 1].flatten()  # (S * n)
+    return train.linear_cross_entropy(x, output_layer.weight, targets)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,10 +185,10 @@ def span_loss(model, kv, ids, starts, n):
 
 @contextmanager
 def trainable_queries(model):
-    """Freeze the model except for W_Q, and yield the list of the W_Q of all layers.
+    """Freeze all but the query projections, and yield the list of W_Q, one for each layer.
 
-    Inside the `with` block W_Q is a copy in float32, or float64 if the model is. At its end, also
-    after an error, the model gets its original tensors back.
+    Inside the `with` block each W_Q is a copy in float32, or float64 if the model is. When the
+    block ends, even with an error, the model gets its original tensors back.
     """
     originals = [(p, p.data, p.requires_grad) for p in model.parameters()]
     try:
@@ -212,38 +207,46 @@ def trainable_queries(model):
 
 
 def split_spans(T, n):
-    """Return where the held-out spans begin and where training spans may begin, n tokens each.
+    """Return the starts of the held-out spans, and all starts allowed for training, as tensors.
 
-    T: tokens of the text. Up to 8 spans are held out, evenly spaced and at most an eighth of the
-    text, but at least one if T > 3 n. Training spans share no token with them.
+    T: tokens of the prompt. n: tokens of a span. As many spans as fit in an eighth of the prompt
+    are held out, at least one and at most 8, evenly spaced. Training spans do not overlap them.
     """
-    n_held_out = min(8, (T - 1) // (8 * n))
-    if n_held_out == 0 and T > 3 * n:
-        n_held_out = 1
-    last_start = T - 1 - n  # the last target of this span is the last token of the text
+    if T <= 3 * n:
+        raise ValueError(
+            f"the prompt has {T} tokens, which is too short for spans of {n}; give one of more "
+            f"than {3 * n} tokens, or a smaller --span"
+        )
+    last_start = T - 1 - n  # the last target of this span is the last token of the prompt
+    n_held_out = max(1, min(8, (T - 1) // (8 * n)))
     held_out = [round((i + 0.5) / n_held_out * last_start) for i in range(n_held_out)]
-    held_out = torch.tensor(held_out, dtype=torch.int64)
+    held_out = torch.tensor(held_out)
+
+    # training spans start at least n positions before or after each of them
     starts = torch.arange(last_start + 1)
     distances = (starts[:, None] - held_out).abs()  # (starts, held-out spans)
-    return held_out, starts[(distances >= n).all(dim=1)]
+    is_allowed = (distances >= n).all(dim=1)
+    return held_out, starts[is_allowed]
 
 
-def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0):
-    """Train `weights` with AdamW on `batch` random spans of n tokens per step; yield each loss.
+def train_queries(
+    model, weights, caches, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0
+):
+    """Train `weights` with AdamW, `batch` random spans of n tokens per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`.
-    starts: the first positions of the spans to draw from.
-    Raises FloatingPointError if the loss is not finite.
+    caches, ids: as for `span_loss`. starts: all span starts that may be drawn.
+    Raises FloatingPointError if a loss is not finite.
     """
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
 
-    # seed the draws with the text as well, so that each text gets draws of its own
+    # make the random seed depend on the prompt, so that different prompts get different spans
     digest = hashlib.sha256(f"{seed}/{ids.tolist()}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
     for _ in range(steps):
         drawn = torch.randint(len(starts), (batch,), generator=generator)
-        loss = span_loss(model, kv, ids, starts[drawn], n)
+        loss = span_loss(model, caches, ids, starts[drawn], n)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -255,16 +258,13 @@ def train_queries(model, weights, kv, ids, starts, *, steps=32, n=128, batch=1, 
 
 
 @contextmanager
-def adapt(model, kv, ids, starts=None, *, steps=32, **options):
+def adapt(model, caches, ids, starts, *, steps=32, **options):
     """Train the queries on a prompt, and let the model use them inside the `with` block.
 
-    kv: from `prefill`. starts: the first positions of the spans to train on, by default all.
-    options: n, batch, lr and seed of `train_queries`. Yields the trained W_Q of each layer.
+    All arguments are those of `train_queries`. Yields the trained W_Q of each layer.
     """
-    if starts is None:
-        starts = torch.arange(len(ids) - options.get("n", 128))
     with trainable_queries(model) as weights:
-        losses = train_queries(model, weights, kv, ids, starts, steps=steps, **options)
+        losses = train_queries(model, weights, caches, ids, starts, steps=steps, **options)
         bar = tqdm(losses, total=steps, unit="step", desc="adapting")
         for loss in bar:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -272,8 +272,8 @@ def adapt(model, kv, ids, starts=None, *, steps=32, **options):
 
 
 @torch.no_grad()
-def answer(model, caches, T, question, n, limit=None):
-    """Answer a question about the T tokens of a prompt, greedily: yield n token ids.
+def answer(model, caches, T, question, n_tokens, limit=None):
+    """Answer a question about a prompt of T tokens by greedy decoding: yield n_tokens token ids.
 
     caches: from `prefill`. question: token ids, at least one. limit: the vocabulary size without
     padding.
@@ -282,10 +282,11 @@ def answer(model, caches, T, question, n, limit=None):
         cache.length = T  # forget an earlier question and its answer
     ids = list(question)
     device = model.embed_tokens.weight.device
-    for _ in range(n):
+    for _ in range(n_tokens):
         logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
-        ids = [int(logits.argmax())]
-        yield ids[0]
+        token = int(logits.argmax())
+        yield token
+        ids = [token]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,27 +308,21 @@ class AdaptConfig:
     max_tokens: int = option(100, "longest answer")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
     dtype: str = option("", "default: bf16 on a GPU that has it", choices=list(train.DTYPES))
-    experiment: bool = option(False, "run the study instead", action=cli.SWITCH)
-    full: bool = option(False, "with --experiment: its study on GPUs", action=cli.SWITCH)
-    minutes: float = option(None, "with --full: stop after so many; the same command continues")
-    out: str = option("results", "folder for what --experiment finds")
 
     def __post_init__(self):
         cli.check_fields(self)
-        if not self.prompt and not self.experiment:
+        if not self.prompt:
             raise ValueError("give --prompt FILE, the text to adapt to, or --experiment")
-        if self.full and not self.experiment:
-            raise ValueError("--full is the size of a study; give it with --experiment")
 
 
 def encode_prompt(tokenizer, prompt, question=""):
-    """Return the token ids of the context and of the question.
+    """Return the token ids of the context, and those of the question.
 
-    With a chat template, both are one user message. The question begins where the tokens differ
-    from those of the same message without it. Otherwise, both are plain text. If the question is
-    empty, the last token of the prompt takes its place.
+    With a chat template, both together are one user message. Otherwise both are plain text. If
+    there is no question, the last token of the prompt takes its place.
     """
     if question and getattr(tokenizer, "chat_template", None):
+        # the question begins where the message differs from one without the question
         content = f"{prompt}\n\n"
         ids = tokenizer.chat([{"role": "user", "content": content + question}])
         without_question = tokenizer.chat([{"role": "user", "content": content}])
@@ -342,91 +337,90 @@ def encode_prompt(tokenizer, prompt, question=""):
     return ids[:n_context], ids[n_context:]
 
 
-def find_model(args):
-    """Return the folder of the model to adapt: --init, or DEFAULT_MODEL, or the newest run."""
+def find_model(init):
+    """Return the folder of a model: `init`, or by default SmolLM2, or offline the newest run."""
+    if init:
+        return run_folder.find_run(init)
     try:
-        return run_folder.find_run(args.init or DEFAULT_MODEL)
+        return run_folder.find_run(DEFAULT_MODEL)
     except ValueError as error:
-        if args.init:
-            raise
         print(f"using the newest run: {error}", file=sys.stderr)
         return run_folder.find_run("newest")
 
 
-def compare(model, tokenizer, ids, question, args):
-    """Answer before and after training the queries. Return answers, held-out losses and seconds.
+@contextmanager
+def progress_of_layers(model, label):
+    """Show a progress bar while the layers of the model run once, inside the `with` block."""
+    with tqdm(total=len(model.layers), unit="layer", desc=label) as bar:
 
-    ids (T): the prompt. question: token ids. args: an AdaptConfig.
-    """
-    T = len(ids)
-    n = args.span
-    held_out, starts = split_spans(T, n)
-    with tqdm(total=len(model.layers), unit="layer", desc="reading") as bar:
-
-        def show_layer(layer, inputs, x):
+        def show(layer, inputs, x):
             x[0, -1, 0].item()  # wait for the device
             bar.update()
 
-        hooks = [layer.register_forward_hook(show_layer) for layer in model.layers]
-        caches, kv = prefill(model, ids, room=len(question) + args.max_tokens)
-        for hook in hooks:
-            hook.remove()
+        hooks = [layer.register_forward_hook(show) for layer in model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def compare(model, tokenizer, ids, question, args):
+    """Answer before and after training the queries; return both answers, losses and seconds.
+
+    ids (T): the prompt. question: token ids. args: an AdaptConfig.
+    """
+    n = args.span
+    held_out, starts = split_spans(len(ids), n)
+    with progress_of_layers(model, "reading"):
+        caches = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
     def evaluate():
-        """Return the answer, and the loss on the held-out spans or None if there are none."""
-        loss = None
-        if len(held_out):
-            loss = span_loss(model, kv, ids, held_out, n).item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss on held-out spans is {loss}")
-        tokens = answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab)
+        """Return the answer and the loss on the held-out spans."""
+        loss = span_loss(model, caches, ids, held_out, n).item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss on held-out spans is {loss}")
+        tokens = answer(model, caches, len(ids), question, args.max_tokens, tokenizer.n_vocab)
         return "".join(decode_stream(tokens, tokenizer)), loss
 
     result = {"held_out_spans": len(held_out)}
     result["plain"], result["held_out_before"] = evaluate()
     options = {"n": n, "batch": args.batch_spans, "lr": args.lr, "seed": args.seed}
     start_time = time.perf_counter()
-    with adapt(model, kv, ids, starts, steps=args.steps, **options):
+    with adapt(model, caches, ids, starts, steps=args.steps, **options):
         result["seconds"] = time.perf_counter() - start_time
         result["adapted"], result["held_out_after"] = evaluate()
     return result
 
 
 def report(result):
-    """Print the answers, what the steps cost, and whether they changed anything."""
+    """Print both answers, what the steps cost, and what they changed."""
     print(f"--- as it is\n{result['plain']}")
     print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
     print(
         f"{result['steps']} steps in {result['seconds']:.2f} s; as many FLOPs "
         f"({result['flops']:.3g}) as {result['thinking_tokens']:,} tokens of thinking"
     )
-    changed = [] if result["plain"] == result["adapted"] else ["the answer"]
-    losses = "the prompt is too short for held-out spans"
-    if result["held_out_spans"]:
-        before = f"{result['held_out_before']:.4f}"
-        after = f"{result['held_out_after']:.4f}"
-        changed += [] if before == after else ["the held-out loss"]
-        losses = f"{before} before, {after} after, nats/token; spans: {result['held_out_spans']}"
-    print(f"this training changed {' and '.join(changed) or 'nothing'} ({losses})")
+    before = f"{result['held_out_before']:.4f}"
+    after = f"{result['held_out_after']:.4f}"
+    answers = "the same answer" if result["plain"] == result["adapted"] else "another answer"
+    loss = f"stayed at {after}" if before == after else f"went from {before} to {after}"
+    print(f"training gave {answers}; the loss on {result['held_out_spans']} held-out spans {loss}")
 
 
 def run(args):
-    """Adapt to --prompt. Print and return answers before and after, losses and costs."""
+    """Adapt to --prompt. Print and return the answers before and after, losses and costs."""
     from experiments import ttt_cost
 
     # load the prompt and the model
     prompt = read_prompt(f"@{args.prompt}")
     device = distributed.pick_device(args.device)
     dtype = train.DTYPES[distributed.pick_dtype(args.dtype, device)]
-    folder = find_model(args)
+    folder = find_model(args.init)
     model, tokenizer = train.load_model(folder, device, dtype)
     context, question = encode_prompt(tokenizer, prompt, args.question)
     T = len(context)
-    if T <= args.span:
-        raise ValueError(
-            f"{args.prompt} has {T} tokens, not more than --span {args.span}; give a longer text"
-        )
     ttt_cost.check_memory(model, T + args.max_tokens, args.span * args.batch_spans)
     if args.lr is None:  # models from elsewhere have trained for longer and need smaller steps
         args.lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
@@ -435,29 +429,24 @@ def run(args):
     limit = f"the model was trained on up to {model.config.block_size:,} tokens"
     print(f"{folder} on {device}: {counts}; {limit}", file=sys.stderr)
 
-    # compare the answers, and convert the FLOPs of the steps to tokens of thinking
+    # compare the answers, and count how many tokens of thinking take as many FLOPs as the steps
     result = compare(model, tokenizer, torch.tensor(context, device=device), question, args)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
     thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
-    result |= {"flops": flops, "thinking_tokens": thinking_tokens}
     result |= {"context": T, "lr": args.lr, "steps": args.steps}
+    result |= {"flops": flops, "thinking_tokens": thinking_tokens}
     report(result)
     return result
 
 
 def main(argv=None):
-    (args,) = cli.parse_configs(argv, __doc__, [AdaptConfig], {}, lambda given: {})
-    if args.experiment:
-        from experiments import ttt_context as experiment
+    """Adapt to a prompt. After --experiment come the flags of experiments/ttt_context.py."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--experiment" in argv:
+        from experiments import ttt_context as study
 
-        flags = ["--out", args.out]
-        if args.full:
-            flags.append("--full")
-        if args.init:
-            flags += ["--init", args.init]
-        if args.minutes:
-            flags += ["--minutes", str(args.minutes)]
-        return experiment.main(flags)
+        return study.main([flag for flag in argv if flag != "--experiment"])
+    (args,) = cli.parse_configs(argv, __doc__, [AdaptConfig], {}, lambda given: {})
     return run(args)
 
 

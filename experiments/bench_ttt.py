@@ -3,11 +3,11 @@
 python experiments/bench_ttt.py                   Qwen3-4B, 32,768 tokens, GPU
 python experiments/bench_ttt.py --model tiny --context 512 --span 32
 
-With random weights it reads a prompt, takes 32 steps on spans of 128 tokens,
-and generates tokens after it: as many as the paper sets against the steps
-(2 N k), and as many as cost the same FLOPs by the exact count. A sample of
-the tokens is timed, each a replay of a CUDA graph, with as many keys before
-them as the paper's number has on average. Writes ttt_context-bench.json.
+A model with random weights reads a prompt, takes N = 32 steps on spans of
+k = 128 tokens, and generates tokens after the prompt. The paper counts 2 N k
+tokens for the price of the steps; the exact count of FLOPs gives another
+number. 64 tokens are timed, each a replay of a CUDA graph, after half of the
+2 N k tokens: an average number of keys. Writes ttt_context-bench.json.
 """
 
 import itertools
@@ -34,7 +34,11 @@ TOKENS_TIMED = 64
 
 
 def bench(preset, T, device, dtype, n_steps, n):
-    """Return the seconds to read T tokens, for the steps, and for tokens of thinking."""
+    """Return the seconds to read T tokens, to take the steps, and to generate tokens of thinking.
+
+    n: tokens of a span.
+    """
+    # a model, a prompt, and tokens of thinking after it
     n_rule = 2 * n_steps * n  # the paper's number of tokens
     model = random_model(preset, device, dtype)
     model.config.block_size = T + n_rule + TOKENS_TIMED
@@ -42,26 +46,28 @@ def bench(preset, T, device, dtype, n_steps, n):
     ids = torch.randint(model.config.vocab_size, (T + n_rule // 2,), generator=generator)
     context = ids[:T].to(device)
 
-    # the prompt, and the steps on it
-    prefill(model, context[:n])  # compiles and allocates
-    (_, kv), prefill_seconds = timed(device, lambda: prefill(model, context))
+    # time the prompt, and the steps on it
+    prefill(model, context[:n])  # compile and allocate
+    caches, prefill_seconds = timed(device, lambda: prefill(model, context))
     starts = split_spans(T, n)[1]
     with trainable_queries(model) as weights:
-        steps = train_queries(model, weights, kv, context, starts, steps=WARM_UP + n_steps, n=n)
+        steps = train_queries(model, weights, caches, context, starts, steps=WARM_UP + n_steps, n=n)
         list(itertools.islice(steps, WARM_UP))
         _, steps_seconds = timed(device, lambda: list(steps))
-    del kv
+    del caches
 
-    # tokens of thinking, from half of them on
+    # time tokens of thinking, after half of the paper's number
     options = {"temperature": 0, "graph": device.type == "cuda"}
     tokens = sample.generate(model, ids.tolist(), WARM_UP + TOKENS_TIMED, **options)
     list(itertools.islice(tokens, WARM_UP))
     _, token_seconds = timed(device, lambda: list(tokens))
     token_seconds /= TOKENS_TIMED
 
+    # extrapolate to both numbers of tokens
     flops = flops_of_spans(model, n_steps * n, T)
+    counts = {"2 N k": n_rule, "equal FLOPs": thinking_tokens(model, T, flops)}
     thinking = {}
-    for name, count in (("2 N k", n_rule), ("equal FLOPs", thinking_tokens(model, T, flops))):
+    for name, count in counts.items():
         seconds = count * token_seconds
         thinking[name] = {
             "tokens": count,
@@ -80,9 +86,9 @@ def bench(preset, T, device, dtype, n_steps, n):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    shapes = f"one of {', '.join(train.PRESETS)} (default: qwen3-4b)"
-    name = {"metavar": "NAME", "help": shapes}
-    parser.add_argument("--model", choices=train.PRESETS, default="qwen3-4b", **name)
+    model = {"choices": train.PRESETS, "default": "qwen3-4b", "metavar": "NAME"}
+    model["help"] = f"one of {', '.join(train.PRESETS)} (default: qwen3-4b)"
+    parser.add_argument("--model", **model)
     number = {"type": int, "metavar": "N"}
     context = "tokens of the prompt (default: 32768)"
     parser.add_argument("--context", default=32768, help=context, **number)
@@ -101,6 +107,7 @@ def main(argv=None):
     record["dtype"] = dtype
     record |= bench(args.model, args.context, device, train.DTYPES[dtype], args.steps, args.span)
     record["seconds"] = time.perf_counter() - start_time
+
     print(f"{args.steps} steps in {record['steps_seconds']:.2f} s")
     for name, row in record["thinking"].items():
         thinking = f"{row['tokens']:,} tokens of thinking ({name}) in {row['seconds']:.2f} s"

@@ -4,23 +4,23 @@ Small models, trained on contexts of 96 tokens, answer questions about contexts
 of up to 3,072 tokens. A context is a list of records: a, b, value. A question
 gives a and b and asks for the value. There are two tasks:
 
-    records    the pair (a, b) decides on the value; length dilutes attention
-    columns    a alone decides, or b alone; only the context shows which one
+    records    a and b together decide the value; length dilutes attention
+    columns    a alone decides it, or b alone; only the context shows which
 
-Each model exists with and without QK-norm. experiments/ttt_variants.py lists
-the variants that are compared: the model as it is, changes of temperature,
-queries trained on this context and on others, thinking for as many FLOPs.
+Half of the models have QK-norm. experiments/ttt_variants.py lists the variants
+that are compared: the model as it is, changes of temperature, queries trained
+on this context or on another one, and thinking for as many FLOPs.
 
-The metric is the margin of the right answer, log(p / (1 - p)). A model's value
-is its mean over contexts of 32 questions. The intervals are Student's t over
-models, paired by seed.
+The metric is the margin: the log odds log(p / (1 - p)) of the right answer. The
+value of a model is the mean over contexts of 32 questions. The intervals are
+Student's t over models, paired by seed.
 
     python ttt_context.py --experiment           on two CPU cores
     python ttt_context.py --experiment --full    on GPUs
 
-Writes results/ttt_context-cpu.json and .png, or -gpu. With --full, contexts
-have up to 12,288 tokens, and there are 16 of them and more learning rates.
---init FOLDER adds experiments/ttt_needles.py: SmolLM2-135M and real text.
+Writes results/ttt_context-cpu.json and .png, or -gpu. With --full there are 16
+contexts of up to 12,288 tokens, and more learning rates. --init FOLDER adds
+experiments/ttt_needles.py, which uses SmolLM2-135M and real text.
 """
 
 import itertools
@@ -40,7 +40,8 @@ from support import cli
 
 BASELINE = "fitted temperature"
 METRIC = "log odds of the right answer, nats"
-COLORS = {  # in the figure, which leaves out thinking: samples have the margin of `in context`
+# line colors of the figure; thinking is left out, since its margin is nearly that of `in context`
+COLORS = {
     "in context": "C7",
     "log T": "C0",
     "fitted temperature": "C1",
@@ -50,8 +51,8 @@ COLORS = {  # in the figure, which leaves out thinking: samples have the margin 
 }
 SMALL = {
     "shape": {"n_layer": 2, "n_head": 2, "head_dim": 64, "n_embd": 64, "n_hidden": 128},
-    "names": 256,  # tokens of a, and of b
-    "values": 16,
+    "names": 256,  # different tokens for a, and as many for b
+    "values": 16,  # different tokens for the value
     "train": {"steps": 300, "batch": 32, "tokens": 96, "lr": 1e-2, "examples": 2048},
     "seeds": [1, 2, 3, 4, 5, 6],
     "lengths": [96, 768, 3072],
@@ -60,7 +61,7 @@ SMALL = {
     "steps": 32,  # of training the queries or the temperatures
     "span": 128,
     "lrs": {
-        "trained queries": [1e-3, 3e-3, 1e-2, 3e-2],
+        "trained queries": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
         "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1],
     },
 }
@@ -70,27 +71,29 @@ FULL = {
     "lengths": [3072, 12288],
     "contexts": 16,
     "lrs": {
-        "trained queries": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        "trained queries": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
         "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1, 1.0],
     },
 }
 
 
 def make_jobs(recipe, is_full):
-    """Return a job for each model, or with is_full for each model and length."""
-    lengths = recipe["lengths"]
-    groups = [[T] for T in reversed(lengths)] if is_full else [lengths]  # longest runs first
-    same = {name: recipe[name] for name in recipe if name not in ("seeds", "lengths")}
-    device = "" if is_full else "cpu"
+    """Return a job for each seed and norm, with all lengths; with is_full, one for each length."""
+    settings = {name: recipe[name] for name in recipe if name not in ("seeds", "lengths")}
+    lengths_of_jobs = [recipe["lengths"]]
+    if is_full:
+        lengths_of_jobs = [[T] for T in reversed(recipe["lengths"])]  # the slowest jobs first
+
     jobs = []
-    for group, seed, norm in itertools.product(groups, recipe["seeds"], NORMS):
-        job = {"recipe": same, "seed": seed, "norm": norm, "lengths": group, "device": device}
+    for lengths, seed, norm in itertools.product(lengths_of_jobs, recipe["seeds"], NORMS):
+        job = {"recipe": settings, "seed": seed, "norm": norm, "lengths": lengths}
+        job["device"] = "" if is_full else "cpu"
         jobs.append(job)
     return jobs
 
 
 def cached_study(job):
-    """Return what study_model returns, from the disk cache if it is there."""
+    """Return study_model(job), from the disk cache if the result is there."""
     key = [job, code_hashes("experiments.ttt_variants")]
     return harness.disk_cache(harness.CACHE, key, lambda: ttt_variants.study_model(job))
 
@@ -98,52 +101,61 @@ def cached_study(job):
 def summarize(jobs, results):
     """Return variants and differences in the schema of results/.
 
-    results: what study_model returned for each job. A variant is called "task, norm, T: variant"
-    and has one run per seed. The seconds of a run are those of its job, which all variants share.
+    results: study_model(job) for each job. A variant is called "task, norm, T: variant" and has one
+    run per seed.
     """
     variants = {}
     for job, result in zip(jobs, results):
         seed = job["seed"]
         for name, scores in result["scores"].items():
-            settings = {"samples": scores["samples"]} if "samples" in scores else {}
-            entry = variants.setdefault(name, {"settings": settings, "sweep": [], "runs": []})
-            run = {"seed": seed, "lr": scores.get("lr"), "margins": scores["margin"]}
-            run["value"] = statistics.fmean(scores["margin"])
-            run["accuracy"] = statistics.fmean(scores["accuracy"])
-            if "needle_attention" in scores:
-                run["needle_attention"] = statistics.fmean(scores["needle_attention"])
-            entry["runs"].append({**run, "seconds": result["seconds"]})
+            if name not in variants:
+                settings = {"samples": scores["samples"]} if "samples" in scores else {}
+                variants[name] = {"settings": settings, "sweep": [], "runs": []}
+            variants[name]["runs"].append(make_run(seed, scores, result["seconds"]))
             for lr, margin in scores.get("sweep", []):
-                entry["sweep"].append({"seed": seed, "lr": lr, "value": margin})
+                variants[name]["sweep"].append({"seed": seed, "lr": lr, "value": margin})
 
+    # compare every variant with the baseline of its task, norm and T
     differences = {}
     for name, entry in variants.items():
         setting, variant = name.split(": ")
         if variant == BASELINE:
             continue
-        runs = entry["runs"]
-        baseline_runs = variants[f"{setting}: {BASELINE}"]["runs"]
-        difference = harness.paired_difference(runs, baseline_runs)
-        difference["accuracy"] = harness.paired_difference(
-            by_accuracy(runs), by_accuracy(baseline_runs)
-        )
-        differences[name] = difference
+        baseline = variants[f"{setting}: {BASELINE}"]
+        differences[name] = harness.paired_difference(entry["runs"], baseline["runs"])
+        accuracy = harness.paired_difference(by_accuracy(entry), by_accuracy(baseline))
+        differences[name]["accuracy"] = accuracy
     return variants, differences
 
 
-def by_accuracy(runs):
-    """Return runs whose value is their accuracy."""
-    return [{**run, "value": run["accuracy"]} for run in runs]
+def make_run(seed, scores, seconds):
+    """Return the means of scores, {name: [value on each context]}, as a run of results/.
+
+    seconds: of the job, which all its variants share.
+    """
+    run = {"seed": seed, "lr": scores.get("lr"), "margins": scores["margin"]}
+    run["value"] = statistics.fmean(scores["margin"])
+    for name in ("accuracy", "needle_attention"):
+        if name in scores:
+            run[name] = statistics.fmean(scores[name])
+    return {**run, "seconds": seconds}
+
+
+def by_accuracy(entry):
+    """Return the runs of a variant with their accuracy as their value."""
+    return [{**run, "value": run["accuracy"]} for run in entry["runs"]]
 
 
 def plot(variants, lengths):
-    """Plot the margin against length: a panel for each norm and task, a line for each variant."""
+    """Plot the margin against the length, with a panel for each norm and task."""
     figure, axes = harness.new_figure((9, 7), len(NORMS), len(TASKS))
     panels = itertools.product(NORMS, TASKS)
     for ax, (norm, task) in zip(axes.flat, panels):
         for variant, color in COLORS.items():
             if (task, variant) == ("records", "other-kind queries"):
-                continue  # there is only one kind of records
+                continue  # all contexts of `records` are of one kind
+
+            # mean and confidence interval at each length
             means = []
             half_widths = []
             for T in lengths:
@@ -151,6 +163,8 @@ def plot(variants, lengths):
                 mean, half_width = harness.mean_ci95([run["value"] for run in runs])
                 means.append(mean)
                 half_widths.append(half_width)
+
+            # draw them
             style = "o--" if variant in ("foreign queries", "other-kind queries") else "o-"
             options = {"fmt": style, "ms": 3, "capsize": 2, "color": color, "label": variant}
             ax.errorbar(lengths, means, half_widths, **options)
@@ -159,7 +173,7 @@ def plot(variants, lengths):
         ax.set(xlabel="context length in tokens", ylabel=METRIC)
         ax.set_xticks(lengths, lengths)
         ax.minorticks_off()
-    lines, labels = axes[0][-1].get_legend_handles_labels()  # of `columns`, with all variants
+    lines, labels = axes[0][-1].get_legend_handles_labels()  # of `columns`, which has all variants
     figure.legend(lines, labels, loc="outside lower center", ncols=3)
     return figure
 
@@ -167,18 +181,19 @@ def plot(variants, lengths):
 def print_longest(record, longest):
     """Print how the variants compare at the longest contexts."""
     print(f"{METRIC} at {longest} tokens, and share of right answers, compared with a {BASELINE}:")
-    for name, d in record["differences"].items():
+    for name, margin in record["differences"].items():
         setting, variant = name.split(": ")
         if setting.endswith(f", {longest}"):
-            accuracy = d["accuracy"]
+            accuracy = margin["accuracy"]
             print(
-                f"  {setting}: {variant:20} {d['mean']:+.3f} +- {d['half_width_95']:.3f}   "
-                f"{accuracy['mean']:+.3f} +- {accuracy['half_width_95']:.3f}"
+                f"  {setting}: {variant:20} {margin['mean']:+.3f} +- {margin['half_width_95']:.3f} "
+                f"  {accuracy['mean']:+.3f} +- {accuracy['half_width_95']:.3f}"
             )
 
 
 def run(out, recipe, is_full=False, deadline=float("inf")):
-    """Train the models and ask them; write JSON and figure, print and return the record."""
+    """Run the study: write JSON and figure, print the result, return the record."""
+    # train the models and ask them
     start_time = time.perf_counter()
     jobs = make_jobs(recipe, is_full)
     if is_full:
@@ -187,10 +202,18 @@ def run(out, recipe, is_full=False, deadline=float("inf")):
     else:
         results = harness.parallel(ttt_variants.study_model, jobs, os.cpu_count(), label="models")
         seconds = time.perf_counter() - start_time
+
+    # summarize and write
     variants, differences = summarize(jobs, results)
-    record = {"question": "Do queries trained on this context beat a fitted temperature?"}
-    record.update(metric=METRIC, baseline=BASELINE, variants=variants, differences=differences)
-    record.update(recipe=recipe, seconds=seconds)
+    record = {
+        "question": "Do queries trained on this context beat a fitted temperature?",
+        "metric": METRIC,
+        "baseline": BASELINE,
+        "variants": variants,
+        "differences": differences,
+        "recipe": recipe,
+        "seconds": seconds,
+    }
     path = out / ("ttt_context-gpu" if is_full else "ttt_context-cpu")
     save_json(path.with_suffix(".json"), record, "experiments.ttt_variants")
     harness.save_figure(plot(variants, recipe["lengths"]), path.with_suffix(".png"))
@@ -210,7 +233,7 @@ def main(argv=None):
     harness.check_gpu()
     deadline = harness.deadline_after(args.minutes)
     try:
-        record = run(out, FULL, True, deadline)
+        record = run(out, FULL, is_full=True, deadline=deadline)
         if args.init:
             ttt_needles.run(args.init, out, deadline)
         return record

@@ -10,15 +10,18 @@ import torch
 
 
 def count_weights(model):
-    """Return the number of weights that a token is multiplied with: all matrices of the model."""
-    output_layer = model.embed_tokens.weight.numel()  # of the same shape, tied or not
-    return output_layer + sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
+    """Return the number of weights in matrix products: all layers and the output layer."""
+    count = model.embed_tokens.weight.numel()  # as many as in the output layer, tied or not
+    for p in model.layers.parameters():
+        if p.dim() > 1:
+            count += p.numel()
+    return count
 
 
 def head_width(model):
-    """Return the width of all query heads of all layers together.
+    """Return the total width of the query heads in all layers.
 
-    Layers whose attention function takes no product of queries and keys do not count.
+    Layers do not count if their attention function has no product of queries and keys.
     """
     functions = [layer.self_attn.function for layer in model.layers]
     n_layer = sum(getattr(function, "has_logits", True) for function in functions)
@@ -26,15 +29,15 @@ def head_width(model):
 
 
 def flops_of_tokens(model, T, n):
-    """Return the FLOPs to generate n tokens after T; each attends to all before it and itself."""
+    """Return the FLOPs to generate n tokens after T, each with attention to all up to itself."""
     n_keys = n * T + n * (n + 1) // 2  # sum of T + 1, ..., T + n
     return 2 * n * count_weights(model) + 4 * head_width(model) * n_keys
 
 
 def flops_of_spans(model, n_tokens, T):
-    """Return the FLOPs of training W_Q on n_tokens of spans of a text of T, forward and backward.
+    """Return the FLOPs to train W_Q on spans of n_tokens in total, forward and backward.
 
-    A token attends to half the text on average.
+    T: tokens of the prompt. A token of a span attends to half of them on average.
     """
     n_layer = model.config.n_layer
     attention = model.layers[0].self_attn
@@ -42,33 +45,35 @@ def flops_of_spans(model, n_tokens, T):
     w_kv = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     used = count_weights(model) - n_layer * w_kv  # keys and values come from the cache
 
-    # per token: the linear layers forward, the gradients of their inputs, those of every W_Q;
-    # the input of the first W_Q needs no gradient
-    linear = 2 * used + 2 * (used - w_q) + 2 * n_layer * w_q
+    # linear layers, per token
+    forward = 2 * used
+    backward = 2 * (used - w_q)  # gradients of inputs; that of the first W_Q is not needed
+    backward += 2 * n_layer * w_q  # gradients of the W_Q
 
-    # per key: scores and outputs forward; scores, dp and dq backward
+    # attention, per key: scores and outputs forward (4); scores, dp and dq backward (6)
     n_keys = n_tokens * (T + 1) // 2
-    return n_tokens * linear + (4 + 6) * head_width(model) * n_keys
+    return n_tokens * (forward + backward) + (4 + 6) * head_width(model) * n_keys
 
 
 def thinking_tokens(model, T, flops):
-    """Return how many tokens can be generated after T for at most so many FLOPs."""
-    most = int(flops // flops_of_tokens(model, T, 1))  # later tokens cost more than the first
-    counts = range(1, most + 1)
-    # binary search: flops_of_tokens grows with the count
+    """Return the largest number of tokens that can be generated after T with these FLOPs."""
+    upper_limit = int(flops // flops_of_tokens(model, T, 1))  # the first token costs least
+    counts = range(1, upper_limit + 1)
+    # binary search, because flops_of_tokens grows with the count
     return bisect.bisect_right(counts, flops, key=lambda n: flops_of_tokens(model, T, n))
 
 
 def check_memory(model, n_tokens, n_span_tokens):
     """Raise ValueError if there is too little memory for a prompt of n_tokens and for the training.
 
-    n_span_tokens: the tokens of all spans of a step. This is an estimate. It counts the keys and
-    values of the prompt, its activations in one layer at a time, and the activations of the spans
-    in all layers, which the backward pass needs.
+    n_span_tokens: the tokens of all spans of a step. The memory needed is an estimate.
     """
+    # numbers per token
     c = model.config
-    kv = 2 * c.n_layer * c.n_kv_head * c.head_dim
-    activations = 4 * c.n_embd + 3 * c.n_hidden + 3 * c.n_head * c.head_dim
+    kv = 2 * c.n_layer * c.n_kv_head * c.head_dim  # keys and values in all layers
+    activations = 4 * c.n_embd + 3 * c.n_hidden + 3 * c.n_head * c.head_dim  # in one layer
+
+    # the prompt runs through one layer at a time; spans keep all layers for the backward pass
     numbers = n_tokens * (kv + activations) + n_span_tokens * c.n_layer * activations
     needed = numbers * model.dtype.itemsize
     free = free_bytes(model.embed_tokens.weight.device)

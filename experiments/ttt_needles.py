@@ -2,12 +2,10 @@
 
 Facts such as "The password of Anna is mango." are hidden between paragraphs of Python's manual.
 SmolLM2-135M continues "The password of Anna is" before and after its queries are trained on that
-context. The margin is the log odds of the right word. One learning rate is chosen for all lengths,
-on contexts of their own. The intervals are Student's t over contexts.
+context. The margin is the log odds of the right word. One learning rate for all lengths is chosen
+on contexts that are not reported. The intervals are Student's t over contexts.
 """
 
-import bisect
-import itertools
 import math
 import random
 import time
@@ -23,10 +21,10 @@ from ttt_context import adapt, prefill, span_loss, split_spans
 
 NAMES = "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Laura Martin".split()
 WORDS = "mango lemon tiger eagle copper silver violin piano river desert winter castle".split()
-FACTS = 8  # in a context
+FACTS = 8  # per context, each of fewer than 16 tokens
 LENGTHS = (2048, 4096, 8192)
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-RATE_SEEDS = (101, 102, 103, 104)  # of contexts on which the rate is chosen
+RATE_SEEDS = (101, 102, 103, 104)  # of contexts on which the learning rate is chosen
 SEEDS = (1, 2, 3, 4, 5, 6)  # of contexts that are reported
 SPAN = 128
 METRIC = "log odds of the right answer, nats"
@@ -38,25 +36,33 @@ def make_context(tokenizer, T, seed):
     def encode(text):
         return [int(i) for i in tokenizer.encode_ordinary(text)]  # some return NumPy integers
 
+    # shuffle the pages of the manual, and take paragraphs while there is room
     rng = random.Random(seed)
     pages = rng.sample(sorted(topics.values()), len(topics))
-    paragraphs = "\n\n".join(pages).split("\n\n")
-    ends = itertools.accumulate(len(encode(f"{paragraph}\n\n")) for paragraph in paragraphs)
-    del paragraphs[bisect.bisect(list(ends), T - 16 * FACTS) :]  # a fact has fewer than 16
+    room = T - 16 * FACTS
+    paragraphs = []
+    for paragraph in "\n\n".join(pages).split("\n\n"):
+        room -= len(encode(f"{paragraph}\n\n"))
+        if room < 0:
+            break
+        paragraphs.append(paragraph)
 
+    # hide the facts between them
     pairs = []
     for name, word in zip(rng.sample(NAMES, FACTS), rng.sample(WORDS, FACTS)):
         question = f"The password of {name} is"
         paragraphs.insert(rng.randrange(len(paragraphs) + 1), f"{question} {word}.")
         pairs.append((encode(question), encode(f" {word}")))
-    return [*first_ids(tokenizer), *encode("\n\n".join(paragraphs) + "\n\n")], pairs
+    text = "\n\n".join(paragraphs) + "\n\n"
+    return [*first_ids(tokenizer), *encode(text)], pairs
 
 
 @torch.no_grad()
 def ask(model, caches, T, pairs, limit):
     """Return the mean margin of the answers, and the share of them that greedy decoding gives.
 
-    caches: from `prefill`, of T tokens. limit: the vocabulary size without padding.
+    caches: from `prefill` of T tokens. pairs: (question, answer), as token ids. limit: the
+    vocabulary size without padding.
     """
     device = model.embed_tokens.weight.device
     margins = []
@@ -64,22 +70,25 @@ def ask(model, caches, T, pairs, limit):
     for question, answer in pairs:
         for cache in caches:
             cache.length = T  # forget an earlier question
+
+        # feed the question and the right answer, one token of the answer at a time
         ids = question
-        log_p = 0.0
-        greedy = []
+        log_p = 0.0  # of the answer
+        greedy = []  # the likeliest token each time
         for token in answer:
             logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
             log_p += logits.double().log_softmax(-1)[token].item()
             greedy.append(int(logits.argmax()))
             ids = [token]
-        other_p = max(-math.expm1(log_p), 1e-9)  # 1 - p
+
+        other_p = max(-math.expm1(log_p), 1e-9)  # 1 - p, of all other answers
         margins.append(log_p - math.log(other_p))
         n_right += greedy == answer
     return sum(margins) / len(pairs), n_right / len(pairs)
 
 
 def run_context(job):
-    """Return what `measure` returns for a job (init, T, seed), cached on disk."""
+    """Return measure(init, T, seed) for a job (init, T, seed), from the disk cache if possible."""
     code = provenance.code_hashes("experiments.ttt_needles")
     return harness.disk_cache(harness.CACHE, [job, code], lambda: measure(*job))
 
@@ -89,20 +98,24 @@ def measure(init, T, seed):
 
     Returns a list of {seed, lr, value, accuracy, loss, seconds}. The value is the margin.
     """
+    # load the model, and read a context
     device = distributed.pick_device("")
     dtype = train.DTYPES[distributed.pick_dtype("", device)]
     model, tokenizer = train.load_model(init, device, dtype)
     ids, pairs = make_context(tokenizer, T, seed)
     ids = torch.tensor(ids, device=device)
-    caches, kv = prefill(model, ids, room=max(len(q) + len(answer) for q, answer in pairs))
+    longest = max(len(question) + len(answer) for question, answer in pairs)
+    caches = prefill(model, ids, room=longest)
+
+    # train and ask
     held_out, starts = split_spans(len(ids), SPAN)
     rows = []
     for lr in (0.0, *RATES):
         start_time = time.perf_counter()
         steps = 32 if lr else 0
-        with adapt(model, kv, ids, starts, steps=steps, n=SPAN, lr=lr), torch.no_grad():
+        with adapt(model, caches, ids, starts, steps=steps, n=SPAN, lr=lr), torch.no_grad():
             margin, accuracy = ask(model, caches, len(ids), pairs, tokenizer.n_vocab)
-            loss = span_loss(model, kv, ids, held_out, SPAN).item()
+            loss = span_loss(model, caches, ids, held_out, SPAN).item()
         row = {"seed": seed, "lr": lr, "value": margin, "accuracy": accuracy, "loss": loss}
         rows.append({**row, "seconds": time.perf_counter() - start_time})
     return rows
@@ -113,24 +126,41 @@ def run(init, out, deadline=float("inf")):
     init = str(run_folder.find_run(init))
     jobs = [(init, T, seed) for T in reversed(LENGTHS) for seed in RATE_SEEDS + SEEDS]
     results = harness.parallel(run_context, jobs, deadline=deadline, label="contexts")
-    rows = {job[1:]: result for job, result in zip(jobs, results)}  # {(T, seed): rows}
+    rows = {}  # by length, learning rate and seed
+    for (_, T, seed), result in zip(jobs, results):
+        for row in result:
+            rows[T, row["lr"], seed] = row
 
-    # the rate with the highest margin, on average over all lengths
-    swept = {T: [row for seed in RATE_SEEDS for row in rows[T, seed][1:]] for T in LENGTHS}
-    swept_rows = list(itertools.chain(*swept.values()))
-    best_lr = max(RATES, key=lambda lr: sum(r["value"] for r in swept_rows if r["lr"] == lr))
-
-    record = {"question": "Do trained queries find needles in real text?", "metric": METRIC}
-    record.update(baseline="in context", variants={}, differences={}, best_lr=best_lr, by_lr={})
-    record["seconds"] = sum(row["seconds"] for result in results for row in result)
+    # choose the learning rate with the highest margin, on average over all lengths
+    swept = {T: [rows[T, lr, seed] for seed in RATE_SEEDS for lr in RATES] for T in LENGTHS}
+    total_margins = dict.fromkeys(RATES, 0.0)
     for T in LENGTHS:
-        runs_by_lr = {lr: [rows[T, s][i] for s in SEEDS] for i, lr in enumerate((0.0, *RATES))}
-        changes = [harness.paired_difference(runs_by_lr[lr], runs_by_lr[0.0]) for lr in RATES]
+        for row in swept[T]:
+            total_margins[row["lr"]] += row["value"]
+    best_lr = max(RATES, key=total_margins.get)
+
+    # compare each rate with no training, at each length
+    variants = {}
+    differences = {}
+    by_lr = {}
+    for T in LENGTHS:
+        runs = {lr: [rows[T, lr, seed] for seed in SEEDS] for lr in (0.0, *RATES)}
+        by_lr[T] = [harness.paired_difference(runs[lr], runs[0.0]) for lr in RATES]
+        differences[f"{T} tokens: trained queries"] = by_lr[T][RATES.index(best_lr)]
         for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept[T])):
-            entry = {"settings": {"init": init, "lr": lr}, "sweep": sweep, "runs": runs_by_lr[lr]}
-            record["variants"][f"{T} tokens: {name}"] = entry
-        record["differences"][f"{T} tokens: trained queries"] = changes[RATES.index(best_lr)]
-        record["by_lr"][T] = changes
+            entry = {"settings": {"init": init, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
+            variants[f"{T} tokens: {name}"] = entry
+
+    record = {
+        "question": "Do trained queries find needles in real text?",
+        "metric": METRIC,
+        "baseline": "in context",
+        "variants": variants,
+        "differences": differences,
+        "best_lr": best_lr,
+        "by_lr": by_lr,
+        "seconds": sum(row["seconds"] for row in rows.values()),
+    }
     provenance.save_json(out / "ttt_needles-gpu.json", record, "experiments.ttt_needles")
     harness.save_figure(plot(record), out / "ttt_needles-gpu.png")
     harness.print_differences(record)

@@ -1,11 +1,11 @@
 """The sandbox of experiments/ttt_context.py: contexts with questions, and models for them.
 
-A context is a list of records, three tokens each: a, b, value. In the task `records`, a and b
-together are the key, which decides on the value. In `columns`, the key is a alone or b alone, and
-only the context shows which one.
+A context is a list of records of three tokens: a, b, value. The key of a record decides its value.
+In the task `records`, the key is a and b together. In `columns`, it is a alone or b alone, and only
+the context shows which one.
 
-Layers of the models alternate between `shift`, a short convolution that brings the tokens of a
-record together, and softmax attention without positions. So length does nothing but dilute
+The layers of a model alternate between `shift`, a short convolution that brings the tokens of a
+record together, and softmax attention without positions. So the only effect of length is to dilute
 attention.
 """
 
@@ -29,7 +29,7 @@ class Context(NamedTuple):
     """T tokens of records, and Q questions about them."""
 
     ids: torch.Tensor  # (T)
-    is_predictable: torch.Tensor  # (T) bool: values whose key has occurred before
+    is_predictable: torch.Tensor  # (T) bool: the values whose key has occurred before
     questions: torch.Tensor  # (Q, 2), a and b of a record
     answers: torch.Tensor  # (Q), its value
     needles: torch.Tensor  # (Q, T) bool: the positions in ids that hold the answer
@@ -43,48 +43,51 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n
     """
 
     def choose(n, k):
-        """Return up to k different numbers below n."""
+        """Return k different numbers below n, or n of them if k is larger."""
         return torch.randperm(n, generator=generator)[:k]
 
     def randint(high, *shape):
         return torch.randint(high, shape, generator=generator)
 
-    # the names a and b, the key and the value of each record, as numbers from 0, (n_records)
-    names = recipe["names"]
+    # draw a, b, key and value of each record, all (n_records), numbered from 0
+    max_names = recipe["names"]
     n_records = n_tokens // 3
     n_keys = n_keys or n_records // 2
     if task == "records":
-        # so few names that each is in several pairs: neither a nor b decides alone
-        n_names = min(names, max(4, math.ceil(1.5 * n_keys**0.5)))
-        pairs = choose(n_names**2, n_keys)  # the pair (a, b) is the number a * n_names + b
+        # use few names, so that each is part of several keys: neither a nor b decides alone
+        n_names = min(max_names, max(4, math.ceil(1.5 * n_keys**0.5)))
+        pairs = choose(n_names**2, n_keys)  # a pair (a, b) is the number a * n_names + b
         key = pairs[randint(len(pairs), n_records)]
         a = key // n_names
         b = key % n_names
     else:
-        n_names = names
+        n_names = max_names
         a = randint(min(n_keys, n_names), n_records)
         b = randint(min(n_keys, n_names), n_records)
         key = a if key_column == 0 else b
     value_of_key = randint(recipe["values"], int(key.max()) + 1)
     value = value_of_key[key]
 
-    # tokens: a has the ids from 0, b those from `names`, values those from 2 `names`
-    a_tokens = choose(names, n_names)[a]
-    b_tokens = choose(names, n_names)[b] + names
-    records = torch.stack([a_tokens, b_tokens, value + 2 * names], dim=1)  # (n_records, 3)
+    # choose random tokens for the names
+    #
+    #     token ids    0 ... max_names - 1    max_names ... 2 max_names - 1    from 2 max_names on
+    #     stand for             a                          b                          value
+    a_tokens = choose(max_names, n_names)[a]
+    b_tokens = choose(max_names, n_names)[b] + max_names
+    value_tokens = value + 2 * max_names
+    records = torch.stack([a_tokens, b_tokens, value_tokens], dim=1)  # (n_records, 3)
 
     # a value is predictable if an earlier record has the same key
     has_same_key = key[:, None] == key  # (n_records, n_records)
     is_predictable = torch.zeros(n_records, 3, dtype=torch.bool)
     is_predictable[:, 2] = has_same_key.tril(-1).any(dim=1)
 
-    # draw the records to ask about
+    # draw the records to ask about; of `records`, those whose key occurs once, if there are any
     candidates = torch.arange(n_records)
     occurs_once = has_same_key.sum(dim=1) == 1
     if task == "records" and occurs_once.any():
         candidates = candidates[occurs_once]
     asked = candidates[choose(len(candidates), n_questions)]  # (Q)
-
     questions = records[asked, :2]
     answers = records[asked, 2]
 
@@ -93,20 +96,27 @@ def make_context(task, n_tokens, recipe, generator, n_questions, key_column=0, n
         other_column = 1 - key_column
         questions[:, other_column] = records[randint(n_records, len(asked)), other_column]
 
+    # the needles of a question are the values of all records with its key
     needles = torch.zeros(len(asked), n_records, 3, dtype=torch.bool)
     needles[:, :, 2] = has_same_key[asked]
-    ids = records.flatten()
-    return Context(ids, is_predictable.flatten(), questions, answers, needles.flatten(1))
+
+    return Context(
+        ids=records.flatten(),
+        is_predictable=is_predictable.flatten(),
+        questions=questions,
+        answers=answers,
+        needles=needles.flatten(1),
+    )
 
 
 def make_example(task, T, recipe, generator):
-    """Return T + 1 ids to train on, a context and then answered questions, and is_predictable."""
+    """Return T + 1 ids to train on, a context and answered questions, and which are predictable."""
     n_keys = int(torch.randint(3, T // 6, (), generator=generator))
     key_column = int(torch.randint(2, (), generator=generator))
     n_context = T + 1 - T // 6
     context = make_context(task, n_context, recipe, generator, T, key_column, n_keys)
 
-    # fill up with answered questions, again from the first one if there are too few
+    # fill up with answered questions; if there are too few, start again with the first
     answered = torch.cat([context.questions, context.answers[:, None]], dim=1)  # (Q, 3)
     n_answered = math.ceil((T + 1 - len(context.ids)) / 3)
     answered = answered[torch.arange(n_answered) % len(answered)]
@@ -117,8 +127,8 @@ def make_example(task, T, recipe, generator):
 
 
 def permute_tokens(ids, recipe, generator):
-    """Rename the tokens of each column among themselves, differently in each sequence of (B, T)."""
-    new_ids = []  # of the tokens of each column, in each sequence
+    """Permute the tokens of each column at random, differently in each sequence of ids (B, T)."""
+    new_ids = []  # for each column, the new id of each of its tokens, (B, size)
     first_id = 0
     for size in (recipe["names"], recipe["names"], recipe["values"]):
         permutation = torch.rand(len(ids), size, generator=generator).argsort(dim=1)  # (B, size)
@@ -134,12 +144,12 @@ def permute_tokens(ids, recipe, generator):
 def shift(q, k, v):
     """Return in head h the value h + 1 positions back, whatever the query: a short convolution.
 
-    q (B, H, n, D), v (B, Hkv, T, D) -> (B, H, n, D). The n queries are the last of T positions.
+    q (B, H, n, D), v (B, Hkv, T, D) -> (B, H, n, D). The queries are the last n of T positions.
     """
     _, H, n, _ = q.shape
-    group = H // v.shape[1]  # heads per head of v
+    group = H // v.shape[1]  # query heads per KV head
     v = v[:, :, -(n + H) :]  # no head looks further back
-    v = F.pad(v, (0, 0, H, 0))  # zeros before the start
+    v = F.pad(v, (0, 0, H, 0))  # zeros before the first position
     heads = []
     for h in range(H):
         start = v.shape[2] - n - (h + 1)  # h + 1 positions before the first query
@@ -147,7 +157,7 @@ def shift(q, k, v):
     return torch.stack(heads, dim=1)
 
 
-shift.has_logits = False  # there is no product of queries and keys, so no FLOPs to count
+shift.has_logits = False  # no product of queries and keys, so ttt_cost counts no FLOPs for it
 
 
 def build_model(recipe, norm, seed):
@@ -160,7 +170,7 @@ def build_model(recipe, norm, seed):
         **recipe["shape"],
     )
     model = train.GPT(config)
-    config.attn = "shift,softmax"  # so that no kernel for softmax is used
+    config.attn = "shift,softmax"  # not plain softmax, so no kernel is used
     for i, layer in enumerate(model.layers):
         layer.self_attn.rope_inputs = ()
         if i % 2 == 0:
@@ -184,6 +194,7 @@ def train_model(recipe, norm, seed, device="cpu"):
     In the first half of the steps only predictable values count in the loss. This teaches the model
     to look things up.
     """
+    # examples
     model = build_model(recipe, norm, seed).to(device)
     settings = recipe["train"]
     generator = torch.Generator().manual_seed(seed)
@@ -193,6 +204,7 @@ def train_model(recipe, norm, seed, device="cpu"):
     ids = torch.stack([ids for ids, _ in examples])  # (examples, T + 1)
     is_predictable = torch.stack([is_predictable for _, is_predictable in examples])
 
+    # optimizer and steps
     lr = settings["lr"]
     n_steps = settings["steps"]
     parameters = model.parameters()

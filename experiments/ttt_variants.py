@@ -3,11 +3,11 @@
     in context            the model as it is
     log T                 logits times log T / log(training length), without training
     fitted temperature    one factor per head, trained like the queries
-    trained queries       the method, on this context
-    foreign queries       trained on another context of the same kind
-    other-kind queries    on a context where the other column decides
-    equal-FLOP thinking   majority of as many sampled answers as cost the FLOPs of the steps
-    2 N k thinking        of as many as the paper counts, for N steps on spans of k tokens
+    trained queries       the method: queries trained on this context
+    foreign queries       queries trained on another context of the same kind
+    other-kind queries    queries trained on a context where the other column decides
+    equal-FLOP thinking   majority of sampled answers, for as many FLOPs as the steps
+    2 N k thinking        majority of 2 N k samples, the paper's count for N steps of k tokens
 
 All variants answer the same questions from the same cache. Learning rates are chosen for each
 model, on contexts of seed 0, which are not reported.
@@ -27,14 +27,14 @@ from support import distributed
 from ttt_context import prefill, train_queries, trainable_queries
 
 # --------------------------------------------------------------------------------------------------
-# Asking. The needles of a question are the positions in the context that hold its answer.
+# Asking. Needles: the positions in a context that hold the answer to a question.
 
 
 class QuestionCache:
-    """One layer's frozen keys and values (Hkv, T, D) of a context, for Q questions about it.
+    """One layer's frozen keys and values (1, Hkv, T, D) of a context, for Q questions about it.
 
-    needles (Q, T): bool. `attend` sets `needle_attention` (Q, H) to the probability that the last
-    token of each question gives to its needles, if the layer has softmax attention.
+    needles (Q, T): bool. If the layer has softmax attention, `attend` sets `needle_attention`
+    (Q, H): the probability that the last token of each question gives to its needles.
     """
 
     needle_attention = None
@@ -42,12 +42,15 @@ class QuestionCache:
     def __init__(self, k, v, needles):
         self.k = k
         self.v = v
-        self.length = k.shape[1]
+        self.length = k.shape[2]
         self.needles = needles
 
     def attend(self, module, heads):
-        """Return a layer's attention to the context and to the question so far, (Q, H, n, D)."""
-        q, k, v = heads  # of the questions' n tokens: (Q, H, n, D) and twice (Q, Hkv, n, D)
+        """Return the attention of a layer to the context and the question, (Q, H, n, D).
+
+        heads: q (Q, H, n, D), k and v (Q, Hkv, n, D) of the n tokens of each question.
+        """
+        q, k, v = heads
         Q, H, _, D = q.shape
         k = torch.cat([self.k.expand(Q, -1, -1, -1), k], dim=2)  # (Q, Hkv, T + n, D)
         v = torch.cat([self.v.expand(Q, -1, -1, -1), v], dim=2)
@@ -56,61 +59,72 @@ class QuestionCache:
             keys = k.repeat_interleave(H // k.shape[1], dim=1)  # (Q, H, T + n, D)
             scores = q[:, :, -1:] @ keys.transpose(2, 3) * D**-0.5  # (Q, H, 1, T + n)
             p = scores.softmax(-1)[:, :, 0, : self.length]  # (Q, H, T)
-            self.needle_attention = (p * self.needles[:, None]).sum(-1)
+            is_needle = self.needles[:, None]  # (Q, 1, T)
+            self.needle_attention = (p * is_needle).sum(-1)
         return module.function(q, k, v, **module.options)
 
 
 @torch.no_grad()
-def ask(model, kv, context):
+def ask(model, caches, context):
     """Return the logits of the answers, (Q, V), and the attention to the needles, (Q, heads).
 
-    kv: the frozen keys and values of each layer. The heads are those of all softmax layers.
+    caches: from `prefill`. The heads are those of all softmax layers.
     """
-    caches = [QuestionCache(k, v, context.needles) for k, v in kv]
-    logits = model(context.questions, cache=caches)[:, -1]
-    by_layer = [cache.needle_attention for cache in caches if cache.needle_attention is not None]
-    return logits, torch.cat(by_layer, dim=1)
+    question_caches = [QuestionCache(*cache.tensors, context.needles) for cache in caches]
+    logits = model(context.questions, cache=question_caches)[:, -1]  # after the last token
+    needle_attention = []
+    for cache in question_caches:
+        if cache.needle_attention is not None:
+            needle_attention.append(cache.needle_attention)
+    return logits, torch.cat(needle_attention, dim=1)
 
 
 def log_odds(logits, answers):
-    """Return log(p / (1 - p)) of the probability p of each answer; logits (Q, V), answers (Q)."""
+    """Return log(p / (1 - p)) for the probability p of each answer, (Q).
+
+    logits (Q, V). answers (Q): token ids.
+    """
+    # log(p / (1 - p)) is the logit of the answer less the log-sum-exp of all other logits
     is_answer = torch.arange(logits.shape[1], device=logits.device) == answers[:, None]  # (Q, V)
     others = logits.masked_fill(is_answer, -torch.inf)
     return logits[is_answer] - others.logsumexp(1)
 
 
-def score(model, kv, context):
+def score(model, caches, context):
     """Return the margin and accuracy of the answers, and the attention to the needles.
 
-    The margin is the log odds of the right answer in nats, its mean over the questions. The
-    attention is that of the head which attends most to the needles.
+    The margin is the log odds of the right answer in nats, on average over the questions. The
+    attention is that of the head that attends to the needles most.
     """
-    logits, needle_attention = ask(model, kv, context)
-    is_right = logits.argmax(-1) == context.answers
+    logits, needle_attention = ask(model, caches, context)
+    margins = log_odds(logits, context.answers)  # (Q)
+    is_right = logits.argmax(-1) == context.answers  # (Q)
+    by_head = needle_attention.mean(0)  # (heads)
     return {
-        "margin": log_odds(logits, context.answers).mean().item(),
+        "margin": margins.mean().item(),
         "accuracy": is_right.float().mean().item(),
-        "needle_attention": needle_attention.mean(0).max().item(),
+        "needle_attention": by_head.max().item(),
     }
 
 
-def vote(model, kv, context, n_samples, seed):
-    """Return margin and accuracy when the majority of n_samples sampled answers counts.
+def vote(model, caches, context, n_samples, seed):
+    """Return margin and accuracy of the majority of n_samples sampled answers.
 
-    An answer is one token, so the samples can all be drawn from the same logits. The margin is the
-    log odds of the share of right samples, with half a sample added to the right and to the wrong.
+    An answer is one token, so all samples can be drawn from the same logits. The margin is the log
+    odds of the share of right samples, with half a sample added to the right and the wrong ones.
     """
-    logits, _ = ask(model, kv, context)
+    # sample answers to each question
+    logits, _ = ask(model, caches, context)
     generator = torch.Generator().manual_seed(seed)
     p = logits.cpu().softmax(-1)
     samples = torch.multinomial(p, n_samples, replacement=True, generator=generator)  # (Q, samples)
+
+    # compare them, and the majority of them, with the right answer
     answers = context.answers.cpu()
     n_right = (samples == answers[:, None]).sum(1)  # (Q)
-    majority = samples.mode(dim=1).values
-    return {
-        "margin": ((n_right + 0.5) / (n_samples - n_right + 0.5)).log().mean().item(),
-        "accuracy": (majority == answers).float().mean().item(),
-    }
+    odds = (n_right + 0.5) / (n_samples - n_right + 0.5)  # (Q)
+    is_right = samples.mode(dim=1).values == answers  # (Q)
+    return {"margin": odds.log().mean().item(), "accuracy": is_right.float().mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,42 +135,44 @@ def vote(model, kv, context, n_samples, seed):
 def temperatures(model, factor=1.0):
     """Freeze the model and multiply the queries of each head by a trainable factor.
 
-    Yields the logarithms of the factors, (H, 1) for each layer. The factors come after the QK-norm
-    if there is one, which would undo them. At the end of the block the model is as before.
+    Yields the logarithms of the factors, (H, 1) for each layer. The factors are applied after the
+    QK-norm, if there is one, because it would undo them. When the block ends, they are removed.
     """
     with trainable_queries(model) as weights, ExitStack() as hooks:
         log_factors = []
         for layer, weight in zip(model.layers, weights):
             weight.requires_grad_(False)
             shape = (model.config.n_head, 1)
-            options = {"device": weight.device, "requires_grad": True}
-            log_factor = torch.full(shape, math.log(factor), **options)
+            log_factor = torch.full(shape, math.log(factor), device=weight.device)
+            log_factors.append(log_factor.requires_grad_())
 
-            def scale(norm, inputs, q, log_factor=log_factor):  # q (B, T, H, D)
+            # multiply the output of the QK-norm, q (B, T, H, D); without a norm it is an identity
+            def scale(norm, inputs, q, log_factor=log_factor):
                 return (q * log_factor.exp()).to(q.dtype)
 
-            hooks.enter_context(layer.self_attn.q_norm.register_forward_hook(scale))
-            log_factors.append(log_factor)
+            hook = layer.self_attn.q_norm.register_forward_hook(scale)
+            hooks.enter_context(hook)  # removed when the block ends
         yield log_factors
 
 
-# what a variant trains: a context manager that yields the parameters
+# for each variant that is trained: the context manager that yields its parameters
 TRAINED = {"trained queries": trainable_queries, "fitted temperature": temperatures}
 
 
-def fit(model, variant, kv, ids, recipe, lr):
-    """Train a variant on random spans of ids; return its parameters. The model is as before."""
+def fit(model, variant, caches, ids, recipe, lr):
+    """Train a variant on random spans of ids (T). Return its parameters and restore the model."""
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
-        steps = train_queries(model, weights, kv, ids, starts, steps=recipe["steps"], n=n, lr=lr)
-        list(steps)  # take them all
+        options = {"steps": recipe["steps"], "n": n, "lr": lr}
+        for _ in train_queries(model, weights, caches, ids, starts, **options):
+            pass  # a generator, which takes a step each time
         return [w.detach().clone() for w in weights]
 
 
 @contextmanager
 def fitted(model, variant, parameters):
-    """Let the model have the parameters of a variant, from `fit`, inside the `with` block."""
+    """Give the model the parameters of a variant, from `fit`, inside the `with` block."""
     with TRAINED[variant](model) as weights, torch.no_grad():
         for weight, parameter in zip(weights, parameters):
             weight.copy_(parameter)
@@ -168,33 +184,38 @@ def fitted(model, variant, parameters):
 
 
 def make_context(task, recipe, T, seed, c, device="cpu"):
-    """Return context number c of a seed. In `columns`, a decides in 0, 1, 4, 5, ..., else b."""
+    """Return context number c of a seed. In the task `columns` there are two kinds of contexts:
+
+    c                            0  1  2  3  4  5  6  7
+    column that decides (key)    a  a  b  b  a  a  b  b
+    """
     generator = torch.Generator().manual_seed(10**6 * seed + 10 * T + c)
     key_column = c // 2 % 2
-    options = (recipe["questions"], key_column)
-    context = ttt_sandbox.make_context(task, T, recipe, generator, *options)
-    return ttt_sandbox.Context(*(t.to(device) for t in context))
+    n_questions = recipe["questions"]
+    context = ttt_sandbox.make_context(task, T, recipe, generator, n_questions, key_column)
+    tensors = [t.to(device) for t in context]
+    return ttt_sandbox.Context(*tensors)
 
 
 def make_contexts(model, task, recipe, T, seed, numbers):
-    """Return contexts of a seed, and the frozen keys and values of each."""
+    """Return contexts of a seed, and for each the KV caches after reading it."""
     device = model.embed_tokens.weight.device
     contexts = [make_context(task, recipe, T, seed, c, device) for c in numbers]
-    return contexts, [prefill(model, context.ids)[1] for context in contexts]
+    return contexts, [prefill(model, context.ids) for context in contexts]
 
 
 def sweep_rates(model, task, T, recipe):
     """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind."""
-    contexts, caches = make_contexts(model, task, recipe, T, 0, (0, 2))
+    contexts, all_caches = make_contexts(model, task, recipe, T, 0, (0, 2))
     margins = {}
     for variant, lrs in recipe["lrs"].items():
         margins[variant] = {}
         for lr in lrs:
             total = 0.0
-            for context, kv in zip(contexts, caches):
-                parameters = fit(model, variant, kv, context.ids, recipe, lr)
+            for context, caches in zip(contexts, all_caches):
+                parameters = fit(model, variant, caches, context.ids, recipe, lr)
                 with fitted(model, variant, parameters):
-                    total += score(model, kv, context)["margin"]
+                    total += score(model, caches, context)["margin"]
             margins[variant][lr] = total / len(contexts)
     return margins
 
@@ -212,56 +233,64 @@ def thinking_samples(model, T, recipe):
 def compare_variants(model, task, T, recipe, seed):
     """Compare the variants of a model on contexts of T tokens.
 
-    Returns {variant: {"margin", "accuracy" and others: [value on each context]}}. Thinking also has
-    "samples", and what is trained has "lr" and "sweep": [[learning rate, mean margin], ...] on
-    contexts of seed 0.
+    Returns {variant: {"margin": [value on each context], "accuracy": [...], ...}}. Thinking also
+    has "samples", their number. Trained variants also have "lr", and "sweep": a list of
+    [learning rate, mean margin] on contexts of seed 0.
     """
-    # choose the rates, and train on every context
+    # choose the learning rates
     swept = sweep_rates(model, task, T, recipe)
-    lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
-    contexts, caches = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
-    trained = {}  # {variant: [its parameters for each context]}
-    for variant, lr in lrs.items():
-        trained[variant] = []
-        for context, kv in zip(contexts, caches):
-            trained[variant].append(fit(model, variant, kv, context.ids, recipe, lr))
+    best_lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
 
-    # ask every variant about every context
+    # train on every context
+    contexts, all_caches = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
+    trained = {}  # {variant: [parameters trained on context 0, on context 1, ...]}
+    for variant, lr in best_lrs.items():
+        trained[variant] = []
+        for context, caches in zip(contexts, all_caches):
+            trained[variant].append(fit(model, variant, caches, context.ids, recipe, lr))
+
+    # ask about every context
     log_t_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
     n_samples = thinking_samples(model, T, recipe)
-    results = {}
-    for c, (context, kv) in enumerate(zip(contexts, caches)):
-        found = {"in context": score(model, kv, context)}
+    scores = []  # for each context {variant: {"margin", "accuracy", ...}}
+    for c, (context, caches) in enumerate(zip(contexts, all_caches)):
+        found = {"in context": score(model, caches, context)}
         with temperatures(model, log_t_factor):
-            found["log T"] = score(model, kv, context)
+            found["log T"] = score(model, caches, context)
         with fitted(model, "fitted temperature", trained["fitted temperature"][c]):
-            found["fitted temperature"] = score(model, kv, context)
-        trained_on = {"trained queries": c, "foreign queries": c ^ 1}  # 0 and 1, 2 and 3, ...
+            found["fitted temperature"] = score(model, caches, context)
+
+        # contexts 0 and 1 are of one kind, 2 and 3 of the other, and so on
+        trained_on = {"trained queries": c, "foreign queries": c ^ 1}  # 0 <-> 1, 2 <-> 3
         if task == "columns":
-            trained_on["other-kind queries"] = c ^ 2  # 0 and 2, 1 and 3, ...
+            trained_on["other-kind queries"] = c ^ 2  # 0 <-> 2, 1 <-> 3
         for variant, other in trained_on.items():
             with fitted(model, "trained queries", trained["trained queries"][other]):
-                found[variant] = score(model, kv, context)
-        for variant, n in n_samples.items():
-            found[variant] = vote(model, kv, context, n, seed)
+                found[variant] = score(model, caches, context)
 
-        for variant, scores in found.items():
-            entry = results.setdefault(variant, {name: [] for name in scores})
-            for name, value in scores.items():
-                entry[name].append(round(value, 4))
+        for variant, n in n_samples.items():
+            found[variant] = vote(model, caches, context, n, seed)
+        scores.append(found)
+
+    # collect the scores of each variant on all contexts
+    results = {}
+    for variant in scores[0]:
+        results[variant] = {}
+        for name in scores[0][variant]:
+            results[variant][name] = [round(found[variant][name], 4) for found in scores]
     for variant, n in n_samples.items():
         results[variant]["samples"] = n
     for variant, margins in swept.items():
-        sweep = [[lr, round(margin, 4)] for lr, margin in margins.items()]
-        results[variant] |= {"lr": lrs[variant], "sweep": sweep}
+        results[variant]["lr"] = best_lrs[variant]
+        results[variant]["sweep"] = [[lr, round(margin, 4)] for lr, margin in margins.items()]
     return results
 
 
 def study_model(job):
-    """Train one model and compare the variants on it.
+    """Train one model and compare the variants on it, for both tasks and all lengths.
 
-    job: {recipe, seed, norm, lengths, device}. Returns {"scores", "seconds"}; scores:
-    {"task, norm, T: variant": what compare_variants returns}.
+    job: {recipe, seed, norm, lengths, device}. Returns {"scores", "seconds"}, where scores is
+    {"task, norm, T: variant": the variant's entry from compare_variants}.
     """
     start_time = time.perf_counter()
     recipe = job["recipe"]

@@ -1,22 +1,22 @@
-"""Attention of short query spans over one frozen KV cache: forward, and backward in q alone.
+"""Attention of short spans of queries to one frozen KV cache: forward, and backward in q alone.
 
-Query r of span s has position starts[s] + r and sees the keys up to that one. The queries of all
-heads that share a KV head are rows of the same tiles, so K and V are read once for the group.
+Query i of span s is at position starts[s] + i and sees the keys up to that position.
 
-    span_forward_kernel     online softmax over one split of the keys -> its o and log-sum-exp (lse)
+    span_forward_kernel     online softmax over one split of the keys -> o_p and log-sum-exp lse_p
     merge_kernel            lse = log sum_p exp(lse_p),  o = sum_p exp(lse_p - lse) o_p  over splits
     span_backward_kernel    p = exp(qk - lse),  ds = p * (do v^T - do . o),  dq = ds k / sqrt(D)
-                            over one split; PyTorch sums the splits
+                            over one split; PyTorch sums the dq of the splits
 
-A span has too few rows to fill a GPU. So the keys are split in both directions (split-K), into as
-many splits as let all programs run at once. The grid has one axis: tile of rows (fastest), KV head,
-span, split. Programs that run together read the same keys, so the L2 serves all but the first.
-No gradient of k or v is computed, and there are no atomics: two runs are bit-equal.
+A span has too few queries to fill a GPU, so both directions also split the keys (split-K), into as
+many splits as let all programs run at once. Query heads that share a KV head are rows of the same
+tile, so that k and v are read once for all of them. The grid has one axis: tile of rows (fastest),
+KV head, span, split. Programs that run at the same time mostly read the same keys, from the L2
+cache. There are no atomics, so two runs are bit-equal, and no gradients of k and v.
 
 FLOPs: rows * keys * D, times 4 forward and 6 backward; a stock backward takes 10. Traffic: k and v
 once per KV head and span, and D float32 per row and split. One layer of Qwen3-4B, 128 queries and
 131,072 keys, on one H200: floor 0.35 + 0.52 ms (at 790 TFLOP/s), ours 0.56 + 0.66, stock attention
-0.85 (flash) + 2.47 (cuDNN). kernels/NOTES.md says how it got there.
+0.85 (flash) + 2.47 (cuDNN). kernels/NOTES.md has the steps that led here.
 Limits: D in WIDTHS; float32, float16 or bfloat16, summed in float32; a head has < 2^31 numbers.
 """
 
@@ -30,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 WIDTHS = (16, 32, 64, 128)
 
-# The fastest of 20 on an H200, without spills
+# The fastest of 20 configurations on an H200 without register spills
 HOPPER = {
     "forward": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
     "backward": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
@@ -42,19 +42,23 @@ OTHERS = {
 }
 # No tensor cores, so larger tiles spill registers
 FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-INTERPRETER_SMS = 4  # so that there are splits to merge
-# These change from prompt to prompt; a kernel is compiled once for all their values
+INTERPRETER_SMS = 4  # in Triton's interpreter; enough to get several splits
+# Arguments that change from prompt to prompt: the kernels are not compiled again for new values
 SIZES = ["n", "HKV", "S", "split_size", "stride_k", "stride_v"]
 
 # --------------------------------------------------------------------------------------------------
-# Which rows and keys a program takes. A row is a query of one of the GROUP heads of a KV head:
-# row = (head in the group) * n + (query in the span).
+# Which rows and keys a program takes. The GROUP query heads that share a KV head are stacked:
+#
+#     row              0 ... n-1    n ... 2n-1    2n ... 3n-1
+#     query head           0            1             2           (row // n)
+#     query in span    0 ... n-1    0 ... n-1     0 ... n-1       (row % n)
 
 
 @triton.jit
 def program_coordinates(n, HKV, S, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the tile of rows, the KV head, the span and the split of this program.
+    """Return which tile of rows, KV head, span and split of the keys this program computes.
 
+    n: queries in a span. S: spans. HKV: KV heads.
     program_id = ((split * S + span) * HKV + head) * num_tiles + tile
     """
     num_tiles = tl.cdiv(n * GROUP, BLOCK_M)
@@ -68,23 +72,23 @@ def program_coordinates(n, HKV, S, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def key_range(start, n, split, split_size, BLOCK_N: tl.constexpr):
-    """Return the first key of a split, the first key that needs a mask, and the end of the keys.
+    """Return the keys of a split in two parts, as three positions.
 
-    start: position of the span's first query, which sees start + 1 keys; the last sees start + n.
+    start: position of the first query of the span. It sees start + 1 keys, the last sees start + n.
 
-        first ... masked     whole blocks of keys that all queries of the span see
-        masked ... end       keys that only some see, or fewer than a block
+        first_key ................... masked_key ................... end_key
+          whole blocks that all rows see         keys that need a mask
     """
-    first = split * split_size
-    end = tl.minimum(start + n, first + split_size)
-    end_unmasked = tl.minimum(start + 1, first + split_size)
-    masked = first + tl.maximum(end_unmasked - first, 0) // BLOCK_N * BLOCK_N
-    return first, masked, end
+    first_key = split * split_size
+    end_key = tl.minimum(start + n, first_key + split_size)
+    end_of_all = tl.minimum(start + 1, first_key + split_size)  # all rows see the keys before it
+    masked_key = first_key + tl.maximum(end_of_all - first_key, 0) // BLOCK_N * BLOCK_N
+    return first_key, masked_key, end_key
 
 
 @triton.jit
 def load_rows(ptr, rows, mask, D: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Load rows of D numbers, [rows, D]. With IS_MASKED, rows whose mask is False become 0."""
+    """Load rows of D numbers each, [rows, D]; with IS_MASKED, 0 for rows whose mask is False."""
     offs = rows[:, None] * D + tl.arange(0, D)[None, :]
     if IS_MASKED:
         x = tl.load(ptr + offs, mask=mask[:, None], other=0.0)
@@ -103,20 +107,26 @@ def span_forward_kernel(
     k_ptr, v_ptr,  # (HKV, T, D)
     starts_ptr,  # (S,)
     o_ptr, lse_ptr,  # (splits, S, H, n, D) and (splits, S, H, n), float32
-    n, HKV, S, split_size, stride_k, stride_v, scale,  # strides of a head, in rows
+    n, HKV, S,  # queries per span, KV heads, spans
+    split_size, stride_k, stride_v,  # keys per split, rows from one head of k or v to the next
+    scale,  # 1 / sqrt(D)
     GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """o = softmax(qk) @ v and its log-sum-exp, over the keys of one split"""
+    """Compute o = softmax(q k^T / sqrt(D)) v and the log-sum-exp, over the keys of one split."""
+    # the rows of this program, and their positions in the prompt
     tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < n * GROUP
     start = tl.load(starts_ptr + span)
     positions = start + rows % n
+
+    # where the rows of this span and KV head begin in q, and its keys and values in k and v
     row_start = (span * HKV + head).to(tl.int64) * n * GROUP
     k_ptr += head.to(tl.int64) * stride_k * D
     v_ptr += head.to(tl.int64) * stride_v * D
 
+    # load q; start the running sum of p v (acc), maximum of qk (m_i) and sum of p (l_i)
     q = load_rows(q_ptr + row_start * D, rows, mask, D, True)  # [BLOCK_M, D]
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -129,24 +139,25 @@ def span_forward_kernel(
         lo = first_key if stage == 0 else masked_key
         hi = masked_key if stage == 0 else end_key
         for start_n in range(lo, hi, BLOCK_N):
+            # -- load k, v --
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = load_rows(k_ptr, offs_n, offs_n < end_key, D, stage == 1)  # [BLOCK_N, D]
             v = load_rows(v_ptr, offs_n, offs_n < end_key, D, stage == 1)
-            # -- compute qk, in base 2 --
+            # -- compute qk; its scale includes log2(e), because p is computed with exp2 --
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
             if stage == 1:
                 qk = tl.where(offs_n[None, :] <= positions[:, None], qk, -float("inf"))
-            # -- online softmax; for a row without a key so far, any finite maximum does --
+            # -- compute p; rows that have seen no key yet have m_new = -inf, so subtract 0 there --
             m_new = tl.maximum(m_i, tl.max(qk, 1))
             m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
             p = tl.exp2(qk - m_safe[:, None])
             alpha = tl.exp2(m_i - m_safe)
-            # -- update acc --
+            # -- update acc, l_i and m_i --
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             l_i = l_i * alpha + tl.sum(p, 1)
             m_i = m_new
 
-    # a row that sees no key of this split gets weight exp(-inf) = 0 in the merge
+    # write o and lse; a row that sees no key of this split gets lse = -inf: weight 0 in the merge
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     lse = tl.where(l_i == 0.0, -float("inf"), (m_i + tl.log2(l_safe)) * LN2)
     offs_out = (split.to(tl.int64) * S * HKV * n * GROUP + row_start) + rows
@@ -162,23 +173,25 @@ def merge_kernel(
     num_rows, num_splits,
     D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """o = sum_p exp(lse_p - lse) o_p, lse = log sum_p exp(lse_p), over the splits p
+    """Merge the splits p: o = sum_p exp(lse_p - lse) o_p, lse = log sum_p exp(lse_p).
 
-    rows: of all spans and heads together.
+    num_rows: S * H * n, the rows of all spans and heads.
     """
+    # the rows of this program
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < num_rows
     offs_d = tl.arange(0, D)[None, :]
-    split_stride = tl.cast(num_rows, tl.int64)
+    split_stride = tl.cast(num_rows, tl.int64)  # rows from one split to the next
     m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
     for split in range(0, num_splits):
+        # -- load lse and o of the split --
         offs = split * split_stride + rows
         lse = tl.load(split_lse_ptr + offs, mask=mask, other=0.0) * LOG2E
         o = tl.load(split_o_ptr + offs[:, None] * D + offs_d, mask=mask[:, None], other=0.0)
-        # -- m_new is finite, because every row sees a key of the first split --
+        # -- online softmax; m_new is finite, because every row sees a key of the first split --
         m_new = tl.maximum(m_i, lse)
         alpha = tl.exp2(m_i - m_new)
         weight = tl.exp2(lse - m_new)
@@ -186,6 +199,7 @@ def merge_kernel(
         l_i = l_i * alpha + weight
         m_i = m_new
 
+    # write o and lse
     o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(lse_ptr + rows, (m_i + tl.log2(l_i)) * LN2, mask=mask)
     tl.store(o_ptr + rows[:, None] * D + offs_d, o, mask=mask[:, None])
@@ -202,24 +216,33 @@ def span_backward_kernel(
     starts_ptr,  # (S,)
     o_ptr, do_ptr, lse_ptr,  # (S, H, n, D) twice and (S, H, n)
     dq_ptr,  # (splits, S, H, n, D), float32
-    n, HKV, S, split_size, stride_k, stride_v, scale,  # strides of a head, in rows
+    n, HKV, S,  # queries per span, KV heads, spans
+    split_size, stride_k, stride_v,  # keys per split, rows from one head of k or v to the next
+    scale,  # 1 / sqrt(D)
     GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """ds = p * (do @ v^T - delta), dq = scale * ds @ k, over the keys of one split"""
+    """Compute ds = p * (do v^T - delta) and dq = scale * ds k, over the keys of one split.
+
+    delta: do . o of each row, which equals the sum of p * (do v^T) over all keys.
+    """
+    # the rows of this program, and their positions in the prompt
     tile, head, span, split = program_coordinates(n, HKV, S, GROUP, BLOCK_M)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < n * GROUP
     start = tl.load(starts_ptr + span)
     positions = start + rows % n
+
+    # where the rows of this span and KV head begin in q, and its keys and values in k and v
     row_start = (span * HKV + head).to(tl.int64) * n * GROUP
     k_ptr += head.to(tl.int64) * stride_k * D
     v_ptr += head.to(tl.int64) * stride_v * D
 
+    # load the tensors of the rows; outside the mask lse = inf, so p = 0
     do = load_rows(do_ptr + row_start * D, rows, mask, D, True)  # [BLOCK_M, D]
     o = load_rows(o_ptr + row_start * D, rows, mask, D, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + row_start + rows, mask=mask, other=float("inf")) * LOG2E  # then p = 0
+    lse = tl.load(lse_ptr + row_start + rows, mask=mask, other=float("inf")) * LOG2E
     q = load_rows(q_ptr + row_start * D, rows, mask, D, True)
     scale = tl.cast(scale, tl.float32)
     dq = tl.zeros((BLOCK_M, D), tl.float32)
@@ -230,6 +253,7 @@ def span_backward_kernel(
         lo = first_key if stage == 0 else masked_key
         hi = masked_key if stage == 0 else end_key
         for start_n in range(lo, hi, BLOCK_N):
+            # -- load k, v --
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = load_rows(k_ptr, offs_n, offs_n < end_key, D, stage == 1)  # [BLOCK_N, D]
             v = load_rows(v_ptr, offs_n, offs_n < end_key, D, stage == 1)
@@ -243,6 +267,7 @@ def span_backward_kernel(
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
+    # write the dq of this split
     offs_out = (split.to(tl.int64) * S * HKV * n * GROUP + row_start) + rows
     dq_offs = offs_out[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dq_ptr + dq_offs, dq * scale, mask=mask[:, None])
@@ -261,28 +286,34 @@ def get_config(direction, q):
 
 
 def count_sms(q):
+    """Return the number of multiprocessors of the GPU that holds q."""
     if q.is_cuda:
         return torch.cuda.get_device_properties(q.device).multi_processor_count
     return INTERPRETER_SMS
 
 
 def split_keys(q, n_kv_head, starts, config, num_sms):
-    """Return how many keys one program reads, how many splits the longest span has, and the grid.
+    """Split the keys so that all programs together fill the SMs once.
 
-    Splits are as long as it takes for all programs together to fill the SMs once.
+    Returns the number of keys in a split, the number of splits of the longest span, and the grid.
     """
     S, H, n, _ = q.shape
-    tiles = triton.cdiv(H // n_kv_head * n, config["BLOCK_M"]) * n_kv_head  # of one span
-    total_keys = int(starts.sum()) + S * n  # sum over the spans of the keys each needs
-    programs = max(num_sms // (tiles * S), 1) * tiles * S  # a multiple of all tiles
-    blocks = triton.cdiv(triton.cdiv(tiles * total_keys, programs), config["BLOCK_N"])
-    split_size = blocks * config["BLOCK_N"]
+    rows = H // n_kv_head * n  # per span and KV head
+    tiles = triton.cdiv(rows, config["BLOCK_M"]) * n_kv_head  # per span
+
+    # as many programs as SMs, rounded down to a multiple of the tiles of all spans
+    num_programs = max(num_sms // (tiles * S), 1) * tiles * S
+    total_keys = int(starts.sum()) + S * n  # summed over the spans
+    keys_per_program = triton.cdiv(tiles * total_keys, num_programs)
+    split_size = triton.cdiv(keys_per_program, config["BLOCK_N"]) * config["BLOCK_N"]
+
     num_splits = triton.cdiv(int(starts.max()) + n, split_size)
-    return split_size, num_splits, (tiles * S * num_splits,)
+    grid = (tiles * S * num_splits,)
+    return split_size, num_splits, grid
 
 
 def copy_to_device(starts, q):
-    """Return starts as int32 on the device of q; pinned memory, so that the host does not wait."""
+    """Return starts as int32 on the device of q, copied without making the host wait."""
     starts = starts.to(torch.int32)
     if q.is_cuda:
         starts = starts.pin_memory().to(q.device, non_blocking=True)
@@ -290,7 +321,7 @@ def copy_to_device(starts, q):
 
 
 def get_sizes(q, k, v, split_size):
-    """Return the arguments of both span kernels after the tensors, up to the block sizes."""
+    """Return the arguments that both span kernels take between their tensors and block sizes."""
     S, H, n, D = q.shape
     HKV = k.shape[0]
     return {
@@ -308,9 +339,9 @@ def get_sizes(q, k, v, split_size):
 
 
 def forward(q, k, v, starts, config=None, num_sms=None):
-    """Return o like q, and its log-sum-exp in natural logarithms, (S, H, n) float32.
+    """Return o, of the shape and dtype of q, and its log-sum-exp, (S, H, n) float32.
 
-    q contiguous; the rows of k and v are D numbers side by side, their heads whole rows apart.
+    q must be contiguous, and k and v must be as `contiguous_rows` returns them.
     num_sms: how many programs run at once; by default one per multiprocessor of the GPU.
     """
     config = config or get_config("forward", q)
@@ -334,7 +365,7 @@ def forward(q, k, v, starts, config=None, num_sms=None):
 
 
 def backward(do, q, k, v, starts, o, lse, config=None, num_sms=None):
-    """Return dq like q."""
+    """Return dq, of the shape and dtype of q; o and lse are the results of `forward`."""
     config = config or get_config("backward", q)
     num_sms = num_sms or count_sms(q)
     split_size, num_splits, grid = split_keys(q, k.shape[0], starts, config, num_sms)
@@ -346,7 +377,7 @@ def backward(do, q, k, v, starts, o, lse, config=None, num_sms=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Operators. The backward operator has no derivative of its own: a second derivative raises.
+# Operators. The backward operator has no derivative: a second derivative raises an error.
 
 
 @custom_op("fivefold::span_attention", mutates_args=())
@@ -376,7 +407,7 @@ def setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def span_attention_autograd(ctx, do, unused):
+def span_attention_autograd(ctx, do, unused_dlse):
     dq = span_attention_backward_op(do.contiguous(), *ctx.saved_tensors)
     return dq, None, None, None
 
@@ -389,7 +420,7 @@ span_attention_op.register_autograd(span_attention_autograd, setup_context=setup
 
 
 def check_inputs(q, k, v, starts):
-    """Raise ValueError if the kernel cannot take these."""
+    """Raise ValueError if the kernels cannot compute the attention of these tensors."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 3 or k.shape != v.shape:
         raise ValueError(f"{shapes}: needed are (S, H, n, D) and twice (Hkv, T, D)")
@@ -414,8 +445,8 @@ def check_inputs(q, k, v, starts):
         raise ValueError(f"{T} keys or {n} queries are too many for one call")
 
 
-def with_whole_rows(t):
-    """Return t (Hkv, T, D), copied unless its rows lie side by side, as in a view of a cache."""
+def contiguous_rows(t):
+    """Return t (Hkv, T, D), or a copy if row r of head h is not at (h * rows_per_head + r) * D."""
     D = t.shape[2]
     if t.stride()[1:] == (D, 1) and t.stride(0) % D == 0:
         return t
@@ -423,16 +454,16 @@ def with_whole_rows(t):
 
 
 def span_attention(q, k, v, starts):
-    """Attend from S spans of n queries to T shared keys; return (S, H, n, D).
+    """Compute the attention of S spans of n queries to T shared keys, (S, H, n, D).
 
-    q (S, H, n, D). Query r of span s sees the keys 0 ... starts[s] + r.
-    k and v (Hkv, T, D): of the dtype of q; they may be views of a longer cache. D is in WIDTHS.
+    q (S, H, n, D): query i of span s sees the keys 0 ... starts[s] + i. D is in WIDTHS.
+    k and v (Hkv, T, D): of the same dtype; they may be slices of a longer cache.
     starts (S): integers on the CPU, with starts + n <= T.
-    Differentiable once, and in q alone: k and v are constants.
+    Only q gets a gradient, and only a first derivative: k and v are constants.
     """
     check_inputs(q, k, v, starts)
     if q.numel() == 0:
         return q.clone()
-    k = with_whole_rows(k.detach())
-    v = with_whole_rows(v.detach())
+    k = contiguous_rows(k.detach())
+    v = contiguous_rows(v.detach())
     return span_attention_op(q.contiguous(), k, v, starts)[0]

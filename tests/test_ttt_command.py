@@ -36,8 +36,10 @@ def test_command(run, capsys):
     result = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     printed = capsys.readouterr()
     assert "up to 16 tokens" in printed.err
-    assert "reading: 100%" in printed.err and "2/2" in printed.err
-    assert "adapting: 100%" in printed.err and "3/3" in printed.err
+    assert "reading: 100%" in printed.err
+    assert "2/2" in printed.err
+    assert "adapting: 100%" in printed.err
+    assert "3/3" in printed.err
     assert f"as it is\n{result['plain']}\n" in printed.out
     assert f"trained on this prompt\n{result['adapted']}\n" in printed.out
 
@@ -46,7 +48,10 @@ def test_command(run, capsys):
     assert result["context"] == size
     assert result["lr"] == 1e-3
     assert result["held_out_spans"] == 8
-    assert result["held_out_before"] != result["held_out_after"]
+    before = result["held_out_before"]
+    after = result["held_out_after"]
+    assert before != after
+    assert "the loss on 8 held-out spans" in printed.out
     model, _ = train.load_model(run_folder.find_run("newest"))
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
     thinking_tokens = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
@@ -91,24 +96,21 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "adapted, spans, after, sentence",
+    "adapted, after, sentence",
     [
-        ("yes", 8, 2.5, "nothing (2.5000 before, 2.5000 after, nats/token; spans: 8)"),
-        ("yes", 8, 2.4, "the held-out loss (2.5000 before, 2.4000 after, "),
-        ("no", 8, 2.50001, "the answer (2.5000 before, 2.5000 after, "),
-        ("no", 8, 2.6, "the answer and the held-out loss (2.5000 before, 2.6000 after, "),
-        ("no", 0, None, "the answer (the prompt is too short for held-out spans)"),
-        ("yes", 0, None, "nothing (the prompt is too short for held-out spans)"),
+        ("yes", 2.5, "the same answer; the loss on 8 held-out spans stayed at 2.5000"),
+        ("yes", 2.4, "the same answer; the loss on 8 held-out spans went from 2.5000 to 2.4000"),
+        ("no", 2.50001, "another answer; the loss on 8 held-out spans stayed at 2.5000"),
     ],
 )
-def test_the_last_sentence_says_what_changed(adapted, spans, after, sentence, capsys):
-    result = {"plain": "yes", "adapted": adapted, "held_out_spans": spans, "held_out_after": after}
-    result["held_out_before"] = 2.5 if spans else None
-    ttt_context.report({**result, "steps": 3, "seconds": 1.0, "flops": 1, "thinking_tokens": 1})
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"this training changed {sentence}")
+def test_the_last_sentence_says_what_changed(adapted, after, sentence, capsys):
+    result = {"plain": "yes", "adapted": adapted, "held_out_before": 2.5, "held_out_after": after}
+    result |= {"steps": 3, "seconds": 1.0, "flops": 1, "thinking_tokens": 1, "held_out_spans": 8}
+    ttt_context.report(result)
+    assert capsys.readouterr().out.splitlines()[-1] == f"training gave {sentence}"
 
 
-def test_each_flag_changes_what_it_says(run, capsys):
+def test_each_flag_changes_what_it_says(run):
     Path("text.txt").write_text(Path("prompt.txt").read_text())
     two_spans = ttt_context.main([*SMALL, "text.txt", "--batch-spans", "2"])
     one_span = ttt_context.main([*SMALL, "text.txt"])
@@ -122,21 +124,17 @@ def test_each_flag_changes_what_it_says(run, capsys):
     assert untrained["held_out_before"] == untrained["held_out_after"]
     assert untrained["context"] == one_span["context"] + 1
 
-    Path("short.txt").write_text("seven wizards boil éclairs")
-    assert ttt_context.main([*SMALL, "short.txt"])["held_out_spans"] == 0
-    assert "too short for held-out spans" in capsys.readouterr().out
-
 
 def test_held_out_losses_and_answers_are_of_the_right_weights(run):
     result = ttt_context.main([*SMALL, "prompt.txt", "--lr", "0.03", "--question", "Who?"])
     model, _ = train.load_model(run)
     ids = torch.tensor([0, *Path("prompt.txt").read_bytes()])
-    caches, kv = ttt_context.prefill(model, ids, room=20)
+    caches = ttt_context.prefill(model, ids, room=20)
     held_out, starts = ttt_context.split_spans(len(ids), 16)
 
     @torch.no_grad()
     def held_out_loss():
-        losses = [ttt_context.span_loss(model, kv, ids, start[None], 16) for start in held_out]
+        losses = [ttt_context.span_loss(model, caches, ids, start[None], 16) for start in held_out]
         return torch.stack(losses).mean().item()
 
     def reply():
@@ -146,7 +144,7 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
     before = held_out_loss()
     assert result["plain"] == reply()
     options = {"steps": 3, "n": 16, "lr": 0.03, "seed": 1337}
-    with ttt_context.adapt(model, kv, ids, starts, **options):
+    with ttt_context.adapt(model, caches, ids, starts, **options):
         after = held_out_loss()
         assert result["adapted"] == reply()
     assert result["held_out_before"] == pytest.approx(before, rel=1e-5)
@@ -161,7 +159,8 @@ def test_thinking_comes_after_the_question(run):
     T = result["context"]
     after_context = ttt_cost.thinking_tokens(model, T, result["flops"])
     after_question = ttt_cost.thinking_tokens(model, T + len(question), result["flops"])
-    assert result["thinking_tokens"] == after_question < after_context
+    assert result["thinking_tokens"] == after_question
+    assert after_question < after_context
 
 
 def test_damaged_numbers_end_it(run, monkeypatch):
@@ -172,9 +171,9 @@ def test_damaged_numbers_end_it(run, monkeypatch):
 
 
 def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
-    def scripted(model, caches, T, question, n, limit):
+    def scripted(model, caches, T, question, n_tokens, limit):
         assert limit == 256, "no padding of the vocabulary"
-        yield from [72, 105, 0, 33][:n]
+        yield from [72, 105, 0, 33][:n_tokens]
 
     monkeypatch.setattr(ttt_context, "answer", scripted)
     assert ttt_context.main([*SMALL, "prompt.txt"])["plain"] == "Hi"
@@ -182,16 +181,16 @@ def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
 
 BAD_FLAGS = [
     ("", ["--prompt", "--experiment"]),
-    ("--prompt text.txt --full", ["--full", "--experiment"]),
+    ("--prompt text.txt --full", ["--full"]),
     ("--prompt none.txt", ["none.txt"]),
-    ("--prompt empty.txt", ["empty.txt has 0 tokens"]),
+    ("--prompt empty.txt", ["has 0 tokens", "128"]),
     ("--prompt binary", ["binary", "UTF-8"]),
     ("--prompt nul.txt", ["nul.txt", "UTF-8"]),
     ("--prompt .", ["."]),
     ("--prompt fifo", ["fifo"]),
     (f"--prompt {'x' * 300}", ["xxx"]),
-    ("--prompt short.txt", ["short.txt has 13 tokens", "128"]),
-    ("--prompt edge.txt --span 16", ["edge.txt has 16 tokens", "16"]),
+    ("--prompt short.txt", ["has 13 tokens", "128"]),
+    ("--prompt edge.txt --span 5", ["has 15 tokens", "more than 15", "--span"]),
     ("--prompt text.txt --span 0", ["--span is 0"]),
     ("--prompt text.txt --steps -1", ["--steps is -1"]),
     ("--prompt text.txt --seed -1", ["--seed is -1"]),
@@ -215,14 +214,14 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     Path("binary").write_bytes(b"\xff\x00\x01")
     Path("nul.txt").write_text("a\0b" * 100)
     Path("short.txt").write_text("boil éclairs")
-    Path("edge.txt").write_text("x" * 16)  # one token of the start, and without a question one less
+    Path("edge.txt").write_text("x" * 15)  # one token of the start, and without a question one less
     os.mkfifo("fifo")
     text = Path("text.txt").read_bytes()
     for flags, parts in BAD_FLAGS:
         device = [] if "--device" in flags else ["--device", "cpu"]
         init = [] if "--init" in flags else ["--init", "newest"]
         refused([*init, *flags.split(), *device], *parts, main=ttt_context.main)
-    for flag in ("--prompt", "--question", "--init", "--device", "--out"):
+    for flag in ("--prompt", "--question", "--init", "--device", "--dtype"):
         refused(["--prompt", "text.txt", flag, ""], f"{flag} is empty", main=ttt_context.main)
     not_utf8 = ["--prompt", "text.txt", "--question", "caf\udce9"]
     refused(not_utf8, "caf", "UTF-8", main=ttt_context.main)
@@ -230,7 +229,8 @@ def test_refuses_in_one_sentence(run, monkeypatch):
         limits.setattr(ttt_cost, "free_bytes", lambda device: 2**20)
         refused([*SMALL, "text.txt"], "tokens", "are free", "shorter", main=ttt_context.main)
     assert Path("text.txt").read_bytes() == text
-    assert {p.name for p in Path("out").iterdir() if not p.name.startswith(".")} == {"a"}
+    runs = [path.name for path in Path("out").iterdir()]
+    assert [name for name in runs if not name.startswith(".")] == ["a"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -305,13 +305,14 @@ def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
     n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
     result = ttt_context.main(flags)
     assert result["lr"] == 1e-5, "the weights were trained for long"
-    assert n_tokens < result["context"] < n_tokens + 50, "and the beginning of a turn"
+    n_added = result["context"] - n_tokens
+    assert 0 < n_added < 50, "the beginning of a turn comes first"
     settings = folder / "tokenizer_config.json"
     edit_json(settings, chat_template="{{ raise_exception('not today') }}")
     refused(flags, "template", "not today", main=ttt_context.main)
     edit_json(settings, chat_template=None)
-    n_plain = len(tokenizer.encode_ordinary(text))
-    assert 0 <= ttt_context.main(flags)["context"] - n_plain <= 1, "plain text"
+    n_added = ttt_context.main(flags)["context"] - len(tokenizer.encode_ordinary(text))
+    assert n_added in (0, 1), "plain text, perhaps after a first token"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,6 +335,7 @@ def test_ctrl_c(run):
         part = os.read(process.stderr.fileno(), 1000)
         assert part, seen
         seen += part
+
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT

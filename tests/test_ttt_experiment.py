@@ -38,10 +38,10 @@ def generator(seed=0):
 
 
 def long_read(T=40, **shape):
-    """Return a GPT in float64, T token ids, and the frozen (k, v) pairs of all layers."""
+    """Return a GPT in float64, T token ids, and the KV caches after reading them."""
     model = small_gpt(torch.float64, **shape).requires_grad_(False)
     ids = torch.randint(64, (T,), generator=generator(3))
-    return model, ids, ttt_context.prefill(model, ids)[1]
+    return model, ids, ttt_context.prefill(model, ids)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,17 +55,18 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
             ids = experiment.make_context("columns", TINY, 300, seed, i).ids
             contexts.add(tuple(ids.tolist()))
             names, _, values = ids.view(-1, 3).T.tolist()
-            a_is_the_key = len(set(zip(names, values))) == len(set(names))
+            pairs = set(zip(names, values))
+            a_is_the_key = len(pairs) == len(set(names))  # each name has only one value
             assert a_is_the_key == (i < 2), "in the first two of four"
-    assert len(contexts) == 8
+    assert len(contexts) == 8, "all are different"
 
 
 def test_questions_are_answered_as_by_a_plain_forward():
-    model, ids, kv = long_read(n_kv_head=2, qk_norm=True)
+    model, ids, caches = long_read(n_kv_head=2, qk_norm=True)
     questions = torch.tensor([[7, 9], [1, 2]])
     needles = torch.arange(40) % 3 == torch.tensor([[0], [1]])  # (2, 40)
     context = sandbox.Context(ids, None, questions, None, needles)
-    logits, needle_attention = experiment.ask(model, kv, context)
+    logits, needle_attention = experiment.ask(model, caches, context)
     for i in range(2):
         text = torch.cat([ids, questions[i]])
         assert torch.allclose(logits[i], model(text[None])[0, -1], atol=1e-10)
@@ -75,13 +76,13 @@ def test_questions_are_answered_as_by_a_plain_forward():
     best_head = needle_attention.mean(0).argmax()
     p = needle_attention[:, best_head]
     answers = logits.argmax(-1)
-    scores = experiment.score(model, kv, context._replace(answers=answers))
+    scores = experiment.score(model, caches, context._replace(answers=answers))
     assert scores["accuracy"] == 1
     assert abs(scores["needle_attention"] - p.mean()) < 1e-12
     right = logits.softmax(-1).gather(1, answers[:, None])[:, 0]
     assert abs(scores["margin"] - (right / (1 - right)).log().mean()) < 1e-10
     half_wrong = answers + torch.tensor([0, 1])
-    scores = experiment.score(model, kv, context._replace(answers=half_wrong))
+    scores = experiment.score(model, caches, context._replace(answers=half_wrong))
     assert scores["accuracy"] == 0.5
 
 
@@ -92,7 +93,7 @@ def test_attention_to_needles_is_that_of_the_softmax():
     needles = torch.rand(3, 9, generator=generator()) < 0.3
     config = train.GPTConfig(n_head=4, n_kv_head=2, n_embd=32)
     module = train.Attention(config, "softmax")
-    cache = experiment.QuestionCache(k, v, needles)
+    cache = experiment.QuestionCache(k[None], v[None], needles)
     y = cache.attend(module, [q, new_k, new_v])
     all_k = torch.cat([k.expand(3, -1, -1, -1), new_k], dim=2)  # (3, 2, 14, 8)
     all_v = torch.cat([v.expand(3, -1, -1, -1), new_v], dim=2)
@@ -104,7 +105,7 @@ def test_attention_to_needles_is_that_of_the_softmax():
     assert torch.allclose(cache.needle_attention, on_needles, atol=1e-12)
 
     module.function = sandbox.shift
-    cache = experiment.QuestionCache(k, v, needles)
+    cache = experiment.QuestionCache(k[None], v[None], needles)
     y = cache.attend(module, [q, new_k, new_v])
     assert torch.equal(y, sandbox.shift(q, all_k, all_v))
     assert cache.needle_attention is None
@@ -132,22 +133,24 @@ def test_votes_of_many_samples(monkeypatch):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_temperatures_and_what_a_norm_takes_away(norm):
-    model, ids, kv = long_read(qk_norm=norm)
+    model, ids, caches = long_read(qk_norm=norm)
     needles = torch.zeros(1, 40, dtype=torch.bool)
     context = sandbox.Context(ids, None, torch.tensor([[7, 9, 3]]), None, needles)
 
     def logits():
-        return experiment.ask(model, kv, context)[0]
+        return experiment.ask(model, caches, context)[0]
 
     plain = logits()
     with experiment.temperatures(model) as log_factors:
         assert torch.allclose(logits(), plain, atol=1e-12)
         assert [log_factor.shape for log_factor in log_factors] == [(4, 1)] * 2
-        arguments = (model, log_factors, kv, ids, torch.arange(20))
+        arguments = (model, log_factors, caches, ids, torch.arange(20))
         losses = list(ttt_context.train_queries(*arguments, steps=3, n=16, lr=0.1))
         assert len(losses) == 3
-        assert all(log_factor.abs().max() > 0 for log_factor in log_factors)
-        assert all(p.grad is None for p in model.parameters())
+        for log_factor in log_factors:
+            assert log_factor.abs().max() > 0
+        for p in model.parameters():
+            assert p.grad is None
     with experiment.temperatures(model, 3.0):
         sharp = logits()
     assert (sharp - plain).abs().max() > 0.1
@@ -167,17 +170,18 @@ def test_temperatures_and_what_a_norm_takes_away(norm):
 
 @pytest.mark.parametrize("variant", ["trained queries", "fitted temperature"])
 def test_fitted_values_are_put_back_and_taken_away(variant):
-    model, ids, kv = long_read(T=60)
+    model, ids, caches = long_read(T=60)
     recipe = {**TINY, "span": 16, "steps": 3}
-    values = experiment.fit(model, variant, kv, ids, recipe, 1e-2)
+    values = experiment.fit(model, variant, caches, ids, recipe, 1e-2)
     with experiment.TRAINED[variant](model) as weights:
         starts = torch.arange(60 - 16)
-        list(ttt_context.train_queries(model, weights, kv, ids, starts, steps=3, n=16, lr=1e-2))
-        assert all(map(torch.equal, values, weights))
+        list(ttt_context.train_queries(model, weights, caches, ids, starts, steps=3, n=16, lr=1e-2))
+        for value, weight in zip(values, weights, strict=True):
+            assert torch.equal(value, weight)
     with experiment.fitted(model, variant, values):
         starts = torch.tensor([20])
-        inside = ttt_context.span_loss(model, kv, ids, starts, 16)
-    assert inside != ttt_context.span_loss(model, kv, ids, starts, 16)
+        inside = ttt_context.span_loss(model, caches, ids, starts, 16)
+    assert inside != ttt_context.span_loss(model, caches, ids, starts, 16)
 
 
 def test_variants_get_what_they_are_called(monkeypatch):
@@ -193,7 +197,7 @@ def test_variants_get_what_they_are_called(monkeypatch):
     in_model = []  # the parameters that are in the model
     temperatures = experiment.temperatures
 
-    def fit(model, variant, kv, ids, recipe, lr):
+    def fit(model, variant, caches, ids, recipe, lr):
         fits.append((variant, lr))
         for c, context in enumerate(contexts):
             if torch.equal(ids, context.ids):
@@ -205,11 +209,11 @@ def test_variants_get_what_they_are_called(monkeypatch):
         yield
         in_model.pop()
 
-    def score(model, kv, context):
+    def score(model, caches, context):
         scored.append((in_model[-1] if in_model else None, context.questions))
         return {"margin": 1.0, "accuracy": 0.5}
 
-    def vote(model, kv, context, n_samples, seed):
+    def vote(model, caches, context, n_samples, seed):
         sample_counts.append(n_samples)
         return {"margin": 1.0, "accuracy": 0.5}
 
@@ -226,7 +230,8 @@ def test_variants_get_what_they_are_called(monkeypatch):
     assert set(results) == {*study.COLORS, "equal-FLOP thinking", "2 N k thinking"}
     assert results["trained queries"]["lr"] == 1e-3
     assert results["trained queries"]["sweep"] == [[1.0, -1.0], [1e-3, 0.5]]
-    assert all(len(scores["accuracy"]) == 4 for scores in results.values())
+    for scores in results.values():
+        assert len(scores["accuracy"]) == 4
     assert fits == [("trained queries", 1e-3)] * 4 + [("fitted temperature", 1e-1)] * 4
     assert factors == [math.log(120) / math.log(60)] * 4
     flops = ttt_cost.flops_of_spans(model, 2 * 16, 120)
@@ -264,7 +269,7 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
         made.append((seed, c))
         return make_context(task, recipe, T, seed, c, device)
 
-    def fit(model, variant, kv, ids, recipe, lr):
+    def fit(model, variant, caches, ids, recipe, lr):
         tried.append((lr, ids))
         return []
 
@@ -292,6 +297,17 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------
 # The study
+
+
+def test_rates_of_the_recipes():
+    """The full study tries all rates of the small one, and both try 0.1 for the queries."""
+    for variant, small in study.SMALL["lrs"].items():
+        full = study.FULL["lrs"][variant]
+        assert small == sorted(small)
+        assert full == sorted(full)
+        assert set(small) <= set(full)
+    for recipe in (study.SMALL, study.FULL):
+        assert recipe["lrs"]["trained queries"][-1] == 0.1
 
 
 def test_differences_are_paired_by_seed():
@@ -365,7 +381,9 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     monkeypatch.setattr(ttt_needles, "SPAN", 32)
     flags = ["--experiment", "--full", "--init", "base", "--out", "results", "--minutes", "9"]
     first = ttt_context.main(flags)
-    assert all(len(run["margins"]) == 8 for run in list(first["variants"].values())[0]["runs"])
+    for entry in first["variants"].values():
+        for run in entry["runs"]:
+            assert len(run["margins"]) == 8
     assert capsys.readouterr().out.count("trained queries") >= 2 * 2 + 2
 
     # the second time everything comes from the cache
@@ -422,7 +440,7 @@ def test_contexts_with_needles():
 def test_margins_of_needles_are_those_of_a_plain_forward():
     model = small_gpt(torch.float64).requires_grad_(False)
     ids = torch.randint(64, (40,), generator=generator(3))
-    caches, _ = ttt_context.prefill(model, ids, room=5)
+    caches = ttt_context.prefill(model, ids, room=5)
     pairs = [([7, 9], [3, 4]), ([1, 2, 5], [6])]
     margin, accuracy = ttt_needles.ask(model, caches, 40, pairs, 60)
     expected = 0.0

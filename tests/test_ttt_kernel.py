@@ -285,9 +285,9 @@ def test_gradient_on_the_gpu_is_that_of_the_cpu(shape):
         model = small_gpt(n_embd=64, **shape).to(device)
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(64, (60,), generator=generator).to(device)
-        _, kv = ttt_context.prefill(model, ids)
+        caches = ttt_context.prefill(model, ids)
         with ttt_context.trainable_queries(model) as weights:
-            loss = ttt_context.span_loss(model, kv, ids, torch.tensor([0, 31]), 20)
+            loss = ttt_context.span_loss(model, caches, ids, torch.tensor([0, 31]), 20)
             gradients.append([g.cpu() for g in torch.autograd.grad(loss, weights)])
     for on_cpu, on_gpu in zip(*gradients):
         assert torch.allclose(on_cpu, on_gpu, rtol=1e-2, atol=1e-4 * on_gpu.abs().max().item())
