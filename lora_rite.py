@@ -62,7 +62,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-MAX_PLANS = 16  # sets of batches that are kept, one for each place where gradients were allocated
+MAX_PLANS = 16  # steps that are planned ahead: gradients are often allocated at few addresses
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it
@@ -84,24 +84,23 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # unmagnified gradients ha (n, r) and hb (m, r), and their norm over all pairs
-    factors = []
+    # unmagnified gradients h, and their norm over all pairs
+    factors = []  # factor, its h, U and R^-1 of the other factor of the pair, state
     norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
         Ua, Ra = torch.linalg.qr(a)  # (n, r), (r, r)
         Ub, Rb = torch.linalg.qr(b)  # (m, r), (r, r)
         Ra_inv = torch.linalg.pinv(Ra)
         Rb_inv = torch.linalg.pinv(Rb)
-        ha = ga @ Rb_inv
-        hb = gb @ Ra_inv
+        ha = ga @ Rb_inv  # (n, r)
+        hb = gb @ Ra_inv  # (m, r)
         factors.append((a, ha, Ub, Rb_inv, state_a))
         factors.append((b, hb, Ua, Ra_inv, state_b))
         norm_squared = norm_squared + ha.square().sum()
         norm_squared = norm_squared + hb.square().sum()
 
-    # x is a or b; U and R_inv belong to the other factor of the pair
     new_factors = []
-    for x, h, U, R_inv, state in factors:
+    for x, h, U, R_inv, state in factors:  # x is a or b
         if clip:
             h = h * min(1.0, clip / norm_squared.sqrt())
 
@@ -111,9 +110,10 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
         V = P @ V_old @ P.T
         rho = state.get("rho", 0.0)
         if escape:
-            most_lost = (torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)).max()
+            eigenvalues_lost = torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)
             trace_lost = V_old.trace() - V.trace()
-            rho = d2 * (rho + torch.minimum(most_lost, trace_lost).clamp(min=0))
+            lost = torch.minimum(eigenvalues_lost.max(), trace_lost)
+            rho = d2 * (rho + lost.clamp(min=0))
 
         # second moment V
         V = d2 * V + (1 - d2) * h.T @ h / len(h)
@@ -168,16 +168,16 @@ def inverse_root(K):
     R is the Cholesky factor. Where K is close to singular, R^-1 is the symmetric root Q w^-1/2 Q^T
     instead, without the eigenvalues w below 1e-12 of the largest.
     """
-    # Cholesky decomposition; it is accurate where all pivots are of similar size
+    # Cholesky decomposition. It is accurate unless a pivot is much smaller than another one.
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
     pivots = R.diagonal(dim1=-2, dim2=-1)  # (N, r)
-    is_accurate = (info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1))
-    is_accurate = is_accurate[:, None, None]
+    is_well_conditioned = pivots.amin(-1) > 1e-7 * pivots.amax(-1)
+    is_accurate = ((info == 0) & is_well_conditioned)[:, None, None]  # (N, 1, 1)
     R = torch.where(is_accurate, R, eye)
     by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)
 
-    # eigenvalues w in ascending order, and eigenvectors Q
+    # eigendecomposition, with eigenvalues w in ascending order
     w, Q = torch.linalg.eigh(K)  # (N, r), (N, r, r)
     is_kept = w > 1e-12 * w[..., -1:]
     w = torch.where(is_kept, w, 1)
@@ -192,16 +192,16 @@ def trace(matrices):
 
 
 class Factor:
-    """All A, or all B, of N pairs of equal shape. The partner of A is B, and that of B is A.
+    """The factors A, or the factors B, of N pairs of equal shape.
 
-    x (N, rows, r) is the factor as tall matrices: A^T with n rows, or B with m rows.
+    x (N, rows, r) are these factors as tall matrices: A^T with n rows, or B with m rows. The
+    partner of A is B, and the partner of B is A.
     """
 
     def __init__(self, parameters, states, is_A):
         self.parameters = parameters  # N of A (r, n), or N of B (m, r)
         self.states = states  # {"M", "packed"} of each parameter
         self.is_A = is_A
-        rank = parameters[0].shape[0 if is_A else 1]
 
         # stack parameters, first moments and gradients; a missing gradient counts as 0
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -213,7 +213,7 @@ class Factor:
 
         # the FactorState after the last step
         packed = torch.stack([state["packed"] for state in states])
-        self.old = unpack(packed, rank)
+        self.old = unpack(packed, rank=self.x.shape[2])
 
         # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
         x = self.x.double()
@@ -230,10 +230,10 @@ class Factor:
         return torch.stack(tall).to(self.states[0]["M"].dtype)
 
     def unmagnify(self, partner):
-        """Compute hh = h^T h (N, r, r) of the gradients h = grad R^-1, R from the partner.
+        """Return |h|^2 (), summed over the N factors. h = grad R^-1, where R is the partner's.
 
-        hh is 0, and is_finite (N, 1, 1) is False, where a gradient or its square is not finite.
-        Returns |h|^2 summed over the N factors, ().
+        Sets hh (N, r, r) to h^T h, and is_finite (N, 1, 1). Where a gradient or its square is not
+        finite, h counts as 0.
         """
         is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)
         gg = torch.where(is_finite, self.gg, 0)
@@ -245,7 +245,8 @@ class Factor:
     def update(self, partner, h_scale, lr, betas, eps, weight_decay, escape):
         """Update the parameters and their states.
 
-        h_scale: clipping multiplies h by this tensor (). lr: a number or a tensor ().
+        h_scale: a tensor () by which clipping multiplies the unmagnified gradients h.
+        lr: a number or a tensor ().
         """
         old = self.old
         dtype = self.x.dtype
@@ -253,22 +254,23 @@ class Factor:
         d1 = decay(betas[0], step)  # (N, 1, 1)
         d2 = decay(betas[1], step)
 
-        # P = U^T U_old = R^-T (x^T x_old) R_old^-1 (N, r, r), where x, U and R are the partner's.
-        # The partner's last step was x = shrink x_old - lr M old.R_inv^T. Solved for x_old, this
-        # gives x^T x_old = (x^T x + lr x^T M old.R_inv^T) / shrink.
+        # Projection P = U^T U_old = R^-T (x^T x_old) R_old^-1, with x, U and R of the partner.
+        # x_old follows from the partner's last step, x = shrink x_old - lr M old.R_inv^T, so
+        # x^T x_old = (x^T x + lr x^T M old.R_inv^T) / shrink.
         xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # times shrink
-        P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink
+        P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink  # (N, r, r)
 
         # move the second moment V into the new basis; rho collects what it loses
         V = P @ old.V @ P.mT  # (N, r, r)
         rho = old.rho
         if escape:
-            lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r)
-            lost = torch.minimum(lost.amax(-1), lost.sum(-1)).clamp(min=0)  # (N,)
-            rho = d2 * (rho + lost[:, None, None])
+            eigenvalues_lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r)
+            trace_lost = eigenvalues_lost.sum(-1)
+            lost = torch.minimum(eigenvalues_lost.amax(-1), trace_lost)
+            rho = d2 * (rho + lost.clamp(min=0)[:, None, None])
         V = d2 * V + (1 - d2) * h_scale**2 * self.hh / self.x.shape[1]
 
-        # preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues w of V
+        # preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T
         w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (N, r), (N, r, r)
         root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
         preconditioner = Q * (1 / (root + eps)) @ Q.mT
@@ -436,12 +438,12 @@ class LoRARITE(torch.optim.Optimizer):
         total = sum(t.to(norms_squared[0].device) for t in norms_squared)
 
         # moments and parameters
+        names = ("lr", "betas", "eps", "clip", "weight_decay", "escape")
         for group, batch in batches:
-            names = ("lr", "betas", "eps", "clip", "weight_decay", "escape")
-            batch.finish(total, **{name: group[name] for name in names})
+            options = {name: group[name] for name in names}
+            batch.finish(total, **options)
         return loss
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict):
         """Load a copy of a state. Raises ValueError if it does not fit the parameters."""
         states = {}
@@ -460,17 +462,17 @@ class LoRARITE(torch.optim.Optimizer):
 
     def find_batches(self):
         """Return the batches of this step, from the cache unless a tensor has moved."""
-        batches = self.plans.get(self.addresses())
         is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        batches = self.plans.get(self.addresses())
         if batches is None and is_capturing:
             raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
         if batches is None:
             batches = self.make_batches()
-            self.plans[self.addresses()] = batches  # addresses now include those of new states
+            self.plans[self.addresses()] = batches  # make_batches may have allocated states
+            if len(self.plans) > MAX_PLANS:
+                del self.plans[next(iter(self.plans))]  # the oldest
         if is_capturing:
             self.captured_plans.append(batches)
-        if len(self.plans) > MAX_PLANS:
-            del self.plans[next(iter(self.plans))]  # the oldest
         return batches
 
     def addresses(self):
@@ -488,29 +490,29 @@ class LoRARITE(torch.optim.Optimizer):
     def make_batches(self):
         """Return a list of (group, batch) that covers all pairs with gradients.
 
-        A KernelBatch holds all pairs of one rank in the group, a TorchBatch all pairs of one shape.
+        A KernelBatch takes all pairs of a group that have one rank, a TorchBatch those of one shape.
         """
         batches = []
         for group in self.param_groups:
-            parameters_of_kind = {}  # {what a batch has in common: its [A, B, A, B, ...]}
+            batch_parameters = {}  # {what a batch has in common: [A, B, A, B, ...]}
             for A, B in pairs_of(group):
                 if A.grad is None and B.grad is None:
                     continue
-                Batch = kernel.KernelBatch if self.takes_kernel(A, B) else TorchBatch
-                kind = (Batch, A.device, A.dtype, len(A))
+                Batch = kernel.KernelBatch if self.uses_kernel(A, B) else TorchBatch
+                key = (Batch, A.device, A.dtype, len(A))
                 if Batch is TorchBatch:
-                    kind += (A.shape, B.shape, B.dtype)
-                parameters_of_kind.setdefault(kind, []).extend([A, B])
+                    key += (A.shape, B.shape, B.dtype)
+                batch_parameters.setdefault(key, []).extend([A, B])
                 self.init_state(A, len(A))
                 self.init_state(B, len(A))
 
-            for (Batch, *_), parameters in parameters_of_kind.items():
+            for (Batch, *_), parameters in batch_parameters.items():
                 states = [self.state[p] for p in parameters]
                 batches.append((group, Batch(parameters, states)))
         return batches
 
-    def takes_kernel(self, A, B):
-        """Return whether the kernels step a pair, and not PyTorch."""
+    def uses_kernel(self, A, B):
+        """Return whether a pair is stepped by the kernels; else PyTorch does it."""
         if kernel is None and A.is_cuda:
             warnings.warn("LoRA-RITE runs in PyTorch, which is slower: pip install triton")
         wants_kernel = A.is_cuda if self.use_kernel is None else self.use_kernel
