@@ -62,7 +62,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-MAX_PLANS = 16  # steps that are planned ahead: gradients are often allocated at few addresses
+MAX_PLANS = 16  # cached sets of batches; gradients are usually allocated at a few addresses
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it

@@ -347,7 +347,7 @@ TYPES = {
     "bad_ptr": "*i32",
     "partial_ptr": "*fp64",
     "work_ptr": "*fp64",
-    "number_ptr": "*fp64",
+    "scalar_ptr": "*fp64",
     "total_ptr": "*fp64",
     "matrix_ptr": "*fp32",
     "lr_ptr": "*fp64",
