@@ -296,6 +296,35 @@ def swap_rows(a, k, R: tl.constexpr):
 
 
 @triton.jit
+def jacobi_rotations(a, k, R: tl.constexpr):
+    """Return tan, cos and sin [R] of the angles theta that make a[i, i ^ k] zero.
+
+    Let j = i ^ k. Then cot(2 theta_i) = (a_jj - a_ii) / (2 a_ij), and theta_j must be exactly
+    -theta_i. But a_ij and a_ji may differ by rounding, so both i and j take a_ij + a_ji for 2 a_ij.
+    And if a_ii = a_jj, theta is 45 or -45 degrees, so the smaller index takes 45.
+
+    Also returns a_ii and 2 a_ij, [R].
+    """
+    index = tl.arange(0, R)
+    partner = index ^ k
+    i = index[:, None]
+    j = index[None, :]
+    diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # a_ii
+    off_diagonal = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # a_ij
+    off_diagonal += tl.gather(off_diagonal, partner, 0)  # a_ij + a_ji
+
+    cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
+    cot_2theta = cot_2theta / tl.where(off_diagonal != 0, off_diagonal, 1.0)
+    is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
+    sign = tl.where(is_positive, 1.0, -1.0)
+    tan = sign / (tl.abs(cot_2theta) + tl.sqrt(1 + cot_2theta * cot_2theta))
+    tan = tl.where(off_diagonal != 0, tan, 0.0)
+    cos = 1 / tl.sqrt(1 + tan * tan)
+    sin = cos * tan
+    return tan, cos, sin, diagonal, off_diagonal
+
+
+@triton.jit
 def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
     """Return eigenvalues w [R], not sorted, and eigenvectors Q [R, R]: a = Q diag(w) Q^T.
 
@@ -308,37 +337,20 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
 
     A sweep over k = 1, ..., PADDED_RANK - 1 rotates every pair once.
     """
-    index = tl.arange(0, R)
-    i = index[:, None]
-    j = index[None, :]
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
     Q = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     norm_squared = tl.sum(tl.sum(a * a, 1), 0)
     off_diagonal_squared = norm_squared  # squared norm of a without its diagonal
     sweep = 0
     while (off_diagonal_squared > 1.2e-32 * norm_squared) & (sweep < 30):  # 2^-106
         for k in range(1, PADDED_RANK):
-            partner = index ^ k
-
-            # -- angle theta that makes a[i, i ^ k] zero: cot(2 theta) = (a_jj - a_ii) / (2 a_ij) --
-            # Coordinates i and i ^ k must find exactly opposite angles. So both compute 2 a_ij as
-            # a_ij + a_ji, since rounding may make these differ. If cot(2 theta) is 0, theta is 45
-            # or -45 degrees, and the index decides.
-            diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # [R]
-            off = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # [R], a[i, i ^ k]
-            off += tl.gather(off, partner, 0)
-            cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
-            cot_2theta = cot_2theta / tl.where(off != 0, off, 1.0)
-            is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
-            sign = tl.where(is_positive, 1.0, -1.0)
-            tan = sign / (tl.abs(cot_2theta) + tl.sqrt(1 + cot_2theta * cot_2theta))
-            tan = tl.where(off != 0, tan, 0.0)
-            cos = 1 / tl.sqrt(1 + tan * tan)
-            sin = cos * tan
+            tan, cos, sin, diagonal, off_diagonal = jacobi_rotations(a, k, R)
 
             # -- rotate columns, then rows; then set the elements whose exact values are known --
             a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
             a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
-            new_diagonal = diagonal - tan * off * 0.5
+            new_diagonal = diagonal - tan * off_diagonal * 0.5
             a = tl.where(i == j, new_diagonal[:, None], a)
             a = tl.where(j == (i ^ k), 0.0, a)
             Q = Q * cos[None, :] - swap_columns(Q, k, R) * sin[None, :]
@@ -364,8 +376,8 @@ def inverse_root(
     min_pivot = tl.full((), float("inf"), tl.float64)
     max_pivot = tl.zeros((), tl.float64)
     for n in range(RANK):
-        row = tl.sum(tl.where(i == n, K, 0.0), 0)  # [R]
-        column = tl.sum(tl.where(j == n, K, 0.0), 1)  # [R]
+        row = tl.sum(tl.where(i == n, K, 0.0), 0)  # K[n, :]
+        column = tl.sum(tl.where(j == n, K, 0.0), 1)  # K[:, n]
         K_nn = tl.sum(tl.where(tl.arange(0, R) == n, row, 0.0), 0)
         pivot = tl.where(K_nn > 0, tl.sqrt(tl.where(K_nn > 0, K_nn, 1.0)), -1.0)
         min_pivot = tl.minimum(min_pivot, pivot)
@@ -412,7 +424,8 @@ def root_kernel(
 ):  # fmt: skip
     """Compute the partner's R^-1, then h^T h, P and P V P^T of a factor.
 
-    Matrices are stored and loaded again each time they are needed, because registers are scarce.
+    Matrices are stored and loaded again each time they are needed, because registers are scarce. A
+    barrier waits for the stores of all threads.
     """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
@@ -525,25 +538,27 @@ def moment_kernel(
     matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
     scratch_ptr = work_ptr + SCRATCH * R * R
 
-    # -- h_scale, by which clipping multiplies h, and the decays d1, d2 of step t --
+    # -- h_scale, by which clipping multiplies h, and the decays d1 and d2 of step t --
     norm = tl.sqrt(tl.load(total_ptr))
     h_scale = tl.where(norm > clip, clip / norm, 1.0)
     t = tl.load(state_scalar_ptr + STEP) + 1.0
     d1 = decay(log_beta1, t)
     d2 = decay(log_beta2, t)
 
-    # -- second moment V, and the escaped mass rho: what V lost when launch 2 changed its basis --
+    # -- escaped mass rho: what V loses when it moves into the new basis --
     rho = tl.load(state_scalar_ptr + RHO)
     if ESCAPE:
         V_old = load_state_matrix(state_ptr, RANK, R)
-        before, _ = eigh((V_old + tl.trans(V_old)) / 2, PADDED_RANK, R)
-        before = sort(before, RANK, R)
-        V_moved = tl.load(matrix_ptrs(work_ptr, PVP, R))
-        after, _ = eigh((V_moved + tl.trans(V_moved)) / 2, PADDED_RANK, R)
-        lost = before - sort(after, RANK, R)
+        w_old, _ = eigh((V_old + tl.trans(V_old)) / 2, PADDED_RANK, R)  # eigenvalues, [R]
+        w_old = sort(w_old, RANK, R)
+        V_moved = tl.load(matrix_ptrs(work_ptr, PVP, R))  # P V_old P^T
+        w_moved, _ = eigh((V_moved + tl.trans(V_moved)) / 2, PADDED_RANK, R)
+        lost = w_old - sort(w_moved, RANK, R)
         most_lost = tl.maximum(tl.max(lost, 0), 0.0)
         trace_lost = tl.maximum(tl.sum(lost, 0), 0.0)
         rho = d2 * (rho + tl.minimum(most_lost, trace_lost))
+
+    # -- second moment V = d2 P V_old P^T + (1 - d2) h^T h / rows, where h is clipped --
     hh = tl.load(matrix_ptrs(work_ptr, HH, R))
     V = d2 * tl.load(matrix_ptrs(work_ptr, PVP, R)) + (1 - d2) * h_scale * h_scale * hh / rows
     store_state_matrix(state_ptr, V, RANK, R)
@@ -597,11 +612,15 @@ def update_chunk(
     for tile_start in range(start, end, TILE):
         offs, mask = tile_offsets(tile_start, end, rows, IS_A, RANK, R, TILE)
         x = load_tile(x_ptr, tile_start, end, rows, IS_A, RANK, R, TILE)
+
+        # M = M_old M_matrix + grad grad_matrix
         m_old = load_tile(m_ptr, tile_start, end, rows, IS_A, RANK, R, TILE)
         m = tl.dot(m_old, M_matrix, input_precision="ieee")
         grad = load_tile(g_ptr, tile_start, grad_end, rows, IS_A, RANK, R, TILE)
         m = tl.dot(grad, grad_matrix, m, input_precision="ieee")
         tl.store(m_ptr + offs, m, mask=mask)
+
+        # x = shrink x - M x_matrix
         x = shrink * x - tl.dot(m, x_matrix, input_precision="ieee")
         tl.store(x_ptr + offs, x.to(DTYPE), mask=mask)
 
@@ -624,6 +643,8 @@ def update_kernel(
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     is_skipped = tl.load(scalar_ptr + factor * SCALARS + IS_SKIPPED)
     grad_end = tl.where(has_grad & (is_skipped == 0), end, start)
+
+    # compiled twice, as in gram_kernel
     if factor % 2 == 0:
         update_chunk(
             row_ptr, start, end, grad_end, rows, M_matrix, grad_matrix, x_matrix, shrink,
@@ -673,11 +694,12 @@ class KernelBatch:
         is_aligned = True  # whether all addresses and lengths are multiples of 16
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
-            pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
             rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # A (r, n), B (m, r)
             chunks = triton.cdiv(rows, CHUNK_ROWS[R])
-            sizes = [p.grad is not None, rows, num_programs, chunks]
-            table.append([*pointers, state["packed"].data_ptr(), *sizes])  # in the order of COLUMNS
+            pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
+            row = [*pointers, state["packed"].data_ptr()]  # X_PTR, GRAD_PTR, M_PTR, STATE_PTR
+            row += [p.grad is not None, rows, num_programs, chunks]  # HAS_GRAD to NUM_PROGRAMS
+            table.append(row)
             num_programs += chunks
             for value in (*pointers, rows):
                 is_aligned = is_aligned and value % 16 == 0
@@ -694,7 +716,7 @@ class KernelBatch:
             tables = [t.pin_memory() for t in tables]
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
-        # options of launches 1 and 4, and of launches 2 and 3
+        # constants and warps of launches 1 and 4, and of launches 2 and 3
         self.row_options = {"DTYPE": TL_DTYPES[parameters[0].dtype], "ALIGNED": is_aligned}
         self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
         self.row_options.update(num_warps=ROW_WARPS[R])
