@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in the format of Hugging Face's PEFT: adapter_config.json and weights."""
+"""LoRA adapters on disk, in the format of Hugging Face's PEFT: a JSON file and a weight file."""
 
 import os
 from pathlib import Path
@@ -14,27 +14,30 @@ from support.files import atomic_write, parse_json, read_user_file, write_json
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# Settings in adapter_config.json that may have any value, since they do not change the product B A
+# Settings in adapter_config.json that may have any value: they do not change the product B A
 ANY_VALUE = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision"),
-    *("base_model_name_or_path", "auto_mapping", "peft_version"),
-    *("megatron_core", "qalora_group_size"),  # without effect, unless another setting is on
-}
-# Settings that must have one of these values. Other initial values also change the frozen weights.
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision",
+    "base_model_name_or_path", "auto_mapping", "peft_version",
+    "megatron_core", "qalora_group_size",  # have no effect unless another setting is on
+}  # fmt: skip
+
+# Settings that must have one of these values. With another init_lora_weights, PEFT changes the
+# frozen weights, too.
 ALLOWED_VALUES = {
     "peft_type": ["LORA"],
     "bias": ["none"],
     "init_lora_weights": [True, False, "gaussian"],
 }
-# All other settings must be off
+
+# All other settings must be off, which means one of these values.
 OFF_VALUES = [None, False, {}, [], ""]
 
 
 def save(model, folder, prefix=""):
     """Write the adapters, but not the model, into a folder that holds no adapters yet.
 
-    prefix: PEFT's name of a layer is prefix + our name: "model." for a train.GPT.
+    prefix: added to our name of a layer to get PEFT's name. For a train.GPT, it is "model.".
     """
     layers = lora.adapters(model)
     if not layers:
@@ -47,9 +50,10 @@ def save(model, folder, prefix=""):
 
 @torch.no_grad()
 def load(model, folder, prefix=""):
-    """Put the adapters that `save` or PEFT wrote on the model, and return it; without dropout.
+    """Put the adapters that `save` or PEFT wrote into a folder on the model, and return it.
 
-    Raises ValueError if the folder holds no adapters of plain LoRA, or if they do not fit.
+    prefix: as for `save`. Dropout is not applied. Raises ValueError if the folder holds no adapters
+    of plain LoRA, or if they do not fit the model.
     """
     rank, alpha, tensors = read_adapters(folder)
     linears = {prefix + name: m for name, m in lora.linear_layers(model).items()}
@@ -69,7 +73,10 @@ def load(model, folder, prefix=""):
 
 
 def write_adapters(folder, tensors, scale):
-    """Write adapters {layer: (A (r, n), B (m, r))} of one rank, for y = W x + scale B A x."""
+    """Write the adapters of y = W x + scale B A x.
+
+    tensors: {PEFT's name of a layer: (A (r, n), B (m, r))}, all of one rank.
+    """
     for file_name in (CONFIG, WEIGHTS):
         path = Path(folder, file_name)
         if os.path.lexists(path):
@@ -97,7 +104,10 @@ def write_adapters(folder, tensors, scale):
 
 
 def read_adapters(folder):
-    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. ValueError if it is not plain LoRA."""
+    """Return rank, alpha and {PEFT's name of a layer: (A (r, n), B (m, r))}.
+
+    Raises ValueError if the files are damaged, or if they are not those of plain LoRA.
+    """
     rank, alpha = read_config(Path(folder, CONFIG))
     path = Path(folder, WEIGHTS)
     try:
@@ -105,23 +115,21 @@ def read_adapters(folder):
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged") from error
 
-    # group the tensors base_model.model.{layer}.lora_{A or B}.weight by layer
+    # group the tensors by layer: each is called base_model.model.{layer}.lora_{A or B}.weight
     found = {}  # {layer: {"A.weight": A, "B.weight": B}}
     for name, tensor in named.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
         is_known = factor in ("A.weight", "B.weight")
         if not is_known or name != f"base_model.model.{layer}.lora_{factor}":
             raise ValueError(f"{path} holds {name[:80]!r}, which is no tensor of plain LoRA")
-        if (
-            tensor.dim() != 2
-            or tensor.dtype not in lora.WEIGHT_DTYPES
-            or not tensor.isfinite().all()
-        ):
+        is_float_matrix = tensor.dim() == 2 and tensor.dtype in lora.WEIGHT_DTYPES
+        if not is_float_matrix or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name[:80]!r} is no matrix of finite floats")
         found.setdefault(layer, {})[factor] = tensor
     if not found:
         raise ValueError(f"{path} holds no adapters")
 
+    # each layer needs both factors, of the rank in the config
     tensors = {}
     for layer, factors in found.items():
         A = factors.get("A.weight")  # (r, n)
@@ -133,12 +141,13 @@ def read_adapters(folder):
 
 
 def read_config(path):
-    """Return rank and alpha from adapter_config.json. ValueError if it is not one of plain LoRA."""
+    """Return rank and alpha from adapter_config.json. Raises ValueError if it is not plain LoRA."""
     config = parse_json(read_user_file(path), path)
     if not isinstance(config, dict) or not {"peft_type", "r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{path} holds no LoRA settings: peft_type, r and lora_alpha")
     for key, value in config.items():
-        if key not in ANY_VALUE and value not in ALLOWED_VALUES.get(key, OFF_VALUES):
+        allowed = ALLOWED_VALUES.get(key, OFF_VALUES)
+        if key not in ANY_VALUE and value not in allowed:
             raise ValueError(
                 f"{path} sets {key[:80]!r} to {str(value)[:80]!r}: only plain LoRA is implemented"
             )
