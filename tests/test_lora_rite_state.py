@@ -1,4 +1,4 @@
-"""The state of LoRA-RITE: through a file, with hooks, and what is no such state."""
+"""The state of LoRA-RITE: saved and loaded, and what is refused."""
 
 import copy
 
@@ -19,12 +19,12 @@ def run_steps(optimizer, parameters, grads, steps):
         optimizer.step()
 
 
-def some_nets(dtype=torch.float32, count=2, **options):
-    """Return gradients of six steps, and `count` times the same parameters and an optimizer."""
+def two_nets(dtype=torch.float32, **options):
+    """Return gradients of six steps, and twice the same parameters with an optimizer."""
     pairs, _ = low_rank()
     grads = [[torch.randn(p.shape).to(dtype) for pair in pairs for p in pair] for _ in range(6)]
     nets = []
-    for _ in range(count):
+    for _ in range(2):
         parameters = [nn.Parameter(p.to(dtype).clone()) for pair in pairs for p in pair]
         group = {"params": parameters, "pair": True}
         nets.append((parameters, LoRARITE([group], 0.1, **options)))
@@ -34,7 +34,7 @@ def some_nets(dtype=torch.float32, count=2, **options):
 @pytest.mark.parametrize("options", [{}, {"escape": True, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_state_goes_through_a_file(dtype, options, tmp_path):
-    grads, [(whole, a), (parts, b)] = some_nets(dtype, **options)
+    grads, [(whole, a), (parts, b)] = two_nets(dtype, **options)
     run_steps(a, whole, grads, range(6))
     run_steps(b, parts, grads, range(3))
     torch.save(b.state_dict(), tmp_path / "state")
@@ -46,7 +46,7 @@ def test_the_state_goes_through_a_file(dtype, options, tmp_path):
 
 
 def test_a_loaded_state_is_a_copy():
-    grads, [(parameters, a), (others, b)] = some_nets()
+    grads, [(parameters, a), (others, b)] = two_nets()
     run_steps(a, parameters, grads, range(2))
     saved = a.state_dict()
     before = copy.deepcopy(saved)
@@ -65,7 +65,7 @@ BAD_STATES = {
 
 @pytest.mark.parametrize("case", BAD_STATES)
 def test_bad_states_are_refused(case):
-    grads, [(parameters, a), (others, b)] = some_nets()
+    grads, [(parameters, a), (others, b)] = two_nets()
     run_steps(a, parameters, grads, range(1))
     saved = a.state_dict()
     saved["state"][1] = BAD_STATES[case](saved["state"][1])
@@ -76,7 +76,7 @@ def test_bad_states_are_refused(case):
 
 
 def test_a_state_with_stride_0_becomes_real_memory():
-    grads, [(parameters, a), (others, b)] = some_nets()
+    grads, [(parameters, a), (others, b)] = two_nets()
     run_steps(a, parameters, grads, range(1))
     saved = a.state_dict()
     saved["state"][0]["M"] = torch.ones(1).expand(4, 24)
