@@ -490,7 +490,7 @@ class LoRARITE(torch.optim.Optimizer):
     def make_batches(self):
         """Return a list of (group, batch) that covers all pairs with gradients.
 
-        A KernelBatch takes all pairs of a group that have one rank, a TorchBatch those of one shape.
+        The pairs of a group that have one rank share a KernelBatch. PyTorch needs equal shapes.
         """
         batches = []
         for group in self.param_groups:
