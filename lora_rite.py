@@ -84,23 +84,19 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # unmagnified gradients h, and their norm over all pairs
-    factors = []  # factor, its h, U and R^-1 of the other factor of the pair, state
+    # unmagnified gradient h of each factor x, and the norm over all factors
+    factors = []
     norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
-        Ua, Ra = torch.linalg.qr(a)  # (n, r), (r, r)
-        Ub, Rb = torch.linalg.qr(b)  # (m, r), (r, r)
-        Ra_inv = torch.linalg.pinv(Ra)
-        Rb_inv = torch.linalg.pinv(Rb)
-        ha = ga @ Rb_inv  # (n, r)
-        hb = gb @ Ra_inv  # (m, r)
-        factors.append((a, ha, Ub, Rb_inv, state_a))
-        factors.append((b, hb, Ua, Ra_inv, state_b))
-        norm_squared = norm_squared + ha.square().sum()
-        norm_squared = norm_squared + hb.square().sum()
+        for x, grad, partner, state in ((a, ga, b, state_a), (b, gb, a, state_b)):
+            U, R = torch.linalg.qr(partner)  # U has the shape of the partner, R is (r, r)
+            R_inv = torch.linalg.pinv(R)
+            h = grad @ R_inv  # the shape of x
+            norm_squared = norm_squared + h.square().sum()
+            factors.append((x, h, U, R_inv, state))
 
     new_factors = []
-    for x, h, U, R_inv, state in factors:  # x is a or b
+    for x, h, U, R_inv, state in factors:
         if clip:
             h = h * min(1.0, clip / norm_squared.sqrt())
 
@@ -132,7 +128,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
 
 
 # --------------------------------------------------------------------------------------------------
-# The same step from Gram matrices, for N pairs of equal shape at once
+# The same step from Gram matrices such as x^T x (r, r), for N pairs of equal shape at once
 
 
 class FactorState(NamedTuple):

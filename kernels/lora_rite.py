@@ -29,8 +29,9 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# The keys are R, the rank as a power of two, at least 16. Matrices in memory are padded to R x R. On
-# sm_90, launches 1 and 4 spill no registers, 2 and 3 at most 12 bytes (72 at rank 64 with escape).
+# The keys are R, the rank as a power of two, at least 16. Matrices in memory are padded to R x R.
+# On sm_90, launches 1 and 4 spill no registers, 2 and 3 spill at most 12 bytes per thread (72 at
+# rank 64 with escape).
 TILE_ROWS = {16: 32, 32: 32, 64: 16}  # rows that a program of launch 1 or 4 loads at once
 CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}  # rows that it loads in all
 ROW_WARPS = {16: 2, 32: 8, 64: 8}  # warps in launches 1 and 4
