@@ -385,7 +385,7 @@ class LoRARITE(torch.optim.Optimizer):
     Raises ValueError if an option is out of range or a parameter has no partner.
     """
 
-    clips_gradients = False  # clipping raw gradients would depend on how Z is factored
+    clips_gradients = False  # the norm of raw gradients depends on how Z is factored
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, weight_decay=0.0,
