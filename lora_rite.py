@@ -244,7 +244,7 @@ class Factor:
         h_scale: a tensor () by which clipping multiplies the unmagnified gradients h.
         lr: a number or a tensor ().
         """
-        old = self.old
+        old = self.old  # FactorState
         dtype = self.x.dtype
         step = old.step + 1
         d1 = decay(betas[0], step)  # (N, 1, 1)

@@ -1,7 +1,9 @@
 """LoRA-RITE's step for all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-The symbols are those of lora_rite.py. A factor is A or B; its partner is the other one of the pair.
-x (rows, r) is a factor as a tall matrix: A transposed, or B.
+A factor is A or B; its partner is the other one of the pair. x (rows, r) is a factor as a tall
+matrix: A transposed, or B. As in lora_rite.py, a factor has a matrix R with R^T R = x^T x, and an
+unmagnified gradient h = grad R^-1 with the partner's R. V is the second moment of h, M the first
+moment of the preconditioned h, and P moves both into the basis of this step.
 
 1. gram_kernel: x^T x, x^T M and grad^T grad in float64. One program per chunk of rows.
 2. root_kernel: the partner's R^-1, then h^T h, P and P V P^T. One program per factor.
@@ -9,8 +11,8 @@ x (rows, r) is a factor as a tall matrix: A transposed, or B.
 3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
 4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
-Factors 2i (an A) and 2i + 1 (its B) are partners. A launch serves factors of all lengths, by a
-table of their addresses and sizes. Nothing is atomic, so results repeat bit for bit. The host never
+Factors 2i (an A) and 2i + 1 (its B) are partners. A table of addresses and sizes lets one launch
+serve factors of all lengths. There are no atomics, so results repeat bit for bit. The host never
 waits for the GPU.
 
 Memory traffic per fp32 parameter: 32 bytes (AdamW 28), which would take 0.04 ms for 72 pairs of
@@ -422,7 +424,7 @@ def root_kernel(
     work_ptr, scalar_ptr,  # outputs (factors, WORK, R, R), (factors, SCALARS)
     size, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Compute the partner's R^-1, then h^T h, P and P V P^T of a factor.
+    """Compute the R^-1 of a factor's partner, then the factor's h^T h, P and P V P^T.
 
     Matrices are stored and loaded again each time they are needed, because registers are scarce. A
     barrier waits for the stores of all threads.
@@ -524,9 +526,9 @@ def moment_kernel(
     size, ESCAPE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Update the state of a factor, and compute the matrices of launch 4.
+    """Update V, R^-1 and the scalars in the state of a factor, and prepare launch 4.
 
-    These are the r x r computations of lora_rite.Factor.update.
+    These are the r x r computations of lora_rite.Factor.update. h is the unmagnified gradient.
     """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
@@ -568,7 +570,7 @@ def moment_kernel(
     scales = 1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps)
     preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, size, R)
 
-    # -- learning rate, 0 for a factor without a valid gradient --
+    # -- learning rate; 0 if the gradient is missing or not finite --
     rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
     is_skipped = tl.load(scalar_ptr + factor * SCALARS + IS_SKIPPED)
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
