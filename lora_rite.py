@@ -62,6 +62,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_PLANS = 16  # cached sets of batches; gradients are usually allocated at a few addresses
 
 # --------------------------------------------------------------------------------------------------
@@ -354,16 +355,30 @@ def new_state(p, rank):
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
+def is_valid_state(saved, rank, expected):
+    """Return whether a saved state has the names, shapes and ranges of the `expected` one."""
+    if not isinstance(saved, dict) or saved.keys() != expected.keys():
+        return False
+    for name, t in saved.items():
+        if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta:
+            return False
+        if t.shape != expected[name].shape or t.dtype not in FLOATS or not t.isfinite().all():
+            return False
+    numbers = unpack(saved["packed"], rank)
+    is_negative = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) < 0
+    return not is_negative and numbers.shrink != 0
+
+
+@torch.no_grad()
 def copy_state(p, rank, saved):
     """Return a copy of the saved state of p, in the dtypes and on the device of a new one."""
     state = new_state(p, rank)
+    if not is_valid_state(saved, rank, state):
+        raise ValueError(
+            f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
+        )
     for name, tensor in state.items():
-        value = saved.get(name)
-        if not torch.is_tensor(value) or value.shape != tensor.shape:
-            raise ValueError(
-                f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
-            )
-        tensor.copy_(value)
+        tensor.copy_(saved[name])
     return state
 
 
@@ -441,18 +456,29 @@ class LoRARITE(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict):
-        """Load a copy of a state. Raises ValueError if it does not fit the parameters."""
-        states = {}
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
-            for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
-                rank = p.shape[0] if i % 2 == 0 else p.shape[1]  # A (r, n), B (m, r), A, B, ...
-                saved = state_dict["state"].get(index)
-                if saved:
-                    states[p] = copy_state(p, rank, saved)
+        """Load a copy of a state as torch.optim.Adam does, hooks included, with its own dtypes.
 
-        # PyTorch loads all else, but casts states to the dtype of the parameters: replace these
-        super().load_state_dict(state_dict)
-        self.state.update(states)
+        PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
+        """
+        states = {}  # parameter: state
+
+        def copy_states(_, saved):
+            for group, saved_group in zip(self.param_groups, saved["param_groups"]):
+                # A (r, n), B (m, r), A, B, ...; PyTorch has checked that there are as many
+                for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
+                    rank = p.shape[0] if i % 2 == 0 else p.shape[1]
+                    if saved["state"].get(index):
+                        states[p] = copy_state(p, rank, saved["state"][index])
+
+        def install_states(_):
+            self.state.update(states)
+            self.plans = {}  # they hold the tensors of the state before
+
+        # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
+        pre_hook = self.register_load_state_dict_pre_hook(copy_states)
+        post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
+        with pre_hook, post_hook:  # removes both at the end
+            super().load_state_dict(state_dict)
 
     # -- batches: which pairs are stepped together ------------------------------------------------
 
