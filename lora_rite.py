@@ -4,15 +4,15 @@ factored.
 Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
 2410.20625.
 
-LoRA (support/lora.py) freezes a weight W and trains a low-rank update Z = B A,
-with A (r, n) and B (m, r). For every invertible (r, r) matrix C, the factors
-B C and C^-1 A have the same product, yet Adam and LoRA+ change Z differently
-for each C. LoRA-RITE makes the same change for all.
+LoRA freezes a weight W and trains a low-rank update Z = B A, with A (r, n) and
+B (m, r). Many pairs of factors have the same product: B C and C^-1 A, for every
+invertible matrix C (r, r). Adam and LoRA+ change Z differently for each of
+these pairs. LoRA-RITE changes it in the same way for all of them.
 
-Let a = A^T and b = B, with gradients ga and gb, and take their QR
+Let a = A^T (n, r) and b = B (m, r), with gradients ga and gb. Take the QR
 decompositions a = Ua Ra and b = Ub Rb. The gradient of each factor is expressed
-in the orthonormal basis U of the other factor. There, C leaves at most a
-rotation. Step t = 1, 2, ... of a (for b, exchange the letters):
+in the orthonormal basis U of the other factor, where C has no effect except for
+a rotation. This is step t = 1, 2, ... of a; for b, exchange the letters:
 
     h = ga Rb^-1             the "unmagnified" gradient, dL/dZ^T Ub, (n, r)
     P = Ub^T Ub,old          moves V and M into the new basis, (r, r)
@@ -22,27 +22,28 @@ rotation. Step t = 1, 2, ... of a (for b, exchange the letters):
 
     d1, d2 = beta (1 - beta^(t-1)) / (1 - beta^t) for beta1 and beta2
 
-h is first scaled by min(1, clip / |h|), where |h| is the norm over both factors
-of all pairs. Clipping the raw gradients instead would break the invariance. rho
-(the "escaped mass", off by default as in the released recipe) adds back what V
-loses when it moves between bases.
+Clipping first scales h by min(1, clip / |h|), where |h| is the norm over both
+factors of all pairs. Clipping the raw gradients would break the invariance. rho
+is the "escaped mass": what V loses when it moves between bases. It is off by
+default, as in the released recipe.
 
 Where we depart from the paper:
-- No QR decomposition, and U is not stored: every (r, r) matrix above follows
-  from Gram matrices (such as b^T b) in float64. Rb may be any matrix with
-  Rb^T Rb = b^T b: the Cholesky factor or, if b is zero or rank-deficient, the
-  symmetric root. P needs the old b, which is b with the last step undone.
-- The released code skips steps with a large h, which stops training if the loss
-  is multiplied by 1e3. We do not skip them.
+- We compute no QR decomposition and store no U. Every (r, r) matrix above
+  follows from Gram matrices such as b^T b, in float64. Any Rb will do if
+  Rb^T Rb = b^T b: we take the Cholesky factor or, if b is zero or
+  rank-deficient, the symmetric root. P also needs the old b; we recompute it by
+  undoing the last step.
+- The released code skips steps with a large h. This stops training if the loss
+  is multiplied by 1e3, so we do not skip them.
 - The released code takes roots of slightly negative eigenvalues. We clamp them
   to 0.
 
 Start with B = 0 or with factors of ordinary size. The step of A, lr M Rb^-T, is
-inversely proportional to the size of B, so with a tiny B the first steps of Z
-are huge: about lr^2 / |B|. clip limits gradients, not steps.
+inversely proportional to the size of B. With a tiny B, the first steps of Z are
+huge, about lr^2 / |B|, since clip limits gradients and not steps.
 
-On a GPU, kernels/lora_rite.py steps all pairs in four launches; elsewhere,
-PyTorch does. To use the optimizer in another project, copy these two files.
+On a GPU, kernels/lora_rite.py steps all pairs in four launches. Elsewhere, this
+file does, in PyTorch. To use LoRA-RITE in another project, copy both files.
 
     python lora_rite.py             the drift between factorizations
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
@@ -62,7 +63,7 @@ except ModuleNotFoundError as missing:
     kernel = None
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_PLANS = 16  # cached; the allocator tends to put gradients at one of a few addresses
+MAX_PLANS = 16  # cached sets of batches; gradients are usually allocated at a few addresses
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it
@@ -74,64 +75,70 @@ def decay(beta, t):
 
 
 def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, escape=False):
-    """Take step t = 1, 2, ... by QR decompositions. Slow; for tests, in float64.
+    """Take step t = 1, 2, ... with QR decompositions. Slow; for tests, in float64.
 
-    pairs: a list of (a (n, r), b (m, r), ga, gb); ga and gb are the gradients.
+    pairs: a list of (a, b, ga, gb), where a (n, r) is A^T, b (m, r) is B, and ga and gb are their
+        gradients.
     states: for each pair two dicts, empty before the first step and updated in place.
     Returns a list of the new (a, b).
     """
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # h (n or m, r), the unmagnified gradient, and its norm over all factors
+    # unmagnified gradient h of each factor x, and the norm over all factors
     factors = []
     norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
-        Ua, Ra = torch.linalg.qr(a)  # (n, r), (r, r)
-        Ub, Rb = torch.linalg.qr(b)
-        Ra_inv = torch.linalg.pinv(Ra)  # (r, r)
-        Rb_inv = torch.linalg.pinv(Rb)
-        ha = ga @ Rb_inv
-        hb = gb @ Ra_inv
-        factors.append((a, ha, Ub, Rb_inv, state_a))
-        factors.append((b, hb, Ua, Ra_inv, state_b))
-        norm_squared = norm_squared + ha.square().sum()
-        norm_squared = norm_squared + hb.square().sum()
+        for x, grad, partner, state in ((a, ga, b, state_a), (b, gb, a, state_b)):
+            U, R = torch.linalg.qr(partner)  # U has the shape of the partner, R is (r, r)
+            R_inv = torch.linalg.pinv(R)
+            h = grad @ R_inv  # the shape of x
+            norm_squared = norm_squared + h.square().sum()
+            factors.append((x, h, U, R_inv, state))
 
     new_factors = []
-    for x, h, U, R_inv, state in factors:  # x: a or b; U and R_inv: of the other factor
+    for x, h, U, R_inv, state in factors:
         if clip:
             h = h * min(1.0, clip / norm_squared.sqrt())
 
         # move the second moment V into the new basis; rho collects what it loses
-        P = U.T @ state.get("U", U)  # (r, r)
+        P = U.T @ state.get("U", U)  # (r, r); the identity at t = 1
         V_old = state.get("V", torch.zeros_like(P))
         V = P @ V_old @ P.T
         rho = state.get("rho", 0.0)
         if escape:
-            most_lost = (torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)).max()
+            eigenvalues_lost = torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)
             trace_lost = V_old.trace() - V.trace()
-            rho = d2 * (rho + torch.minimum(most_lost, trace_lost).clamp(min=0))
+            lost = torch.minimum(eigenvalues_lost.max(), trace_lost)
+            rho = d2 * (rho + lost.clamp(min=0))
 
-        # second moment V, preconditioner ((V + rho)^1/2 + eps)^-1, first moment M
+        # second moment V
         V = d2 * V + (1 - d2) * h.T @ h / len(h)
+
+        # preconditioner ((V + rho)^1/2 + eps)^-1
         w, Q = torch.linalg.eigh(V)  # V = Q diag(w) Q^T
-        preconditioner = Q @ torch.diag(1 / ((w.clamp(min=0) + rho).sqrt() + eps)) @ Q.T
+        root = (w.clamp(min=0) + rho).sqrt()
+        preconditioner = Q @ torch.diag(1 / (root + eps)) @ Q.T
+
+        # first moment M and the step
         M_old = state.get("M", torch.zeros_like(h))
         M = d1 * M_old @ P.T + (1 - d1) * h @ preconditioner
-        state.update(U=U, V=V, M=M, rho=rho)
         new_factors.append(x - lr * (M @ R_inv.T + weight_decay * x))
+        state.update(U=U, V=V, M=M, rho=rho)
     return list(zip(new_factors[0::2], new_factors[1::2]))
 
 
 # --------------------------------------------------------------------------------------------------
-# The same step from Gram matrices, for N pairs of equal shape at once
+# The same step from Gram matrices such as x^T x (r, r), for N pairs of equal shape at once
 
 
 class FactorState(NamedTuple):
-    """The state of N factors after a step, in float64, without the first moments M."""
+    """What N factors keep from step to step, in float64, besides the first moments M.
 
-    V: torch.Tensor  # (N, r, r) second moment, in the basis of the partner
+    x (rows, r) is one of the factors as a tall matrix: A^T or B.
+    """
+
+    V: torch.Tensor  # (N, r, r) second moment of the unmagnified gradient
     R_inv: torch.Tensor  # (N, r, r) R^-1, where R^T R = x^T x before the last step
     rho: torch.Tensor  # (N, 1, 1) escaped mass
     step: torch.Tensor  # (N, 1, 1) number of steps so far
@@ -141,10 +148,10 @@ class FactorState(NamedTuple):
 
 
 def unpack(packed, rank):
-    """Return a FactorState of views into packed (N, 2 r^2 + 5): V, R_inv, then the 5 numbers."""
-    V, R_inv = packed[..., :-5].unflatten(-1, (2, rank, rank)).unbind(-3)  # (N, r, r)
-    numbers = packed[..., -5:, None, None].unbind(-3)  # 5 of (N, 1, 1)
-    return FactorState(V, R_inv, *numbers)
+    """Return a FactorState of views into packed (N, 2 r^2 + 5), which holds the fields in order."""
+    matrices = packed[..., :-5].unflatten(-1, (2, rank, rank))  # (N, 2, r, r): V and R_inv
+    numbers = packed[..., -5:, None, None]  # (N, 5, 1, 1)
+    return FactorState(*matrices.unbind(-3), *numbers.unbind(-3))
 
 
 def pack(state):
@@ -155,22 +162,23 @@ def pack(state):
 def inverse_root(K):
     """Return R^-1 (N, r, r), where R^T R = K, for Gram matrices K (N, r, r).
 
-    R is the Cholesky factor. Where K is close to singular, R^-1 is Q w^-1/2 Q^T instead, from the
-    eigenvalues w and eigenvectors Q of K. Eigenvalues below 1e-12 of the largest are left out.
+    R is the Cholesky factor. Where K is close to singular, R^-1 is the symmetric root Q w^-1/2 Q^T
+    instead, without the eigenvalues w below 1e-12 of the largest.
     """
-    # by Cholesky decomposition, where the pivots show that it is accurate
+    # Cholesky decomposition. It is accurate unless a pivot is much smaller than another one.
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
     pivots = R.diagonal(dim1=-2, dim2=-1)  # (N, r)
-    is_accurate = (info == 0) & (pivots.amin(-1) > 1e-7 * pivots.amax(-1))
-    is_accurate = is_accurate[:, None, None]
+    is_well_conditioned = pivots.amin(-1) > 1e-7 * pivots.amax(-1)
+    is_accurate = ((info == 0) & is_well_conditioned)[:, None, None]  # (N, 1, 1)
     R = torch.where(is_accurate, R, eye)
     by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)
 
-    # by eigenvalues, in ascending order
+    # eigendecomposition, with eigenvalues w in ascending order
     w, Q = torch.linalg.eigh(K)  # (N, r), (N, r, r)
-    is_nonzero = w > 1e-12 * w[..., -1:]
-    w_inv_root = torch.where(is_nonzero, torch.where(is_nonzero, w, 1).rsqrt(), 0)
+    is_kept = w > 1e-12 * w[..., -1:]
+    w = torch.where(is_kept, w, 1)
+    w_inv_root = torch.where(is_kept, w.rsqrt(), 0)
     by_eigenvalues = Q * w_inv_root[..., None, :] @ Q.mT
     return torch.where(is_accurate, by_cholesky, by_eigenvalues)
 
@@ -181,16 +189,16 @@ def trace(matrices):
 
 
 class Factor:
-    """One factor, A or B, of N pairs of equal shape. Its partner is the other factor of the pairs.
+    """The factors A, or the factors B, of N pairs of equal shape.
 
-    x (N, rows, r) stands for either factor: A^T with n rows, or B with m rows.
+    x (N, rows, r) are these factors as tall matrices: A^T with n rows, or B with m rows. The
+    partner of A is B, and the partner of B is A.
     """
 
     def __init__(self, parameters, states, is_A):
         self.parameters = parameters  # N of A (r, n), or N of B (m, r)
-        self.states = states  # {"M", "packed"} of each
+        self.states = states  # {"M", "packed"} of each parameter
         self.is_A = is_A
-        rank = parameters[0].shape[0 if is_A else 1]
 
         # stack parameters, first moments and gradients; a missing gradient counts as 0
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -199,8 +207,10 @@ class Factor:
         self.grad = self.stack(grads)
         has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
         self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
+
+        # the FactorState after the last step
         packed = torch.stack([state["packed"] for state in states])
-        self.old = unpack(packed, rank)  # FactorState after the last step
+        self.old = unpack(packed, rank=self.x.shape[2])
 
         # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
         x = self.x.double()
@@ -217,11 +227,12 @@ class Factor:
         return torch.stack(tall).to(self.states[0]["M"].dtype)
 
     def unmagnify(self, partner):
-        """Set hh (N, r, r) to h^T h, where h = grad R^-1 with R of the partner. Return |h|^2, ().
+        """Return |h|^2 (), summed over the N factors. h = grad R^-1, where R is the partner's.
 
-        h^T h is 0 and is_finite is False where the gradient or its square is not finite.
+        Sets hh (N, r, r) to h^T h, and is_finite (N, 1, 1). Where a gradient or its square is not
+        finite, h counts as 0.
         """
-        is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)  # (N, 1, 1)
+        is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)
         gg = torch.where(is_finite, self.gg, 0)
         hh = partner.R_inv.mT @ gg @ partner.R_inv
         self.is_finite = is_finite & trace(hh).isfinite()
@@ -229,41 +240,46 @@ class Factor:
         return trace(self.hh).sum()
 
     def update(self, partner, h_scale, lr, betas, eps, weight_decay, escape):
-        """Update the parameters and their states; h_scale (): the factor by which h is clipped."""
-        old = self.old
+        """Update the parameters and their states.
+
+        h_scale: a tensor () by which clipping multiplies the unmagnified gradients h.
+        lr: a number or a tensor ().
+        """
+        old = self.old  # FactorState
         dtype = self.x.dtype
         step = old.step + 1
         d1 = decay(betas[0], step)  # (N, 1, 1)
         d2 = decay(betas[1], step)
 
-        # P = U^T U_old = R^-T (x^T x_old) R_old^-1, (N, r, r), where U, R and x are the partner's.
-        # The partner's last step was x = shrink x_old - lr M old.R_inv^T. Solved for x_old, it
-        # gives x^T x_old = (x^T x + lr (x^T M) old.R_inv^T) / shrink.
+        # Projection P = U^T U_old = R^-T (x^T x_old) R_old^-1, with x, U and R of the partner.
+        # x_old follows from the partner's last step, x = shrink x_old - lr M old.R_inv^T, so
+        # x^T x_old = (x^T x + lr x^T M old.R_inv^T) / shrink.
         xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # times shrink
-        P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink
+        P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink  # (N, r, r)
 
-        # second moment V, and the escaped mass rho: what V loses when it moves between bases
+        # move the second moment V into the new basis; rho collects what it loses
         V = P @ old.V @ P.mT  # (N, r, r)
         rho = old.rho
         if escape:
-            lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r), ascending
-            lost = torch.minimum(lost.amax(-1), lost.sum(-1)).clamp(min=0)
-            rho = d2 * (rho + lost[:, None, None])
+            eigenvalues_lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r)
+            trace_lost = eigenvalues_lost.sum(-1)
+            lost = torch.minimum(eigenvalues_lost.amax(-1), trace_lost)
+            rho = d2 * (rho + lost.clamp(min=0)[:, None, None])
         V = d2 * V + (1 - d2) * h_scale**2 * self.hh / self.x.shape[1]
 
-        # preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues w of V
+        # preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T
         w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (N, r), (N, r, r)
-        scales = 1 / ((w[:, None, :].clamp(min=0) + rho).sqrt() + eps)  # (N, 1, r)
-        preconditioner = Q * scales @ Q.mT
+        root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
+        preconditioner = Q * (1 / (root + eps)) @ Q.mT
 
-        # first moment M = M_old M_matrix + grad grad_matrix
+        # first moment: M = d1 M P^T + (1 - d1) h preconditioner, with h = h_scale grad R^-1
         M_matrix = d1 * P.mT  # (N, r, r)
-        grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner
+        grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner  # (N, r, r)
         grad = torch.where(self.is_finite, self.grad, 0)
         M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
 
-        # parameters: a factor without a finite gradient is not updated
-        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)  # a number or a tensor ()
+        # parameters: x = shrink x - lr M R^-T; without a finite gradient, x does not move
+        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
         lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
         shrink = 1 - lr * weight_decay
         x = shrink.to(dtype) * self.x - M @ (lr * partner.R_inv.mT).to(dtype)
@@ -280,10 +296,12 @@ class Factor:
 
 
 class TorchBatch:
-    """Pairs of equal shape, dtype and device, stepped in PyTorch. On a GPU: kernel.KernelBatch.
+    """The step of some pairs of equal shape, dtype and device in PyTorch; see kernel.KernelBatch.
 
-    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each. Call `measure`
-    on all batches and then `finish`, since clipping needs the norm over all pairs.
+    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each.
+
+    Clipping needs the norm over the pairs of all batches, so a step has two halves: `measure` on
+    every batch, then `finish` on every batch.
     """
 
     def __init__(self, parameters, states):
@@ -298,12 +316,12 @@ class TorchBatch:
         return A.unmagnify(B) + B.unmagnify(A)
 
     def finish(self, total, clip, **options):
-        """Update the parameters; total: |h|^2 over all pairs; clip: the largest |h|, 0 for none."""
+        """Update the parameters. total: |h|^2 over all pairs; clip: the largest |h|, or 0."""
         norm = total.to(self.parameters[0].device).sqrt()
         clip = clip or math.inf
         h_scale = torch.where(norm > clip, clip / norm, 1.0)  # ()
         A, B = self.factors
-        A.update(B, h_scale, **options)  # changes no attribute that B's update reads
+        A.update(B, h_scale, **options)  # leaves alone what B's update reads from A
         B.update(A, h_scale, **options)
         self.factors = None
 
@@ -330,25 +348,38 @@ def check_options(group):
 
 
 def new_state(p, rank):
-    """Return the state of p before its first step."""
+    """Return the state of p before its first step: M, and a FactorState as the tensor "packed"."""
     dtype = torch.promote_types(p.dtype, torch.float32)
     packed = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
     unpack(packed, rank).shrink.fill_(1)
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
-def is_valid_state(loaded, rank, expected):
-    """Return whether a loaded state has the names, shapes and ranges of the `expected` one."""
-    if not isinstance(loaded, dict) or loaded.keys() != expected.keys():
+def is_valid_state(saved, rank, expected):
+    """Return whether a saved state has the names, shapes and ranges of the `expected` one."""
+    if not isinstance(saved, dict) or saved.keys() != expected.keys():
         return False
-    for name, t in loaded.items():
+    for name, t in saved.items():
         if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta:
             return False
         if t.shape != expected[name].shape or t.dtype not in FLOATS or not t.isfinite().all():
             return False
-    numbers = unpack(loaded["packed"], rank)
+    numbers = unpack(saved["packed"], rank)
     is_negative = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) < 0
     return not is_negative and numbers.shrink != 0
+
+
+@torch.no_grad()
+def copy_state(p, rank, saved):
+    """Return a copy of the saved state of p, in the dtypes and on the device of a new one."""
+    state = new_state(p, rank)
+    if not is_valid_state(saved, rank, state):
+        raise ValueError(
+            f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
+        )
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
+    return state
 
 
 class LoRARITE(torch.optim.Optimizer):
@@ -360,14 +391,16 @@ class LoRARITE(torch.optim.Optimizer):
     escape        add what the second moment loses between bases to all its eigenvalues
     use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
-    State: M, shaped like the parameter, in float32 or float64; "packed", a FactorState in float64.
-    The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64. A factor
-    is not updated if its gradient is missing, or if the gradient or its square is not finite;
-    state["packed"] counts the latter as skipped. Raises ValueError if an option is out of range or
-    a parameter has no partner.
+    The state of a parameter is "M" in float32 or float64, and "packed", a FactorState in float64.
+    The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64.
+
+    A factor is not updated if its gradient is missing, or if the gradient or its square is not
+    finite. The FactorState counts the latter as skipped.
+
+    Raises ValueError if an option is out of range or a parameter has no partner.
     """
 
-    clips_gradients = False  # clipping raw gradients would depend on how Z is factored
+    clips_gradients = False  # the norm of raw gradients depends on how Z is factored
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, weight_decay=0.0,
@@ -382,13 +415,9 @@ class LoRARITE(torch.optim.Optimizer):
         defaults.update(weight_decay=weight_decay, escape=escape, pair=False)
         super().__init__(params, defaults)
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "use_kernel": self.use_kernel}
-
-    def __setstate__(self, state):  # called on a copy, and after loading
-        super().__setstate__(state)
-        self.plans = {}
-        self.captured_plans = getattr(self, "captured_plans", [])
+    def __getstate__(self):  # what a copy starts with, since it skips __init__
+        own = {"use_kernel": self.use_kernel, "plans": {}, "captured_plans": []}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -405,85 +434,6 @@ class LoRARITE(torch.optim.Optimizer):
                 shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
                 raise ValueError(f"{shapes} are no pair A (r, n), B (m, r)")
 
-    # -- batches: which pairs are stepped together ------------------------------------------------
-
-    def init_state(self, p, rank):
-        """Create the state of p if needed, and move it to the device of p and the right dtype."""
-        state = self.state[p]
-        if not state:
-            state.update(new_state(p, rank))
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        state["M"] = state["M"].to(p.device, dtype).contiguous()
-        state["packed"] = state["packed"].to(p.device, torch.float64).contiguous()
-
-    def make_batches(self):
-        """Return a list of (group, batch) that covers all pairs with gradients.
-
-        A KernelBatch holds all pairs of one rank, a TorchBatch all pairs of one shape.
-        """
-        batch_parameters = {}  # {what the pairs of a batch have in common: [A, B, A, B, ...]}
-        for n, group in enumerate(self.param_groups):
-            for A, B in pairs_of(group):
-                if A.grad is None and B.grad is None:
-                    continue
-                if kernel is None and A.is_cuda:
-                    warnings.warn("LoRA-RITE runs in PyTorch, which is slower: pip install triton")
-                wants_kernel = A.is_cuda if self.use_kernel is None else self.use_kernel
-                is_fused = wants_kernel and kernel is not None and kernel.takes(A, B)
-                rank = len(A)
-                self.init_state(A, rank)
-                self.init_state(B, rank)
-                key = (is_fused, n, A.device, A.dtype, rank)
-                if not is_fused:
-                    key += (A.shape, B.shape, B.dtype)
-                batch_parameters.setdefault(key, []).extend([A, B])
-
-        batches = []
-        for (is_fused, n, *_), parameters in batch_parameters.items():
-            Batch = kernel.KernelBatch if is_fused else TorchBatch
-            states = [self.state[p] for p in parameters]
-            batches.append((self.param_groups[n], Batch(parameters, states)))
-        return batches
-
-    def addresses(self):
-        """Return the addresses and layouts of all tensors of a step: the key of its batches."""
-        key = [self.use_kernel]
-        for group in self.param_groups:
-            for p in group["params"]:
-                key += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
-                if p.grad is not None:
-                    key += (p.grad.data_ptr(), p.grad.dtype, p.grad.is_contiguous())
-                for t in self.state.get(p, {}).values():
-                    key.append(t.data_ptr())
-        return tuple(key)
-
-    def find_batches(self):
-        """Return the batches of this step, from the cache if the addresses are known."""
-        batches = self.plans.get(self.addresses())
-        is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if batches is None and is_capturing:
-            raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
-        if batches is None:
-            batches = self.make_batches()
-            self.plans[self.addresses()] = batches  # addresses now include those of new states
-        if is_capturing:
-            self.captured_plans.append(batches)
-        if len(self.plans) > MAX_PLANS:
-            del self.plans[next(iter(self.plans))]  # the oldest
-        return batches
-
-    # -- a step -----------------------------------------------------------------------------------
-
-    @property
-    def capturable(self):
-        """Whether a CUDA graph can capture step(): only the kernels never wait for the GPU."""
-        pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
-        return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
-
-    def prepare(self):
-        """Build the batches of the next step before a capture, which cannot upload their tables."""
-        self.find_batches()
-
     @torch.no_grad()
     def step(self, closure=None):
         loss = None
@@ -499,46 +449,117 @@ class LoRARITE(torch.optim.Optimizer):
         total = sum(t.to(norms_squared[0].device) for t in norms_squared)
 
         # moments and parameters
+        names = ("lr", "betas", "eps", "clip", "weight_decay", "escape")
         for group, batch in batches:
-            names = ("lr", "betas", "eps", "clip", "weight_decay", "escape")
-            batch.finish(total, **{name: group[name] for name in names})
+            options = {name: group[name] for name in names}
+            batch.finish(total, **options)
         return loss
 
     def load_state_dict(self, state_dict):
-        """Load a state as torch.optim.Adam does, hooks included, but keep "packed" in float64.
+        """Load a copy of a state as torch.optim.Adam does, hooks included, with its own dtypes.
 
         PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
         """
-        states = {}  # {parameter: state}
+        states = {}  # parameter: state
 
-        def copy_states(_, loaded):
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
-            parameters = [(p, len(A)) for A, B in pairs for p in (A, B)]
-            for i, (p, rank) in zip(ids, parameters):  # PyTorch has checked that there are as many
-                loaded_state = loaded["state"].get(i)
-                if not loaded_state:
-                    continue
-                states[p] = new_state(p, rank)
-                if not is_valid_state(loaded_state, rank, states[p]):
-                    raise ValueError(
-                        f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE "
-                        f"at rank {rank}"
-                    )
-                for name, t in states[p].items():
-                    t.copy_(loaded_state[name])
+        def copy_states(_, saved):
+            for group, saved_group in zip(self.param_groups, saved["param_groups"]):
+                # A (r, n), B (m, r), A, B, ...; PyTorch has checked that there are as many
+                for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
+                    rank = p.shape[0] if i % 2 == 0 else p.shape[1]
+                    if saved["state"].get(index):
+                        states[p] = copy_state(p, rank, saved["state"][index])
 
         def install_states(_):
             self.state.update(states)
+            self.plans = {}  # they hold the tensors of the state before
 
-        # copy after the user's pre-hooks, and replace what PyTorch has cast before the post-hooks
+        # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
         pre_hook = self.register_load_state_dict_pre_hook(copy_states)
         post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
-        try:
+        with pre_hook, post_hook:  # removes both at the end
             super().load_state_dict(state_dict)
-        finally:
-            pre_hook.remove()
-            post_hook.remove()
+
+    # -- batches: which pairs are stepped together ------------------------------------------------
+
+    def find_batches(self):
+        """Return the batches of this step, from the cache unless a tensor has moved."""
+        is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        batches = self.plans.get(self.addresses())
+        if batches is None and is_capturing:
+            raise RuntimeError("a tensor has moved since prepare(), so the step cannot be captured")
+        if batches is None:
+            batches = self.make_batches()
+            self.plans[self.addresses()] = batches  # make_batches may have allocated states
+            if len(self.plans) > MAX_PLANS:
+                del self.plans[next(iter(self.plans))]  # the oldest
+        if is_capturing:
+            self.captured_plans.append(batches)
+        return batches
+
+    def addresses(self):
+        """Return the addresses and layouts of all tensors of a step."""
+        key = [self.use_kernel]
+        for group in self.param_groups:
+            for p in group["params"]:
+                key += (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
+                if p.grad is not None:
+                    key += (p.grad.data_ptr(), p.grad.dtype, p.grad.is_contiguous())
+                for t in self.state.get(p, {}).values():
+                    key.append(t.data_ptr())
+        return tuple(key)
+
+    def make_batches(self):
+        """Return a list of (group, batch) that covers all pairs with gradients.
+
+        The pairs of a group that have one rank share a KernelBatch. PyTorch needs equal shapes.
+        """
+        batches = []
+        for group in self.param_groups:
+            batch_parameters = {}  # {what a batch has in common: [A, B, A, B, ...]}
+            for A, B in pairs_of(group):
+                if A.grad is None and B.grad is None:
+                    continue
+                Batch = kernel.KernelBatch if self.uses_kernel(A, B) else TorchBatch
+                key = (Batch, A.device, A.dtype, len(A))
+                if Batch is TorchBatch:
+                    key += (A.shape, B.shape, B.dtype)
+                batch_parameters.setdefault(key, []).extend([A, B])
+                self.init_state(A, len(A))
+                self.init_state(B, len(A))
+
+            for (Batch, *_), parameters in batch_parameters.items():
+                states = [self.state[p] for p in parameters]
+                batches.append((group, Batch(parameters, states)))
+        return batches
+
+    def uses_kernel(self, A, B):
+        """Return whether a pair is stepped by the kernels; else PyTorch does it."""
+        if kernel is None and A.is_cuda:
+            warnings.warn("LoRA-RITE runs in PyTorch, which is slower: pip install triton")
+        wants_kernel = A.is_cuda if self.use_kernel is None else self.use_kernel
+        return wants_kernel and kernel is not None and kernel.takes(A, B)
+
+    def init_state(self, p, rank):
+        """Create the state of p if needed, and move it to the device of p and the right dtype."""
+        state = self.state[p]
+        if not state:
+            state.update(new_state(p, rank))
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        state["M"] = state["M"].to(p.device, dtype).contiguous()
+        state["packed"] = state["packed"].to(p.device, torch.float64).contiguous()
+
+    # -- for train.py, which captures steps as CUDA graphs ----------------------------------------
+
+    @property
+    def capturable(self):
+        """Whether a CUDA graph can capture step(): only the kernels never wait for the GPU."""
+        pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
+        return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
+
+    def prepare(self):
+        """Build the batches of the next step before a capture, which cannot upload their tables."""
+        self.find_batches()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -555,11 +576,12 @@ def adapt(
 ):
     """Put LoRA adapters on linear layers, freeze all else, and return the parameter groups.
 
-    targets: patterns for the ends of the layers' names, joined by "+", where * matches anything and
-        [01] one of these characters. "q_proj+layers.0.mlp.*": all q_proj, and the MLP of layer 0.
+    targets: ends of the names of layers, joined by "+". They may be patterns, where * matches
+        anything and [01] a 0 or 1: "q_proj+layers.0.mlp.*" are all q_proj, and the MLP of layer 0.
     alpha: the adapter's output is multiplied by alpha / rank; with 0, by 1.
-    Initial weights depend on the layers' names and torch.initial_seed() only, so they are the same
-    on every device and in every process.
+
+    Initial weights depend on the names of the layers and torch.initial_seed() only, so they are the
+    same on every device and in every process.
     """
     from support import lora
 

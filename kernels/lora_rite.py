@@ -1,16 +1,19 @@
 """LoRA-RITE's step for all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-The symbols are those of lora_rite.py. A factor is A or B, and its partner is the other one of the
-pair: factors 2i (an A) and 2i + 1 (its B) are partners. x (rows, r) is a factor as a tall matrix:
-A transposed, or B. A table of addresses and sizes lets one launch serve factors of all lengths.
+A factor is A or B; its partner is the other one of the pair. x (rows, r) is a factor as a tall
+matrix: A transposed, or B. As in lora_rite.py, a factor has a matrix R with R^T R = x^T x, and an
+unmagnified gradient h = grad R^-1 with the partner's R. V is the second moment of h, M the first
+moment of the preconditioned h, and P moves both into the basis of this step.
 
-1. gram_kernel: x^T x, grad^T grad and x^T M, float64 partial sums. One program per chunk of rows.
-2. root_kernel: R^-1 of the partner's x^T x, then h^T h, P and P V P^T. One program per factor.
-   PyTorch then sums |h|^2 over all factors.
+1. gram_kernel: x^T x, x^T M and grad^T grad in float64. One program per chunk of rows.
+2. root_kernel: the partner's R^-1, then h^T h, P and P V P^T. One program per factor.
+   PyTorch then adds up |h|^2 over all factors.
 3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
 4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
-No atomics are used, so results repeat bit for bit. The host never waits for the GPU.
+Factors 2i (an A) and 2i + 1 (its B) are partners. A table of addresses and sizes lets one launch
+serve factors of all lengths. There are no atomics, so results repeat bit for bit. The host never
+waits for the GPU.
 
 Memory traffic per fp32 parameter: 32 bytes (AdamW 28), which would take 0.04 ms for 72 pairs of
 2048 x 16 on one H200. The r x r work dominates: 0.209 ms (torch 2.11, Triton 3.6), where fused
@@ -28,37 +31,55 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# R, the keys below and the side of matrices in memory: the rank as a power of two, at least 16.
-# Padding is 0 wherever it is read. On sm_90 launches 1 and 4 spill no registers, launches 2 and 3
-# at most 12 bytes (72 at rank 64 with escape).
+# The keys are R, the rank as a power of two, at least 16. Matrices in memory are padded to R x R.
+# On sm_90, launches 1 and 4 spill no registers, 2 and 3 spill at most 12 bytes per thread (72 at
+# rank 64 with escape).
 TILE_ROWS = {16: 32, 32: 32, 64: 16}  # rows that a program of launch 1 or 4 loads at once
-CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}  # and in all
-ROW_WARPS = {16: 2, 32: 8, 64: 8}  # of launches 1 and 4
-MATRIX_WARPS = {16: 1, 32: 4, 64: 16}  # of launches 2 and 3
+CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}  # rows that it loads in all
+ROW_WARPS = {16: 2, 32: 8, 64: 8}  # warps in launches 1 and 4
+MATRIX_WARPS = {16: 1, 32: 4, 64: 16}  # warps in launches 2 and 3
 
-# Columns of the table, int64 (factors, COLUMNS). FIRST_PROGRAM, NUM_PROGRAMS: the programs of
-# launches 1 and 4 that share the rows of a factor. Without a gradient, GRAD_PTR is that of x.
-X_PTR, GRAD_PTR, M_PTR, STATE_PTR = map(tl.constexpr, range(4))
-HAS_GRAD, ROWS, FIRST_PROGRAM, NUM_PROGRAMS = map(tl.constexpr, range(4, 8))
+# The table has a row for each factor, int64 (factors, COLUMNS). These are its columns:
+X_PTR = tl.constexpr(0)
+GRAD_PTR = tl.constexpr(1)  # the address of x, if there is no gradient
+M_PTR = tl.constexpr(2)  # first moment, stored like x
+STATE_PTR = tl.constexpr(3)  # V (r, r), R^-1 (r, r) and five scalars
+HAS_GRAD = tl.constexpr(4)
+ROWS = tl.constexpr(5)  # the number of rows of x
+FIRST_PROGRAM = tl.constexpr(6)  # of launches 1 and 4, see the sketch
+NUM_PROGRAMS = tl.constexpr(7)  # that share the rows of this factor
 COLUMNS = tl.constexpr(8)
 
-# Partial sums from launch 1, (programs, PARTIALS, R, R): x^T x, x^T M, grad^T grad
-XX, XM, GG = map(tl.constexpr, range(3))
+# Launches 1 and 4 split the rows of x into chunks, and each program takes one. For example:
+#
+#     factor   0 (A)          1 (B)   2 (A)      3 (B)
+#     rows     |----|----|--| |----|  |----|---| |----|
+#     program   0    1    2    3       4    5     6         FIRST_PROGRAM of factor 2 is 4
+#
+# Launch 1 writes the Gram matrices of each chunk: partial sums (programs, PARTIALS, R, R)
+XX = tl.constexpr(0)  # x^T x
+XM = tl.constexpr(1)  # x^T M
+GG = tl.constexpr(2)  # grad^T grad
 PARTIALS = tl.constexpr(3)
 
-# Workspace of launches 2 and 3, (factors, WORK, R, R). SCRATCH: two matrices, operands of matmul.
-PARTNER_R_INV, HH, P, PVP, SCRATCH = map(tl.constexpr, range(5))
+# Launch 2 leaves these matrices to launch 3, in a workspace (factors, WORK, R, R)
+PARTNER_R_INV = tl.constexpr(0)
+HH = tl.constexpr(1)  # h^T h
+P = tl.constexpr(2)
+PVP = tl.constexpr(3)  # P V P^T
+SCRATCH = tl.constexpr(4)  # two matrices, the operands of matmul
 WORK = tl.constexpr(6)
 
-# Numbers from launch 2, (factors, NUMBERS): |h|^2 = trace of h^T h; 1 if the gradient is skipped
-HH_TRACE, IS_SKIPPED = map(tl.constexpr, range(2))
-NUMBERS = tl.constexpr(2)
+# It also leaves these scalars, (factors, SCALARS)
+HH_TRACE = tl.constexpr(0)  # |h|^2
+IS_SKIPPED = tl.constexpr(1)  # 1 if the gradient or its square is not finite, else 0
+SCALARS = tl.constexpr(2)
 
-# Matrices for launch 4, (factors, MATRICES, R, R)
+# Launch 3 leaves these matrices to launch 4, (factors, MATRICES, R, R)
 M_MATRIX, GRAD_MATRIX, X_MATRIX = map(tl.constexpr, range(3))
 MATRICES = tl.constexpr(3)
 
-# Numbers in a factor's state, after its matrices V and R^-1; see lora_rite.FactorState
+# A factor's state ends with these scalars; see lora_rite.FactorState
 RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 # --------------------------------------------------------------------------------------------------
@@ -67,14 +88,14 @@ RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 @triton.jit
 def load_ptr(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Read an address from the table. ALIGNED: all addresses and lengths are multiples of 16."""
+    """Return an address from a row of the table. ALIGNED: it is a multiple of 16."""
     ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16) if ALIGNED else ptr
 
 
 @triton.jit
 def matrix_ptrs(ptr, index, R: tl.constexpr):
-    """Return the addresses [R, R] of the elements of matrix `index` in an array (..., R, R)."""
+    """Return the addresses of matrix number `index` in an array (..., R, R): [R, R]."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     return ptr + index * R * R + i * R + j
@@ -82,7 +103,7 @@ def matrix_ptrs(ptr, index, R: tl.constexpr):
 
 @triton.jit
 def load_state_matrix(ptr, RANK: tl.constexpr, R: tl.constexpr):
-    """Load V or R^-1 (RANK, RANK) from the state of a factor, padded to [R, R]."""
+    """Load V or R^-1 (RANK, RANK) from the state of a factor, padded with zeros to [R, R]."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     return tl.load(ptr + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
@@ -99,9 +120,10 @@ def store_state_matrix(ptr, matrix, RANK: tl.constexpr, R: tl.constexpr):
 def tile_offsets(
     start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr
 ):
-    """Return offsets and mask, [TILE, R], of rows start, start + 1, ... below `end` of x (rows, r).
+    """Return offsets of rows start, start + 1, ... of x (rows, r), and a mask, both [TILE, R].
 
-    x[i, j] is A[j, i] with A (r, rows), or B[i, j] with B (rows, r).
+    x[i, j] is A[j, i] in memory with A (r, rows), or B[i, j] with B (rows, r). The mask is false
+    from row `end` on.
     """
     i = start + tl.arange(0, TILE)[:, None]
     j = tl.arange(0, R)[None, :]
@@ -114,23 +136,23 @@ def load_tile(
     ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Load rows start to end - 1, at most TILE, as float32 [TILE, R]; 0 beyond them."""
+    """Load rows start, start + 1, ... of x as float32 [TILE, R]; 0 from row `end` on."""
     offs, mask = tile_offsets(start, end, rows, IS_A, RANK, R, TILE)
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def find_rows(table_ptr, factor_of_program_ptr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return which rows this program of launch 1 or 4 works on.
+    """Return which rows of which factor this program of launch 1 or 4 works on.
 
-    factor: the number of a factor. row_ptr: its row of the table. start, end: this program's rows
-    of x, at most CHUNK. rows: the number of rows of x.
+    factor: the number of the factor. row_ptr: its row of the table. rows: the number of rows of x.
+    start, end: this program takes rows start, ..., end - 1 of these, at most CHUNK.
     """
     pid = tl.program_id(0)
     factor = tl.load(factor_of_program_ptr + pid)
     row_ptr = table_ptr + factor * COLUMNS
     rows = tl.load(row_ptr + ROWS).to(tl.int32)
-    chunk = pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)  # 0, 1, ... within the factor
+    chunk = pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)  # number within the factor
     start = chunk * CHUNK
     if ALIGNED:
         rows = tl.multiple_of(rows, 16)
@@ -147,12 +169,12 @@ def self_gram(
     ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return x^T x of rows start to end - 1, float64 [R, R]; x is a factor or a gradient.
+    """Return x^T x of rows start, ..., end - 1 in float64, [R, R]. x is a factor or a gradient.
 
-    Values that are not finite count as 0. Also returns 1 if there were any, else 0.
+    Values that are not finite count as 0. Also returns 1 if there are any, else 0.
 
-    Each iteration loads the tile of the next one. This saves time, and Triton 3.6 cannot compile a
-    float64 product of values that were loaded as bfloat16 in the same iteration.
+    Each iteration loads the tile of the next one. This hides the latency of the loads. Also, Triton
+    3.6 cannot compile a float64 product of values loaded as bfloat16 in the same iteration.
     """
     acc = tl.zeros((R, R), tl.float64)
     num_bad = tl.zeros((TILE, R), tl.int32)
@@ -173,7 +195,7 @@ def cross_gram(
     x_ptr, m_ptr, start, end, rows, IS_A: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return x^T M of rows start to end - 1, float64 [R, R]. Tiles are loaded as in self_gram."""
+    """Return x^T M of rows start, ..., end - 1 in float64, [R, R]. The loop is as in self_gram."""
     acc = tl.zeros((R, R), tl.float64)
     x = load_tile(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
     m = load_tile(m_ptr, start, end, rows, IS_A, RANK, R, TILE)
@@ -193,13 +215,13 @@ def gram_chunk(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store the three Gram matrices of rows start to end - 1, and whether the gradient is bad."""
+    """Store the Gram matrices of rows start, ..., end - 1, and 1 if the gradient is not finite."""
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
     m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
     out_ptrs = matrix_ptrs(partial_ptr, 0, R)
 
-    # one matrix after the other, because registers hold only one accumulator
+    # one matrix after the other, because the registers hold only one accumulator
     xx, _ = self_gram(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
     tl.store(out_ptrs + XX * R * R, xx)
     xm = cross_gram(x_ptr, m_ptr, start, end, rows, IS_A, RANK, R, TILE)
@@ -213,7 +235,7 @@ def gram_chunk(
 @triton.jit
 def gram_kernel(
     table_ptr, factor_of_program_ptr,  # (factors, COLUMNS), (programs,)
-    partial_ptr, bad_ptr,  # outputs: (programs, PARTIALS, R, R), (programs,)
+    partial_ptr, bad_ptr,  # outputs (programs, PARTIALS, R, R), (programs,)
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +244,7 @@ def gram_kernel(
     partial_ptr += pid * PARTIALS * R * R
     bad_ptr += pid
 
-    # A and B are stored differently, and the compiler lays out registers for one of the two
+    # compiled twice, because the best register layout for A (r, rows) is not that for B (rows, r)
     if factor % 2 == 0:
         gram_chunk(
             row_ptr, partial_ptr, bad_ptr, start, end, rows, True, DTYPE, ALIGNED, RANK, R, TILE
@@ -239,15 +261,15 @@ def gram_kernel(
 
 @triton.jit
 def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
-    """Return a @ b, [R, R].
+    """Return a @ b, [R, R]. scratch_ptr: memory (2, R, R). size: R, not as a constant.
 
-    Beyond R = 16, registers cannot hold both operands. They are stored in scratch_ptr (2, R, R),
-    and come back 16 columns of a and 16 rows of b at a time. size is R as a run-time number: with a
-    constant, the compiler would unroll the loop and hold everything in registers after all.
+    Beyond R = 16, the registers cannot hold both operands. So these are stored, and loaded again in
+    parts: 16 columns of a and 16 rows of b at a time. With R as a constant, the compiler would
+    unroll the loop and hold all parts in registers at once.
     """
     if R == 16:
         return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
-    tl.debug_barrier()  # all threads have read the operands of the previous product
+    tl.debug_barrier()  # other threads may still read the operands of the previous product
     tl.store(matrix_ptrs(scratch_ptr, 0, R), a)
     tl.store(matrix_ptrs(scratch_ptr, 1, R), b)
     tl.debug_barrier()
@@ -276,49 +298,65 @@ def swap_rows(a, k, R: tl.constexpr):
 
 
 @triton.jit
+def jacobi_rotations(a, k, R: tl.constexpr):
+    """Return tan, cos and sin [R] of the angles theta that make a[i, i ^ k] zero.
+
+    Let j = i ^ k. Then cot(2 theta_i) = (a_jj - a_ii) / (2 a_ij), and theta_j must be exactly
+    -theta_i. But a_ij and a_ji may differ by rounding, so both i and j take a_ij + a_ji for 2 a_ij.
+    And if a_ii = a_jj, theta is 45 or -45 degrees, so the smaller index takes 45.
+
+    Also returns a_ii and 2 a_ij, [R].
+    """
+    index = tl.arange(0, R)
+    partner = index ^ k
+    i = index[:, None]
+    j = index[None, :]
+    diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # a_ii
+    off_diagonal = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # a_ij
+    off_diagonal += tl.gather(off_diagonal, partner, 0)  # a_ij + a_ji
+
+    cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
+    cot_2theta = cot_2theta / tl.where(off_diagonal != 0, off_diagonal, 1.0)
+    is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
+    sign = tl.where(is_positive, 1.0, -1.0)
+    tan = sign / (tl.abs(cot_2theta) + tl.sqrt(1 + cot_2theta * cot_2theta))
+    tan = tl.where(off_diagonal != 0, tan, 0.0)
+    cos = 1 / tl.sqrt(1 + tan * tan)
+    sin = cos * tan
+    return tan, cos, sin, diagonal, off_diagonal
+
+
+@triton.jit
 def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
     """Return eigenvalues w [R], not sorted, and eigenvectors Q [R, R]: a = Q diag(w) Q^T.
 
     a [R, R] is symmetric. PADDED_RANK: the rank as a power of two, without the minimum of 16.
 
-    Jacobi's method: rotate pairs of coordinates until a is diagonal. For each k, the pairs
-    (i, i ^ k) are disjoint, such as (0, 1), (2, 3), ... for k = 1, so all of them are rotated at
-    once. A sweep over k = 1, ..., PADDED_RANK - 1 rotates every pair once.
+    Jacobi's method: rotate pairs of coordinates (i, j) to make a[i, j] zero, until a is diagonal.
+    The pairs (i, i ^ k) are disjoint, so we rotate all of them at once:
+
+        k = 1: (0, 1), (2, 3), ...    k = 2: (0, 2), (1, 3), ...    k = 3: (0, 3), (1, 2), ...
+
+    A sweep over k = 1, ..., PADDED_RANK - 1 rotates every pair once.
     """
-    index = tl.arange(0, R)
-    i = index[:, None]
-    j = index[None, :]
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
     Q = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     norm_squared = tl.sum(tl.sum(a * a, 1), 0)
-    off_squared = norm_squared  # squared norm of the part off the diagonal
+    off_diagonal_squared = norm_squared  # squared norm of a without its diagonal
     sweep = 0
-    while (off_squared > 1.2e-32 * norm_squared) & (sweep < 30):  # 2^-106
+    while (off_diagonal_squared > 1.2e-32 * norm_squared) & (sweep < 30):  # 2^-106
         for k in range(1, PADDED_RANK):
-            partner = index ^ k
+            tan, cos, sin, diagonal, off_diagonal = jacobi_rotations(a, k, R)
 
-            # -- angle theta that makes a[i, i ^ k] zero, from the cotangent of 2 theta --
-            # The angle of i ^ k must be exactly the negative one. So both use the same bits for the
-            # off-diagonal element, a[i, i ^ k] + a[i ^ k, i], and a tie is decided by the index.
-            diagonal = tl.sum(tl.where(i == j, a, 0.0), 1)  # [R]
-            off = tl.sum(tl.where(j == (i ^ k), a, 0.0), 1)  # [R], a[i, i ^ k]
-            off += tl.gather(off, partner, 0)
-            cot_2theta = tl.gather(diagonal, partner, 0) - diagonal
-            cot_2theta = cot_2theta / tl.where(off != 0, off, 1.0)
-            is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
-            sign = tl.where(is_positive, 1.0, -1.0)
-            tan = sign / (tl.abs(cot_2theta) + tl.sqrt(1 + cot_2theta * cot_2theta))
-            tan = tl.where(off != 0, tan, 0.0)
-            cos = 1 / tl.sqrt(1 + tan * tan)
-            sin = cos * tan
-
-            # -- rotate columns, then rows; then set the entries whose exact values are known --
+            # -- rotate columns, then rows; then set the elements whose exact values are known --
             a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
             a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
-            new_diagonal = diagonal - tan * off * 0.5
+            new_diagonal = diagonal - tan * off_diagonal * 0.5
             a = tl.where(i == j, new_diagonal[:, None], a)
             a = tl.where(j == (i ^ k), 0.0, a)
             Q = Q * cos[None, :] - swap_columns(Q, k, R) * sin[None, :]
-        off_squared = tl.sum(tl.sum(tl.where(i == j, 0.0, a * a), 1), 0)
+        off_diagonal_squared = tl.sum(tl.sum(tl.where(i == j, 0.0, a * a), 1), 0)
         sweep += 1
     return tl.sum(tl.where(i == j, a, 0.0), 1), Q
 
@@ -328,20 +366,20 @@ def inverse_root(
     K_ptr, R_inv_ptr, scratch_ptr, size,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Read a Gram matrix K (R, R) and write R^-1, where K = R^T R; see lora_rite.inverse_root."""
+    """Load a Gram matrix K (R, R) and store R^-1, where R^T R = K; see lora_rite.inverse_root."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
 
-    # -- Cholesky, K = L L^T, so R^-1 = (L^-1)^T --
-    # Step n eliminates column n of K. The same row operations turn the identity into L^-1. A pivot
-    # that fails is set to -1; the result is then replaced below.
+    # -- Cholesky decomposition K = L L^T, so R = L^T and R^-1 = (L^-1)^T --
+    # Step n eliminates column n of K. The same row operations turn the identity into L^-1. If K is
+    # singular, a pivot becomes -1, and the second part below replaces the result.
     K = tl.load(matrix_ptrs(K_ptr, 0, R))
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
     min_pivot = tl.full((), float("inf"), tl.float64)
     max_pivot = tl.zeros((), tl.float64)
     for n in range(RANK):
-        row = tl.sum(tl.where(i == n, K, 0.0), 0)  # [R]
-        column = tl.sum(tl.where(j == n, K, 0.0), 1)  # [R]
+        row = tl.sum(tl.where(i == n, K, 0.0), 0)  # K[n, :]
+        column = tl.sum(tl.where(j == n, K, 0.0), 1)  # K[:, n]
         K_nn = tl.sum(tl.where(tl.arange(0, R) == n, row, 0.0), 0)
         pivot = tl.where(K_nn > 0, tl.sqrt(tl.where(K_nn > 0, K_nn, 1.0)), -1.0)
         min_pivot = tl.minimum(min_pivot, pivot)
@@ -354,10 +392,10 @@ def inverse_root(
         L_inv = tl.where(i == n, L_inv_row, rows_below)
     tl.store(matrix_ptrs(R_inv_ptr, 0, R), tl.trans(L_inv))
 
-    # -- where Cholesky is inaccurate: K^(-1/2) from the eigenvalues w that exceed rounding --
+    # -- if this is not accurate: K^(-1/2) = Q w^(-1/2) Q^T, without the smallest eigenvalues w --
     is_accurate = min_pivot > 1e-7 * max_pivot
     if is_accurate == 0:
-        tl.debug_barrier()  # other threads have stored to the same addresses
+        tl.debug_barrier()  # other threads have stored elements of the same matrix
         w, Q = eigh(tl.load(matrix_ptrs(K_ptr, 0, R)), PADDED_RANK, R)
         is_kept = w > 1e-12 * tl.max(w, 0)
         w_inv_root = tl.where(is_kept, tl.rsqrt(tl.where(is_kept, w, 1.0)), 0.0)
@@ -372,13 +410,10 @@ def inverse_root(
 
 @triton.jit
 def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
-    """Return x^T x, x^T M or grad^T grad of a factor [R, R]; `which` is XX, XM or GG.
-
-    The partial sums are always added in the same order.
-    """
+    """Return x^T x, x^T M or grad^T grad of a whole factor, [R, R]; `which` is XX, XM or GG."""
     acc = tl.zeros((R, R), tl.float64)
     first = tl.load(row_ptr + FIRST_PROGRAM)
-    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):
+    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):  # always in this order
         acc += tl.load(matrix_ptrs(partial_ptr, (first + n) * PARTIALS + which, R))
     return acc
 
@@ -386,23 +421,24 @@ def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
 @triton.jit(do_not_specialize=["size"])
 def root_kernel(
     table_ptr, partial_ptr, bad_ptr,
-    work_ptr, number_ptr,  # outputs: (factors, WORK, R, R), (factors, NUMBERS)
+    work_ptr, scalar_ptr,  # outputs (factors, WORK, R, R), (factors, SCALARS)
     size, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Find h^T h = R^-T grad^T grad R^-1 and P = R^-T x^T x_old R_old^-1, R and x of the partner.
+    """Compute the R^-1 of a factor's partner, then the factor's h^T h, P and P V P^T.
 
-    Matrices are loaded each time they are needed, because registers are scarce.
+    Matrices are stored and loaded again each time they are needed, because registers are scarce. A
+    barrier waits for the stores of all threads.
     """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
     partner_row_ptr = table_ptr + (factor ^ 1) * COLUMNS
     work_ptr += factor.to(tl.int64) * WORK * R * R
-    number_ptr += factor * NUMBERS
+    scalar_ptr += factor * SCALARS
     scratch_ptr = work_ptr + SCRATCH * R * R
     R_inv_ptrs = matrix_ptrs(work_ptr, PARTNER_R_INV, R)
     P_ptrs = matrix_ptrs(work_ptr, P, R)
 
-    # -- is_bad: a value of the gradient is not finite --
+    # -- does the gradient have values that are not finite? --
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     is_bad = tl.zeros((), tl.int32)
     first = tl.load(row_ptr + FIRST_PROGRAM)
@@ -410,7 +446,7 @@ def root_kernel(
         is_bad = tl.maximum(is_bad, tl.load(bad_ptr + first + n))
     is_bad = tl.where(has_grad, is_bad, 0)
 
-    # -- R^-1 of the partner; the memory of P holds the partner's x^T x until P is known --
+    # -- R^-1 of the partner, from its x^T x, which stays in the memory of P until P is known --
     tl.store(P_ptrs, sum_partials(partner_row_ptr, partial_ptr, XX, R))
     tl.debug_barrier()
     inverse_root(
@@ -418,7 +454,7 @@ def root_kernel(
         RANK, PADDED_RANK, R,
     )  # fmt: skip
 
-    # -- h^T h --
+    # -- h^T h = R^-T (grad^T grad) R^-1 --
     gg = sum_partials(row_ptr, partial_ptr, GG, R)
     gg = tl.where(has_grad & (is_bad == 0), gg, 0.0)
     hh = matmul(gg, tl.load(R_inv_ptrs), scratch_ptr, size, R)
@@ -427,20 +463,22 @@ def root_kernel(
     trace = tl.sum(tl.sum(tl.where(is_diagonal, hh, 0.0), 1), 0)
     is_finite = (is_bad == 0) & (trace < float("inf"))
     tl.store(matrix_ptrs(work_ptr, HH, R), tl.where(is_finite, hh, 0.0))
-    tl.store(number_ptr + HH_TRACE, tl.where(is_finite, trace, 0.0))
-    tl.store(number_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
+    tl.store(scalar_ptr + HH_TRACE, tl.where(is_finite, trace, 0.0))
+    tl.store(scalar_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
 
-    # -- P; x_old, the partner before its last step, is (x + lr M own_R_inv_old^T) / shrink --
+    # -- P = R^-T (x^T x_old) R_old^-1, with x and R of the partner --
+    # x_old is the partner before its last step, (x + lr M own_R_inv_old^T) / shrink, where
+    # own_R_inv_old is the R^-1 of this program's factor at that step.
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
-    partner_number_ptr = partner_state_ptr + 2 * RANK * RANK
+    partner_scalar_ptr = partner_state_ptr + 2 * RANK * RANK
     own_R_inv_old = load_state_matrix(state_ptr + RANK * RANK, RANK, R)
     xm = sum_partials(partner_row_ptr, partial_ptr, XM, R)
     x_step = matmul(xm, tl.trans(own_R_inv_old), scratch_ptr, size, R)  # x^T M own_R_inv_old^T
-    xx_old = tl.load(P_ptrs) + tl.load(partner_number_ptr + LR) * x_step  # x^T x_old times shrink
+    xx_old = tl.load(P_ptrs) + tl.load(partner_scalar_ptr + LR) * x_step  # shrink x^T x_old
     partner_R_inv_old = load_state_matrix(partner_state_ptr + RANK * RANK, RANK, R)
-    xU_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)
-    xU_old = xU_old / tl.load(partner_number_ptr + SHRINK)
+    xU_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)  # U_old = x_old R_old^-1
+    xU_old = xU_old / tl.load(partner_scalar_ptr + SHRINK)
     P_new = matmul(tl.trans(tl.load(R_inv_ptrs)), xU_old, scratch_ptr, size, R)
     tl.store(P_ptrs, P_new)
 
@@ -463,7 +501,7 @@ def sort(w, RANK: tl.constexpr, R: tl.constexpr):
     w_i = w[:, None]
     w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # w as a row
 
-    # the position of w_i is the number of values that come before it
+    # the position of a value is the number of values that come before it; ties go by the index
     is_before = (w_j < w_i) | (w_j == w_i) & (j < i)
     position = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)
     return tl.sum(tl.where((position[:, None] == j) & (i < RANK), w_i, 0.0), 0)
@@ -471,68 +509,74 @@ def sort(w, RANK: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def decay(log_beta, t):
-    """Return beta (1 - beta^(t-1)) / (1 - beta^t), t >= 1, as lora_rite.decay; 0 for beta = 0."""
-    # not -inf, because (t - 1) * log_beta would be NaN at t = 1
+    """Return beta (1 - beta^(t-1)) / (1 - beta^t), as lora_rite.decay does."""
+    # for beta = 0 the logarithm is -inf, and (t - 1) * log_beta would be NaN at t = 1
     log_beta = tl.maximum(tl.full((), log_beta, tl.float64), -1e300)
     return tl.exp(log_beta) * (1 - tl.exp((t - 1) * log_beta)) / (1 - tl.exp(t * log_beta))
 
 
 @triton.jit(do_not_specialize=["size"])
 def moment_kernel(
-    table_ptr, work_ptr, number_ptr,
-    total_ptr, matrix_ptr,  # |h|^2 of all factors, (); output (factors, MATRICES, R, R)
+    table_ptr, work_ptr, scalar_ptr,  # work and scalars from launch 2
+    total_ptr,  # |h|^2 of all factors, ()
+    matrix_ptr,  # output (factors, MATRICES, R, R)
     lr_ptr,  # (), or None to use lr
     lr: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64",  # noqa: F821
     clip: "fp64", weight_decay: "fp64",  # noqa: F821
     size, ESCAPE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The r x r part of lora_rite.update: V, its inverse root, and the new state."""
+    """Update V, R^-1 and the scalars in the state of a factor, and prepare launch 4.
+
+    These are the r x r computations of lora_rite.Factor.update. h is the unmagnified gradient.
+    """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
-    state_number_ptr = state_ptr + 2 * RANK * RANK
+    state_scalar_ptr = state_ptr + 2 * RANK * RANK
     rows = tl.load(row_ptr + ROWS).to(tl.float64)
     partner_work_ptr = work_ptr + (factor ^ 1).to(tl.int64) * WORK * R * R
     work_ptr += factor.to(tl.int64) * WORK * R * R
     matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
     scratch_ptr = work_ptr + SCRATCH * R * R
 
-    # -- clipping multiplies h by h_scale; decays of this step --
+    # -- h_scale, by which clipping multiplies h, and the decays d1 and d2 of step t --
     norm = tl.sqrt(tl.load(total_ptr))
     h_scale = tl.where(norm > clip, clip / norm, 1.0)
-    t = tl.load(state_number_ptr + STEP) + 1.0
+    t = tl.load(state_scalar_ptr + STEP) + 1.0
     d1 = decay(log_beta1, t)
     d2 = decay(log_beta2, t)
 
-    # -- second moment V, and the escaped mass rho: what V loses when it moves between bases --
-    rho = tl.load(state_number_ptr + RHO)
+    # -- escaped mass rho: what V loses when it moves into the new basis --
+    rho = tl.load(state_scalar_ptr + RHO)
     if ESCAPE:
         V_old = load_state_matrix(state_ptr, RANK, R)
-        before, _ = eigh((V_old + tl.trans(V_old)) / 2, PADDED_RANK, R)
-        before = sort(before, RANK, R)
-        V_moved = tl.load(matrix_ptrs(work_ptr, PVP, R))
-        after, _ = eigh((V_moved + tl.trans(V_moved)) / 2, PADDED_RANK, R)
-        lost = before - sort(after, RANK, R)
+        w_old, _ = eigh((V_old + tl.trans(V_old)) / 2, PADDED_RANK, R)  # eigenvalues, [R]
+        w_old = sort(w_old, RANK, R)
+        V_moved = tl.load(matrix_ptrs(work_ptr, PVP, R))  # P V_old P^T
+        w_moved, _ = eigh((V_moved + tl.trans(V_moved)) / 2, PADDED_RANK, R)
+        lost = w_old - sort(w_moved, RANK, R)
         most_lost = tl.maximum(tl.max(lost, 0), 0.0)
         trace_lost = tl.maximum(tl.sum(lost, 0), 0.0)
         rho = d2 * (rho + tl.minimum(most_lost, trace_lost))
+
+    # -- second moment V = d2 P V_old P^T + (1 - d2) h^T h / rows, where h is clipped --
     hh = tl.load(matrix_ptrs(work_ptr, HH, R))
     V = d2 * tl.load(matrix_ptrs(work_ptr, PVP, R)) + (1 - d2) * h_scale * h_scale * hh / rows
     store_state_matrix(state_ptr, V, RANK, R)
 
-    # -- preconditioner ((V + rho)^1/2 + eps)^-1, from the eigenvalues w of V --
+    # -- preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T --
     w, Q = eigh((V + tl.trans(V)) / 2, PADDED_RANK, R)
     scales = 1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps)
     preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, size, R)
 
-    # -- learning rate, 0 for a factor without a valid gradient --
+    # -- learning rate; 0 if the gradient is missing or not finite --
     rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
-    is_skipped = tl.load(number_ptr + factor * NUMBERS + IS_SKIPPED)
+    is_skipped = tl.load(scalar_ptr + factor * SCALARS + IS_SKIPPED)
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-    # -- matrices of launch 4 --
+    # -- matrices of launch 4: d1 P^T, (1 - d1) h_scale R^-1 preconditioner, lr R^-T --
     partner_R_inv = tl.load(matrix_ptrs(work_ptr, PARTNER_R_INV, R))
     M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
@@ -542,15 +586,15 @@ def moment_kernel(
     x_matrix = rate * tl.trans(partner_R_inv)
     tl.store(matrix_ptrs(matrix_ptr, X_MATRIX, R), x_matrix.to(tl.float32))
 
-    # -- state; launch 2 left this factor's own R^-1 in the workspace of its partner --
+    # -- state; this factor's own R^-1 is in the workspace of its partner --
     own_R_inv = tl.load(matrix_ptrs(partner_work_ptr, PARTNER_R_INV, R))
     store_state_matrix(state_ptr + RANK * RANK, own_R_inv, RANK, R)
-    skipped = tl.load(state_number_ptr + SKIPPED)
-    tl.store(state_number_ptr + RHO, rho)
-    tl.store(state_number_ptr + STEP, t)
-    tl.store(state_number_ptr + LR, rate)
-    tl.store(state_number_ptr + SHRINK, 1 - rate * weight_decay)
-    tl.store(state_number_ptr + SKIPPED, skipped + is_skipped)
+    skipped = tl.load(state_scalar_ptr + SKIPPED)
+    tl.store(state_scalar_ptr + RHO, rho)
+    tl.store(state_scalar_ptr + STEP, t)
+    tl.store(state_scalar_ptr + LR, rate)
+    tl.store(state_scalar_ptr + SHRINK, 1 - rate * weight_decay)
+    tl.store(state_scalar_ptr + SKIPPED, skipped + is_skipped)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -563,25 +607,29 @@ def update_chunk(
     IS_A: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Update rows start to end - 1 of M and x. Gradients from row grad_end on count as 0."""
+    """Update rows start, ..., end - 1 of M and x. Gradients from row grad_end on count as 0."""
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
     m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
     for tile_start in range(start, end, TILE):
         offs, mask = tile_offsets(tile_start, end, rows, IS_A, RANK, R, TILE)
         x = load_tile(x_ptr, tile_start, end, rows, IS_A, RANK, R, TILE)
+
+        # M = M_old M_matrix + grad grad_matrix
         m_old = load_tile(m_ptr, tile_start, end, rows, IS_A, RANK, R, TILE)
         m = tl.dot(m_old, M_matrix, input_precision="ieee")
         grad = load_tile(g_ptr, tile_start, grad_end, rows, IS_A, RANK, R, TILE)
         m = tl.dot(grad, grad_matrix, m, input_precision="ieee")
         tl.store(m_ptr + offs, m, mask=mask)
+
+        # x = shrink x - M x_matrix
         x = shrink * x - tl.dot(m, x_matrix, input_precision="ieee")
         tl.store(x_ptr + offs, x.to(DTYPE), mask=mask)
 
 
 @triton.jit
 def update_kernel(
-    table_ptr, factor_of_program_ptr, number_ptr, matrix_ptr,
+    table_ptr, factor_of_program_ptr, scalar_ptr, matrix_ptr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -593,10 +641,12 @@ def update_kernel(
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     shrink = tl.load(state_ptr + 2 * RANK * RANK + SHRINK).to(tl.float32)
 
-    # a missing or skipped gradient counts as 0: it ends where it starts
+    # a missing or skipped gradient counts as 0, so it ends where it starts
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
-    is_skipped = tl.load(number_ptr + factor * NUMBERS + IS_SKIPPED)
+    is_skipped = tl.load(scalar_ptr + factor * SCALARS + IS_SKIPPED)
     grad_end = tl.where(has_grad & (is_skipped == 0), end, start)
+
+    # compiled twice, as in gram_kernel
     if factor % 2 == 0:
         update_chunk(
             row_ptr, start, end, grad_end, rows, M_matrix, grad_matrix, x_matrix, shrink,
@@ -625,11 +675,13 @@ def takes(A, B):
 
 
 class KernelBatch:
-    """The launches for pairs of one rank, dtype and device, for as long as no tensor moves.
+    """The step of some pairs of equal rank, dtype and device, as long as their tensors do not move.
 
-    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each, see
-    lora_rite.FactorState. A CUDA graph that captures a step reads `table` at each replay, so the
-    batch must live as long as the graph.
+    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each. `packed` is a
+    lora_rite.FactorState as one tensor.
+
+    `measure` and `finish` are the two halves of a step, see lora_rite.TorchBatch. A CUDA graph that
+    captures them reads the table at each replay, so it needs the batch for as long as it lives.
     """
 
     def __init__(self, parameters, states):
@@ -638,34 +690,35 @@ class KernelBatch:
         self.parameters = parameters
         self.R = R
 
-        # a row of the table for each factor, A and B alternating
+        # the table: a row for each factor, A and B alternating
         table = []
         num_programs = 0
         is_aligned = True  # whether all addresses and lengths are multiples of 16
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
-            pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
-            rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # columns of A (r, n), rows of B (m, r)
+            rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # A (r, n), B (m, r)
             chunks = triton.cdiv(rows, CHUNK_ROWS[R])
-            numbers = [p.grad is not None, rows, num_programs, chunks]
-            table.append([*pointers, state["packed"].data_ptr(), *numbers])
+            pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
+            row = [*pointers, state["packed"].data_ptr()]  # X_PTR, GRAD_PTR, M_PTR, STATE_PTR
+            row += [p.grad is not None, rows, num_programs, chunks]  # HAS_GRAD to NUM_PROGRAMS
+            table.append(row)
             num_programs += chunks
             for value in (*pointers, rows):
                 is_aligned = is_aligned and value % 16 == 0
         table = torch.tensor(table)  # (factors, COLUMNS) int64
 
-        # the factor of each program of launches 1 and 4; 0, 0, 0, 1, 2, 2 if 0 has three chunks
+        # the factor of each program of launches 1 and 4, such as 0, 0, 0, 1, 2, 2, 3
         factors = torch.arange(len(table), dtype=torch.int32)
         factor_of_program = torch.repeat_interleave(factors, table[:, NUM_PROGRAMS.value])
 
-        # copy both to the device, from pinned memory, so that the host need not wait
+        # copy both to the device; from pinned memory, the host need not wait
         tables = [table, factor_of_program]
         device = parameters[0].device
         if device.type == "cuda":
             tables = [t.pin_memory() for t in tables]
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
-        # options of launches 1 and 4, and of launches 2 and 3
+        # constants and warps of launches 1 and 4, and of launches 2 and 3
         self.row_options = {"DTYPE": TL_DTYPES[parameters[0].dtype], "ALIGNED": is_aligned}
         self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
         self.row_options.update(num_warps=ROW_WARPS[R])
@@ -673,7 +726,7 @@ class KernelBatch:
         self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
-        """Launch the first half of a step. Returns the sum of |h|^2 of these pairs, ()."""
+        """Launch the first half of a step. Returns |h|^2 of these pairs, ()."""
         R = self.R
         device = self.table.device
         num_factors = len(self.table)
@@ -682,21 +735,22 @@ class KernelBatch:
         partial = torch.empty(num_programs, PARTIALS.value, R, R, **float64)
         bad = torch.empty(num_programs, dtype=torch.int32, device=device)
         self.work = torch.empty(num_factors, WORK.value, R, R, **float64)
-        self.numbers = torch.empty(num_factors, NUMBERS.value, **float64)
+        self.scalars = torch.empty(num_factors, SCALARS.value, **float64)
         with torch.cuda.device_of(self.table):
             gram_kernel[(num_programs,)](
                 self.table, self.factor_of_program, partial, bad, **self.row_options
             )
             root_kernel[(num_factors,)](
-                self.table, partial, bad, self.work, self.numbers, R, **self.matrix_options
+                self.table, partial, bad, self.work, self.scalars, R, **self.matrix_options
             )
-        return self.numbers[:, HH_TRACE.value].sum()
+        return self.scalars[:, HH_TRACE.value].sum()
 
     def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
-        """Launch the second half of a step. total: |h|^2 of all pairs, a tensor () on any device.
+        """Launch the second half of a step.
 
-        clip: largest |h|, or 0 for no limit. lr: a number or a tensor (); a tensor on the device of
-        the pairs is read there, so that the host need not wait.
+        total: |h|^2 of all pairs, a tensor () on any device. clip: the largest |h|, or 0.
+        lr: a number or a tensor (). A tensor on the device of the pairs is read there, so the host
+        does not wait for it.
         """
         device = self.table.device
         total = total.to(device)
@@ -708,13 +762,13 @@ class KernelBatch:
             lr = 0.0  # not read
         with torch.cuda.device_of(self.table):
             moment_kernel[(len(self.table),)](
-                self.table, self.work, self.numbers, total, matrices, lr_ptr,
+                self.table, self.work, self.scalars, total, matrices, lr_ptr,
                 float(lr), *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
                 self.R, escape, **self.matrix_options,
             )  # fmt: skip
             update_kernel[(len(self.factor_of_program),)](
-                self.table, self.factor_of_program, self.numbers, matrices, **self.row_options
+                self.table, self.factor_of_program, self.scalars, matrices, **self.row_options
             )
         torch.autograd.graph.increment_version(self.parameters)
         self.work = None
-        self.numbers = None
+        self.scalars = None

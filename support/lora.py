@@ -1,4 +1,4 @@
-"""LoRA adapters on linear layers: y = W x + scale B A x, with W frozen. Needs torch only."""
+"""LoRA adapters on linear layers: y = W x + scale B A x, where W is frozen. Needs torch only."""
 
 import hashlib
 import math
@@ -14,23 +14,27 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def inject(model, rank, alpha=None, targets=("q_proj", "v_proj"), seed=0):
     """Put adapters on every nn.Linear whose name ends with one of `targets`, and freeze all else.
 
-    targets: patterns such as "q_proj" or "layers.0.mlp.*". A layer with a weight (m, n) gets the
-    parameters lora_A (rank, n) and lora_B (m, rank), in float32 or wider. scale is alpha / rank, or
-    1 if alpha is None. Returns the model. Raises ValueError if a target matches no layer, a layer
-    cannot have an adapter, rank or alpha is out of range, or there are adapters already.
+    targets: patterns such as "q_proj" or "layers.0.mlp.*".
+    alpha: the output of an adapter is multiplied by alpha / rank, or by 1 if alpha is None.
+
+    Each layer gets the parameters lora_A (rank, n) and lora_B (m, rank), in float32 or float64.
+    Returns the model.
+
+    Raises ValueError if a target matches no layer, a layer cannot carry an adapter, the rank or
+    alpha is out of range, or the model has adapters already.
     """
     return inject_layers(model, find_layers(model, targets), rank, alpha, seed)
 
 
 def inject_layers(model, layers, rank, alpha, seed=0):
-    """Put adapters on `layers`, {name: nn.Linear}. See `inject`."""
-    # check everything before the model is changed
+    """Put adapters on `layers`, {name: nn.Linear}, and freeze all else; see `inject`."""
+    # check everything before changing the model
     check_layers(model, layers)
     sizes = [(min(linear.weight.shape), name) for name, linear in layers.items()]
     size, smallest = min(sizes)
     if not 1 <= rank <= size:
         raise ValueError(f"the rank is {rank}; it must be from 1 to {size}, the size of {smallest}")
-    if alpha is not None and not 0 <= alpha < 2**63:
+    if alpha is not None and not 0 <= alpha < 2**63:  # a larger integer may be no float
         raise ValueError(f"alpha is {alpha}; it must be at least 0")
     if adapters(model):
         raise ValueError("the model has adapters already; merge them first")
@@ -50,14 +54,17 @@ def inject_layers(model, layers, rank, alpha, seed=0):
 
 
 def init_A(name, shape, seed):
-    """Draw A (rank, n), uniform in +-1 / sqrt(n) as in PEFT. Depends on name and seed only."""
+    """Return the first A (r, n): uniform between +-1 / sqrt(n), as in PEFT.
+
+    It depends only on the name and the seed, and not on the order in which layers are adapted.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
 def add_adapter(linear, inputs, y):
-    """Forward hook of an adapted layer: return y + scale B A x, for x (..., n) and y (..., m)."""
+    """Return y + scale B A x. This is the forward hook of a layer: x (..., n), y = W x (..., m)."""
     linear.lora_called = True
     (x,) = inputs
     Ax = F.linear(x, linear.lora_A.to(x.dtype))  # (..., r)
@@ -66,12 +73,12 @@ def add_adapter(linear, inputs, y):
 
 
 def adapters(model):
-    """Return {name: layer} for all layers that have an adapter."""
+    """Return the layers that carry an adapter, {name: layer}."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def adapter_groups(model):
-    """Return the parameter groups for LoRARITE: one, in which each A is followed by its B."""
+    """Return one parameter group for LoRARITE: {"params": [A, B, A, B, ...], "pair": True}."""
     parameters = []
     for linear in adapters(model).values():
         parameters += [linear.lora_A, linear.lora_B]
@@ -80,11 +87,11 @@ def adapter_groups(model):
 
 @torch.no_grad()
 def merge(model):
-    """Add scale B A to each adapted weight and remove the adapter. Returns the model, frozen."""
+    """Add each adapter to the weight of its layer, and remove it. Returns the model, all frozen."""
     for linear in adapters(model).values():
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
-        linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded to its dtype once
+        linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded once
         linear.lora_hook.remove()
         del linear.lora_A, linear.lora_B, linear.lora_scale, linear.lora_called, linear.lora_hook
     for module in model.modules():
@@ -95,7 +102,7 @@ def merge(model):
 
 
 # --------------------------------------------------------------------------------------------------
-# Which layers can have an adapter
+# Which layers can carry an adapter
 
 
 def linear_layers(model):
@@ -103,7 +110,7 @@ def linear_layers(model):
 
 
 def find_layers(model, targets):
-    """Return {name: layer} for all linear layers whose names end with one of the targets."""
+    """Return the linear layers whose names end with one of the targets, {name: layer}."""
     linears = linear_layers(model)
     chosen = set()
     for target in targets:
@@ -118,9 +125,8 @@ def find_layers(model, targets):
 
 
 def check_layers(model, layers):
-    """Raise ValueError if a layer's weight is not a plain tensor, or another module shares it."""
-    # all tensors of the model, as (module, name, memory)
-    tensors = []
+    """Raise ValueError if a layer's weight is no plain tensor, or another module shares it."""
+    tensors = []  # (module, name, storage) of all plain tensors of the model
     for module_name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if type(tensor) in (torch.Tensor, nn.Parameter):
@@ -128,7 +134,8 @@ def check_layers(model, layers):
 
     for name, linear in layers.items():
         weight = linear._parameters.get("weight")
-        if type(weight) is not nn.Parameter or weight.dtype not in WEIGHT_DTYPES or weight.is_meta:
+        is_plain = type(weight) is nn.Parameter and not weight.is_meta
+        if not is_plain or weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"the weight of {name} is no plain tensor of floats (it is sharded, quantized, "
                 f"computed or not there yet), so it cannot carry an adapter"
@@ -142,10 +149,10 @@ def check_layers(model, layers):
 
 
 def check_called(model, inputs, output):
-    """Raise ValueError if the first forward pass of the model did not call an adapted layer.
+    """Raise ValueError if the model's first forward pass did not call a layer with an adapter.
 
-    A model may use the weight of a layer without calling the layer, as nn.MultiheadAttention does.
-    Then the adapter would have no effect in training, but would change the model when merged.
+    Some modules use the weight of a layer without calling the layer, such as nn.MultiheadAttention.
+    The adapter would then have no effect in training, but change the model when it is merged.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in the format of Hugging Face's PEFT: adapter_config.json and weights."""
+"""LoRA adapters on disk, in the format of Hugging Face's PEFT: a JSON file and a weight file."""
 
 import os
 from pathlib import Path
@@ -16,25 +16,28 @@ WEIGHTS = "adapter_model.safetensors"
 
 # Settings in adapter_config.json that may have any value: they do not change the product B A
 ANY_VALUE = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision"),
-    *("base_model_name_or_path", "auto_mapping", "peft_version"),
-    *("megatron_core", "qalora_group_size"),  # without effect, unless another setting is on
-}
-# Settings that must have one of these values. Other kinds of init also change the frozen weights.
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "task_type", "inference_mode", "revision",
+    "base_model_name_or_path", "auto_mapping", "peft_version",
+    "megatron_core", "qalora_group_size",  # have no effect unless another setting is on
+}  # fmt: skip
+
+# Settings that must have one of these values. With another init_lora_weights, PEFT changes the
+# frozen weights, too.
 ALLOWED_VALUES = {
     "peft_type": ["LORA"],
     "bias": ["none"],
     "init_lora_weights": [True, False, "gaussian"],
 }
-# All other settings must be off
+
+# All other settings must be off, which means one of these values.
 OFF_VALUES = [None, False, {}, [], ""]
 
 
 def save(model, folder, prefix=""):
-    """Write the adapters of a model into a folder that has none yet. The model is not written.
+    """Write the adapters, but not the model, into a folder that holds no adapters yet.
 
-    prefix: a layer's name in PEFT is prefix + its name here. It is "model." for a train.GPT.
+    prefix: added to our name of a layer to get PEFT's name. For a train.GPT, it is "model.".
     """
     layers = lora.adapters(model)
     if not layers:
@@ -47,10 +50,10 @@ def save(model, folder, prefix=""):
 
 @torch.no_grad()
 def load(model, folder, prefix=""):
-    """Put the adapters that `save` or PEFT wrote on the model, without dropout, and return it.
+    """Put the adapters that `save` or PEFT wrote into a folder on the model, and return it.
 
-    prefix: as in `save`. Raises ValueError if the folder has no adapters of plain LoRA, or if they
-    do not fit the model.
+    prefix: as for `save`. Dropout is not applied. Raises ValueError if the folder holds no adapters
+    of plain LoRA, or if they do not fit the model.
     """
     rank, alpha, tensors = read_adapters(folder)
     linears = {prefix + name: m for name, m in lora.linear_layers(model).items()}
@@ -70,7 +73,10 @@ def load(model, folder, prefix=""):
 
 
 def write_adapters(folder, tensors, scale):
-    """Write adapters, {layer: (A (r, n), B (m, r))}, all of the same rank r and the same scale."""
+    """Write the adapters of y = W x + scale B A x.
+
+    tensors: {PEFT's name of a layer: (A (r, n), B (m, r))}, all of one rank.
+    """
     for file_name in (CONFIG, WEIGHTS):
         path = Path(folder, file_name)
         if os.path.lexists(path):
@@ -79,8 +85,6 @@ def write_adapters(folder, tensors, scale):
     for layer, (A, B) in tensors.items():
         named[f"base_model.model.{layer}.lora_A.weight"] = A.cpu().contiguous()
         named[f"base_model.model.{layer}.lora_B.weight"] = B.cpu().contiguous()
-
-    # settings as PEFT names them; in PEFT, scale is lora_alpha / r
     rank = len(A)
     config = {
         "peft_type": "LORA",
@@ -100,7 +104,10 @@ def write_adapters(folder, tensors, scale):
 
 
 def read_adapters(folder):
-    """Return rank, alpha and {layer: (A (r, n), B (m, r))}. Raise ValueError if not plain LoRA."""
+    """Return rank, alpha and {PEFT's name of a layer: (A (r, n), B (m, r))}.
+
+    Raises ValueError if the files are damaged, or if they are not those of plain LoRA.
+    """
     rank, alpha = read_config(Path(folder, CONFIG))
     path = Path(folder, WEIGHTS)
     try:
@@ -108,24 +115,21 @@ def read_adapters(folder):
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged") from error
 
-    # group the tensors base_model.model.{layer}.lora_{A or B}.weight by layer
+    # group the tensors by layer: each is called base_model.model.{layer}.lora_{A or B}.weight
     found = {}  # {layer: {"A.weight": A, "B.weight": B}}
     for name, tensor in named.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
         is_known = factor in ("A.weight", "B.weight")
         if not is_known or name != f"base_model.model.{layer}.lora_{factor}":
             raise ValueError(f"{path} holds {name[:80]!r}, which is no tensor of plain LoRA")
-        if (
-            tensor.dim() != 2
-            or tensor.dtype not in lora.WEIGHT_DTYPES
-            or not tensor.isfinite().all()
-        ):
+        is_float_matrix = tensor.dim() == 2 and tensor.dtype in lora.WEIGHT_DTYPES
+        if not is_float_matrix or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name[:80]!r} is no matrix of finite floats")
         found.setdefault(layer, {})[factor] = tensor
     if not found:
         raise ValueError(f"{path} holds no adapters")
 
-    # every layer needs both matrices
+    # each layer needs both factors, of the rank in the config
     tensors = {}
     for layer, factors in found.items():
         A = factors.get("A.weight")  # (r, n)
@@ -137,12 +141,13 @@ def read_adapters(folder):
 
 
 def read_config(path):
-    """Return rank and alpha from adapter_config.json. Raise ValueError if not plain LoRA."""
+    """Return rank and alpha from adapter_config.json. Raises ValueError if it is not plain LoRA."""
     config = parse_json(read_user_file(path), path)
     if not isinstance(config, dict) or not {"peft_type", "r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{path} holds no LoRA settings: peft_type, r and lora_alpha")
     for key, value in config.items():
-        if key not in ANY_VALUE and value not in ALLOWED_VALUES.get(key, OFF_VALUES):
+        allowed = ALLOWED_VALUES.get(key, OFF_VALUES)
+        if key not in ANY_VALUE and value not in allowed:
             raise ValueError(
                 f"{path} sets {key[:80]!r} to {str(value)[:80]!r}: only plain LoRA is implemented"
             )

@@ -50,8 +50,9 @@ def test_interval_covers_seeds_and_questions():
     for seed_std, question_std in ((1.0, 0.0), (0.1, 3.0), (0.5, 5.0)):
         covered = 0
         for _ in range(400):
-            values = rng.normal(size=(8, 100))
-            values += seed_std * rng.normal(size=(8, 1)) + question_std * rng.normal(size=(1, 100))
+            values = rng.normal(size=(8, 100))  # 8 seeds, 100 questions
+            values += seed_std * rng.normal(size=(8, 1))
+            values += question_std * rng.normal(size=(1, 100))
             mean, half_width = lora_finetune.crossed_ci95(values)
             covered += abs(mean) <= half_width
         assert covered / 400 > 0.92
@@ -62,9 +63,9 @@ def test_study_at_tiny_size(tiny, monkeypatch):
     for task in lora_finetune.TASKS:
         Path("questions", task).mkdir(parents=True)
         for split in ("train", "test"):
-            rows = [
-                {**QUESTION, "instruction": f"{i} " + QUESTION["instruction"]} for i in range(9)
-            ]
+            rows = []
+            for i in range(9):
+                rows.append({**QUESTION, "instruction": f"{i} {QUESTION['instruction']}"})
             Path("questions", task, f"{split}.json").write_text(json.dumps(rows))
     flags = "--adapter lora_rite:rank=2 --steps 2 --batch-size 2 --eval-batches 1 --sample 0"
     monkeypatch.setattr(lora_finetune, "FLAGS", f"{flags} --device cpu")
@@ -73,8 +74,10 @@ def test_study_at_tiny_size(tiny, monkeypatch):
     monkeypatch.setattr(harness, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
     record = lora_finetune.run("base", "questions", "results")
     assert set(record["differences"]) == {"LoRA+", "LoRA-RITE"}
-    run = json.loads(Path("results/lora_rite-gpu.json").read_text())["variants"]["AdamW"]["runs"][0]
-    assert [len(run["scores"][task]) for task in lora_finetune.TASKS] == [9] * 4
+    saved = json.loads(Path("results/lora_rite-gpu.json").read_text())
+    run = saved["variants"]["AdamW"]["runs"][0]
+    for task in lora_finetune.TASKS:
+        assert len(run["scores"][task]) == 9
     assert run["value"] == pytest.approx(statistics.mean(lora_finetune.all_scores(run)))
     with pytest.raises(ValueError, match="not a list of questions"):
         lora_finetune.run("base", "nowhere", "results")

@@ -24,7 +24,10 @@ KERNEL, EAGER = True, False  # use_kernel
 
 
 def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
-    """Return pairs of A (r, n) and B (m, r) for shapes (r, n, m), and gradients for some steps."""
+    """Return pairs of A (r, n) and B (m, r) for shapes (r, n, m), and gradients for some steps.
+
+    change: a function of A and B that returns other ones.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -71,8 +74,9 @@ def check(
     shapes, steps=2, dtype=torch.float32, runs=1, seed=0, change=lambda A, B: (A, B),
     spoil=lambda grads: None, compare_state=True, **options,
 ):  # fmt: skip
-    """Compare with PyTorch in the same dtype and in float64; several runs must be equal.
+    """Compare steps of the kernel with PyTorch in the same dtype and in float64.
 
+    runs: so many runs must give the same bits. spoil: a function that changes the gradients.
     compare_state: also compare V, R_inv, M and rho, which suffer first from bad conditioning.
     Returns the parameters and the optimizer of the kernel.
     """
@@ -347,7 +351,7 @@ TYPES = {
     "bad_ptr": "*i32",
     "partial_ptr": "*fp64",
     "work_ptr": "*fp64",
-    "number_ptr": "*fp64",
+    "scalar_ptr": "*fp64",
     "total_ptr": "*fp64",
     "matrix_ptr": "*fp32",
     "lr_ptr": "*fp64",
@@ -438,7 +442,8 @@ def test_kernel_repeats_itself_and_never_waits():
                 optimizer.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        first = first or [p.detach().clone() for p in ps]
+        if first is None:
+            first = [p.detach().clone() for p in ps]
         assert is_equal(ps, first)
 
 
@@ -449,8 +454,9 @@ def test_pairs_on_two_gpus():
     pairs, grads = problem([(4, 30, 20), (4, 12, 40)], 3, torch.float32)
 
     def parameters(second, use_kernel):
-        devices = ("cuda:0", second)
-        ps = [nn.Parameter(p.to(d, copy=True)) for pair, d in zip(pairs, devices) for p in pair]
+        """Take three steps, with the second pair on the device `second`."""
+        ps = [nn.Parameter(p.to("cuda:0", copy=True)) for p in pairs[0]]
+        ps += [nn.Parameter(p.to(second, copy=True)) for p in pairs[1]]
         group = {"params": ps, "pair": True}
         optimizer = LoRARITE([group], 0.05, clip=0.3, use_kernel=use_kernel)
         for step_grads in grads:

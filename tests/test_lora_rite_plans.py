@@ -1,4 +1,4 @@
-"""LoRA-RITE's plan of a step: rebuilt when tensors move, kept for a captured CUDA graph."""
+"""LoRA-RITE's cache of batches: rebuilt when tensors move, kept for a captured CUDA graph."""
 
 import weakref
 
@@ -85,7 +85,8 @@ def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
     pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
     _, optimizer = run(EAGER, pairs, grads, torch.float32)
     _, double = run(EAGER, pairs, grads, torch.float64)
-    assert optimizer.capturable and not double.capturable
+    assert optimizer.capturable
+    assert not double.capturable, "float64 pairs are stepped in PyTorch"
     monkeypatch.setattr(lora_rite, "kernel", None)
     assert not optimizer.capturable
 
@@ -95,7 +96,8 @@ def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
 def test_a_cuda_graph(moves_grads):
     """lr is read on the device; tables are those of the steps before, or of prepare()."""
     pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
-    captured_ps, plain_ps = ([nn.Parameter(p.cuda()) for p in pairs[0]] for _ in range(2))
+    captured_ps = [nn.Parameter(p.cuda()) for p in pairs[0]]
+    plain_ps = [nn.Parameter(p.cuda()) for p in pairs[0]]
     lr = torch.zeros((), dtype=torch.float64, device="cuda")
     captured = LoRARITE([{"params": captured_ps, "pair": True}], lr)
     plain = LoRARITE([{"params": plain_ps, "pair": True}])

@@ -1,4 +1,4 @@
-"""Adapters on disk: what PEFT writes is read, everything else is refused in one sentence."""
+"""Adapters on disk: what PEFT writes is loaded, everything else is refused in one sentence."""
 
 import json
 import os
@@ -240,6 +240,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def tensors_with(**changes):
+    """Return a function that changes the factors of one layer in a folder; None deletes one."""
+
     def write(folder):
         tensors = load_file(folder / "adapter_model.safetensors")
         for key, change in changes.items():
@@ -253,6 +255,8 @@ def tensors_with(**changes):
 
 
 def extra(name, shape=(3, 32)):
+    """Return a function that adds a tensor to the weights in a folder."""
+
     def write(folder):
         tensors = load_file(folder / "adapter_model.safetensors")
         tensors[name] = torch.zeros(shape)
@@ -262,6 +266,8 @@ def extra(name, shape=(3, 32)):
 
 
 def raw(data):
+    """Return a function that replaces the weights in a folder by these bytes."""
+
     def write(folder):
         (folder / "adapter_model.safetensors").write_bytes(data)
 
@@ -269,6 +275,7 @@ def raw(data):
 
 
 def header(entries):
+    """Return the header of a safetensors file without data: a length, then JSON."""
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text
 

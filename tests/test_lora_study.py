@@ -1,0 +1,62 @@
+"""experiments/lora_rite.py: the optimizers that it compares, and the whole study at tiny size."""
+
+import json
+
+import pytest
+import torch
+
+import lora_rite
+from experiments import lora_rite as study
+from support import lora
+from tests.test_lora_adapters import adapted
+
+
+def test_lora_plus_is_adamw_with_a_faster_B():
+    groups = lora.adapter_groups(adapted())
+    for make, ratio in ((study.adamw, 1.0), (study.lora_plus, study.LORA_PLUS_RATIO)):
+        before = [p.detach().clone() for p in groups[0]["params"]]
+        optimizer = make(groups)
+        for p in groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()  # Adam's first step is as long as the learning rate
+        for i, (p, old) in enumerate(zip(groups[0]["params"], before)):
+            length = study.LR * (ratio if i % 2 else 1.0)
+            assert torch.allclose(old - p, torch.full_like(p, length), rtol=1e-3)
+
+
+def test_the_study_of_the_drift(tmp_path, monkeypatch):
+    shape = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 64 --batch-size 2 --steps 3"
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
+    base = f"{shape} --data {tmp_path}/text.txt --device cpu --sample 0"
+    monkeypatch.setattr(study, "BASE", base)
+    monkeypatch.setattr(study, "STEPS", 3)
+    monkeypatch.setattr(study, "SEEDS", (1, 2))
+    record = lora_rite.main(["--out", str(tmp_path / "results")])
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == ["lora_rite-cpu.json", "lora_rite-cpu.png"]
+    saved = json.loads((tmp_path / "results/lora_rite-cpu.json").read_text())
+    keys = "command commit hardware versions code seconds question metric baseline variants"
+    assert saved.keys() == {*keys.split(), "differences"}
+    assert saved["differences"].keys() == set(study.VARIANTS) - {"AdamW"}
+
+    invariant = {"LoRA-RITE", "LoRA-RITE, its own clip"}
+    for name, variant in record["variants"].items():
+        for run in variant["runs"]:
+            assert len(run["distances"]) == 4
+            assert run["distances"][0] < 1e-13
+            drift = run["distances"][-1]
+            assert drift == pytest.approx(10 ** run["value"])
+            if name in invariant:
+                assert drift < 1e-11, name
+            else:
+                assert drift > 1e-11, name
+        first_seed, second_seed = variant["runs"]
+        assert first_seed["distances"] != second_seed["distances"]
+
+    # clipping changes the losses
+    losses = {}
+    for name, variant in record["variants"].items():
+        losses[name] = [run["losses"] for run in variant["runs"]]
+    for name in ("AdamW", "LoRA+", "LoRA-RITE"):
+        assert losses[name] != losses[f"{name}, gradients clipped"]
+    assert losses["LoRA-RITE"] != losses["LoRA-RITE, its own clip"]
