@@ -309,8 +309,8 @@ def test_a_signal_ends_the_text(run, monkeypatch, capsys):
 
     n_tokens = 3
 
-    def interrupted(*args):
-        for n, token in enumerate(original(*args)):
+    def interrupted(*args, **settings):
+        for n, token in enumerate(original(*args, **settings)):
             if n == n_tokens:
                 signal.raise_signal(signal.SIGINT)
             yield token
