@@ -1,4 +1,4 @@
-"""One decoding step of a Llama or Qwen3 layer at batch 1, in six launches.
+"""One decoding step of a Llama or Qwen3 model at batch size 1, six launches per layer.
 
     norm_linear_kernel    q, k, v = W RMSNorm(x) + b; after the last layer, logits = W RMSNorm(x)
     attention_kernel      QK-norm, RoPE, append to the KV cache, attention over a split of the keys
@@ -7,16 +7,17 @@
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
     linear_add_kernel     x += W hidden
 
-In a matrix-vector product each program computes a few rows of W by itself, so two runs give the
-same bits. Attention is split-K: one program per split of the keys and KV head. As a CUDA graph has
-a fixed grid, there are splits for the whole cache, and those after the token's position return.
+A matrix-vector product gives each program a few rows of W. Nothing is added atomically, so two runs
+give the same bits. Attention is split-K: each program reads one split of the keys of one KV head. A
+CUDA graph has a fixed grid, so there is a program for every split of the cache. Those whose split
+has no token yet return at once.
 
-From Hopper on a kernel starts while the previous one still runs (programmatic dependent launch). It
-loads its first weights or keys, which do not depend on the previous kernel, and then waits for it.
+From Hopper on, a kernel starts while the previous one still runs (programmatic dependent launch).
+It loads its first weights or keys, which the previous kernel does not write, and then waits for it.
 
-A weight is read once for two FLOPs, so the floor is the time to read all weights. A token after 512
-others in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M 0.414 ms,
-16%. Tuning history: kernels/NOTES.md.
+Each weight is read once, for two FLOPs, so the floor is the time to read all weights. A token after
+512 others in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M
+0.414 ms, 16%. Tuning history: kernels/NOTES.md.
 
 Limits: head dimensions in HEAD_DIMS; float32, float16 or bfloat16, summed in float32; fewer than
 2**31 numbers in one head of the cache. Anything else raises ValueError.
@@ -35,18 +36,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
-    """How a matrix-vector product reads W."""
+    """The part of a matrix W that a program reads at a time."""
 
-    rows: int  # per program
-    columns: int  # per iteration
+    rows: int  # of one program
+    columns: int  # of one iteration of its loop
     num_warps: int
 
 
 SMALL_MATRIX = Tile(rows=2, columns=1024, num_warps=4)  # limited by latency
 LARGE_MATRIX = Tile(rows=4, columns=256, num_warps=1)  # limited by bandwidth
-LARGE_MATRIX_ROWS = 8192  # rows from which a matrix is large
+LARGE_MATRIX_ROWS = 8192  # matrices with at least as many rows are large
 ATTENTION_PROGRAMS = 264  # two per multiprocessor of an H200
-MAX_SPLITS = 64  # combine_kernel holds the outputs of all at once
+MAX_SPLITS = 64  # combine_kernel holds the outputs of all splits at once
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def start_next_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Wait until everything that the previous kernel writes can be read."""
+    """Wait until the previous kernel has written everything."""
     if PDL:
         gdc_wait()
 
@@ -73,7 +74,7 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def load_weights(w_row_ptrs, row_mask, cols, C: tl.constexpr):
-    """Columns `cols` of R rows of W: [R, BLOCK_C]"""
+    """Load the columns `cols` of R rows of W: [R, BLOCK_C]"""
     mask = row_mask[:, None] & (cols < C)[None, :]
     return tl.load(w_row_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
 
@@ -81,17 +82,20 @@ def load_weights(w_row_ptrs, row_mask, cols, C: tl.constexpr):
 @triton.jit
 def matvec(
     x_ptr, gain_ptr,  # (C,), (C,)
-    w_row_ptrs, row_mask,  # [R] pointers to rows of W, and whether there is such a row
+    w_row_ptrs, row_mask,  # [R] pointers to rows of W, [R] whether W has this row
     eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """W x or, with NORM, W RMSNorm(x): [R]"""
+    """Compute R rows of W x or, with NORM, of W RMSNorm(x): [R]
+
+    RMSNorm(x) = gain x / rms(x). The division by rms(x), a single number, comes after the product.
+    """
     # -- load the first weights before waiting for x --
     offs_c = tl.arange(0, BLOCK_C)
     w = load_weights(w_row_ptrs, row_mask, offs_c, C)  # [R, BLOCK_C]
     wait_for_previous_kernel(PDL)
 
-    # -- W (gain * x); its division by the root mean square of x comes last --
+    # -- W x or W (gain x) --
     acc = tl.zeros((w_row_ptrs.shape[0], BLOCK_C), tl.float32)
     sum_squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -102,7 +106,9 @@ def matvec(
             x *= tl.load(gain_ptr + cols, mask=cols < C, other=0.0)
         acc += w.to(tl.float32) * x[None, :]
         w = load_weights(w_row_ptrs, row_mask, cols + BLOCK_C, C)  # prefetch
-    y = tl.sum(acc, 1)
+    y = tl.sum(acc, 1)  # [R]
+
+    # -- divide by the root mean square of x --
     if NORM:
         y *= tl.rsqrt(tl.sum(sum_squares, 0) / C + eps)
     return y
@@ -110,6 +116,7 @@ def matvec(
 
 @triton.jit
 def choose(matrix, first, second, third):
+    """Return `first` where matrix is 0, `second` where it is 1, `third` where it is 2."""
     return tl.where(matrix == 0, first, tl.where(matrix == 1, second, third))
 
 
@@ -123,18 +130,23 @@ def norm_linear_kernel(
     C: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = W RMSNorm(x) + b of up to three matrices W, one below the other"""
+    """Compute y = W RMSNorm(x) + b, where W is up to three matrices below each other.
+
+    rows of y     0 ... n1 - 1   n1 ... n1 + n2 - 1   n1 + n2 ... n1 + n2 + n3 - 1
+    matrix              0                 1                         2
+    """
     start_next_kernel(PDL)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # of y
     mask = rows < n1 + n2 + n3
 
-    # -- row r of y is row r - first of matrix 0, 1 or 2 --
+    # -- find the matrix of each row, and its row in this matrix --
     matrix = (rows >= n1).to(tl.int32) + (rows >= n1 + n2).to(tl.int32)
-    first = choose(matrix, 0, n1, n1 + n2)
-    w_rows = (rows - first).to(tl.int64)
+    first_row = choose(matrix, 0, n1, n1 + n2)
+    w_rows = (rows - first_row).to(tl.int64)
     offs = w_rows * C
     w_row_ptrs = choose(matrix, w1_ptr + offs, w2_ptr + offs, w3_ptr + offs)
 
+    # -- multiply, and add the bias --
     y = matvec(x_ptr, gain_ptr, w_row_ptrs, mask, eps, C, BLOCK_C, True, PDL)  # [BLOCK_R]
     if BIAS:
         b_ptrs = choose(matrix, b1_ptr + w_rows, b2_ptr + w_rows, b3_ptr + w_rows)
@@ -148,10 +160,12 @@ def norm_swiglu_kernel(
     n, eps,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
+    """Compute y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
     start_next_kernel(PDL)
 
-    # -- one product with alternating rows: row r of W_gate, of W_up, row r + 1 of W_gate, ... --
+    # -- multiply both matrices at once, with rows that alternate --
+    # i        0            1          2                3
+    # row      r of W_gate  r of W_up  r + 1 of W_gate  r + 1 of W_up  ...
     i = tl.arange(0, 2 * BLOCK_R)
     rows = tl.program_id(0) * BLOCK_R + i // 2
     offs = rows.to(tl.int64) * C
@@ -171,7 +185,7 @@ def linear_add_kernel(
     n,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x += W y, in place"""
+    """Add W y to x in place."""
     start_next_kernel(PDL)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < n
@@ -187,7 +201,7 @@ def linear_add_kernel(
 
 @triton.jit
 def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
-    """Gains of QK-norm [ROWS, D]: of queries where is_query [ROWS, 1], else of keys"""
+    """Load the gains of QK-norm: the queries' where is_query [ROWS, 1], else the keys'. [ROWS, D]"""
     q_gain = tl.load(q_gain_ptr + offs_d)[None, :]
     k_gain = tl.load(k_gain_ptr + offs_d)[None, :]
     return tl.where(is_query, q_gain, k_gain)
@@ -200,16 +214,19 @@ def load_queries_and_key(
     kv_head, Hkv, eps,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Queries and new key of a KV head, after QK-norm and RoPE: [ROWS, D]
+    """Load the new token's queries and key of one KV head, after QK-norm and RoPE: [ROWS, D]
 
-    Rows 0 to G - 1 are its queries, row G is the key, and the others are zeros: tl.dot needs 16.
+    heads of qkv      0 ... H - 1   H ... H + Hkv - 1   H + Hkv ...     with H = Hkv G
+                        queries           keys            values
+    rows returned     0 ... G - 1           G           G + 1 ... ROWS - 1
+                      G queries            key             zeros, as tl.dot needs 16 rows
     """
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]
     offs_d = tl.arange(0, D)
     paired_d = (offs_d + D // 2) % D  # RoPE rotates the channels i and i + D/2 as a pair
 
-    # -- load each channel, and the one it is paired with; the key heads follow the Hkv G queries --
+    # -- load each channel, and the channel it is paired with --
     heads = tl.where(rows < G, kv_head * G + rows, Hkv * G + kv_head)
     head_offs = (heads * D)[:, None]
     mask = (rows <= G)[:, None]
@@ -228,14 +245,16 @@ def load_queries_and_key(
 
 @triton.jit
 def attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION: tl.constexpr):
-    """Add a block of keys to acc = sum exp2(S - m_i) V and l_i = sum exp2(S - m_i), online softmax.
+    """Add a block of keys and values to the running sums of attention (online softmax).
 
-    q and acc [ROWS, D], m_i and l_i [ROWS], k and v [BLOCK_N, D], exists [BLOCK_N]: is there a key?
+    q [ROWS, D], k and v [BLOCK_N, D], exists [BLOCK_N]: whether there is a key. The sums are
+    acc = sum exp2(qk - m_i) v [ROWS, D] and l_i = sum exp2(qk - m_i) [ROWS]. m_i is the largest qk.
     """
     # -- compute qk --
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [ROWS, BLOCK_N]
     qk = tl.where(exists[None, :], qk, -float("inf"))
-    # -- m_new is finite because every block has a key that all rows see --
+
+    # -- rescale the sums to the new maximum, which is finite: no block is without a key --
     m_new = tl.maximum(m_i, tl.max(qk, 1))
     p = tl.exp2(qk - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
@@ -255,11 +274,17 @@ def attention_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the G query heads of one KV head, over the keys split_start ... split_end - 1"""
+    """Compute the attention of the G query heads of one KV head over one split of the keys.
+
+    position       0 ... length - 1        length          length + 1 ... size - 1
+                   tokens in the cache     the new token   free
+
+    The splits are split_size positions each. A split without a token has no output.
+    """
     start_next_kernel(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    length = tl.load(length_ptr).to(tl.int32)  # written before the previous kernel
+    length = tl.load(length_ptr).to(tl.int32)  # written before the previous kernel started
     split_start = split * split_size
     rows = tl.arange(0, ROWS)
     offs_d = tl.arange(0, D)
@@ -268,25 +293,26 @@ def attention_kernel(
 
     # -- load the first block of old keys and values before waiting for the new ones --
     head_offs = tl.cast(kv_head, tl.int64) * size * D
-    tile_offs = head_offs + offs_n[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
+    block_offs = head_offs + offs_n[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
     mask = (split_start + offs_n < length)[:, None]
-    k = tl.load(k_ptr + tile_offs + split_start * D, mask=mask, other=0.0)
-    v = tl.load(v_ptr + tile_offs + split_start * D, mask=mask, other=0.0)
+    k = tl.load(k_ptr + block_offs + split_start * D, mask=mask, other=0.0)
+    v = tl.load(v_ptr + block_offs + split_start * D, mask=mask, other=0.0)
 
-    # -- load the angles of RoPE: rotated x_i = x_i cos - x_{i + D/2} sin in the first half --
+    # -- load the angles of RoPE: x_i cos - x_{i + D/2} sin in the first half of the channels --
     angle_offs = length * (D // 2) + offs_d % (D // 2)
     cos = tl.load(cos_ptr + angle_offs)  # [D]
     sin = tl.where(offs_d < D // 2, -1.0, 1.0) * tl.load(sin_ptr + angle_offs)
     wait_for_previous_kernel(PDL)
 
     if split_start <= length:
+        # -- load the queries, and the new key and value --
         qk_rows = load_queries_and_key(
             qkv_ptr, q_gain_ptr, k_gain_ptr, cos, sin, kv_head, Hkv, eps, G, ROWS, D, NORM
         )  # [ROWS, D]
-
-        # -- the last split, which has the new token, appends its key and value to the cache --
         new_k = tl.sum(tl.where((rows == G)[:, None], qk_rows, 0.0), 0).to(k.dtype)  # [D]
         new_v = tl.load(qkv_ptr + (Hkv * G + Hkv + kv_head) * D + offs_d).to(k.dtype)
+
+        # -- append them to the cache, in the split of the new token --
         if split_end == length + 1:
             new_offs = (tl.cast(kv_head, tl.int64) * size + length) * D + offs_d
             tl.store(k_ptr + new_offs, new_k)
@@ -298,19 +324,20 @@ def attention_kernel(
         l_i = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, D), tl.float32)
         for start_n in range(split_start, split_end, BLOCK_N):
-            keys = start_n + offs_n
-            # -- insert the new key and value, which were not in the cache when it was read --
-            is_new = (keys == length)[:, None]
+            positions = start_n + offs_n
+
+            # -- insert the new key and value: the block was loaded without them --
+            is_new = (positions == length)[:, None]
             k = tl.where(is_new, new_k[None, :], k)
             v = tl.where(is_new, new_v[None, :], v)
-            acc, m_i, l_i = attend_block(
-                acc, m_i, l_i, q, k, v, keys < split_end, qk_scale, PRECISION
-            )
+            exists = positions < split_end
+            acc, m_i, l_i = attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION)
+
             # -- prefetch the next block --
-            next_n = start_n + BLOCK_N
-            mask = (keys + BLOCK_N < length)[:, None] & (next_n < split_end)
-            k = tl.load(k_ptr + tile_offs + next_n * D, mask=mask, other=0.0)
-            v = tl.load(v_ptr + tile_offs + next_n * D, mask=mask, other=0.0)
+            next_start = start_n + BLOCK_N
+            mask = (positions + BLOCK_N < length)[:, None] & (next_start < split_end)
+            k = tl.load(k_ptr + block_offs + next_start * D, mask=mask, other=0.0)
+            v = tl.load(v_ptr + block_offs + next_start * D, mask=mask, other=0.0)
 
         # -- store the output and lse of this split --
         out_rows = (split * Hkv + kv_head) * G + rows
@@ -327,16 +354,23 @@ def combine_kernel(
     H, split_size,
     D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^(lse_s - lse) out_s over the splits s that hold a token"""
+    """Compute out = sum_s 2^(lse_s - lse) out_s over the splits s that have a token.
+
+    out_s and lse_s: the output of split s and the log2 of its sum of exponentials. lse: that of all
+    keys. The weights of the splits are computed relative to the largest lse_s.
+    """
     start_next_kernel(PDL)
     head = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     offs_d = tl.arange(0, D)
-    mask = splits * split_size <= tl.load(length_ptr)
+    mask = splits * split_size <= tl.load(length_ptr)  # whether a split has a token
     wait_for_previous_kernel(PDL)
 
+    # -- weights of the splits --
     lse = tl.load(lse_ptr + splits * H + head, mask=mask, other=-float("inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))  # [SPLITS]
+
+    # -- weighted mean of their outputs --
     offs = ((splits * H + head) * D)[:, None] + offs_d[None, :]
     split_out = tl.load(split_out_ptr + offs, mask=mask[:, None], other=0.0)  # [SPLITS, D]
     out = tl.sum(split_out * weight[:, None], 0) / tl.sum(weight, 0)
