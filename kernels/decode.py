@@ -382,33 +382,33 @@ def combine_kernel(
 
 
 def pdl_options(x):
-    """Return launch options: programmatic dependent launch where the GPU has it."""
-    is_nvidia = bool(x.is_cuda and torch.version.cuda)
+    """Return the launch options for programmatic dependent launch, which Hopper introduced."""
+    is_nvidia = x.is_cuda and torch.version.cuda is not None
     if is_nvidia and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
 
 def matvec_grid(n):
-    """Return the grid of a product with n rows, and the launch options of its tile."""
+    """Return the grid and the launch options of a product with a matrix of n rows."""
     tile = SMALL_MATRIX if n < LARGE_MATRIX_ROWS else LARGE_MATRIX
     options = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "num_warps": tile.num_warps}
     return (triton.cdiv(n, tile.rows),), options
 
 
 def attention_block(D, dtype):
-    """Return the number of keys per block of attention, and of warps."""
+    """Return the number of keys in a block of attention, and the number of warps."""
     block_n = 16 if dtype == torch.float32 else 64
     num_warps = 8 if D >= 128 else 4
     return block_n, num_warps
 
 
 def check_tensors(**expected):
-    """Raise ValueError unless the kernels can read the tensors. expected: name=(tensor, shape)"""
+    """Raise ValueError unless the kernels can read the tensors, given as name=(tensor, shape)."""
     for name, (tensor, shape) in expected.items():
-        found = tuple(tensor.shape)
-        if found != shape or 0 in shape:
-            raise ValueError(f"{name} is {found}; it must be {shape}, with no size of 0")
+        actual_shape = tuple(tensor.shape)
+        if actual_shape != shape or 0 in shape:
+            raise ValueError(f"{name} is {actual_shape}; it must be {shape}, with no size of 0")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}; give float32, float16 or bfloat16")
         if not tensor.is_contiguous():
@@ -416,9 +416,9 @@ def check_tensors(**expected):
 
 
 def norm_linear(x, gain, eps, weights, biases=None):
-    """Return W RMSNorm(x) + b of one to three matrices, concatenated, in float32.
+    """Return W RMSNorm(x) + b for one to three matrices W, concatenated, in float32.
 
-    x (C,), gain (C,), weights: (n, C) each, biases: (n,) each -> (n1 + n2 + n3,)
+    x (C,), gain (C,), weights: up to three of (n, C), biases: as many of (n,) -> (n1 + n2 + n3,)
     """
     C = x.numel()
     if not 1 <= len(weights) <= 3:
@@ -431,23 +431,23 @@ def norm_linear(x, gain, eps, weights, biases=None):
     for weight, bias in zip(weights, biases or ()):
         check_tensors(bias=(bias, (len(weight),)))
 
-    # the kernel takes three matrices: a missing one has 0 rows, so its pointers are never read
+    # the kernel takes three matrices: missing ones have 0 rows, so their pointers are never read
     n_missing = 3 - len(weights)
-    sizes = [len(weight) for weight in weights] + [0] * n_missing
-    weights = [*weights] + [weights[0]] * n_missing
-    has_bias = biases is not None
-    biases = [*biases] + [gain] * n_missing if has_bias else [gain] * 3
+    n1, n2, n3 = [len(weight) for weight in weights] + [0] * n_missing
+    w1, w2, w3 = [*weights] + [weights[0]] * n_missing
+    b1 = b2 = b3 = gain
+    if biases is not None:
+        b1, b2, b3 = [*biases] + [gain] * n_missing
 
-    y = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
+    y = torch.empty(n1 + n2 + n3, dtype=torch.float32, device=x.device)
     grid, options = matvec_grid(len(y))
-    norm_linear_kernel[grid](
-        x, gain, *weights, *biases, y, *sizes, eps, C, has_bias, **options, **pdl_options(x)
-    )
+    options |= {"BIAS": biases is not None, **pdl_options(x)}
+    norm_linear_kernel[grid](x, gain, w1, w2, w3, b1, b2, b3, y, n1, n2, n3, eps, C, **options)
     return y
 
 
 def norm_swiglu(x, gain, eps, gate, up):
-    """Return silu(gate n) * (up n) with n = RMSNorm(x), in the dtype of x.
+    """Return silu(gate RMSNorm(x)) * (up RMSNorm(x)) in the dtype of x.
 
     x (C,), gain (C,), gate and up (n, C) -> (n,)
     """
@@ -461,7 +461,7 @@ def norm_swiglu(x, gain, eps, gate, up):
 
 
 def linear_add(x, y, weight):
-    """x += weight y, in place: x (n,), y (C,), weight (n, C)"""
+    """Add weight y to x in place: x (n,), y (C,), weight (n, C)"""
     n = x.numel()
     C = y.numel()
     check_tensors(x=(x, (n,)), y=(y, (C,)), weight=(weight, (n, C)))
@@ -470,12 +470,12 @@ def linear_add(x, y, weight):
 
 
 def attention(qkv, gains, eps, angles, length, k, v):
-    """Append a token's key and value to the KV cache, and attend from it to all positions so far.
+    """Append a token's key and value to the KV cache, and return its attention to the cache.
 
-    qkv: from `norm_linear`, ((H + 2 Hkv) D,) float32
+    qkv: q, k and v of the token, ((H + 2 Hkv) D,) float32, from `norm_linear`
     gains: the weights of QK-norm for q and k, (D,) each, or None
     angles: cos and sin of RoPE, (size, 1, D / 2) each
-    length: the token's position, (1,) int64; must be below size, which is not checked
+    length: (1,) int64, the number of tokens in the cache; must be below size, which is not checked
     k, v: the cache, (Hkv, size, D) each
     Returns (H D,) in the dtype of k.
     """
@@ -493,12 +493,12 @@ def attention(qkv, gains, eps, angles, length, k, v):
     cos, sin = angles
     angles_shape = (size, 1, D // 2)
     check_tensors(qkv=(qkv, ((H + 2 * Hkv) * D,)), cos=(cos, angles_shape), sin=(sin, angles_shape))
-    q_gain = k_gain = qkv  # not read without QK-norm
+    q_gain = k_gain = qkv  # any pointer: without QK-norm they are not read
     if gains is not None:
         q_gain, k_gain = gains
         check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
-    # enough splits to fill the GPU, each a whole number of blocks
+    # split the keys into enough programs to fill the GPU; each split is a whole number of blocks
     block_n, num_warps = attention_block(D, k.dtype)
     wanted_splits = min(MAX_SPLITS, max(1, ATTENTION_PROGRAMS // Hkv))
     split_size = triton.cdiv(size, block_n * wanted_splits) * block_n
@@ -508,19 +508,20 @@ def attention(qkv, gains, eps, angles, length, k, v):
     lse = qkv.new_empty(n_splits, H)
     out = k.new_empty(H * D)
     G = H // Hkv
-    # tile rows: the G queries and the new key; tensor cores take at least 16
-    rows = max(16, triton.next_power_of_2(G + 1))
+    # rows of the tile: the G queries and the new key; tensor cores need at least 16
+    n_rows = max(16, triton.next_power_of_2(G + 1))
     precision = "ieee" if k.dtype == torch.float32 else "tf32"
     attention_kernel[(n_splits, Hkv)](
         qkv, q_gain, k_gain, cos, sin, length, k, v, split_out, lse,
         Hkv, size, split_size, eps, D**-0.5,
-        G, rows, D, block_n, gains is not None, precision,
+        G=G, ROWS=n_rows, D=D, BLOCK_N=block_n, NORM=gains is not None, PRECISION=precision,
         num_warps=num_warps, **pdl_options(k),
     )  # fmt: skip
-    max_splits = triton.next_power_of_2(n_splits)
     combine_kernel[(H,)](
-        split_out, lse, length, out, H, split_size, D, max_splits, num_warps=4, **pdl_options(k)
-    )
+        split_out, lse, length, out, H, split_size,
+        D=D, SPLITS=triton.next_power_of_2(n_splits),
+        num_warps=4, **pdl_options(k),
+    )  # fmt: skip
     return out
 
 
@@ -531,8 +532,8 @@ def attention(qkv, gains, eps, angles, length, k, v):
 def fused_logits(model, token, length, angles, kv):
     """Return the logits (V,) of a softmax GPT after token (1, 1) at position length (1,).
 
-    kv: the KV cache, a pair of (Hkv, size, D) per layer. It does what the model's layers do, but
-    each kernel fuses a product with the norm before or the sum after it.
+    It does what the layers of the model do. Each kernel fuses a matrix-vector product with the
+    norm before it or the sum after it. kv: the KV cache, a pair of (Hkv, size, D) per layer.
     """
     eps = model.config.norm_eps
     x = model.embed_tokens.weight.index_select(0, token[0])[0]  # (C,)
@@ -542,9 +543,9 @@ def fused_logits(model, token, length, angles, kv):
         projections = (module.q_proj, module.k_proj, module.v_proj)
         weights = [projection.weight for projection in projections]
         biases = None
-        gains = None
         if model.config.qkv_bias:
             biases = [projection.bias for projection in projections]
+        gains = None
         if model.config.qk_norm:
             gains = (module.q_norm.weight, module.k_norm.weight)
         qkv = norm_linear(x, layer.input_layernorm.weight, eps, weights, biases)
@@ -557,5 +558,6 @@ def fused_logits(model, token, length, angles, kv):
         hidden = norm_swiglu(x, gain, eps, mlp.gate_proj.weight, mlp.up_proj.weight)
         linear_add(x, hidden, mlp.down_proj.weight)
 
-    output = model.embed_tokens if model.lm_head is None else model.lm_head
-    return norm_linear(x, model.norm.weight, eps, [output.weight])
+    # logits
+    lm_head = model.embed_tokens if model.lm_head is None else model.lm_head
+    return norm_linear(x, model.norm.weight, eps, [lm_head.weight])
