@@ -7,17 +7,17 @@
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
     linear_add_kernel     x += W hidden
 
-A matrix-vector product gives each program a few rows of W. Nothing is added atomically, so two runs
-give the same bits. Attention is split-K: each program reads one split of the keys of one KV head. A
-CUDA graph has a fixed grid, so there is a program for every split of the cache. Those whose split
-has no token yet return at once.
+In a matrix-vector product, each program computes a few rows of W x by itself, so two runs give the
+same bits. Attention is split-K: each program reads one split of the keys of one KV head. A CUDA
+graph has a fixed grid, so there are programs for the whole cache. Those whose split has no token
+yet return at once.
 
 From Hopper on, a kernel starts while the previous one still runs (programmatic dependent launch).
 It loads its first weights or keys, which the previous kernel does not write, and then waits for it.
 
-Each weight is read once, for two FLOPs, so the floor is the time to read all weights. A token after
-512 others in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M
-0.414 ms, 16%. Tuning history: kernels/NOTES.md.
+A weight is read once for two FLOPs, so the floor is the time to read all weights. A token after 512
+others in bfloat16 on one H200 takes 2.55 ms with Qwen3-4B (the floor is 75% of this), and 0.414 ms
+with SmolLM2-135M (16%). Tuning history: kernels/NOTES.md.
 
 Limits: head dimensions in HEAD_DIMS; float32, float16 or bfloat16, summed in float32; fewer than
 2**31 numbers in one head of the cache. Anything else raises ValueError.
@@ -36,10 +36,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
-    """The part of a matrix W that a program reads at a time."""
+    """The part of a matrix that a program reads at a time."""
 
-    rows: int  # of one program
-    columns: int  # of one iteration of its loop
+    rows: int  # per program
+    columns: int  # per iteration of its loop
     num_warps: int
 
 
@@ -88,7 +88,7 @@ def matvec(
 ):  # fmt: skip
     """Compute R rows of W x or, with NORM, of W RMSNorm(x): [R]
 
-    RMSNorm(x) = gain x / rms(x). The division by rms(x), a single number, comes after the product.
+    RMSNorm(x) = gain x / rms(x). The number rms(x) divides the result, not each x.
     """
     # -- load the first weights before waiting for x --
     offs_c = tl.arange(0, BLOCK_C)
@@ -130,13 +130,13 @@ def norm_linear_kernel(
     C: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = W RMSNorm(x) + b, where W is up to three matrices below each other.
+    """Compute y = W RMSNorm(x) + b, where W is a stack of up to three matrices.
 
-    rows of y     0 ... n1 - 1   n1 ... n1 + n2 - 1   n1 + n2 ... n1 + n2 + n3 - 1
-    matrix              0                 1                         2
+    rows of y   0 ... n1 - 1 | n1 ... n1 + n2 - 1 | n1 + n2 ... n1 + n2 + n3 - 1
+    matrix            0      |         1          |              2
     """
     start_next_kernel(PDL)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # of y
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < n1 + n2 + n3
 
     # -- find the matrix of each row, and its row in this matrix --
@@ -163,9 +163,9 @@ def norm_swiglu_kernel(
     """Compute y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
     start_next_kernel(PDL)
 
-    # -- multiply both matrices at once, with rows that alternate --
-    # i        0            1          2                3
-    # row      r of W_gate  r of W_up  r + 1 of W_gate  r + 1 of W_up  ...
+    # -- multiply both matrices at once, with their rows alternating --
+    # i     0               1             2                   3                 ...
+    # row   r of W_gate     r of W_up     r + 1 of W_gate     r + 1 of W_up     ...
     i = tl.arange(0, 2 * BLOCK_R)
     rows = tl.program_id(0) * BLOCK_R + i // 2
     offs = rows.to(tl.int64) * C
@@ -201,10 +201,10 @@ def linear_add_kernel(
 
 @triton.jit
 def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
-    """Load the gains of QK-norm: the queries' where is_query [ROWS, 1], else the keys'. [ROWS, D]"""
+    """Load the gain of QK-norm for each row, a query where is_query [ROWS, 1], else a key."""
     q_gain = tl.load(q_gain_ptr + offs_d)[None, :]
     k_gain = tl.load(k_gain_ptr + offs_d)[None, :]
-    return tl.where(is_query, q_gain, k_gain)
+    return tl.where(is_query, q_gain, k_gain)  # [ROWS, D]
 
 
 @triton.jit
@@ -214,12 +214,10 @@ def load_queries_and_key(
     kv_head, Hkv, eps,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Load the new token's queries and key of one KV head, after QK-norm and RoPE: [ROWS, D]
+    """Load the new token's key of one KV head and its G queries, after QK-norm and RoPE.
 
-    heads of qkv      0 ... H - 1   H ... H + Hkv - 1   H + Hkv ...     with H = Hkv G
-                        queries           keys            values
-    rows returned     0 ... G - 1           G           G + 1 ... ROWS - 1
-                      G queries            key             zeros, as tl.dot needs 16 rows
+    heads in qkv         0 ... Hkv G - 1: queries | then Hkv keys | then Hkv values
+    result [ROWS, D]     0 ... G - 1: queries     | G: key        | then zeros, up to 16 for tl.dot
     """
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]
@@ -254,7 +252,7 @@ def attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION: tl.constex
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [ROWS, BLOCK_N]
     qk = tl.where(exists[None, :], qk, -float("inf"))
 
-    # -- rescale the sums to the new maximum, which is finite: no block is without a key --
+    # -- update the maximum (finite, since every block has a key), and rescale the sums to it --
     m_new = tl.maximum(m_i, tl.max(qk, 1))
     p = tl.exp2(qk - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
@@ -274,17 +272,17 @@ def attention_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute the attention of the G query heads of one KV head over one split of the keys.
+    """Compute the attention of the G query heads of one KV head to one split of the keys.
 
-    position       0 ... length - 1        length          length + 1 ... size - 1
-                   tokens in the cache     the new token   free
+    position   0 ... length - 1: in the cache | length: the new token | then free, up to size - 1
+    split      positions split_start ... split_end - 1
 
-    The splits are split_size positions each. A split without a token has no output.
+    Splits that start after the new token have no output.
     """
     start_next_kernel(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    length = tl.load(length_ptr).to(tl.int32)  # written before the previous kernel started
+    length = tl.load(length_ptr).to(tl.int32)  # no kernel of this step writes it
     split_start = split * split_size
     rows = tl.arange(0, ROWS)
     offs_d = tl.arange(0, D)
@@ -312,12 +310,13 @@ def attention_kernel(
         new_k = tl.sum(tl.where((rows == G)[:, None], qk_rows, 0.0), 0).to(k.dtype)  # [D]
         new_v = tl.load(qkv_ptr + (Hkv * G + Hkv + kv_head) * D + offs_d).to(k.dtype)
 
-        # -- append them to the cache, in the split of the new token --
+        # -- append the key and value to the cache, in the split of the new token --
         if split_end == length + 1:
             new_offs = (tl.cast(kv_head, tl.int64) * size + length) * D + offs_d
             tl.store(k_ptr + new_offs, new_k)
             tl.store(v_ptr + new_offs, new_v)
 
+        # -- loop over the keys of the split --
         q = qk_rows.to(k.dtype)
         qk_scale = tl.cast(scale, tl.float32) * LOG2E
         m_i = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -326,7 +325,7 @@ def attention_kernel(
         for start_n in range(split_start, split_end, BLOCK_N):
             positions = start_n + offs_n
 
-            # -- insert the new key and value: the block was loaded without them --
+            # -- insert the new key and value, which were not in the cache yet --
             is_new = (positions == length)[:, None]
             k = tl.where(is_new, new_k[None, :], k)
             v = tl.where(is_new, new_v[None, :], v)
@@ -356,8 +355,7 @@ def combine_kernel(
 ):  # fmt: skip
     """Compute out = sum_s 2^(lse_s - lse) out_s over the splits s that have a token.
 
-    out_s and lse_s: the output of split s and the log2 of its sum of exponentials. lse: that of all
-    keys. The weights of the splits are computed relative to the largest lse_s.
+    out_s: the output of split s. lse_s: the log2 of its sum of exponentials, lse: that of all keys.
     """
     start_next_kernel(PDL)
     head = tl.program_id(0)
@@ -366,7 +364,7 @@ def combine_kernel(
     mask = splits * split_size <= tl.load(length_ptr)  # whether a split has a token
     wait_for_previous_kernel(PDL)
 
-    # -- weights of the splits --
+    # -- weight of each split, up to a common factor --
     lse = tl.load(lse_ptr + splits * H + head, mask=mask, other=-float("inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))  # [SPLITS]
 
@@ -479,6 +477,7 @@ def attention(qkv, gains, eps, angles, length, k, v):
     k, v: the cache, (Hkv, size, D) each
     Returns (H D,) in the dtype of k.
     """
+    # check the inputs
     if k.dim() != 3 or k.shape[2] not in HEAD_DIMS:
         raise ValueError(f"k is {tuple(k.shape)}; it must be (Hkv, size, D), D one of {HEAD_DIMS}")
     Hkv, size, D = k.shape
@@ -498,17 +497,16 @@ def attention(qkv, gains, eps, angles, length, k, v):
         q_gain, k_gain = gains
         check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
-    # split the keys into enough programs to fill the GPU; each split is a whole number of blocks
+    # split the keys: enough splits to fill the GPU, each a whole number of blocks
     block_n, num_warps = attention_block(D, k.dtype)
     wanted_splits = min(MAX_SPLITS, max(1, ATTENTION_PROGRAMS // Hkv))
     split_size = triton.cdiv(size, block_n * wanted_splits) * block_n
     n_splits = triton.cdiv(size, split_size)
-
     split_out = qkv.new_empty(n_splits, H, D)
     lse = qkv.new_empty(n_splits, H)
-    out = k.new_empty(H * D)
+
+    # attention of each split; a tile has a row per query and one for the new key, at least 16
     G = H // Hkv
-    # rows of the tile: the G queries and the new key; tensor cores need at least 16
     n_rows = max(16, triton.next_power_of_2(G + 1))
     precision = "ieee" if k.dtype == torch.float32 else "tf32"
     attention_kernel[(n_splits, Hkv)](
@@ -517,6 +515,9 @@ def attention(qkv, gains, eps, angles, length, k, v):
         G=G, ROWS=n_rows, D=D, BLOCK_N=block_n, NORM=gains is not None, PRECISION=precision,
         num_warps=num_warps, **pdl_options(k),
     )  # fmt: skip
+
+    # combine the splits
+    out = k.new_empty(H * D)
     combine_kernel[(H,)](
         split_out, lse, length, out, H, split_size,
         D=D, SPLITS=triton.next_power_of_2(n_splits),
