@@ -132,8 +132,8 @@ def test_findings_are_in_the_results():
     records = report.load_results()
     for idea in report.IDEAS:
         for finding in idea.findings:
-            if finding.result in records:
-                assert finding.variant in records[finding.result]["differences"]
+            if finding.study in records:
+                assert finding.variant in records[finding.study]["differences"]
 
 
 def test_check_finds_what_is_out_of_date(repository):
