@@ -1,7 +1,8 @@
-"""KV caches of one layer, for any attention function and for CUDA graphs.
+"""KV caches of one layer: one for any attention function, and one for CUDA graphs.
 
-cache.attend(module, heads) stores the keys and values of new positions, and returns their attention
-over everything stored. Attention modules of train.GPT call it instead of their function.
+With a cache, attention modules of train.GPT call cache.attend(module, heads) instead of their
+attention function. It stores the keys and values of new positions, and returns the attention of
+these positions to all that are stored.
 """
 
 import torch
@@ -10,8 +11,11 @@ import torch
 class KVCache:
     """One layer's keys, values and other attention inputs, for up to `size` positions.
 
-    An input that is only seen through a window of w positions uses a ring buffer: position t lives
-    in slot t % w.
+    An input that is only seen through a window of w positions uses a ring buffer of w slots, with
+    position t in slot t % w. For example, for w = 4 after the positions 0 to 5:
+
+        slot       0  1  2  3
+        position   4  5  2  3
     """
 
     def __init__(self, size):
@@ -20,12 +24,15 @@ class KVCache:
         self.tensors = None  # one (B, Hkv, w, D) per input after q, allocated at first use
 
     def attend(self, module, heads):
-        """Attention of q (B, H, T, D) over the cache and the T new positions -> (B, H, T, D)"""
+        """Return the attention of T new positions, (B, H, T, D), to the cache and themselves.
+
+        heads: q (B, H, T, D), and the other inputs of the attention function, (B, Hkv, T, D) each.
+        """
         q, *new = heads
         return module.function(q, *self.extend(module.windows, new), **module.options)
 
     def extend(self, windows, new):
-        """Store T new positions per input, (B, Hkv, T, D); return what their queries may see."""
+        """Store new (B, Hkv, T, D) for each input. Return for each what the T queries may see."""
         start = self.length
         end = start + new[0].shape[2]
         if end > self.size:
@@ -40,11 +47,12 @@ class KVCache:
         for ring, t in zip(self.tensors, new):
             w = ring.shape[2]
             if end == start + 1:
-                # a single query sees every slot, so their order does not matter
+                # one query sees all slots; attention does not depend on their order
                 ring[:, :, start % w] = t[:, :, 0]
                 visible.append(ring[:, :, : min(end, w)])
             else:
-                # oldest position first; the last w of them stay in the ring
+                # several queries see the last w past positions, in order, and then the new ones;
+                # the last w of all these stay in the ring
                 past = torch.arange(max(0, start - w), start, device=t.device)
                 kept = torch.arange(max(0, end - w), end, device=t.device)
                 in_order = torch.cat([ring[:, :, past % w], t], dim=2)
@@ -57,8 +65,8 @@ class KVCache:
 class StaticKVCache:
     """A KV cache for softmax attention whose tensors never move or grow, as CUDA graphs need.
 
-    length: int64 tensor (1,) on the device, advanced by the caller, so that a step is the same work
-    at every position.
+    length: int64 tensor (1,) on the device, the number of tokens in the cache. The caller counts
+    them there, so a step is the same work at every position.
     """
 
     def __init__(self, config, size, length, dtype):
@@ -68,7 +76,7 @@ class StaticKVCache:
         self.length = length
 
     def attend(self, module, heads):
-        """Attention of one new token over the cache, or of a prompt that starts at position 0."""
+        """Return the attention of one token to the cache, or of a prompt at position 0 to itself."""
         q, k, v = heads  # (1, H, T, D), (1, Hkv, T, D), (1, Hkv, T, D)
         T = q.shape[2]
         positions = self.length + torch.arange(T, device=q.device)
@@ -77,7 +85,7 @@ class StaticKVCache:
         if T > 1:
             return module.function(q, k, v, **module.options)
 
-        # one query against every slot; those after its position are masked
+        # compare the query with every position in the cache, and mask those after its own
         q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (1, Hkv, H / Hkv, D)
         scores = q @ self.k.transpose(2, 3) * q.shape[-1] ** -0.5  # (1, Hkv, H / Hkv, size)
         is_future = torch.arange(self.k.shape[2], device=q.device) > self.length
