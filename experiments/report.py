@@ -198,17 +198,15 @@ def file_link(path):
 
 
 def study_rows(name, record):
-    """Return a row below STUDY_HEADER for each difference between a variant and its baseline."""
+    """Return a row for each difference between a variant and a baseline, as in STUDY_HEADER."""
     study = name.rpartition("-")[0]
     means = variant_means(record)
-    compared = []  # (baseline, variant, difference)
-    for variant, difference in record["differences"].items():
-        compared.append((baseline_of(record, variant), variant, difference))
-    for variant, difference in record.get("differences_at_equal_seconds", {}).items():
-        compared.append((difference["baseline"], variant, difference))
+    differences = list(record["differences"].items())
+    differences += record.get("differences_at_equal_seconds", {}).items()  # to other baselines
 
     rows = []
-    for baseline, variant, difference in compared:
+    for variant, difference in differences:
+        baseline = difference.get("baseline") or baseline_of(record, variant)
         mean = difference["mean"]
         half_width = difference["half_width_95"]
         rows.append(
@@ -229,13 +227,15 @@ def kernels_table(record):
     """Return the table of our kernels, each compared with the fastest peer."""
     rows = []
     for kernel, measured in record["kernels"].items():
-        rows += [kernel_row(kernel, ours, measured) for ours in measured if is_ours(ours)]
+        peers = [row for row in measured if is_peer(kernel, row)]
+        for row in measured:
+            if is_ours(row):
+                rows.append(kernel_row(kernel, row, peers))
     return table(["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"], rows)
 
 
-def kernel_row(kernel, ours, measured):
-    """Return the row of one kernel of ours. measured: all kernels for the same purpose."""
-    peers = [row for row in measured if row["shape"] == ours["shape"] and is_peer(kernel, row)]
+def kernel_row(kernel, ours, peers):
+    peers = [peer for peer in peers if peer["shape"] == ours["shape"]]
     peer_text = "none"
     ratio = ""
     if peers:
@@ -265,20 +265,24 @@ def total_ms(row):
 
 def steps_table(record):
     """Return the table of training steps: a row per variant, a column per size of the model."""
-    shapes = record["shapes"].values()
-    variants = dict.fromkeys(variant for shape in shapes for variant in shape)
+    sizes = record["shapes"].values()  # for each size of the model {variant: what was measured}
+    variants = {}
+    for size in sizes:
+        variants |= size
+
     rows = []
     for variant in variants:
-        cells = [step_cell(shape[variant]) if variant in shape else "" for shape in shapes]
+        cells = [step_cell(size[variant]) if variant in size else "" for size in sizes]
         rows.append([variant, *cells])
     return table(["training step", *record["shapes"]], rows)
 
 
 def step_cell(row):
     """Return the time of a step, and its weak scaling or its ratio to the baseline."""
+    time = f"{row['ms_per_step']:.1f} ms"
     if "weak_scaling" in row:
-        return f"{row['ms_per_step']:.1f} ms, weak scaling {row['weak_scaling']:.3f}"
-    return f"{row['ms_per_step']:.1f} ms, {row['ratio']:.3f}"
+        return f"{time}, weak scaling {row['weak_scaling']:.3f}"
+    return f"{time}, {row['ratio']:.3f}"
 
 
 def all_tables(records):
