@@ -94,11 +94,13 @@ class CUDAGraphDecoder:
         self.generator = generator
         self.use_kernels = can_fuse(model)  # False: run the model's own layers
         self.angles = train.rope_angles(0, size, config.head_dim, config.rope_theta, device)
+
+        # what a step changes in place: the last token, the number of tokens before it, the caches
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # tokens before `token`
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.caches = [StaticKVCache(config, size, self.length, model.dtype) for _ in model.layers]
         self.graph = None
-        self.in_flight = None  # AsyncScalar of a step that was started ahead of time
+        self.in_flight = None  # token of a step that was started early, an AsyncScalar
 
     def prefill(self, ids):
         """Run the model on the ids of a prompt, and return the token after it."""
@@ -109,7 +111,7 @@ class CUDAGraphDecoder:
         return int(self.token)
 
     def logits(self):
-        """Return the logits (V,) of the token after `token`, and put `token` into the cache."""
+        """Return the logits (V,) after `token`, and append its keys and values to the caches."""
         if self.use_kernels:
             kv = [(cache.k[0], cache.v[0]) for cache in self.caches]
             return kernels.fused_logits(self.model, self.token, self.length, self.angles, kv)
@@ -148,7 +150,7 @@ class CUDAGraphDecoder:
         torch.cuda.current_stream().wait_stream(side_stream)
 
     def start_step(self):
-        """Start a step. Return its token as an AsyncScalar, to be read later with .read()."""
+        """Start a step. Return its token as an AsyncScalar: .read() waits for it."""
         if self.token.is_cuda:
             if self.graph is None:
                 self.capture()
@@ -158,7 +160,7 @@ class CUDAGraphDecoder:
         return AsyncScalar(self.token)
 
     def next(self, start_following=False):
-        """Return the next token. start_following: before that, launch the step after it."""
+        """Return the next token. start_following: start the step after it before reading it."""
         current = self.in_flight or self.start_step()
         self.in_flight = self.start_step() if start_following else None
         return current.read()[0][0]
@@ -237,14 +239,14 @@ def generate(
     settings = {"limit": limit, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     pick = partial(pick_token, generator=generator, **settings)
 
-    # KV cache, with no room for the last token, after which nothing comes
+    # KV cache; the last token does not enter it
     cache_size = min(block_size, len(context) + n - 1)
     decoder = CUDAGraphDecoder(model, cache_size, pick, generator) if graph else None
     caches = None
     n_cached = 0  # tokens of the context that are in the cache
 
     for i in range(n):
-        if len(context) > block_size:
+        if len(context) > block_size:  # drop the older half
             context = context[-max(1, block_size // 2) :]
             n_cached = 0
         with torch.cuda.device_of(weight):  # events and Triton use the current device

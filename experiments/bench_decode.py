@@ -72,7 +72,7 @@ def random_model(preset, device, dtype):
 
 
 def bytes_per_token(model, n_before):
-    """Return the bytes that a token has to read: weights, and keys and values of n_before tokens."""
+    """Return the bytes that a token reads: weights, and keys and values of n_before tokens."""
     config = model.config
     weight_bytes = sum(p.nbytes for p in model.parameters())
     if not config.tied:

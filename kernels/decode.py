@@ -56,7 +56,7 @@ MAX_SPLITS = 64  # combine_kernel holds the outputs of all splits at once
 
 @triton.jit
 def start_next_kernel(PDL: tl.constexpr):
-    """Let the next kernel start as soon as there is room for it."""
+    """Let the next kernel start as soon as multiprocessors are free."""
     if PDL:
         gdc_launch_dependents()
 
@@ -95,7 +95,7 @@ def matvec(
     w = load_weights(w_row_ptrs, row_mask, offs_c, C)  # [R, BLOCK_C]
     wait_for_previous_kernel(PDL)
 
-    # -- W x or W (gain x) --
+    # -- sum W x or W (gain x), one block of columns at a time --
     acc = tl.zeros((w_row_ptrs.shape[0], BLOCK_C), tl.float32)
     sum_squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -208,9 +208,22 @@ def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
 
 
 @triton.jit
+def load_angles(cos_ptr, sin_ptr, position, D: tl.constexpr):
+    """Load cos and sin of RoPE for each channel [D]; sin gets a minus sign in the first half.
+
+    RoPE rotates the channels i and i + D/2 as a pair: x_i cos - x_{i + D/2} sin is the first of it.
+    """
+    offs_d = tl.arange(0, D)
+    angle_offs = position * (D // 2) + offs_d % (D // 2)
+    cos = tl.load(cos_ptr + angle_offs)
+    sin = tl.where(offs_d < D // 2, -1.0, 1.0) * tl.load(sin_ptr + angle_offs)
+    return cos, sin
+
+
+@triton.jit
 def load_queries_and_key(
     qkv_ptr, q_gain_ptr, k_gain_ptr,
-    cos, sin,  # [D], [D], sin negative in the first half
+    cos, sin,  # [D], [D], from load_angles
     kv_head, Hkv, eps,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +235,7 @@ def load_queries_and_key(
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]
     offs_d = tl.arange(0, D)
-    paired_d = (offs_d + D // 2) % D  # RoPE rotates the channels i and i + D/2 as a pair
+    paired_d = (offs_d + D // 2) % D  # the channel that RoPE pairs with each
 
     # -- load each channel, and the channel it is paired with --
     heads = tl.where(rows < G, kv_head * G + rows, Hkv * G + kv_head)
@@ -276,8 +289,6 @@ def attention_kernel(
 
     position   0 ... length - 1: in the cache | length: the new token | then free, up to size - 1
     split      positions split_start ... split_end - 1
-
-    Splits that start after the new token have no output.
     """
     start_next_kernel(PDL)
     split = tl.program_id(0)
@@ -296,13 +307,10 @@ def attention_kernel(
     k = tl.load(k_ptr + block_offs + split_start * D, mask=mask, other=0.0)
     v = tl.load(v_ptr + block_offs + split_start * D, mask=mask, other=0.0)
 
-    # -- load the angles of RoPE: x_i cos - x_{i + D/2} sin in the first half of the channels --
-    angle_offs = length * (D // 2) + offs_d % (D // 2)
-    cos = tl.load(cos_ptr + angle_offs)  # [D]
-    sin = tl.where(offs_d < D // 2, -1.0, 1.0) * tl.load(sin_ptr + angle_offs)
+    cos, sin = load_angles(cos_ptr, sin_ptr, length, D)
     wait_for_previous_kernel(PDL)
 
-    if split_start <= length:
+    if split_start <= length:  # else the split has no token yet, and no output
         # -- load the queries, and the new key and value --
         qk_rows = load_queries_and_key(
             qkv_ptr, q_gain_ptr, k_gain_ptr, cos, sin, kv_head, Hkv, eps, G, ROWS, D, NORM

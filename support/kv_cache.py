@@ -76,7 +76,7 @@ class StaticKVCache:
         self.length = length
 
     def attend(self, module, heads):
-        """Return the attention of one token to the cache, or of a prompt at position 0 to itself."""
+        """Return the attention of one token to the cache, or of a first prompt to itself."""
         q, k, v = heads  # (1, H, T, D), (1, Hkv, T, D), (1, Hkv, T, D)
         T = q.shape[2]
         positions = self.length + torch.arange(T, device=q.device)
