@@ -26,21 +26,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
 
 
-class Finding(NamedTuple):
-    """A result of a study that README.md shows: the difference of a variant to its baseline."""
-
-    study: str  # name of the JSON file in results/
-    variant: str
-    label: str
-    in_percent: bool = False  # show the difference in percent of the baseline
-
-
 class Idea(NamedTuple):
     name: str
     arxiv: str
     claim: str  # what the paper says
-    file: str  # NAME of NAME.py and kernels/NAME.py
-    findings: list
+    file: str  # NAME of NAME.py, kernels/NAME.py, results/NAME-gpu.json and results/NAME-cpu.json
+
+
+class Finding(NamedTuple):
+    """A result that README.md shows: the difference between a variant and its baseline."""
+
+    study: str  # NAME of results/NAME.json
+    variant: str
+    label: str
+    in_percent: bool = False  # show the difference in percent of the baseline
 
 
 IDEAS = [
@@ -49,64 +48,56 @@ IDEAS = [
         "2411.03493",
         "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
         "laser",
-        [
-            Finding("laser-gpu", "LASER", "loss of a GPT", in_percent=True),
-            Finding(
-                "laser-cpu",
-                "trained with LASER, rows with max p > 0.9: LASER",
-                "log10 of the gradient at peaked logits",
-            ),
-        ],
     ),
     Idea(
         "2-simplicial attention",
         "2507.02754",
         "score pairs of keys with a trilinear form: a lower loss, a steeper scaling law",
         "simplicial",
-        [
-            Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", in_percent=True),
-            Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy composing functions"),
-            Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy finding triples"),
-        ],
     ),
     Idea(
         "SONew",
         "2311.10085",
         "precondition with the inverse of a band of E[g gᵀ], in closed form: 30% fewer steps",
         "sonew",
-        [
-            Finding("sonew-gpu", "SONew", "loss of a GPT", in_percent=True),
-            Finding("sonew-gpu", "SONew, 30% fewer steps", "in 30% fewer steps", in_percent=True),
-            Finding("sonew-cpu", "SONew, band 1", "autoencoder's loss", in_percent=True),
-        ],
     ),
     Idea(
         "LoRA-RITE",
         "2410.20625",
         "update B A in a way that does not depend on how it is factored: better fine-tuning",
         "lora_rite",
-        [
-            Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
-            Finding("lora_rite-cpu", "LoRA-RITE", "log10 of the drift under reparametrisation"),
-        ],
     ),
     Idea(
         "query-only test-time training",
         "2512.13898",
         "train the query projections on a long prompt instead of writing thinking tokens",
         "ttt_context",
-        [
-            Finding(
-                "ttt_context-cpu",
-                "records, no QK-norm, 3072: trained queries",
-                "log odds on records, against a fitted temperature",
-            ),
-            Finding(
-                "ttt_context-cpu",
-                "columns, no QK-norm, 3072: trained queries",
-                "log odds on columns, against a fitted temperature",
-            ),
-        ],
+    ),
+]
+FINDINGS = [
+    Finding("laser-gpu", "LASER", "loss of a GPT", in_percent=True),
+    Finding(
+        "laser-cpu",
+        "trained with LASER, rows with max p > 0.9: LASER",
+        "log10 of the gradient at peaked logits",
+    ),
+    Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", in_percent=True),
+    Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy composing functions"),
+    Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy finding triples"),
+    Finding("sonew-gpu", "SONew", "loss of a GPT", in_percent=True),
+    Finding("sonew-gpu", "SONew, 30% fewer steps", "in 30% fewer steps", in_percent=True),
+    Finding("sonew-cpu", "SONew, band 1", "autoencoder's loss", in_percent=True),
+    Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
+    Finding("lora_rite-cpu", "LoRA-RITE", "log10 of the drift under reparametrisation"),
+    Finding(
+        "ttt_context-cpu",
+        "records, no QK-norm, 3072: trained queries",
+        "log odds on records, against a fitted temperature",
+    ),
+    Finding(
+        "ttt_context-cpu",
+        "columns, no QK-norm, 3072: trained queries",
+        "log odds on columns, against a fitted temperature",
     ),
 ]
 BEGIN = "<!-- tables: python experiments/report.py -->"
@@ -162,8 +153,8 @@ def ideas_table(records):
 def idea_row(idea, records):
     measured = []
     times = {}  # command: how long it took
-    for finding in idea.findings:
-        if finding.study in records:
+    for finding in FINDINGS:
+        if finding.study.rpartition("-")[0] == idea.file and finding.study in records:
             record = records[finding.study]
             measured.append(finding_text(record, finding))
             times[command_of(record)] = f"{record['seconds'] / 60:.0f} min"
