@@ -1,17 +1,16 @@
 """Sample text from a trained GPT.
 
-python sample.py --prompt "def main("        the newest run under out/
-python sample.py --init out/NAME             another run, from the start
-python sample.py --prompt @my.txt            a prompt from a file
-python sample.py --temperature 0             always the likeliest token
-python sample.py --init ORG/NAME --chat Hi   a chat model of huggingface.co,
-python sample.py --init DIR --chat @my.txt   or in a folder
+python sample.py --prompt "def main("        continue a text with the newest run
+python sample.py --prompt @my.txt            the same with a text from a file
+python sample.py --init out/NAME             a new document from another run
+python sample.py --temperature 0             always take the likeliest token
+python sample.py --init ORG/NAME --chat Hi   ask a chat model of huggingface.co
 python sample.py --init DIR --export NEW     write it in Hugging Face's format
 
-The text goes to stdout as it is generated, all else to stderr. The KV cache
-keeps the keys and values of earlier tokens; --no-cache recomputes them for each
-new token, with the same result. On a GPU, a model with softmax attention
-replays a CUDA graph for each token.
+The text goes to stdout while it is generated, everything else to stderr. A KV
+cache keeps the keys and values of earlier tokens. --no-cache recomputes them
+for each new token, which gives the same text. On a GPU, a model with softmax
+attention replays a CUDA graph for each token.
 """
 
 from support import cli
@@ -20,7 +19,6 @@ if __name__ == "__main__":
     cli.exit_on_signals()  # Ctrl-C during the imports
 
 import codecs
-import itertools
 import sys
 import time
 import warnings
@@ -30,7 +28,7 @@ from functools import partial
 import torch
 
 import train
-from support import data, distributed, files, plugins, run_folder
+from support import data, distributed, files, run_folder
 from support.cli import option
 from support.distributed import AsyncScalar, print0
 from support.kv_cache import KVCache, StaticKVCache
@@ -42,7 +40,7 @@ except ModuleNotFoundError as missing:
         raise
     kernels = None
 
-GREEDY_BELOW = 1e-20  # at a lower temperature, logits / temperature would overflow float32
+GREEDY_BELOW = 1e-20  # dividing logits by a lower temperature would overflow float32
 
 # --------------------------------------------------------------------------------------------------
 # Decoding
@@ -50,13 +48,15 @@ GREEDY_BELOW = 1e-20  # at a lower temperature, logits / temperature would overf
 
 def is_softmax(config):
     """Return whether every layer has plain softmax attention."""
-    return all(plugins.parse_spec(spec)[0] == "softmax" for spec in config.attn.split(","))
+    return set(config.attn.split(",")) == {"softmax"}
 
 
 def can_fuse(model):
-    """Return whether kernels/decode.py can run this model; not if the user called .compile()."""
+    """Return whether kernels/decode.py can run this model."""
     weight = model.embed_tokens.weight
-    if not weight.is_cuda or weight.dtype != model.dtype or model.is_compiled:
+    if model.is_compiled:  # the user wants the compiled layers
+        return False
+    if not weight.is_cuda or weight.dtype != model.dtype:
         return False
     if kernels is None:
         warnings.warn("decoding is slower without Triton: pip install triton")
@@ -65,9 +65,9 @@ def can_fuse(model):
 
 
 def last_logits(model, ids, caches=None):
-    """Return the logits (V,) after a list of token ids, which continue those in the caches."""
+    """Return the logits (V,) after a list of ids, which continue the tokens in the caches."""
     ids = torch.tensor([ids], device=model.embed_tokens.weight.device)
-    with torch.compiler.set_stance("force_eager"):  # don't compile for every length
+    with torch.compiler.set_stance("force_eager"):  # don't compile for every prompt length
         logits = model(ids, cache=caches)[0, -1]
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits are not finite; its weights are damaged")
@@ -77,11 +77,11 @@ def last_logits(model, ids, caches=None):
 class CUDAGraphDecoder:
     """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
 
-    A replay is one launch instead of hundreds. Token and position stay on the device, so the next
-    step can start before the host has read the token. On a CPU, steps run without a graph.
+    A replay is one launch instead of hundreds. The token and its position stay on the device, so
+    the next step can start before the host has read the token. On a CPU there is no graph.
 
     size: positions in the KV cache.
-    pick: a function of logits (V,) that returns a token id on the device, drawn with `generator`.
+    pick: a function that takes logits (V,) and returns a token id, drawn with `generator`.
     """
 
     def __init__(self, model, size, pick=torch.argmax, generator=None):
@@ -92,16 +92,18 @@ class CUDAGraphDecoder:
         self.model = model
         self.pick = pick
         self.generator = generator
-        self.use_kernels = can_fuse(model)  # else the model's own layers run
+        self.use_kernels = can_fuse(model)  # False: run the model's own layers
         self.angles = train.rope_angles(0, size, config.head_dim, config.rope_theta, device)
+
+        # what a step changes in place: the last token, the number of tokens before it, the caches
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # position of `token`
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.caches = [StaticKVCache(config, size, self.length, model.dtype) for _ in model.layers]
         self.graph = None
-        self.in_flight = None  # the AsyncScalar of a step that was started ahead of time
+        self.in_flight = None  # token of a step that was started early, an AsyncScalar
 
     def prefill(self, ids):
-        """Start a text: run the model on its first ids, and return the token after them."""
+        """Run the model on the ids of a prompt, and return the token after it."""
         self.in_flight = None
         self.length.zero_()
         self.token.fill_(self.pick(last_logits(self.model, ids, self.caches)))
@@ -109,24 +111,24 @@ class CUDAGraphDecoder:
         return int(self.token)
 
     def logits(self):
-        """Return the logits (V,) after `token`, and add its keys and values to the cache."""
+        """Return the logits (V,) after `token`, and append its keys and values to the caches."""
         if self.use_kernels:
             kv = [(cache.k[0], cache.v[0]) for cache in self.caches]
             return kernels.fused_logits(self.model, self.token, self.length, self.angles, kv)
         return self.model(self.token, cache=self.caches)[0, -1]
 
     def step(self):
-        """Replace `token` by the one after it."""
+        """Replace `token` with the token after it."""
         self.token.copy_(self.pick(self.logits()))
         self.length += 1
 
     def capture(self):
-        """Capture a step as a CUDA graph, without changing token, position or generator."""
+        """Capture a step as a CUDA graph. Token, position and generator stay as they are."""
         token = self.token.clone()
         length = self.length.clone()
         state = self.generator.get_state() if self.generator else None
 
-        # warm up on a side stream: nothing may be compiled or tuned during the capture
+        # warm up on a side stream, since nothing may be compiled during the capture
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -143,11 +145,12 @@ class CUDAGraphDecoder:
             self.graph.register_generator_state(self.generator)
         with torch.cuda.graph(self.graph, stream=side_stream):
             self.step()
-        # wait: the side stream resets the generator's offset, which must come before any replay
+
+        # the side stream also resets the generator's offset, which must come before any replay
         torch.cuda.current_stream().wait_stream(side_stream)
 
     def start_step(self):
-        """Start a step, and return its token as an AsyncScalar: call .read() on it later."""
+        """Start a step. Return its token as an AsyncScalar: .read() waits for it."""
         if self.token.is_cuda:
             if self.graph is None:
                 self.capture()
@@ -157,14 +160,14 @@ class CUDAGraphDecoder:
         return AsyncScalar(self.token)
 
     def next(self, start_following=False):
-        """Return the next token. Can start the following step before, to keep the GPU busy."""
+        """Return the next token. start_following: start the step after it before reading it."""
         current = self.in_flight or self.start_step()
         self.in_flight = self.start_step() if start_following else None
         return current.read()[0][0]
 
 
 def check_sampling(temperature, top_k, top_p):
-    """Raise ValueError if a setting is out of range, or NaN."""
+    """Raise ValueError if a setting is NaN or out of range."""
     if not 0 <= temperature <= 2**32:
         raise ValueError(f"the temperature is {temperature}; it must be from 0 to 2**32")
     if top_k < 0:
@@ -176,26 +179,28 @@ def check_sampling(temperature, top_k, top_p):
 def pick_token(logits, limit, temperature, top_k, top_p, generator):
     """Sample a token id from logits (V,), with the settings of `generate`.
 
-    Stays on the device and does not wait for it, so that a CUDA graph can capture it.
+    The host never waits for the device here, so a CUDA graph can capture it.
     """
     logits = logits[:limit]
     if temperature < GREEDY_BELOW:
         return logits.argmax()
     logits = logits / temperature
 
+    # top-k: drop the tokens below the k-th largest logit
     if 0 < top_k < len(logits):
-        least = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kth_largest = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
 
+    # top-p: drop a token if the likelier ones already have probability top_p together
     if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True)
-        likelier = p.cumsum(-1) - p  # the probability of all likelier tokens
-        is_dropped = likelier >= top_p
+        p, order = logits.softmax(-1).sort(descending=True)  # order: token ids, likeliest first
+        p_of_likelier = p.cumsum(-1) - p
+        is_dropped = p_of_likelier >= top_p
         is_dropped[:1].zero_()  # keep the likeliest, even if top_p rounds to 0 in float32
-        is_dropped = torch.empty_like(is_dropped).scatter_(0, order, is_dropped)  # by token id
-        logits = logits.masked_fill(is_dropped, -torch.inf)
+        sorted_logits = logits[order].masked_fill(is_dropped, -torch.inf)
+        logits = logits.scatter(0, order, sorted_logits)  # back in the order of token ids
 
-    # with noise from Exp(1), argmax(p / noise) is a sample of p, as in torch.multinomial
+    # draw as torch.multinomial does: argmax(p / noise) with noise from Exp(1) is a sample of p
     p = logits.softmax(-1)
     noise = torch.empty_like(p).exponential_(generator=generator)
     return (p / noise).argmax()
@@ -209,24 +214,24 @@ def generate(
 
     temperature: divides the logits; 0: take the likeliest token.
     top_k: sample from the k likeliest tokens; 0: from all.
-    top_p: sample from the fewest tokens whose probabilities add up to top_p.
+    top_p: sample from the fewest tokens that together have this probability.
     limit: the vocabulary size without padding; ids from here on are never sampled.
     cached: keep keys and values of earlier tokens; False: recompute them for each token.
     graph: decode with a CUDAGraphDecoder; needs softmax attention.
 
-    When the context is full, its older half is dropped, and the cache is filled from the other
-    half. So the tokens do not depend on `cached`.
+    When the context is full, its older half is dropped and the cache is filled again, so the
+    tokens are the same with and without a cache.
     """
     check_sampling(temperature, top_k, top_p)
     vocab_size = model.config.vocab_size
-    size = model.config.block_size
-    window = [int(i) for i in ids][-size:]
-    if not window:
+    block_size = model.config.block_size
+    context = [int(i) for i in ids][-block_size:]
+    if not context:
         raise ValueError("there is no token to continue; give at least one")
-    if min(window) < 0 or max(window) >= vocab_size:
+    if min(context) < 0 or max(context) >= vocab_size:
         raise ValueError(f"a token id is not in the model's vocabulary of {vocab_size}")
-    room = min(size, len(window) + n - 1)  # positions to allocate in the cache
 
+    # sampling
     weight = model.embed_tokens.weight
     generator = None
     if temperature >= GREEDY_BELOW:
@@ -234,57 +239,56 @@ def generate(
     settings = {"limit": limit, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     pick = partial(pick_token, generator=generator, **settings)
 
-    decoder = CUDAGraphDecoder(model, room, pick, generator) if graph else None
+    # KV cache; the last token does not enter it
+    cache_size = min(block_size, len(context) + n - 1)
+    decoder = CUDAGraphDecoder(model, cache_size, pick, generator) if graph else None
     caches = None
-    n_cached = 0  # tokens of the window whose keys and values are in the cache
+    n_cached = 0  # tokens of the context that are in the cache
+
     for i in range(n):
-        if len(window) > size:
-            window = window[-max(1, size // 2) :]
+        if len(context) > block_size:  # drop the older half
+            context = context[-max(1, block_size // 2) :]
             n_cached = 0
         with torch.cuda.device_of(weight):  # events and Triton use the current device
             if not graph:
                 if cached and n_cached == 0:
-                    caches = [KVCache(room) for _ in model.layers]
-                logits = last_logits(model, window[n_cached:], caches)
-                token = int(pick(logits))
+                    caches = [KVCache(cache_size) for _ in model.layers]
+                token = int(pick(last_logits(model, context[n_cached:], caches)))
             elif n_cached == 0:
-                token = decoder.prefill(window)
+                token = decoder.prefill(context)
             else:
-                has_following = i + 1 < n and len(window) < size
+                has_following = i + 1 < n and len(context) < block_size
                 token = decoder.next(start_following=has_following)
         if cached or graph:
-            n_cached = len(window)
-        window.append(token)
+            n_cached = len(context)
+        context.append(token)
         yield token
 
 
 # --------------------------------------------------------------------------------------------------
-# Text
+# Text and command
 
 
 def first_ids(tokenizer):
-    """Return the ids that start a document: the tokenizer's start ids, or its end-of-text token."""
+    """Return the ids that a document starts with: `start` ids, or else the end-of-text token."""
     if getattr(tokenizer, "start", None):
         return list(tokenizer.start)
     return [] if tokenizer.eot_token is None else [tokenizer.eot_token]
 
 
-def decode_stream(tokens, tokenizer):
-    """Yield the text of each token until one ends the text, then the text of leftover bytes.
+def decode_stream(tokens, tokenizer, stop=None):
+    """Yield the text of each token, up to an end-of-text token, and then that of leftover bytes.
 
-    If a token ends inside a character, its last bytes wait. Invalid UTF-8 becomes U+FFFD.
+    A token may end in the middle of a character. The bytes of this character then come with the
+    next token. Invalid UTF-8 becomes U+FFFD. stop: a StopSignal, which ends the text early.
     """
-    last_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
+    end_ids = {tokenizer.eot_token, *getattr(tokenizer, "stops", ())}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        if token in last_ids:
+        if token in end_ids or (stop and stop.now):
             break
         yield decoder.decode(tokenizer.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# The command
 
 
 @dataclass
@@ -313,21 +317,22 @@ class SampleConfig:
 
 
 def read_prompt(text):
-    """Return the text of --prompt or --chat; @FILE stands for the content of that file."""
+    """Return the text of --prompt or --chat. For @FILE return the content of the file."""
     if not text.startswith("@"):
         return text
     path = text[1:]
+    content = files.read_user_file(path)
     try:
-        text = files.read_user_file(path).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+        text = None
+    if text is None or "\0" in text:
         raise ValueError(f"the prompt file {path!r} is not UTF-8 text")
     return text
 
 
 def encode_prompt(config, tokenizer, prompt):
-    """Return the token ids of the prompt, as the start of a document or as a chat message."""
+    """Return the token ids of the start of a document, or with --chat of a user's message."""
     if not config.chat:
         return [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
     if not hasattr(tokenizer, "chat"):
@@ -336,7 +341,7 @@ def encode_prompt(config, tokenizer, prompt):
 
 
 def export(folder, run, attn=None, dtype=None, is_trusted=False):
-    """Write the weights of a run, adapters merged, as a Hugging Face folder."""
+    """Write the weights of a run as a Hugging Face folder, with adapters merged."""
     from support import huggingface
 
     model, tokenizer = train.load_model(run, attn=attn, is_trusted=is_trusted)
@@ -345,20 +350,18 @@ def export(folder, run, attn=None, dtype=None, is_trusted=False):
 
 
 def show_sample(model, tokenizer, n, seed, stop):
-    """Print a new document of up to n tokens, generated by the model."""
-    start = first_ids(tokenizer) or [0]
+    """Print a new document of up to n tokens. stop: a StopSignal, which ends it early."""
+    ids = first_ids(tokenizer) or [0]
     settings = {"temperature": 0.8, "top_k": 50, "seed": seed, "limit": tokenizer.n_vocab}
-    with torch.compiler.set_stance("force_eager"):  # don't compile for every length
-        tokens = generate(model.eval(), start, n, **settings)
-        tokens = itertools.takewhile(lambda token: not stop.now, tokens)
-        text = "".join(decode_stream(tokens, tokenizer))
+    tokens = generate(model.eval(), ids, n, **settings)
+    text = "".join(decode_stream(tokens, tokenizer, stop))
     print0(f"sample   {text}")
 
 
 def main(argv=None):
     """Generate a text from the command line; return {text, tokens_per_s, signal received or 0}."""
-    flags = {"attn": train.PLUGINS["attn"]}
-    (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], flags, lambda given: {})
+    plugin_flags = {"attn": train.PLUGINS["attn"]}
+    (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], plugin_flags, lambda given: {})
     if config.export:
         dtype = train.DTYPES.get(config.dtype)
         export(config.export, run_folder.find_run(config.init), config.attn or None, dtype)
@@ -371,29 +374,31 @@ def main(argv=None):
     run = run_folder.find_run(config.init)
     model, tokenizer = train.load_model(run, device, dtype, config.attn or None)
     ids = encode_prompt(config, tokenizer, prompt)
-    size = model.config.block_size
+    block_size = model.config.block_size
     print(f"{run} on {device}", file=sys.stderr)
-    if len(ids) > size:
-        message = f"the prompt has {len(ids)} tokens; the last {size} count as context"
+    if len(ids) > block_size:
+        message = f"the prompt has {len(ids)} tokens; the last {block_size} count as context"
         print(message, file=sys.stderr)
 
-    # stream the text; a signal ends it after the current token
+    # generate
+    settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    settings |= {"seed": config.seed, "limit": tokenizer.n_vocab, "cached": config.cache}
     graph = config.cache and device.type == "cuda" and is_softmax(model.config)
-    settings = (config.temperature, config.top_k, config.top_p, config.seed, tokenizer.n_vocab)
-    tokens = generate(model, ids, config.max_tokens, *settings, config.cache, graph)
-    text = "" if config.chat else prompt
-    n_pieces = 0  # one per token, and one for leftover bytes
+    tokens = generate(model, ids, config.max_tokens, graph=graph, **settings)
+
+    # print each piece of text as it comes; a signal ends the text after the current token
+    start = "" if config.chat else prompt
+    pieces = []
     start_time = time.perf_counter()
     with distributed.StopSignal() as stop:
-        tokens = itertools.takewhile(lambda token: not stop.now, tokens)
-        print(text, end="", flush=True)
-        for piece in decode_stream(tokens, tokenizer):
+        print(start, end="", flush=True)
+        for piece in decode_stream(tokens, tokenizer, stop):
             print(piece, end="", flush=True)
-            text += piece
-            n_pieces += 1
+            pieces.append(piece)
     print(flush=True)
 
-    n_tokens = n_pieces - 1
+    n_tokens = len(pieces) - 1  # the last piece is text of leftover bytes
+    text = start + "".join(pieces)
     tokens_per_s = n_tokens / (time.perf_counter() - start_time)
     print(f"{n_tokens} tokens, {tokens_per_s:,.0f} per second", file=sys.stderr)
     return {"text": text, "tokens_per_s": tokens_per_s, "signal": stop.now}

@@ -4,16 +4,16 @@ python experiments/bench_decode.py              SmolLM2-135M; on a GPU Qwen3-4B
 python experiments/bench_decode.py --shapes qwen3-4b --compile
 python experiments/bench_decode.py --init DIR   a run or Hugging Face folder
 
-Presets get random weights; decoding is greedy. Writes bench_decode.json with,
-per model:
+Presets get random weights. Decoding is greedy. Each model is timed in up to
+three variants, and the times are written to bench_decode.json:
 
     eager      operator by operator, with a KVCache
     graph      a CUDA graph per token, with kernels/decode.py; on a CPU the
-               same step, uncaptured
-    compiled   a CUDA graph per token, the layers compiled (--compile)
+               same step without a graph
+    compiled   a CUDA graph per token, with compiled layers (--compile)
 
-The floor of a token is the time to read every weight it needs and the keys and
-values before it, at the speed of a copy.
+The floor is the least time for a token: it has to read the weights, and the
+keys and values of earlier tokens, at the speed of a copy.
 """
 
 import statistics
@@ -34,12 +34,12 @@ from support import cli, distributed, run_folder
 
 WARMUP = 5  # prompts and tokens that are not timed
 VARIANTS = ("eager", "graph", "compiled")
-EAGER_TOKENS = 32  # at most, about 50 ms each
-VOCABULARY = 50304  # of presets that name none
+EAGER_TOKENS = 32  # at most so many are timed, since each takes about 50 ms
+VOCABULARY = 50304  # of presets without a vocabulary size
 
 
 def timed(device, function):
-    """Return function() and the seconds until the device was done with it."""
+    """Call a function. Return its result, and the seconds until the device was done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start_time = time.perf_counter()
@@ -54,14 +54,17 @@ def copy_bandwidth(device):
     size = 2**28 if device.type == "cpu" else 2**31
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    seconds = [timed(device, lambda: target.copy_(source))[1] for _ in range(10)]
+    seconds = []
+    for _ in range(10):
+        seconds.append(timed(device, lambda: target.copy_(source))[1])
     return 2 * size / min(seconds)
 
 
 @torch.no_grad()
 def random_model(preset, device, dtype):
-    """Return a softmax GPT of the shape of a preset, with random weights."""
-    config = cli.make_config(train.GPTConfig, {"vocab_size": VOCABULARY, **train.PRESETS[preset]})
+    """Return a softmax GPT with random weights, in the shape of a preset."""
+    settings = {"vocab_size": VOCABULARY, **train.PRESETS[preset]}
+    config = cli.make_config(train.GPTConfig, settings)
     model = train.empty_model(config, device, dtype)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
@@ -69,21 +72,21 @@ def random_model(preset, device, dtype):
 
 
 def bytes_per_token(model, n_before):
-    """Return the bytes that a token has to read: weights, and n_before keys and values."""
+    """Return the bytes that a token reads: weights, and keys and values of n_before tokens."""
     config = model.config
-    weights = sum(p.nbytes for p in model.parameters())
+    weight_bytes = sum(p.nbytes for p in model.parameters())
     if not config.tied:
-        weights -= model.embed_tokens.weight.nbytes  # only one row of it is read
-    kv_per_position = 2 * config.n_layer * config.n_kv_head * config.head_dim
-    return weights + kv_per_position * model.dtype.itemsize * n_before
+        weight_bytes -= model.embed_tokens.weight.nbytes  # only one row of it is read
+    kv_per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim
+    return weight_bytes + n_before * kv_per_token * model.dtype.itemsize
 
 
 def time_decoding(model, ids, n, floor, graph):
-    """Return the times of one variant: of the prompt, the best of five, and of a token, the median.
+    """Return the times of one variant: the best for the prompt, and the median for a token.
 
-    floor: seconds per token at the speed of a copy.
+    n: tokens to time after the prompt `ids`. floor: least seconds per token. graph: as in generate.
     """
-    # prefill
+    # prompt
     device = model.embed_tokens.weight.device
 
     def first_token():
@@ -91,7 +94,7 @@ def time_decoding(model, ids, n, floor, graph):
 
     prompt_seconds = min(timed(device, first_token)[1] for _ in range(WARMUP))
 
-    # decode
+    # tokens after it
     tokens = sample.generate(model, ids, WARMUP + n, temperature=0, graph=graph)
     seconds = []
     for _ in range(WARMUP + n):
@@ -109,7 +112,10 @@ def time_decoding(model, ids, n, floor, graph):
 
 
 def bench_model(model, n_prompt, n, with_compiled, bandwidth):
-    """Return the figures of one model, every variant included."""
+    """Return the size, the floor and the times of one model.
+
+    n_prompt, n: tokens of the prompt, and after it. with_compiled: time compiled layers, too.
+    """
     config = model.config
     if n_prompt + WARMUP + n > config.block_size:
         raise ValueError(
@@ -118,14 +124,16 @@ def bench_model(model, n_prompt, n, with_compiled, bandwidth):
         )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (n_prompt,), generator=generator).tolist()
-    n_bytes = bytes_per_token(model, n_prompt + n // 2)
+    n_bytes = bytes_per_token(model, n_prompt + n // 2)  # of the token in the middle
     floor = n_bytes / bandwidth
     figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_per_token": n_bytes,
         "floor_ms": 1e3 * floor,
-        "eager": time_decoding(model, ids, min(n, EAGER_TOKENS), floor, graph=False),
     }
+
+    # variants; a graph needs softmax attention
+    figures["eager"] = time_decoding(model, ids, min(n, EAGER_TOKENS), floor, graph=False)
     if not sample.is_softmax(config):
         return figures
     figures["graph"] = time_decoding(model, ids, n, floor, graph=True)
@@ -150,17 +158,16 @@ def print_figures(name, figures):
 
 def parse_args(argv):
     parser = study_parser(__doc__)
-    presets = f"presets to time, of {', '.join(train.PRESETS)}"
-    parser.add_argument("--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help=presets)
-    parser.add_argument("--init", metavar="DIR", help="time a run or model folder, or ORG/NAME")
-    number = {"type": int, "metavar": "N"}
-    prompt = "length of the prompt (default: 512)"
-    parser.add_argument("--prompt-tokens", default=512, help=prompt, **number)
-    parser.add_argument("--tokens", default=256, help="to generate (default: 256)", **number)
-    parser.add_argument("--compile", action="store_true", help="time torch.compile, too")
-    parser.add_argument("--device", default="", help="cpu, cuda or mps; default: the best")
-    dtype = "default: bf16 on a GPU that has it"
-    parser.add_argument("--dtype", default="", choices=list(train.DTYPES), help=dtype)
+    add = parser.add_argument
+    presets = ", ".join(train.PRESETS)
+    dtypes = list(train.DTYPES)
+    add("--shapes", nargs="+", choices=train.PRESETS, metavar="NAME", help=f"presets: {presets}")
+    add("--init", metavar="DIR", help="time a run or model folder, or ORG/NAME")
+    add("--prompt-tokens", type=int, default=512, metavar="N", help="prompt length (default: 512)")
+    add("--tokens", type=int, default=256, metavar="N", help="to generate (default: 256)")
+    add("--compile", action="store_true", help="time torch.compile, too")
+    add("--device", default="", help="cpu, cuda or mps; default: the best")
+    add("--dtype", default="", choices=dtypes, help="default: bf16 on a GPU that has it")
     args = parser.parse_args(argv)
     if args.prompt_tokens < 1 or args.tokens < 1:
         raise ValueError("--prompt-tokens and --tokens must be at least 1")
@@ -174,12 +181,16 @@ def main(argv=None):
     device = distributed.pick_device(args.device)
     dtype_name = distributed.pick_dtype(args.dtype, device)
     dtype = train.DTYPES[dtype_name]
-    default = ["smollm2-135m"] if device.type == "cpu" else ["smollm2-135m", "qwen3-4b"]
+    names = ["smollm2-135m"] if device.type == "cpu" else ["smollm2-135m", "qwen3-4b"]
+    if args.init:
+        names = [args.init]
+    elif args.shapes:
+        names = args.shapes
 
     start_time = time.perf_counter()
     bandwidth = copy_bandwidth(device)
     models = {}
-    for name in [args.init] if args.init else args.shapes or default:
+    for name in names:
         if args.init:
             model = train.load_model(run_folder.find_run(name), device, dtype)[0]
         else:

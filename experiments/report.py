@@ -3,8 +3,9 @@
 python experiments/report.py            write README.md and results/README.md
 python experiments/report.py --check    write nothing, list what is outdated
 
-A result is outdated if code that it depends on has changed since, other than
-in comments, docstrings and format. --check then ends with status 2.
+A result is outdated if the code that it depends on has changed since. Comments,
+docstrings and formatting do not count. If anything is outdated, --check ends
+with status 2.
 """
 
 import json
@@ -25,21 +26,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
 
 
-class Finding(NamedTuple):
-    """What README.md shows of a study: one difference to a baseline."""
-
-    result: str  # name of the JSON file
-    variant: str
-    label: str
-    in_percent: bool = False  # show the difference relative to the baseline
-
-
 class Idea(NamedTuple):
     name: str
     arxiv: str
-    claim: str  # of the paper
-    file: str
-    findings: list
+    claim: str  # what the paper says
+    file: str  # NAME of NAME.py, kernels/NAME.py, results/NAME-gpu.json and results/NAME-cpu.json
+
+
+class Finding(NamedTuple):
+    """A result that README.md shows: the difference between a variant and its baseline."""
+
+    study: str  # NAME of results/NAME.json
+    variant: str
+    label: str
+    in_percent: bool = False  # show the difference in percent of the baseline
 
 
 IDEAS = [
@@ -48,81 +48,81 @@ IDEAS = [
         "2411.03493",
         "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
         "laser",
-        [
-            Finding("laser-gpu", "LASER", "loss of a GPT", in_percent=True),
-            Finding(
-                "laser-cpu",
-                "trained with LASER, rows with max p > 0.9: LASER",
-                "log10 of the gradient at peaked logits",
-            ),
-        ],
     ),
     Idea(
         "2-simplicial attention",
         "2507.02754",
         "score pairs of keys with a trilinear form: a lower loss, a steeper scaling law",
         "simplicial",
-        [
-            Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", in_percent=True),
-            Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy composing functions"),
-            Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy finding triples"),
-        ],
     ),
     Idea(
         "SONew",
         "2311.10085",
         "precondition with the inverse of a band of E[g gᵀ], in closed form: 30% fewer steps",
         "sonew",
-        [
-            Finding("sonew-gpu", "SONew", "loss of a GPT", in_percent=True),
-            Finding("sonew-gpu", "SONew, 30% fewer steps", "in 30% fewer steps", in_percent=True),
-            Finding("sonew-cpu", "SONew, band 1", "autoencoder's loss", in_percent=True),
-        ],
     ),
     Idea(
         "LoRA-RITE",
         "2410.20625",
         "update B A in a way that does not depend on how it is factored: better fine-tuning",
         "lora_rite",
-        [
-            Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
-            Finding("lora_rite-cpu", "LoRA-RITE", "log10 of the drift under reparametrisation"),
-        ],
     ),
     Idea(
         "query-only test-time training",
         "2512.13898",
         "train the query projections on a long prompt instead of writing thinking tokens",
         "ttt_context",
-        [
-            Finding(
-                "ttt_context-cpu",
-                f"{task}, no QK-norm, 3072: trained queries",
-                f"log odds on {task}, against a fitted temperature",
-            )
-            for task in ("records", "columns")
-        ],
+    ),
+]
+FINDINGS = [
+    Finding("laser-gpu", "LASER", "loss of a GPT", in_percent=True),
+    Finding(
+        "laser-cpu",
+        "trained with LASER, rows with max p > 0.9: LASER",
+        "log10 of the gradient at peaked logits",
+    ),
+    Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", in_percent=True),
+    Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy composing functions"),
+    Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy finding triples"),
+    Finding("sonew-gpu", "SONew", "loss of a GPT", in_percent=True),
+    Finding("sonew-gpu", "SONew, 30% fewer steps", "in 30% fewer steps", in_percent=True),
+    Finding("sonew-cpu", "SONew, band 1", "autoencoder's loss", in_percent=True),
+    Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
+    Finding("lora_rite-cpu", "LoRA-RITE", "log10 of the drift under reparametrisation"),
+    Finding(
+        "ttt_context-cpu",
+        "records, no QK-norm, 3072: trained queries",
+        "log odds on records, against a fitted temperature",
+    ),
+    Finding(
+        "ttt_context-cpu",
+        "columns, no QK-norm, 3072: trained queries",
+        "log odds on columns, against a fitted temperature",
     ),
 ]
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
+STUDY_HEADER = ["study, metric", "baseline", "variant", "difference, 95%", "", "command", "time"]
 
 
 def load_results():
-    """Return {name: record} of all results, in the order of the ideas, benchmarks last."""
-    records = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    studies = [idea.file for idea in IDEAS] + ["all"]
-    order = [f"{name}-{size}" for name in studies for size in ("gpu", "cpu")]
-    names = [name for name in order if name in records]
+    """Return {name: record} of all results: studies in the order of the ideas, then the others."""
+    records = {}
+    for path in RESULTS.glob("*.json"):
+        records[path.stem] = json.loads(path.read_text())
+
+    names = []
+    for study in [*(idea.file for idea in IDEAS), "all"]:
+        names += [f"{study}-gpu", f"{study}-cpu"]
     names += sorted(set(records) - set(names))
-    return {name: records[name] for name in names}
+    return {name: records[name] for name in names if name in records}
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
 def table(header, rows):
-    """Return a Markdown table; header and rows are lists of texts."""
+    """Return a Markdown table. header: a list of texts; rows: a list of such lists."""
     lines = []
     for cells in (header, ["---"] * len(header), *rows):
         escaped = [cell.replace("|", "\\|") for cell in cells]  # "|" would end the cell
@@ -131,7 +131,7 @@ def table(header, rows):
 
 
 def variant_means(record):
-    """Return {variant: mean value over its runs}."""
+    """Return {variant: mean value of its runs}."""
     means = {}
     for variant, entry in record["variants"].items():
         means[variant] = statistics.mean(run["value"] for run in entry["runs"])
@@ -139,7 +139,7 @@ def variant_means(record):
 
 
 def baseline_of(record, variant):
-    """Return the baseline; a variant called "TASK: VARIANT" has the one of its own task."""
+    """Return the name of the baseline. In a study of several tasks, names are "TASK: VARIANT"."""
     task, colon, _ = variant.rpartition(": ")
     return f"{task}{colon}{record['baseline']}"
 
@@ -147,55 +147,57 @@ def baseline_of(record, variant):
 def ideas_table(records):
     """Return the table of the ideas: what the papers claim, and what was measured here."""
     header = ["idea", "the paper's claim", "measured here, with 95% intervals", "files", "command"]
-    rows = []
-    for idea in IDEAS:
-        findings = [finding for finding in idea.findings if finding.result in records]
-        measured = [finding_text(records[finding.result], finding) for finding in findings]
-        commands = {}  # command: seconds
-        for finding in findings:
-            record = records[finding.result]
-            commands[f"`{command_of(record)}`"] = record["seconds"]
-        times = [f"{command}, {seconds / 60:.0f} min" for command, seconds in commands.items()]
-        link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
-        files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
-        rows.append([link, idea.claim, "; ".join(measured), files, "; ".join(times)])
-    return table(header, rows)
+    return table(header, [idea_row(idea, records) for idea in IDEAS])
+
+
+def idea_row(idea, records):
+    measured = []
+    times = {}  # command: how long it took
+    for finding in FINDINGS:
+        if finding.study.rpartition("-")[0] == idea.file and finding.study in records:
+            record = records[finding.study]
+            measured.append(finding_text(record, finding))
+            times[command_of(record)] = f"{record['seconds'] / 60:.0f} min"
+    commands = [f"`{command}`, {time}" for command, time in times.items()]
+    link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
+    files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
+    return [link, idea.claim, "; ".join(measured), files, "; ".join(commands)]
+
+
+def finding_text(record, finding):
+    """Return a finding as text: "LABEL -1.2 ± 0.3%" or "LABEL 2.5 → 1.75 (± 0.25)"."""
+    means = variant_means(record)
+    baseline = means[baseline_of(record, finding.variant)]
+    difference = record["differences"][finding.variant]
+    mean = difference["mean"]
+    half_width = difference["half_width_95"]
+    if finding.in_percent:
+        return f"{finding.label} {100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%"
+    change = f"{baseline:.3g} → {means[finding.variant]:.3g}"
+    return f"{finding.label} {change} (± {half_width:.2g})"
 
 
 def command_of(record):
-    """Return the command that made a result, without how long its last part was to take."""
+    """Return the command that made a result, without the time limit of its last run."""
     return record["command"].partition(" --minutes")[0]
 
 
 def file_link(path):
-    """Return a link to a file of the repository with the number of its lines, in tens."""
+    """Return a link to a file of the repository, with its number of lines, rounded to tens."""
     lines = len((REPOSITORY / path).read_text().splitlines())
     return f"[{path}]({path}) ({round(lines, -1)} lines)"
 
 
-def finding_text(record, finding):
-    means = variant_means(record)
-    difference = record["differences"][finding.variant]
-    baseline = means[baseline_of(record, finding.variant)]
-    mean, half_width = difference["mean"], difference["half_width_95"]
-    if finding.in_percent:
-        return f"{finding.label} {100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%"
-    change = f"{baseline:.3g} → {means[finding.variant]:.3g} (± {half_width:.2g})"
-    return f"{finding.label} {change}"
-
-
 def study_rows(name, record):
-    """Return one row of studies_table for each difference."""
+    """Return a row for each difference between a variant and a baseline, as in STUDY_HEADER."""
     study = name.rpartition("-")[0]
     means = variant_means(record)
-    compared = []  # (baseline, variant, difference)
-    for variant, difference in record["differences"].items():
-        compared.append((baseline_of(record, variant), variant, difference))
-    for variant, difference in record.get("differences_at_equal_seconds", {}).items():
-        compared.append((difference["baseline"], variant, difference))
+    differences = list(record["differences"].items())
+    differences += record.get("differences_at_equal_seconds", {}).items()  # to other baselines
 
     rows = []
-    for baseline, variant, difference in compared:
+    for variant, difference in differences:
+        baseline = difference.get("baseline") or baseline_of(record, variant)
         mean = difference["mean"]
         half_width = difference["half_width_95"]
         rows.append(
@@ -212,42 +214,37 @@ def study_rows(name, record):
     return rows
 
 
-def studies_table(name, record):
-    """Return the table of a study: each variant and its difference to the baseline."""
-    header = ["study, metric", "baseline", "variant", "difference, 95%", "", "command", "time"]
-    return table(header, study_rows(name, record))
-
-
 def kernels_table(record):
     """Return the table of our kernels, each compared with the fastest peer."""
-    header = ["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"]
     rows = []
     for kernel, measured in record["kernels"].items():
+        peers = [row for row in measured if is_peer(kernel, row)]
         for row in measured:
-            if not is_ours(row):
-                continue
-            peers = [p for p in measured if p["shape"] == row["shape"] and is_peer(kernel, p)]
-            best = min(peers, key=total_ms, default=None)
-            ours_ms = total_ms(row)
-            peer_text = "none"
-            ratio = ""
-            if best:
-                peer_text = f"{best['name']}: {total_ms(best):.3f}"
-                ratio = f"{ours_ms / total_ms(best):.2f}"
-            name = kernel if row["name"] == "ours" else f"{kernel}, {row['name']}"
-            shape = " x ".join(map(str, row["shape"]))
-            floor = f"{row['of_floor']:.0%}"
-            rows.append([name, shape, peer_text, f"{ours_ms:.3f}", ratio, floor])
-    return table(header, rows)
+            if is_ours(row):
+                rows.append(kernel_row(kernel, row, peers))
+    return table(["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"], rows)
+
+
+def kernel_row(kernel, ours, peers):
+    peers = [peer for peer in peers if peer["shape"] == ours["shape"]]
+    peer_text = "none"
+    ratio = ""
+    if peers:
+        best = min(peers, key=total_ms)
+        peer_text = f"{best['name']}: {total_ms(best):.3f}"
+        ratio = f"{total_ms(ours) / total_ms(best):.2f}"
+    name = kernel if ours["name"] == "ours" else f"{kernel}, {ours['name']}"
+    shape = " x ".join(map(str, ours["shape"]))
+    return [name, shape, peer_text, f"{total_ms(ours):.3f}", ratio, f"{ours['of_floor']:.0%}"]
 
 
 def is_ours(row):
-    """Return whether this is our fastest kernel, not the plain one beneath a Hopper kernel."""
+    """Return whether this is our fastest kernel. On Hopper, the one in plain Triton is not."""
     return row["name"].startswith(("ours", "band")) and "Triton" not in row["name"]
 
 
 def is_peer(kernel, row):
-    """Return whether this is somebody else's fast way to compute the same as our kernel."""
+    """Return whether this is a fast kernel of others that computes the same as ours."""
     if row["name"].startswith(("ours", "band", "eager")):
         return False
     return kernel != "laser" or row["name"].startswith("paper")  # softmax attention is not LASER
@@ -259,22 +256,24 @@ def total_ms(row):
 
 def steps_table(record):
     """Return the table of training steps: a row per variant, a column per size of the model."""
-    shapes = record["shapes"].values()
-    variants = dict.fromkeys(variant for shape in shapes for variant in shape)
+    sizes = record["shapes"].values()  # for each size of the model {variant: what was measured}
+    variants = {}
+    for size in sizes:
+        variants |= size
+
     rows = []
     for variant in variants:
-        cells = [variant]
-        for shape in shapes:
-            cells.append(step_cell(shape[variant]) if variant in shape else "")
-        rows.append(cells)
+        cells = [step_cell(size[variant]) if variant in size else "" for size in sizes]
+        rows.append([variant, *cells])
     return table(["training step", *record["shapes"]], rows)
 
 
 def step_cell(row):
-    """Return the time of a step, and its ratio to the baseline or its weak scaling."""
+    """Return the time of a step, and its weak scaling or its ratio to the baseline."""
+    time = f"{row['ms_per_step']:.1f} ms"
     if "weak_scaling" in row:
-        return f"{row['ms_per_step']:.1f} ms, weak scaling {row['weak_scaling']:.3f}"
-    return f"{row['ms_per_step']:.1f} ms, {row['ratio']:.3f}"
+        return f"{time}, weak scaling {row['weak_scaling']:.3f}"
+    return f"{time}, {row['ratio']:.3f}"
 
 
 def all_tables(records):
@@ -285,14 +284,17 @@ def all_tables(records):
         parts.append(f"Made with older code, to be run again: {', '.join(outdated)}.")
     if "kernels" in records:
         record = records["kernels"]
-        where = f"{record['hardware']}, torch {record['versions']['torch']}"
-        parts += [f"Kernels, forward + backward or one step, {where}:", kernels_table(record)]
+        parts.append(f"Kernels, forward + backward or one step, {made_on(record)}:")
+        parts.append(kernels_table(record))
     if "bench_train" in records:
         record = records["bench_train"]
-        where = f"{record['hardware']}, torch {record['versions']['torch']}"
-        note = "Whole training steps and their ratio to softmax + AdamW"
-        parts += [f"{note}, {where}:", steps_table(record)]
+        parts.append(f"Whole training steps and their ratio to softmax + AdamW, {made_on(record)}:")
+        parts.append(steps_table(record))
     return "\n\n".join(parts)
+
+
+def made_on(record):
+    return f"{record['hardware']}, torch {record['versions']['torch']}"
 
 
 def results_readme(records):
@@ -302,13 +304,17 @@ def results_readme(records):
         parts.append(f"## {name}")
         if "question" in record:
             parts.append(record["question"])
-        origin = [f"- command: `{record['command']}`", f"- commit: {record['commit']}"]
         versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
-        origin += [f"- hardware: {record['hardware']}", f"- versions: {versions}"]
-        origin.append(f"- seconds: {record['seconds']:.0f}")
+        origin = [
+            f"- command: `{record['command']}`",
+            f"- commit: {record['commit']}",
+            f"- hardware: {record['hardware']}",
+            f"- versions: {versions}",
+            f"- seconds: {record['seconds']:.0f}",
+        ]
         parts.append("\n".join(origin))
         if "differences" in record:
-            parts.append(studies_table(name, record))
+            parts.append(table(STUDY_HEADER, study_rows(name, record)))
         if (RESULTS / f"{name}.png").exists():
             parts.append(f"![{name}]({name}.png)")
     return "\n\n".join(parts) + "\n"
@@ -333,12 +339,11 @@ def changed_files(record):
 def outputs(records):
     """Return {path: text} of the generated files."""
     path = REPOSITORY / "README.md"
-    text = path.read_text()
-    pattern = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
-    if not re.search(pattern, text, re.S):
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
         raise ValueError(f"README.md lacks the markers {BEGIN} and {END}")
-    tables = f"{BEGIN}\n\n{all_tables(records)}\n\n{END}"
-    readme = re.sub(pattern, lambda _: tables, text, flags=re.S)
+    readme = f"{before}{BEGIN}\n\n{all_tables(records)}\n\n{END}{after}"
     return {path: readme, RESULTS / "README.md": results_readme(records)}
 
 
@@ -347,14 +352,16 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing, only check")
     args = parser.parse_args(argv)
     records = load_results()
+
+    # results made with older code
     stale = []
     for name, record in records.items():
-        newer = changed_files(record)
-        if newer:
-            stale.append(name)
-            command = record["command"]
-            print(f"results/{name}.json is older than {', '.join(newer)}; run {command}")
+        files = changed_files(record)
+        if files:
+            stale.append(f"results/{name}.json")
+            print(f"{stale[-1]} is older than {', '.join(files)}; run {record['command']}")
 
+    # generated files
     changed = []
     for path, text in outputs(records).items():
         if not path.exists() or path.read_text() != text:
@@ -362,9 +369,9 @@ def main(argv=None):
             if not args.check:
                 with atomic_write(path) as file:
                     file.write(text.encode())
+
     if args.check and (changed or stale):
-        names = changed + [f"results/{name}.json" for name in stale]
-        raise ValueError(f"out of date: {', '.join(names)}")
+        raise ValueError(f"out of date: {', '.join(changed + stale)}")
     print("wrote " + ", ".join(changed) if changed else "all tables are up to date")
     return {"stale": stale, "changed": changed}
 

@@ -1,4 +1,4 @@
-"""Device and host times of a function on a GPU, as a training loop would see them."""
+"""Time a function on a GPU as it runs in a training loop."""
 
 import statistics
 import time
@@ -7,24 +7,24 @@ import torch
 
 
 def median_ms(function, repeats=50):
-    """Return median milliseconds on the device, its L2 emptied before each call.
+    """Return the median milliseconds of a call on the device, with an empty L2 cache.
 
-    The device sleeps as long as the host takes to launch the call, so that the host is ahead, as
-    in a training loop: what is timed are the kernels.
+    In a training loop, the host runs ahead of the device. Here, the device sleeps before each call
+    for as long as the host needs to launch it, so only the kernels are timed.
     """
-    l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    time_events(function, 5, 0, l2)  # compile, warm up
-    sleep_cycles = int(2e6 * 1.5 * host_ms(function))
-    return statistics.median(time_events(function, repeats, sleep_cycles, l2))
+    buffer = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than L2
+    time_calls(function, 5, 0, buffer)  # compile and warm up
+    sleep_cycles = int(2e6 * 1.5 * host_ms(function))  # a GPU has up to 2e6 cycles per millisecond
+    return statistics.median(time_calls(function, repeats, sleep_cycles, buffer))
 
 
-def time_events(function, repeats, sleep_cycles, l2):
-    """Return the milliseconds between events before and after each of some calls."""
+def time_calls(function, repeats, sleep_cycles, buffer):
+    """Return the milliseconds of each call on the device."""
     pairs = []
     for _ in range(repeats):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        l2.zero_()
+        buffer.zero_()  # overwrites L2
         torch.cuda._sleep(sleep_cycles)
         start.record()
         function()
@@ -35,7 +35,7 @@ def time_events(function, repeats, sleep_cycles, l2):
 
 
 def host_ms(function):
-    """Return the milliseconds that the host takes to launch a call."""
+    """Return the milliseconds that the host needs to launch a call."""
     torch.cuda.synchronize()
     start_time = time.perf_counter()
     for _ in range(5):
@@ -46,7 +46,7 @@ def host_ms(function):
 
 
 def measure_ceilings():
-    """Return the speed of a large copy and of a large bfloat16 matrix product."""
+    """Return the speed of a large copy and of a large matrix product in bfloat16."""
     a, b = torch.empty(2, 2**29, dtype=torch.bfloat16, device="cuda")
     x, y = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
     copy_tb = 4 * a.numel() / median_ms(lambda: a.copy_(b)) / 1e9

@@ -1,4 +1,4 @@
-"""One decoding step of a Llama or Qwen3 layer at batch 1, in six launches.
+"""One decoding step of a Llama or Qwen3 model at batch size 1, six launches per layer.
 
     norm_linear_kernel    q, k, v = W RMSNorm(x) + b; after the last layer, logits = W RMSNorm(x)
     attention_kernel      QK-norm, RoPE, append to the KV cache, attention over a split of the keys
@@ -7,16 +7,17 @@
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
     linear_add_kernel     x += W hidden
 
-In a matrix-vector product each program computes a few rows of W by itself, so two runs give the
-same bits. Attention is split-K: one program per split of the keys and KV head. As a CUDA graph has
-a fixed grid, there are splits for the whole cache, and those after the token's position return.
+In a matrix-vector product, each program computes a few rows of W x by itself, so two runs give the
+same bits. Attention is split-K: each program reads one split of the keys of one KV head. A CUDA
+graph has a fixed grid, so there are programs for the whole cache. Those whose split has no token
+yet return at once.
 
-From Hopper on a kernel starts while the previous one still runs (programmatic dependent launch). It
-loads its first weights or keys, which do not depend on the previous kernel, and then waits for it.
+From Hopper on, a kernel starts while the previous one still runs (programmatic dependent launch).
+It loads its first weights or keys, which the previous kernel does not write, and then waits for it.
 
 A weight is read once for two FLOPs, so the floor is the time to read all weights. A token after 512
-others in bfloat16 on one H200: Qwen3-4B 2.55 ms, 75% of the floor's speed; SmolLM2-135M 0.414 ms,
-16%. Tuning history: kernels/NOTES.md.
+others in bfloat16 on one H200 takes 2.55 ms with Qwen3-4B (the floor is 75% of this), and 0.414 ms
+with SmolLM2-135M (16%). Tuning history: kernels/NOTES.md.
 
 Limits: head dimensions in HEAD_DIMS; float32, float16 or bfloat16, summed in float32; fewer than
 2**31 numbers in one head of the cache. Anything else raises ValueError.
@@ -35,18 +36,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
-    """How a matrix-vector product reads W."""
+    """The part of a matrix that a program reads at a time."""
 
     rows: int  # per program
-    columns: int  # per iteration
+    columns: int  # per iteration of its loop
     num_warps: int
 
 
 SMALL_MATRIX = Tile(rows=2, columns=1024, num_warps=4)  # limited by latency
 LARGE_MATRIX = Tile(rows=4, columns=256, num_warps=1)  # limited by bandwidth
-LARGE_MATRIX_ROWS = 8192  # rows from which a matrix is large
+LARGE_MATRIX_ROWS = 8192  # matrices with at least as many rows are large
 ATTENTION_PROGRAMS = 264  # two per multiprocessor of an H200
-MAX_SPLITS = 64  # combine_kernel holds the outputs of all at once
+MAX_SPLITS = 64  # combine_kernel holds the outputs of all splits at once
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,14 +56,14 @@ MAX_SPLITS = 64  # combine_kernel holds the outputs of all at once
 
 @triton.jit
 def start_next_kernel(PDL: tl.constexpr):
-    """Let the next kernel start as soon as there is room for it."""
+    """Let the next kernel start as soon as multiprocessors are free."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Wait until everything that the previous kernel writes can be read."""
+    """Wait until the previous kernel has written everything."""
     if PDL:
         gdc_wait()
 
@@ -73,7 +74,7 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def load_weights(w_row_ptrs, row_mask, cols, C: tl.constexpr):
-    """Columns `cols` of R rows of W: [R, BLOCK_C]"""
+    """Load the columns `cols` of R rows of W: [R, BLOCK_C]"""
     mask = row_mask[:, None] & (cols < C)[None, :]
     return tl.load(w_row_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
 
@@ -81,17 +82,20 @@ def load_weights(w_row_ptrs, row_mask, cols, C: tl.constexpr):
 @triton.jit
 def matvec(
     x_ptr, gain_ptr,  # (C,), (C,)
-    w_row_ptrs, row_mask,  # [R] pointers to rows of W, and whether there is such a row
+    w_row_ptrs, row_mask,  # [R] pointers to rows of W, [R] whether W has this row
     eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """W x or, with NORM, W RMSNorm(x): [R]"""
+    """Compute R rows of W x or, with NORM, of W RMSNorm(x): [R]
+
+    RMSNorm(x) = gain x / rms(x). The number rms(x) divides the result, not each x.
+    """
     # -- load the first weights before waiting for x --
     offs_c = tl.arange(0, BLOCK_C)
     w = load_weights(w_row_ptrs, row_mask, offs_c, C)  # [R, BLOCK_C]
     wait_for_previous_kernel(PDL)
 
-    # -- W (gain * x); its division by the root mean square of x comes last --
+    # -- sum W x or W (gain x), one block of columns at a time --
     acc = tl.zeros((w_row_ptrs.shape[0], BLOCK_C), tl.float32)
     sum_squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -102,7 +106,9 @@ def matvec(
             x *= tl.load(gain_ptr + cols, mask=cols < C, other=0.0)
         acc += w.to(tl.float32) * x[None, :]
         w = load_weights(w_row_ptrs, row_mask, cols + BLOCK_C, C)  # prefetch
-    y = tl.sum(acc, 1)
+    y = tl.sum(acc, 1)  # [R]
+
+    # -- divide by the root mean square of x --
     if NORM:
         y *= tl.rsqrt(tl.sum(sum_squares, 0) / C + eps)
     return y
@@ -110,6 +116,7 @@ def matvec(
 
 @triton.jit
 def choose(matrix, first, second, third):
+    """Return `first` where matrix is 0, `second` where it is 1, `third` where it is 2."""
     return tl.where(matrix == 0, first, tl.where(matrix == 1, second, third))
 
 
@@ -123,18 +130,23 @@ def norm_linear_kernel(
     C: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = W RMSNorm(x) + b of up to three matrices W, one below the other"""
+    """Compute y = W RMSNorm(x) + b, where W is a stack of up to three matrices.
+
+    rows of y   0 ... n1 - 1 | n1 ... n1 + n2 - 1 | n1 + n2 ... n1 + n2 + n3 - 1
+    matrix            0      |         1          |              2
+    """
     start_next_kernel(PDL)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < n1 + n2 + n3
 
-    # -- row r of y is row r - first of matrix 0, 1 or 2 --
+    # -- find the matrix of each row, and its row in this matrix --
     matrix = (rows >= n1).to(tl.int32) + (rows >= n1 + n2).to(tl.int32)
-    first = choose(matrix, 0, n1, n1 + n2)
-    w_rows = (rows - first).to(tl.int64)
+    first_row = choose(matrix, 0, n1, n1 + n2)
+    w_rows = (rows - first_row).to(tl.int64)
     offs = w_rows * C
     w_row_ptrs = choose(matrix, w1_ptr + offs, w2_ptr + offs, w3_ptr + offs)
 
+    # -- multiply, and add the bias --
     y = matvec(x_ptr, gain_ptr, w_row_ptrs, mask, eps, C, BLOCK_C, True, PDL)  # [BLOCK_R]
     if BIAS:
         b_ptrs = choose(matrix, b1_ptr + w_rows, b2_ptr + w_rows, b3_ptr + w_rows)
@@ -148,10 +160,12 @@ def norm_swiglu_kernel(
     n, eps,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
+    """Compute y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
     start_next_kernel(PDL)
 
-    # -- one product with alternating rows: row r of W_gate, of W_up, row r + 1 of W_gate, ... --
+    # -- multiply both matrices at once, with their rows alternating --
+    # i     0               1             2                   3                 ...
+    # row   r of W_gate     r of W_up     r + 1 of W_gate     r + 1 of W_up     ...
     i = tl.arange(0, 2 * BLOCK_R)
     rows = tl.program_id(0) * BLOCK_R + i // 2
     offs = rows.to(tl.int64) * C
@@ -171,7 +185,7 @@ def linear_add_kernel(
     n,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x += W y, in place"""
+    """Add W y to x in place."""
     start_next_kernel(PDL)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < n
@@ -187,29 +201,43 @@ def linear_add_kernel(
 
 @triton.jit
 def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
-    """Gains of QK-norm [ROWS, D]: of queries where is_query [ROWS, 1], else of keys"""
+    """Load the gain of QK-norm for each row, a query where is_query [ROWS, 1], else a key."""
     q_gain = tl.load(q_gain_ptr + offs_d)[None, :]
     k_gain = tl.load(k_gain_ptr + offs_d)[None, :]
-    return tl.where(is_query, q_gain, k_gain)
+    return tl.where(is_query, q_gain, k_gain)  # [ROWS, D]
+
+
+@triton.jit
+def load_angles(cos_ptr, sin_ptr, position, D: tl.constexpr):
+    """Load cos and sin of RoPE for each channel [D]; sin gets a minus sign in the first half.
+
+    RoPE rotates the channels i and i + D/2 as a pair: x_i cos - x_{i + D/2} sin is the first of it.
+    """
+    offs_d = tl.arange(0, D)
+    angle_offs = position * (D // 2) + offs_d % (D // 2)
+    cos = tl.load(cos_ptr + angle_offs)
+    sin = tl.where(offs_d < D // 2, -1.0, 1.0) * tl.load(sin_ptr + angle_offs)
+    return cos, sin
 
 
 @triton.jit
 def load_queries_and_key(
     qkv_ptr, q_gain_ptr, k_gain_ptr,
-    cos, sin,  # [D], [D], sin negative in the first half
+    cos, sin,  # [D], [D], from load_angles
     kv_head, Hkv, eps,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Queries and new key of a KV head, after QK-norm and RoPE: [ROWS, D]
+    """Load the new token's key of one KV head and its G queries, after QK-norm and RoPE.
 
-    Rows 0 to G - 1 are its queries, row G is the key, and the others are zeros: tl.dot needs 16.
+    heads in qkv         0 ... Hkv G - 1: queries | then Hkv keys | then Hkv values
+    result [ROWS, D]     0 ... G - 1: queries     | G: key        | then zeros, up to 16 for tl.dot
     """
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]
     offs_d = tl.arange(0, D)
-    paired_d = (offs_d + D // 2) % D  # RoPE rotates the channels i and i + D/2 as a pair
+    paired_d = (offs_d + D // 2) % D  # the channel that RoPE pairs with each
 
-    # -- load each channel, and the one it is paired with; the key heads follow the Hkv G queries --
+    # -- load each channel, and the channel it is paired with --
     heads = tl.where(rows < G, kv_head * G + rows, Hkv * G + kv_head)
     head_offs = (heads * D)[:, None]
     mask = (rows <= G)[:, None]
@@ -228,14 +256,16 @@ def load_queries_and_key(
 
 @triton.jit
 def attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION: tl.constexpr):
-    """Add a block of keys to acc = sum exp2(S - m_i) V and l_i = sum exp2(S - m_i), online softmax.
+    """Add a block of keys and values to the running sums of attention (online softmax).
 
-    q and acc [ROWS, D], m_i and l_i [ROWS], k and v [BLOCK_N, D], exists [BLOCK_N]: is there a key?
+    q [ROWS, D], k and v [BLOCK_N, D], exists [BLOCK_N]: whether there is a key. The sums are
+    acc = sum exp2(qk - m_i) v [ROWS, D] and l_i = sum exp2(qk - m_i) [ROWS]. m_i is the largest qk.
     """
     # -- compute qk --
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [ROWS, BLOCK_N]
     qk = tl.where(exists[None, :], qk, -float("inf"))
-    # -- m_new is finite because every block has a key that all rows see --
+
+    # -- update the maximum (finite, since every block has a key), and rescale the sums to it --
     m_new = tl.maximum(m_i, tl.max(qk, 1))
     p = tl.exp2(qk - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
@@ -255,11 +285,15 @@ def attention_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the G query heads of one KV head, over the keys split_start ... split_end - 1"""
+    """Compute the attention of the G query heads of one KV head to one split of the keys.
+
+    position   0 ... length - 1: in the cache | length: the new token | then free, up to size - 1
+    split      positions split_start ... split_end - 1
+    """
     start_next_kernel(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    length = tl.load(length_ptr).to(tl.int32)  # written before the previous kernel
+    length = tl.load(length_ptr).to(tl.int32)  # no kernel of this step writes it
     split_start = split * split_size
     rows = tl.arange(0, ROWS)
     offs_d = tl.arange(0, D)
@@ -268,49 +302,49 @@ def attention_kernel(
 
     # -- load the first block of old keys and values before waiting for the new ones --
     head_offs = tl.cast(kv_head, tl.int64) * size * D
-    tile_offs = head_offs + offs_n[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
+    block_offs = head_offs + offs_n[:, None] * D + offs_d[None, :]  # [BLOCK_N, D]
     mask = (split_start + offs_n < length)[:, None]
-    k = tl.load(k_ptr + tile_offs + split_start * D, mask=mask, other=0.0)
-    v = tl.load(v_ptr + tile_offs + split_start * D, mask=mask, other=0.0)
+    k = tl.load(k_ptr + block_offs + split_start * D, mask=mask, other=0.0)
+    v = tl.load(v_ptr + block_offs + split_start * D, mask=mask, other=0.0)
 
-    # -- load the angles of RoPE: rotated x_i = x_i cos - x_{i + D/2} sin in the first half --
-    angle_offs = length * (D // 2) + offs_d % (D // 2)
-    cos = tl.load(cos_ptr + angle_offs)  # [D]
-    sin = tl.where(offs_d < D // 2, -1.0, 1.0) * tl.load(sin_ptr + angle_offs)
+    cos, sin = load_angles(cos_ptr, sin_ptr, length, D)
     wait_for_previous_kernel(PDL)
 
-    if split_start <= length:
+    if split_start <= length:  # else the split has no token yet, and no output
+        # -- load the queries, and the new key and value --
         qk_rows = load_queries_and_key(
             qkv_ptr, q_gain_ptr, k_gain_ptr, cos, sin, kv_head, Hkv, eps, G, ROWS, D, NORM
         )  # [ROWS, D]
-
-        # -- the last split, which has the new token, appends its key and value to the cache --
         new_k = tl.sum(tl.where((rows == G)[:, None], qk_rows, 0.0), 0).to(k.dtype)  # [D]
         new_v = tl.load(qkv_ptr + (Hkv * G + Hkv + kv_head) * D + offs_d).to(k.dtype)
+
+        # -- append the key and value to the cache, in the split of the new token --
         if split_end == length + 1:
             new_offs = (tl.cast(kv_head, tl.int64) * size + length) * D + offs_d
             tl.store(k_ptr + new_offs, new_k)
             tl.store(v_ptr + new_offs, new_v)
 
+        # -- loop over the keys of the split --
         q = qk_rows.to(k.dtype)
         qk_scale = tl.cast(scale, tl.float32) * LOG2E
         m_i = tl.full((ROWS,), -float("inf"), tl.float32)
         l_i = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, D), tl.float32)
         for start_n in range(split_start, split_end, BLOCK_N):
-            keys = start_n + offs_n
-            # -- insert the new key and value, which were not in the cache when it was read --
-            is_new = (keys == length)[:, None]
+            positions = start_n + offs_n
+
+            # -- insert the new key and value, which were not in the cache yet --
+            is_new = (positions == length)[:, None]
             k = tl.where(is_new, new_k[None, :], k)
             v = tl.where(is_new, new_v[None, :], v)
-            acc, m_i, l_i = attend_block(
-                acc, m_i, l_i, q, k, v, keys < split_end, qk_scale, PRECISION
-            )
+            exists = positions < split_end
+            acc, m_i, l_i = attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION)
+
             # -- prefetch the next block --
-            next_n = start_n + BLOCK_N
-            mask = (keys + BLOCK_N < length)[:, None] & (next_n < split_end)
-            k = tl.load(k_ptr + tile_offs + next_n * D, mask=mask, other=0.0)
-            v = tl.load(v_ptr + tile_offs + next_n * D, mask=mask, other=0.0)
+            next_start = start_n + BLOCK_N
+            mask = (positions + BLOCK_N < length)[:, None] & (next_start < split_end)
+            k = tl.load(k_ptr + block_offs + next_start * D, mask=mask, other=0.0)
+            v = tl.load(v_ptr + block_offs + next_start * D, mask=mask, other=0.0)
 
         # -- store the output and lse of this split --
         out_rows = (split * Hkv + kv_head) * G + rows
@@ -327,16 +361,22 @@ def combine_kernel(
     H, split_size,
     D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^(lse_s - lse) out_s over the splits s that hold a token"""
+    """Compute out = sum_s 2^(lse_s - lse) out_s over the splits s that have a token.
+
+    out_s: the output of split s. lse_s: the log2 of its sum of exponentials, lse: that of all keys.
+    """
     start_next_kernel(PDL)
     head = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     offs_d = tl.arange(0, D)
-    mask = splits * split_size <= tl.load(length_ptr)
+    mask = splits * split_size <= tl.load(length_ptr)  # whether a split has a token
     wait_for_previous_kernel(PDL)
 
+    # -- weight of each split, up to a common factor --
     lse = tl.load(lse_ptr + splits * H + head, mask=mask, other=-float("inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))  # [SPLITS]
+
+    # -- weighted mean of their outputs --
     offs = ((splits * H + head) * D)[:, None] + offs_d[None, :]
     split_out = tl.load(split_out_ptr + offs, mask=mask[:, None], other=0.0)  # [SPLITS, D]
     out = tl.sum(split_out * weight[:, None], 0) / tl.sum(weight, 0)
@@ -348,33 +388,33 @@ def combine_kernel(
 
 
 def pdl_options(x):
-    """Return launch options: programmatic dependent launch where the GPU has it."""
-    is_nvidia = bool(x.is_cuda and torch.version.cuda)
+    """Return the launch options for programmatic dependent launch, which Hopper introduced."""
+    is_nvidia = x.is_cuda and torch.version.cuda is not None
     if is_nvidia and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
 
 def matvec_grid(n):
-    """Return the grid of a product with n rows, and the launch options of its tile."""
+    """Return the grid and the launch options of a product with a matrix of n rows."""
     tile = SMALL_MATRIX if n < LARGE_MATRIX_ROWS else LARGE_MATRIX
     options = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "num_warps": tile.num_warps}
     return (triton.cdiv(n, tile.rows),), options
 
 
 def attention_block(D, dtype):
-    """Return the number of keys per block of attention, and of warps."""
+    """Return the number of keys in a block of attention, and the number of warps."""
     block_n = 16 if dtype == torch.float32 else 64
     num_warps = 8 if D >= 128 else 4
     return block_n, num_warps
 
 
 def check_tensors(**expected):
-    """Raise ValueError unless the kernels can read the tensors. expected: name=(tensor, shape)"""
+    """Raise ValueError unless the kernels can read the tensors, given as name=(tensor, shape)."""
     for name, (tensor, shape) in expected.items():
-        found = tuple(tensor.shape)
-        if found != shape or 0 in shape:
-            raise ValueError(f"{name} is {found}; it must be {shape}, with no size of 0")
+        actual_shape = tuple(tensor.shape)
+        if actual_shape != shape or 0 in shape:
+            raise ValueError(f"{name} is {actual_shape}; it must be {shape}, with no size of 0")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}; give float32, float16 or bfloat16")
         if not tensor.is_contiguous():
@@ -382,9 +422,9 @@ def check_tensors(**expected):
 
 
 def norm_linear(x, gain, eps, weights, biases=None):
-    """Return W RMSNorm(x) + b of one to three matrices, concatenated, in float32.
+    """Return W RMSNorm(x) + b for one to three matrices W, concatenated, in float32.
 
-    x (C,), gain (C,), weights: (n, C) each, biases: (n,) each -> (n1 + n2 + n3,)
+    x (C,), gain (C,), weights: up to three of (n, C), biases: as many of (n,) -> (n1 + n2 + n3,)
     """
     C = x.numel()
     if not 1 <= len(weights) <= 3:
@@ -397,23 +437,23 @@ def norm_linear(x, gain, eps, weights, biases=None):
     for weight, bias in zip(weights, biases or ()):
         check_tensors(bias=(bias, (len(weight),)))
 
-    # the kernel takes three matrices: a missing one has 0 rows, so its pointers are never read
+    # the kernel takes three matrices: missing ones have 0 rows, so their pointers are never read
     n_missing = 3 - len(weights)
-    sizes = [len(weight) for weight in weights] + [0] * n_missing
-    weights = [*weights] + [weights[0]] * n_missing
-    has_bias = biases is not None
-    biases = [*biases] + [gain] * n_missing if has_bias else [gain] * 3
+    n1, n2, n3 = [len(weight) for weight in weights] + [0] * n_missing
+    w1, w2, w3 = [*weights] + [weights[0]] * n_missing
+    b1 = b2 = b3 = gain
+    if biases is not None:
+        b1, b2, b3 = [*biases] + [gain] * n_missing
 
-    y = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
+    y = torch.empty(n1 + n2 + n3, dtype=torch.float32, device=x.device)
     grid, options = matvec_grid(len(y))
-    norm_linear_kernel[grid](
-        x, gain, *weights, *biases, y, *sizes, eps, C, has_bias, **options, **pdl_options(x)
-    )
+    options |= {"BIAS": biases is not None, **pdl_options(x)}
+    norm_linear_kernel[grid](x, gain, w1, w2, w3, b1, b2, b3, y, n1, n2, n3, eps, C, **options)
     return y
 
 
 def norm_swiglu(x, gain, eps, gate, up):
-    """Return silu(gate n) * (up n) with n = RMSNorm(x), in the dtype of x.
+    """Return silu(gate RMSNorm(x)) * (up RMSNorm(x)) in the dtype of x.
 
     x (C,), gain (C,), gate and up (n, C) -> (n,)
     """
@@ -427,7 +467,7 @@ def norm_swiglu(x, gain, eps, gate, up):
 
 
 def linear_add(x, y, weight):
-    """x += weight y, in place: x (n,), y (C,), weight (n, C)"""
+    """Add weight y to x in place: x (n,), y (C,), weight (n, C)"""
     n = x.numel()
     C = y.numel()
     check_tensors(x=(x, (n,)), y=(y, (C,)), weight=(weight, (n, C)))
@@ -436,15 +476,16 @@ def linear_add(x, y, weight):
 
 
 def attention(qkv, gains, eps, angles, length, k, v):
-    """Append a token's key and value to the KV cache, and attend from it to all positions so far.
+    """Append a token's key and value to the KV cache, and return its attention to the cache.
 
-    qkv: from `norm_linear`, ((H + 2 Hkv) D,) float32
+    qkv: q, k and v of the token, ((H + 2 Hkv) D,) float32, from `norm_linear`
     gains: the weights of QK-norm for q and k, (D,) each, or None
     angles: cos and sin of RoPE, (size, 1, D / 2) each
-    length: the token's position, (1,) int64; must be below size, which is not checked
+    length: (1,) int64, the number of tokens in the cache; must be below size, which is not checked
     k, v: the cache, (Hkv, size, D) each
     Returns (H D,) in the dtype of k.
     """
+    # check the inputs
     if k.dim() != 3 or k.shape[2] not in HEAD_DIMS:
         raise ValueError(f"k is {tuple(k.shape)}; it must be (Hkv, size, D), D one of {HEAD_DIMS}")
     Hkv, size, D = k.shape
@@ -459,34 +500,37 @@ def attention(qkv, gains, eps, angles, length, k, v):
     cos, sin = angles
     angles_shape = (size, 1, D // 2)
     check_tensors(qkv=(qkv, ((H + 2 * Hkv) * D,)), cos=(cos, angles_shape), sin=(sin, angles_shape))
-    q_gain = k_gain = qkv  # not read without QK-norm
+    q_gain = k_gain = qkv  # any pointer: without QK-norm they are not read
     if gains is not None:
         q_gain, k_gain = gains
         check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
-    # enough splits to fill the GPU, each a whole number of blocks
+    # split the keys: enough splits to fill the GPU, each a whole number of blocks
     block_n, num_warps = attention_block(D, k.dtype)
     wanted_splits = min(MAX_SPLITS, max(1, ATTENTION_PROGRAMS // Hkv))
     split_size = triton.cdiv(size, block_n * wanted_splits) * block_n
     n_splits = triton.cdiv(size, split_size)
-
     split_out = qkv.new_empty(n_splits, H, D)
     lse = qkv.new_empty(n_splits, H)
-    out = k.new_empty(H * D)
+
+    # attention of each split; a tile has a row per query and one for the new key, at least 16
     G = H // Hkv
-    # tile rows: the G queries and the new key; tensor cores take at least 16
-    rows = max(16, triton.next_power_of_2(G + 1))
+    n_rows = max(16, triton.next_power_of_2(G + 1))
     precision = "ieee" if k.dtype == torch.float32 else "tf32"
     attention_kernel[(n_splits, Hkv)](
         qkv, q_gain, k_gain, cos, sin, length, k, v, split_out, lse,
         Hkv, size, split_size, eps, D**-0.5,
-        G, rows, D, block_n, gains is not None, precision,
+        G=G, ROWS=n_rows, D=D, BLOCK_N=block_n, NORM=gains is not None, PRECISION=precision,
         num_warps=num_warps, **pdl_options(k),
     )  # fmt: skip
-    max_splits = triton.next_power_of_2(n_splits)
+
+    # combine the splits
+    out = k.new_empty(H * D)
     combine_kernel[(H,)](
-        split_out, lse, length, out, H, split_size, D, max_splits, num_warps=4, **pdl_options(k)
-    )
+        split_out, lse, length, out, H, split_size,
+        D=D, SPLITS=triton.next_power_of_2(n_splits),
+        num_warps=4, **pdl_options(k),
+    )  # fmt: skip
     return out
 
 
@@ -497,8 +541,8 @@ def attention(qkv, gains, eps, angles, length, k, v):
 def fused_logits(model, token, length, angles, kv):
     """Return the logits (V,) of a softmax GPT after token (1, 1) at position length (1,).
 
-    kv: the KV cache, a pair of (Hkv, size, D) per layer. It does what the model's layers do, but
-    each kernel fuses a product with the norm before or the sum after it.
+    It does what the layers of the model do. Each kernel fuses a matrix-vector product with the
+    norm before it or the sum after it. kv: the KV cache, a pair of (Hkv, size, D) per layer.
     """
     eps = model.config.norm_eps
     x = model.embed_tokens.weight.index_select(0, token[0])[0]  # (C,)
@@ -508,9 +552,9 @@ def fused_logits(model, token, length, angles, kv):
         projections = (module.q_proj, module.k_proj, module.v_proj)
         weights = [projection.weight for projection in projections]
         biases = None
-        gains = None
         if model.config.qkv_bias:
             biases = [projection.bias for projection in projections]
+        gains = None
         if model.config.qk_norm:
             gains = (module.q_norm.weight, module.k_norm.weight)
         qkv = norm_linear(x, layer.input_layernorm.weight, eps, weights, biases)
@@ -523,5 +567,6 @@ def fused_logits(model, token, length, angles, kv):
         hidden = norm_swiglu(x, gain, eps, mlp.gate_proj.weight, mlp.up_proj.weight)
         linear_add(x, hidden, mlp.down_proj.weight)
 
-    output = model.embed_tokens if model.lm_head is None else model.lm_head
-    return norm_linear(x, model.norm.weight, eps, [output.weight])
+    # logits
+    lm_head = model.embed_tokens if model.lm_head is None else model.lm_head
+    return norm_linear(x, model.norm.weight, eps, [lm_head.weight])

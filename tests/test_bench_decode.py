@@ -26,11 +26,11 @@ def test_figures(flags):
     assert saved["models"] == record["models"]
     assert {"command", "commit", "versions", "hardware", "seconds"} <= saved.keys()
     figures = record["models"]["atom"]
-    n_kv = 2 * 16 * (6 + 2)  # keys and values of one head of 16 before the middle token
+    n_kv = 2 * 16 * (6 + 2)  # k and v of one head of 16, of the tokens before the middle one
     assert figures["bytes_per_token"] == 4 * (figures["parameters"] + n_kv)
     assert figures["floor_ms"] == pytest.approx(figures["bytes_per_token"] / 1e6)
-    for way in ("eager", "graph"):
-        row = figures[way]
+    for variant in ("eager", "graph"):
+        row = figures[variant]
         assert row["tokens_per_s"] == pytest.approx(1e3 / row["token_ms"])
         assert row["prompt_tokens_per_s"] == pytest.approx(6e3 / row["prompt_ms"])
         assert row["share_of_floor"] == pytest.approx(figures["floor_ms"] / row["token_ms"])
@@ -42,8 +42,9 @@ def test_folders(flags, tiny):
     train.main(untied)
     figures = bench_decode.main([*flags, "--init", "out/untied", "--tokens", "2"])
     figures = figures["models"]["out/untied"]
-    n_kv = 2 * 2 * 2 * 16 * (6 + 1)
-    parameters_read = figures["parameters"] - 256 * 32  # not the embedding
+    n_kv = 2 * 2 * 2 * 16 * (6 + 1)  # k and v of two layers with two heads of 16
+    n_embedding = 256 * 32
+    parameters_read = figures["parameters"] - n_embedding
     assert figures["bytes_per_token"] == 4 * (parameters_read + n_kv)
     train.main([*untied, "--attn", "laser", "--out", "out/laser"])
     record = bench_decode.main([*flags, "--init", "out/laser", "--tokens", "2"])
@@ -67,6 +68,7 @@ def test_figures_on_the_gpu(tmp_path, monkeypatch):
     record = bench_decode.main([*flags, str(tmp_path)])
     figures = record["models"]["atom"]
     assert record["dtype"] == "bf16"
-    assert all(figures[way]["tokens_per_s"] > 0 for way in bench_decode.VARIANTS)
+    for variant in bench_decode.VARIANTS:
+        assert figures[variant]["tokens_per_s"] > 0
     assert figures["graph"]["token_ms"] < figures["eager"]["token_ms"]
     assert figures["compiled"]["token_ms"] < figures["eager"]["token_ms"]

@@ -18,7 +18,7 @@ EPS = 0.01  # large enough that a kernel without it is off
 
 
 def run_poisoned(function):
-    """Run with new tensors filled with NaN; on a GPU run twice and require equal bits."""
+    """Run a function with new tensors filled with NaN. On a GPU, two runs must be equal."""
     torch.use_deterministic_algorithms(True)
     try:
         result = function()
@@ -65,6 +65,7 @@ def double(tensors):
 
 
 def check_products(C, sizes, dtype, has_bias):
+    """Compare all products with PyTorch: matrices of `sizes` rows and C columns."""
     generator = torch.Generator().manual_seed(C)
 
     def randn(*shape):
@@ -77,24 +78,25 @@ def check_products(C, sizes, dtype, has_bias):
     up = inside_nan(randn(sizes[0], C))
     y = inside_nan(randn(sizes[0]))
 
-    ours = run_poisoned(
-        lambda: decode.norm_linear(x, gain, EPS, weights, biases if has_bias else None)
-    )
+    given_biases = biases if has_bias else None
+    ours = run_poisoned(lambda: decode.norm_linear(x, gain, EPS, weights, given_biases))
     eager = project_torch(x, gain, weights, biases)
     truth = project_torch(*double((x, gain)), double(weights), double(biases))
     assert_close("project", ours, eager, truth)
 
-    ours = run_poisoned(lambda: decode.norm_swiglu(x, gain, EPS, weights[0], up))
-    inputs = (x, gain, weights[0], up)
-    assert_close("swiglu", ours, swiglu_torch(*inputs), swiglu_torch(*double(inputs)))
+    gate = weights[0]
+    ours = run_poisoned(lambda: decode.norm_swiglu(x, gain, EPS, gate, up))
+    eager = swiglu_torch(x, gain, gate, up)
+    truth = swiglu_torch(*double((x, gain, gate, up)))
+    assert_close("swiglu", ours, eager, truth)
 
-    def added():
+    def add():
         total = y.clone()
         decode.linear_add(total, x, up)
         return total
 
-    inputs = (y, x, up)
-    assert_close("add", run_poisoned(added), add_torch(*inputs), add_torch(*double(inputs)))
+    truth = add_torch(*double((y, x, up)))
+    assert_close("add", run_poisoned(add), add_torch(y, x, up), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -133,7 +135,7 @@ def test_products_on_the_gpu(C, sizes, has_bias, dtype):
 
 
 def attention_torch(heads, gains, angles, length, kv, dtype):
-    """Return the output, the new key and the new value, by the model's own functions in `dtype`.
+    """Return the output, the new key and the new value, computed in `dtype` with the model's code.
 
     heads: q, k and v of one token, (H + 2 Hkv, D). kv: the caches of k and v, (2, 1, Hkv, T, D).
     """
@@ -153,24 +155,28 @@ def attention_torch(heads, gains, angles, length, kv, dtype):
 
 
 def check_attention(H, Hkv, D, size, length, dtype, has_norm):
+    """Compare the attention of a token after `length` others with PyTorch."""
     generator = torch.Generator().manual_seed(length)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator)
 
     heads = inside_nan(randn(H + 2 * Hkv, D))
-    gains = (inside_nan(randn(D) + 1), inside_nan(randn(D) + 1)) if has_norm else None
+    gains = None
+    if has_norm:
+        gains = (inside_nan(randn(D) + 1), inside_nan(randn(D) + 1))
     kv = inside_nan(randn(2, 1, Hkv, size, D).to(dtype))
     kv[:, :, :, length:] = torch.nan  # slots not written yet
     position = torch.tensor([length], device=DEVICE)
     angles = train.rope_angles(0, size, D, 1e4, DEVICE)
 
     def ours():
-        k, v = (t[0].clone() for t in kv)
+        k = kv[0, 0].clone()
+        v = kv[1, 0].clone()
         o = decode.attention(heads.flatten(), gains, EPS, angles, position, k, v)
         assert torch.equal(k[:, :length], kv[0, 0, :, :length]), "an old key was changed"
-        assert k[:, length + 1 :].isnan().all(), "a later key was written"
         assert torch.equal(v[:, :length], kv[1, 0, :, :length]), "an old value was changed"
+        assert k[:, length + 1 :].isnan().all(), "a later key was written"
         assert v[:, length + 1 :].isnan().all(), "a later value was written"
         return torch.cat([o, k[:, length].flatten(), v[:, length].flatten()])
 
@@ -228,8 +234,8 @@ def test_attention_on_the_gpu(H, Hkv, D, norm, length, dtype):
     ids=range(11),
 )
 def test_products_refuse(change):
-    arguments = {"x": torch.ones(8), "gain": torch.ones(8), "eps": EPS}
-    arguments["weights"] = [torch.ones(4, 8)]
+    weights = [torch.ones(4, 8)]
+    arguments = {"x": torch.ones(8), "gain": torch.ones(8), "eps": EPS, "weights": weights}
     decode.norm_linear(**arguments)
     with pytest.raises(ValueError):
         decode.norm_linear(**{**arguments, **change})
@@ -285,8 +291,9 @@ def attention_arguments(H=2, Hkv=1, size=3, D=16, dtype=torch.float32):
     ids=range(15),
 )
 def test_attention_refuses(shape, change, part):
+    arguments = {**attention_arguments(**shape), **change}
     with pytest.raises(ValueError) as caught:
-        decode.attention(**{**attention_arguments(**shape), **change})
+        decode.attention(**arguments)
     assert part in str(caught.value)
 
 
@@ -315,7 +322,7 @@ def test_fused_step_equals_the_models(shape, monkeypatch):
                 decoder.token.fill_(9)
                 decoder.length += 1
 
-    # and so are the tokens, beyond the context
+    # the tokens are equal, too, also after the context is full
     expected = list(sample.generate(model, [5, 6, 7], 6, temperature=0))
     monkeypatch.setattr(sample, "can_fuse", lambda model: True)
     assert list(sample.generate(model, [5, 6, 7], 6, temperature=0, graph=True)) == expected
@@ -328,11 +335,11 @@ def test_fused_step_equals_the_models(shape, monkeypatch):
 def test_fused_step_in_bf16_follows_fp32_on_the_gpu(shape):
     model = small_gpt(torch.bfloat16, n_embd=64, block_size=100, **shape)
     for p in model.parameters():
+        p.data = p.data.bfloat16()
         is_matrix = p.dim() > 1
-        value = p.data.bfloat16()
-        p.data = value * 0.3 if is_matrix else value.float()
-    wide = copy.deepcopy(model).double()
-    wide.dtype = torch.float64
+        p.data = p.data * 0.3 if is_matrix else p.data.float()
+    model_fp64 = copy.deepcopy(model).double()
+    model_fp64.dtype = torch.float64
     model.cuda()
 
     decoder = sample.CUDAGraphDecoder(model, 100)
@@ -342,7 +349,7 @@ def test_fused_step_in_bf16_follows_fp32_on_the_gpu(shape):
         ids.append(decoder.prefill(ids))
         fused = decoder.logits()
         decoder.use_kernels = False
-        truth = wide(torch.tensor([ids]))[0, -1].cuda()
+        truth = model_fp64(torch.tensor([ids]))[0, -1].cuda()
         assert_close("logits", fused, decoder.logits(), truth)
 
 
@@ -353,7 +360,7 @@ FP32 = "gain q_gain k_gain cos sin lse qkv split_out".split()
 
 
 def product_cases():
-    """Products of SmolLM2-135M and Qwen3-4B. They use nothing of one GPU but the early start."""
+    """Products of SmolLM2-135M for A100 (arch 80), and of Qwen3-4B for H100 (arch 90)."""
     types = {f"{name}_ptr": "*fp32" for name in FP32}
     linear_types = types | {f"{name}_ptr": "*fp32" for name in ("y", "b1", "b2", "b3")}
     for arch, tile, C in ((80, decode.SMALL_MATRIX, 576), (90, decode.LARGE_MATRIX, 2560)):

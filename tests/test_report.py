@@ -23,6 +23,13 @@ STUDY = {
     },
     "differences": {"LASER": {"mean": -0.75, "half_width_95": 0.25, "n": 2}},
 }
+
+
+def kernel(name, T, forward_ms, backward_ms, **more):
+    times = {"forward_ms": forward_ms, "backward_ms": backward_ms}
+    return {"shape": [T, 16], "name": name, **times, **more}
+
+
 KERNELS = {
     "command": "python experiments/bench_kernels.py",
     "commit": "0" * 40,
@@ -32,14 +39,13 @@ KERNELS = {
     "seconds": 100.0,
     "kernels": {
         "laser": [
-            {"shape": [4, 16], "name": "softmax", "forward_ms": 0.1, "backward_ms": 0.1},
-            {"shape": [4, 16], "name": "paper's form", "forward_ms": 1.0, "backward_ms": 3.0},
-            {"shape": [8, 16], "name": "paper's form", "forward_ms": 0.1, "backward_ms": 0.1},
-            {"shape": [4, 16], "name": "ours", "forward_ms": 1.0, "backward_ms": 1.0},
+            kernel("softmax", 4, 0.1, 0.1),
+            kernel("paper's form", 4, 1.0, 3.0),
+            kernel("paper's form", 8, 0.1, 0.1),
+            kernel("ours", 4, 1.0, 1.0, of_floor=0.5),
         ]
     },
 }
-KERNELS["kernels"]["laser"][3]["of_floor"] = 0.5
 
 
 @pytest.fixture
@@ -48,7 +54,8 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     finding = report.Finding("laser-cpu", "LASER", "loss", in_percent=True)
-    monkeypatch.setattr(report, "IDEAS", [report.Idea("L", "1", "less", "laser", [finding])])
+    monkeypatch.setattr(report, "IDEAS", [report.Idea("L", "1", "less", "laser")])
+    monkeypatch.setattr(report, "FINDINGS", [finding])
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "laser.py").write_text("x = 1\n" * 14)
     (tmp_path / "results").mkdir()
@@ -63,6 +70,13 @@ def save(folder, name, record):
     (folder / f"results/{name}.json").write_text(json.dumps(record))
 
 
+def line_with(text, part):
+    """The first line of a text that has this part."""
+    for line in text.splitlines():
+        if part in line:
+            return line
+
+
 def test_a_bar_does_not_end_a_cell():
     assert report.table(["|Z|"], [["1"]]).splitlines()[0] == r"| \|Z\| |"
 
@@ -71,25 +85,31 @@ def test_tables(repository):
     save(repository, "kernels", KERNELS)
     report.main([])
     text = (repository / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    row = next(line for line in text.splitlines() if "less" in line)
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+
+    row = line_with(text, "less")
     assert "| [L](https://arxiv.org/abs/1) | less | loss -30.0 ± 10.0% |" in row
     assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
     assert "| `python laser.py`, 1 min |" in row
-    kernel = next(line for line in text.splitlines() if line.startswith("| laser | 4 x 16"))
-    assert kernel == "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |"
+    row = line_with(text, "| laser | 4 x 16")
+    assert row == "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |"
 
     text = (repository / "results/README.md").read_text()
     assert "Is it better?" in text
-    row = next(line for line in text.splitlines() if "resolved" in line)
+    row = line_with(text, "resolved")
     assert "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |" in row
     assert "`python laser.py` | 61 s" in row
 
 
 def test_a_wide_interval_is_not_resolved(repository):
+    column = 4
+    (row,) = report.study_rows("laser-cpu", STUDY)
+    assert row[column] == "resolved"
     wide = {"LASER": {"mean": -0.75, "half_width_95": 0.8, "n": 2}}
-    assert report.study_rows("laser-cpu", {**STUDY, "differences": wide})[0][4] == "not resolved"
-    assert report.study_rows("laser-cpu", STUDY)[0][4] == "resolved"
+    (row,) = report.study_rows("laser-cpu", {**STUDY, "differences": wide})
+    assert row[column] == "not resolved"
 
 
 def test_each_task_has_its_own_baseline():
@@ -99,7 +119,8 @@ def test_each_task_has_its_own_baseline():
             variants[f"{task}: {variant}"] = {"runs": [{"seed": 1, "value": value}]}
     differences = {"hard: LASER": STUDY["differences"]["LASER"]}
     record = {**STUDY, "variants": variants, "differences": differences}
-    assert report.study_rows("laser-cpu", record)[0][1:3] == ["hard: softmax 5", "hard: LASER 5"]
+    (row,) = report.study_rows("laser-cpu", record)
+    assert row[1:3] == ["hard: softmax 5", "hard: LASER 5"]
 
 
 def test_rows_at_equal_seconds():
@@ -115,10 +136,11 @@ def test_rows_at_equal_seconds():
 
 
 def test_outdated_results_are_named():
-    records = {"old": {**STUDY, "code": {"deleted.py": "0"}}, "new": STUDY}
-    text = report.all_tables(records)
+    old = {**STUDY, "code": {"deleted.py": "0"}}
+    text = report.all_tables({"old": old, "new": STUDY})
     assert text.endswith("Made with older code, to be run again: old.")
-    assert "to be run again" not in report.all_tables({"new": STUDY})
+    text = report.all_tables({"new": STUDY})
+    assert "to be run again" not in text
 
 
 def test_finding_text():
@@ -130,10 +152,11 @@ def test_finding_text():
 
 def test_findings_are_in_the_results():
     records = report.load_results()
-    for idea in report.IDEAS:
-        for finding in idea.findings:
-            if finding.result in records:
-                assert finding.variant in records[finding.result]["differences"]
+    files = [idea.file for idea in report.IDEAS]
+    for finding in report.FINDINGS:
+        assert finding.study.rpartition("-")[0] in files
+        if finding.study in records:
+            assert finding.variant in records[finding.study]["differences"]
 
 
 def test_check_finds_what_is_out_of_date(repository):

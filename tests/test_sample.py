@@ -11,7 +11,7 @@ from tests.common import gpu, small_gpt
 
 
 def windowed_softmax(q, k, v, window):
-    """Softmax attention of each query over the last `window` positions, its own included."""
+    """Softmax attention of each query to the last `window` positions, its own included."""
     Tq = q.shape[2]
     Tk = k.shape[2]
     i = torch.arange(Tk - Tq, Tk)[:, None]
@@ -54,7 +54,7 @@ def greedy_by_hand(model, ids, n):
     tokens = []
     for _ in range(n):
         if len(window) > size:
-            window = window[len(window) - max(1, size // 2) :]
+            window = window[-max(1, size // 2) :]
         token = int(model(torch.tensor([window]))[0, -1].argmax())
         tokens.append(token)
         window.append(token)
@@ -73,13 +73,15 @@ def test_kv_cache_gives_the_logits_of_a_whole_pass(attn):
     model = small_gpt(torch.float64, attn=f"softmax,{attn}", n_kv_head=2, block_size=64)
     ids = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(1))
     caches = [sample.KVCache(64) for _ in model.layers]
-    ends = [9, 12, 13, 14, 21, 23, *range(24, 41)]
-    for start, end in zip([0, *ends], ends):
+    start = 0
+    for end in [9, 12, 13, 14, 21, 23, *range(24, 41)]:
         logits = model(ids[:, start:end], cache=caches)
         assert logits.shape == (1, 1, 64)
         whole = model(ids[:, :end])[0, -1]
         assert torch.allclose(logits[0, -1], whole, atol=1e-9), f"positions {start} to {end}"
-        assert caches[0].length == caches[1].length == end
+        for cache in caches:
+            assert cache.length == end
+        start = end
 
 
 @torch.no_grad()
@@ -88,8 +90,9 @@ def test_ring_tensors_do_not_grow():
     caches = [sample.KVCache(20) for _ in model.layers]
     for start, end in [(0, 9), (9, 10), (10, 20)]:
         model(torch.zeros(1, end - start, dtype=torch.int64), cache=caches)
-        slots = [[buffer.shape[2] for buffer in cache.tensors] for cache in caches]
-        assert slots == [[20, 20], [5, 5, 3, 3]]
+        softmax_cache, windowed_cache = caches
+        assert [t.shape[2] for t in softmax_cache.tensors] == [20, 20]
+        assert [t.shape[2] for t in windowed_cache.tensors] == [5, 5, 3, 3]
     with pytest.raises(ValueError, match="room for 20 positions, not for 21"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=caches)
 
@@ -123,15 +126,17 @@ def test_static_cache_gives_the_logits_of_a_whole_pass(shape):
     model = small_gpt(torch.float64, **shape)
     for prompt in ([5], [5, 6, 7, 8, 9]):
         decoder = sample.CUDAGraphDecoder(model, 16)
-        ids = [*prompt, decoder.prefill(prompt)]
-        assert ids[-1] == int(model(torch.tensor([prompt]))[0, -1].argmax())
+        token = decoder.prefill(prompt)
+        assert token == int(model(torch.tensor([prompt]))[0, -1].argmax())
+        ids = [*prompt, token]
         while len(ids) < 16:
             whole = model(torch.tensor([ids]))[0, -1]
             assert torch.allclose(decoder.logits(), whole, atol=1e-9), f"position {len(ids) - 1}"
-            ids.append(decoder.next())
-            assert ids[-1] == int(whole.argmax())
+            token = decoder.next()
+            assert token == int(whole.argmax())
+            ids.append(token)
         assert int(decoder.length) == 15
-        assert int(decoder.token) == ids[-1]
+        assert int(decoder.token) == token
 
 
 @torch.no_grad()
@@ -141,10 +146,13 @@ def test_decoder_runs_a_step_ahead_and_starts_over():
     decoder = sample.CUDAGraphDecoder(model, 16)
     for _ in range(2):
         tokens = [decoder.prefill([5, 6, 7])]
-        tokens += [decoder.next(start_following=True) for _ in range(5)]
+        for _ in range(5):
+            tokens.append(decoder.next(start_following=True))
         assert tokens == expected[:6]
         assert int(decoder.length) == 3 + 6, "one step ahead of the 5 tokens read"
-    tokens += [decoder.next(start_following=i < 6) for i in range(7)]
+    for _ in range(6):
+        tokens.append(decoder.next(start_following=True))
+    tokens.append(decoder.next())
     assert tokens == expected
     assert decoder.in_flight is None
     with pytest.raises(ValueError, match="softmax attention, not softmax,two_windows"):
@@ -170,23 +178,30 @@ def test_who_gets_a_graph_and_kernels(monkeypatch):
     for attn in ("laser", "softmax,laser", "two_windows:w1=4,softmax"):
         assert not sample.is_softmax(train.GPTConfig(attn=attn))
 
-    class OnCUDA(torch.nn.Embedding):  # as far as can_fuse looks
-        weight = type("Weight", (), {"is_cuda": True, "dtype": torch.float32})
+    class WeightOnCUDA:  # what can_fuse looks at
+        is_cuda = True
+        dtype = torch.float32
+
+    class EmbeddingOnCUDA(torch.nn.Embedding):
+        weight = WeightOnCUDA
 
     model = small_gpt(head_dim=16)
     assert not sample.can_fuse(model), "not on the CPU"
-    model.embed_tokens.__class__ = OnCUDA
+    model.embed_tokens.__class__ = EmbeddingOnCUDA
     if sample.kernels is not None:
         assert sample.can_fuse(model)
         model.config.head_dim = 48
         assert not sample.can_fuse(model), "no kernel for this head dimension"
         model.config.head_dim = 16
+
     model.dtype = torch.bfloat16
     assert not sample.can_fuse(model), "the matrices are float32"
     model.dtype = torch.float32
+
     model.compile()
     assert not sample.can_fuse(model), "the user called .compile()"
     model.is_compiled = False
+
     monkeypatch.setattr(sample, "kernels", None)
     with pytest.warns(UserWarning, match="pip install triton"):
         assert not sample.can_fuse(model)
@@ -196,18 +211,20 @@ def test_who_gets_a_graph_and_kernels(monkeypatch):
 # Sampling a token
 
 
-def sample_counts(logits, n=1, **settings):
+def sample_counts(logits, n, **settings):
     """How often each token comes in n samples."""
     generator = torch.Generator().manual_seed(0)
     settings = {"limit": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
     logits = torch.tensor(logits, dtype=torch.float32)
     counts = [0] * len(logits)
     for _ in range(n):
-        counts[int(sample.pick_token(logits, generator=generator, **settings))] += 1
+        token = int(sample.pick_token(logits, generator=generator, **settings))
+        counts[token] += 1
     return counts
 
 
 def sampled_tokens(logits, **settings):
+    """The tokens that come in 200 samples."""
     counts = sample_counts(logits, 200, **settings)
     return {token for token, count in enumerate(counts) if count}
 
@@ -247,18 +264,21 @@ def test_top_k():
 
 
 def test_top_p():
-    # four equal probabilities, which are exact: the fewest that hold at least top_p stay
+    # four tokens of probability 1/4 each, which is exact
     for top_p, n in ((0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4), (1.0, 4)):
         assert len(sampled_tokens([0.0] * 4, top_p=top_p)) == n
+
     assert sampled_tokens(LOGITS, top_p=0.39) == {1}
     assert sampled_tokens(LOGITS, top_p=0.41) == {1, 3}
     assert sampled_tokens(LOGITS, top_p=0.85) == {1, 2, 3}
     for top_p in (1e-6, 1e-40, 1e-300):
         assert sampled_tokens(LOGITS, top_p=top_p) == {1}
         assert sampled_tokens([3.0] * 5, top_p=top_p).issubset(range(5))
-    # of those that top_k leaves, the likeliest holds 4/9
+
+    # top-k comes before top-p: among three tokens, the likeliest has probability 4/9
     assert sampled_tokens(LOGITS, top_k=3, top_p=0.42) == {1}
-    # the temperature comes first: at 0.5 the likeliest holds 16/30
+
+    # the temperature comes first: at 0.5, the likeliest has probability 16/30
     assert sampled_tokens(LOGITS, temperature=0.5, top_p=0.5) == {1}
 
 
@@ -273,13 +293,15 @@ def test_tokens_are_those_of_multinomial():
     """One generator for the whole text, seeded once."""
     model = small_gpt()
     generator = torch.Generator().manual_seed(9)
-    ids = [5, 6, 7]
+    prompt = [5, 6, 7]
+    expected = []
     for _ in range(12):
-        p = model(torch.tensor([ids]))[0, -1].softmax(-1)
-        ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        ids = torch.tensor([[*prompt, *expected]])
+        p = model(ids)[0, -1].softmax(-1)
+        expected.append(int(torch.multinomial(p, 1, generator=generator)))
     for graph in (False, True):
-        assert generate(model, [5, 6, 7], 12, seed=9, graph=graph) == ids[3:]
-    assert generate(model, [5, 6, 7], 12, seed=8) != ids[3:]
+        assert generate(model, prompt, 12, seed=9, graph=graph) == expected
+    assert generate(model, prompt, 12, seed=8) != expected
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,11 +353,11 @@ def test_no_more_room_than_needed(monkeypatch):
     sizes = []
     original = sample.KVCache
 
-    def recording(size):
+    def recording_cache(size):
         sizes.append(size)
         return original(size)
 
-    monkeypatch.setattr(sample, "KVCache", recording)
+    monkeypatch.setattr(sample, "KVCache", recording_cache)
     generate(small_gpt(block_size=40), [5, 6, 7], 10)
     assert sizes == [12, 12], "the last of the 10 tokens is never read"
     generate(small_gpt(), [5, 6, 7], 20)

@@ -31,12 +31,12 @@ def run(tiny):
 
 
 class Words:
-    """A tokenizer of a few words. 5 ends a document, 6 an answer; 4 and 7 are halves of é."""
+    """A tokenizer with eight tokens. 4 and 7 are the two bytes of é."""
 
     name = "words"
     n_vocab = 8
-    eot_token = 5
-    stops = {6}
+    eot_token = 5  # ends a document
+    stops = {6}  # end an answer
     tokens = [b"a", b"b ", "é".encode(), b"", b"\xc3", b"<eot>", b"<end>", b"\xa9"]
 
     def encode_ordinary(self, text):
@@ -101,12 +101,14 @@ def test_streaming(run, monkeypatch, capsys):
     assert first["signal"] == 0
     assert first["tokens_per_s"] > 0
 
-    # as generate() gives it, with the flags' defaults
+    # the same as from generate(), with the default settings
     model, tokenizer = train.load_model(run)
     settings = {"temperature": 0.8, "top_k": 50, "seed": 1337, "limit": 256}
     ids = list(sample.generate(model, [0, *b"the"], 30, **settings))
     assert first["text"] == "the" + "".join(decoded(ids, tokenizer))
     assert sample.main(flags)["text"] == first["text"]
+
+    # every setting changes the text; the cache does not
     changes = ["--seed 2", "--temperature 0", "--top-k 1", "--top-p 0.01", "--max-tokens 5"]
     for change in changes:
         assert sample.main([*flags, *change.split()])["text"] != first["text"], change
@@ -122,20 +124,24 @@ def test_defaults(run, capsys):
     assert out == result["text"] + "\n"
     assert err.startswith(f"{run} on cpu\n")
     model, tokenizer = train.load_model(run)
-    ids = sample.generate(model, [0], 300, 0.8, 50, 1.0, 1337, 256)
+    settings = {"temperature": 0.8, "top_k": 50, "seed": 1337, "limit": 256}
+    ids = sample.generate(model, [0], 300, **settings)
     assert result["text"] == "".join(decoded(ids, tokenizer))
 
 
 def test_prompts_of_any_length(run, capsys):
-    Path("p.txt").write_text("wizards boil éclairs " * 4)
+    prompt = "wizards boil éclairs " * 4
+    Path("p.txt").write_text(prompt)
     flags = ["--max-tokens", "3", "--temperature", "0", "--device", "cpu"]
-    long = sample.main(["--prompt", "@p.txt", *flags])["text"]
-    assert long.startswith("wizards boil éclairs " * 4)
+    text = sample.main(["--prompt", "@p.txt", *flags])["text"]
+    assert text.startswith(prompt)
     assert "the prompt has 89 tokens; the last 16 count" in capsys.readouterr().err
+
     model, tokenizer = train.load_model(run)
-    ids = list("wizards boil éclairs ".encode())[-16:]
-    expected = "".join(decoded(sample.generate(model, ids, 3, 0, limit=256), tokenizer))
-    assert long.removeprefix("wizards boil éclairs " * 4) == expected
+    context = list(prompt.encode())[-16:]
+    ids = sample.generate(model, context, 3, temperature=0, limit=256)
+    assert text == prompt + "".join(decoded(ids, tokenizer))
+
     sample.main(["--prompt", "x" * 15, *flags])
     assert "count" not in capsys.readouterr().err, "15 bytes and the start are 16 tokens"
 
@@ -153,18 +159,21 @@ def words(tmp_path, monkeypatch):
 
 def test_chat(words, monkeypatch, capsys):
     model, _ = train.load_model()
-    argv = ["--init", "hf", "--chat", "ab", "--max-tokens", "40", "--device", "cpu"]
-    ids = list(sample.generate(model, [5, 0, 1, 2], 40, 0.8, 50, 1.0, 1337, 8))
-    expected = "".join(decoded(ids, words))
+    flags = ["--init", "hf", "--max-tokens", "40", "--device", "cpu"]
+    settings = {"temperature": 0.8, "top_k": 50, "seed": 1337, "limit": 8}
+    ids = list(sample.generate(model, [5, 0, 1, 2], 40, **settings))
     assert 5 in ids or 6 in ids, "the answer ends before 40 tokens"
+    expected = "".join(decoded(ids, words))
     assert expected
-    assert sample.main(argv)["text"] == expected
+
+    assert sample.main([*flags, "--chat", "ab"])["text"] == expected
     assert capsys.readouterr().out == expected + "\n", "the message is not repeated"
     Path("m.txt").write_text("ab")
-    assert sample.main(["--init", "hf", "--chat", "@m.txt", *argv[4:]])["text"] == expected
-    refused([*argv, "--prompt", "c"], "give one", main=sample.main)
+    assert sample.main([*flags, "--chat", "@m.txt"])["text"] == expected
+
+    refused([*flags, "--chat", "ab", "--prompt", "c"], "give one", main=sample.main)
     monkeypatch.delattr(Words, "chat")
-    refused(argv, "hf has no chat template", "--prompt", main=sample.main)
+    refused([*flags, "--chat", "ab"], "hf has no chat template", "--prompt", main=sample.main)
 
 
 def test_a_model_without_an_end_of_text_token(words, capsys):
@@ -268,10 +277,16 @@ def test_damaged_folders(run):
         refused(["--init", str(folder), "--device", "cpu"], str(folder), main=sample.main)
 
 
+MINE_ATTENTION = """
+import train
+
+def attention(q, k, v, *, sharp=1.0):
+    return train.softmax_attention(q * sharp, k, v)
+"""
+
+
 def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypatch, capsys):
-    code = "import train\ndef attention(q, k, v, *, sharp=1.0):\n"
-    code += "    return train.softmax_attention(q * sharp, k, v)\n"
-    Path("mine_attention.py").write_text(code)
+    Path("mine_attention.py").write_text(MINE_ATTENTION)
     monkeypatch.syspath_prepend(str(tmp_path))
     train.main([*tiny, "--steps", "2", "--sample", "0", "--attn", "mine_attention:sharp=2"])
     flags = ["--max-tokens", "3", "--device", "cpu"]
@@ -290,9 +305,11 @@ def test_export(tiny):
     exported = load_file("new/model.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(exported[f"model.{name}"], tensor), name
+
     sample.main(["--init", run, "--export", "half", "--dtype", "bf16"])
     for tensor in load_file("half/model.safetensors").values():
         assert tensor.dtype == torch.bfloat16
+
     refused(["--init", run, "--export", "new"], "new", main=sample.main)
     refused(["--init", run, "--export", "text.txt"], "text.txt", main=sample.main)
     train.main([*tiny, "--steps", "1", "--sample", "0", "--attn", "laser", "--out", "out/laser"])
@@ -306,11 +323,10 @@ def test_export(tiny):
 
 def test_a_signal_ends_the_text(run, monkeypatch, capsys):
     original = sample.generate
-
     n_tokens = 3
 
-    def interrupted(*args):
-        for n, token in enumerate(original(*args)):
+    def interrupted(*args, **settings):
+        for n, token in enumerate(original(*args, **settings)):
             if n == n_tokens:
                 signal.raise_signal(signal.SIGINT)
             yield token
