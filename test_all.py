@@ -21,8 +21,9 @@ def main():
     # the interpreter computes lanes that a tl.where drops afterwards
     options += ["-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
     if not argv and not torch.cuda.is_available() and importlib.util.find_spec("xdist"):
-        os.environ["OMP_NUM_THREADS"] = "1"  # one process per core
-        options += ["-n", str(os.cpu_count()), "--dist", "worksteal"]
+        argv = ["-n", str(os.cpu_count()), "--dist", "worksteal"]
+    if "-n" in argv:
+        os.environ["OMP_NUM_THREADS"] = "1"  # many processes, each with one thread
     paths = [] if any(Path(arg.partition("::")[0]).exists() for arg in argv) else [str(TESTS)]
     return pytest.main([*paths, *options, *argv])
 

@@ -83,9 +83,9 @@ def relative_error(ours, exact):
 
 def check(name, error, limit):
     """Print the error of a result, and raise one if it is wrong: that is not worth timing."""
-    print(f"  {name} is off by {error:.1e}")
+    print(f"  {name}: relative error {error:.1e}")
     if not error < limit:
-        raise FloatingPointError(f"{name} is off by {error}")
+        raise FloatingPointError(f"{name} is wrong by {error:.1e}, more than {limit:.1e}")
 
 
 # -- the kernels: each function yields a row of results per shape and method -----------------------

@@ -187,23 +187,21 @@ def main(argv=None):
 
     start_time = time.perf_counter()
     record = json.loads(path.read_text()) if n > 1 and path.exists() else {"shapes": {}}
+    seconds_before = record.get("seconds", 0.0)
     shapes = record["shapes"]
+    kind = "fsdp" if args.fsdp else "ddp"
     for shape in args.shapes:
         rows = bench_shape(shape, device, args)
         print_rows(shape, rows)
-        if n == 1:
-            shapes[shape] = rows
-            continue
+        kept = shapes.setdefault(shape, {})
         for name, row in rows.items():
-            single = shapes.get(shape, {}).get(name)
-            if single is not None:
-                row["weak_scaling"] = single["ms_per_step"] / row["ms_per_step"]
+            if n > 1 and name in kept:
+                row["weak_scaling"] = kept[name]["ms_per_step"] / row["ms_per_step"]
                 print0(f"  weak scaling {row['weak_scaling']:.3f}")
-            kind = "fsdp" if args.fsdp else "ddp"
-            shapes.setdefault(shape, {})[f"{name}, {kind} on {n}"] = row
-    record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - start_time
-    if rank() == 0:
-        save_json(path, record, "experiments.bench_train", "laser", "simplicial", "sonew")
+            kept[name if n == 1 else f"{name}, {kind} on {n}"] = row
+        record["seconds"] = seconds_before + time.perf_counter() - start_time
+        if rank() == 0:
+            save_json(path, record, "experiments.bench_train", "laser", "simplicial", "sonew")
     return record
 
 

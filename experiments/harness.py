@@ -1,6 +1,6 @@
 """What studies share: runs, sweeps, paired confidence intervals, a disk cache and figures.
 
-A study trains each variant at every learning rate of a grid on one seed, then at its best rate on
+A study trains each variant at every learning rate of a grid on two seeds, then at its best rate on
 other seeds, and reports the differences to a baseline, paired by seed. Finished runs are cached on
 disk, so an interrupted study resumes where it stopped, and studies share their runs.
 """
@@ -30,7 +30,9 @@ from experiments.provenance import REPOSITORY, code_hashes, plugin_modules
 from support.cli import Parser
 from support.files import atomic_write, write_json
 
-SWEEP_SEED = 100  # learning rates are chosen on a seed that is not used afterwards
+# Learning rates are chosen on seeds that are not used afterwards: two, because the seeds of one rate
+# differ as much as neighbouring rates do
+SWEEP_SEEDS = (100, 101)
 CACHE = Path("out", "studies")
 
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
@@ -195,14 +197,17 @@ def sweep_and_run(run, make_job, seeds, rates, **options):
 
 
 def sweep(run, make_job, names, rates, max_extensions=3, **options):
-    """Return {variant: [run at each rate]}; the grid grows until each best rate lies inside it.
+    """Return {variant: runs at all rates}; the grid grows until each best rate lies inside it.
 
     run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid.
     """
     runs = {name: [] for name in names}
     new_rates = list(rates)
     for _ in range(max_extensions + 1):
-        jobs = [make_job(name, rate, SWEEP_SEED) for name in names for rate in new_rates]
+        jobs = []
+        for name in names:
+            for rate in new_rates:
+                jobs += [make_job(name, rate, seed) for seed in SWEEP_SEEDS]
         for job, result in zip(jobs, parallel(run, jobs, label="sweep", **options)):
             runs[job["variant"]].append(result)
         for name in names:
@@ -210,7 +215,7 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
 
         # extend the grid at an edge where a variant has its best rate
         best_rates = [best_rate(runs[name]) for name in names]
-        tried = [result["lr"] for result in runs[names[0]]]
+        tried = sorted({result["lr"] for result in runs[names[0]]})
         below = [tried[0] / 2] if tried[0] in best_rates else []
         above = [tried[-1] * 2] if tried[-1] in best_rates else []
         new_rates = below + above
@@ -220,7 +225,11 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
 
 
 def best_rate(runs):
-    return min(runs, key=lambda run: run["value"])["lr"]
+    """Return the learning rate with the lowest mean value over its seeds."""
+    values = {}  # learning rate: values
+    for run in runs:
+        values.setdefault(run["lr"], []).append(run["value"])
+    return min(values, key=lambda lr: statistics.mean(values[lr]))
 
 
 def print_differences(record):

@@ -170,7 +170,7 @@ def finetune(job):
 
         val_loss = result["val_loss"]
         run = {"seed": job["seed"], "lr": job["lr"], "value": val_loss, "val_loss": val_loss}
-        if job["seed"] != harness.SWEEP_SEED:
+        if job["seed"] not in harness.SWEEP_SEEDS:
             run["scores"] = score_all_tasks(out, job["questions"])
             run["value"] = statistics.mean(all_scores(run))
     run["seconds"] = time.perf_counter() - start_time

@@ -74,6 +74,12 @@ def square(x):
     return x * x
 
 
+def test_the_best_rate_is_that_of_the_mean():
+    runs = [{"lr": 1.0, "value": 5.0}, {"lr": 2.0, "value": 1.0}]
+    assert harness.best_rate(runs) == 2.0
+    assert harness.best_rate([*runs, {"lr": 2.0, "value": 10.0}]) == 1.0
+
+
 def test_parallel_keeps_the_order(monkeypatch):
     fork = multiprocessing.get_context("fork")  # unlike "spawn" it need not import torch again
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)

@@ -54,9 +54,10 @@ def fake_run(job):
 
 def test_a_study(demo):
     record = language_models.run("demo", "results")
-    rates = [run["lr"] for run in record["variants"]["other"]["sweep"]]
-    assert rates == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "extended until the best is inside, for all"
-    assert rates == [run["lr"] for run in record["variants"]["softmax"]["sweep"]]
+    swept = [(run["lr"], run["seed"]) for run in record["variants"]["other"]["sweep"]]
+    extended = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]  # until the best rate is inside, for all variants
+    assert swept == [(lr, seed) for lr in extended for seed in harness.SWEEP_SEEDS]
+    assert swept == [(run["lr"], run["seed"]) for run in record["variants"]["softmax"]["sweep"]]
     assert {run["lr"] for run in record["variants"]["other"]["runs"]} == {4e-3}
     assert {run["lr"] for run in record["variants"]["softmax"]["runs"]} == {1e-3}
 
@@ -67,7 +68,7 @@ def test_a_study(demo):
     at_equal_seconds = record["differences_at_equal_seconds"]["other"]
     assert at_equal_seconds["baseline"] == "softmax, longer"
     assert at_equal_seconds["mean"] == pytest.approx(-0.4)
-    n_runs = 4 * 5 + 3 * 5 + 3
+    n_runs = 4 * 5 * 2 + 3 * 5 + 3
     assert record["seconds"] == n_runs
 
     saved = json.loads(Path("results/demo-gpu.json").read_text())
@@ -80,8 +81,8 @@ def test_a_study(demo):
 def test_seeds_of_the_runs_are_not_those_of_the_sweep(demo):
     language_models.run("demo", "results")
     seeds = {job["seed"] for job in demo}
-    assert seeds == {harness.SWEEP_SEED, *language_models.SEEDS}
-    assert harness.SWEEP_SEED not in language_models.SEEDS
+    assert seeds == {*harness.SWEEP_SEEDS, *language_models.SEEDS}
+    assert not set(harness.SWEEP_SEEDS) & set(language_models.SEEDS)
 
 
 def test_a_pause_keeps_the_stages_that_are_done(demo, monkeypatch, capsys):

@@ -70,7 +70,7 @@ def test_study_at_tiny_size(tiny, monkeypatch):
     flags = "--adapter lora_rite:rank=2 --steps 2 --batch-size 2 --eval-batches 1 --sample 0"
     monkeypatch.setattr(lora_finetune, "FLAGS", f"{flags} --device cpu")
     monkeypatch.setattr(lora_finetune, "SEEDS", (1, 2))
-    monkeypatch.setattr(harness, "best_rate", lambda runs: runs[1]["lr"])
+    monkeypatch.setattr(harness, "best_rate", lambda runs: runs[2]["lr"])
     monkeypatch.setattr(harness, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
     record = lora_finetune.run("base", "questions", "results")
     assert set(record["differences"]) == {"LoRA+", "LoRA-RITE"}
