@@ -45,7 +45,7 @@ FALLBACK_PROGRAMS = 1024  # at most, as each has to find out whether its head ne
 
 @triton.jit
 def batch_and_head(H):
-    # Axis 1 of the grid counts b * H + h. b is int64: a tensor may have more than 2^31 elements.
+    """Return b and h, of which axis 1 of the grid is b * H + h. b is int64: tensors may be large."""
     head = tl.program_id(1)
     return (head // H).to(tl.int64), head % H
 
@@ -60,14 +60,14 @@ def load_tile(ptr, b, h, rows, T, H, D: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, x, b, h, rows, T, H, D: tl.constexpr):
-    # Store x [len(rows), D] at the positions `rows` of head h: start of head + position + channel.
+    """Store x [len(rows), D] at the positions `rows` of head h."""
     ptrs = ptr + (b * T * H + h) * D + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=(rows < T)[:, None])
 
 
 @triton.jit
 def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
-    # Load a single position of head h, [D].
+    """Load a single position of head h, [D]."""
     offs = row * (H * D) + tl.arange(0, D)  # from the start of the head
     return tl.load(ptr + (b * T * H + h) * D + offs).to(tl.float32)
 

@@ -84,7 +84,7 @@ def query_row(query, sizes, GROUP: tl.constexpr):
 
 @triton.jit
 def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
-    # Return tile number `index`: the Tile of QUERIES queries and one chunk of OFFSETS offsets.
+    """Return tile number `index`: the Tile of QUERIES queries and one chunk of OFFSETS offsets."""
 
     # -- query and offset of each row: the chunks of the same queries are consecutive tiles --
     row = tl.arange(0, QUERIES * OFFSETS)
@@ -145,13 +145,13 @@ def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def is_visible(position, key, w1, end):
-    # a query at `position` sees the w1 keys up to its own; keys from `end` on do not count
+    """A query at `position` sees the w1 keys up to its own; keys from `end` on do not count."""
     return (key <= position) & (key > position - w1) & (key < end)
 
 
 @triton.jit
 def load_rows(ptr, rows, mask, D: tl.constexpr):
-    # load rows of a matrix of D columns, 0 where the mask is False: [len(rows), D]
+    """Load rows of a matrix of D columns, 0 where the mask is False: [len(rows), D]"""
     ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
     return tl.load(ptrs, mask=mask[:, None], other=0.0)
 
@@ -165,7 +165,7 @@ def load_keys(k_ptr, v_ptr, start, end, SIZE: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load_block(ptr, start, BLOCK_N: tl.constexpr, D: tl.constexpr):
-    # load a whole block of keys, which needs no mask: [BLOCK_N, D]
+    """Load a whole block of keys, which needs no mask: [BLOCK_N, D]"""
     rows = start + tl.arange(0, BLOCK_N)
     return tl.load(ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
 
@@ -610,7 +610,7 @@ def k2_rows(
 
 @triton.jit
 def add_to_buffer(ptr, x, rows, mask, D: tl.constexpr):
-    # add x [len(rows), D] to rows of a buffer in memory
+    """Add x [len(rows), D] to rows of a buffer in memory."""
     ptrs = ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(ptrs, tl.load(ptrs, mask=mask[:, None], other=0.0) + x, mask=mask[:, None])
 

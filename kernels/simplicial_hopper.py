@@ -86,7 +86,7 @@ class Ring(NamedTuple):
 
 @gluon.jit
 def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
-    # make the mbarriers of a ring buffer that READERS consumers read
+    """Make the mbarriers of a ring buffer that READERS consumers read."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):

@@ -334,7 +334,7 @@ def direction_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Compute the direction u of INNER elements of a tensor, and this program's sums.
+    """Compute the direction u of INNER elements of a tensor, and this program's sums."""
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
     # -- find the program's tensor, its row in the table, and which block of it to compute --
@@ -397,7 +397,7 @@ def direction_kernel(
 
 @triton.jit
 def norms_kernel(table_ptr, partial_ptr, total_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    # Add up the partial sums of one tensor, which has consecutive programs.
+    """Add up the partial sums of one tensor, which has consecutive programs."""
     tensor = tl.program_id(0)
     row_ptr = table_ptr + tensor * COLUMNS
     partial_ptr += tl.load(row_ptr + FIRST_PROGRAM) * SUMS
@@ -412,7 +412,7 @@ def update_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Compute and store m, S_k and p of the INNER elements that direction_kernel's program had.
+    """Compute and store m, S_k and p of the INNER elements that direction_kernel's program had."""
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
     # -- find the program's tensor, its row in the table, and which block of it to compute --

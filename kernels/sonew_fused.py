@@ -195,7 +195,7 @@ def aligned_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_tensors(row_ptr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr):
-    # Return the Tensors of a row of the table.
+    """Return the Tensors of a row of the table."""
     g_ptr = aligned_pointer(row_ptr, G_PTR, GRAD)
     m_ptr = aligned_pointer(row_ptr, M_PTR, STATE)
     S_ptrs = ()
@@ -400,7 +400,7 @@ def precondition(
 
 @triton.jit
 def add3(x0, x1, x2, y0, y1, y2):
-    # for tl.reduce of three blocks at once
+    """For tl.reduce of three blocks at once."""
     return x0 + y0, x1 + y1, x2 + y2
 
 
@@ -493,7 +493,7 @@ def step_kernel(
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr,
     LINES: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A run is RUN consecutive chunks of a tensor. Compute its statistics, or apply its update to p.
+    """Compute the statistics of a run (RUN consecutive chunks of a tensor), or apply its update."""
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
     # -- take a work item (tensor, number of the run); for an update, it has -1 - tensor --

@@ -206,8 +206,9 @@ def ring_kernel(
     ADAM: gl.constexpr, LR_ON_DEVICE: gl.constexpr, HALO: gl.constexpr, COLUMNS: gl.constexpr,
     LINES: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
-    # One of the programs that run at once: take runs of chunks, one after the other, until none is
-    # left. For each, update m and S, and keep u in the ring buffer until its norms are known.
+    """One of the programs that run at once: take runs of chunks, one after the other, until none is
+    left. For each, update m and S, and keep u in the ring buffer until its norms are known.
+    """
     constants: gl.constexpr = Constants(
         PARAM, GRAD, STATE, BAND, ADAM, LR_ON_DEVICE, HALO, COLUMNS, LINES, RUN
     )
