@@ -45,7 +45,7 @@ FALLBACK_PROGRAMS = 1024  # at most, as each has to find out whether its head ne
 
 @triton.jit
 def batch_and_head(H):
-    """Return b and h, of which axis 1 of the grid is b * H + h. b is int64: tensors may be large."""
+    """Return b and h; axis 1 of the grid is b * H + h. b is int64: tensors may be large."""
     head = tl.program_id(1)
     return (head // H).to(tl.int64), head % H
 
