@@ -30,7 +30,7 @@ from experiments.provenance import REPOSITORY, code_hashes, plugin_modules
 from support.cli import Parser
 from support.files import atomic_write, write_json
 
-# Learning rates are chosen on seeds that are not used afterwards: two, because the seeds of one rate
+# Learning rates are chosen on seeds that are not used afterwards: two, because the seeds of a rate
 # differ as much as neighbouring rates do
 SWEEP_SEEDS = (100, 101)
 CACHE = Path("out", "studies")

@@ -62,7 +62,7 @@ SMALL = {
     "span": 128,
     "lrs": {
         "trained queries": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1],
+        "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1, 1.0],
     },
 }
 FULL = {
