@@ -1,39 +1,26 @@
-"""What studies share: runs, sweeps, paired confidence intervals, a disk cache and figures.
+"""What studies share: sweeps, paired confidence intervals, command lines and figures.
 
 A study trains each variant at every learning rate of a grid on two seeds, then at its best rate on
-other seeds, and reports the differences to a baseline, paired by seed. Finished runs are cached on
+other seeds, and reports the differences to a baseline, paired by seed. runner.py caches the runs on
 disk, so an interrupted study resumes where it stopped, and studies share their runs.
 """
 
-import csv
-import hashlib
-import io
 import json
-import multiprocessing
-import os
-import shlex
-import signal
 import statistics
-import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import train
-from experiments.provenance import REPOSITORY, code_hashes, plugin_modules
+from experiments import runner
+from experiments.provenance import REPOSITORY
 from support.cli import Parser
-from support.files import atomic_write, write_json
+from support.files import atomic_write
 
 # Learning rates are chosen on seeds that are not used afterwards: two, because the seeds of a rate
 # differ as much as neighbouring rates do
 SWEEP_SEEDS = (100, 101)
-CACHE = Path("out", "studies")
 
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
 T_95 = [
@@ -63,118 +50,6 @@ def paired_difference(runs, baseline_runs):
     return {"mean": mean, "half_width_95": half_width, "n": len(differences)}
 
 
-# -- cached and parallel work ----------------------------------------------------------------------
-
-
-def disk_cache(folder, key, compute):
-    """Return the cached result for this key, or else call compute() and cache its result.
-
-    Key and result must be JSON values. The key must contain everything the result depends on.
-    compute: None only looks, and returns None if there is nothing.
-    """
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-    path = Path(folder) / f"{name}.json"
-    if not path.exists():
-        if compute is None:
-            return None
-        write_json(path, {"key": key, "result": compute()})
-    return json.loads(path.read_text())["result"]
-
-
-def run_train(flags, cache=None, look_only=False):
-    """Train and return the result of train.main, with "seconds" and "history", the rows of log.csv.
-
-    flags: one string, as on the command line. cache: folder of the disk cache; None: no cache.
-    look_only: return None if the result is not cached.
-    """
-    if cache is not None:
-        code = code_hashes("train", *plugin_modules(flags))
-        return disk_cache(cache, [flags, code], None if look_only else partial(run_train, flags))
-    start_time = time.perf_counter()
-    Path("out").mkdir(exist_ok=True)  # runs under out/ share one token cache
-    with tempfile.TemporaryDirectory(dir="out", prefix="study-") as out:
-        with redirect_stdout(io.StringIO()):
-            result = train.main([*shlex.split(flags), "--out", out, "--sample", "0"])
-        if result["signal"]:
-            raise KeyboardInterrupt(result["signal"])
-        history = []
-        with open(Path(out, "log.csv"), newline="") as file:
-            for row in csv.DictReader(file):
-                history.append({name: float(text) for name, text in row.items() if text})
-    del result["out"]
-    return {**result, "seconds": time.perf_counter() - start_time, "history": history}
-
-
-def start_worker(gpu_queue, threads):
-    """Set up a worker process: assign it one GPU, or else a share of the CPU cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    sys.stderr = open(os.devnull, "w")  # the parent has a progress bar
-    if gpu_queue is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_queue.get()
-    torch.set_num_threads(threads)
-
-
-def deadline_after(minutes):
-    """Return the value that time.monotonic() will have in so many minutes. None: infinity."""
-    return time.monotonic() + 60 * minutes if minutes else float("inf")
-
-
-def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs", look=None):
-    """Return [function(job) for job in jobs], computed by one process per visible GPU or CPU core.
-
-    function must be importable, and jobs and results are pickled. look(job) returns a result that
-    is cached, else None. After the deadline, a value of time.monotonic(), no further job is
-    started, and TimeoutError is raised once the running ones are done. With a disk cache inside
-    `function`, the next call resumes there.
-    """
-    results = {}
-    waiting = []
-    for i, job in enumerate(jobs):
-        found = look(job) if look else None
-        if found is None:
-            waiting.append((i, job))
-        else:
-            results[i] = found
-    if not waiting:
-        return [results[i] for i in range(len(jobs))]
-
-    gpus = []
-    if torch.cuda.is_available():
-        default = ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or default).split(",")
-    workers = min(workers or len(gpus) or os.cpu_count(), len(waiting))
-
-    # each worker takes one GPU from the queue
-    context = multiprocessing.get_context("spawn")
-    gpu_queue = context.Queue() if gpus else None
-    for i in range(workers if gpus else 0):
-        gpu_queue.put(gpus[i % len(gpus)])
-    threads = max(1, os.cpu_count() // max(1, workers))
-    pool = ProcessPoolExecutor(workers, context, start_worker, (gpu_queue, threads))
-
-    running = {}  # future: index of its job
-    bar = tqdm(total=len(jobs), initial=len(results), desc=label, unit="run", leave=False)
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers and time.monotonic() < deadline:
-                i, job = waiting.pop(0)
-                running[pool.submit(function, job)] = i
-            if not running:
-                done = f"{len(results)} of {len(jobs)} {label} are done"
-                raise TimeoutError(f"time is up: {done}; the same command continues")
-            finished = next(as_completed(running))
-            results[running.pop(finished)] = finished.result()
-            bar.update()
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-    return [results[i] for i in range(len(jobs))]
-
-
 # -- studies ---------------------------------------------------------------------------------------
 
 
@@ -191,7 +66,7 @@ def sweep_and_run(run, make_job, seeds, rates, **options):
     for name in names:
         jobs += [make_job(name, best_rate(swept[name]), seed) for seed in seeds[name]]
     runs = {name: [] for name in names}
-    for job, result in zip(jobs, parallel(run, jobs, label="seeds", **options)):
+    for job, result in zip(jobs, runner.parallel(run, jobs, label="seeds", **options)):
         runs[job["variant"]].append(result)
     return swept, runs
 
@@ -208,7 +83,7 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
         for name in names:
             for rate in new_rates:
                 jobs += [make_job(name, rate, seed) for seed in SWEEP_SEEDS]
-        for job, result in zip(jobs, parallel(run, jobs, label="sweep", **options)):
+        for job, result in zip(jobs, runner.parallel(run, jobs, label="sweep", **options)):
             runs[job["variant"]].append(result)
         for name in names:
             runs[name].sort(key=lambda result: result["lr"])
@@ -289,6 +164,11 @@ def study_parser(description, on_gpus=""):
         minutes = "with --full: stop after so many minutes; the same command continues"
         parser.add_argument("--minutes", type=float, metavar="N", help=minutes)
     return parser
+
+
+def deadline_after(minutes):
+    """Return the value that time.monotonic() will have in so many minutes. None: infinity."""
+    return time.monotonic() + 60 * minutes if minutes else float("inf")
 
 
 def check_gpu():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import harness
+from experiments import harness, runner
 from experiments.provenance import save_json
 
 # 26 M parameters, 98 M bytes of Python source
@@ -136,9 +136,10 @@ def compare(study, flags, seeds, deadline=float("inf")):
     def make_job(variant, lr, seed):
         return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
 
+    train_variant = partial(run_variant, deadline=deadline)
     look = partial(run_variant, look_only=True)
     swept, runs = harness.sweep_and_run(
-        run_variant, make_job, seeds, RATES, deadline=deadline, look=look
+        train_variant, make_job, seeds, RATES, deadline=deadline, look=look
     )
     baseline = next(iter(study.variants))
     record = {"question": study.question, "metric": METRIC, "baseline": baseline}
@@ -158,13 +159,13 @@ def compare(study, flags, seeds, deadline=float("inf")):
     return record
 
 
-def run_variant(job, look_only=False):
+def run_variant(job, look_only=False, deadline=float("inf")):
     """Train one variant and return its run; job: {variant, flags, lr, seed}.
 
-    look_only: return None if it is not cached.
+    look_only: return None if it is not cached. Raises TimeoutError at the deadline.
     """
     flags = f"{job['flags']} --lr {job['lr']:g} --seed {job['seed']}"
-    result = harness.run_train(flags, harness.CACHE, look_only)
+    result = runner.run_train(flags, runner.CACHE, look_only, deadline)
     if result is None:
         return None
     run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import train
-from experiments import harness
+from experiments import harness, runner
 from experiments.language_models import RATES
 from experiments.laser import logit_gradients, probe_model
 from experiments.provenance import code_hashes, save_json
@@ -57,7 +57,7 @@ def train_and_probe(job):
     """
     key = ["gradients", settings_of(job["variant"]), job["seed"], STOPS]
     key.append(code_hashes("experiments.laser_gradients"))
-    return harness.disk_cache(harness.CACHE, key, lambda: compute(job))
+    return runner.disk_cache(runner.CACHE, key, lambda: compute(job))
 
 
 def compute(job):
@@ -120,7 +120,7 @@ def run(out, deadline=float("inf")):
     jobs = [{"variant": variant, "seed": seed} for variant in VARIANTS for seed in SEEDS]
     runs = {variant: [] for variant in VARIANTS}
     try:
-        results = harness.parallel(train_and_probe, jobs, deadline=deadline, label="probed runs")
+        results = runner.parallel(train_and_probe, jobs, deadline=deadline, label="probed runs")
     except TimeoutError as pause:
         print(pause)
         return None

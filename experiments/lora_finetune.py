@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from experiments import harness
+from experiments import harness, runner
 from experiments.provenance import code_hashes, plugin_modules, save_json
 from support import distributed
 from support.files import read_user_file
@@ -148,7 +148,7 @@ def run_finetune(job):
     keys = ("flags", "init", "questions", "lr", "seed")
     code = code_hashes("train", "experiments.lora_finetune", *plugin_modules(job["flags"]))
     key = [*(job[name] for name in keys), code]
-    return harness.disk_cache(harness.CACHE, key, lambda: finetune(job))
+    return runner.disk_cache(runner.CACHE, key, lambda: finetune(job))
 
 
 def finetune(job):

@@ -33,7 +33,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
-from experiments import harness, ttt_variants
+from experiments import harness, runner, ttt_variants
 from experiments.provenance import code_hashes, save_json
 from experiments.ttt_sandbox import NORMS, TASKS
 from support import cli
@@ -95,7 +95,7 @@ def make_jobs(recipe, is_full):
 def cached_study(job):
     """Return study_model(job), from the disk cache if the result is there."""
     key = [job, code_hashes("experiments.ttt_variants")]
-    return harness.disk_cache(harness.CACHE, key, lambda: ttt_variants.study_model(job))
+    return runner.disk_cache(runner.CACHE, key, lambda: ttt_variants.study_model(job))
 
 
 def summarize(jobs, results):
@@ -197,10 +197,10 @@ def run(out, recipe, is_full=False, deadline=float("inf")):
     start_time = time.perf_counter()
     jobs = make_jobs(recipe, is_full)
     if is_full:
-        results = harness.parallel(cached_study, jobs, deadline=deadline)
+        results = runner.parallel(cached_study, jobs, deadline=deadline)
         seconds = sum(result["seconds"] for result in results)
     else:
-        results = harness.parallel(ttt_variants.study_model, jobs, os.cpu_count(), label="models")
+        results = runner.parallel(ttt_variants.study_model, jobs, os.cpu_count(), label="models")
         seconds = time.perf_counter() - start_time
 
     # summarize and write

@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 import torch
 
 import train
-from experiments import harness, provenance
+from experiments import harness, provenance, runner
 from sample import first_ids
 from support import distributed, run_folder
 from ttt_context import adapt, prefill, span_loss, split_spans
@@ -90,7 +90,7 @@ def ask(model, caches, T, pairs, limit):
 def run_context(job):
     """Return measure(init, T, seed) for a job (init, T, seed), from the disk cache if possible."""
     code = provenance.code_hashes("experiments.ttt_needles")
-    return harness.disk_cache(harness.CACHE, [job, code], lambda: measure(*job))
+    return runner.disk_cache(runner.CACHE, [job, code], lambda: measure(*job))
 
 
 def measure(init, T, seed):
@@ -125,7 +125,7 @@ def run(init, out, deadline=float("inf")):
     """Run the study, or as much as the deadline allows; write and return the record."""
     init = str(run_folder.find_run(init))
     jobs = [(init, T, seed) for T in reversed(LENGTHS) for seed in RATE_SEEDS + SEEDS]
-    results = harness.parallel(run_context, jobs, deadline=deadline, label="contexts")
+    results = runner.parallel(run_context, jobs, deadline=deadline, label="contexts")
     rows = {}  # by length, learning rate and seed
     for (_, T, seed), result in zip(jobs, results):
         for row in result:

@@ -2,10 +2,7 @@
 
 import json
 import math
-import multiprocessing
-import os
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -48,68 +45,10 @@ def test_differences_are_paired_by_seed():
     assert difference["half_width_95"] == pytest.approx(harness.mean_ci95([0.5, 1.0, 0.5])[1])
 
 
-def test_disk_cache_computes_once(tmp_path):
-    calls = []
-
-    def compute(key):
-        calls.append(key)
-        if key == "broken":
-            raise KeyboardInterrupt
-        return {"loss": 0.1 + 0.2, "curve": [1, None]}
-
-    for key in (["a", 1], ["a", 1], ["a", 2], ["a", 1]):
-        result = harness.disk_cache(tmp_path / "cache", key, lambda key=key: compute(key))
-        assert result == {"loss": 0.1 + 0.2, "curve": [1, None]}
-    assert calls == [["a", 1], ["a", 2]]
-    assert harness.disk_cache(tmp_path / "cache", ["a", 3], None) is None
-    with pytest.raises(KeyboardInterrupt):
-        harness.disk_cache(tmp_path / "cache", "broken", lambda: compute("broken"))
-    assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is left of an interrupted run"
-
-
-def square(x):
-    if x == "fail":
-        raise ValueError("no number")
-    time.sleep(0.01 * (3 - x))
-    return x * x
-
-
 def test_the_best_rate_is_that_of_the_mean():
     runs = [{"lr": 1.0, "value": 5.0}, {"lr": 2.0, "value": 1.0}]
     assert harness.best_rate(runs) == 2.0
     assert harness.best_rate([*runs, {"lr": 2.0, "value": 10.0}]) == 1.0
-
-
-def test_parallel_keeps_the_order(monkeypatch):
-    fork = multiprocessing.get_context("fork")  # unlike "spawn" it need not import torch again
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
-    assert harness.parallel(square, [1, 2, 3], workers=2) == [1, 4, 9]
-
-
-def test_parallel_computes_only_what_is_not_cached():
-    cached = {"first": 1, "second": 2}
-    assert harness.parallel("never called", list(cached), look=cached.get) == [1, 2]
-
-
-def test_parallel_passes_errors_on_and_stops():
-    with pytest.raises(ValueError, match="no number"):
-        harness.parallel(square, ["fail", 1], workers=1)
-
-
-def test_parallel_stops_at_the_deadline():
-    with pytest.raises(TimeoutError, match="0 of 2 runs are done; the same command continues"):
-        harness.parallel(square, [1, 2], workers=1, deadline=time.monotonic())
-
-
-def test_run_train_returns_history_and_caches(tiny):
-    flags = " ".join([*tiny, "--steps", "4", "--eval-every", "2"])
-    first = harness.run_train(flags, cache="cache")
-    assert [row["step"] for row in first["history"]] == [1, 2, 3, 4]
-    assert first["val_loss"] == first["history"][-1]["val_loss"]
-    assert first["seconds"] > 0
-    assert "out" not in first
-    os.remove("text.txt")  # a cached run needs no data
-    assert harness.run_train(flags, cache="cache") == first
 
 
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):

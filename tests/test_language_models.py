@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import harness, language_models
+from experiments import harness, language_models, runner
 from experiments.language_models import STUDIES, Study
 
 DEMO = Study(
@@ -32,7 +32,7 @@ def demo(tmp_path, monkeypatch):
         jobs.extend(new_jobs)
         return [fake_run(job) for job in new_jobs]
 
-    monkeypatch.setattr(harness, "parallel", parallel)
+    monkeypatch.setattr(runner, "parallel", parallel)
     return jobs
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from experiments import harness, laser_gradients
+from experiments import laser_gradients, runner
 
 
 def test_gradients_are_those_at_the_logits():
@@ -43,7 +43,7 @@ def test_study_at_tiny_size(tiny, monkeypatch):
     monkeypatch.setattr(laser_gradients, "FLAGS", flags)
     monkeypatch.setattr(laser_gradients, "STOPS", (2, 4))
     monkeypatch.setattr(laser_gradients, "SEEDS", (1, 2))
-    monkeypatch.setattr(harness, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
+    monkeypatch.setattr(runner, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
     record = laser_gradients.run("results")
     saved = json.loads(Path("results/laser-gradients.json").read_text())
     assert saved["differences"] == record["differences"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import harness, lora_finetune
+from experiments import harness, lora_finetune, runner
 from support.tokenizer import get_tokenizer
 
 QUESTION = {
@@ -71,7 +71,7 @@ def test_study_at_tiny_size(tiny, monkeypatch):
     monkeypatch.setattr(lora_finetune, "FLAGS", f"{flags} --device cpu")
     monkeypatch.setattr(lora_finetune, "SEEDS", (1, 2))
     monkeypatch.setattr(harness, "best_rate", lambda runs: runs[2]["lr"])
-    monkeypatch.setattr(harness, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
+    monkeypatch.setattr(runner, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
     record = lora_finetune.run("base", "questions", "results")
     assert set(record["differences"]) == {"LoRA+", "LoRA-RITE"}
     saved = json.loads(Path("results/lora_rite-gpu.json").read_text())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import train
 import ttt_context
-from experiments import bench_ttt, harness, provenance, ttt_cost, ttt_needles
+from experiments import bench_ttt, harness, provenance, runner, ttt_cost, ttt_needles
 from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
 from experiments import ttt_variants as experiment
@@ -341,7 +341,7 @@ def one_after_the_other(function, jobs, *workers, **options):
 
 
 def test_study(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "parallel", one_after_the_other)
+    monkeypatch.setattr(runner, "parallel", one_after_the_other)
     monkeypatch.setattr(study, "SMALL", {**TINY, "steps": 1})
     result = ttt_context.main(["--experiment", "--out", "shown"])
     names = sorted(path.name for path in Path("shown").iterdir())
@@ -372,7 +372,7 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     train.main([*tiny, *shape, "--out", "base"])
     monkeypatch.setattr(provenance, "code_hash", functools.cache(provenance.code_hash))
     monkeypatch.setattr(harness, "check_gpu", lambda: None)
-    monkeypatch.setattr(harness, "parallel", one_after_the_other)
+    monkeypatch.setattr(runner, "parallel", one_after_the_other)
     monkeypatch.setattr(study, "FULL", {**TINY, "steps": 1, "contexts": 8})
     monkeypatch.setattr(ttt_needles, "LENGTHS", (500, 900))
     monkeypatch.setattr(ttt_needles, "RATES", (1e-4, 1e-2))
@@ -398,7 +398,7 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     def out_of_time(*args, **options):
         raise TimeoutError("1 of 8 runs are done")
 
-    monkeypatch.setattr(harness, "parallel", out_of_time)
+    monkeypatch.setattr(runner, "parallel", out_of_time)
     assert ttt_context.main(flags) is None
     assert "1 of 8 runs are done" in capsys.readouterr().out
 

@@ -1,0 +1,144 @@
+"""Running jobs: the cache on disk, processes, deadlines, and GPTs that are interrupted."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from experiments import runner
+
+
+def test_disk_cache_computes_once(tmp_path):
+    calls = []
+
+    def compute(key):
+        calls.append(key)
+        if key == "broken":
+            raise KeyboardInterrupt
+        return {"loss": 0.1 + 0.2, "curve": [1, None]}
+
+    for key in (["a", 1], ["a", 1], ["a", 2], ["a", 1]):
+        result = runner.disk_cache(tmp_path / "cache", key, lambda key=key: compute(key))
+        assert result == {"loss": 0.1 + 0.2, "curve": [1, None]}
+    assert calls == [["a", 1], ["a", 2]]
+    assert runner.disk_cache(tmp_path / "cache", ["a", 3], None) is None
+    with pytest.raises(KeyboardInterrupt):
+        runner.disk_cache(tmp_path / "cache", "broken", lambda: compute("broken"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is left of an interrupted run"
+
+
+def square(x):
+    if x == "fail":
+        raise ValueError("no number")
+    time.sleep(0.01 * (3 - x))
+    return x * x
+
+
+def test_parallel_keeps_the_order(monkeypatch):
+    fork = multiprocessing.get_context("fork")  # unlike "spawn" it need not import torch again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    assert runner.parallel(square, [1, 2, 3], workers=2) == [1, 4, 9]
+
+
+def test_parallel_computes_only_what_is_not_cached():
+    cached = {"first": 1, "second": 2}
+    assert runner.parallel("never called", list(cached), look=cached.get) == [1, 2]
+
+
+def test_parallel_passes_errors_on_and_stops():
+    with pytest.raises(ValueError, match="no number"):
+        runner.parallel(square, ["fail", 1], workers=1)
+
+
+def test_parallel_stops_at_the_deadline():
+    with pytest.raises(TimeoutError, match="0 of 2 runs are done; the same command continues"):
+        runner.parallel(square, [1, 2], workers=1, deadline=time.monotonic())
+
+
+def test_run_train_returns_history_and_caches(tiny):
+    flags = " ".join([*tiny, "--steps", "4", "--eval-every", "2"])
+    first = runner.run_train(flags, cache="cache")
+    assert [row["step"] for row in first["history"]] == [1, 2, 3, 4]
+    assert first["val_loss"] == first["history"][-1]["val_loss"]
+    assert first["seconds"] > 0
+    assert "out" not in first
+    os.remove("text.txt")  # a cached run needs no data
+    assert runner.run_train(flags, cache="cache") == first
+
+
+@pytest.fixture
+def stop_at_step_3(monkeypatch):
+    """Return a function that makes the next run wait at its third step, and calls `wait` there."""
+
+    def make(wait):
+        get_lr = train.get_lr
+
+        def wait_once(step, run):
+            if step == 3:
+                monkeypatch.setattr(train, "get_lr", get_lr)
+                wait()
+            return get_lr(step, run)
+
+        monkeypatch.setattr(train, "get_lr", wait_once)
+
+    return make
+
+
+def without_times(result):
+    return {
+        name: value for name, value in result.items() if "_per_s" not in name and name != "seconds"
+    }
+
+
+def test_a_run_goes_on_after_the_deadline(tiny, stop_at_step_3):
+    flags = " ".join([*tiny, "--steps", "6", "--eval-every", "6"])
+    whole = runner.run_train(flags)
+    assert not list(Path("out").glob("study-*")), "a finished run leaves no folder"
+
+    deadline = time.monotonic() + 0.5
+    stop_at_step_3(lambda: time.sleep(max(0, deadline + 0.2 - time.monotonic())))
+    with pytest.raises(TimeoutError, match="is saved"):
+        runner.run_train(flags, cache="cache", deadline=deadline)
+    assert not Path("cache").exists()
+    (folder,) = Path("out").glob("study-*")
+    assert (folder / "ckpt.pt").exists()
+
+    result = runner.run_train(flags, cache="cache", deadline=time.monotonic() + 60)
+    assert without_times(result) == without_times(whole)
+    assert result["seconds"] > 0.5, "both parts count"
+    assert not folder.exists()
+
+
+def test_a_signal_before_the_deadline_interrupts(tiny, stop_at_step_3):
+    flags = " ".join([*tiny, "--steps", "6", "--eval-every", "6"])
+    stop_at_step_3(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_train(flags, deadline=time.monotonic() + 60)
+    assert len(runner.run_train(flags)["history"]) == 6
+
+
+def test_a_deadline_before_the_first_step(tiny):
+    """Nothing is saved then, and nothing is in the way of the next call."""
+    flags = " ".join([*tiny, "--steps", "2"])
+    with pytest.raises(TimeoutError):
+        runner.run_train(flags, deadline=time.monotonic())
+    assert runner.run_train(flags)["step"] == 2
+
+
+def test_parallel_waits_for_what_is_paused(monkeypatch):
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    deadline = time.monotonic() + 0.5
+    with pytest.raises(TimeoutError, match="1 of 2 runs are done"):
+        runner.parallel(pause_or_finish, [deadline, 0.0], workers=2, deadline=deadline)
+
+
+def pause_or_finish(deadline):
+    if deadline:
+        time.sleep(max(0, deadline - time.monotonic()))
+        raise TimeoutError("saved")
+    return 1
