@@ -54,17 +54,20 @@ def paired_difference(runs, baseline_runs):
 
 
 def sweep_and_run(run, make_job, seeds, rates, **options):
-    """Find the learning rate of each variant, then run its seeds at it.
+    """Find the learning rate of each variant, then run its seeds at it. A single rate is not swept.
 
     run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
     seeds: {variant: seeds}. options: of `parallel`. Returns the runs of the sweep and those of the
     seeds, {variant: runs} each.
     """
     names = list(seeds)
-    swept = sweep(run, make_job, names, rates, **options)
+    swept = {name: [] for name in names}
+    if len(rates) > 1:
+        swept = sweep(run, make_job, names, rates, **options)
     jobs = []
     for name in names:
-        jobs += [make_job(name, best_rate(swept[name]), seed) for seed in seeds[name]]
+        rate = best_rate(swept[name]) if len(rates) > 1 else rates[0]
+        jobs += [make_job(name, rate, seed) for seed in seeds[name]]
     runs = {name: [] for name in names}
     for job, result in zip(jobs, runner.parallel(run, jobs, label="seeds", **options)):
         runs[job["variant"]].append(result)

@@ -17,6 +17,12 @@ from experiments.provenance import save_json
 # 26 M parameters, 98 M bytes of Python source
 FLAGS = "--model small --data python --steps 3000 --eval-every 600 --eval-batches 100"
 RATES = (5e-4, 1e-3, 2e-3)
+# 124 M parameters, 301 M bytes in 4,600 steps; at the preset's learning rate
+FLAGS_124M = (
+    "--model gpt2 --n-layer 17 --n-hidden 2144 --data python "
+    "--steps 4600 --eval-every 920 --eval-batches 100"
+)
+RATES_124M = (6e-4,)
 SEEDS = (1, 2, 3, 4, 5)
 CONTROL_SEEDS = (1, 2, 3)
 METRIC = "held-out loss, nats per byte"
@@ -35,10 +41,12 @@ FEWER_STEPS_30 = "--steps 2100 --eval-every 420"
 class Study(NamedTuple):
     question: str
     variants: dict  # name: flags; the first one is the baseline
-    longer_baseline: dict  # one name: flags
-    equal_seconds: tuple  # variants that take no more time than the longer baseline
+    longer_baseline: dict = {}  # one name: flags
+    equal_seconds: tuple = ()  # variants that take no more time than the longer baseline
     controls: dict = {}
     seeds: tuple = SEEDS
+    flags: str = FLAGS
+    rates: tuple = RATES
 
 
 STUDIES = {
@@ -52,6 +60,13 @@ STUDIES = {
             "temperature 2": "--attn experiments.controls:tau=2",
             "softmax, then GELU": "--attn experiments.controls:gelu=true",
         },
+    ),
+    "laser-124m": Study(
+        "Does a GPT of 124 M parameters with LASER reach a lower loss?",
+        {"softmax": "--attn softmax", "LASER": "--attn laser"},
+        seeds=(1, 2),
+        flags=FLAGS_124M,
+        rates=RATES_124M,
     ),
     "simplicial": Study(
         "Does a GPT with 2-simplicial attention in every fourth layer reach a lower loss?",
@@ -107,11 +122,10 @@ def run(name, out, deadline=float("inf")):
     """
     harness.check_gpu()
     study = STUDIES[name]
-    stages = [
-        study.variants,
-        {**study.variants, **study.longer_baseline},
-        {**study.variants, **study.longer_baseline, **study.controls},
-    ]
+    stages = [study.variants]
+    for more in (study.longer_baseline, study.controls):
+        if more:
+            stages.append({**stages[-1], **more})
     record = None
     try:
         for flags in stages:
@@ -131,7 +145,7 @@ def compare(study, flags, seeds, deadline=float("inf")):
 
     Raises TimeoutError at the deadline, a value of time.monotonic().
     """
-    settings = {name: f"{FLAGS} {more}" for name, more in flags.items()}
+    settings = {name: f"{study.flags} {more}" for name, more in flags.items()}
 
     def make_job(variant, lr, seed):
         return {"variant": variant, "flags": settings[variant], "lr": lr, "seed": seed}
@@ -139,7 +153,7 @@ def compare(study, flags, seeds, deadline=float("inf")):
     train_variant = partial(run_variant, deadline=deadline)
     look = partial(run_variant, look_only=True)
     swept, runs = harness.sweep_and_run(
-        train_variant, make_job, seeds, RATES, deadline=deadline, look=look
+        train_variant, make_job, seeds, study.rates, deadline=deadline, look=look
     )
     baseline = next(iter(study.variants))
     record = {"question": study.question, "metric": METRIC, "baseline": baseline}
@@ -151,7 +165,7 @@ def compare(study, flags, seeds, deadline=float("inf")):
         if name != baseline:
             difference = harness.paired_difference(runs[name], runs[baseline])
             record["differences"][name] = difference
-    (longer,) = study.longer_baseline
+    longer = next(iter(study.longer_baseline), None)
     if longer in flags:
         for name in study.equal_seconds:
             difference = harness.paired_difference(runs[name], runs[longer])

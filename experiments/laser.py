@@ -251,6 +251,7 @@ def main(argv, description):
         deadline = harness.deadline_after(args.minutes)
         record = language_models.run("laser", out, deadline)
         laser_gradients.run(out, deadline)
+        language_models.run("laser-124m", out, deadline)
         return record
 
     start_time = time.perf_counter()

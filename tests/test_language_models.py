@@ -78,6 +78,16 @@ def test_a_study(demo):
     assert Path("results/demo-gpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_single_rate_is_not_swept(demo, monkeypatch):
+    study = DEMO._replace(longer_baseline={}, equal_seconds=(), controls={}, rates=(3e-4,))
+    monkeypatch.setitem(STUDIES, "demo", study)
+    record = language_models.run("demo", "results")
+    assert record["variants"]["other"]["sweep"] == []
+    assert {job["lr"] for job in demo} == {3e-4}
+    assert record["differences"]["other"]["n"] == 5
+    assert record["differences_at_equal_seconds"] == {}
+
+
 def test_seeds_of_the_runs_are_not_those_of_the_sweep(demo):
     language_models.run("demo", "results")
     seeds = {job["seed"] for job in demo}
@@ -112,6 +122,6 @@ def test_variants_are_comparable(name):
     """The longer baseline is the baseline with more steps; equal_seconds names variants."""
     study = STUDIES[name]
     baseline = next(iter(study.variants.values()))
-    (longer,) = study.longer_baseline.values()
-    assert longer.startswith(f"{baseline} --steps")
+    for longer in study.longer_baseline.values():
+        assert longer.startswith(f"{baseline} --steps")
     assert set(study.equal_seconds) <= set(study.variants)
