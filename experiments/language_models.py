@@ -183,8 +183,7 @@ def run_variant(job, look_only=False, deadline=float("inf")):
     if result is None:
         return None
     run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}
-    evaluated = [row for row in result["history"] if "val_loss" in row]
-    run["curve"] = [[int(row["step"]), row["val_loss"]] for row in evaluated]
+    run["curve"] = [[int(row["step"]), row["val_loss"]] for row in result["history"]]
     return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
 
 

@@ -48,7 +48,7 @@ def disk_cache(folder, key, compute):
 
 
 def run_train(flags, cache=None, look_only=False, deadline=float("inf")):
-    """Train and return the result of train.main, with "seconds" and "history", the rows of log.csv.
+    """Train and return the result of train.main, with "seconds" and the evaluated rows, "history".
 
     flags: one string, as on the command line. cache: folder of the disk cache; None: no cache.
     look_only: return None if the result is not cached. deadline: a value of time.monotonic().
@@ -94,7 +94,8 @@ def train_in(folder, flags, deadline):
     history = []
     with open(folder / "log.csv", newline="") as file:
         for row in csv.DictReader(file):
-            history.append({name: float(text) for name, text in row.items() if text})
+            if row["val_loss"]:
+                history.append({name: float(text) for name, text in row.items()})
     shutil.rmtree(folder)
     del result["out"]
     seconds += time.perf_counter() - start_time

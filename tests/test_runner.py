@@ -62,7 +62,7 @@ def test_parallel_stops_at_the_deadline():
 def test_run_train_returns_history_and_caches(tiny):
     flags = " ".join([*tiny, "--steps", "4", "--eval-every", "2"])
     first = runner.run_train(flags, cache="cache")
-    assert [row["step"] for row in first["history"]] == [1, 2, 3, 4]
+    assert [row["step"] for row in first["history"]] == [2, 4]
     assert first["val_loss"] == first["history"][-1]["val_loss"]
     assert first["seconds"] > 0
     assert "out" not in first
@@ -118,7 +118,7 @@ def test_a_signal_before_the_deadline_interrupts(tiny, stop_at_step_3):
     stop_at_step_3(lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         runner.run_train(flags, deadline=time.monotonic() + 60)
-    assert len(runner.run_train(flags)["history"]) == 6
+    assert runner.run_train(flags)["step"] == 6
 
 
 def test_a_deadline_before_the_first_step(tiny):
