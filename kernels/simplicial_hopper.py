@@ -167,7 +167,7 @@ def tile_keys(tile, sizes, config: gl.constexpr):
         first_key                                  end
 
     There are as many blocks of BLOCK_N keys as fit into a window. The rest, which not all queries
-    see, goes to a small block if it has at most SMALL_BLOCK keys, else to one more block of BLOCK_N.
+    see, goes to a small block if it has at most SMALL_BLOCK keys, else to another whole block.
     For example, w1 = 512, BLOCK_N = 64 and queries at 1000 ... 1003: first_key is 1000 - 511 = 489,
     end is 1004, 8 blocks start at 492, and the rest is 489 ... 491, in a small block.
     """
@@ -222,7 +222,7 @@ def query_row(query, Tq, GROUP: gl.constexpr):
 
 @gluon.jit
 def store_qk2(slot, q_ptr, k2_ptr, qk_scale, first_query, sizes, config: gl.constexpr):
-    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows (query i, offset d) in slot [ROWS, D]."""
+    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows (query i, offset d): slot [ROWS, D]."""
     GROUP: gl.constexpr = config.GROUP
     D: gl.constexpr = config.D
     OFFSETS: gl.constexpr = config.OFFSETS
