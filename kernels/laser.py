@@ -113,7 +113,8 @@ def exp_kernel(
     high = tl.max(high, 0)
 
     # -- center: the middle, rounded, because then one more key rarely changes it --
-    # values from 1.5 to 3 have middle 2.25, center 2 and shift 1; from -9 to 20, 5.5, 0 and 0
+    #     low 1.5, high 3: middle 2.25, center 2, shift 1
+    #     low -9, high 20: middle 5.5, center 0, shift 0
     middle = (low + high) / 2
     nearest_1 = tl.floor(middle + 0.5)  # the nearest integer
     nearest_16 = 16 * tl.floor(middle / 16 + 0.5)  # the nearest multiple of 16
@@ -130,7 +131,7 @@ def exp_kernel(
     tl.store(shift_ptr + offs_c, shift)
     tl.store(is_wide_ptr + offs_c, tl.where(is_narrow, 0, 1))
 
-    # -- exp_v = exp(d) - shift, where d = v - center; by a series where that would cancel --
+    # -- exp_v = exp(d) - shift, where d = v - center; near d = 0 a series loses fewer digits --
     for start in range(0, T, BLOCK_T):
         rows = start + offs_t
         offs = rows * (HKV * D) + offs_d[None, :]
@@ -280,7 +281,7 @@ def attn_bwd_dq_kernel(
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # queries with most keys first
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    lse_ptr += (b * H + h) * Tq  # lse and delta are (B * H, Tq)
+    lse_ptr += (b * H + h) * Tq  # of this head: lse and delta are (B * H, Tq)
     delta_ptr += (b * H + h) * Tq
     q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
     grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
@@ -488,7 +489,7 @@ def fallback_bwd_kernel(
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v - out[None, :])  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
-                # -- dv += grad_out * posterior, ds as above, dk += ds q --
+                # -- dv += grad_out * posterior, ds = sum grad_out * (posterior - p), dk += ds q --
                 dv += grad_out[None, :] * posterior
                 ds = tl.sum(grad_out[None, :] * (posterior - p[:, None]), 1)
                 dk += ds[:, None] * q[None, :]

@@ -386,7 +386,7 @@ def forward_queries(
     ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # a matrix product needs 16 rows
     dtype = head.q_ptr.dtype.element_ty
-    # range of sum exp2(S) without a maximum: v up to 2^67 cannot overflow, P fits float16
+    # allowed range of l_i without a maximum: sums with v up to 2^67 fit float32, P fits float16
     LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0**-60
     MOST: tl.constexpr = 2.0**15 if dtype == tl.float16 else 2.0**60
 
@@ -892,6 +892,8 @@ def sum_buffers_kernel(
 
 
 class Config(NamedTuple):
+    """What get_options chooses per kernel, dtype, head dimension and GPU."""
+
     rows: int  # of a tile, queries times offsets
     block_n: int  # keys per block
     num_warps: int
@@ -969,7 +971,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int
 ) -> tuple[Tensor, Tensor]:
     """Return o like q, and lse (B, H, Tq) float32 in natural logarithms. Inputs are contiguous."""
-    o = torch.empty_like(q)
+    o = torch.empty_like(q)  # (B, H, Tq, D)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return o, lse

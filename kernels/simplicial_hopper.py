@@ -256,13 +256,13 @@ def loader(
 ):  # fmt: skip
     """Load what the consumers need for all tiles of this program, waiting only for empty slots.
 
-    k_ring and v_ring have a slot for each block in flight. qk2_ring has a slot for each consumer,
-    which is filled once per tile.
+    k_blocks, v_blocks, k_small, v_small: TMA descriptors, for blocks of BLOCK_N and SMALL_BLOCK.
+    k_ring, v_ring: a slot per block in flight. qk2_ring: a slot per consumer, filled once per tile.
     """
     BLOCK_N: gl.constexpr = config.BLOCK_N
     block = 0  # number of the block, over all tiles of this program
     parity = 1  # phase % 2 of qk2_ring.empty to wait for: 1, which returns at once, then 0, 1, ...
-    # this program's tiles, when those of all heads are numbered in order
+    # the tiles of all heads, numbered in order: of 132 programs, program 5 has 5, 137, 269, ...
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles  # KV head in the batch
         tile = pid % sizes.tiles
@@ -393,9 +393,9 @@ def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, confi
     MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
 
     # -- multiply the row (i, d) by v2_{i-d} --
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))  # [ROWS], a column in ACC_LAYOUT
     rows = consumer_rows(first_query, row, sizes, config)
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]  # channels, [1, D]
     v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
     acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
 
@@ -404,7 +404,7 @@ def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, confi
     in_range = (l_i > LEAST) & (l_i < MOST)
     l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
 
-    # -- o = sum of a query's rows of acc / l_q, where l_q is the sum of their l_i --
+    # -- o = (sum of a query's rows of acc) / l_q, where l_q is the sum of their l_i --
     o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), O_LAYOUT)  # [QUERIES, D]
     l_q = gl.sum(l_i.reshape([QUERIES, OFFSETS]), 1)
     l_q = gl.convert_layout(l_q, gl.SliceLayout(1, O_LAYOUT))  # [QUERIES]
@@ -432,12 +432,12 @@ def consumer(
     BLOCK_N: gl.constexpr = config.BLOCK_N
     S_LAYOUT: gl.constexpr = wgmma_layout(BLOCK_N)  # of S, [ROWS, BLOCK_N]
     ACC_LAYOUT: gl.constexpr = wgmma_layout(config.D)  # of P V, [ROWS, D]
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)  # of P, an operand in registers
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)  # of P, a left operand (0)
     dtype: gl.constexpr = o_ptr.dtype.element_ty
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))  # [ROWS], a column in S_LAYOUT
     block = 0  # number of the block, over all tiles of this program
     parity = 0  # phase % 2 of qk2_ring.full to wait for: 0 for the first tile, then 1, 0, ...
-    # this program's tiles, when those of all heads are numbered in order
+    # the tiles of all heads, numbered in order: of 132 programs, program 5 has 5, 137, 269, ...
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles  # KV head in the batch
         tile = pid % sizes.tiles
@@ -448,7 +448,7 @@ def consumer(
         # -- wait for q * k2 and copy it to registers --
         mbarrier.wait(qk2_ring.full.index(consumer_id), parity)
         qk2 = qk2_ring.slots.index(consumer_id).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-        release(qk2_ring, consumer_id)
+        release(qk2_ring, consumer_id)  # its slot has its own number
         parity ^= 1
         inputs = Inputs(qk2, position, sizes.w1, k_ring, v_ring)
         acc = gl.zeros([ROWS, config.D], gl.float32, ACC_LAYOUT)
@@ -545,7 +545,7 @@ def hopper_kernel(
             (consumer, (config, 1, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
             (loader, (config, q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small,
                       k_ring, v_ring, qk2_ring, sizes, scale)),
-        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])
+        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # warps, registers: consumer 1, loader
     else:
         gl.warp_specialize([
             (consumer, (config, 0, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
