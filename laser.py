@@ -46,7 +46,10 @@ BAND = 64.0  # width of a band: values are within 32 of its center, and float32 
 
 
 def causal_mask(Tq, Tk, device):
-    """Return a mask (Tq, Tk), True where a query sees a key. Queries are at the last positions."""
+    """Return a mask (Tq, Tk), True where a query sees a key. Queries are at the last positions.
+
+    For Tq = 2 and Tk = 3 it is [[1, 1, 0], [1, 1, 1]].
+    """
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
@@ -66,6 +69,7 @@ def reference(q, k, v):
     scores = q @ k.transpose(-1, -2) * D**-0.5  # (B, H, Tq, Tk)
     scores = scores.masked_fill(~causal_mask(Tq, Tk, q.device), -torch.inf)
     log_p = scores.log_softmax(-1)
+    # log (p_ij exp(v_j)), for each channel
     summands = log_p[..., None] + v[:, :, None]  # (B, H, Tq, Tk, D)
     return summands.logsumexp(3)
 
@@ -112,13 +116,14 @@ def attention_torch(q, k, v):
     compute_dtype = torch.promote_types(dtype, torch.float32)
     q, k, v = (t.to(compute_dtype) for t in (q, k, v))
 
-    # one band: out = log(attend(exp(v - center))) + center
+    # one band, which holds all values: out = log(attend(exp(v - center))) + center
     centers = band_centers(v)
     if len(centers) == 1:
         out = attend(q, k, (v - centers[0]).exp()).log() + centers[0]
         return out.to(dtype)
 
-    # several bands: attend to the values of one at a time, then add up the results in log space
+    # several bands: attend to the values of one at a time, then add up the results in log space,
+    # out = log sum_bands x_band exp(center), where x_band = sum_j p_ij exp(v_j - center)
     nearest_center = (v / BAND).round() * BAND
     log_sums = []
     for center in centers:
@@ -151,6 +156,7 @@ def attend(q, k, v):
     is_causal = bool(Tq == Tk)
     is_gqa = q.shape[1] != k.shape[1]
     with torch.autocast(q.device.type, enabled=False):  # it would round exp(v) to bfloat16
+        # 0.0: no dropout
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=is_gqa)
 
 

@@ -80,6 +80,7 @@ def get_windows(x, n, w):
     """
     T = x.shape[2]
     padded = F.pad(x, (0, 0, w - 1, 0))  # w - 1 zeros before position 0
+    # unfold gives the window of every position, (B, H, T, D, w)
     windows = padded.unfold(2, w, 1)[:, :, T - n :].transpose(-1, -2)  # (B, H, n, w, D)
     i = torch.arange(T - n, T, device=x.device)[:, None]
     positions = i + torch.arange(1 - w, 1, device=x.device)  # (n, w)
@@ -107,7 +108,7 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
     p = s.flatten(-2).softmax(-1).view(s.shape)
-    # the mean of v_j * v2_k: the sum over k, then the sum over j
+    # o = sum_j v_j * (sum_k p_jk v2_k), where p @ v2 is the inner sum, (B, H, Tq, w1, D)
     return ((p @ v2) * v).sum(-2)
 
 
@@ -121,7 +122,7 @@ def nan_or_zero(q, k, v, k2, v2, w1, w2):
     Shapes as in `reference` -> (B, H, Tq, 1)
     """
     Tq = q.shape[2]
-    # x - x is NaN if x is inf or NaN, else 0
+    # x - x is NaN if x is inf or NaN, else 0; a sum with a NaN is NaN
     q = (q - q).sum(-1, keepdim=True)  # (B, H, Tq, 1)
     kv = (k - k + v - v).sum(-1, keepdim=True)  # (B, Hkv, Tk, 1)
     kv2 = (k2 - k2 + v2 - v2).sum(-1, keepdim=True)  # (B, Hkv, Tk2, 1)
@@ -138,11 +139,11 @@ def attend(q, k, v, k2, v2, w1, w2):
     (B, Hkv, Tk2, D) -> (B, Hkv, g, n, D)
     """
     _, _, _, n, D = q.shape
-    # J keys are enough for all n queries: the query at i sees the keys at j, i - w1 < j <= i
+    # The last J = w1 + n - 1 keys, or all, are enough: the query at i sees j with i - w1 < j <= i.
     k = k[:, :, -(w1 + n - 1) :]  # (B, Hkv, J, D)
     v = v[:, :, -(w1 + n - 1) :]
     j = torch.arange(k.shape[2], device=q.device)
-    i = j[-n:, None]
+    i = j[-n:, None]  # the queries are at the last n of these J positions
     is_visible = (j <= i) & (j > i - w1)  # (n, J); for w1 = n = 2: [[1, 1, 0], [0, 1, 1]]
 
     # the second keys and values of each query
@@ -155,7 +156,7 @@ def attend(q, k, v, k2, v2, w1, w2):
     s = s.unflatten(2, qk2.shape[2:5])  # (B, Hkv, g, n, w2, J)
     s = s.masked_fill(~(is_visible[:, None] & exists[:, :, None]), -torch.inf)
 
-    # softmax over all pairs (w2, J), then sum over the J keys, then over the w2 second keys
+    # softmax over all pairs (w2, J): a = sum of p v over the J keys, then sum of a * v2 over w2
     p = s.flatten(-2).softmax(-1).view(s.shape)
     a = (p.flatten(2, 4) @ v).view(qk2.shape)  # (B, Hkv, g, n, w2, D)
     return (a * v2[:, :, None]).sum(-2)
@@ -184,8 +185,9 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     q, k, v, k2, v2 = (t.nan_to_num(nan=0, posinf=0, neginf=0) for t in tensors)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
-    # n queries per block see w1 + n keys together, and w2 second keys each. n is w1 / 2, but at
-    # least 16, unless a block would then have more than logits_at_once logits.
+    # Blocks of n queries, which together see about w1 + n keys, and w2 second keys each. So a block
+    # has B * H * n * w2 * (w1 + n) logits. n is w1 / 2, or 16 if that is more, but less where a
+    # block would have more than logits_at_once logits.
     if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
         starts = [0]
@@ -198,7 +200,7 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
         for start in starts:
             end = min(start + n, Tq)
             # the last query of the block is at the last position of these keys
-            keys = [t[:, :, : t.shape[2] - Tq + end] for t in (k, v, k2, v2)]
+            keys = [t[:, :, : t.shape[2] - Tq + end] for t in (k, v, k2, v2)]  # (B, Hkv, ..., D)
             block = q[:, :, :, start:end], *keys, w1, w2
             if recompute:
                 outputs.append(checkpoint(attend, *block, use_reentrant=False))

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # first maximum: -inf - -inf would be NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # where the maximum starts: -inf - -inf is NaN
 CONFIG = (8192, 8)  # BLOCK (logits that a program loads at once), warps per program
 
 
@@ -30,7 +30,7 @@ def cross_entropy_kernel(
     logits_ptr += row * stride_r
     target = tl.load(target_ptr + row)
     scale = tl.load(scale_ptr + row)  # 0 where the target is negative, which means: ignore the row
-    z_t = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)  # before it is overwritten
+    z_t = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)  # the target's logit
     offs_v = tl.arange(0, BLOCK)
 
     # -- first pass, BLOCK logits at a time: running maximum m_i, l_i = sum_v exp(z_v - m_i) --
@@ -40,12 +40,13 @@ def cross_entropy_kernel(
         cols = start + offs_v
         z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)  # [BLOCK]
         m_new = tl.maximum(m_i, tl.max(z, 0))
+        # exp(m_i - m_new) changes the sum so far from the old maximum to the new one
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(z - m_new), 0)
         m_i = m_new
     lse = m_i + tl.log(l_i)
     tl.store(loss_ptr + row, (lse - z_t) * scale)
 
-    # -- second pass: gradient, scale * (softmax - one-hot of the target) --
+    # -- second pass: the gradient dz_v = scale * (exp(z_v - lse) - [v = target]) --
     if WITH_GRAD:
         for start in range(0, V, BLOCK):
             cols = start + offs_v

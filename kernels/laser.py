@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
 MAX_RANGE = tl.constexpr(64.0)  # exp(+-32) is far from both ends of bfloat16 and float32
 BLOCK_T = 32  # positions per block of the elementwise and fallback kernels
 SLICE = 16  # channels per program of exp_kernel
@@ -67,7 +67,7 @@ def store_tile(ptr, x, b, h, rows, T, H, D: tl.constexpr):
 
 @triton.jit
 def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
-    """Load a single position of head h, [D]."""
+    """Load a single position `row` of head h, [D], as float32."""
     offs = row * (H * D) + tl.arange(0, D)  # from the start of the head
     return tl.load(ptr + (b * T * H + h) * D + offs).to(tl.float32)
 
@@ -92,8 +92,8 @@ def exp_kernel(
     """Compute exp_v = exp(v - center) - shift for SLICE channels of one head, at all T positions.
 
     shift is 1 in channels where all values are near the center. There exp(v - center) is close to
-    1, where bfloat16 keeps few digits, so exp_v is expm1(v - center) instead. Rows of p sum to 1,
-    so x = p @ exp_v is 1 too small as well, and log_kernel adds the 1 again.
+    1, where bfloat16 keeps few digits, so exp_v is exp(v - center) - 1 instead. Rows of p sum to 1,
+    so x = p @ exp_v is 1 too small as well, and log_kernel adds the 1 again. Otherwise shift is 0.
     """
     b, hkv = batch_and_head(HKV)
     offs_t = tl.arange(0, BLOCK_T)[:, None]
@@ -101,7 +101,7 @@ def exp_kernel(
     v_ptr += (b * T * HKV + hkv) * D  # start of the head
     exp_v_ptr += (b * T * HKV + hkv) * D
 
-    # -- lowest and highest value of each channel: first of each row of the block, then of all --
+    # -- lowest and highest value of each channel: first over positions BLOCK_T apart, then all --
     low = tl.full((BLOCK_T, SLICE), float("inf"), tl.float32)
     high = tl.full((BLOCK_T, SLICE), -float("inf"), tl.float32)
     for start in range(0, T, BLOCK_T):
@@ -113,6 +113,8 @@ def exp_kernel(
     high = tl.max(high, 0)
 
     # -- center: the middle, rounded, because then one more key rarely changes it --
+    #     low 1.5, high 3: middle 2.25, center 2, shift 1
+    #     low -9, high 20: middle 5.5, center 0, shift 0
     middle = (low + high) / 2
     nearest_1 = tl.floor(middle + 0.5)  # the nearest integer
     nearest_16 = 16 * tl.floor(middle / 16 + 0.5)  # the nearest multiple of 16
@@ -129,7 +131,7 @@ def exp_kernel(
     tl.store(shift_ptr + offs_c, shift)
     tl.store(is_wide_ptr + offs_c, tl.where(is_narrow, 0, 1))
 
-    # -- exponentiate --
+    # -- exp_v = exp(d) - shift, where d = v - center; near d = 0 a series loses fewer digits --
     for start in range(0, T, BLOCK_T):
         rows = start + offs_t
         offs = rows * (HKV * D) + offs_d[None, :]
@@ -166,7 +168,7 @@ def log_kernel(
     x = load_tile(x_ptr, b, h, offs_t, T, H, D).to(tl.float32)  # [BLOCK_T, D]
     center = load_channels(center_ptr, b, hkv, HKV, D)[None, :]  # [1, D]
     shift = load_channels(shift_ptr, b, hkv, HKV, D)[None, :]  # 0 or 1, see exp_kernel
-    use_series = (shift > 0) & (tl.abs(x) < 1 / 16)
+    use_series = (shift > 0) & (tl.abs(x) < 1 / 16)  # where x + 1 would round away digits of x
     out = tl.where(use_series, log1p_series(x), tl.log(x + shift)) + center
     store_tile(out_ptr, out, b, h, offs_t, T, H, D)
 
@@ -231,7 +233,9 @@ def attn_fwd_kernel(
     l_i = tl.zeros((BLOCK_M,), tl.float32)  # running sum of exp2(qk - m_i)
     acc = tl.zeros((BLOCK_M, D), tl.float32)  # running sum of exp2(qk - m_i) * exp_v
 
-    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask
+    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask.
+    # With BLOCK_M = BLOCK_N = 64 and past = 10, queries 128 ... 191 all see the keys 0 ... 138, and
+    # the last one sees 0 ... 201: diagonal = 139 // 64 * 64 = 128, end = 202.
     diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N  # start of the first block to mask
     end = tl.minimum(start_m + BLOCK_M + past, Tk)  # the last of these queries sees end - 1
     for stage in tl.static_range(2):
@@ -277,7 +281,7 @@ def attn_bwd_dq_kernel(
     past = Tk - Tq  # positions before the first query
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # queries with most keys first
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    lse_ptr += (b * H + h) * Tq  # lse and delta are (B * H, Tq)
+    lse_ptr += (b * H + h) * Tq  # of this head: lse and delta are (B * H, Tq)
     delta_ptr += (b * H + h) * Tq
     q = load_tile(q_ptr, b, h, offs_m, Tq, H, D)  # [BLOCK_M, D]
     grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
@@ -287,7 +291,8 @@ def attn_bwd_dq_kernel(
     qk_scale = tl.cast(scale, tl.float32) * LOG2E  # exp(scale * s) = exp2(qk_scale * s)
     dq = tl.zeros((BLOCK_M, D), tl.float32)
 
-    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask
+    # stage 0: keys before `diagonal`, which all these queries see; stage 1: the rest, with a mask,
+    # as in attn_fwd_kernel
     diagonal = (start_m + past + 1) // BLOCK_N * BLOCK_N  # start of the first block to mask
     end = tl.minimum(start_m + BLOCK_M + past, Tk)  # the last of these queries sees end - 1
     for stage in tl.static_range(2):
@@ -297,12 +302,12 @@ def attn_bwd_dq_kernel(
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = load_tile(k_ptr, b, hkv, offs_n, Tk, HKV, D)  # [BLOCK_N, D]
             exp_v = load_tile(exp_v_ptr, b, hkv, offs_n, Tk, HKV, D)
-            # -- recompute p --
+            # -- recompute p = softmax(q k^T scale) = exp2(qk - lse) --
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
             p = tl.exp2(qk - lse[:, None])
             if stage == 1:
                 p = tl.where(offs_n[None, :] <= (offs_m + past)[:, None], p, 0.0)
-            # -- compute ds and dq --
+            # -- ds = p * (dp - delta) with dp = grad_x exp_v^T, dq += ds k --
             dp = tl.dot(grad_x, tl.trans(exp_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             ds = p * (dp - delta[:, None])
             dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -332,7 +337,8 @@ def attn_bwd_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
 
-    # query m sees the keys 0 ... m + past: the first block with a query that sees these keys
+    # Query m sees the keys 0 ... m + past, so the first query that sees start_n is start_n - past.
+    # Start with its block of BLOCK_M queries.
     first_m = tl.maximum(start_n - past, 0) // BLOCK_M * BLOCK_M
     for member in range(GROUP):
         h = hkv * GROUP + member  # a query head that uses this key/value head
@@ -343,11 +349,11 @@ def attn_bwd_dkdv_kernel(
             grad_x = load_tile(grad_x_ptr, b, h, offs_m, Tq, H, D)
             lse = tl.load(lse_ptr + first + offs_m, mask=offs_m < Tq, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + first + offs_m, mask=offs_m < Tq, other=0.0)
-            # -- recompute p, transposed --
+            # -- recompute p = exp2(qk - lse), transposed; 0 where key n > m + past --
             qk = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale  # [BLOCK_N, BLOCK_M]
             p = tl.exp2(qk - lse[None, :])
             p = tl.where(offs_n[:, None] - past <= offs_m[None, :], p, 0.0)
-            # -- compute dv, ds and dk --
+            # -- dv += p grad_x, ds = p * (dp - delta) with dp = exp_v grad_x^T, dk += ds q --
             dv += tl.dot(p.to(grad_x.dtype), grad_x, input_precision=PRECISION)
             dp = tl.dot(exp_v, tl.trans(grad_x), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta[None, :])
@@ -362,7 +368,7 @@ def attn_bwd_dkdv_kernel(
 # no center: out_id = log sum_j exp(qk_ij + v_jd) - log sum_j exp(qk_ij), for query i, key j and
 # channel d. The weight of key j differs by channel, so this is no matrix product: a program takes
 # BLOCK_T queries and one key at a time. The grid is small, because few heads need this. So each
-# program loops over blocks: the one of its own number, and from there in steps of num_programs.
+# program loops over several blocks of BLOCK_T: with 4 programs, program 1 has blocks 1, 5, 9, ...
 
 
 @triton.jit
@@ -425,7 +431,7 @@ def fallback_bwd_kernel(
     """Compute dq, dk and dv of a key/value head with a wide channel, and of its GROUP query heads.
 
     The posterior of key j, exp(qk + v - lse - out) = p_ij exp(v_jd - out_id), is the derivative of
-    out_id with respect to v_jd. It sums to 1 over the keys j. With it
+    out_id with respect to v_jd (query i, key j, channel d). It sums to 1 over the keys j. With it
         dv_jd = sum_i grad_out_id * posterior_ijd
         ds_ij = sum_d grad_out_id * (posterior_ijd - p_ij), from which dq and dk follow as usual
     """
@@ -457,7 +463,7 @@ def fallback_bwd_kernel(
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v[None, :] - out)  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
-                # -- compute ds and dq --
+                # -- ds = sum over channels of grad_out * (posterior - p), dq += ds k --
                 ds = tl.sum(grad_out * (posterior - p[:, None]), 1)
                 dq += ds[:, None] * k[None, :]
             store_tile(dq_ptr, dq * scale, b, h, offs_m, Tq, H, D)
@@ -483,7 +489,7 @@ def fallback_bwd_kernel(
                 p = tl.where(is_seen, tl.exp(log_p), 0.0)
                 posterior = tl.exp(log_p[:, None] + v - out[None, :])  # [BLOCK_T, D]
                 posterior = tl.where(is_seen[:, None], posterior, 0.0)
-                # -- compute dv, ds and dk --
+                # -- dv += grad_out * posterior, ds = sum grad_out * (posterior - p), dk += ds q --
                 dv += grad_out[None, :] * posterior
                 ds = tl.sum(grad_out[None, :] * (posterior - p[:, None]), 1)
                 dk += ds[:, None] * q[None, :]
@@ -502,7 +508,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 
     To find the right compiled kernel, Triton examines all arguments, which takes 10 to 30 us. We
     look it up by all that Triton specializes for: device, numbers, options, dtypes and alignment.
-    constants: in the order of the kernel's constexpr arguments.
+    numbers: sizes and scale. constants: in the order of the kernel's constexpr arguments.
     """
     numbers += tuple(constants.values())
     key = (kernel, tensors[0].device, numbers, num_warps, num_stages)
@@ -522,7 +528,8 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 @functools.cache
 def get_configs(dtype, D, is_hopper):
     """Return the launch options of attn_fwd_kernel, attn_bwd_dq_kernel and attn_bwd_dkdv_kernel."""
-    # BLOCK_M, BLOCK_N, num_warps and num_stages of each; on Hopper, bfloat16 spills no registers
+    # (BLOCK_M, BLOCK_N, num_warps, num_stages) of the three kernels, in this order
+    # On Hopper, bfloat16 spills no registers.
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:
@@ -542,6 +549,7 @@ def get_configs(dtype, D, is_hopper):
 
 @functools.cache
 def is_hopper(device):
+    """Return whether a device is an H100, H200 or the like (compute capability 9)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -553,12 +561,13 @@ def to_bthd(t):
 
 
 def can_use_cudnn(q, k, exp_v):
-    """Return whether cuDNN can compute this attention. Its backward pass is not deterministic."""
+    """Return whether cuDNN may compute this attention. Its backward pass is not deterministic."""
     if not q.is_cuda or q.dtype != torch.bfloat16 or q.shape[2] != k.shape[2]:
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
     is_gqa = q.shape[1] != k.shape[1]  # grouped-query attention
+    # the numbers after q, k and exp_v: no mask, no dropout, causal
     params = torch.backends.cuda.SDPAParams(q, k, exp_v, None, 0.0, True, is_gqa)
     return torch.backends.cuda.can_use_cudnn_attention(params)
 
@@ -569,6 +578,7 @@ def attention_forward(q, k, exp_v, scale):
     _, HKV, Tk, _ = k.shape
     if can_use_cudnn(q, k, exp_v):
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        # None: no bias. True: also return lse
         x, lse, *_ = cudnn(q, k, exp_v, None, True, is_causal=True, scale=scale)
         return to_bthd(x), lse.view(B, H, Tq)
 
@@ -600,7 +610,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
     dk = torch.empty_like(k)
     dv = torch.empty_like(exp_v)
     inputs = q, k, exp_v, grad_x, lse, delta
-    sizes = H, H // HKV, Tq, Tk, scale
+    sizes = H, H // HKV, Tq, Tk, scale  # H // HKV is GROUP: query heads per key/value head
     _, q_config, kv_config = get_configs(q.dtype, D, is_hopper(q.device))
     q_grid = (ceil(Tq / q_config["BLOCK_M"]), B * H)
     kv_grid = (ceil(Tk / kv_config["BLOCK_N"]), B * HKV)
@@ -616,7 +626,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
 def new_buffers(q, k, v):
     """Allocate out (like q), exp_v (like v), and center, shift and is_wide, (B * HKV, D)."""
     B, HKV, _, D = k.shape
-    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # fp16 overflows
+    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # no exp(12) in fp16
     out = torch.empty_like(q)
     exp_v = torch.empty_like(v, dtype=exp_dtype)
     center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)
@@ -625,7 +635,7 @@ def new_buffers(q, k, v):
 
 
 def fallback_grid(T, heads):
-    """Return the grid of a fallback kernel: small, because few heads need it."""
+    """Return the grid of a fallback kernel: few programs per head, because few heads need it."""
     blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
     return max(blocks, 1), heads
 
@@ -638,7 +648,8 @@ def forward(
     _, HKV, Tk, _ = k.shape
     out, exp_v, center, shift, is_wide = new_buffers(q, k, v)
 
-    # exp_v (B, HKV, Tk, D), x = p @ exp_v (B, H, Tq, D), out = log(x + shift) + center
+    # exp_v (B, HKV, Tk, D), x = p @ exp_v (B, H, Tq, D), out = log(x + shift) + center; H // HKV is
+    # GROUP in the kernels, query heads per key/value head
     exp_tensors = v, exp_v, center, shift, is_wide
     exp_constants = {"D": D, "SLICE": SLICE, "BLOCK_T": 4 * BLOCK_T}
     launch(exp_kernel, (D // SLICE, B * HKV), exp_tensors, (HKV, Tk), num_warps=8, **exp_constants)
@@ -684,6 +695,7 @@ def backward(
 
 
 def setup_context(ctx, inputs, output):
+    """Save for the backward pass: q, k, scale, and all outputs of forward."""
     q, k, _, scale = inputs
     ctx.save_for_backward(q, k, *output)
     ctx.set_materialize_grads(False)  # no zeros for the outputs that only the backward pass uses
@@ -711,6 +723,7 @@ laser = torch.library.custom_op("fivefold::laser", forward, mutates_args=())
 laser_backward = torch.library.custom_op("fivefold::laser_backward", backward, mutates_args=())
 
 
+# the outputs' shapes and dtypes, for torch.compile
 @laser.register_fake
 def _(q, k, v, scale):
     out, exp_v, _, shift, is_wide = new_buffers(q, k, v)
@@ -725,6 +738,7 @@ def _(grad_out, q, k, out, exp_v, *saved):
 
 
 def laser_autograd(ctx, grad_out, *unused):
+    """Return the gradients of q, k and v, and None for scale. unused: those of the other outputs"""
     return *laser_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 

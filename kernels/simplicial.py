@@ -35,11 +35,11 @@ try:
 except (ImportError, AttributeError):  # a Triton without this Gluon
     hopper = None
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) * LN2
 EDGE = tl.constexpr(16)  # keys of a small block, at the start of a window; see key_blocks
 REPAIR_QUERIES = tl.constexpr(128)  # queries that a program of repair_kernel checks, at least
-PIECE = 64  # query positions per program of dq_dk2_dv2_kernel
+PIECE = 64  # query positions per program of dq_dk2_dv2_kernel, at least
 BLOCK_T = 32  # positions per program of clean_kernel and sum_buffers_kernel
 WIDTHS = (16, 32, 64, 128)  # head dimensions
 # arguments that Triton does not specialize for: a KV cache changes them with every token
@@ -47,17 +47,22 @@ VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "pas
 
 
 # --------------------------------------------------------------------------------------------------
-# Tiles. The GROUP query heads of a KV head are numbered side by side, position by position:
-#     query = position * GROUP + head        (in q, (GROUP, Tq, D), it is row head * Tq + position)
-# Then a tile is full whether GROUP is 1 or 64. A window w2 > OFFSETS takes several consecutive
-# tiles, one per chunk of OFFSETS offsets. For QUERIES = OFFSETS = 2 and w2 = 4, the rows
-# (query, offset) are
+# Tiles. A query is one query head at one position. The GROUP heads of a KV head are numbered
+# position by position, query = position * GROUP + head, so a number counts both. In q,
+# (GROUP, Tq, D), each head has its own Tq rows instead. For GROUP = 2 and Tq = 3:
+#     query       0  1  2  3  4  5
+#     position    0  0  1  1  2  2    query // GROUP
+#     head        0  1  0  1  0  1    query % GROUP
+#     row of q    0  3  1  4  2  5    head * Tq + position
+# So a tile of QUERIES consecutive queries is full whether GROUP is 1 or 64. Where w2 > OFFSETS, the
+# offsets are divided into chunks of OFFSETS, and the same queries have consecutive tiles, one per
+# chunk. For QUERIES = OFFSETS = 2 and w2 = 4, the rows (query, offset) are
 #     tile 0: (0, 0) (0, 1) (1, 0) (1, 1)     tile 1: (0, 2) (0, 3) (1, 2) (1, 3)
 #     tile 2: (2, 0) (2, 1) (3, 0) (3, 1)     tile 3: (2, 2) (2, 3) (3, 2) (3, 3)
 
 
 class Sizes(NamedTuple):
-    Tq: tl.tensor  # positions of q, which are the last
+    Tq: tl.tensor  # positions of q; its last one is also the last of k and of k2
     Tk: tl.tensor  # positions of k and v
     Tk2: tl.tensor  # positions of k2 and v2
     w1: tl.tensor  # window in k and v
@@ -79,6 +84,7 @@ class Tile(NamedTuple):
 @triton.jit
 def query_row(query, sizes, GROUP: tl.constexpr):
     """Return head * Tq + position, the row of query = position * GROUP + head in q (GROUP, Tq)."""
+    # GROUP = 2, Tq = 3: queries 0 1 2 3 4 5 (heads 0 1 0 1 0 1) are rows 0 3 1 4 2 5
     return query % GROUP * sizes.Tq + query // GROUP
 
 
@@ -86,7 +92,8 @@ def query_row(query, sizes, GROUP: tl.constexpr):
 def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
     """Return tile number `index`: the Tile of QUERIES queries and one chunk of OFFSETS offsets."""
 
-    # -- query and offset of each row: the chunks of the same queries are consecutive tiles --
+    # -- query and offset of each row --
+    # with 2 chunks, tiles 0 1 2 3 have blocks of queries 0 0 1 1 and chunks of offsets 0 1 0 1
     row = tl.arange(0, QUERIES * OFFSETS)
     chunks = tl.cdiv(sizes.w2, OFFSETS)
     query = index // chunks * QUERIES + row // OFFSETS
@@ -100,7 +107,7 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
     # the query has min(i + 1, w1) * min(i2 + 1, w2) pairs: is that more than one?
     has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
 
-    # -- positions of the first and the last query --
+    # -- positions of the first and the last query in k: position in q, query // GROUP, + Tk - Tq --
     first_query = index // chunks * QUERIES
     last_query = first_query + QUERIES - 1
     first_position = tl.minimum(first_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
@@ -111,7 +118,11 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
 
 @triton.jit
 def own_rows(PADDED: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr):
-    """Return is_own [PADDED, ROWS]: does row r of a tile, query r // OFFSETS, belong to query q?"""
+    """Return is_own [PADDED, ROWS]: does row r of a tile, query r // OFFSETS, belong to query q?
+
+    For QUERIES = OFFSETS = 2 it is [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], ...]: as a matrix, it
+    sums the rows of each query.
+    """
     return tl.arange(0, PADDED)[:, None] == (tl.arange(0, ROWS) // OFFSETS)[None, :]
 
 
@@ -135,7 +146,9 @@ def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
         first_key           first_block                                     end
 
     Whole blocks of BLOCK_N keys end at the last query, and are as many as fit into a window. The
-    few keys before them, which not all rows see, take small blocks of EDGE keys.
+    few keys before them, which not all rows see, take small blocks of EDGE keys. For w1 = 100,
+    BLOCK_N = 32 and queries at 496 ... 499: end = 500, first_block = 500 - 3 * 32 = 404, and
+    first_key = 496 - 99 = 397.
     """
     first_key = tl.maximum(tile.first_position - w1 + 1, 0)
     end = tile.last_position + 1
@@ -174,7 +187,7 @@ def load_block(ptr, start, BLOCK_N: tl.constexpr, D: tl.constexpr):
 def multiply_rows(x_ptr, y_ptr, tile, mask, factor, D: tl.constexpr):
     """Return factor * x_i * y_{i-d} of each row (i, d) of a tile, 0 outside the mask. [ROWS, D]
 
-    x: q or do, which have a row per query. y: k2 or v2, which have a row per position.
+    d is an offset here, not a channel. x: q or do, (GROUP, Tq, D). y: k2 or v2, (Tk2, D).
     """
     x = load_rows(x_ptr, tile.q_row, mask, D).to(tl.float32)
     y = load_rows(y_ptr, tile.position2, mask, D).to(tl.float32)
@@ -232,7 +245,7 @@ def attend_block(
     # -- compute scores, in base 2 --
     s = tl.dot(qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
     if needs_max is not None:
-        # inf in v must become NaN in rows that see its key, and not 0 * inf = NaN in the others
+        # a key with inf in v makes rows that see it NaN; others must not get 0 * inf = NaN from it
         is_bad = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1) == 0  # [BLOCK_N]
         s = tl.where(is_bad[None, :], float("nan"), s)
         v = tl.where(is_bad[:, None], 0.0, v)
@@ -250,7 +263,7 @@ def attend_block(
         l_i = l_i * alpha
         m_i = m_new
 
-    # -- update sums --
+    # -- update sums; s is now S - m_i --
     p = tl.exp2(s)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     l_i = l_i + tl.sum(p, 1)
@@ -278,11 +291,12 @@ def attend(
     for start in tl.range(first_key, first_block, EDGE, num_stages=1):
         k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         acc, m_i, l_i = attend_block(
-            acc, m_i, l_i, qk2, k, v, tile.position, start, first_block, w1, True, needs_max,
-            PRECISION,
+            acc, m_i, l_i, qk2, k, v, tile.position, start, first_block, w1,
+            True,  # is_partial
+            needs_max, PRECISION,
         )  # fmt: skip
 
-    # -- whole blocks; a mask is needed only where a block goes on after the first query --
+    # -- whole blocks: a mask is needed if the tile's first query comes before the block's end --
     for start in range(first_block, end, BLOCK_N):
         k = head.k_blocks.load([head.first_row + start, 0])  # [BLOCK_N, D]
         v = head.v_blocks.load([head.first_row + start, 0])
@@ -315,17 +329,20 @@ def combine_rows(
 ):  # fmt: skip
     """Combine the rows of each query: a softmax over its offsets. -> o [PADDED, D], lse [PADDED]
 
-    acc [ROWS, D], m_i and l_i [ROWS]: from attend. is_own [PADDED, ROWS]: which row belongs to
-    which query. lse is in base 2, and -inf for a query without a pair.
+        m_q = max_r m_r,  l_q = sum_r exp2(m_r - m_q) l_r,  lse = m_q + log2 l_q
+        o_q = sum_r exp2(m_r - m_q) acc_r / l_q * v2_r, in all of them over the rows r of query q
+
+    acc_r, m_r, l_r: a row of acc [ROWS, D], m_i and l_i [ROWS], from attend. v2_r: v2 at i - d.
+    is_own [PADDED, ROWS]: which row belongs to which query. lse is -inf for a query without a pair.
     """
-    # -- maximum m_q and sum l_q of each query, over its rows --
+    # -- maximum m_q and sum l_q of each query --
     m_i = tl.where(tile.exists, m_i, -float("inf"))
     m_q = tl.max(tl.where(is_own, m_i[None, :], -float("inf")), 1)  # [PADDED]
     m_q = tl.where(m_q == -float("inf"), 0.0, m_q)
     p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
     l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
     l_safe = tl.where(l_q == 0.0, 1.0, l_q)
-    # share of each row in its query: the sum has one term; "/ l_i" because acc is not normalized
+    # exp2(m_r - m_q) / l_q of each row: a sum of one term, its query; / l_i because p has l_r too
     share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
 
     # -- multiply by v2 and add up the rows of each query, by a product with the 0/1 matrix --
@@ -369,30 +386,30 @@ def forward_queries(
     ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # a matrix product needs 16 rows
     dtype = head.q_ptr.dtype.element_ty
-    # range of sum exp2(S) without a maximum: v up to 2^67 cannot overflow, P fits float16
+    # allowed range of l_i without a maximum: sums with v up to 2^67 fit float32, P fits float16
     LEAST: tl.constexpr = 1.0 if dtype == tl.float16 else 2.0**-60
     MOST: tl.constexpr = 2.0**15 if dtype == tl.float16 else 2.0**60
 
     # these queries have one tile for each chunk of OFFSETS offsets, from first_tile on
     chunks = tl.cdiv(sizes.w2, OFFSETS)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E  # exp(scale * s) = exp2(qk_scale * s)
-    is_own = own_rows(PADDED, ROWS, OFFSETS)  # [PADDED, ROWS]
+    is_own = own_rows(PADDED, ROWS, OFFSETS)  # [PADDED, ROWS], which row belongs to which query
     o = tl.zeros((PADDED, D), tl.float32)
     lse = tl.full((PADDED,), -float("inf"), tl.float32)
     first_tile = query_block * chunks
     tile = make_tile(first_tile, sizes, GROUP, QUERIES, OFFSETS)
     qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)  # [ROWS, D]
     for chunk in range(chunks):
-        # -- attend from each row --
+        # -- attend from each row; rows with a sum out of range need a running maximum --
         tile = make_tile(first_tile + chunk, sizes, GROUP, QUERIES, OFFSETS)
-        acc, m_i, l_i = attend(head, qk2, tile, sizes.w1, None, D, BLOCK_N, PRECISION)
+        acc, m_i, l_i = attend(head, qk2, tile, sizes.w1, None, D, BLOCK_N, PRECISION)  # m_i = 0
         needs_max = tile.exists & ~((l_i > LEAST) & (l_i < MOST))
         if REPAIR:
             acc, m_i, l_i = attend(head, qk2, tile, sizes.w1, needs_max, D, BLOCK_N, PRECISION)
         else:
             l_i = tl.where(needs_max, float("nan"), l_i)
 
-        # -- combine the rows of each query, and merge the result with the chunks before --
+        # -- combine the rows of each query, and merge the result with those of earlier chunks --
         o_chunk, lse_chunk = combine_rows(
             acc, m_i, l_i, head.v2_ptr, tile, is_own, D, PRECISION, REPAIR
         )
@@ -432,7 +449,7 @@ def forward_kernel(
     )
     forward_queries(
         query_block, head, sizes, scale, GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, False
-    )
+    )  # False: without REPAIR
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -444,23 +461,24 @@ def repair_kernel(
 ):  # fmt: skip
     """Recompute queries with lse = inf or an o that is not finite, with a running maximum.
 
-    An inf in v reaches all rows of a tile, as 0 * inf = NaN. Usually there is nothing to repair.
+    An inf in v reaches all rows of a tile, as 0 * inf = NaN. Usually there is nothing to repair, so
+    a program has TILES blocks of QUERIES queries, 128 queries together, and only reads lse and o.
     """
-    TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)  # blocks of QUERIES queries to check
+    TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     first_tile = tl.program_id(0) * TILES
     query = first_tile * QUERIES + tl.arange(0, TILES * QUERIES)
     row = tl.program_id(1).to(tl.int64) * GROUP * Tq + query_row(query, sizes, GROUP)
     mask = query < GROUP * Tq
 
-    # -- find these queries --
+    # -- find the queries that need repair --
     lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
     o_ptrs = o_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
     o = tl.load(o_ptrs, mask=mask[:, None], other=0.0).to(tl.float32)
     is_finite = tl.min((tl.abs(o) < float("inf")).to(tl.int32), 1) > 0
     needs_repair = (lse == float("inf")) | ~is_finite
 
-    # -- recompute the blocks that hold one, and store these queries only --
+    # -- recompute the blocks of QUERIES queries that have one, but store these queries only --
     if tl.max(needs_repair.to(tl.int32), 0) > 0:
         tl.store(lse_ptr + row, float("inf"), mask=mask & needs_repair)  # marks these queries
         tl.debug_barrier()  # forward_queries reads the marks
@@ -472,12 +490,12 @@ def repair_kernel(
                 )  # fmt: skip
                 forward_queries(
                     tile, head, sizes, scale,
-                    GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, True,
+                    GROUP, D, QUERIES, OFFSETS, BLOCK_N, PRECISION, True,  # with REPAIR
                 )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
-# Backward: dq, dk2 and dv2, a program per piece of `piece` query positions
+# Backward: dq, dk2 and dv2. A piece is `piece` consecutive query positions; one program each.
 
 
 class BackwardHead(NamedTuple):
@@ -546,13 +564,13 @@ def load_row_inputs(head, tile, qk2, dov2):
 @triton.jit
 def backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION: tl.constexpr):
     """Add a block of keys to pv = P V and dsk = dS K of each row, [ROWS, D]. k, v: [BLOCK_N, D]"""
-    # -- recompute p --
+    # -- recompute p = exp2(s - lse), in base 2 --
     s = tl.dot(rows.qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
     p = tl.exp2(s - rows.lse[:, None])
     if is_partial:
         key = start + tl.arange(0, k.shape[0])[None, :]
         p = tl.where(is_visible(rows.position[:, None], key, w1, end), p, 0.0)
-    # -- compute pv, ds and dsk --
+    # -- pv += p v, ds = p * (dp - delta) with dp = dov2 v^T, dsk += ds k --
     pv = tl.dot(p.to(v.dtype), v, pv, input_precision=PRECISION)  # [ROWS, D]
     ds = p * (tl.dot(rows.dov2, tl.trans(v), input_precision=PRECISION) - rows.delta[:, None])
     dsk = tl.dot(ds.to(k.dtype), k, dsk, input_precision=PRECISION)
@@ -570,12 +588,12 @@ def attend_backward(
     dsk = tl.zeros((ROWS, D), tl.float32)
     first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
 
-    # -- small blocks, up to where the whole blocks start --
+    # -- small blocks, up to where the whole blocks start; all need a mask (is_partial is True) --
     for start in tl.range(first_key, first_block, EDGE, num_stages=1):
         k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         pv, dsk = backward_block(pv, dsk, rows, k, v, start, first_block, w1, True, PRECISION)
 
-    # -- whole blocks; a mask is needed only where a block goes on after the first query --
+    # -- whole blocks: a mask is needed if the tile's first query comes before the block's end --
     for start in range(first_block, end, BLOCK_N):
         k = load_block(head.k_ptr, start, BLOCK_N, D)
         v = load_block(head.v_ptr, start, BLOCK_N, D)
@@ -591,19 +609,26 @@ def k2_rows(
 ):  # fmt: skip
     """Return which rows of a tile read which position of k2, and where it is in the buffer.
 
-    reads [K2_ROWS, ROWS]: 1 where the row reads the position, else 0. buffer_row [K2_ROWS]: row of
-    the position in the program's buffer of dk2 and dv2. chunk: which chunk of offsets the tile has.
+    reads [K2_ROWS, ROWS]: 1 where row (i, d) reads the position, that is where it is i - d, else 0.
+    For QUERIES = OFFSETS = 2 and queries at positions 5 and 6, the rows are (5, 0) (5, 1) (6, 0)
+    (6, 1), which read positions 5 4 6 5 of k2:
+        position 4    0 1 0 0
+        position 5    1 0 0 1    so reads @ x adds up the rows of x [ROWS, D] by position
+        position 6    0 0 1 0
+    buffer_row [K2_ROWS]: where the program's buffer has these positions' sums for dk2 and dv2.
+    chunk: which chunk of OFFSETS offsets the tile has.
     """
     LARGER: tl.constexpr = OFFSETS if OFFSETS > QUERIES else QUERIES
     # a tile reads at most QUERIES + OFFSETS - 1 positions, here padded to a power of two
     K2_ROWS: tl.constexpr = 2 * LARGER if LARGER > 8 else 16
     first_position2 = tile.first_position - sizes.Tk + sizes.Tk2  # of the first query in k2
-    first_read = first_position2 - chunk * OFFSETS - OFFSETS + 1  # where its largest offset leads
+    first_read = first_position2 - chunk * OFFSETS - OFFSETS + 1  # minus its largest offset
     k2_position = tl.arange(0, K2_ROWS) + first_read
     reads = (k2_position[:, None] == tile.position2[None, :]).to(dtype)
 
-    # the last row of the buffer, buffer_rows - 1, is the last position of the piece
+    # rows of the buffer: its last one, buffer_rows - 1, is the last position of the piece
     #     | w2 - 1 positions before the piece |     piece     |
+    #     0                                   w2 - 1          buffer_rows
     q_position = k2_position - (sizes.Tk2 - sizes.Tq)
     return reads, q_position + buffer_rows - piece * (tl.program_id(0) + 1)
 
@@ -632,7 +657,6 @@ def dq_dk2_dv2_kernel(
     """
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # a matrix product needs 16 rows
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-
     # -- select the KV head --
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
     bh = tl.program_id(1).to(tl.int64)
@@ -643,7 +667,7 @@ def dq_dk2_dv2_kernel(
 
     # -- tiles of this program: a tile for each chunk of OFFSETS offsets of QUERIES queries --
     chunks = tl.cdiv(w2, OFFSETS)
-    steps = piece * GROUP // QUERIES * chunks  # how many tiles
+    steps = piece * GROUP // QUERIES * chunks  # how many tiles: 64 * GROUP // 4 * 1, for example
     first_tile = tl.program_id(0) * steps
     last_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
     scale = tl.cast(scale, tl.float32)
@@ -652,24 +676,25 @@ def dq_dk2_dv2_kernel(
     )
     dq = tl.zeros((PADDED, D), tl.float32)
     for tile_index in range(first_tile, last_tile):
-        # -- compute pv = P V and dsk = dS K of each row, [ROWS, D] --
+        # -- compute pv = P V and dsk = dS K of each row (query i, offset d), [ROWS, D] --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
         rows = load_row_inputs(head, tile, qk2, dov2)
         pv, dsk = attend_backward(head, rows, tile, w1, D, BLOCK_N, PRECISION)
 
-        # pv and dsk fill the registers. So barriers delay the loads below, and the tile is computed
-        # again, not kept: w1 > 0 is always true, but the compiler does not know it.
+        # pv and dsk fill the registers. Barriers keep the loads below from moving up here, and the
+        # tile is computed again: the compiler cannot know that w1 > 0, so same_index is new to it.
         same_index = tl.where(w1 > 0, tile_index, 0)
         same_bh = tl.where(w1 > 0, bh, 0)
         tile = make_tile(same_index, sizes, GROUP, QUERIES, OFFSETS)
 
-        # -- dv2 and dk2: sum the rows that read the same position of k2, by a 0/1 matrix --
+        # -- dv2_{i-d} += pv_id * do_i, dk2_{i-d} += scale * dsk_id * q_i, for all rows (i, d) --
+        # reads [K2_ROWS, ROWS], 0/1: row (i, d) reads position i - d. reads @ x sums x by position.
         reads, buffer_row = k2_rows(
             tile, tile_index % chunks, sizes, piece, buffer_rows, QUERIES, OFFSETS, dtype
         )
         tl.debug_barrier()
         in_buffer = (buffer_row >= 0) & (buffer_row < buffer_rows)
-        program = same_bh * tl.num_programs(0) + tl.program_id(0)
+        program = same_bh * tl.num_programs(0) + tl.program_id(0)  # the number of its buffer
         do = load_rows(head.do_ptr, tile.q_row, tile.exists, D)  # [ROWS, D]
         dv2 = tl.dot(reads, (pv * do).to(dtype), input_precision=PRECISION)  # [K2_ROWS, D]
         add_to_buffer(dv2_ptr + program * buffer_rows * D, dv2, buffer_row, in_buffer, D)
@@ -679,12 +704,12 @@ def dq_dk2_dv2_kernel(
         add_to_buffer(dk2_ptr + program * buffer_rows * D, dk2, buffer_row, in_buffer, D)
         tl.debug_barrier()
 
-        # -- dq: sum the rows of each query, and the chunks of offsets, from 0 in the first --
+        # -- dq_i = scale * sum_d dsk_id * k2_{i-d}: add this chunk of d to the earlier chunks --
         k2 = load_rows(head.k2_ptr, tile.position2, tile.exists, D)
-        is_own = own_rows(PADDED, QUERIES * OFFSETS, OFFSETS)  # [PADDED, ROWS]
+        is_own = own_rows(PADDED, QUERIES * OFFSETS, OFFSETS)  # [PADDED, ROWS]: row of the query?
         dsk_k2 = (dsk * k2).to(dtype)
         dq_chunk = tl.dot(is_own.to(dtype), dsk_k2, input_precision=PRECISION) * scale
-        dq = tl.where(tile_index % chunks == 0, 0.0, dq) + dq_chunk
+        dq = tl.where(tile_index % chunks == 0, 0.0, dq) + dq_chunk  # 0 before the first chunk
 
         # -- store dq: each chunk overwrites it, so the complete sum of the last chunk remains --
         q_row, mask = block_queries(tile_index // chunks, sizes, GROUP, QUERIES, PADDED)
@@ -705,7 +730,7 @@ def dq_dk2_dv2_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, k2_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr,  # as in dq_dk2_dv2_kernel
-    is_seen_ptr,  # (B, Hkv, Tk) by a query with inf or NaN
+    is_seen_ptr,  # (B, Hkv, Tk) int8: does a query with inf or NaN see this key?
     dk_ptr, dv_ptr,  # (B, Hkv, Tk, D)
     Tq, Tk, Tk2, w1, w2, scale,
     GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr,
@@ -730,18 +755,19 @@ def dk_dv_kernel(
     k, v = load_keys(head.k_ptr, head.v_ptr, start, Tk, BLOCK_N, D)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
-    dk_sum = tl.zeros((BLOCK_N, D), tl.float32)  # in float32, sums of all but the last tiles
+    dk_sum = tl.zeros((BLOCK_N, D), tl.float32)  # for float32: sums of earlier tiles, see below
     dv_sum = tl.zeros((BLOCK_N, D), tl.float32)
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
 
     # -- tiles with a query that sees one of these keys: positions first ... end - 1 of q --
+    # key j is seen by the queries at j ... j + w1 - 1 in k, whose numbers in q are Tk - Tq less
     first = tl.maximum(start - (Tk - Tq), 0)
     end = tl.minimum(start + BLOCK_N + w1 - 1, Tk) - (Tk - Tq)
-    first_block = first * GROUP // QUERIES  # of QUERIES queries
+    first_block = first * GROUP // QUERIES  # a block is QUERIES queries
     end_block = tl.cdiv(tl.maximum(end, first) * GROUP, QUERIES)
     chunks = tl.cdiv(w2, OFFSETS)  # tiles of a block: one per chunk of OFFSETS offsets
     for tile_index in range(first_block * chunks, end_block * chunks):
-        # -- load the rows; if a query sees a single pair, qk2 = lse = 0, so P = 1 and dk gets 0 --
+        # -- load the rows; if a query has a single pair, qk2 = lse = 0: then P = 1 and dk is 0 --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
         qk2 = multiply_rows(
             head.q_ptr, head.k2_ptr, tile, tile.has_rivals, qk_scale, D
@@ -758,7 +784,7 @@ def dk_dv_kernel(
         if not sees_all:
             p = tl.where(is_visible(tile.position[None, :], key[:, None], w1, Tk), p, 0.0)
 
-        # -- compute dv, ds and dk --
+        # -- dv += p dov2, ds = p * (dp - delta) with dp = v dov2^T, dk += ds qk2 --
         dv = tl.dot(p.to(dov2.dtype), dov2, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(dov2), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(qk2.dtype), qk2, dk, input_precision=PRECISION)
@@ -820,7 +846,7 @@ def clean_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def sum_buffers_kernel(
     dk2_buffers_ptr, dv2_buffers_ptr,  # (B * Hkv, pieces, buffer_rows, D), of dq_dk2_dv2_kernel
-    is_seen_ptr,  # (B, Hkv, Tk2) by a query with inf or NaN
+    is_seen_ptr,  # (B, Hkv, Tk2) int8: does a query with inf or NaN see this position?
     dk2_ptr, dv2_ptr,  # (B, Hkv, Tk2, D)
     Tk2, past, pieces, piece, buffer_rows,  # past: positions of k2 before the first query
     D: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -838,7 +864,10 @@ def sum_buffers_kernel(
     exists = position < Tk2
     q_position = position - past  # negative before the first query
 
-    # a position is in the buffer of its own piece, and in those of up to `reach` pieces after it
+    # A position is in the buffer of its own piece, and in those of up to `reach` pieces after it.
+    # For piece = 64 and w2 = 32, buffers have 95 rows and reach = 1. Position 50 of q, in piece 0,
+    # is row 50 - 64 + 95 = 81 of buffer 0, and row 50 - 128 + 95 = 17 of buffer 1. Position -5 has
+    # own_piece -1, which does not exist, and is row -5 - 64 + 95 = 26 of buffer 0.
     reach = tl.cdiv(buffer_rows - piece, piece)
     own_piece = (q_position + reach * piece) // piece - reach  # // rounds down numbers >= 0 only
     dk2 = tl.zeros((BLOCK_T, D), tl.float32)
@@ -863,10 +892,12 @@ def sum_buffers_kernel(
 
 
 class Config(NamedTuple):
+    """What get_options chooses per kernel, dtype, head dimension and GPU."""
+
     rows: int  # of a tile, queries times offsets
     block_n: int  # keys per block
     num_warps: int
-    num_stages: int
+    num_stages: int  # blocks of keys in flight, by software pipelining
     maxnreg: int | None = None  # limit of registers per thread
 
 
@@ -889,6 +920,7 @@ FLOAT32 = Config(rows=16, block_n=16, num_warps=8, num_stages=1)  # without tens
 
 
 def get_config(kernel, dtype, D, device):
+    """Return the Config of "forward" (and repair), "dq_dk2_dv2" or "dk_dv"."""
     if dtype == torch.float32:
         return FLOAT32
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
@@ -939,7 +971,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int
 ) -> tuple[Tensor, Tensor]:
     """Return o like q, and lse (B, H, Tq) float32 in natural logarithms. Inputs are contiguous."""
-    o = torch.empty_like(q)
+    o = torch.empty_like(q)  # (B, H, Tq, D)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return o, lse
@@ -960,12 +992,14 @@ def forward(
     v_blocks = TensorDescriptor.from_tensor(v.view(-1, D), block)
     tensors = q, k, v, k_blocks, v_blocks, k2, v2, o, lse
 
-    tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])
+    tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])  # blocks of QUERIES queries per KV head
     plan = hopper_plan(q, k, min(w1, Tk), min(w2, Tk2))
     if plan is not None:
         hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)
     else:
         forward_kernel[(tiles, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
+    # Compute the queries again that have lse = inf or an o that is not finite. There are few or
+    # none, and it is quick to check for them, so a program checks several tiles: 128 queries.
     programs = triton.cdiv(tiles, max(1, REPAIR_QUERIES.value // options["QUERIES"]))
     repair_kernel[(programs, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     return o, lse
@@ -992,7 +1026,10 @@ def clean(x, y, o=None):
 
 
 def any_in_window(flags, w):
-    """Return for each i whether one of flags[i - w + 1 ... i] is True. flags (..., T) bool."""
+    """Return for each i whether one of flags[i - w + 1 ... i] is True. flags (..., T) bool.
+
+    For w = 2, flags 0 1 0 0 give count 0 0 0 1 1 1 and the result 0 1 1 0.
+    """
     count = F.pad(flags.cumsum(-1), (w, 0))  # count[i + w]: how many of flags[0 ... i] are True
     return count[..., w:] > count[..., :-w]  # those up to i, those up to i - w
 
@@ -1079,6 +1116,7 @@ simplicial_op = custom_op("fivefold::simplicial", forward, mutates_args=())
 simplicial_backward_op = custom_op("fivefold::simplicial_backward", backward, mutates_args=())
 
 
+# for torch.compile: the outputs' shapes and dtypes
 @simplicial_op.register_fake
 def _(q, k, v, k2, v2, w1, w2):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -1090,6 +1128,7 @@ def _(do, q, k, v, k2, v2, o, lse, w1, w2):
 
 
 def setup_context(ctx, inputs, output):
+    """Save for the backward pass: q, k, v, k2, v2, w1 and w2 (the inputs), o and lse."""
     *tensors, ctx.w1, ctx.w2 = inputs
     o, lse = output
     ctx.save_for_backward(*tensors, o, lse)
@@ -1097,6 +1136,7 @@ def setup_context(ctx, inputs, output):
 
 
 def simplicial_autograd(ctx, do, _):
+    """Return the gradients of q, k, v, k2 and v2, and None for w1 and w2."""
     grads = simplicial_backward_op(do.contiguous(), *ctx.saved_tensors, ctx.w1, ctx.w2)
     return *grads, None, None
 

@@ -1,9 +1,9 @@
 """The forward pass of 2-simplicial attention for Hopper GPUs, in Gluon.
 
-As in simplicial.py, row (i, d) is query i with one of its offsets d < w2. It attends to k and v
-with q_i * k2_{i-d} as its query: S = (q * k2) K^T, P = exp2(S). Its P V is multiplied by v2_{i-d},
-and the rows of each query are added up. There is no running maximum: a query whose sums leave the
-range of the dtype gets lse = inf, and repair_kernel computes it again.
+As in simplicial.py, row (i, d) is query i with its second key at position i - d, d < w2. The row
+attends to k and v with q_i * k2_{i-d} as its query: S = (q * k2) K^T, P = exp2(S). Its P V is
+multiplied by v2_{i-d}, and the rows of each query are added up. There is no running maximum: if
+sums leave the range of the dtype, the query gets lse = inf, and repair_kernel computes it again.
 
 Gluon is the level below Triton: a kernel says which warps do what, and what waits for what. One
 program per multiprocessor goes from tile to tile (a persistent kernel). Its warpgroups, four warps
@@ -35,29 +35,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-ROWS = tl.constexpr(64)  # rows of a consumer
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) * LN2
+ROWS = tl.constexpr(64)  # rows (query, offset) that a consumer computes at once
 SMALL_BLOCK = tl.constexpr(16)  # keys of the small block at the start of a window
 
 
 class Sizes(NamedTuple):
-    Tq: gl.tensor  # positions of q, which are the last
+    Tq: gl.tensor  # positions of q; its last one is also the last of k and of k2
     Tk: gl.tensor  # positions of k and v
     Tk2: gl.tensor  # positions of k2 and v2
     w1: gl.tensor  # window in k and v
     w2: gl.tensor  # window in k2 and v2
-    tiles: gl.tensor  # per KV head
+    tiles: gl.tensor  # per KV head; a tile is the queries that a program computes at once
     heads: gl.tensor  # KV heads in the batch
 
 
 class Config(NamedTuple):
-    """The compile-time arguments. ROWS = QUERIES * OFFSETS."""
+    """The compile-time arguments. ROWS = QUERIES * OFFSETS, for example 64 = 2 * 32."""
 
     GROUP: gl.constexpr  # query heads per KV head
     D: gl.constexpr  # head dimension
     QUERIES: gl.constexpr  # per consumer; a tile has CONSUMERS * QUERIES
-    OFFSETS: gl.constexpr  # per query, at least w2
+    OFFSETS: gl.constexpr  # rows per query: the offsets d = 0 ... w2 - 1, padded to a power of two
     BLOCK_N: gl.constexpr  # keys per block
     HAS_SMALL_BLOCK: gl.constexpr  # each tile starts with a block of SMALL_BLOCK keys
     CONSUMERS: gl.constexpr  # warpgroups that compute attention
@@ -79,14 +79,14 @@ class Config(NamedTuple):
 
 
 class Ring(NamedTuple):
-    slots: gl.shared_memory_descriptor  # [SLOTS, ...]
-    full: gl.shared_memory_descriptor  # an mbarrier per slot
-    empty: gl.shared_memory_descriptor
+    slots: gl.shared_memory_descriptor  # [SLOTS, ...], the data
+    full: gl.shared_memory_descriptor  # an mbarrier per slot: the data have come
+    empty: gl.shared_memory_descriptor  # an mbarrier per slot: the data have been read
 
 
 @gluon.jit
 def make_ring(slots, SLOTS: gl.constexpr, READERS: gl.constexpr):
-    """Make the mbarriers of a ring buffer that READERS consumers read."""
+    """Make the Ring of a buffer with SLOTS slots, each of which READERS consumers read."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -104,9 +104,10 @@ def load_block(desc, ring, block, bh, start, size: gl.constexpr, D: gl.constexpr
     SLOTS: gl.constexpr = ring.full.shape[0]
     slot = block % SLOTS
     full = ring.full.index(slot)
-    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)  # phase: of the round before
+    # this round has parity block // SLOTS & 1, and the round before, which we wait for, the other
+    mbarrier.wait(ring.empty.index(slot), (block // SLOTS & 1) ^ 1)
     mbarrier.expect(full, size * D * 2)  # how many bytes complete it: 2 per element
-    target = ring.slots.index(slot).slice(0, size, 1)
+    target = ring.slots.index(slot).slice(0, size, 1)  # the first `size` keys of [1, BLOCK_N, D]
     tma.async_copy_global_to_shared(desc, [bh, start, 0], full, target)
 
 
@@ -119,7 +120,7 @@ def wait_full(ring, block):
 
 @gluon.jit
 def read_slot(ring, block, size: gl.constexpr):
-    """Return the first `size` rows of a block, [size, D], as an operand in shared memory."""
+    """Return the first `size` keys of a block, [size, D], in shared memory, where wgmma reads."""
     slot = ring.slots.index(block % ring.full.shape[0])  # [1, BLOCK_N, D]
     return slot.reshape([slot.shape[1], slot.shape[2]]).slice(0, size)
 
@@ -131,8 +132,13 @@ def release(ring, block):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tiles. The GROUP query heads of a KV head are numbered side by side, position by position:
-#     query = position * GROUP + head        (in q, (GROUP, Tq, D), it is row head * Tq + position)
+# Tiles. A query is one query head at one position. The GROUP heads of a KV head are numbered
+# position by position, query = position * GROUP + head, so a number counts both. In q,
+# (GROUP, Tq, D), each head has its own Tq rows instead. For GROUP = 2 and Tq = 3:
+#     query       0  1  2  3  4  5
+#     position    0  0  1  1  2  2    query // GROUP
+#     head        0  1  0  1  0  1    query % GROUP
+#     row of q    0  3  1  4  2  5    head * Tq + position
 # A tile has CONSUMERS * QUERIES consecutive queries; each consumer computes QUERIES of these, with
 # OFFSETS offsets each: rows (query 0, offset 0), (query 0, offset 1), ..., (query 1, offset 0), ...
 
@@ -146,7 +152,7 @@ class KeyBlocks(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows (query i, offset d) of a consumer, [ROWS] each."""
+    """The rows (query at position i, offset d) of a consumer, [ROWS] each."""
 
     position: gl.tensor  # i, of the query in k
     position2: gl.tensor  # i - d, of the second key in k2
@@ -161,24 +167,27 @@ def tile_keys(tile, sizes, config: gl.constexpr):
         first_key                                  end
 
     There are as many blocks of BLOCK_N keys as fit into a window. The rest, which not all queries
-    see, goes to a small block if it fits, else to one more block of BLOCK_N.
+    see, goes to a small block if it has at most SMALL_BLOCK keys, else to another whole block.
+    For example, w1 = 512, BLOCK_N = 64 and queries at 1000 ... 1003: first_key is 1000 - 511 = 489,
+    end is 1004, 8 blocks start at 492, and the rest is 489 ... 491, in a small block.
     """
     BLOCK_N: gl.constexpr = config.BLOCK_N
     TILE_QUERIES: gl.constexpr = config.CONSUMERS * config.QUERIES
 
-    # -- positions in k of the tile's first and last query --
+    # -- positions in k of the tile's first and last query: position in q + Tk - Tq --
+    # GROUP consecutive queries, one per head, share a position; those past the end take the last
     first_query = tile * TILE_QUERIES
     last_query = first_query + TILE_QUERIES - 1
     first_position = gl.minimum(first_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     last_position = gl.minimum(last_query // config.GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     end = last_position + 1
 
-    # -- whole blocks, and the keys before them --
+    # -- blocks that fit into a window, and the keys before them --
     count = gl.maximum(gl.minimum(sizes.w1, end), 0) // BLOCK_N
     first_key = gl.maximum(first_position - sizes.w1 + 1, 0)
     rest = end - count * BLOCK_N - first_key
 
-    # -- place the rest --
+    # -- place the rest: in the small block, or in one more block of BLOCK_N --
     use_small = (rest > 0) & (rest <= SMALL_BLOCK) & (count > 0) & config.HAS_SMALL_BLOCK
     # an unused small block is put before position 0, where TMA reads 0 and the mask hides it
     small_start = gl.where(use_small, end - count * BLOCK_N - SMALL_BLOCK, -SMALL_BLOCK)
@@ -190,6 +199,7 @@ def tile_keys(tile, sizes, config: gl.constexpr):
 @gluon.jit
 def consumer_rows(first_query, row, sizes, config: gl.constexpr):
     """Return the Rows of a consumer whose first query is first_query. row: 0 ... ROWS - 1"""
+    # OFFSETS = 32: rows 0 ... 31 are the first query with offsets 0 ... 31, rows 32 ... the second
     query = first_query + row // config.OFFSETS
     offset = row % config.OFFSETS
     # positions in q (t), in k (i) and in k2 (i2); rows past the end repeat the last position
@@ -202,6 +212,7 @@ def consumer_rows(first_query, row, sizes, config: gl.constexpr):
 @gluon.jit
 def query_row(query, Tq, GROUP: gl.constexpr):
     """Return head * Tq + position, the row of query = position * GROUP + head in q (GROUP, Tq)."""
+    # GROUP = 2, Tq = 3: queries 0 1 2 3 4 5 (heads 0 1 0 1 0 1) are rows 0 3 1 4 2 5
     return query % GROUP * Tq + query // GROUP
 
 
@@ -211,16 +222,21 @@ def query_row(query, Tq, GROUP: gl.constexpr):
 
 @gluon.jit
 def store_qk2(slot, q_ptr, k2_ptr, qk_scale, first_query, sizes, config: gl.constexpr):
-    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows (i, d), [ROWS, D], in shared memory."""
+    """Store q_i * k2_{i-d} * qk_scale of a consumer's rows (query i, offset d): slot [ROWS, D]."""
     GROUP: gl.constexpr = config.GROUP
     D: gl.constexpr = config.D
     OFFSETS: gl.constexpr = config.OFFSETS
-    # a thread has 8 channels of a row, 16 bytes; a warp has 256 // D rows of D // 8 threads each
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    offset = gl.arange(0, OFFSETS, gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    # which thread holds which element of [OFFSETS, D]
+    LAYOUT: gl.constexpr = gl.BlockedLayout(
+        [1, 8],  # elements of a thread: 8 channels of a row, 16 bytes
+        [256 // D, D // 8],  # threads of a warp: 256 // D rows of D // 8 threads each
+        [4, 1],  # warps: four, one below the other
+        [1, 0],  # order: channels first
+    )
+    offset = gl.arange(0, OFFSETS, gl.SliceLayout(1, LAYOUT))  # [OFFSETS], a column in LAYOUT
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))  # channels [D], a row in LAYOUT
 
-    # one query after the other, because then each is read once and not once per offset
+    # one query after the other: then q is read once per query, not once per row
     for n in gl.static_range(config.QUERIES):
         query = gl.minimum(first_query + n, sizes.Tq * GROUP - 1)
         i2 = query // GROUP + sizes.Tk2 - sizes.Tq  # position of the query in k2
@@ -230,7 +246,7 @@ def store_qk2(slot, q_ptr, k2_ptr, qk_scale, first_query, sizes, config: gl.cons
         k2_ptrs = k2_ptr + (i2 - offset)[:, None] * D + offs_d[None, :]
         k2 = gl.load(k2_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)  # [OFFSETS, D]
         qk2 = (q[None, :] * k2).to(q_ptr.dtype.element_ty)
-        slot.slice(n * OFFSETS, OFFSETS).store(qk2)  # the rows of query n
+        slot.slice(n * OFFSETS, OFFSETS).store(qk2)  # rows n * OFFSETS ... of the slot
 
 
 @gluon.jit
@@ -240,13 +256,13 @@ def loader(
 ):  # fmt: skip
     """Load what the consumers need for all tiles of this program, waiting only for empty slots.
 
-    k_ring and v_ring have a slot for each block in flight. qk2_ring has a slot for each consumer,
-    which is filled once per tile.
+    k_blocks, v_blocks, k_small, v_small: TMA descriptors, for blocks of BLOCK_N and SMALL_BLOCK.
+    k_ring, v_ring: a slot per block in flight. qk2_ring: a slot per consumer, filled once per tile.
     """
     BLOCK_N: gl.constexpr = config.BLOCK_N
     block = 0  # number of the block, over all tiles of this program
-    parity = 1  # of the phase of qk2_ring.empty, that of the tile before
-    # this program's tiles, when those of all heads are numbered in order
+    parity = 1  # phase % 2 of qk2_ring.empty to wait for: 1, which returns at once, then 0, 1, ...
+    # the tiles of all heads, numbered in order: of 132 programs, program 5 has 5, 137, 269, ...
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles  # KV head in the batch
         tile = pid % sizes.tiles
@@ -277,8 +293,8 @@ def loader(
 
 
 # --------------------------------------------------------------------------------------------------
-# Consumer. Per block of keys it computes S = (q * k2) K^T, P = exp2(S) and P V. While the tensor
-# cores multiply, exp2 runs on other units:
+# Consumer. Per block of keys it computes S = (q * k2) K^T, P = exp2(S) and P V. exp2 runs on other
+# units than the tensor cores, at the same time (time goes from left to right):
 #     tensor cores     S of block 1 | P V of block 0 | S of block 2 | P V of block 1 | ...
 #     other units                   | P of block 1   |              | P of block 2   | ...
 
@@ -286,7 +302,7 @@ def loader(
 @gluon.constexpr_function
 def wgmma_layout(columns):
     """Return which thread holds which element of a wgmma result, [ROWS, columns]."""
-    # version 3 is Hopper's; each of the four warps has 16 of the 64 rows
+    # version 3 is Hopper's; each of the four warps has 16 of the 64 rows, [16, columns]
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
     )
@@ -307,7 +323,8 @@ def start_scores(inputs, block, size: gl.constexpr):
     """Wait for the keys of a block, then start S = (q * k2) K^T, [ROWS, size]."""
     LAYOUT: gl.constexpr = wgmma_layout(size)
     wait_full(inputs.k_ring, block)
-    k = read_slot(inputs.k_ring, block, size)
+    k = read_slot(inputs.k_ring, block, size)  # [size, D]
+    # make qk2 the left operand (0) of a product with `size` columns; no register moves for that
     qk2 = gl.convert_layout(inputs.qk2, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
     zeros = gl.zeros([ROWS, size], gl.float32, LAYOUT)
     return warpgroup_mma(qk2, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
@@ -321,6 +338,7 @@ def exponentials(s, inputs, start, is_partial: gl.constexpr):
     There P is 0 where row i does not see key j, that is unless i - w1 < j <= i.
     """
     if is_partial:
+        # i: the position of each row's query; j: of each key, which is hidden before position 0
         i = gl.convert_layout(inputs.position, gl.SliceLayout(1, s.type.layout))[:, None]
         j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
         is_visible = (j <= i) & (j > gl.maximum(i - inputs.w1, -1))
@@ -334,19 +352,19 @@ def finish_block(
     s, p, acc, l_i, inputs, block, start,
     previous_size: gl.constexpr, use_acc: gl.constexpr, is_partial: gl.constexpr,
 ):  # fmt: skip
-    """Compute P of a block from S while P V of the previous block is added to acc.
+    """Compute P of a block from its S while P V of the previous block is added to acc.
 
     s: S of this block, already started. p: P of the previous block, which has previous_size keys.
     acc [ROWS, D]: sum of P V. l_i [ROWS]: sum of P. use_acc: False if acc is still empty.
     Returns P of this block, acc, l_i.
     """
-    # start P V, then wait until only one product is unfinished: then S, the older one, is done
+    # start P V, then wait until only 1 product is unfinished: then S, which started first, is done
     v = read_slot(inputs.v_ring, block - 1, previous_size)
     acc = warpgroup_mma(p, v, acc, use_acc=use_acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     release(inputs.k_ring, block)
 
-    # compute exp2 while P V runs
+    # compute P = exp2(S) while P V runs
     p_next, l_next = exponentials(s, inputs, start, is_partial)
     wait_full(inputs.v_ring, block)  # keeps the compiler from moving exp2 behind the next wait
 
@@ -367,29 +385,31 @@ def store_output(acc, l_i, v2_ptr, o_ptr, lse_ptr, bh, first_query, sizes, confi
     QUERIES: gl.constexpr = config.QUERIES
     OFFSETS: gl.constexpr = config.OFFSETS
     ACC_LAYOUT: gl.constexpr = acc.type.layout
-    O_LAYOUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])  # of o
+    # of o [QUERIES, D]: a thread has D // 64 channels, a warp D // 2 channels of a row
+    O_LAYOUT: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
     dtype: gl.constexpr = o_ptr.dtype.element_ty
     # allowed range of a row's sum of P, as in forward_queries
     LEAST: gl.constexpr = 1.0 if dtype == gl.float16 else 2.0**-60
     MOST: gl.constexpr = 2.0**15 if dtype == gl.float16 else 2.0**60
 
     # -- multiply the row (i, d) by v2_{i-d} --
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC_LAYOUT))  # [ROWS], a column in ACC_LAYOUT
     rows = consumer_rows(first_query, row, sizes, config)
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, ACC_LAYOUT))[None, :]  # channels, [1, D]
     v2_ptrs = v2_ptr + bh.to(gl.int64) * sizes.Tk2 * D + rows.position2[:, None] * D + offs_d
     acc *= gl.load(v2_ptrs, mask=rows.exists[:, None], other=0.0).to(gl.float32)
 
-    # -- replace sums out of range by NaN, which then reaches the sum of the query --
+    # -- replace sums out of range by NaN, which reaches l_q below; 0 where a row does not exist --
     l_i = gl.convert_layout(l_i, gl.SliceLayout(1, ACC_LAYOUT))
     in_range = (l_i > LEAST) & (l_i < MOST)
     l_i = gl.where(rows.exists, gl.where(in_range, l_i, float("nan")), 0.0)
 
-    # -- add up the rows of each query (no rescaling, as there is no maximum) and normalize --
+    # -- o = (sum of a query's rows of acc) / l_q, where l_q is the sum of their l_i --
     o = gl.convert_layout(gl.sum(acc.reshape([QUERIES, OFFSETS, D]), 1), O_LAYOUT)  # [QUERIES, D]
     l_q = gl.sum(l_i.reshape([QUERIES, OFFSETS]), 1)
     l_q = gl.convert_layout(l_q, gl.SliceLayout(1, O_LAYOUT))  # [QUERIES]
     o = (o / gl.where(l_q > 0.0, l_q, 1.0)[:, None]).to(dtype)
+    # lse = log(l_q), -inf past the last query, and inf, for repair_kernel, where l_q is NaN
     lse = gl.where(l_q > 0.0, gl.log2(l_q) * LN2, -float("inf"))
     lse = gl.where(l_q == l_q, lse, float("inf"))  # noqa: PLR0124, NaN
 
@@ -412,12 +432,12 @@ def consumer(
     BLOCK_N: gl.constexpr = config.BLOCK_N
     S_LAYOUT: gl.constexpr = wgmma_layout(BLOCK_N)  # of S, [ROWS, BLOCK_N]
     ACC_LAYOUT: gl.constexpr = wgmma_layout(config.D)  # of P V, [ROWS, D]
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)  # of P, an operand in registers
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)  # of P, a left operand (0)
     dtype: gl.constexpr = o_ptr.dtype.element_ty
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))  # [ROWS], a column in S_LAYOUT
     block = 0  # number of the block, over all tiles of this program
-    parity = 0  # of the phase of qk2_ring.full, that of this tile
-    # this program's tiles, when those of all heads are numbered in order
+    parity = 0  # phase % 2 of qk2_ring.full to wait for: 0 for the first tile, then 1, 0, ...
+    # the tiles of all heads, numbered in order: of 132 programs, program 5 has 5, 137, 269, ...
     for pid in range(gl.program_id(0), sizes.tiles * sizes.heads, gl.num_programs(0)):
         bh = pid // sizes.tiles  # KV head in the batch
         tile = pid % sizes.tiles
@@ -428,7 +448,7 @@ def consumer(
         # -- wait for q * k2 and copy it to registers --
         mbarrier.wait(qk2_ring.full.index(consumer_id), parity)
         qk2 = qk2_ring.slots.index(consumer_id).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-        release(qk2_ring, consumer_id)
+        release(qk2_ring, consumer_id)  # its slot has its own number
         parity ^= 1
         inputs = Inputs(qk2, position, sizes.w1, k_ring, v_ring)
         acc = gl.zeros([ROWS, config.D], gl.float32, ACC_LAYOUT)
@@ -447,7 +467,7 @@ def consumer(
             wait_full(v_ring, block - 1)
             p, acc, l_i = finish_block(
                 s_first, p, acc, l_i, inputs, block, keys.start,
-                SMALL_BLOCK, use_acc=False, is_partial=True,
+                SMALL_BLOCK, use_acc=False, is_partial=True,  # SMALL_BLOCK keys: the block before
             )  # fmt: skip
         else:
             s_first = start_scores(inputs, block, BLOCK_N)
@@ -457,7 +477,7 @@ def consumer(
             wait_full(v_ring, block)
             p = gl.convert_layout(p.to(dtype), P_LAYOUT)
 
-        # -- blocks that all rows see: P of each, and P V of the block before --
+        # -- blocks that all rows see: P of each, and P V of the block before, of BLOCK_N keys --
         for b in range(1, keys.count - 1):
             block += 1
             start = keys.start + b * BLOCK_N
@@ -504,18 +524,20 @@ def hopper_kernel(
     config: gl.constexpr = Config(GROUP, D, QUERIES, OFFSETS, BLOCK_N, HAS_SMALL_BLOCK, CONSUMERS)
 
     # -- ring buffers: for STAGES blocks of keys and of values, and for q * k2 of each consumer --
+    # A slot for keys is [1, BLOCK_N, D], as TMA copies BLOCK_N keys of 1 head of (B * Hkv, Tk, D).
+    # All consumers read it. A slot for q * k2 is [ROWS, D], and only its own consumer reads it.
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     k_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], k_blocks.layout)
     v_slots = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, D], v_blocks.layout)
-    qk2_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    qk2_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)  # as key_layout, with two dimensions
     qk2_slots = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], qk2_layout)
-    k_ring = make_ring(k_slots, STAGES, CONSUMERS)
+    k_ring = make_ring(k_slots, STAGES, CONSUMERS)  # STAGES slots with CONSUMERS readers each
     v_ring = make_ring(v_slots, STAGES, CONSUMERS)
-    qk2_ring = make_ring(qk2_slots, CONSUMERS, 1)
+    qk2_ring = make_ring(qk2_slots, CONSUMERS, 1)  # CONSUMERS slots with 1 reader each
 
     # -- start the warpgroups: for each, a function and its arguments --
-    # The first runs in the program's own four warps. The two lists after the functions say how many
-    # warps, and how many registers per thread, each of the others gets.
+    # Consumer 0 runs in the program's own four warps. For the others, in the same order, two lists
+    # at the end of the call have the number of warps and the registers per thread.
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
@@ -523,7 +545,7 @@ def hopper_kernel(
             (consumer, (config, 1, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
             (loader, (config, q_ptr, k2_ptr, k_blocks, v_blocks, k_small, v_small,
                       k_ring, v_ring, qk2_ring, sizes, scale)),
-        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])
+        ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # warps, registers: consumer 1, loader
     else:
         gl.warp_specialize([
             (consumer, (config, 0, v2_ptr, o_ptr, lse_ptr, k_ring, v_ring, qk2_ring, sizes)),
@@ -537,10 +559,11 @@ def hopper_kernel(
 
 def key_layout():
     """Return the layout of keys and values in shared memory that TMA writes and wgmma reads."""
+    # swizzle: in each 128 bytes, the 16-byte parts are permuted, which avoids bank conflicts
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
-CONFIGS = {  # by head dimension; registers are per thread
+CONFIGS = {  # by head dimension D; STAGES: slots of k_ring and v_ring; registers per thread
     128: dict(BLOCK_N=64, STAGES=5, CONSUMERS=2, CONSUMER_REGISTERS=208, LOADER_REGISTERS=88),
     64: dict(BLOCK_N=64, STAGES=8, CONSUMERS=3, CONSUMER_REGISTERS=152, LOADER_REGISTERS=56),
 }
@@ -561,9 +584,10 @@ def plan(dtype, device, group, D, w1, w2):
     queries = ROWS.value // offsets  # of a consumer
     tile_queries = config["CONSUMERS"] * queries
 
-    # The queries of a tile have up to 1 + extra_positions positions, so their windows start at as
-    # many different keys. Keys that only some queries see must be masked. At the start of a window,
-    # consumers mask a single block, small or whole, so the keys before the others must fit into it.
+    # The queries of a tile have up to 1 + extra_positions positions (3 for a tile of 6 in groups of
+    # 4: 0 1 1 1 1 2), so their windows start at as many different keys. Keys that only some queries
+    # see must be masked. At the start of a window, consumers mask one block only, of SMALL_BLOCK or
+    # BLOCK_N keys, so the partial_keys before the whole blocks must fit into it.
     extra_positions = 0
     if group % tile_queries != 0:
         extra_positions = (tile_queries - 2) // group + 1
@@ -591,7 +615,7 @@ def launch(options, q, k, v, k2, v2, o, lse, sizes):
 
     # one program per multiprocessor, unless there are fewer tiles
     heads = k.shape[0] * k.shape[1]
-    queries = options["GROUP"] * q.shape[2]
+    queries = options["GROUP"] * q.shape[2]  # per KV head
     tiles = triton.cdiv(queries, options["CONSUMERS"] * options["QUERIES"])
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(multiprocessors, tiles * heads)
