@@ -531,8 +531,8 @@ class SimplePlan(Plan):
         self.totals = torch.empty(len(params), SUMS.value, device=self.device)
 
     def step(self, numbers, lr_on_device):
-        # the kernels' arguments: table_ptr ... total_ptr are `tensors`, beta1 ... weight_decay are
-        # `numbers`, and PARAM ... BLOCK are `constants`
+        # the kernels' arguments: `tensors` are table_ptr ... total_ptr, `numbers` are beta1 ...
+        # weight_decay, and `constants` are PARAM ... BLOCK
         n_programs = len(self.blocks)
         columns = self.table.shape[1]
         u = torch.empty(n_programs * (BLOCK - 2 * self.band), device=self.device)

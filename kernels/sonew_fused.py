@@ -186,10 +186,10 @@ class Index(NamedTuple):
 class Tensors(NamedTuple):
     """The gradient and the state of one parameter."""
 
-    g_ptr: tl.tensor
-    m_ptr: tl.tensor
-    S_ptrs: tuple  # of S_0 ... S_BAND
-    chain: tl.tensor  # elements per chain
+    g_ptr: tl.tensor  # gradient
+    m_ptr: tl.tensor  # momentum
+    S_ptrs: tuple  # statistics S_0 ... S_BAND
+    chain: tl.tensor  # elements per chain; an element's successors are in its chain
     chunk: tl.tensor  # elements per chunk
 
 
@@ -253,17 +253,16 @@ def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
 
 @triton.jit
 def load_quads(ptr, quad, phase, mask, halo_ptr, array: tl.constexpr, chunk, HALO: tl.constexpr):
-    """Load the quads [32, LINES, 1] of the chunk that starts at ptr: [32, LINES, 4], float32.
+    """Load quads of an array of the chunk that starts at ptr. Return [32, LINES, 4] in float32.
 
-    With HALO, the quads before and after the chunk are read from their copies at halo_ptr,
-    (BAND + 3, 8): of each array, 4 elements before the chunk and 4 after it. array: which of them
-    is loaded, 0 for g, 1 for m, 2 + k for S_k.
+    quad [32, LINES, 1]: their numbers in the chunk. array: 0 for g, 1 for m, 2 + k for S_k. With
+    HALO, the quads before and after the chunk are read from their copies, halo_ptr (BAND + 3, 8):
+    row `array` has the 4 elements before the chunk, then the 4 after it.
     """
     # -- address of each quad, in the tensor or among the copies --
     QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 elements, bits / 8
     ptrs = ptr + 4 * quad
     if HALO:
-        # a row of copies: elements 0 ... 3 precede the chunk, elements 4 ... 7 follow it
         copies = (halo_ptr + array * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)  # before, after
         is_outside = (quad < 0) | (4 * quad >= chunk)
         ptrs = tl.where(is_outside, copies, ptrs)
@@ -291,10 +290,10 @@ def distance_to_chain_end(offs, start, chain, HALO: tl.constexpr):
     start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
     chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
 
-    # offs in the chain of the start (x > 0), or in a later one
+    # x > 0: offs is in the chain of the start, so x is the distance; otherwise in a later chain
     x = start_to_end - offs
     distance = tl.where(x > 0, x, chain - (-x) % chain)
-    # offs in an earlier chain: position < 0, counted from the first element of the start's chain
+    # position in the chain of the start; it is negative in an earlier chain, which ends at -1
     position = start_in_chain + offs
     return tl.where(position < 0, (-position - 1) % chain + 1, distance)
 
@@ -316,7 +315,7 @@ def update_statistics(
     chunk = tensors.chunk
     quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load everything before the first store, because lines overlap: blocks [32, LINES, 4] --
+    # -- load arrays 0 (g), 1 (m) and 2 + k (S_k) before the first store, because lines overlap --
     g_ptr = tensors.g_ptr + start
     g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
     m_ptr = tensors.m_ptr + start
@@ -531,7 +530,7 @@ def step_kernel(
     u_ptr += first * (RUN * 128 * LINES)  # u of this tensor
 
     if is_update:
-        # -- wait for the norms, then update p chunk by chunk --
+        # -- wait for the sums, whose roots are |a| and |u|, then update p chunk by chunk --
         p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
         wait_for_sums(ready_ptr)
         rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
@@ -547,7 +546,7 @@ def step_kernel(
         if run == 0:
             update_counters(row_ptr, total_ptr)
     else:
-        # -- update m and S_k and write u, chunk by chunk --
+        # -- update m and S_k and write u, chunk by chunk; sums are per quad, [32, LINES] --
         index = Index(tl.arange(0, 32), tl.arange(0, LINES), tl.arange(0, 4))
         tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
         units = load_units(row_ptr, options)
@@ -568,8 +567,8 @@ def step_kernel(
             sum_u += chunk_u
             sum_root += chunk_root
 
-        # -- publish this program's sums --
-        sums = (sum_a, sum_u, sum_root)  # per quad, [32, LINES] each
+        # -- publish this program's sums, and count it as done --
+        sums = (sum_a, sum_u, sum_root)
         programs = tl.load(row_ptr + PROGRAMS).to(tl.int32)
         partial_ptr += first * SUMS
         own_ptr = partial_ptr + run * SUMS
@@ -591,7 +590,7 @@ def has_hopper(device):
 
 
 def is_aligned(param):
-    """Return whether a LocalParam is aligned in memory, and its chains are whole quads of 4."""
+    """Return whether a LocalParam is aligned in memory, with chains of whole quads (4 elements)."""
     n = param.p.numel()
     if n == 0 or n % 4 or (param.band > 0 and param.chain % 4):
         return False
@@ -607,7 +606,7 @@ def chunk_size(param):
     at most 960 elements per chunk and chains of 256, a chunk is 3 chains, 768 elements.
     """
     lanes = 30 if param.band else 32  # with a band, a line stores 30 of its 32 quads
-    most = 4 * CONFIG[param.band].lines * lanes
+    most = 4 * CONFIG[param.band].lines * lanes  # 4 elements per lane
     if param.band == 0 or param.p.numel() <= most:
         return most, False
     if param.chain <= most:  # as many whole chains as fit
@@ -625,9 +624,9 @@ def schedule(n_programs, lag):
     later tensors. For n_programs = (2, 3) and lag = 0, statistics s and updates u of (tensor, run):
         s(0,0) s(0,1) s(1,0) u(0,0) s(1,1) u(0,1) s(1,2) u(1,0) u(1,1) u(1,2)
     """
-    # the tensor, and the run in it, of each program of the statistics
+    # programs of the statistics; for n_programs = (2, 3), tensor is 0 0 1 1 1, and run 0 1 0 1 2
     counts = torch.tensor(n_programs)
-    ends = counts.cumsum(0)  # of each tensor, among all programs
+    ends = counts.cumsum(0)  # where the programs of a tensor end, among all programs
     P = int(counts.sum())
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     run = torch.arange(P) - (ends - counts)[tensor]
@@ -652,7 +651,7 @@ class FusedPlan(Plan):
         self.prepare(params, self.config.run, self.config.lag)
 
     def prepare(self, params, run, lag):
-        """Make the tables, and the memory that launches share. run: chunks per program."""
+        """Make the tables, and the memory that launches share. run, lag: as in Config."""
         self.run = run
 
         # table of tensors: each has consecutive programs, one per run of its chunks
@@ -677,14 +676,14 @@ class FusedPlan(Plan):
 
     def copy_halos(self):
         if self.needs_halo:
-            _, *dtypes = self.dtypes
+            _, *dtypes = self.dtypes  # GRAD and STATE; the first is PARAM
             constants = (*dtypes, self.band, self.table.shape[1], self.run)
             tensors = (self.table, self.in_order, self.halos)
             halo_kernel[(self.n_programs,)](*tensors, *constants, num_warps=1)
 
     def step(self, numbers, lr_on_device):
-        # the kernel's arguments: table_ptr ... counters_ptr are `tensors`, beta1 ... weight_decay
-        # are `numbers`, and PARAM ... STAGES are `constants`
+        # step_kernel's arguments: `tensors` are table_ptr ... counters_ptr, `numbers` are beta1 ...
+        # weight_decay, and `constants` are PARAM ... HALO, and then COLUMNS, LINES, RUN and STAGES
         self.copy_halos()
         self.counters.zero_()  # no program has published its sums yet
         lines = self.config.lines
