@@ -144,8 +144,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
         sum_root += chunk_root
         ring.index(slot + c - run * RUN).store(u)  # slot of chunk c
 
-    # -- publish the sums; the last run of a tensor to do so adds up those of all its runs --
-    # offs: 1024 of these rows of sums are added at a time
+    # -- publish the sums; the last run of a tensor to do so adds up those of all, 1024 at a time --
     offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
     sums = (sum_a, sum_u, sum_root)
     n_runs = gl.load(row_ptr + PROGRAMS).to(gl.int32)  # of this tensor
@@ -242,8 +241,8 @@ def ring_kernel(
     )
 
     # -- the two runs whose u is in the ring buffer, by their rows in items_ptr; -1: none --
-    # The next run takes the half that starts at `slot`, which the older run has. The newer run has
-    # the other half, at RUN - slot, which is RUN for slot 0 and 0 for slot RUN:
+    # The next run takes the half of the ring buffer that starts at `slot`, from the older run. The
+    # newer run has the other half, at RUN - slot, which is RUN for slot 0 and 0 for slot RUN:
     #     run of this program    0      1      2        3        4
     #     its slot               0      RUN    0        RUN      0
     #     applied before it      -      -      run 0    run 1    run 2
@@ -252,7 +251,8 @@ def ring_kernel(
     newer_item = gl.to_tensor(-1)
     item = gl.to_tensor(0)
     while item < n_runs:
-        # -- free the slots of the older run: apply it, once all programs have published its sums --
+        # -- apply the older run, once the sums of its tensor are known, and so free its slots --
+        # no other program waits for this one meanwhile, as it has published its own sums
         if older_item >= 0:
             apply_run(index, ring, slot, older_item, launch, constants)
             older_item = gl.to_tensor(-1)
@@ -296,7 +296,7 @@ class RingPlan(FusedPlan):
         self.copy_halos()
         # counters of the runs that have been taken, and of those that have published their sums
         self.counters.zero_()
-        n_runs = self.n_programs  # FusedPlan has a program for each run; here, it takes several
+        n_runs = self.n_programs  # FusedPlan has one program per run; here, one takes several
 
         # ring_kernel's arguments: first table_ptr ... counters_ptr (tensors), and after beta1 ...
         # weight_decay (numbers) its constants PARAM ... HALO, COLUMNS, LINES and RUN
