@@ -167,7 +167,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
         variance_rest = ()
         for p in tl.static_range(1, N):
             ratio = W[p][0] * inverse  # of equation 0, this much is subtracted from equation p
-            row = ()
+            row = ()  # equation p without psi[0]
             for q in tl.static_range(1, p + 1):
                 row = row + (W[p][q] - ratio * W[q][0],)
             W_rest = W_rest + (row,)
@@ -177,7 +177,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
         psi_rest, s = solve(W_rest, c_rest, variance_rest, s, gamma, N - 1)
 
         # substitute back into equation 0: psi[0] = (c[0] - sum_p W[p][0] psi[p]) / W[0][0]
-        first = c[0] * inverse
+        first = c[0] * inverse  # becomes psi[0]
         for p in tl.static_range(1, N):
             first -= W[p][0] * inverse * psi_rest[p - 1]
         psi = (first,) + psi_rest
@@ -207,9 +207,12 @@ def load_step_size(total_ptr, lr, LR_ON_DEVICE: tl.constexpr, ADAM: tl.constexpr
     The learning rate is 0 if a gradient of the tensor was not finite. total_ptr (SUMS,): sums of
     a^2, u^2 and sqrt(S_0) over the tensor.
     """
+    # learning rate
     rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else tl.cast(lr, tl.float32)
     sum_root = tl.load(total_ptr + SUM_ROOT, cache_modifier=".cg")
     rate = tl.where(sum_root < float("inf"), rate, 0.0)
+
+    # graft, from the norms of a and u over the tensor; 1 where u is Adam's step itself
     graft = tl.cast(1.0, tl.float32)
     if not ADAM:
         norm_a = tl.sqrt(tl.load(total_ptr + SUM_A, cache_modifier=".cg"))
@@ -293,9 +296,10 @@ def load_statistics(
     m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     m = options.beta1 * m + options.new1 * g
 
+    # S_k[i] = beta2 S_k[i] + (1 - beta2) g[i] g[i+k], where g is 0 past the end of the chain of i
     S = ()  # a tuple of blocks, as kernels have no lists
     for k in tl.static_range(BAND + 1):
-        g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # 0 past the chain
+        g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # g[i+k]
         S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
         S_k = tl.load(S_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         S = S + (options.beta2 * S_k + options.new2 * (g * g_k),)
@@ -311,6 +315,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
     """
     # Each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
     # g[i+1+p] g[i+1+q], which is S_{p-q}[i+1+q]; c[p] is that of g[i] g[i+1+p], S_{p+1}[i].
+    # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
     W = ()
     c = ()
     variance = ()

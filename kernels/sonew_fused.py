@@ -374,6 +374,7 @@ def precondition(
     # -- psi_k[i]: weight of g[i+k] in predicting g[i]; s[i]: mean squared error of that --
     # each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
     # g[i+1+p] g[i+1+q], which is S[p-q] at i+1+q; c[p] is that of g[i] g[i+1+p], S[p+1] at i
+    # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
     S0 = units.S0_weight * S[0] + units.eps  # damped
     W = ()  # a tuple of tuples, as kernels have no lists
     c = ()

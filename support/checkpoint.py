@@ -31,8 +31,8 @@ def save(folder, model, optimizer, **more):
         whole = full_tensor(value)  # all ranks take part, one tensor at a time
         if rank() > 0:
             return None
-        # a tensor that was not sharded is still the same object. One that was gathered is a new
-        # tensor: move it to the CPU, because the whole model may not fit on this GPU
+        # whole is value if it was not sharded. A gathered tensor is a new one: move it to the CPU,
+        # because all gathered tensors together may not fit on this GPU
         return whole if whole is value else whole.cpu()
 
     # the state of each parameter, by its number; {} for one that has never had a gradient
@@ -114,7 +114,7 @@ def check_contents(saved, file_size):
         if not isinstance(saved[key], dict):
             raise ValueError(f"its {key} is no dict")
 
-    # a tensor with stride 0 can claim more values than the file has; the limit is twice its size,
+    # a tensor with stride 0 can claim more values than the file has. Up to twice its size is fine,
     # because tied tensors (one tensor with two names) are stored once but counted twice
     if check_values(saved) > 2 * file_size:
         raise ValueError("its tensors describe more values than the file has")
