@@ -128,8 +128,7 @@ def factor(S, gamma):
     # each coordinate i has its own equations W psi = c; for b = 2, with successors i+1 and i+2:
     #     W = [[S_0[i+1], S_1[i+1]],     c = [S_1[i],
     #          [S_1[i+1], S_0[i+2]]]          S_2[i]]
-    # W[p][q] (R, C) holds this entry for every i: shift(S_k, j) has S_k[i+j] at i. W is symmetric,
-    # so q <= p is enough
+    # W[p][q] (R, C) has this entry for every i, and q <= p is enough; shift(S_k, j)[i] is S_k[i+j]
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
@@ -272,9 +271,10 @@ def shard_groups(p, chain):
 
 
 def band_and_chain(p, group):
-    """Return b, the number of successors of a coordinate, and C, the coordinates in a chain.
+    """Return b, the number of successors of a coordinate, and C, the length of a chain.
 
-    A vector takes Adam's step, which needs no neighbours: b = 0 and C = 1.
+    A chain is a row p[i], or all of p if chain="flat". A vector, which takes Adam's step, has no
+    neighbours: b = 0 and C = 1.
     """
     if p.dim() < 2:
         return 0, 1

@@ -475,8 +475,11 @@ def update_kernel(
 
 
 def table_rows(params, chunk_sizes, first_programs, programs):
-    """Return the rows of the table: a list of integers for each LocalParam of sonew.py."""
-    rows = []  # each in the order of the columns P_PTR, G_PTR, ...
+    """Return the rows of the table: a list of integers for each LocalParam of sonew.py.
+
+    They are addresses and sizes, in the order of the columns P_PTR, G_PTR, ...
+    """
+    rows = []
     for i, param in enumerate(params):
         state = param.state
         pointers = [param.p.data_ptr(), param.grad.data_ptr(), state["m"].data_ptr()]
@@ -537,7 +540,7 @@ class SimplePlan(Plan):
 
     def step(self, numbers, lr_on_device):
         # the kernels' arguments: `tensors` are table_ptr ... total_ptr, `numbers` are beta1 ...
-        # weight_decay, and `constants` are PARAM ... BLOCK
+        # weight_decay, and `constants` are PARAM ... BLOCK; norms_kernel's BLOCK is 1024
         n_programs = len(self.blocks)
         columns = self.table.shape[1]
         u = torch.empty(n_programs * (BLOCK - 2 * self.band), device=self.device)
@@ -631,6 +634,7 @@ class PlanCache:
 def run(plans, *, lr, weight_decay, beta1, beta2, eps, gamma):
     """Launch the plans of a step. lr: a number, or a tensor (), read by the kernels if possible."""
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    # numbers: beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr and weight_decay
     betas = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs)
     for plan in plans:
         lr_on_device = torch.is_tensor(lr) and lr.device == plan.device
