@@ -1,33 +1,45 @@
 """SONew: a sparsified online Newton optimizer (arXiv 2311.10085).
 
 Let g (n) be the gradient of a tensor with n entries, its coordinates. A full
-second-order method averages g g^T over the steps into a matrix S (n, n), and
-multiplies the momentum by the inverse of S. SONew keeps a band of S only,
-S_k[i] = E[g_i g_{i+k}] for k = 0 ... b, and replaces the inverse by a matrix X
-with the same band. Here for n = 4 and b = 1:
+second-order method keeps a matrix S (n, n), where S_ij is the running mean of
+g_i g_j, and multiplies the momentum by its inverse. SONew keeps a band of S:
+the diagonal S_0 and the b diagonals beside it, S_k[i] = E[g_i g_{i+k}]. It
+replaces the inverse by a matrix X with the same band. For n = 4 and b = 1:
 
-    S_0[0] S_1[0]   ?      ?          X_00  X_01   0     0
-    S_1[0] S_0[1] S_1[1]   ?          X_10  X_11  X_12   0
-      ?    S_1[1] S_0[2] S_1[2]        0    X_21  X_22  X_23
-      ?      ?    S_1[2] S_0[3]        0     0    X_32  X_33
+    S =  S_0[0] S_1[0]   ?      ?        X =  X_00  X_01   0     0
+         S_1[0] S_0[1] S_1[1]   ?             X_10  X_11  X_12   0
+           ?    S_1[1] S_0[2] S_1[2]           0    X_21  X_22  X_23
+           ?      ?    S_1[2] S_0[3]           0     0    X_32  X_33
 
-X minimises tr(X S) - log det X over the positive definite matrices of this
-form: it is the closest to the inverse of S in LogDet divergence. Coordinates
-form a chain, in memory order. Each has edges to the next b, its successors.
-X has a closed form, which needs for each i only i and its successors:
+The entries marked ? are not kept. They are not needed, because X is 0 there: X
+minimises tr(X S) - log det X over the positive definite matrices of this form.
+That makes X the closest of them to the inverse of S, in LogDet divergence.
 
-    W_i (b, b)   entries of S between the successors
+X follows from predicting each g_i from its successors, the next b coordinates
+in memory. For b = 1 this takes two numbers per coordinate:
+
+    psi_i = S_1[i] / S_0[i+1]        the best prediction of g_i is psi_i g_{i+1}
+    s_i   = S_0[i] - psi_i S_1[i]    its mean squared error
+
+    L =     1      0      0    0     X = L diag(1/s) L^T
+         -psi_0    1      0    0     u = X m: the direction of the step (n),
+            0   -psi_1    1    0         where m (n) is the momentum
+            0      0   -psi_2  1
+
+For any b, psi_i has a weight for each successor, and L[i+k, i] = -psi_i[k]:
+
+    W_i (b, b)   entries of S between the successors of i
     c_i (b)      entries of S between i and each successor
-    psi_i (b)    W_i^-1 c_i: the best weights to predict g_i from the successors
-    s_i          S_0[i] - psi_i . c_i: its mean squared error, a Schur complement
-    X (n, n)     L diag(1/s) L^T: L[i+k, i] = -psi_i[k], ones on the diagonal
-    u (n)        X m: the direction of the step, where m (n) is the momentum
+    psi_i (b)    W_i^-1 c_i: the weights with the least mean squared error
+    s_i          S_0[i] - psi_i . c_i: that error, a Schur complement
 
-Edge removal (Algorithm 3): where s_i <= gamma S_0[i], the edges from i to its
-successors are dropped. The edge to a successor that depends linearly on those
-before it is dropped too. So X stays positive definite. Grafting: u is scaled to
-the length of Adam's step, tensor by tensor. With b = 0, u is m / S_0, Adam
-without its square root. Biases and gains take Adam's step.
+Edge removal (Algorithm 3): coordinates form a chain, with an edge from each to
+its successors. Where s_i <= gamma S_0[i], the edges from i are dropped: psi_i
+becomes 0, and s_i becomes S_0[i]. The edge to a successor that depends linearly
+on the successors before it is dropped too. So X stays positive definite.
+
+Grafting: u is scaled to the length of Adam's step, tensor by tensor. For b = 0
+u is m / S_0, Adam without its square root. Biases and gains take Adam's step.
 
 Damping: eps scale^2 is added to S_0. scale is the size of a typical gradient:
 the mean of sqrt(S_0[i]) over the tensor after the previous step, and of |g_i|
@@ -97,7 +109,8 @@ def reference(S, m):
 
 
 def shift(x, k):
-    """Shift x (R, C) left by k: [[a, b, c]] -> [[b, c, 0]] for k = 1, [[0, a, b]] for k = -1."""
+    """Return y (R, C) with y[r, i] = x[r, i + k], and 0 where i + k is outside the chain."""
+    # [[5, 6, 7]] becomes [[6, 7, 0]] for k = 1, and [[0, 5, 6]] for k = -1
     if k < 0:
         return F.pad(x, (-k, 0))[:, : x.shape[1]]
     return F.pad(x, (0, k))[:, k:]
@@ -112,10 +125,10 @@ def factor(S, gamma):
     """
     b = len(S) - 1
 
-    # each coordinate i has its own system W psi = c; for b = 2, with the successors i+1 and i+2:
+    # each coordinate i has its own equations W psi = c; for b = 2, with successors i+1 and i+2:
     #     W = [[S_0[i+1], S_1[i+1]],     c = [S_1[i],
     #          [S_1[i+1], S_0[i+2]]]          S_2[i]]
-    # W[p][q] (R, C) holds this entry for every i; W is symmetric, so q <= p is enough
+    # W[p][q] (R, C) has this entry for every i, and q <= p is enough; shift(S_k, j)[i] is S_k[i+j]
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
@@ -155,15 +168,17 @@ def factor(S, gamma):
 def precondition(m, psi, s):
     """Return the direction u = L diag(1/s) L^T m (R, C), given psi and s from `factor`.
 
-    m: the momentum (R, C). u is 0 where s is 0: there, all gradients have been 0.
+    m: the momentum (R, C). L has ones on its diagonal and -psi_k[i] in row i+k of column i, where
+    psi_k (R, C) is the weight of g_{i+k} in predicting g_i. s (R, C) is the error of predicting it.
+    u is 0 where s is 0: there, all gradients have been 0.
     """
-    # w = diag(1/s) L^T m: subtract psi_i[k] m[i+k] from m[i], for each successor i+k
+    # w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i]; shift(m, k)[i] is m[i+k]
     w = m
     for k, psi_k in enumerate(psi, start=1):
         w = w - psi_k * shift(m, k)
     w = torch.where(s > 0, w / s, 0)
 
-    # u = L w: subtract psi_i[k] w[i] from w[i+k]; shift by -k puts a value of i at i+k
+    # u = L w: u[i] = w[i] - sum_k psi_k[i-k] w[i-k]; shift(x, -k)[i] is x[i-k]
     u = w
     for k, psi_k in enumerate(psi, start=1):
         u = u - shift(psi_k * w, -k)
@@ -177,7 +192,7 @@ def bias_correction(beta, step):
 
 
 def unit_of(scale):
-    """Return what gradients are divided by, (): scale, or 1 if scale is too small for that."""
+    """Return the unit in which gradients are measured, (): scale, or 1 if scale is too small."""
     return torch.where(scale > LEAST_SCALE, scale, 1)
 
 
@@ -199,9 +214,10 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
     """Return SONew's direction u, Adam's direction a, and root = sqrt(S_0) / scale, (R, C) each.
 
     m, S: the momentum (R, C) and the list of b+1 statistics (R, C), after `step` gradients.
-    step, scale: (). If the scale is 0 (all gradients have been 0), u is the momentum.
+    step, scale: (); the scale is the size of a typical gradient of this tensor. If it is 0 (all
+    gradients have been 0), u is the momentum.
     """
-    # correct the bias of the averages, and measure gradients in units of the scale, as eps is
+    # correct the bias of the averages, and divide gradients by the scale: eps is relative to it
     unit = unit_of(scale)
     m_factor = 1 / (bias_correction(beta1, step) * unit)
     S_factor = 1 / (bias_correction(beta2, step) * (unit * unit))
@@ -227,8 +243,8 @@ class LocalParam(NamedTuple):
     grad: torch.Tensor
     state: dict  # step, skipped and scale: (); m, s0 ... sb: shaped like p
     band: int  # b, the number of successors of a coordinate
-    chain: int  # C, coordinates per chain
-    is_adam: bool  # whether to take Adam's step
+    chain: int  # C, the number of coordinates in a chain: in a row p[i], or in all of p
+    is_adam: bool  # whether to take Adam's step, as for biases and gains
     numel: int  # coordinates on all processes together
     process_groups: tuple  # process groups over which the rows are sharded
     shard: torch.Tensor | None = None  # the parameter itself: p, or if p is a copy, its original
@@ -247,6 +263,7 @@ def shard_groups(p, chain):
     for mesh_dim, placement in enumerate(p.placements):
         if not placement.is_shard():
             continue
+        # p is cut along placement.dim; a cut along dimension 0 keeps each row p[i], a chain, whole
         if p.dim() > 1 and (chain == "flat" or placement.dim > 0):
             raise ValueError("a chain would be cut: shard parameters by rows and use chain='row'")
         groups.append(p.device_mesh.get_group(mesh_dim))
@@ -254,7 +271,11 @@ def shard_groups(p, chain):
 
 
 def band_and_chain(p, group):
-    """Return b and C, coordinates per chain. For a vector, which takes Adam's step: 0 and 1."""
+    """Return b, the number of successors of a coordinate, and C, the length of a chain.
+
+    A chain is a row p[i], or all of p if chain="flat". A vector, which takes Adam's step, has no
+    neighbours: b = 0 and C = 1.
+    """
     if p.dim() < 2:
         return 0, 1
     chain = p.numel() if group["chain"] == "flat" else math.prod(p.shape[1:])
@@ -319,7 +340,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
         graft = torch.where(norm_u > 0, norm_a / norm_u, 0)
         u = a if param.is_adam else graft * u
 
-        # update the parameter and its scale, unless an entry of g is not finite
+        # update p and the scale, the mean of sqrt(S_0), unless an entry of g is not finite
         p = param.p.to(dtype)
         rate = torch.where(all_good, lr, 0)
         param.p.copy_(p - rate * (u.view_as(p) + weight_decay * p))

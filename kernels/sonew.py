@@ -10,9 +10,9 @@ mean of g_i g_{i+k} for k = 0 ... b (b: the band), direction u, and Adam's step 
 3. update_kernel writes p, m, S_k, the step counters and the tensor's scale.
 
 u_i needs the statistics of b neighbours on either side, and some of these belong to other programs.
-So 1 must not write the statistics, or a neighbour would count a gradient twice; 3 computes them
-again. Memory traffic per fp32 parameter: 1 reads g, m, S_k and writes u; 3 reads these, u and p,
-and writes p, m, S_k: 12 b + 48 bytes. Arithmetic is float32.
+If kernel 1 wrote the statistics, a neighbour could read them and count a gradient twice. So kernel
+3 computes them again. Memory traffic per fp32 parameter: 1 reads g, m, S_k and writes u; 3 reads
+these, u and p, and writes p, m, S_k: 12 b + 48 bytes. Arithmetic is float32.
 
 Limits: band 0 to 4; float32, float16, bfloat16 parameters; float32 or bfloat16 state. It takes any
 alignment, chain length and sharding. Faster: sonew_fused.py and, on Hopper, sonew_hopper.py.
@@ -26,20 +26,20 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # elements of a program, neighbours included
+BLOCK = 1024  # elements that a program loads: those it computes, and their neighbours
 WARPS = 8
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LEAST_SCALE = tl.constexpr(1e-15)  # below it, squares of gradients lose their digits in float32
 FAR = tl.constexpr(2**30)  # longer than any block
 
-# Columns of the table of tensors, int64. Each row describes one tensor:
+# Columns of the table of tensors, int64. Each row describes one tensor by addresses and sizes:
 #     p | g | m | step | ... | FIRST_PROGRAM | PROGRAMS | S_0 | ... | S_b
-P_PTR = tl.constexpr(0)
-G_PTR = tl.constexpr(1)
-M_PTR = tl.constexpr(2)
-STEP_PTR = tl.constexpr(3)
-SKIPPED_PTR = tl.constexpr(4)
-SCALE_PTR = tl.constexpr(5)
+P_PTR = tl.constexpr(0)  # parameters
+G_PTR = tl.constexpr(1)  # gradient
+M_PTR = tl.constexpr(2)  # momentum
+STEP_PTR = tl.constexpr(3)  # number of steps
+SKIPPED_PTR = tl.constexpr(4)  # steps skipped because a gradient was not finite
+SCALE_PTR = tl.constexpr(5)  # scale: the size of a typical gradient, the mean of sqrt(S_0)
 SIZE = tl.constexpr(6)  # elements on this process
 WHOLE_SIZE = tl.constexpr(7)  # elements on all processes
 CHAIN = tl.constexpr(8)  # elements of a chain; an element's successors are in the same chain
@@ -48,10 +48,10 @@ FIRST_PROGRAM = tl.constexpr(10)  # the first program that computes its directio
 PROGRAMS = tl.constexpr(11)  # how many programs compute them
 S_PTR = tl.constexpr(12)  # of S_0; those of S_1 ... S_b follow
 
-# Columns of the partial sums, a row per program, and of the totals, a row per tensor
-SUM_A = tl.constexpr(0)  # of a^2
-SUM_U = tl.constexpr(1)  # of u^2
-SUM_ROOT = tl.constexpr(2)  # of sqrt(S_0) in units of the scale; inf if a gradient is not finite
+# Columns of the sums over elements: partial sums have a row per program, totals a row per tensor
+SUM_A = tl.constexpr(0)  # sum of a^2, where a is Adam's step
+SUM_U = tl.constexpr(1)  # sum of u^2, where u is SONew's direction
+SUM_ROOT = tl.constexpr(2)  # sum of sqrt(S_0) / scale; inf if a gradient is not finite
 SUMS = tl.constexpr(3)
 
 # --------------------------------------------------------------------------------------------------
@@ -59,30 +59,30 @@ SUMS = tl.constexpr(3)
 
 
 class Options(NamedTuple):
-    """The options of a step, in float32. new1 and new2 are 1 - beta1 and 1 - beta2."""
+    """The options of a step, in float32."""
 
-    beta1: tl.tensor
-    beta2: tl.tensor
-    new1: tl.tensor
-    new2: tl.tensor
-    log_beta1: tl.tensor  # for the bias corrections
+    beta1: tl.tensor  # m becomes beta1 m + new1 g
+    beta2: tl.tensor  # S_k[i] becomes beta2 S_k[i] + new2 g_i g_{i+k}
+    new1: tl.tensor  # 1 - beta1
+    new2: tl.tensor  # 1 - beta2
+    log_beta1: tl.tensor  # for the bias corrections, 1 - beta1^step
     log_beta2: tl.tensor
-    eps: tl.tensor  # damping
-    gamma: tl.tensor  # threshold of edge removal
+    eps: tl.tensor  # damping: eps scale^2 is added to S_0
+    gamma: tl.tensor  # a variance counts as 0 if at most this fraction of it is unexplained
     weight_decay: tl.tensor
 
 
 class Units(NamedTuple):
-    """Numbers that turn the statistics of a tensor into units of its scale, and damp them.
+    """Factors that make the statistics of a tensor independent of the size of its gradients.
 
-    The scale is the mean of sqrt(S_0) over the tensor: the typical size of its gradients.
+    They divide gradients by the scale, the mean of sqrt(S_0) over the tensor: a typical gradient.
     """
 
-    m_factor: tl.tensor  # for the momentum: 1 / scale, with bias correction
-    S_factor: tl.tensor  # for S_0 ... S_b: 1 / scale^2, with bias correction
-    S0_weight: tl.tensor  # damping: S_0 is replaced by S0_weight S_0 + eps
+    m_factor: tl.tensor  # m is multiplied by this: 1 / scale, with bias correction
+    S_factor: tl.tensor  # S_0 ... S_b are multiplied by this: 1 / scale^2, with bias correction
+    S0_weight: tl.tensor  # then S_0 is damped: it becomes S0_weight S_0 + eps
     eps: tl.tensor
-    gamma: tl.tensor  # threshold of edge removal
+    gamma: tl.tensor  # a variance counts as 0 if at most this fraction of it is unexplained
 
 
 @triton.jit
@@ -123,8 +123,8 @@ def bias_correction(step, log_beta):
 def load_units(row_ptr, options):
     """Return the Units of a tensor, whose factors divide by its scale and by the bias corrections.
 
-    While all gradients have been 0, there is no scale. Then the damped S_0 is 1 and all edges are
-    removed, so u is m.
+    While all gradients have been 0, there is no scale. Then S0_weight = 0 and eps = 1 make the
+    damped S_0 equal to 1, and gamma = inf removes all edges, so the direction u is m.
     """
     step = tl.load(load_pointer(row_ptr, STEP_PTR, tl.float32)) + 1
     scale = tl.load(load_pointer(row_ptr, SCALE_PTR, tl.float32))
@@ -143,25 +143,31 @@ def load_units(row_ptr, options):
 def solve(W, c, variance, s, gamma, N: tl.constexpr):
     """Return psi = W^-1 c and s - psi . c by Gaussian elimination, as factor in sonew.py does.
 
-    Each element of a block has its own system, with its N successors 0 ... N - 1, and all are
-    solved at once. This eliminates successor 0, calls itself for the others and substitutes back.
+    psi has the weights to predict an element's gradient from those of the N elements after it, its
+    successors 0 ... N - 1. Each element of a block has its own equations. For N = 2:
 
-    W[p][q], q <= p: S between successors p and q. c[p]: S between the element and its successor p.
-    variance[p]: W[p][p] before any elimination. s: S_0 of the element, less what the successors
-    eliminated so far explain. W, c and variance are tuples of blocks, s is a block.
+        W[0][0] psi[0] + W[1][0] psi[1] = c[0]
+        W[1][0] psi[0] + W[1][1] psi[1] = c[1]
+
+    W[p][q], q <= p: mean product of the gradients of successors p and q. c[p]: that of the element
+    and successor p. s: mean square of the element's gradient, S_0; the part of it that psi leaves
+    unexplained is returned. W, c and variance are tuples of blocks, s is a block.
+
+    solve eliminates psi[0] from equations 1 ... N - 1, calls itself for these, and substitutes
+    back. In the inner calls, W, c and s have changed, but variance[p] is still the first W[p][p].
     """
     psi = ()  # a tuple of blocks, as kernels have no lists
     if N > 0:
         # 1 / pivot; 0 drops a successor that depends linearly on those before it
         inverse = tl.where(W[0][0] > gamma * variance[0], 1 / W[0][0], 0.0)
 
-        # eliminate successor 0: W[p][q] -= W[p][0] W[q][0] / W[0][0], and likewise c and s
+        # subtract equation 0 from the others: W[p][q] -= W[p][0] / W[0][0] W[q][0], and so for c, s
         W_rest = ()
         c_rest = ()
         variance_rest = ()
         for p in tl.static_range(1, N):
-            ratio = W[p][0] * inverse
-            row = ()
+            ratio = W[p][0] * inverse  # of equation 0, this much is subtracted from equation p
+            row = ()  # equation p without psi[0]
             for q in tl.static_range(1, p + 1):
                 row = row + (W[p][q] - ratio * W[q][0],)
             W_rest = W_rest + (row,)
@@ -170,8 +176,8 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
         s = s - c[0] * (c[0] * inverse)
         psi_rest, s = solve(W_rest, c_rest, variance_rest, s, gamma, N - 1)
 
-        # substitute back: psi[0] = (c[0] - sum_p W[p][0] psi[p]) / W[0][0]
-        first = c[0] * inverse
+        # substitute back into equation 0: psi[0] = (c[0] - sum_p W[p][0] psi[p]) / W[0][0]
+        first = c[0] * inverse  # becomes psi[0]
         for p in tl.static_range(1, N):
             first -= W[p][0] * inverse * psi_rest[p - 1]
         psi = (first,) + psi_rest
@@ -180,7 +186,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
 
 @triton.jit
 def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr):
-    """Add up the sums of a tensor's programs, always in the same order.
+    """Add up the sums of a tensor's programs, BLOCK programs at a time, always in the same order.
 
     partial_ptr: (programs, SUMS). total_ptr: (SUMS,). offs: 0 ... BLOCK - 1. ".cg" loads from L2,
     because other multiprocessors may have just written the sums.
@@ -198,11 +204,15 @@ def add_partial_sums(offs, partial_ptr, programs, total_ptr, BLOCK: tl.constexpr
 def load_step_size(total_ptr, lr, LR_ON_DEVICE: tl.constexpr, ADAM: tl.constexpr):
     """Return the learning rate and graft = |a| / |u|, which gives u the length of Adam's step a.
 
-    The learning rate is 0 if a gradient of the tensor was not finite. total_ptr: (SUMS,)
+    The learning rate is 0 if a gradient of the tensor was not finite. total_ptr (SUMS,): sums of
+    a^2, u^2 and sqrt(S_0) over the tensor.
     """
+    # learning rate
     rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else tl.cast(lr, tl.float32)
     sum_root = tl.load(total_ptr + SUM_ROOT, cache_modifier=".cg")
     rate = tl.where(sum_root < float("inf"), rate, 0.0)
+
+    # graft, from the norms of a and u over the tensor; 1 where u is Adam's step itself
     graft = tl.cast(1.0, tl.float32)
     if not ADAM:
         norm_a = tl.sqrt(tl.load(total_ptr + SUM_A, cache_modifier=".cg"))
@@ -236,7 +246,10 @@ def update_counters(row_ptr, total_ptr):
 
 @triton.jit
 def shift(x, lane, k: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the block with x[lane + k] in each lane; wrong where lane + k is outside of it."""
+    """Return y (BLOCK,) with y[lane] = x[lane + k]; wrong where lane + k is outside of the block.
+
+    For k = 1 and BLOCK = 4, x0 x1 x2 x3 becomes x1 x2 x3 x3, so the last lane is wrong.
+    """
     source = tl.minimum(tl.maximum(lane + k, 0), BLOCK - 1)
     return tl.gather(x, source, 0)
 
@@ -255,14 +268,14 @@ def distance_to_chain_end(start, offs, chain):
     """
     start_to_end = tl.minimum(chain - start % chain, FAR).to(tl.int32)
     distance = start_to_end - (offs - start).to(tl.int32)
-    # where distance <= 0, offs is in a later chain
+    # where distance <= 0, offs is in a later chain: for chain = 5, distance 0 -1 -2 becomes 5 4 3
     chain = tl.minimum(chain, FAR).to(tl.int32)
     return tl.where(distance > 0, distance, chain - (-distance) % chain)
 
 
 @triton.jit
 def load_gradient(g_ptr, offs, mask):
-    """Return gradients, with 0 where g^2 is not finite, and is_good, which says where it is."""
+    """Return the gradient g with 0 where g^2 is not finite, and is_good: where g^2 is finite."""
     g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     is_good = g * g < float("inf")  # false for NaN too
     return tl.where(is_good, g, 0.0), is_good
@@ -275,7 +288,7 @@ def load_statistics(
 ):  # fmt: skip
     """Load g, m and S_k at offs. Return the new m, the tuple of S_0 ... S_BAND, and is_good of g.
 
-    to_chain_end: distance_to_chain_end of offs. All blocks have shape (BLOCK,).
+    to_chain_end: elements from offs to the end of their chain. All blocks have shape (BLOCK,).
     """
     g_ptr = load_pointer(row_ptr, G_PTR, GRAD)
     m_ptr = load_pointer(row_ptr, M_PTR, STATE)
@@ -283,9 +296,10 @@ def load_statistics(
     m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     m = options.beta1 * m + options.new1 * g
 
+    # S_k[i] = beta2 S_k[i] + (1 - beta2) g[i] g[i+k], where g is 0 past the end of the chain of i
     S = ()  # a tuple of blocks, as kernels have no lists
     for k in tl.static_range(BAND + 1):
-        g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # 0 past the chain
+        g_k, _ = load_gradient(g_ptr, offs + k, mask & (to_chain_end > k))  # g[i+k]
         S_ptr = load_pointer(row_ptr, S_PTR + k, STATE)
         S_k = tl.load(S_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         S = S + (options.beta2 * S_k + options.new2 * (g * g_k),)
@@ -296,11 +310,12 @@ def load_statistics(
 def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
     """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does.
 
-    psi_k[i] is the coefficient of the k-th successor of element i, and s[i] the part of S_0[i] that
-    its successors do not explain. All are blocks (BLOCK,), as S_0 ... S_BAND are.
+    psi_k[i] is the weight of g[i+k] in predicting g[i], and s[i] the part of S_0[i] that the
+    prediction leaves unexplained. All are blocks (BLOCK,), as S_0 ... S_BAND are.
     """
-    # Each element i has its own system W psi = c. W[p][q], q <= p, is S between its successors
-    # i+1+p and i+1+q, which is S_{p-q}[i+1+q]; c[p] is S between i and i+1+p, S_{p+1}[i].
+    # Each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
+    # g[i+1+p] g[i+1+q], which is S_{p-q}[i+1+q]; c[p] is that of g[i] g[i+1+p], S_{p+1}[i].
+    # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
     W = ()
     c = ()
     variance = ()
@@ -348,6 +363,7 @@ def direction_kernel(
     # -- blocks overlap: a program loads BLOCK elements, and stores u of the INNER ones --
     #     block 0    | BAND |      INNER      | BAND |
     #     block 1                      | BAND |      INNER      | BAND |
+    # BLOCK = 1024, BAND = 1: block 1 loads elements 1021 ... 2044, and stores 1022 ... 2043
     INNER: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
     start = block * INNER - BAND
@@ -355,7 +371,7 @@ def direction_kernel(
     load_mask = (offs >= 0) & (offs < n)
     store_mask = load_mask & (lane >= BAND) & (lane < BLOCK - BAND)  # INNER
 
-    # -- statistics, in units of the tensor's scale --
+    # -- statistics m and S_k, bias-corrected and in units of the tensor's scale --
     to_chain_end = distance_to_chain_end(tl.maximum(start, 0), offs, chain)
     m, S, is_good = load_statistics(
         row_ptr, offs, load_mask, to_chain_end, options, GRAD, STATE, BAND
@@ -366,7 +382,7 @@ def direction_kernel(
     for k in tl.static_range(BAND + 1):
         S_hat = S_hat + (S[k] * units.S_factor,)
 
-    # -- Adam's step, a --
+    # -- Adam's step: a = m / sqrt(S_0) --
     root = tl.sqrt(S_hat[0])
     a = tl.where(root > 0, m_hat / root, 0.0)
 
@@ -385,9 +401,10 @@ def direction_kernel(
         u = w
         for k in tl.static_range(1, BAND + 1):
             u -= shift(psi[k - 1] * w, lane, -k, BLOCK)
-    tl.store(u_ptr + program * INNER + lane - BAND, u, mask=store_mask)  # lane BAND is the first
+    # lanes BAND ... BLOCK - BAND - 1 are stored, to row `program` of u (programs, INNER)
+    tl.store(u_ptr + program * INNER + lane - BAND, u, mask=store_mask)
 
-    # -- partial sums; a gradient that is not finite makes the last one inf --
+    # -- this program's sums of a^2, u^2 and root; the last is inf if a gradient is not finite --
     root = tl.where(is_good, root, float("inf"))
     partial_ptr += program * SUMS
     tl.store(partial_ptr + SUM_A, tl.sum(tl.where(store_mask, a * a, 0.0), 0))
@@ -397,7 +414,7 @@ def direction_kernel(
 
 @triton.jit
 def norms_kernel(table_ptr, partial_ptr, total_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up the partial sums of one tensor, which has consecutive programs."""
+    """Add up the partial sums of one tensor: PROGRAMS rows, of which FIRST_PROGRAM is the first."""
     tensor = tl.program_id(0)
     row_ptr = table_ptr + tensor * COLUMNS
     partial_ptr += tl.load(row_ptr + FIRST_PROGRAM) * SUMS
@@ -424,14 +441,14 @@ def update_kernel(
     n = tl.load(row_ptr + SIZE)  # elements of the tensor
     chain = tl.load(row_ptr + CHAIN)
 
-    # -- blocks do not overlap here, as m and S_k need no neighbours --
+    # -- blocks do not overlap here: no neighbours are needed to update p, m and S_k --
     INNER: tl.constexpr = BLOCK - 2 * BAND
     lane = tl.arange(0, BLOCK)
     start = block * INNER
     offs = start + lane
     mask = (lane < INNER) & (offs < n)
 
-    # -- statistics: compute them again, and store them --
+    # -- statistics: compute the new m and S_k again, and store them in place of the old --
     to_chain_end = distance_to_chain_end(start, offs, chain)
     m, S, _ = load_statistics(row_ptr, offs, mask, to_chain_end, options, GRAD, STATE, BAND)
     m_ptr = load_pointer(row_ptr, M_PTR, STATE)
@@ -448,7 +465,7 @@ def update_kernel(
     p -= rate * (graft * u + options.weight_decay * p)
     tl.store(p_ptr + offs, p.to(PARAM), mask=mask)
 
-    # -- counters --
+    # -- counters: one program of each tensor updates them --
     if block == 0:
         update_counters(row_ptr, total_ptr)
 
@@ -458,8 +475,11 @@ def update_kernel(
 
 
 def table_rows(params, chunk_sizes, first_programs, programs):
-    """Return the rows of the table: a list of integers for each LocalParam of sonew.py."""
-    rows = []  # each in the order of the columns P_PTR, G_PTR, ...
+    """Return the rows of the table: a list of integers for each LocalParam of sonew.py.
+
+    They are addresses and sizes, in the order of the columns P_PTR, G_PTR, ...
+    """
+    rows = []
     for i, param in enumerate(params):
         state = param.state
         pointers = [param.p.data_ptr(), param.grad.data_ptr(), state["m"].data_ptr()]
@@ -519,7 +539,8 @@ class SimplePlan(Plan):
         self.totals = torch.empty(len(params), SUMS.value, device=self.device)
 
     def step(self, numbers, lr_on_device):
-        # numbers: the kernels' arguments beta1 ... weight_decay, in this order
+        # the kernels' arguments: `tensors` are table_ptr ... total_ptr, `numbers` are beta1 ...
+        # weight_decay, and `constants` are PARAM ... BLOCK; norms_kernel's BLOCK is 1024
         n_programs = len(self.blocks)
         columns = self.table.shape[1]
         u = torch.empty(n_programs * (BLOCK - 2 * self.band), device=self.device)
@@ -537,7 +558,8 @@ def choose_plan(param):
     """Return the fastest class of plan for a parameter, and its arguments after the parameters.
 
     sonew_fused.py needs unsharded tensors whose sizes are multiples of four; sonew_hopper.py also
-    needs a u that fits into the shared memory of a Hopper GPU. Both files are optional.
+    needs a u that fits into the shared memory of a Hopper GPU. Both files are optional. They cut a
+    tensor into chunks; the argument is whether a chunk reads elements of the chunks next to it.
     """
     try:
         from kernels import sonew_fused  # it imports this file
@@ -546,7 +568,7 @@ def choose_plan(param):
     if param.process_groups or not sonew_fused.is_aligned(param):
         return SimplePlan, ()
 
-    _, needs_halo = sonew_fused.chunk_size(param)  # does a chunk read elements of the next one?
+    _, needs_halo = sonew_fused.chunk_size(param)
     if sonew_fused.has_hopper(param.p.device):
         try:
             from kernels import sonew_hopper
@@ -584,7 +606,7 @@ class PlanCache:
 
     def get(self, params):
         """Return the plans of a step for LocalParams, if possible those of a recent step."""
-        # plans hold as long as all tensors keep their shapes, dtypes and addresses
+        # a plan stays valid as long as all tensors keep their shapes, dtypes and addresses
         key = []
         for param in params:
             p = param.p
@@ -612,6 +634,7 @@ class PlanCache:
 def run(plans, *, lr, weight_decay, beta1, beta2, eps, gamma):
     """Launch the plans of a step. lr: a number, or a tensor (), read by the kernels if possible."""
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    # numbers: beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr and weight_decay
     betas = (float(beta1), float(beta2), 1.0 - beta1, 1.0 - beta2, *logs)
     for plan in plans:
         lr_on_device = torch.is_tensor(lr) and lr.device == plan.device

@@ -3,12 +3,12 @@
 Symbols are those of sonew.py: parameters p, gradient g, momentum m, statistics S_k[i] = the running
 mean of g_i g_{i+k} for k = 0 ... b (b: the band), direction u, and Adam's step a.
 
-A tensor is cut into chunks of about 1000 elements, and a program takes a run of consecutive chunks.
+A tensor is cut into chunks of about 1000 elements. A program takes a run: RUN consecutive chunks.
 Half of the programs update m and S_k of their run, write u and sum a^2, u^2 and sqrt(S_0). The last
-program of a tensor adds up the sums of all its programs, in a fixed order. The other half of the
-programs wait for that and apply u: p -= lr (graft u + weight_decay p), where graft = |a| / |u|.
-They have higher numbers, and programs start in order, so none waits for a program that has not
-started.
+of a tensor's programs to finish adds up the sums of all of them, in a fixed order. The other half
+of the programs wait for that and apply u: p -= lr (graft u + weight_decay p), graft = |a| / |u|.
+These have higher numbers than those that they wait for. As programs start in order, none waits for
+a program that has not started.
 
 Memory traffic per fp32 parameter: read g, m, S_k; write m, S_k; write and read u; read and write p:
 8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an H200 for 125 M parameters at
@@ -53,11 +53,11 @@ except ImportError:  # an older Triton; without Gluon no call passes a layout
 
 
 class Config(NamedTuple):
-    lines: int  # lines per chunk
+    lines: int  # lines per chunk; a line is 128 consecutive elements
     warps: int  # warps per program
-    run: int  # chunks per program
+    run: int  # consecutive chunks per program
     stages: int  # stages of the software pipeline
-    lag: int  # programs between the last one for a tensor's statistics and the first for its update
+    lag: int  # programs from a tensor's last statistics to its first update, so sums are ready
     registers: int | None  # limit per thread on Hopper, where all of this was timed
 
 
@@ -76,17 +76,17 @@ FAR = tl.constexpr(2**29)  # longer than any chunk
 #     lane        0             1          ...        31
 #     line 0   e0 e1 e2 e3   e4 e5 e6 e7   ...   e124 ... e127
 #     phase     0  1  2  3    0  1  2  3   ...      0 ... 3
-# So a chunk is a block x [32, LINES, 4]: lane, line, phase. A successor, at most 4 elements on, is
-# in the same lane or in the next, from which a warp shuffle gets it. The first and the last lane
-# have no such neighbour on one side. So lines overlap by two quads: lanes 0 and 31 are computed for
-# their neighbours only, and not stored. Shifts act on each of the four phases, [32, LINES]. L is
-# the layout of blocks in Gluon, None in Triton.
+# So a chunk is a block x [32, LINES, 4]: lane, line, phase. A successor of an element is at most 4
+# elements later, so it is in the same lane or in the next, from which a warp shuffle gets it. The
+# first and the last lane lack a neighbour on one side. So lines overlap by two quads: lanes 0 and
+# 31 are computed for their neighbours only, and not stored. Shifts act on each of the four phases,
+# [32, LINES]. The argument L is the layout of blocks in Gluon, None in Triton.
 
 
 @triton.jit
 def split_quads(x, LINES: tl.constexpr):
     """Return the phases 0 ... 3 of x [32, LINES, 4], each [32, LINES]. No data changes threads."""
-    # element (lane, line, i, j) of the reshaped x is phase 2 i + j, and tl.split separates j = 0, 1
+    # phases 0 1 2 3 are reshaped to [[0, 1], [2, 3]]; tl.split takes the last axis apart
     even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))  # phases 0 and 2, phases 1 and 3
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -96,6 +96,7 @@ def split_quads(x, LINES: tl.constexpr):
 @triton.jit
 def join_quads(phases, LINES: tl.constexpr, L: tl.constexpr):
     """Return the block [32, LINES, 4] of 4 phases [32, LINES]: the inverse of split_quads."""
+    # tl.join adds a last axis: phases [0, 2] and [1, 3] become [[0, 1], [2, 3]], and then 0 1 2 3
     even = tl.join(phases[0], phases[2])
     odd = tl.join(phases[1], phases[3])
     x = tl.reshape(tl.join(even, odd), (32, LINES, 4))
@@ -104,7 +105,7 @@ def join_quads(phases, LINES: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def shuffle(x, lane, distance: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """Return x [32, LINES] from `distance` lanes further on, clamped to lanes 0 to 31."""
+    """Return y [32, LINES] with y[lane] = x[lane + distance]; lanes are clamped to 0 ... 31."""
     source = tl.minimum(tl.maximum(lane + distance, 0), 31)
     source = tl.broadcast_to(source[:, None], (32, LINES))
     if L is not None:
@@ -114,11 +115,14 @@ def shuffle(x, lane, distance: tl.constexpr, LINES: tl.constexpr, L: tl.constexp
 
 @triton.jit
 def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """Return x[i + k] for each element i of a line, 0 <= k <= 4; wrong in the last lane."""
+    """Return y [32, LINES, 4] with y[i] = x[i + k] for each element i of a line, 0 <= k <= 4.
+
+    It is wrong in the last lane, which has no next lane.
+    """
     if k == 0:
         return x
-    # eight consecutive elements, the quads of this lane and the next; for k = 1, for example,
-    #     from  e0 e1 e2 e3 | e4 e5 e6 e7  the result is  e1 e2 e3 e4
+    # take the eight consecutive elements that are in this lane and in the next, and return the four
+    # from number k on; for k = 1, e0 e1 e2 e3 | e4 e5 e6 e7 becomes e1 e2 e3 e4
     eight = split_quads(x, LINES)
     for phase in tl.static_range(4):
         eight = eight + (shuffle(eight[phase], lane, 1, LINES, L),)
@@ -127,32 +131,35 @@ def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """Return sum_k x_k[i - k] for the tuple x_1 ... x_BAND; wrong in the first lane.
+    """Return y[i] = sum_k x_k[i - k], k = 1 ... BAND; x is the tuple of blocks x_1 ... x_BAND.
 
-    With BAND = 2, for example, the four elements of a quad are these sums, where ' marks what comes
-    from the lane before and the index is the phase:
+    This is the sum in u = L w: x_k[i] is what element i sends to element i + k, and y[i] is what
+    element i receives. Phase p of a quad receives x_k from phase p - k of the same quad. Where that
+    is negative, it is phase p - k + 4 of the quad before, in the lane before. So the first lane is
+    wrong. With BAND = 2, where x_k[j]' is phase j of the lane before, the four phases of y are
 
         x_1[3]' + x_2[2]'     x_1[0] + x_2[3]'     x_1[1] + x_2[0]     x_1[2] + x_2[1]
 
-    Each lane adds up the marked terms that the next lane needs, so that it shuffles one sum per
-    phase and not each term.
+    Each lane adds up the terms that the next lane needs for a phase, x_1[3] + x_2[2] for phase 0.
+    So one sum per phase is shuffled to the next lane, not each term.
     """
-    quads = ()  # quads[k - 1][phase] is x_k at that phase
+    quads = ()  # quads[k - 1][j] is phase j of x_k, [32, LINES]
     for k in tl.static_range(BAND):
         quads = quads + (split_quads(x[k], LINES),)
-    sums = ()
+    sums = ()  # sums[phase] is that phase of y, [32, LINES]
     for phase in tl.static_range(4):
         if phase < BAND:
-            # terms with k > phase come from the lane before, from phase - k + 4
+            # x_k with k > phase comes from the lane before, at its phase - k + 4. Add these terms
+            # up there, then get their sum. For phase 0 and BAND = 2: x_1[3] + x_2[2]
             total = quads[phase][3]  # k = phase + 1
             for k in tl.static_range(phase + 2, BAND + 1):
                 total += quads[k - 1][phase - k + 4]
             total = shuffle(total, lane, -1, LINES, L)
-            # terms with k <= phase come from the same lane
+            # x_k with k <= phase comes from this lane, at phase - k. For phase 1: x_1[0]
             for k in tl.static_range(1, phase + 1):
                 total += quads[k - 1][phase - k]
         else:
-            # all terms come from the same lane
+            # every x_k comes from this lane, at phase - k. For phase 2: x_1[1] + x_2[0]
             total = quads[0][phase - 1]  # k = 1
             for k in tl.static_range(2, BAND + 1):
                 total += quads[k - 1][phase - k]
@@ -179,17 +186,21 @@ class Index(NamedTuple):
 class Tensors(NamedTuple):
     """The gradient and the state of one parameter."""
 
-    g_ptr: tl.tensor
-    m_ptr: tl.tensor
-    S_ptrs: tuple  # of S_0 ... S_BAND
-    chain: tl.tensor  # elements per chain
+    g_ptr: tl.tensor  # gradient
+    m_ptr: tl.tensor  # momentum
+    S_ptrs: tuple  # statistics S_0 ... S_BAND
+    chain: tl.tensor  # elements per chain; an element's successors are in its chain
     chunk: tl.tensor  # elements per chunk
 
 
 @triton.jit
 def aligned_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
-    """Load a pointer as load_pointer does, and tell the compiler that it is 16-byte aligned."""
-    ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))  # load_pointer() loses the hint
+    """Return the address of a tensor, from its row of the table, as a pointer to DTYPE elements.
+
+    The address is a multiple of 16 bytes. The compiler loads a quad at once only if it knows that.
+    """
+    # load_pointer() does not serve here: multiple_of has no effect on the result of a call
+    ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16)
 
 
@@ -208,7 +219,8 @@ def load_tensors(row_ptr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.cons
 def chunk_bounds(chunk_index, chunk, n):
     """Return where a chunk of a tensor of n elements starts (int64), and its length (int32).
 
-    chunk: elements per chunk; the last chunk may be shorter.
+    chunk: elements per chunk; the last chunk may be shorter. n = 20, chunk = 8: chunk 2 starts at
+    16 and has length 4.
     """
     start = chunk_index * chunk
     length = tl.minimum(n - start, chunk).to(tl.int32)
@@ -232,7 +244,7 @@ def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
     quad = index.line[None, :, None] * (32 - 2 * OVERLAP) + lane - OVERLAP
     offs = 4 * quad + index.phase[None, None, :]
 
-    # with a halo, the quads before and after the chunk are loaded too
+    # load the chunk, and with a halo the quads before and after it; do not store overlapping lanes
     is_inside = (offs >= 0) & (offs < length)
     load_mask = is_inside | (quad < 0) | (offs >= chunk) if HALO else is_inside
     store_mask = is_inside & (lane >= OVERLAP) & (lane < 32 - OVERLAP)
@@ -241,14 +253,14 @@ def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
 
 @triton.jit
 def load_quads(ptr, quad, phase, mask, halo_ptr, array: tl.constexpr, chunk, HALO: tl.constexpr):
-    """Load the quads [32, LINES, 1] of the chunk that starts at ptr: [32, LINES, 4], float32.
+    """Load quads of an array of the chunk that starts at ptr. Return [32, LINES, 4] in float32.
 
-    With HALO, the quads before and after the chunk are read from their copies at halo_ptr,
-    (BAND + 3, 8): of each array, 4 elements before the chunk and 4 after it. array: which of them
-    is loaded, 0 for g, 1 for m, 2 + k for S_k.
+    quad [32, LINES, 1]: their numbers in the chunk. array: 0 for g, 1 for m, 2 + k for S_k. With
+    HALO, the quads before and after the chunk are read from their copies, halo_ptr (BAND + 3, 8):
+    row `array` has the 4 elements before the chunk, then the 4 after it.
     """
     # -- address of each quad, in the tensor or among the copies --
-    QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 times bits / 8
+    QUAD_BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # 4 elements, bits / 8
     ptrs = ptr + 4 * quad
     if HALO:
         copies = (halo_ptr + array * 8).to(ptr.dtype) + tl.where(quad < 0, 0, 4)  # before, after
@@ -271,16 +283,17 @@ def distance_to_chain_end(offs, start, chain, HALO: tl.constexpr):
 
     offs: offsets from the start of the chunk. chain: elements per chain. Without HALO, chunks start
     with a chain. Distances from the start are at most FAR, so that they fit into int32.
+    chain = 8, start_in_chain = 5: offs -6 -5 ... -1 0 1 2 3 4 -> distance 1 8 ... 4 3 2 1 8 7
     """
     start_in_chain = start % chain if HALO else start * 0
     start_to_end = tl.minimum(chain - start_in_chain, FAR).to(tl.int32)
     start_in_chain = tl.minimum(start_in_chain, FAR).to(tl.int32)
     chain = tl.minimum(chain, 2 * FAR).to(tl.int32)
 
-    # offs in the chain of the start (x > 0), or in a later one
+    # x > 0: offs is in the chain of the start, so x is the distance; otherwise in a later chain
     x = start_to_end - offs
     distance = tl.where(x > 0, x, chain - (-x) % chain)
-    # offs in an earlier chain: position < 0, counted from the first element of the start's chain
+    # position in the chain of the start; it is negative in an earlier chain, which ends at -1
     position = start_in_chain + offs
     return tl.where(position < 0, (-position - 1) % chain + 1, distance)
 
@@ -302,7 +315,7 @@ def update_statistics(
     chunk = tensors.chunk
     quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load everything before the first store, because lines overlap: blocks [32, LINES, 4] --
+    # -- load arrays 0 (g), 1 (m) and 2 + k (S_k) before the first store, because lines overlap --
     g_ptr = tensors.g_ptr + start
     g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
     m_ptr = tensors.m_ptr + start
@@ -328,7 +341,7 @@ def update_statistics(
         to_chain_end = distance_to_chain_end(4 * quad, start, tensors.chain, HALO) - phase
     S = ()
     for k in tl.static_range(BAND + 1):
-        product = g * shift(g, lane, k, LINES, L)
+        product = g * shift(g, lane, k, LINES, L)  # g[i] g[i+k]
         if k > 0:  # there is no successor past the end of the chain
             product = tl.where(to_chain_end > k, product, 0.0)
         new_S = options.beta2 * old_S[k] + options.new2 * product
@@ -355,11 +368,13 @@ def precondition(
 ):  # fmt: skip
     """Return the direction u = L diag(1/s) L^T m, as factor and precondition in sonew.py do.
 
-    m, and each S[k] of the tuple S: [32, LINES, 4], in units of the scale, not damped yet.
+    m, and each S[k] of the tuple S: [32, LINES, 4], in units of the scale, not damped yet. In the
+    formula, L is a matrix made of psi (below); the argument L is the layout.
     """
-    # -- psi and s: each element i has its own system W psi = c --
-    # W[p][q], q <= p, is S between the successors i+1+p and i+1+q, which is S[p-q] at i+1+q;
-    # c[p] is S between i and i+1+p, which is S[p+1] at i
+    # -- psi_k[i]: weight of g[i+k] in predicting g[i]; s[i]: mean squared error of that --
+    # each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
+    # g[i+1+p] g[i+1+q], which is S[p-q] at i+1+q; c[p] is that of g[i] g[i+1+p], S[p+1] at i
+    # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
     S0 = units.S0_weight * S[0] + units.eps  # damped
     W = ()  # a tuple of tuples, as kernels have no lists
     c = ()
@@ -374,7 +389,7 @@ def precondition(
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0, units.gamma, BAND)
 
-    # -- edge removal: where s is too small, i loses its successors; psi becomes 0 and s is S0 --
+    # -- edge removal: where s is too small, i loses its successors: psi is taken as 0, s as S0 --
     keep = s > units.gamma * S0
     s = tl.where(keep, s, S0)
 
@@ -400,7 +415,7 @@ def precondition(
 
 @triton.jit
 def add3(x0, x1, x2, y0, y1, y2):
-    """For tl.reduce of three blocks at once."""
+    """Add x0 and y0, x1 and y1, x2 and y2: tl.reduce sums three blocks at once with this."""
     return x0 + y0, x1 + y1, x2 + y2
 
 
@@ -413,14 +428,15 @@ def publish_sums(
     sums: this program's sums of a^2, u^2 and sqrt(S_0), per quad, [32, LINES] each.
     partial_ptr (programs, SUMS): the sums of the tensor's programs; own_ptr: this program's row.
     total_ptr (SUMS,): what they add up to. ready_ptr: becomes 1 when total_ptr is written.
-    done_ptr: how many of the tensor's programs have stored their sums.
+    done_ptr: how many of the tensor's programs have stored their sums. offs: 0 ... BLOCK - 1.
     """
-    # -- store the sums over all quads --
+    # -- add up over lines, then over lanes: [32, LINES] -> [32] -> a number; store three of them --
     sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
     for column in tl.static_range(SUMS):
         tl.store(own_ptr + column, sums[column])
 
-    # -- count this program; by the barrier and acq_rel, the last one sees the sums of all others --
+    # -- count this program; the last one adds up the sums of all programs --
+    # the barrier and acq_rel make sure that all have been stored before it reads them
     tl.debug_barrier()
     is_last = tl.atomic_add(done_ptr, 1, sem="acq_rel") == programs - 1
     if is_last:
@@ -452,7 +468,7 @@ def halo_kernel(
 
     Other programs may change these while a chunk is computed. Array 0 is g, 1 is m, 2 + k is S_k.
     """
-    # -- find the run, a row (tensor, number of the run) of items, and its tensor --
+    # -- find this program's run: a row of items has the tensor and the number of the run in it --
     item_ptr = items_ptr + tl.program_id(0) * 2
     row_ptr = table_ptr + tl.load(item_ptr) * COLUMNS
     run = tl.load(item_ptr + 1)
@@ -461,8 +477,8 @@ def halo_kernel(
 
     # -- elements 0 ... 3 of a halo are the quad before the chunk, 4 ... 7 the quad after it --
     #     | 0 1 2 3 |      chunk      | 4 5 6 7 |
-    c = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # chunk of the run
-    element = tl.arange(0, 8)[None, :]
+    c = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # number of the chunk in the run
+    element = tl.arange(0, 8)[None, :]  # of the halo
     start = (run * RUN + c) * chunk
     offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN, 8]
     mask = (offs >= 0) & (offs < n) & (c < RUN)
@@ -496,7 +512,7 @@ def step_kernel(
     """Compute the statistics of a run (RUN consecutive chunks of a tensor), or apply its update."""
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # -- take a work item (tensor, number of the run); for an update, it has -1 - tensor --
+    # -- take a work item (tensor, number of the run); for an update of p, it has -1 - tensor --
     items_ptr += 2 * tl.program_id(0)
     tensor = tl.load(items_ptr).to(tl.int32)
     run = tl.load(items_ptr + 1).to(tl.int32)
@@ -515,7 +531,7 @@ def step_kernel(
     u_ptr += first * (RUN * 128 * LINES)  # u of this tensor
 
     if is_update:
-        # -- wait for the norms, then update p chunk by chunk --
+        # -- wait for the sums, whose roots are |a| and |u|, then update p chunk by chunk --
         p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
         wait_for_sums(ready_ptr)
         rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
@@ -531,7 +547,7 @@ def step_kernel(
         if run == 0:
             update_counters(row_ptr, total_ptr)
     else:
-        # -- update m and S_k and write u, chunk by chunk --
+        # -- update m and S_k and write u, chunk by chunk; sums are per quad, [32, LINES] --
         index = Index(tl.arange(0, 32), tl.arange(0, LINES), tl.arange(0, 4))
         tensors = load_tensors(row_ptr, GRAD, STATE, BAND)
         units = load_units(row_ptr, options)
@@ -544,7 +560,7 @@ def step_kernel(
             chunk_halo_ptr = halo_ptr + (first * RUN + c) * (BAND + 3) * 8  # (BAND + 3, 8)
             u, chunk_a, chunk_u, chunk_root = update_statistics(
                 index, tensors, start, length, chunk_halo_ptr, units, options,
-                STATE, BAND, ADAM, HALO, LINES, None,
+                STATE, BAND, ADAM, HALO, LINES, None,  # L, the layout: none in Triton
             )  # fmt: skip
             _, offs, _, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
             tl.store(u_ptr + start + offs, u, mask=store_mask, eviction_policy="evict_last")
@@ -552,14 +568,14 @@ def step_kernel(
             sum_u += chunk_u
             sum_root += chunk_root
 
-        # -- publish this program's sums --
+        # -- publish this program's sums, and count it as done --
         sums = (sum_a, sum_u, sum_root)
         programs = tl.load(row_ptr + PROGRAMS).to(tl.int32)
         partial_ptr += first * SUMS
         own_ptr = partial_ptr + run * SUMS
         publish_sums(
             tl.arange(0, 1024), sums, own_ptr, partial_ptr, programs,
-            total_ptr, done_ptr, ready_ptr, 1024,
+            total_ptr, done_ptr, ready_ptr, 1024,  # BLOCK, programs added at a time
         )  # fmt: skip
 
 
@@ -575,7 +591,7 @@ def has_hopper(device):
 
 
 def is_aligned(param):
-    """Return whether a LocalParam is aligned in memory, and its chains are whole quads of 4."""
+    """Return whether a LocalParam is aligned in memory, with chains of whole quads (4 elements)."""
     n = param.p.numel()
     if n == 0 or n % 4 or (param.band > 0 and param.chain % 4):
         return False
@@ -587,10 +603,11 @@ def is_aligned(param):
 def chunk_size(param):
     """Return how many elements a chunk of a LocalParam has, and whether chunks need a halo.
 
-    The halo is a copy of the elements next to a chunk. Whole chains need none.
+    The halo is a copy of the elements next to a chunk. A chunk of whole chains needs none: with
+    at most 960 elements per chunk and chains of 256, a chunk is 3 chains, 768 elements.
     """
     lanes = 30 if param.band else 32  # with a band, a line stores 30 of its 32 quads
-    most = 4 * CONFIG[param.band].lines * lanes
+    most = 4 * CONFIG[param.band].lines * lanes  # 4 elements per lane
     if param.band == 0 or param.p.numel() <= most:
         return most, False
     if param.chain <= most:  # as many whole chains as fit
@@ -608,16 +625,16 @@ def schedule(n_programs, lag):
     later tensors. For n_programs = (2, 3) and lag = 0, statistics s and updates u of (tensor, run):
         s(0,0) s(0,1) s(1,0) u(0,0) s(1,1) u(0,1) s(1,2) u(1,0) u(1,1) u(1,2)
     """
-    # the tensor, and the run in it, of each program of the statistics
+    # programs of the statistics; for n_programs = (2, 3), tensor is 0 0 1 1 1, and run 0 1 0 1 2
     counts = torch.tensor(n_programs)
-    ends = counts.cumsum(0)  # of each tensor, among all programs
+    ends = counts.cumsum(0)  # where the programs of a tensor end, among all programs
     P = int(counts.sum())
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
     run = torch.arange(P) - (ends - counts)[tensor]
     in_order = torch.stack([tensor, run], 1)
     updates = torch.stack([-1 - tensor, run], 1)
 
-    # sort by time: program i of the statistics has time i, its update a later one
+    # sort by time: program i of the statistics has time i, and its update ends[tensor] + lag + run
     update_times = ends[tensor] + lag + run
     order = torch.cat([torch.arange(P), update_times]).argsort(stable=True)  # (2 P,)
     return in_order, torch.cat([in_order, updates])[order]
@@ -635,7 +652,7 @@ class FusedPlan(Plan):
         self.prepare(params, self.config.run, self.config.lag)
 
     def prepare(self, params, run, lag):
-        """Make the tables, and the memory that launches share. run: chunks per program."""
+        """Make the tables, and the memory that launches share. run, lag: as in Config."""
         self.run = run
 
         # table of tensors: each has consecutive programs, one per run of its chunks
@@ -660,13 +677,14 @@ class FusedPlan(Plan):
 
     def copy_halos(self):
         if self.needs_halo:
-            _, *dtypes = self.dtypes
+            _, *dtypes = self.dtypes  # GRAD and STATE; the first is PARAM
             constants = (*dtypes, self.band, self.table.shape[1], self.run)
             tensors = (self.table, self.in_order, self.halos)
             halo_kernel[(self.n_programs,)](*tensors, *constants, num_warps=1)
 
     def step(self, numbers, lr_on_device):
-        # numbers: the kernel's arguments beta1 ... weight_decay, in this order
+        # step_kernel's arguments: `tensors` are table_ptr ... counters_ptr, `numbers` are beta1 ...
+        # weight_decay, and `constants` are PARAM ... HALO, and then COLUMNS, LINES, RUN and STAGES
         self.copy_halos()
         self.counters.zero_()  # no program has published its sums yet
         lines = self.config.lines

@@ -1,7 +1,7 @@
 """SONew's step on Hopper, in Gluon: sonew_fused.py with u in shared memory until it is applied.
 
 Gluon is the level below Triton, where shared memory and layouts are explicit. As in sonew_fused.py,
-a chunk is about 1000 consecutive elements of a tensor, and a run is a few consecutive chunks. The
+a chunk is about 1000 consecutive elements of a tensor, and a run is RUN consecutive chunks. The
 direction u of a chunk cannot be applied at once, as its step size needs norms over the whole
 tensor. sonew_fused.py writes u to memory and reads it again; here it stays in shared memory.
 
@@ -51,9 +51,9 @@ from kernels.sonew_fused import (
 
 
 class RingConfig(NamedTuple):
-    programs: int  # per multiprocessor
+    programs: int  # programs per multiprocessor
     registers: int  # limit per thread
-    run: int  # chunks per run
+    run: int  # chunks per run; a ring buffer in shared memory holds u of two runs
 
 
 CONFIG = {  # by band
@@ -66,13 +66,13 @@ CONFIG = {  # by band
 
 
 class Constants(NamedTuple):
-    """The compile-time arguments of ring_kernel."""
+    """The compile-time arguments of ring_kernel, passed on to its functions as one."""
 
     PARAM: gl.constexpr  # dtype of p
     GRAD: gl.constexpr  # dtype of g
     STATE: gl.constexpr  # dtype of m and S
     BAND: gl.constexpr
-    ADAM: gl.constexpr  # u is Adam's step
+    ADAM: gl.constexpr  # the direction u is Adam's step
     LR_ON_DEVICE: gl.constexpr  # lr is a pointer
     HALO: gl.constexpr  # chunks need the elements next to them
     COLUMNS: gl.constexpr  # of the table of tensors
@@ -81,31 +81,35 @@ class Constants(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The arguments that all runs share. There are T tensors with R runs in all."""
+    """The arguments that all runs share: T tensors are cut into R runs of RUN chunks each."""
 
     table_ptr: gl.tensor  # (T, COLUMNS): addresses and sizes of each tensor
     items_ptr: gl.tensor  # (R, 2): the tensor of a run, and the run's number in it
     halo_ptr: gl.tensor  # (R * RUN, BAND + 3, 8): copies of the elements next to each chunk
-    partial_ptr: gl.tensor  # (R, SUMS): sums of each run
-    total_ptr: gl.tensor  # (T, SUMS): sums of each tensor
+    partial_ptr: gl.tensor  # (R, SUMS): sums of a^2, u^2 and sqrt(S_0) over each run
+    total_ptr: gl.tensor  # (T, SUMS): the same over each tensor
     done_ptr: gl.tensor  # (T,): how many runs of a tensor have published their sums
     ready_ptr: gl.tensor  # (T,): 1 once total_ptr has the tensor's sums
-    lr: gl.tensor  # a number or a pointer
+    lr: gl.tensor  # learning rate: a number, or a pointer to one
     options: gl.tensor  # Options
 
 
 @gluon.constexpr_function
 def block_layout(num_warps):
-    """Return the layout of a chunk, [32, LINES, 4]: lane of the warp, line, element of the lane."""
-    # a thread has 4 consecutive elements, a warp a line
+    """Return the layout of a chunk, [32, LINES, 4]: lane of the warp, line, element of the lane.
+
+    A thread holds 4 consecutive elements, and a warp a line of 128. Warps take the lines by turns.
+    """
+    # arguments: elements per thread, threads per warp, warps, axes from the fastest to the slowest
     return gl.BlockedLayout([1, 1, 4], [32, 1, 1], [1, num_warps, 1], [2, 0, 1])
 
 
 @gluon.jit
 def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
-    """Update m and S of a run, store its u in the ring buffer from `slot` on, publish its sums.
+    """Update m and S of a run of RUN chunks, store its u in the ring buffer, publish its sums.
 
-    ring [2 RUN, 32, LINES, 4]: slots for u of the chunks of two runs. item: the run's row in items.
+    ring [2 RUN, 32, LINES, 4]: a slot for u of each chunk of two runs. slot: where this run's slots
+    start, 0 or RUN. item: the run's row in launch.items_ptr, which has its tensor and its number.
     """
     BAND: gl.constexpr = constants.BAND
     LINES: gl.constexpr = constants.LINES
@@ -138,9 +142,9 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
         sum_a += chunk_a
         sum_u += chunk_u
         sum_root += chunk_root
-        ring.index(slot + c - run * RUN).store(u)
+        ring.index(slot + c - run * RUN).store(u)  # slot of chunk c
 
-    # -- publish the sums; the last run of a tensor to do so adds up those of all its runs --
+    # -- publish the sums; the last run of a tensor to do so adds up those of all, 1024 at a time --
     offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
     sums = (sum_a, sum_u, sum_root)
     n_runs = gl.load(row_ptr + PROGRAMS).to(gl.int32)  # of this tensor
@@ -160,7 +164,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
 def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     """Wait for the sums of a run's tensor, then p -= rate * (graft * u + weight_decay * p).
 
-    item: the run's row in items. slot: where its u starts in the ring buffer.
+    item: the run's row in launch.items_ptr. slot: where its u starts in the ring buffer, 0 or RUN.
     """
     RUN: gl.constexpr = constants.RUN
     LAYOUT: gl.constexpr = block_layout(gl.num_warps())
@@ -173,7 +177,7 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     n = gl.load(row_ptr + SIZE)  # elements of the tensor
     chunk = gl.load(row_ptr + CHUNK)  # elements per chunk
 
-    # -- load all parameters of the run before waiting; lines overlap, so only those it stores --
+    # -- load p of all chunks of the run before waiting, where a lane stores it (lines overlap) --
     p = ()  # a tuple of blocks [32, LINES, 4], as kernels have no lists
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
@@ -221,6 +225,7 @@ def ring_kernel(
     )
 
     # -- what all runs share: lane, line and phase of each element of a chunk, and the arguments --
+    # SliceLayout(axis, ...) leaves out an axis of LAYOUT; leaving out two gives a vector
     index = Index(
         lane=gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))),
         line=gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))),
@@ -235,8 +240,9 @@ def ring_kernel(
         table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, done_ptr, ready_ptr, lr, options
     )
 
-    # -- items of the two runs whose u is in the ring buffer; -1: none --
-    # older_item is at `slot`, where the next run goes, newer_item in the other half, at RUN - slot:
+    # -- the two runs whose u is in the ring buffer, by their rows in items_ptr; -1: none --
+    # The next run takes the half of the ring buffer that starts at `slot`, from the older run. The
+    # newer run has the other half, at RUN - slot, which is RUN for slot 0 and 0 for slot RUN:
     #     run of this program    0      1      2        3        4
     #     its slot               0      RUN    0        RUN      0
     #     applied before it      -      -      run 0    run 1    run 2
@@ -245,7 +251,8 @@ def ring_kernel(
     newer_item = gl.to_tensor(-1)
     item = gl.to_tensor(0)
     while item < n_runs:
-        # -- apply the older run; as this program has published its sums, no other waits for it --
+        # -- apply the older run, once the sums of its tensor are known, and so free its slots --
+        # no other program waits for this one meanwhile, as it has published its own sums
         if older_item >= 0:
             apply_run(index, ring, slot, older_item, launch, constants)
             older_item = gl.to_tensor(-1)
@@ -256,9 +263,10 @@ def ring_kernel(
             update_run(index, ring, slot, item, launch, constants)
             older_item = newer_item
             newer_item = item
-            slot = RUN - slot
+            slot = RUN - slot  # the other half is next
 
-    # -- apply the runs left in the ring buffer --
+    # -- no run is left to take: apply those in the ring buffer --
+    # `slot` is where one more run would go, so the slots of the newer run start at RUN - slot
     if older_item >= 0:
         apply_run(index, ring, slot, older_item, launch, constants)
     if newer_item >= 0:
@@ -266,13 +274,13 @@ def ring_kernel(
 
 
 def resident_programs(band, device):
-    """Return how many programs of ring_kernel run at once."""
+    """Return how many programs of ring_kernel run at once on a device."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return CONFIG[band].programs * multiprocessors
 
 
 def fits(param):
-    """Return whether a LocalParam has no more runs than there are programs in the grid."""
+    """Return whether a LocalParam has no more runs (of RUN chunks) than programs run at once."""
     chunk, _ = chunk_size(param)
     programs = resident_programs(param.band, param.p.device)
     return param.p.numel() <= programs * CONFIG[param.band].run * chunk
@@ -286,8 +294,12 @@ class RingPlan(FusedPlan):
 
     def step(self, numbers, lr_on_device):
         self.copy_halos()
-        self.counters.zero_()  # no run is taken, and no sums are published yet
-        n_runs = self.n_programs  # FusedPlan counts a program per run
+        # counters of the runs that have been taken, and of those that have published their sums
+        self.counters.zero_()
+        n_runs = self.n_programs  # FusedPlan has one program per run; here, one takes several
+
+        # ring_kernel's arguments: first table_ptr ... counters_ptr (tensors), and after beta1 ...
+        # weight_decay (numbers) its constants PARAM ... HALO, COLUMNS, LINES and RUN
         tensors = (self.table, self.in_order, self.halos, self.partial, self.totals, self.counters)
         constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, self.needs_halo)
         constants = (*constants, self.table.shape[1], self.config.lines, self.run)

@@ -19,14 +19,20 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def save(folder, model, optimizer, **more):
-    """Write ckpt.pt, with `more` entries. All ranks call this and gather shards; rank 0 writes."""
+    """Write ckpt.pt. All ranks call this and gather shards; rank 0 writes.
+
+    more: the other entries of the file, such as step, config, tokenizer and data.
+    """
 
     def gather(value):
+        """Return a tensor as a whole, but None where rank > 0. Return other values as they are."""
         if not torch.is_tensor(value):
             return value
         whole = full_tensor(value)  # all ranks take part, one tensor at a time
         if rank() > 0:
             return None
+        # whole is value if it was not sharded. A gathered tensor is a new one: move it to the CPU,
+        # because all gathered tensors together may not fit on this GPU
         return whole if whole is value else whole.cpu()
 
     # the state of each parameter, by its number; {} for one that has never had a gradient
@@ -34,6 +40,7 @@ def save(folder, model, optimizer, **more):
     for group in optimizer_state["param_groups"]:
         for i in group["params"]:
             optimizer_state["state"].setdefault(i, {})
+    # tree_map calls gather for each value in these nested dicts
     state = tree_map(gather, {"model": model.state_dict(), "optimizer": optimizer_state})
     state.update(more)
     if rank() == 0:
@@ -107,7 +114,8 @@ def check_contents(saved, file_size):
         if not isinstance(saved[key], dict):
             raise ValueError(f"its {key} is no dict")
 
-    # a tensor of stride 0 can claim any size; twice, because tied tensors are counted twice
+    # a tensor with stride 0 can claim more values than the file has. Up to twice its size is fine,
+    # because tied tensors (one tensor with two names) are stored once but counted twice
     if check_values(saved) > 2 * file_size:
         raise ValueError("its tensors describe more values than the file has")
 
@@ -122,7 +130,7 @@ def check_contents(saved, file_size):
 
 def check_settings(saved, file_size, config_types, plugins, modules):
     """Check the settings, the modules they name, the size of the model, and the tokenizer."""
-    # settings have exactly the fields of this version, with allowed values
+    # settings have exactly the fields of this version; their constructor checks the values
     for key, config_type in config_types.items():
         settings = saved["config"][key]
         unmatched = set(settings) ^ {f.name for f in fields(config_type)}
@@ -131,7 +139,8 @@ def check_settings(saved, file_size, config_types, plugins, modules):
             raise ValueError(f"it is of another version of fivefold, which differs in: {names}")
         config_type(**settings)
 
-    # building the model must not allocate more than the file could fill
+    # building the model must not allocate more than the file could fill: no size of a weight, such
+    # as the number of channels, may exceed the size of the file (block_size is not such a size)
     sizes = {**saved["config"]["model"], "block_size": 0}
     largest = max(value for value in sizes.values() if type(value) is int)
     if largest > file_size or sizes["n_layer"] > len(saved["model"]):
@@ -176,6 +185,8 @@ def merge_adapters(model, saved):
     """Add the adapters of a checkpoint, if it has any, load them and merge them into the model."""
     spec = saved["config"]["run"].get("adapter")
     if spec:
+        # two functions of the module that spec names: adapt() adds empty adapters to the model, and
+        # merge() adds trained ones to its weights
         adapt, options = resolve(spec, "adapt")
         merge, _ = resolve(spec.partition(":")[0], "merge")
         adapt(model, **options)
