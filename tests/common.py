@@ -110,7 +110,7 @@ def run_together(environments, source, *argv, cwd="."):
     """
     jobs = []
     for environment in environments:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        environment = {"PYTHONPATH": str(REPOSITORY), **os.environ, **environment}
         jobs.append([source, [str(arg) for arg in argv], environment, os.path.abspath(cwd)])
     server = start_fork_server()
     print(json.dumps(jobs), file=server.stdin, flush=True)

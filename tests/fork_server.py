@@ -17,6 +17,7 @@ import numpy  # noqa: F401
 import safetensors  # noqa: F401
 import tiktoken  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401
 import torch.distributed.tensor  # noqa: F401
 import tqdm  # noqa: F401
 

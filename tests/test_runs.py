@@ -16,13 +16,12 @@ import torch
 import train
 from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
-from tests.common import REPOSITORY, is_equal, refused, run_script
+from tests.common import REPOSITORY, is_equal, refused, run_code, run_script, run_two_processes
 
 RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
 PLOT = RunLog.plot
+NO_PLOT = "from support.runlog import RunLog\nRunLog.plot = lambda log: None\n"
 
 
 @pytest.fixture
@@ -44,11 +43,6 @@ def load(folder):
 def rows(folder):
     with open(Path(folder, "log.csv"), newline="") as file:
         return list(csv.reader(file))
-
-
-def run_code(code, *argv, **options):
-    command = [sys.executable, "-c", code, *argv]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
 # -- resuming --------------------------------------------------------------------------------------
@@ -263,7 +257,7 @@ print([os.waitpid(child, 0)[1] for child in children])
 
 
 def test_five_runs_at_once_have_five_folders(tiny):
-    done = run_code(FIVE_AT_ONCE, *tiny)
+    done = run_code(NO_PLOT + FIVE_AT_ONCE, *tiny)
     assert "[0, 0, 0, 0, 0]" in done.stdout, done.stderr[-2000:]
     names = sorted(os.listdir("out"))
     first = names[1]
@@ -437,7 +431,6 @@ try:
 except ValueError as error:
     Path("refused" + os.environ["RANK"]).write_text(str(error))
 train.main([*flags, "--fsdp", "--out", "out/four", "--stop-after", "2"])
-os._exit(0)
 """
 
 
@@ -445,12 +438,9 @@ def test_sharded_runs(tiny):
     """Two processes are one run: one folder, resumed exactly, in one process as well."""
     Path("mine").mkdir()
     Path("mine/log.csv").write_text("mine")
-    Path("sharded.py").write_text(SHARDED)
     flags = [*tiny, "--steps", "4", "--lr", "1e-4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["sharded.py", *flags]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_two_processes(NO_PLOT + SHARDED, *flags):
+        assert done.returncode == 0, done.stderr[-3000:]
 
     for optim in ("adamw", "sonew"):
         whole = load(f"out/{optim}-whole")

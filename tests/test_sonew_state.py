@@ -1,9 +1,6 @@
 """SONew's state, shards of parameters, and runs of train.py."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 import sonew
 import train
-from tests.common import REPOSITORY, is_equal, refused
+from tests.common import is_equal, refused, run_two_processes
 
 # --------------------------------------------------------------------------------------------------
 # State
@@ -212,11 +209,10 @@ def test_trains_and_resumes(tiny):
 
 
 IN_TWO_PROCESSES = """
-import os, sys, train
+import sys, train
 flags = sys.argv[1:]
 train.main([*flags, "--out", "out/ddp"])
 train.main([*flags, "--out", "out/fsdp", "--fsdp", "--stop-after", "3"])
-os._exit(0)
 """
 
 
@@ -224,13 +220,8 @@ def test_processes_equal_one(tiny):
     """With a strong damping: without it, roundings of early, nearly singular statistics grow."""
     argv = [*tiny, "--steps", "6", "--optim", "sonew:eps=1", "--lr", "0.01", "--sample", "0"]
     train.main([*argv, "--out", "out/one"])
-    Path("two.py").write_text(IN_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, "two.py", *argv], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_two_processes(IN_TWO_PROCESSES, *argv):
+        assert done.returncode == 0, done.stderr[-3000:]
     train.main(["--resume", "out/fsdp", "--device", "cpu", "--sample", "0"])
 
     names = ("one", "ddp", "fsdp")
