@@ -47,8 +47,12 @@ def free_gpu_memory():
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Work in an empty folder with a small text; return the flags for a run of a second."""
+    """Work in an empty folder with a small text; return the flags for a run of a second.
+
+    Runs do not plot their losses, which takes longer than the rest. `plotted` undoes that.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("support.runlog.RunLog.plot", lambda log: None)
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil éclairs".split()
     rng = random.Random(0)
     lines = [" ".join(rng.choices(words, k=8)) for _ in range(400)]

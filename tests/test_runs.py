@@ -25,14 +25,8 @@ NO_PLOT = "from support.runlog import RunLog\nRunLog.plot = lambda log: None\n"
 
 
 @pytest.fixture
-def tiny(tiny, monkeypatch):
-    """The flags of a tiny run, without the plot, which takes longer than most runs here."""
-    monkeypatch.setattr(RunLog, "plot", lambda log: None)
-    return tiny
-
-
-@pytest.fixture
-def plotted(monkeypatch, tiny):
+def plotted(tiny, monkeypatch):
+    """Runs plot their losses, as they do outside tests."""
     monkeypatch.setattr(RunLog, "plot", PLOT)
 
 
