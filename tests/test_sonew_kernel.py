@@ -405,8 +405,8 @@ def test_sharded_parameters_in_the_kernel(mesh, monkeypatch):  # noqa: F811
         pytest.skip("the mesh is one of CPUs")
     use_small_blocks(monkeypatch)
     use_version(monkeypatch, "simple")  # for whole tensors too
-    sums = check_sharded(mesh, monkeypatch, use_kernel=True)
-    assert sums == 3 * [()] + 9 * [(1, 3)], "one sum for each kind of tensor that is sharded"
+    shapes = check_sharded(mesh, monkeypatch, use_kernel=True)
+    assert shapes == 3 * [()] + 9 * [(1, 3)], "one sum for each kind of tensor that is sharded"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,27 +20,40 @@ from tests.build import Case, check_build
 from tests.test_sonew_kernel import check_kernel, use_small_blocks
 
 
-def test_the_fastest_version_that_takes_a_tensor_is_chosen():
-    def chosen(shape, offset=0, band=1, groups=()):
-        n = math.prod(shape)
-        p, grad, m, *S = (torch.zeros(n + 4)[offset : n + offset].view(shape) for _ in range(8))
-        state = {"m": m, **{f"s{k}": S_k for k, S_k in enumerate(S)}}
-        chain = math.prod(shape[1:])
-        param = sonew.LocalParam(p, grad, state, band, chain, len(shape) < 2, n, groups)
-        plan_class, more = kernel.choose_plan(param)
-        return {kernel.SimplePlan: "simple", fused.FusedPlan: "fused"}[plan_class], *more
+def chosen_plan(shape, offset=0, band=1, groups=()):
+    """Return "simple" or "fused" for a tensor, and whether its halos have to be copied.
 
-    assert chosen((8, 960)) == ("fused", False), "a chunk is a row"
-    assert chosen((8, 964)) == ("fused", True), "a row is longer than a chunk"
-    assert chosen((1, 960)) == ("fused", False)
-    assert chosen((8, 64)) == ("fused", False)
-    assert chosen((964,), band=0) == ("fused", False)
-    assert chosen((8, 964), groups=("sharded",)) == ("simple",)
-    assert chosen((8, 961)) == ("simple",), "chains are not whole quads"
-    assert chosen((8, 960), offset=1) == ("simple",), "not aligned"
-    assert chosen((4, 3)) == ("simple",)
-    assert chosen((0, 8)) == ("simple",), "empty"
-    assert chosen((4, 3), band=0) == ("fused", False)
+    offset: elements from an aligned address to the tensor. groups: over which it is sharded.
+    """
+    n = math.prod(shape)
+    p, grad, m, *S = (torch.zeros(n + 4)[offset : n + offset].view(shape) for _ in range(8))
+    param = sonew.LocalParam(
+        p=p,
+        grad=grad,
+        state={"m": m, **{f"s{k}": S_k for k, S_k in enumerate(S)}},
+        band=band,
+        chain=math.prod(shape[1:]),
+        is_adam=len(shape) < 2,
+        numel=n,
+        process_groups=groups,
+    )
+    plan_class, options = kernel.choose_plan(param)
+    name = {kernel.SimplePlan: "simple", fused.FusedPlan: "fused"}[plan_class]
+    return name, *options
+
+
+def test_the_fastest_version_that_takes_a_tensor_is_chosen():
+    assert chosen_plan((8, 960)) == ("fused", False), "a chunk is a row"
+    assert chosen_plan((8, 964)) == ("fused", True), "a row is longer than a chunk"
+    assert chosen_plan((1, 960)) == ("fused", False)
+    assert chosen_plan((8, 64)) == ("fused", False)
+    assert chosen_plan((964,), band=0) == ("fused", False)
+    assert chosen_plan((8, 964), groups=("sharded",)) == ("simple",)
+    assert chosen_plan((8, 961)) == ("simple",), "rows are no multiple of 4 elements"
+    assert chosen_plan((8, 960), offset=1) == ("simple",), "not aligned"
+    assert chosen_plan((4, 3)) == ("simple",)
+    assert chosen_plan((0, 8)) == ("simple",), "empty"
+    assert chosen_plan((4, 3), band=0) == ("fused", False)
 
 
 def count_calls(monkeypatch, owner, name):
@@ -66,41 +79,51 @@ def test_kernel_takes_many_tensors_at_once(monkeypatch):
 
 
 def test_plans_are_made_once(monkeypatch):
+    """A plan serves again while all addresses and options are the same."""
     use_small_blocks(monkeypatch)
-    made = count_calls(monkeypatch, kernel, "make_plans")
+    plans_made = count_calls(monkeypatch, kernel, "make_plans")
     p = torch.nn.Parameter(torch.ones(4, 8, device=DEVICE))
     optimizer = sonew.SONew([p], 0.1, use_kernel=True)
     grads = torch.randn(4, 4, 8, device=DEVICE)
-    p.grad = grads[0]
-    for lr in (0.1, 0.2):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-    assert len(made) == 1
 
-    p.grad = grads[1]  # elsewhere
-    optimizer.step()
-    p.grad = grads[0]
-    optimizer.step()
-    assert len(made) == 2, "both are known"
+    def step(grad):
+        p.grad = grad
+        optimizer.step()
+
+    step(grads[0])
+    optimizer.param_groups[0]["lr"] = 0.2
+    step(grads[0])
+    assert len(plans_made) == 1
+
+    # gradients at two addresses
+    step(grads[1])
+    step(grads[0])
+    assert len(plans_made) == 2
+
+    # the same memory in another shape
+    p.grad = None
     p.data = p.data.view(8, 4)
-    p.grad = grads[0].view(8, 4)
     for name in ("m", "s0", "s1"):
         optimizer.state[p][name] = optimizer.state[p][name].view(8, 4)
-    optimizer.step()
-    assert len(made) == 3, "the same memory, other chains"
+    step(grads[0].view(8, 4))
+    assert len(plans_made) == 3
+
+    # other options, and a copy of the state
     optimizer.param_groups[0]["chain"] = "flat"
     optimizer.step()
-    assert len(made) == 4
+    assert len(plans_made) == 4
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
-    assert len(made) == 5, "the state was copied"
+    assert len(plans_made) == 5
+
+    # the cache keeps the most recent plans only
     capacity = 5  # as many as there are
     monkeypatch.setattr(kernel.PlanCache, "CAPACITY", capacity)
     momenta = [optimizer.state[p]["m"].clone() for _ in range(2)]
     for m in momenta:
         optimizer.state[p]["m"] = m
         optimizer.step()
-    assert len(made) == capacity + len(momenta)
+    assert len(plans_made) == capacity + len(momenta)
     assert len(optimizer.plan_cache.recent) == capacity
 
 
