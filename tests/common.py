@@ -25,9 +25,10 @@ def gpu(test):
 
 
 def assert_close(name, ours, eager, truth):
-    """Our error against float64 is at most twice that of eager PyTorch in the same dtype.
+    """Assert that our error is at most twice the error of eager PyTorch in the same dtype.
 
-    On top comes a floor: 1e-5, or 1e-5 of the largest value, and half a unit in its last place.
+    ours, eager and truth, which is in float64, have the same shape. A floor is added to what is
+    allowed: 1e-5 of the largest value, or of 1, and half a unit in its last place.
     """
     assert ours.isfinite().all(), f"{name}: not finite"
     largest = truth.abs().max().item()
@@ -40,24 +41,30 @@ def assert_close(name, ours, eager, truth):
 
 def small_gpt(dtype=torch.float32, **shape):
     """A GPT with large random weights, so that every part matters."""
-    defaults = {"vocab_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 16}
-    model = train.GPT(train.GPTConfig(**{**defaults, **shape}), dtype=dtype)
+    config = {"vocab_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 16}
+    config.update(shape)
+    model = train.GPT(train.GPTConfig(**config), dtype=dtype)
     model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            value = torch.randn(p.shape, generator=generator)
-            p.copy_(value * 0.3 if p.dim() > 1 else value + 1)
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() > 1:
+                p.copy_(0.3 * noise)
+            else:  # a gain
+                p.copy_(1 + noise)
     return model
 
 
 def is_equal(a, b):
-    """Two nests of dicts, lists, tensors and numbers are equal bit for bit."""
+    """Return whether two values are equal bit for bit: tensors, numbers, or nested containers."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(is_equal(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(is_equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(is_equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    return a == b
 
 
 def refused(argv, *parts, main=train.main):

@@ -3,6 +3,7 @@ the kernels compile."""
 
 import math
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_plans_keep_no_gradient_alive(monkeypatch):
 @gpu
 @pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
 def test_in_a_cuda_graph(shape):
-    """With gradients elsewhere than in the steps before, and a learning rate on the device."""
+    """With gradients at other addresses than before, and a learning rate on the device."""
     warm_up = 3  # steps before the graph is captured
     steps = 8
     nets = []
@@ -166,7 +167,7 @@ def test_in_a_cuda_graph(shape):
     # capture the step of net 0, whose gradients are copies of `source`
     source = grads[warm_up].clone()
     graph = torch.cuda.CUDAGraph()
-    nets[0][0].grad = torch.empty_like(source)  # elsewhere than in the steps before
+    nets[0][0].grad = torch.empty_like(source)  # at another address than before
     nets[0][1].grad = torch.empty_like(source[0, :8])
     optimizers[0].prepare()
     with torch.cuda.graph(graph):
@@ -174,7 +175,7 @@ def test_in_a_cuda_graph(shape):
         nets[0][1].grad.copy_(source[0, :8])
         optimizers[0].step()
 
-    # the graph keeps what it reads: memory that were free would now be overwritten
+    # the graph must keep alive what it reads: free memory is overwritten here
     optimizers[0].plan_cache.recent.clear()
     n_others = 1000
     others = [torch.full((64,), -1, device="cuda") for _ in range(n_others)]
@@ -191,13 +192,21 @@ def test_in_a_cuda_graph(shape):
     assert optimizers[0].state[nets[0][0]]["step"] == steps
 
 
-# What real calls launch: parameters, state, band, whether they take Adam's step, chunks need a halo
-VARIANTS = [
-    (tl.float32, tl.float32, 1, False, True),
-    (tl.float32, tl.float32, 4, False, True),
-    (tl.bfloat16, tl.bfloat16, 1, False, False),
-    (tl.float32, tl.float32, 0, True, False),
-]
+class Variant(NamedTuple):
+    """What real calls launch."""
+
+    param: tl.dtype
+    state: tl.dtype
+    band: int
+    is_adam: bool
+    has_halo: bool  # whether chains cross the ends of chunks
+
+
+BAND_1 = Variant(tl.float32, tl.float32, band=1, is_adam=False, has_halo=True)
+BAND_4 = Variant(tl.float32, tl.float32, band=4, is_adam=False, has_halo=True)
+BFLOAT16 = Variant(tl.bfloat16, tl.bfloat16, band=1, is_adam=False, has_halo=False)
+BAND_0 = Variant(tl.float32, tl.float32, band=0, is_adam=True, has_halo=False)
+VARIANTS = [BAND_1, BAND_4, BFLOAT16, BAND_0]
 FLOATS = "beta1 beta2 new1 new2 log_beta1 log_beta2 gamma lr weight_decay".split()
 TYPES = {"table_ptr": "*i64", "items_ptr": "*i64", "blocks_ptr": "*i64", "counters_ptr": "*i32"}
 TYPES.update(dict.fromkeys(FLOATS, "fp32"))
@@ -205,61 +214,68 @@ TYPES.update(dict.fromkeys(FLOATS, "fp32"))
 OPTIONS = {"types": TYPES, "dtype": "fp32", "uses_tensor_cores": False, "max_spilled": 72}
 
 
-def constants_of(P, M, band, is_adam):
-    columns = kernel.S_PTR.value + band + 1
-    constants = {"PARAM": P, "GRAD": P, "STATE": M, "BAND": band, "ADAM": is_adam}
-    return {**constants, "LR_ON_DEVICE": False, "COLUMNS": columns}
+def constants_of(variant):
+    return {
+        "PARAM": variant.param,
+        "GRAD": variant.param,
+        "STATE": variant.state,
+        "BAND": variant.band,
+        "ADAM": variant.is_adam,
+        "LR_ON_DEVICE": False,
+        "COLUMNS": kernel.S_PTR.value + variant.band + 1,
+    }
 
 
 def simple_cases():
     cases = []
     for name, variant, arch in (
-        ("direction_kernel", VARIANTS[1], 80),
-        ("direction_kernel", VARIANTS[2], 90),
-        ("update_kernel", VARIANTS[1], 120),
+        ("direction_kernel", BAND_4, 80),
+        ("direction_kernel", BFLOAT16, 90),
+        ("update_kernel", BAND_4, 120),
     ):
-        constants = {**constants_of(*variant[:4]), "BLOCK": kernel.BLOCK}
+        constants = {**constants_of(variant), "BLOCK": kernel.BLOCK}
         cases.append(Case(name, constants, arch=arch, num_warps=kernel.WARPS, **OPTIONS))
     constants = {"COLUMNS": 14, "BLOCK": 1024}
-    return [*cases, Case("norms_kernel", constants, types=TYPES, dtype="fp32")]
+    cases.append(Case("norms_kernel", constants, types=TYPES, dtype="fp32"))
+    return cases
 
 
 def fused_cases():
     cases = []
-    for arch, variants in (
-        (80, VARIANTS[1:2]),
-        (90, VARIANTS),
-        (100, VARIANTS[:1]),
-        (120, VARIANTS[2:3]),
-    ):
-        for *variant, halo in variants:
-            config = fused.CONFIG[variant[2]]
-            sizes = {
-                "HALO": halo,
+    variants_by_arch = {80: [BAND_4], 90: VARIANTS, 100: [BAND_1], 120: [BFLOAT16]}
+    for arch, variants in variants_by_arch.items():
+        for variant in variants:
+            config = fused.CONFIG[variant.band]
+            constants = {
+                **constants_of(variant),
+                "HALO": variant.has_halo,
                 "LINES": config.lines,
                 "RUN": config.run,
                 "STAGES": config.stages,
             }
-            limits = {
-                "num_warps": config.warps,
-                "maxnreg": config.registers if arch == 90 else None,
-            }
-            constants = {**constants_of(*variant), **sizes}
+            limits = {"num_warps": config.warps}
+            if arch == 90:
+                limits["maxnreg"] = config.registers
             cases.append(Case("step_kernel", constants, arch=arch, **limits, **OPTIONS))
-    fp32 = tl.float32
-    constants = {"GRAD": fp32, "STATE": fp32, "BAND": 4, "COLUMNS": 17, "RUN": 16}
-    return [*cases, Case("halo_kernel", constants, types=TYPES, dtype="fp32", num_warps=1)]
+    constants = {"GRAD": tl.float32, "STATE": tl.float32, "BAND": 4, "COLUMNS": 17, "RUN": 16}
+    cases.append(Case("halo_kernel", constants, types=TYPES, dtype="fp32", num_warps=1))
+    return cases
 
 
 def hopper_cases():
     from kernels import sonew_hopper
 
     cases = []
-    for *variant, halo in VARIANTS:
-        config = fused.CONFIG[variant[2]]
-        ring = sonew_hopper.CONFIG[variant[2]]
-        constants = {**constants_of(*variant), "HALO": halo, "LINES": config.lines, "RUN": ring.run}
-        limits = {"num_warps": config.warps, "maxnreg": ring.registers}
+    for variant in VARIANTS:
+        config = fused.CONFIG[variant.band]
+        hopper_config = sonew_hopper.CONFIG[variant.band]
+        constants = {
+            **constants_of(variant),
+            "HALO": variant.has_halo,
+            "LINES": config.lines,
+            "RUN": hopper_config.run,
+        }
+        limits = {"num_warps": config.warps, "maxnreg": hopper_config.registers}
         cases.append(Case("ring_kernel", constants, **limits, **OPTIONS))
     return cases
 
