@@ -1,13 +1,9 @@
 """Whole runs: they resume bit for bit, survive kill -9 and full disks, and never collide."""
 
 import csv
-import math
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +12,9 @@ import torch
 import train
 from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
-from tests.common import REPOSITORY, is_equal, refused, run_code, run_script, run_two_processes
+from tests.common import is_equal, refused, run_code, run_script, run_two_processes
 
 RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 PLOT = RunLog.plot
 NO_PLOT = "from support.runlog import RunLog\nRunLog.plot = lambda log: None\n"
 
@@ -139,6 +134,7 @@ def test_bad_resume(tiny):
         ("--resume out/a --lr 0.5", "--lr is 0.5 here but 0.003 in out/a", "leave it out"),
         ("--resume --n-layer 3", "--n-layer is 3 here but 2 in out/a"),
         ("--resume --attn nix", "--attn is nix here but softmax"),
+        ("--resume out/a --model gpt2", "leave --model out"),
         ("--resume out/a --out out/b", "--resume continues a run", "--out out"),
         ("--resume out/a --init out/a", "--resume continues a run", "--init"),
         ("--resume out/b", "out/b holds no run"),
@@ -157,14 +153,6 @@ def test_bad_resume(tiny):
 def test_a_complete_run_is_not_resumed(tiny):
     train.main([*tiny, "--out", "out/a", "--steps", "2"])
     refused(["--resume", "--device", "cpu"], "out/a is complete (2 steps)", "--init")
-
-
-def test_init_starts_anew_from_the_weights(tiny):
-    a = train.main([*tiny, "--out", "out/a", "--steps", "3"])
-    flags = "--init out/a --out out/b --data text.txt --steps 1 --batch-size 4 --lr 1e-9"
-    b = train.main([*flags.split(), "--eval-batches", "2", "--sample", "0", "--device", "cpu"])
-    assert b["step"] == 1
-    assert abs(a["val_loss"] - b["val_loss"]) < 1e-3
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG\0\xff" * 99, b"step\n1\n2,\n", None])
@@ -307,105 +295,18 @@ def test_folders_of_unusual_names(tiny, plotted):
     refused([*tiny, "--out", "y" * 256], "cannot write in", "File name too long")
 
 
-# -- signals and numbers that are not finite -------------------------------------------------------
-
-
-def send_sigterm_at_call(function, call_number):
-    """Wrap a function so that SIGTERM arrives at the beginning of one of its calls."""
-    n_calls = 0
-
-    def wrapper(*args, **options):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == call_number:
-            signal.raise_signal(signal.SIGTERM)
-        return function(*args, **options)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("name,call_number", [("get_batch", 4), ("evaluate", 1)])
-def test_sigterm_saves_and_ends_the_run(tiny, monkeypatch, name, call_number):
-    """Once resumed, the run ends with the same weights as one that was never interrupted."""
-    tiny += ["--steps", "8", "--eval-every", "4"]
-    train.main([*tiny, "--out", "out/uninterrupted"])
-    handler = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, name, send_sigterm_at_call(getattr(train, name), call_number))
-        run = train.main([*tiny, "--out", "out/a"])
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert run["signal"] == signal.SIGTERM
-    assert 3 <= run["step"] <= 5
-    assert load("out/a")["step"] == run["step"]
-
-    train.main([*RESUME, "out/a"])
-    saved = load("out/a")
-    expected = load("out/uninterrupted")
-    assert is_equal(saved["model"], expected["model"])
-    assert is_equal(saved["optimizer"], expected["optimizer"])
+# -- signals; see test_train_stop.py ---------------------------------------------------------------
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, monkeypatch):
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as cli.run_main does
-    monkeypatch.setattr(train, "build_model", send_sigterm_at_call(train.build_model, 1))
+    monkeypatch.setattr(train, "build_model", lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         with pytest.raises(KeyboardInterrupt):
             train.main([*tiny, "--out", "out/a"])
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert not Path("out/a").exists()
-
-
-def test_sigterm_from_outside(tiny):
-    command = [sys.executable, str(REPOSITORY / "train.py"), *tiny, "--out", "out/a"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen([*command, "--steps", "1000000"], env=ENVIRONMENT, **options)
-
-    # wait for two steps, then interrupt the run
-    for line in process.stdout:
-        if line.startswith("run "):
-            break
-    while len(Path("out/a/log.csv").read_text().splitlines()) < 3:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "--resume out/a" in process.stdout.read()
-    assert process.wait(30) == 128 + signal.SIGTERM
-
-    step = load("out/a")["step"]
-    assert step > 0
-    assert len(rows("out/a")) == step + 1, "a header and a row for each step"
-    assert not list(Path("out/a").glob(".*"))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
-    original = train.train_step
-    models = []
-
-    def poisoned_step(step, *args):
-        net = step.net
-        models.append((net, net.embed_tokens.weight.clone()))
-        if len(models) == 8:
-            net.norm.weight.data[0] = math.nan
-        return original(step, *args)
-
-    monkeypatch.setattr(train, "train_step", poisoned_step)
-    with pytest.raises(FloatingPointError, match="nan"):
-        train.main([*tiny, "--out", "out/a", "--steps", "10", "--eval-every", "5"])
-    assert load("out/a")["step"] == 5, "the last evaluation before the seventh step"
-    assert len(rows("out/a")) == 8, "a header and seven steps"
-    net, before = models[-1]
-    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took the step"
-    monkeypatch.setattr(train, "train_step", original)
-    assert train.main([*RESUME, "out/a"])["step"] == 10
-    assert len(rows("out/a")) == 11, "a header and ten steps"
-
-
-def test_weights_gone_bad_are_not_saved(tiny, monkeypatch):
-    losses = iter([2.0, 1.0, math.nan])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
-    with pytest.raises(FloatingPointError, match="nan"):
-        train.main([*tiny, "--out", "out/a", "--eval-every", "3"])
-    assert load("out/a")["step"] == 6
 
 
 # -- several processes -----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -359,37 +358,6 @@ def test_bad_flag_or_data(short, flags, parts):
     Path("nothing").mkdir()
     refused([*short, "--steps", "2", *flags.split()], *parts)
     assert not list(Path("out").glob("*/ckpt.pt")) and not Path("out/tiny-softmax").exists()
-
-
-def test_bad_resume(short):
-    train.main([*short, "--out", "out/a", "--stop-after", "5"])
-    before = Path("out/a/ckpt.pt").read_bytes()
-    for flags, part in {
-        "--resume out/a --lr 0.5": "--lr is 0.5 here but 0.003 in out/a",
-        "--resume --n-layer 3": "--n-layer is 3",
-        "--resume --attn nix": "--attn is nix here but softmax in out/a",
-        "--resume --model gpt2": "leave --model out",
-        "--out out/a": "already holds a run",
-    }.items():
-        refused([*flags.split(), "--device", "cpu"], part)
-    Path("text.txt").rename("moved.txt")
-    refused(["--resume", "--device", "cpu"], "there is no data", "text.txt")
-    flags = ["--device", "cpu", "--data", "moved.txt", "--stop-after", "1"]
-    assert train.main(["--resume", *flags])["step"] == 6, "the same text in another place"
-    Path("other").mkdir()
-    os.chdir("other")  # its path was made absolute
-    flags = ["--device", "cpu", "--stop-after", "1"]
-    assert train.main(["--resume", "../out/a", *flags])["step"] == 7
-    os.chdir("..")
-    before = Path("out/a/ckpt.pt").read_bytes()
-    Path("moved.txt").write_text(Path("moved.txt").read_text() + "more")
-    refused(["--resume", *flags], "has changed")
-    assert Path("out/a/ckpt.pt").read_bytes() == before
-
-
-def test_bad_resume_of_a_complete_run(short):
-    train.main([*short, "--out", "out/a", "--steps", "2"])
-    refused(["--resume", "--device", "cpu"], "complete", "--init")
 
 
 # -- on the GPU ------------------------------------------------------------------------------------
