@@ -13,6 +13,7 @@ from tests.build import Case, check_build, check_reports
 from tests.common import DEVICE, assert_close, gpu
 from tests.test_simplicial import (
     EMPTY,
+    GRADIENTS,
     NONFINITE,
     by_pairs,
     check_gradients_of_nonfinite,
@@ -22,8 +23,6 @@ from tests.test_simplicial import (
 
 pytest.importorskip("triton")
 from kernels import simplicial as kernel  # noqa: E402
-
-GRADIENTS = "o", "dq", "dk", "dv", "dk2", "dv2"
 
 
 def reference_with_gradients(inputs, do, w1, w2):
