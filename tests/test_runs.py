@@ -12,11 +12,11 @@ import torch
 import train
 from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
-from tests.common import is_equal, refused, run_code, run_script, run_two_processes
+from tests.common import is_equal, refused, run_code, run_two_processes
 
 RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
 PLOT = RunLog.plot
-NO_PLOT = "from support.runlog import RunLog\nRunLog.plot = lambda log: None\n"
+NO_PLOT = "import train\ntrain.RunLog.plot = lambda log: None\n"
 
 
 @pytest.fixture
@@ -172,20 +172,6 @@ def test_a_damaged_log_does_not_stop_a_resume(tiny, content):
 # -- what goes wrong while saving ------------------------------------------------------------------
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tiny, monkeypatch):
-    train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
-    before = Path("out/a/ckpt.pt").read_bytes()
-
-    def broken_save(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", broken_save)
-    refused([*RESUME, "out/a"], "cannot write out/a/ckpt.pt", "No space left", "untouched")
-    assert Path("out/a/ckpt.pt").read_bytes() == before
-    assert not list(Path("out/a").glob(".*"))
-
-
 def test_a_full_disk(tiny):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     train.main([*tiny, "--out", "out/a", "--stop-after", "1"])
@@ -266,27 +252,6 @@ def test_a_folder_has_one_run_at_a_time(tiny):
     assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 4
 
 
-def test_files_of_the_user_are_not_overwritten(tiny):
-    Path("mine").mkdir()
-    Path("mine/.backup.2024").touch()
-    for name in ("config.json", "log.csv", "loss.png"):
-        Path("mine", name).write_text("mine")
-        refused([*tiny, "--out", "mine"], f"mine/{name} would be overwritten")
-        assert Path("mine", name).read_text() == "mine"
-        os.remove(f"mine/{name}")
-    train.main([*tiny, "--out", "mine", "--steps", "2"])
-    files = [".backup.2024", ".tokens", "ckpt.pt", "config.json", "log.csv"]
-    assert sorted(os.listdir("mine")) == files
-
-
-def test_a_failed_start_leaves_nothing(tiny):
-    refused([*tiny, "--attn", "nix"], "no attention 'nix'")
-    refused([*tiny, "--out", "mine", "--micro-batch", "3"], "--batch-size 4 does not divide")
-    refused([*tiny, "--data", "nowhere"], "nowhere")
-    assert not Path("mine").exists()
-    assert set(os.listdir("out")) <= {".tokens"}
-
-
 def test_folders_of_unusual_names(tiny, plotted):
     for name in ("$x é", "x" * 255):
         train.main([*tiny, "--out", name, "--steps", "2", "--stop-after", "1"])
@@ -356,12 +321,3 @@ def test_sharded_runs(tiny):
     assert resumed["step"] == 4
     for name, weight in expected["model"].items():
         torch.testing.assert_close(resumed["model"][name], weight, rtol=1e-5, atol=1e-6)
-
-
-def test_the_command_says_it_in_one_sentence(tiny):
-    Path("mine").mkdir()
-    Path("mine/loss.png").touch()
-    done = run_script("train.py", *tiny, "--out", "mine")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train.py: mine/loss.png would be overwritten")

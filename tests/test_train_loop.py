@@ -357,7 +357,8 @@ def test_bad_flag_or_data(short, flags, parts):
     Path("binary").write_bytes(b"\x7fELF\0\1\2")
     Path("nothing").mkdir()
     refused([*short, "--steps", "2", *flags.split()], *parts)
-    assert not list(Path("out").glob("*/ckpt.pt")) and not Path("out/tiny-softmax").exists()
+    folders = [path.name for path in Path("out").glob("*")]
+    assert folders in ([], [".tokens"]), "a failed start leaves nothing"
 
 
 # -- on the GPU ------------------------------------------------------------------------------------
