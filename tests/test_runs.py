@@ -12,7 +12,7 @@ import torch
 import train
 from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
-from tests.common import is_equal, refused, run_code, run_two_processes
+from tests.common import is_equal, refused, run_code, run_together, run_two_processes
 
 RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
 PLOT = RunLog.plot
@@ -64,7 +64,7 @@ def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
         "--attn laser,simplicial:w1=8:w2=4 --optim sonew:band=3:bf16_state=true",
         "--adapter lora_rite:rank=2 --optim lora_rite",
         "--adapter lora_rite:rank=2",
-        "--adapter mine --optim mine",
+        "--attn mine --adapter mine --optim mine",
     ],
 )
 def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
@@ -74,7 +74,7 @@ def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
     resume_flags = []
     if "mine" in flags:
         flags += ["--clip", "0"]
-        resume_flags = ["--adapter", "mine", "--optim", "mine"]
+        resume_flags = "--attn mine --adapter mine --optim mine".split()
     train.main([*flags, "--out", "out/uninterrupted"])
     train.main([*flags, "--out", "out/resumed", "--stop-after", "2"])
     train.main([*RESUME, "out/resumed", *resume_flags])
@@ -83,7 +83,10 @@ def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
 
 
 MINE = """
-import torch
+import torch, train
+
+def attention(q, k, v):
+    return train.softmax_attention(q, k, v + 0.1 * torch.rand_like(v))
 
 class Optimizer(torch.optim.SGD):  # adds random numbers, and counts steps in its groups
     def step(self):
@@ -211,22 +214,16 @@ def test_kill_9_while_saving(tiny):
 
 # -- two runs at once ------------------------------------------------------------------------------
 
-FIVE_AT_ONCE = """
-import os, sys, train
-children = []
-for seed in range(5):
-    child = os.fork()
-    if child == 0:
-        train.main([*sys.argv[1:], "--seed", str(seed), "--steps", "3"])
-        os._exit(0)
-    children.append(child)
-print([os.waitpid(child, 0)[1] for child in children])
+ONE_OF_FIVE = """
+import os, sys
+train.main([*sys.argv[1:], "--seed", os.environ["SEED"], "--steps", "3"])
 """
 
 
 def test_five_runs_at_once_have_five_folders(tiny):
-    done = run_code(NO_PLOT + FIVE_AT_ONCE, *tiny)
-    assert "[0, 0, 0, 0, 0]" in done.stdout, done.stderr[-2000:]
+    environments = [{"SEED": str(seed)} for seed in range(5)]
+    for done in run_together(environments, NO_PLOT + ONE_OF_FIVE, *tiny):
+        assert done.returncode == 0, done.stderr[-2000:]
     names = sorted(os.listdir("out"))
     first = names[1]
     assert names == [".tokens", first, f"{first}-2", f"{first}-3", f"{first}-4", f"{first}-5"]

@@ -516,4 +516,5 @@ def test_parameters_and_gradients_may_be_views():
         before = p.grad.clone()
         optimizer.step()
         assert torch.equal(p.grad, before), "the gradient is left as it was"
-    assert torch.equal(p, expected[-1]) and p.data_ptr() == address
+    assert torch.equal(p, expected[-1])
+    assert p.data_ptr() == address

@@ -13,7 +13,7 @@ import torch
 import sample
 import train
 from support import data
-from tests.common import gpu, is_equal, refused
+from tests.common import gpu, refused
 from tests.hf import hf  # noqa: F401
 
 ROW = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
@@ -167,23 +167,6 @@ def test_text_at_the_end(tiny, capsys, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_plug_in_that_draws_random_numbers_resumes_exactly(short, tmp_path, monkeypatch):
-    Path("noisy.py").write_text(
-        "import torch, train\n"
-        "def attention(q, k, v):\n"
-        "    return train.softmax_attention(q, k, v + 0.1 * torch.rand_like(v))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = [*short, "--attn", "noisy", "--steps", "10", "--eval-every", "5"]
-    train.main([*flags, "--out", "out/whole"])
-    part = train.main([*flags, "--out", "out/parts", "--stop-after", "5"])
-    assert part["step"] == 5 and part["signal"] == 0
-    refused(["--resume", "out/parts", "--device", "cpu"], "'noisy'", "not part of this repository")
-    train.main(["--resume", "out/parts", "--attn", "noisy", "--device", "cpu"])
-    assert read_log("out/whole") == read_log("out/parts")
-    assert is_equal(load("out/whole"), load("out/parts"))
-
-
 ADAPTER = """
 import torch
 import torch.nn as nn
@@ -210,23 +193,20 @@ def merge(model):
 """
 
 
-def test_adapters_train_resume_and_merge(short, tmp_path, monkeypatch, capsys):
+def test_adapters_train_and_merge(short, tmp_path, monkeypatch, capsys):
     Path("deltas.py").write_text(ADAPTER)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("support.plugins.own_modules", lambda: ["deltas"])
     base = train.main([*short, "--steps", "10", "--out", "out/base"])
     flags = ["--init", "out/base", "--adapter", "deltas:std=0.01", *short, "--steps", "10"]
-    flags = [flag for flag in flags if flag]
     capsys.readouterr()
     whole = train.main([*flags, "--out", "out/whole"])
     assert "of them trained" in capsys.readouterr().out
-    train.main([*flags, "--out", "out/parts", "--stop-after", "5"])
-    train.main(["--resume", "out/parts", "--device", "cpu"])
-    assert read_log("out/whole") == read_log("out/parts")
     before = load("out/base")["model"]
     after = load("out/whole")["model"]
-    assert is_equal(load("out/parts")["model"], after) and whole["val_loss"] < base["val_loss"]
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert whole["val_loss"] < base["val_loss"]
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
     assert after["layers.1.mlp.down_proj.delta"].std() > 0.005
 
     # --init and load_model merge them
