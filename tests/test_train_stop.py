@@ -44,7 +44,8 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
 
     def hit_evaluate(tokens, *more):
         calls.append(len(tokens))
-        if calls.count(min(calls)) == 1 and len(set(calls)) == 2:  # the held-out text is shorter
+        is_held_out = len(tokens) < max(calls)  # the held-out text is shorter
+        if is_held_out and calls.count(len(tokens)) == 1:
             signals.append(signal.raise_signal(signal.SIGHUP))
         return read_sequences(tokens, *more)
 
