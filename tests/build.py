@@ -16,6 +16,7 @@ kernel, chip, constants, registers (per thread), spilled (bytes per thread), sha
 block), tensor_core_instructions, has_tf32.
 """
 
+import importlib
 import json
 import os
 import re
@@ -101,8 +102,6 @@ def decode_dtype(value):
 
 def compile_case(module, case):
     """Compile one case, in a process without the interpreter. Return its report."""
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -156,6 +155,7 @@ def compile_case(module, case):
 
 def main():
     module, cases = json.load(sys.stdin, object_hook=decode_dtype)
+    importlib.import_module(module)  # once, and not in each process of the pool
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(compile_case, [module] * len(cases), cases))
     print(json.dumps(reports))

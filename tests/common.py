@@ -1,8 +1,10 @@
 """What several test files share: tolerances, tiny models, refused commands, scripts."""
 
 import contextlib
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,10 @@ def gpu(test):
 
 
 def assert_close(name, ours, eager, truth):
-    """Our error against float64 is at most twice that of eager PyTorch in the same dtype.
+    """Assert that our error is at most twice the error of eager PyTorch in the same dtype.
 
-    On top comes a floor: 1e-5, or 1e-5 of the largest value, and half a unit in its last place.
+    ours, eager and truth, which is in float64, have the same shape. A floor is added to what is
+    allowed: 1e-5 of the largest value, or of 1, and half a unit in its last place.
     """
     assert ours.isfinite().all(), f"{name}: not finite"
     largest = truth.abs().max().item()
@@ -38,24 +41,30 @@ def assert_close(name, ours, eager, truth):
 
 def small_gpt(dtype=torch.float32, **shape):
     """A GPT with large random weights, so that every part matters."""
-    defaults = {"vocab_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 16}
-    model = train.GPT(train.GPTConfig(**{**defaults, **shape}), dtype=dtype)
+    config = {"vocab_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 16}
+    config.update(shape)
+    model = train.GPT(train.GPTConfig(**config), dtype=dtype)
     model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            value = torch.randn(p.shape, generator=generator)
-            p.copy_(value * 0.3 if p.dim() > 1 else value + 1)
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() > 1:
+                p.copy_(0.3 * noise)
+            else:  # a gain
+                p.copy_(1 + noise)
     return model
 
 
 def is_equal(a, b):
-    """Two nests of dicts, lists, tensors and numbers are equal bit for bit."""
+    """Return whether two values are equal bit for bit: tensors, numbers, or nested containers."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(is_equal(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(is_equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(is_equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    return a == b
 
 
 def refused(argv, *parts, main=train.main):
@@ -90,58 +99,55 @@ def without_rights():
             os.seteuid(0)
 
 
-def run_script(script, *argv, env=None, **options):
-    """Run a script of the repository in its own process, in the current folder."""
-    command = [sys.executable, str(REPOSITORY / script), *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+@functools.cache
+def start_fork_server():
+    """Start the process that runs our Python sources. It ends when this one closes its stdin."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # each job brings its own
+    command = [sys.executable, str(REPOSITORY / "tests/fork_server.py")]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
 
-FORKS = """
-import contextlib, json, os, sys, tempfile, traceback
-import numpy, safetensors, tiktoken, torch, torch.distributed.tensor, tqdm
-with contextlib.suppress(ModuleNotFoundError):
-    import triton
+def run_together(environments, source, *argv, cwd="."):
+    """Run a Python source as `python -c` would, once per environment, all at the same time.
 
-outcomes = []
-for source in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as output:
-        pid = os.fork()
-        if pid == 0:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            status = 0
-            try:
-                exec(source, {"__name__": "__main__"})
-            except SystemExit as end:
-                status = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        output.seek(0)
-        outcomes.append([status, output.read().decode()])
-print(json.dumps(outcomes))
-"""
-
-
-def run_forked(sources, env=None, **options):
-    """Run each Python source in a fork of one process that has imported torch already.
-
-    As good as a process for each, but importing torch takes seconds. Returns a list of (exit
-    status, stdout and stderr).
+    The processes are forks of one that has imported torch already, as that takes seconds. Returns
+    a subprocess.CompletedProcess for each.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS],
-        input=json.dumps(sources),
-        capture_output=True,
-        text=True,
-        env=environment,
-        **options,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    jobs = []
+    for environment in environments:
+        environment = {"PYTHONPATH": str(REPOSITORY), **os.environ, **environment}
+        jobs.append([source, [str(arg) for arg in argv], environment, os.path.abspath(cwd)])
+    server = start_fork_server()
+    print(json.dumps(jobs), file=server.stdin, flush=True)
+    outcomes = json.loads(server.stdout.readline())
+    return [subprocess.CompletedProcess("python", *outcome) for outcome in outcomes]
+
+
+def run_code(source, *argv, env=None, cwd="."):
+    """Run a Python source in its own process, in the current folder."""
+    return run_together([env or {}], source, *argv, cwd=cwd)[0]
+
+
+def run_script(script, *argv, env=None, cwd="."):
+    """Run a script of the repository in its own process, in the current folder."""
+    path = REPOSITORY / script
+    source = f"""
+import runpy, sys
+sys.path[0] = {str(path.parent)!r}
+sys.argv[0] = {str(path)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return run_code(source, *argv, env=env, cwd=cwd)
+
+
+def run_two_processes(source, *argv):
+    """Run a Python source in two processes, started with the variables that torchrun sets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again from here on
+    environments = []
+    for rank in ("0", "1"):
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environments.append({**address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"})
+    return run_together(environments, source, *argv)

@@ -1,5 +1,6 @@
 """Set up before any test: Triton's interpreter where there is no GPU, and the fixture `tiny`."""
 
+import functools
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,27 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+def speed_up_interpreter():
+    """Let a device function patch triton.language at its first call only, not at every call.
+
+    A launch has patched it already. Without this, kernels take a third longer.
+    """
+    try:
+        from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    except ImportError:  # no Triton, or another version of it
+        return
+    patch_once = functools.cache(_patch_lang)
+
+    def call(device_function, *args, **kwargs):
+        patch_once(device_function.fn)
+        return device_function.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+speed_up_interpreter()
 
 
 def pytest_configure(config):
@@ -25,8 +47,12 @@ def free_gpu_memory():
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Work in an empty folder with a small text; return the flags for a run of a second."""
+    """Work in an empty folder with a small text; return the flags for a run of a second.
+
+    Runs do not plot their losses, which takes longer than the rest. `plotted` undoes that.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("support.runlog.RunLog.plot", lambda log: None)
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil éclairs".split()
     rng = random.Random(0)
     lines = [" ".join(rng.choices(words, k=8)) for _ in range(400)]

@@ -11,7 +11,7 @@ import tokenize
 
 import pytest
 
-from tests.common import REPOSITORY, run_forked
+from tests.common import REPOSITORY, run_code, run_script
 
 PAPERS = {"laser", "simplicial", "sonew", "lora_rite"}
 SCRIPTS = ["train.py", "sample.py", "ttt_context.py", *(f"{name}.py" for name in sorted(PAPERS))]
@@ -163,33 +163,29 @@ def test_importing_does_nothing():
 assert not torch.cuda.is_initialized()
 assert not {"matplotlib", "transformers", "jinja2", "requests"} & set(sys.modules)
 """
-    sources = [f"import sys, torch\nimport {name}\n{check}" for name in names]
-    outcomes = run_forked(sources, cwd=REPOSITORY)
-    assert dict(zip(names, outcomes)) == {name: [0, ""] for name in names}
+    for name in names:
+        done = run_code(f"import sys, torch\nimport {name}\n{check}", cwd=REPOSITORY)
+        assert (done.returncode, done.stdout + done.stderr) == (0, ""), name
 
 
 def test_another_package_named_kernels_is_not_imported(tmp_path):
     """Hugging Face has one. Without an __init__.py of ours, Python would prefer it."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").touch()
-    sources = ["import train", "import laser"]
-    outcomes = run_forked(sources, env={"PYTHONPATH": str(tmp_path)}, cwd=REPOSITORY)
-    assert outcomes == [[0, ""], [0, ""]]
+    for source in ("import train", "import laser"):
+        done = run_code(source, env={"PYTHONPATH": str(tmp_path)}, cwd=REPOSITORY)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_help_fits_80_columns(tmp_path):
-    sources = []
     for script in SCRIPTS:
-        path = REPOSITORY / script
-        source = f"import runpy, sys\nsys.path[0] = {str(path.parent)!r}\n"
-        source += f"sys.argv = [{str(path)!r}, '--help']\n"
-        sources.append(source + f"runpy.run_path({str(path)!r}, run_name='__main__')")
-    outcomes = run_forked(sources, env={"COLUMNS": "80"}, cwd=tmp_path)
-    for script, (status, text) in zip(SCRIPTS, outcomes, strict=True):
-        lines = text.splitlines()
-        assert status == 0 and len(lines) > 5, f"{script}: {text}"
+        done = run_script(script, "--help", env={"COLUMNS": "80"}, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert len(lines) > 5, script
         assert lines[0].startswith(f"usage: {script.rpartition('/')[2]}"), script
         assert [line for line in lines if len(line) > 80] == [], script
+        assert done.stderr == "", script
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,13 +1,9 @@
 """Whole runs: they resume bit for bit, survive kill -9 and full disks, and never collide."""
 
 import csv
-import math
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,24 +12,16 @@ import torch
 import train
 from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
-from tests.common import REPOSITORY, is_equal, refused, run_script
+from tests.common import is_equal, refused, run_code, run_together, run_two_processes
 
 RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
 PLOT = RunLog.plot
+NO_PLOT = "import train\ntrain.RunLog.plot = lambda log: None\n"
 
 
 @pytest.fixture
-def tiny(tiny, monkeypatch):
-    """The flags of a tiny run, without the plot, which takes longer than most runs here."""
-    monkeypatch.setattr(RunLog, "plot", lambda log: None)
-    return tiny
-
-
-@pytest.fixture
-def plotted(monkeypatch, tiny):
+def plotted(tiny, monkeypatch):
+    """Runs plot their losses, as they do outside tests."""
     monkeypatch.setattr(RunLog, "plot", PLOT)
 
 
@@ -44,11 +32,6 @@ def load(folder):
 def rows(folder):
     with open(Path(folder, "log.csv"), newline="") as file:
         return list(csv.reader(file))
-
-
-def run_code(code, *argv, **options):
-    command = [sys.executable, "-c", code, *argv]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
 # -- resuming --------------------------------------------------------------------------------------
@@ -81,7 +64,7 @@ def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
         "--attn laser,simplicial:w1=8:w2=4 --optim sonew:band=3:bf16_state=true",
         "--adapter lora_rite:rank=2 --optim lora_rite",
         "--adapter lora_rite:rank=2",
-        "--adapter mine --optim mine",
+        "--attn mine --adapter mine --optim mine",
     ],
 )
 def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
@@ -91,7 +74,7 @@ def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
     resume_flags = []
     if "mine" in flags:
         flags += ["--clip", "0"]
-        resume_flags = ["--adapter", "mine", "--optim", "mine"]
+        resume_flags = "--attn mine --adapter mine --optim mine".split()
     train.main([*flags, "--out", "out/uninterrupted"])
     train.main([*flags, "--out", "out/resumed", "--stop-after", "2"])
     train.main([*RESUME, "out/resumed", *resume_flags])
@@ -100,7 +83,10 @@ def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
 
 
 MINE = """
-import torch
+import torch, train
+
+def attention(q, k, v):
+    return train.softmax_attention(q, k, v + 0.1 * torch.rand_like(v))
 
 class Optimizer(torch.optim.SGD):  # adds random numbers, and counts steps in its groups
     def step(self):
@@ -151,6 +137,7 @@ def test_bad_resume(tiny):
         ("--resume out/a --lr 0.5", "--lr is 0.5 here but 0.003 in out/a", "leave it out"),
         ("--resume --n-layer 3", "--n-layer is 3 here but 2 in out/a"),
         ("--resume --attn nix", "--attn is nix here but softmax"),
+        ("--resume out/a --model gpt2", "leave --model out"),
         ("--resume out/a --out out/b", "--resume continues a run", "--out out"),
         ("--resume out/a --init out/a", "--resume continues a run", "--init"),
         ("--resume out/b", "out/b holds no run"),
@@ -171,14 +158,6 @@ def test_a_complete_run_is_not_resumed(tiny):
     refused(["--resume", "--device", "cpu"], "out/a is complete (2 steps)", "--init")
 
 
-def test_init_starts_anew_from_the_weights(tiny):
-    a = train.main([*tiny, "--out", "out/a", "--steps", "3"])
-    flags = "--init out/a --out out/b --data text.txt --steps 1 --batch-size 4 --lr 1e-9"
-    b = train.main([*flags.split(), "--eval-batches", "2", "--sample", "0", "--device", "cpu"])
-    assert b["step"] == 1
-    assert abs(a["val_loss"] - b["val_loss"]) < 1e-3
-
-
 @pytest.mark.parametrize("content", [b"\x89PNG\0\xff" * 99, b"step\n1\n2,\n", None])
 def test_a_damaged_log_does_not_stop_a_resume(tiny, content):
     train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
@@ -194,20 +173,6 @@ def test_a_damaged_log_does_not_stop_a_resume(tiny, content):
 
 
 # -- what goes wrong while saving ------------------------------------------------------------------
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tiny, monkeypatch):
-    train.main([*tiny, "--out", "out/a", "--stop-after", "5"])
-    before = Path("out/a/ckpt.pt").read_bytes()
-
-    def broken_save(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", broken_save)
-    refused([*RESUME, "out/a"], "cannot write out/a/ckpt.pt", "No space left", "untouched")
-    assert Path("out/a/ckpt.pt").read_bytes() == before
-    assert not list(Path("out/a").glob(".*"))
 
 
 def test_a_full_disk(tiny):
@@ -249,22 +214,16 @@ def test_kill_9_while_saving(tiny):
 
 # -- two runs at once ------------------------------------------------------------------------------
 
-FIVE_AT_ONCE = """
-import os, sys, train
-children = []
-for seed in range(5):
-    child = os.fork()
-    if child == 0:
-        train.main([*sys.argv[1:], "--seed", str(seed), "--steps", "3"])
-        os._exit(0)
-    children.append(child)
-print([os.waitpid(child, 0)[1] for child in children])
+ONE_OF_FIVE = """
+import os, sys
+train.main([*sys.argv[1:], "--seed", os.environ["SEED"], "--steps", "3"])
 """
 
 
 def test_five_runs_at_once_have_five_folders(tiny):
-    done = run_code(FIVE_AT_ONCE, *tiny)
-    assert "[0, 0, 0, 0, 0]" in done.stdout, done.stderr[-2000:]
+    environments = [{"SEED": str(seed)} for seed in range(5)]
+    for done in run_together(environments, NO_PLOT + ONE_OF_FIVE, *tiny):
+        assert done.returncode == 0, done.stderr[-2000:]
     names = sorted(os.listdir("out"))
     first = names[1]
     assert names == [".tokens", first, f"{first}-2", f"{first}-3", f"{first}-4", f"{first}-5"]
@@ -290,27 +249,6 @@ def test_a_folder_has_one_run_at_a_time(tiny):
     assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 4
 
 
-def test_files_of_the_user_are_not_overwritten(tiny):
-    Path("mine").mkdir()
-    Path("mine/.backup.2024").touch()
-    for name in ("config.json", "log.csv", "loss.png"):
-        Path("mine", name).write_text("mine")
-        refused([*tiny, "--out", "mine"], f"mine/{name} would be overwritten")
-        assert Path("mine", name).read_text() == "mine"
-        os.remove(f"mine/{name}")
-    train.main([*tiny, "--out", "mine", "--steps", "2"])
-    files = [".backup.2024", ".tokens", "ckpt.pt", "config.json", "log.csv"]
-    assert sorted(os.listdir("mine")) == files
-
-
-def test_a_failed_start_leaves_nothing(tiny):
-    refused([*tiny, "--attn", "nix"], "no attention 'nix'")
-    refused([*tiny, "--out", "mine", "--micro-batch", "3"], "--batch-size 4 does not divide")
-    refused([*tiny, "--data", "nowhere"], "nowhere")
-    assert not Path("mine").exists()
-    assert set(os.listdir("out")) <= {".tokens"}
-
-
 def test_folders_of_unusual_names(tiny, plotted):
     for name in ("$x é", "x" * 255):
         train.main([*tiny, "--out", name, "--steps", "2", "--stop-after", "1"])
@@ -319,105 +257,18 @@ def test_folders_of_unusual_names(tiny, plotted):
     refused([*tiny, "--out", "y" * 256], "cannot write in", "File name too long")
 
 
-# -- signals and numbers that are not finite -------------------------------------------------------
-
-
-def send_sigterm_at_call(function, call_number):
-    """Wrap a function so that SIGTERM arrives at the beginning of one of its calls."""
-    n_calls = 0
-
-    def wrapper(*args, **options):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == call_number:
-            signal.raise_signal(signal.SIGTERM)
-        return function(*args, **options)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("name,call_number", [("get_batch", 4), ("evaluate", 1)])
-def test_sigterm_saves_and_ends_the_run(tiny, monkeypatch, name, call_number):
-    """Once resumed, the run ends with the same weights as one that was never interrupted."""
-    tiny += ["--steps", "8", "--eval-every", "4"]
-    train.main([*tiny, "--out", "out/uninterrupted"])
-    handler = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, name, send_sigterm_at_call(getattr(train, name), call_number))
-        run = train.main([*tiny, "--out", "out/a"])
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert run["signal"] == signal.SIGTERM
-    assert 3 <= run["step"] <= 5
-    assert load("out/a")["step"] == run["step"]
-
-    train.main([*RESUME, "out/a"])
-    saved = load("out/a")
-    expected = load("out/uninterrupted")
-    assert is_equal(saved["model"], expected["model"])
-    assert is_equal(saved["optimizer"], expected["optimizer"])
+# -- signals; see test_train_stop.py ---------------------------------------------------------------
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, monkeypatch):
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as cli.run_main does
-    monkeypatch.setattr(train, "build_model", send_sigterm_at_call(train.build_model, 1))
+    monkeypatch.setattr(train, "build_model", lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         with pytest.raises(KeyboardInterrupt):
             train.main([*tiny, "--out", "out/a"])
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert not Path("out/a").exists()
-
-
-def test_sigterm_from_outside(tiny):
-    command = [sys.executable, str(REPOSITORY / "train.py"), *tiny, "--out", "out/a"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen([*command, "--steps", "1000000"], env=ENVIRONMENT, **options)
-
-    # wait for two steps, then interrupt the run
-    for line in process.stdout:
-        if line.startswith("run "):
-            break
-    while len(Path("out/a/log.csv").read_text().splitlines()) < 3:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "--resume out/a" in process.stdout.read()
-    assert process.wait(30) == 128 + signal.SIGTERM
-
-    step = load("out/a")["step"]
-    assert step > 0
-    assert len(rows("out/a")) == step + 1, "a header and a row for each step"
-    assert not list(Path("out/a").glob(".*"))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch):
-    original = train.train_step
-    models = []
-
-    def poisoned_step(step, *args):
-        net = step.net
-        models.append((net, net.embed_tokens.weight.clone()))
-        if len(models) == 8:
-            net.norm.weight.data[0] = math.nan
-        return original(step, *args)
-
-    monkeypatch.setattr(train, "train_step", poisoned_step)
-    with pytest.raises(FloatingPointError, match="nan"):
-        train.main([*tiny, "--out", "out/a", "--steps", "10", "--eval-every", "5"])
-    assert load("out/a")["step"] == 5, "the last evaluation before the seventh step"
-    assert len(rows("out/a")) == 8, "a header and seven steps"
-    net, before = models[-1]
-    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took the step"
-    monkeypatch.setattr(train, "train_step", original)
-    assert train.main([*RESUME, "out/a"])["step"] == 10
-    assert len(rows("out/a")) == 11, "a header and ten steps"
-
-
-def test_weights_gone_bad_are_not_saved(tiny, monkeypatch):
-    losses = iter([2.0, 1.0, math.nan])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
-    with pytest.raises(FloatingPointError, match="nan"):
-        train.main([*tiny, "--out", "out/a", "--eval-every", "3"])
-    assert load("out/a")["step"] == 6
 
 
 # -- several processes -----------------------------------------------------------------------------
@@ -437,7 +288,6 @@ try:
 except ValueError as error:
     Path("refused" + os.environ["RANK"]).write_text(str(error))
 train.main([*flags, "--fsdp", "--out", "out/four", "--stop-after", "2"])
-os._exit(0)
 """
 
 
@@ -445,12 +295,9 @@ def test_sharded_runs(tiny):
     """Two processes are one run: one folder, resumed exactly, in one process as well."""
     Path("mine").mkdir()
     Path("mine/log.csv").write_text("mine")
-    Path("sharded.py").write_text(SHARDED)
     flags = [*tiny, "--steps", "4", "--lr", "1e-4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["sharded.py", *flags]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_two_processes(NO_PLOT + SHARDED, *flags):
+        assert done.returncode == 0, done.stderr[-3000:]
 
     for optim in ("adamw", "sonew"):
         whole = load(f"out/{optim}-whole")
@@ -471,12 +318,3 @@ def test_sharded_runs(tiny):
     assert resumed["step"] == 4
     for name, weight in expected["model"].items():
         torch.testing.assert_close(resumed["model"][name], weight, rtol=1e-5, atol=1e-6)
-
-
-def test_the_command_says_it_in_one_sentence(tiny):
-    Path("mine").mkdir()
-    Path("mine/loss.png").touch()
-    done = run_script("train.py", *tiny, "--out", "mine")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train.py: mine/loss.png would be overwritten")

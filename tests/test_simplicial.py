@@ -1,6 +1,8 @@
 """2-simplicial attention: definition, PyTorch path, place in the GPT, study. Kernels: see
 test_simplicial_kernel.py."""
 
+import csv
+import itertools
 import json
 import math
 import shutil
@@ -16,12 +18,16 @@ import train
 from tests.common import assert_close, gpu, refused, small_gpt
 
 NAMES = "q", "k", "v", "k2", "v2"
+GRADIENTS = "o", "dq", "dk", "dv", "dk2", "dv2"
 
 
 def make_inputs(
     Tq=9, Tk=9, H=4, Hkv=2, D=6, B=2, Tk2=None, dtype=torch.float64, seed=0, device="cpu"
 ):
-    """Random q, k, v, k2, v2, not contiguous."""
+    """Return random q (B, H, Tq, D), k, v (B, Hkv, Tk, D), k2, v2 (B, Hkv, Tk2 or Tk, D).
+
+    They are not contiguous.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for heads, T in (H, Tq), (Hkv, Tk), (Hkv, Tk), (Hkv, Tk2 or Tk), (Hkv, Tk2 or Tk):
@@ -31,16 +37,17 @@ def make_inputs(
 
 
 def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
-    """Output and log-sum-exp of one query by the definition, pair by pair."""
-    group = h * k.shape[1] // q.shape[1]
-    position = i + k.shape[2] - q.shape[2]
-    position2 = i + k2.shape[2] - q.shape[2]
-    k, v, k2, v2 = (t[b, group] for t in (k, v, k2, v2))
+    """Compute output and log-sum-exp of query i of head h by the definition, pair by pair."""
+    kv_head = h * k.shape[1] // q.shape[1]
+    last = i + k.shape[2] - q.shape[2]  # of k and v that the query sees
+    last2 = i + k2.shape[2] - q.shape[2]  # of k2 and v2
+    query = q[b, h, i]
+    k, v, k2, v2 = (t[b, kv_head] for t in (k, v, k2, v2))
     scores = []
     products = []
-    for j in range(max(0, position - w1 + 1), position + 1):
-        for l in range(max(0, position2 - w2 + 1), position2 + 1):
-            scores.append((q[b, h, i] * k[j] * k2[l]).sum() / q.shape[3] ** 0.5)
+    for j in range(max(0, last - w1 + 1), last + 1):
+        for l in range(max(0, last2 - w2 + 1), last2 + 1):
+            scores.append((query * k[j] * k2[l]).sum() / query.numel() ** 0.5)
             products.append(v[j] * v2[l])
     scores = torch.stack(scores)
     return scores.softmax(0) @ torch.stack(products), scores.logsumexp(0)
@@ -63,7 +70,8 @@ def test_reference_is_the_definition(Tq, Tk, Hkv, w1, w2):
         inputs = make_inputs(Tq, Tk, Hkv=Hkv, Tk2=Tk2)
         o = simplicial.reference(*inputs, w1=w1, w2=w2)
         for b, h, i in (0, 0, 0), (1, 3, Tq - 1), (0, 2, Tq // 2):
-            assert torch.allclose(o[b, h, i], by_pairs(*inputs, w1, w2, b, h, i)[0], atol=1e-12)
+            expected, _ = by_pairs(*inputs, w1, w2, b, h, i)
+            assert torch.allclose(o[b, h, i], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("at_once", [2**25, 20], ids=["whole", "blocks"])
@@ -100,32 +108,31 @@ def test_attention_torch_equals_the_reference(Tq, Tk, Hkv, w1, w2, at_once):
     assert_close("bf16", ours, truth.bfloat16(), truth)  # rounded once, at the end
 
 
-def test_blocks_bound_the_logits():
-    """A block holds at most as many logits as asked for; the backward computes them again."""
+@pytest.mark.parametrize("at_once, blocks, calls", [(10**6, 4, 4), (40000, 4, 8), (12000, 13, 26)])
+def test_blocks_bound_the_logits(at_once, blocks, calls, monkeypatch):
+    """Each block holds at most `at_once` logits; the backward pass computes them again."""
     sizes = []
     original = simplicial.attend
 
-    def attend(q, k, v, k2, v2, w1, w2):
+    def counting_attend(q, k, v, k2, v2, w1, w2):
         keys = min(k.shape[2], w1 + q.shape[3] - 1)
         sizes.append(q.shape[:4].numel() * w2 * keys)
         return original(q, k, v, k2, v2, w1, w2)
 
+    monkeypatch.setattr(simplicial, "attend", counting_attend)
     inputs = [t.requires_grad_() for t in make_inputs(64, 64)]
-    for at_once, blocks, calls in (10**6, 4, 4), (40000, 4, 8), (12000, 13, 26):
-        sizes.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(simplicial, "attend", attend)
-            o = simplicial.attention_torch(*inputs, w1=20, w2=7, logits_at_once=at_once)
-            assert len(sizes) == blocks
-            o.sum().backward()
-        assert len(sizes) == calls and max(sizes) <= at_once
+    o = simplicial.attention_torch(*inputs, w1=20, w2=7, logits_at_once=at_once)
+    assert len(sizes) == blocks
+    o.sum().backward()
+    assert len(sizes) == calls
+    assert max(sizes) <= at_once
 
 
 def window_attention(q, k, v, w):
+    """Compute softmax attention over the last w keys of each query."""
     T = q.shape[2]
-    mask = torch.ones(T, T, dtype=torch.bool).tril() & torch.ones(T, T, dtype=torch.bool).triu(
-        1 - w
-    )
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (distance >= 0) & (distance < w)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
@@ -134,44 +141,68 @@ def window_mean(v, w):
     return torch.stack(means, 2)
 
 
+def assert_equal(a, b):
+    assert torch.allclose(a, b, atol=1e-12)
+
+
+def repeat_heads(t):
+    """Repeat the two key/value heads for the four query heads."""
+    return t.repeat_interleave(2, 1)
+
+
 @BOTH
 def test_closed_forms(function):
-    def equal(a, b):
-        return torch.allclose(a, b, atol=1e-12)
-
-    def g(t):
-        return t.repeat_interleave(2, 1)
-
     q, k, v, k2, v2 = make_inputs(12, 12, D=6)
     one = torch.ones_like(k)
+
+    # a single pair
+    products = repeat_heads(v * v2)
     o = function(q, k, v, k2, v2, w1=5, w2=3)
-    assert equal(o[:, :, 0], g(v * v2)[:, :, 0]), "a single pair"
-    assert equal(function(q, k, v, k2, v2, w1=1, w2=1), g(v * v2))
-    assert equal(function(q, k, v, one, one, w1=5, w2=3), window_attention(q, k, v, 5))
-    assert equal(function(q, one, one, k2, v2, w1=5, w2=3), window_attention(q, k2, v2, 3))
-    gated = window_attention(q * g(k2), k, v, 5) * g(v2)
-    assert equal(function(q, k, v, k2, v2, w1=5, w2=1), gated), "w2 = 1 gates"
-    means = g(window_mean(v, 5) * window_mean(v2, 3))
-    assert equal(function(q * 0, k, v, k2, v2, w1=5, w2=3), means)
-    beyond = function(q, k, v, k2, v2, w1=99, w2=12)
-    assert equal(beyond, function(q, k, v, k2, v2, w1=12, w2=50)), "windows past the start"
-    assert torch.equal(beyond, function(q, k, v, k2, v2, w1=10**30, w2=12))
+    assert_equal(o[:, :, 0], products[:, :, 0])
+    assert_equal(function(q, k, v, k2, v2, w1=1, w2=1), products)
+
+    # keys and values of ones leave softmax attention
+    assert_equal(function(q, k, v, one, one, w1=5, w2=3), window_attention(q, k, v, 5))
+    assert_equal(function(q, one, one, k2, v2, w1=5, w2=3), window_attention(q, k2, v2, 3))
+
+    # w2 = 1 gates queries and outputs
+    gated = window_attention(q * repeat_heads(k2), k, v, 5) * repeat_heads(v2)
+    assert_equal(function(q, k, v, k2, v2, w1=5, w2=1), gated)
+
+    # queries of zeros average
+    means = repeat_heads(window_mean(v, 5) * window_mean(v2, 3))
+    assert_equal(function(q * 0, k, v, k2, v2, w1=5, w2=3), means)
+
+    # windows longer than the text
+    longest = function(q, k, v, k2, v2, w1=99, w2=12)
+    assert_equal(longest, function(q, k, v, k2, v2, w1=12, w2=50))
+    assert torch.equal(longest, function(q, k, v, k2, v2, w1=10**30, w2=12))
 
     # k = [a, 1] and k2 = [1, b]: logits are additive, so it is a product of two attentions
     a = torch.cat([k[..., :3], one[..., 3:]], -1)
     b = torch.cat([one[..., :3], k2[..., 3:]], -1)
     q1 = torch.cat([q[..., :3], q[..., 3:] * 0], -1)
     q2 = torch.cat([q[..., :3] * 0, q[..., 3:]], -1)
-    two = window_attention(q1, a, v, 5) * window_attention(q2, b, v2, 3)
-    assert equal(function(q, a, v, b, v2, w1=5, w2=3), two)
+    product = window_attention(q1, a, v, 5) * window_attention(q2, b, v2, 3)
+    assert_equal(function(q, a, v, b, v2, w1=5, w2=3), product)
 
-    # symmetries
-    assert equal(function(q, k2, v2, k, v, w1=3, w2=5), o), "the two roles are alike"
+
+@BOTH
+def test_symmetries(function):
+    q, k, v, k2, v2 = make_inputs(12, 12, D=6)
+    o = function(q, k, v, k2, v2, w1=5, w2=3)
+
+    # the two kinds of keys and values may change places
+    assert_equal(function(q, k2, v2, k, v, w1=3, w2=5), o)
+
+    # only the products of k and k2, and of v and v2, matter
     c = torch.rand(6, dtype=torch.float64) + 0.5
-    assert equal(function(q, k * c, v / c, k2 / c, v2 * c, w1=5, w2=3), o)
+    assert_equal(function(q, k * c, v / c, k2 / c, v2 * c, w1=5, w2=3), o)
+
+    # channels may be permuted
     order = torch.randperm(6)
     permuted = (t[..., order] for t in (q, k, v, k2, v2))
-    assert equal(function(*permuted, w1=5, w2=3), o[..., order])
+    assert_equal(function(*permuted, w1=5, w2=3), o[..., order])
 
 
 def test_attention_sees_only_its_windows():
@@ -188,10 +219,12 @@ def check_windows(function, device, T=40):
             changed[n][:, :, 20] += change
             after = function(*changed, w1=9, w2=4)
             is_same = (before == after).all(-1).all(1)[0].tolist()  # of each position
-            what = f"{NAMES[n]} + {change}"
-            assert is_same == [not 20 <= i < 20 + w for i in range(T)], what
+            expected = [True] * T
+            expected[20 : 20 + w] = [False] * w
+            case = f"{NAMES[n]} + {change}"
+            assert is_same == expected, case
             if not math.isfinite(change):
-                assert not after[:, :, 20 : 20 + w].isfinite().any(), what
+                assert not after[:, :, 20 : 20 + w].isfinite().any(), case
 
 
 def test_decodes_as_it_prefills():
@@ -209,8 +242,7 @@ def test_decodes_as_it_prefills():
 # What is not finite, in the gradients
 
 
-# a bad number in q, k, v, k2 or v2
-NONFINITE = [
+NONFINITE = [  # index of a tensor in q, k, v, k2, v2, and a number in it
     (0, math.inf),
     (0, math.nan),
     (1, math.nan),
@@ -236,23 +268,26 @@ def check_gradients_of_nonfinite(
         changed[n][0, 1, 20, 3] = value
         after = gradients(changed, do, w1, w2)
 
-        # queries that see it, (H, T), and the keys that such a query sees, (Hkv, T)
+        # the queries that see it, (H, T)
         w = {0: 1, 1: w1, 2: w1, 3: w2, 4: w2}[n]
-        is_bad = torch.zeros(H, T, dtype=torch.bool)
-        heads = [1] if n == 0 else range(g, H)
-        for h in heads:
-            is_bad[h, 20 : 20 + w] = True
-        sees = is_bad.unflatten(0, (2, g)).any(1)
-        for m, (a, b) in enumerate(zip(before, after)):
-            expected = is_bad
-            if m >= 2:
-                expected = torch.zeros(2, T, dtype=torch.bool)
-                for h, i in sees.nonzero().tolist():
-                    expected[h, max(0, i - (w1 if m < 4 else w2) + 1) : i + 1] = True
-            what = f"{('o', 'dq', 'dk', 'dv', 'dk2', 'dv2')[m]} with {value} in {NAMES[n]}"
+        bad_queries = torch.zeros(H, T, dtype=torch.bool)
+        for h in [1] if n == 0 else range(g, H):
+            bad_queries[h, 20 : 20 + w] = True
+
+        # the keys that one of these queries sees, (Hkv, T), in either window
+        bad_keys = {}
+        for window in (w1, w2):
+            bad_keys[window] = torch.zeros(2, T, dtype=torch.bool)
+            for h, i in bad_queries.nonzero().tolist():
+                bad_keys[window][h // g, max(0, i - window + 1) : i + 1] = True
+
+        # o, dq, dk, dv, dk2, dv2
+        expected = (bad_queries, bad_queries, *[bad_keys[w1]] * 2, *[bad_keys[w2]] * 2)
+        for name, a, b, is_bad in zip(GRADIENTS, before, after, expected, strict=True):
+            case = f"{name} with {value} in {NAMES[n]}"
             is_same = (a == b).all(-1)[0].cpu()
-            assert torch.equal(is_same, ~expected), f"{what}: neighbors change"
-            assert b.isnan().all(-1)[0].cpu().equal(expected), f"{what}: should be NaN"
+            assert torch.equal(is_same, ~is_bad), f"{case}: neighbors change"
+            assert torch.equal(b.isnan().all(-1)[0].cpu(), is_bad), f"{case}: should be NaN"
 
 
 def test_gradients_of_what_is_not_finite():
@@ -337,8 +372,10 @@ def test_compiles_once_for_all_lengths():
         ours = compiled(*inputs, w1=4, w2=3)
         eager = simplicial.attention(*inputs, w1=4, w2=3)
         assert torch.allclose(ours, eager, atol=1e-6)
-        for a, b in zip(*(torch.autograd.grad(o.sum(), inputs) for o in (ours, eager))):
-            assert torch.allclose(a, b, atol=1e-5)
+        our_grads = torch.autograd.grad(ours.sum(), inputs)
+        eager_grads = torch.autograd.grad(eager.sum(), inputs)
+        for our_grad, eager_grad in zip(our_grads, eager_grads):
+            assert torch.allclose(our_grad, eager_grad, atol=1e-5)
     assert len(graphs) == 2
 
 
@@ -358,7 +395,8 @@ def test_warning_survives_the_compiler():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             function(torch.zeros(3))
-        assert ["many times slower: a reason" in str(w.message) for w in caught] == [True]
+        (warning,) = caught
+        assert "many times slower: a reason" in str(warning.message)
 
 
 @gpu
@@ -380,6 +418,8 @@ def test_layers_of_the_gpt():
     assert [len(layer.self_attn.inputs) for layer in model.layers] == [3, 5, 3, 5]
     layer = model.layers[1].self_attn
     assert layer.windows == [5, 5, 3, 3]
+
+    # the layer is the reference between its projections, without RoPE
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     heads = []
     for name in layer.inputs:
@@ -387,20 +427,22 @@ def test_layers_of_the_gpt():
         heads.append(t.unflatten(-1, (-1, 8)).transpose(1, 2))
     y = simplicial.reference(*heads, w1=5, w2=3).transpose(1, 2).flatten(2)
     angles = train.rope_angles(0, 9, 8, 1e4, x.device)
-    assert torch.allclose(layer(x, *angles), layer.o_proj(y), atol=1e-10), "no RoPE"
+    assert torch.allclose(layer(x, *angles), layer.o_proj(y), atol=1e-10)
 
+    # a token changes nothing before it
     ids = torch.randint(64, (1, 16))
     changed = ids.clone()
     changed[0, 9] = (changed[0, 9] + 1) % 64
-    assert torch.equal(model(ids)[:, :9], model(changed)[:, :9]), "causal"
+    assert torch.equal(model(ids)[:, :9], model(changed)[:, :9])
 
 
 def test_trains(tiny):
     run = train.main([*tiny, "--attn", "softmax,simplicial:w1=8:w2=4", "--out", "run"])
-    rows = Path("run/log.csv").read_text().splitlines()
-    column = rows[0].split(",").index("val_loss")
-    losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
-    assert losses[-1] < losses[0] - 0.5 and not run["signal"]
+    with open("run/log.csv", newline="") as file:
+        values = [row["val_loss"] for row in csv.DictReader(file)]
+    losses = [float(value) for value in values if value]
+    assert losses[-1] < losses[0] - 0.5
+    assert not run["signal"]
     refused([*tiny, "--attn", "simplicial:w3=8"], "no option 'w3'", "w1=512, w2=32")
     refused([*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1")
 
@@ -421,27 +463,36 @@ def test_match3_by_hand():
     expected = [False, True, True, True]  # 2 + 2 + 2
     assert study.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == expected
     x = torch.randint(9, (4, 7), generator=generator)
-    for b in range(4):
-        for i in range(7):
-            past = x[b, : i + 1].tolist()
-            any_match = any((past[-1] + m + n) % 9 == 0 for m in past for n in past)
-            assert study.match3(x, 9)[b, i] == any_match
+    matches = study.match3(x, 9)
+    for b, i in itertools.product(range(4), range(7)):
+        past = x[b, : i + 1].tolist()
+        sums = [past[-1] + m + n for m, n in itertools.product(past, past)]
+        assert matches[b, i] == any(total % 9 == 0 for total in sums)
 
 
 def test_tasks_are_what_they_say():
     study = pytest.importorskip("experiments.simplicial")
     generator = torch.Generator().manual_seed(0)
     x, y = study.match3_batch(256, generator)
-    assert x.shape == (256, 7, 1) and y.float().mean() == 0.5
-    assert torch.equal(study.match3(x[..., 0], 20)[:, -1].long(), y)
-    sums = x[:, :-1, None, 0] + x[:, None, :-1, 0] + x[:, -1:, None, 0]
-    assert (sums % 20 == 1).flatten(1).any(1)[y == 0].all(), "near misses"
+    assert x.shape == (256, 7, 1)
+    assert y.float().mean() == 0.5
+    numbers = x[..., 0]
+    assert torch.equal(study.match3(numbers, 20)[:, -1].long(), y)
 
+    # where there is no match, some sum with the last number misses it by 1
+    last = numbers[:, -1:, None]
+    sums = numbers[:, :-1, None] + numbers[:, None, :-1] + last  # (256, 6, 6)
+    has_near_miss = (sums % 20 == 1).flatten(1).any(1)
+    assert has_near_miss[y == 0].all()
+
+    # the answer is the second table's value at the first table's value
     x, y = study.composition_batch(64, generator, M=5)
     for tokens, answer in zip(x.tolist(), y.tolist()):
         tables = {(table, key): value for table, key, value in tokens[:-1]}
-        assert len(tables) == 10 and tokens[-1][0] == 2
-        assert answer == tables[1, tables[0, tokens[-1][1]]]
+        question, asked_key, _ = tokens[-1]
+        assert len(tables) == 10
+        assert question == 2
+        assert answer == tables[1, tables[0, asked_key]]
 
 
 def test_chance_levels():
@@ -466,16 +517,25 @@ def test_study(tmp_path, capsys):
     for key in ("command", "commit", "hardware", "versions", "seconds", "question", "metric"):
         assert key in record
     for task in study.TASKS:
-        runs = {n: record["variants"][f"{task}: {n}"]["runs"] for n in study.VARIANTS}
-        assert len({run["parameters"] for r in runs.values() for run in r}) == 1, "equal parameters"
-        assert all(0 < run["seconds"] < record["seconds"] for r in runs.values() for run in r)
-        for name in set(study.VARIANTS) - {record["baseline"]}:
-            pairs = zip(runs[name], runs[record["baseline"]])
-            differences = [a["value"] - b["value"] for a, b in pairs]
+        parameters = set()
+        values = {}  # of the two runs of each variant
+        for name in study.VARIANTS:
+            runs = record["variants"][f"{task}: {name}"]["runs"]
+            values[name] = [run["value"] for run in runs]
+            for run in runs:
+                parameters.add(run["parameters"])
+                assert 0 < run["seconds"] < record["seconds"]
+        assert len(parameters) == 1, "variants differ in their number of parameters"
+
+        baseline = values.pop(record["baseline"])
+        for name, (first, second) in values.items():
+            first -= baseline[0]
+            second -= baseline[1]
+            half_width = 12.706 * abs(first - second) / 2  # t of one degree of freedom
             difference = record["differences"][f"{task}: {name}"]
-            assert abs(difference["mean"] - sum(differences) / 2) < 1e-12
-            half = 12.706 * abs(differences[0] - differences[1]) / 2  # t of one degree of freedom
-            assert abs(difference["half_width_95"] - half) < 1e-9 and difference["n"] == 2
+            assert difference["n"] == 2
+            assert abs(difference["mean"] - (first + second) / 2) < 1e-12
+            assert abs(difference["half_width_95"] - half_width) < 1e-9
     assert len(set(study.SEEDS)) == 8
     assert result["match3_by_hand"] == dict.fromkeys(result["match3_by_hand"], 1.0)
     assert "commonest value" in capsys.readouterr().out

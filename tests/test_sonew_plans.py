@@ -3,6 +3,7 @@ the kernels compile."""
 
 import math
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,27 +21,40 @@ from tests.build import Case, check_build
 from tests.test_sonew_kernel import check_kernel, use_small_blocks
 
 
-def test_the_fastest_version_that_takes_a_tensor_is_chosen():
-    def chosen(shape, offset=0, band=1, groups=()):
-        n = math.prod(shape)
-        p, grad, m, *S = (torch.zeros(n + 4)[offset : n + offset].view(shape) for _ in range(8))
-        state = {"m": m, **{f"s{k}": S_k for k, S_k in enumerate(S)}}
-        chain = math.prod(shape[1:])
-        param = sonew.LocalParam(p, grad, state, band, chain, len(shape) < 2, n, groups)
-        plan_class, more = kernel.choose_plan(param)
-        return {kernel.SimplePlan: "simple", fused.FusedPlan: "fused"}[plan_class], *more
+def chosen_plan(shape, offset=0, band=1, groups=()):
+    """Return "simple" or "fused" for a tensor, and whether its halos have to be copied.
 
-    assert chosen((8, 960)) == ("fused", False), "a chunk is a row"
-    assert chosen((8, 964)) == ("fused", True), "a row is longer than a chunk"
-    assert chosen((1, 960)) == ("fused", False)
-    assert chosen((8, 64)) == ("fused", False)
-    assert chosen((964,), band=0) == ("fused", False)
-    assert chosen((8, 964), groups=("sharded",)) == ("simple",)
-    assert chosen((8, 961)) == ("simple",), "chains are not whole quads"
-    assert chosen((8, 960), offset=1) == ("simple",), "not aligned"
-    assert chosen((4, 3)) == ("simple",)
-    assert chosen((0, 8)) == ("simple",), "empty"
-    assert chosen((4, 3), band=0) == ("fused", False)
+    offset: elements from an aligned address to the tensor. groups: over which it is sharded.
+    """
+    n = math.prod(shape)
+    p, grad, m, *S = (torch.zeros(n + 4)[offset : n + offset].view(shape) for _ in range(8))
+    param = sonew.LocalParam(
+        p=p,
+        grad=grad,
+        state={"m": m, **{f"s{k}": S_k for k, S_k in enumerate(S)}},
+        band=band,
+        chain=math.prod(shape[1:]),
+        is_adam=len(shape) < 2,
+        numel=n,
+        process_groups=groups,
+    )
+    plan_class, options = kernel.choose_plan(param)
+    name = {kernel.SimplePlan: "simple", fused.FusedPlan: "fused"}[plan_class]
+    return name, *options
+
+
+def test_the_fastest_version_that_takes_a_tensor_is_chosen():
+    assert chosen_plan((8, 960)) == ("fused", False), "a chunk is a row"
+    assert chosen_plan((8, 964)) == ("fused", True), "a row is longer than a chunk"
+    assert chosen_plan((1, 960)) == ("fused", False)
+    assert chosen_plan((8, 64)) == ("fused", False)
+    assert chosen_plan((964,), band=0) == ("fused", False)
+    assert chosen_plan((8, 964), groups=("sharded",)) == ("simple",)
+    assert chosen_plan((8, 961)) == ("simple",), "rows are no multiple of 4 elements"
+    assert chosen_plan((8, 960), offset=1) == ("simple",), "not aligned"
+    assert chosen_plan((4, 3)) == ("simple",)
+    assert chosen_plan((0, 8)) == ("simple",), "empty"
+    assert chosen_plan((4, 3), band=0) == ("fused", False)
 
 
 def count_calls(monkeypatch, owner, name):
@@ -66,41 +80,51 @@ def test_kernel_takes_many_tensors_at_once(monkeypatch):
 
 
 def test_plans_are_made_once(monkeypatch):
+    """A plan serves again while all addresses and options are the same."""
     use_small_blocks(monkeypatch)
-    made = count_calls(monkeypatch, kernel, "make_plans")
+    plans_made = count_calls(monkeypatch, kernel, "make_plans")
     p = torch.nn.Parameter(torch.ones(4, 8, device=DEVICE))
     optimizer = sonew.SONew([p], 0.1, use_kernel=True)
     grads = torch.randn(4, 4, 8, device=DEVICE)
-    p.grad = grads[0]
-    for lr in (0.1, 0.2):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-    assert len(made) == 1
 
-    p.grad = grads[1]  # elsewhere
-    optimizer.step()
-    p.grad = grads[0]
-    optimizer.step()
-    assert len(made) == 2, "both are known"
+    def step(grad):
+        p.grad = grad
+        optimizer.step()
+
+    step(grads[0])
+    optimizer.param_groups[0]["lr"] = 0.2
+    step(grads[0])
+    assert len(plans_made) == 1
+
+    # gradients at two addresses
+    step(grads[1])
+    step(grads[0])
+    assert len(plans_made) == 2
+
+    # the same memory in another shape
+    p.grad = None
     p.data = p.data.view(8, 4)
-    p.grad = grads[0].view(8, 4)
     for name in ("m", "s0", "s1"):
         optimizer.state[p][name] = optimizer.state[p][name].view(8, 4)
-    optimizer.step()
-    assert len(made) == 3, "the same memory, other chains"
+    step(grads[0].view(8, 4))
+    assert len(plans_made) == 3
+
+    # other options, and a copy of the state
     optimizer.param_groups[0]["chain"] = "flat"
     optimizer.step()
-    assert len(made) == 4
+    assert len(plans_made) == 4
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
-    assert len(made) == 5, "the state was copied"
+    assert len(plans_made) == 5
+
+    # the cache keeps the most recent plans only
     capacity = 5  # as many as there are
     monkeypatch.setattr(kernel.PlanCache, "CAPACITY", capacity)
     momenta = [optimizer.state[p]["m"].clone() for _ in range(2)]
     for m in momenta:
         optimizer.state[p]["m"] = m
         optimizer.step()
-    assert len(made) == capacity + len(momenta)
+    assert len(plans_made) == capacity + len(momenta)
     assert len(optimizer.plan_cache.recent) == capacity
 
 
@@ -120,7 +144,7 @@ def test_plans_keep_no_gradient_alive(monkeypatch):
 @gpu
 @pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
 def test_in_a_cuda_graph(shape):
-    """With gradients elsewhere than in the steps before, and a learning rate on the device."""
+    """With gradients at other addresses than before, and a learning rate on the device."""
     warm_up = 3  # steps before the graph is captured
     steps = 8
     nets = []
@@ -143,7 +167,7 @@ def test_in_a_cuda_graph(shape):
     # capture the step of net 0, whose gradients are copies of `source`
     source = grads[warm_up].clone()
     graph = torch.cuda.CUDAGraph()
-    nets[0][0].grad = torch.empty_like(source)  # elsewhere than in the steps before
+    nets[0][0].grad = torch.empty_like(source)  # at another address than before
     nets[0][1].grad = torch.empty_like(source[0, :8])
     optimizers[0].prepare()
     with torch.cuda.graph(graph):
@@ -151,7 +175,7 @@ def test_in_a_cuda_graph(shape):
         nets[0][1].grad.copy_(source[0, :8])
         optimizers[0].step()
 
-    # the graph keeps what it reads: memory that were free would now be overwritten
+    # the graph must keep alive what it reads: free memory is overwritten here
     optimizers[0].plan_cache.recent.clear()
     n_others = 1000
     others = [torch.full((64,), -1, device="cuda") for _ in range(n_others)]
@@ -168,13 +192,21 @@ def test_in_a_cuda_graph(shape):
     assert optimizers[0].state[nets[0][0]]["step"] == steps
 
 
-# What real calls launch: parameters, state, band, whether they take Adam's step, chunks need a halo
-VARIANTS = [
-    (tl.float32, tl.float32, 1, False, True),
-    (tl.float32, tl.float32, 4, False, True),
-    (tl.bfloat16, tl.bfloat16, 1, False, False),
-    (tl.float32, tl.float32, 0, True, False),
-]
+class Variant(NamedTuple):
+    """What real calls launch."""
+
+    param: tl.dtype
+    state: tl.dtype
+    band: int
+    is_adam: bool
+    has_halo: bool  # whether chains cross the ends of chunks
+
+
+BAND_1 = Variant(tl.float32, tl.float32, band=1, is_adam=False, has_halo=True)
+BAND_4 = Variant(tl.float32, tl.float32, band=4, is_adam=False, has_halo=True)
+BFLOAT16 = Variant(tl.bfloat16, tl.bfloat16, band=1, is_adam=False, has_halo=False)
+BAND_0 = Variant(tl.float32, tl.float32, band=0, is_adam=True, has_halo=False)
+VARIANTS = [BAND_1, BAND_4, BFLOAT16, BAND_0]
 FLOATS = "beta1 beta2 new1 new2 log_beta1 log_beta2 gamma lr weight_decay".split()
 TYPES = {"table_ptr": "*i64", "items_ptr": "*i64", "blocks_ptr": "*i64", "counters_ptr": "*i32"}
 TYPES.update(dict.fromkeys(FLOATS, "fp32"))
@@ -182,61 +214,68 @@ TYPES.update(dict.fromkeys(FLOATS, "fp32"))
 OPTIONS = {"types": TYPES, "dtype": "fp32", "uses_tensor_cores": False, "max_spilled": 72}
 
 
-def constants_of(P, M, band, is_adam):
-    columns = kernel.S_PTR.value + band + 1
-    constants = {"PARAM": P, "GRAD": P, "STATE": M, "BAND": band, "ADAM": is_adam}
-    return {**constants, "LR_ON_DEVICE": False, "COLUMNS": columns}
+def constants_of(variant):
+    return {
+        "PARAM": variant.param,
+        "GRAD": variant.param,
+        "STATE": variant.state,
+        "BAND": variant.band,
+        "ADAM": variant.is_adam,
+        "LR_ON_DEVICE": False,
+        "COLUMNS": kernel.S_PTR.value + variant.band + 1,
+    }
 
 
 def simple_cases():
     cases = []
     for name, variant, arch in (
-        ("direction_kernel", VARIANTS[1], 80),
-        ("direction_kernel", VARIANTS[2], 90),
-        ("update_kernel", VARIANTS[1], 120),
+        ("direction_kernel", BAND_4, 80),
+        ("direction_kernel", BFLOAT16, 90),
+        ("update_kernel", BAND_4, 120),
     ):
-        constants = {**constants_of(*variant[:4]), "BLOCK": kernel.BLOCK}
+        constants = {**constants_of(variant), "BLOCK": kernel.BLOCK}
         cases.append(Case(name, constants, arch=arch, num_warps=kernel.WARPS, **OPTIONS))
     constants = {"COLUMNS": 14, "BLOCK": 1024}
-    return [*cases, Case("norms_kernel", constants, types=TYPES, dtype="fp32")]
+    cases.append(Case("norms_kernel", constants, types=TYPES, dtype="fp32"))
+    return cases
 
 
 def fused_cases():
     cases = []
-    for arch, variants in (
-        (80, VARIANTS[1:2]),
-        (90, VARIANTS),
-        (100, VARIANTS[:1]),
-        (120, VARIANTS[2:3]),
-    ):
-        for *variant, halo in variants:
-            config = fused.CONFIG[variant[2]]
-            sizes = {
-                "HALO": halo,
+    variants_by_arch = {80: [BAND_4], 90: VARIANTS, 100: [BAND_1], 120: [BFLOAT16]}
+    for arch, variants in variants_by_arch.items():
+        for variant in variants:
+            config = fused.CONFIG[variant.band]
+            constants = {
+                **constants_of(variant),
+                "HALO": variant.has_halo,
                 "LINES": config.lines,
                 "RUN": config.run,
                 "STAGES": config.stages,
             }
-            limits = {
-                "num_warps": config.warps,
-                "maxnreg": config.registers if arch == 90 else None,
-            }
-            constants = {**constants_of(*variant), **sizes}
+            limits = {"num_warps": config.warps}
+            if arch == 90:
+                limits["maxnreg"] = config.registers
             cases.append(Case("step_kernel", constants, arch=arch, **limits, **OPTIONS))
-    fp32 = tl.float32
-    constants = {"GRAD": fp32, "STATE": fp32, "BAND": 4, "COLUMNS": 17, "RUN": 16}
-    return [*cases, Case("halo_kernel", constants, types=TYPES, dtype="fp32", num_warps=1)]
+    constants = {"GRAD": tl.float32, "STATE": tl.float32, "BAND": 4, "COLUMNS": 17, "RUN": 16}
+    cases.append(Case("halo_kernel", constants, types=TYPES, dtype="fp32", num_warps=1))
+    return cases
 
 
 def hopper_cases():
     from kernels import sonew_hopper
 
     cases = []
-    for *variant, halo in VARIANTS:
-        config = fused.CONFIG[variant[2]]
-        ring = sonew_hopper.CONFIG[variant[2]]
-        constants = {**constants_of(*variant), "HALO": halo, "LINES": config.lines, "RUN": ring.run}
-        limits = {"num_warps": config.warps, "maxnreg": ring.registers}
+    for variant in VARIANTS:
+        config = fused.CONFIG[variant.band]
+        hopper_config = sonew_hopper.CONFIG[variant.band]
+        constants = {
+            **constants_of(variant),
+            "HALO": variant.has_halo,
+            "LINES": config.lines,
+            "RUN": hopper_config.run,
+        }
+        limits = {"num_warps": config.warps, "maxnreg": hopper_config.registers}
         cases.append(Case("ring_kernel", constants, **limits, **OPTIONS))
     return cases
 

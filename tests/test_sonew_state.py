@@ -1,29 +1,26 @@
 """SONew's state, shards of parameters, and runs of train.py."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import sonew
 import train
-from tests.common import REPOSITORY, is_equal, refused
+from tests.common import is_equal, refused, run_two_processes
 
 # --------------------------------------------------------------------------------------------------
 # State
 
 
 def make_pair(**options):
-    """Two equal lists of a float32 matrix and a bfloat16 vector, each with its optimizer."""
+    """Return twice the same: a float32 matrix and a bfloat16 vector, and their optimizer."""
     pair = []
     for _ in range(2):
-        params = [torch.ones(3, 8), torch.ones(4, dtype=torch.bfloat16)]
-        params = [torch.nn.Parameter(p) for p in params]
+        matrix = torch.nn.Parameter(torch.ones(3, 8))
+        vector = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        params = [matrix, vector]
         pair.append((params, sonew.SONew(params, **options)))
     return pair
 
@@ -36,76 +33,86 @@ def step(optimizer, params, grads):
 
 @pytest.mark.parametrize("options", [{}, {"band": 3, "bf16_state": True}], ids=str)
 def test_state_round_trip(options, tmp_path):
+    """Three steps, save, load; then the original and what was loaded take the same three steps."""
     generator = torch.Generator().manual_seed(0)
-    (params, a), (others, b) = make_pair(**options)
+    (params, optimizer), (loaded_params, loaded) = make_pair(**options)
     grads = []
     for _ in range(6):
         grads.append([torch.randn(3, 8, generator=generator), torch.randn(4, generator=generator)])
     for g in grads[:3]:
-        step(a, params, g)
-    torch.save({"optimizer": a.state_dict(), "p": [p.detach() for p in params]}, tmp_path / "a.pt")
-    saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    b.load_state_dict(saved["optimizer"])
-    for other, p in zip(others, saved["p"], strict=True):
-        other.data.copy_(p)
-    for g in grads[3:]:
-        step(a, params, g)
-        step(b, others, g)
-    assert is_equal(a.state_dict(), b.state_dict())
-    assert is_equal(list(params), list(others)) and b.state[others[0]]["step"] == 6
-    dtype = torch.bfloat16 if options.get("bf16_state") else torch.float32
-    assert b.state[others[1]]["s0"].dtype == dtype
-    assert saved["optimizer"]["state"][0]["step"] == 3, "what was loaded was copied"
+        step(optimizer, params, g)
 
-    # a copy goes on alike
-    c = copy.deepcopy(b)
-    copies = c.param_groups[0]["params"]
-    step(b, others, grads[0])
-    step(c, copies, grads[0])
-    assert is_equal(list(others), list(copies))
+    state = {"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}
+    torch.save(state, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    loaded.load_state_dict(saved["optimizer"])
+    for p, saved_p in zip(loaded_params, saved["params"], strict=True):
+        p.data.copy_(saved_p)
+
+    for g in grads[3:]:
+        step(optimizer, params, g)
+        step(loaded, loaded_params, g)
+    assert is_equal(optimizer.state_dict(), loaded.state_dict())
+    assert is_equal(params, loaded_params)
+    matrix, vector = loaded_params
+    assert loaded.state[matrix]["step"] == 6
+    assert saved["optimizer"]["state"][0]["step"] == 3, "what was loaded was not copied"
+    dtype = torch.bfloat16 if options.get("bf16_state") else torch.float32
+    assert loaded.state[vector]["s0"].dtype == dtype
+
+    # a deep copy takes the same steps, too
+    copied = copy.deepcopy(loaded)
+    copied_params = copied.param_groups[0]["params"]
+    step(loaded, loaded_params, grads[0])
+    step(copied, copied_params, grads[0])
+    assert is_equal(loaded_params, copied_params)
 
 
 def test_load_state_dict_respects_hooks_as_adam_does():
     """A pre-hook may replace what is loaded; a post-hook sees, and may change, the result."""
-    (params, a), (others, b) = make_pair()
-    step(a, params, [torch.randn(3, 8), torch.randn(4)])
-    seen = []
+    (params, optimizer), (loaded_params, loaded) = make_pair()
+    step(optimizer, params, [torch.randn(3, 8), torch.randn(4)])
+    matrix, vector = params
+    loaded_matrix, loaded_vector = loaded_params
+    seen_dtypes = []
 
-    def halve(optimizer, state_dict):
+    def pre_hook(optimizer, state_dict):
         state_dict = copy.deepcopy(state_dict)
         state_dict["state"][0]["m"] /= 2
         state_dict["param_groups"][0]["lr"] = 0.5
         return state_dict
 
-    def look(optimizer):
-        state = optimizer.state[others[1]]
-        seen.append(state["m"].dtype)
+    def post_hook(optimizer):
+        state = optimizer.state[loaded_vector]
+        seen_dtypes.append(state["m"].dtype)
         state["step"].fill_(7)
 
-    b.register_load_state_dict_pre_hook(halve)
-    b.register_load_state_dict_post_hook(look)
+    loaded.register_load_state_dict_pre_hook(pre_hook)
+    loaded.register_load_state_dict_post_hook(post_hook)
     for _ in range(2):
-        b.load_state_dict(a.state_dict())
-    assert torch.equal(b.state[others[0]]["m"], a.state[params[0]]["m"] / 2)
-    assert b.param_groups[0]["lr"] == 0.5
-    assert seen == [torch.float32] * 2, "the post-hook runs when all is in place"
-    assert b.state[others[1]]["step"] == 7 and a.state[params[1]]["step"] == 1
+        loaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(loaded.state[loaded_matrix]["m"], optimizer.state[matrix]["m"] / 2)
+    assert loaded.param_groups[0]["lr"] == 0.5
+    assert seen_dtypes == [torch.float32] * 2, "the post-hook ran too early"
+    assert loaded.state[loaded_vector]["step"] == 7
+    assert optimizer.state[vector]["step"] == 1
 
 
 def damaged(state_dict, i, **entries):
+    """Return a copy of an optimizer's state dict with other entries for parameter i."""
     state_dict = copy.deepcopy(state_dict)
     state_dict["state"][i].update(entries)
     return state_dict
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
-    (params, a), (_, b) = make_pair()
-    step(a, params, [torch.randn(3, 8), torch.randn(4)])
-    good = a.state_dict()
-    lacking = damaged(good, 0)
-    del lacking["state"][0]["scale"]
-    without_options = copy.deepcopy(good)
-    del without_options["param_groups"][0]["band"]
+    (params, optimizer), (_, loaded) = make_pair()
+    step(optimizer, params, [torch.randn(3, 8), torch.randn(4)])
+    good = optimizer.state_dict()
+    without_scale = damaged(good, 0)
+    del without_scale["state"][0]["scale"]
+    without_band = copy.deepcopy(good)
+    del without_band["param_groups"][0]["band"]
     other_band = copy.deepcopy(good)
     other_band["param_groups"][0]["band"] = 7
     cases = {
@@ -115,21 +122,27 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         "s1 must be a dense": damaged(good, 0, s1="text"),
         "m must be a dense": damaged(good, 0, m=torch.ones(3, 8, device="meta")),
         "s0 must be a dense": damaged(good, 0, s0=torch.ones(3, 8).to_sparse()),
-        "it must have": lacking,
-        "lack 'band'": without_options,
+        "it must have": without_scale,
+        "lack 'band'": without_band,
         "band is 7": other_band,
     }
     for part, state_dict in cases.items():
         with pytest.raises(ValueError, match=part):
-            b.load_state_dict(state_dict)
-        assert not b.state and b.param_groups[0]["band"] == 1, part
+            loaded.load_state_dict(state_dict)
+        assert not loaded.state, part
+        assert loaded.param_groups[0]["band"] == 1, part
     with pytest.raises(ValueError, match="doesn't match the size"):
         sonew.SONew(params[:1]).load_state_dict(good)
 
-    strided = damaged(good, 0, m=torch.tensor(3.0).expand(3, 8))
-    b.load_state_dict(strided)
-    (state, _) = b.state.values()
-    assert state["m"].is_contiguous() and (state["m"] == 3).all()
+
+def test_a_loaded_state_becomes_contiguous():
+    (params, optimizer), (loaded_params, loaded) = make_pair()
+    step(optimizer, params, [torch.randn(3, 8), torch.randn(4)])
+    expanded = torch.tensor(3.0).expand(3, 8)  # all strides are 0
+    loaded.load_state_dict(damaged(optimizer.state_dict(), 0, m=expanded))
+    m = loaded.state[loaded_params[0]]["m"]
+    assert m.is_contiguous()
+    assert (m == 3).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,11 +159,11 @@ def mesh(tmp_path):
 
 
 def check_sharded(mesh, monkeypatch, use_kernel):
-    """Rows may be sharded; the steps are those of whole tensors. Returns the shapes of the sums."""
+    """Compare the steps of whole and of sharded tensors; return the shapes of all reduced sums."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(6, 12, generator=generator)
     b = torch.randn(6, generator=generator)
-    grads = torch.randn(3, 6, 12, generator=generator)
+    w_grads = torch.randn(3, 6, 12, generator=generator)
 
     def sharded(t, placement):
         return torch.nn.Parameter(distribute_tensor(t.clone(), mesh, [placement]))
@@ -159,64 +172,64 @@ def check_sharded(mesh, monkeypatch, use_kernel):
         with pytest.raises(ValueError, match="chain would be cut"):
             sonew.SONew([sharded(w, placement)], chain=chain)
 
-    sums = []
+    shapes = []
     all_reduce = torch.distributed.all_reduce
 
-    def recorded(x, **options):
-        sums.append(tuple(x.shape))
-        return all_reduce(x, **options)
+    def recorded_all_reduce(sums, **options):
+        shapes.append(tuple(sums.shape))
+        return all_reduce(sums, **options)
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", recorded)
+    monkeypatch.setattr(torch.distributed, "all_reduce", recorded_all_reduce)
+    whole_net = [torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())]
     nets = [
-        [torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())],
+        whole_net,
         [sharded(w, Shard(0)), sharded(b, Shard(0))],
         [sharded(w, Replicate()), sharded(b, Shard(0))],
     ]
     optimizers = [sonew.SONew(net, 0.1, band=2, use_kernel=use_kernel) for net in nets]
-    for g in grads:
+    for w_grad in w_grads:
         for net, optimizer in zip(nets, optimizers, strict=True):
-            for p, x in zip(net, (g, g[:, 0]), strict=True):
-                p.grad = x.clone()
-                if net is not nets[0]:
+            for p, g in zip(net, (w_grad, w_grad[:, 0]), strict=True):
+                p.grad = g.clone()
+                if net is not whole_net:
                     p.grad = distribute_tensor(p.grad, mesh, p.placements)
             optimizer.step()
+
     for net, optimizer in zip(nets[1:], optimizers[1:], strict=True):
-        for whole, p in zip(nets[0], net, strict=True):
-            assert torch.equal(whole, p.full_tensor())
-            ours = {}
+        for whole_p, p in zip(whole_net, net, strict=True):
+            assert torch.equal(whole_p, p.full_tensor())
+            whole_state = optimizers[0].state[whole_p]
+            full_state = {}
             for name, t in optimizer.state[p].items():
-                ours[name] = t.full_tensor() if hasattr(t, "full_tensor") else t
-            assert is_equal(optimizers[0].state[whole], ours)
-    return sorted(sums)
+                full_state[name] = t.full_tensor() if isinstance(t, DTensor) else t
+            assert is_equal(whole_state, full_state)
+    return sorted(shapes)
 
 
 def test_sharded_parameters(mesh, monkeypatch):
-    sums = check_sharded(mesh, monkeypatch, use_kernel=False)
-    assert sums == 3 * [()] + 9 * [(3,)], "one sum for each tensor that is sharded"
+    shapes = check_sharded(mesh, monkeypatch, use_kernel=False)
+    assert shapes == 3 * [()] + 9 * [(3,)], "one sum for each tensor that is sharded"
 
 
-def test_trains_and_resumes(tiny):
-    argv = [*tiny, "--optim", "sonew:band=2", "--lr", "0.02"]
-    result = train.main([*argv, "--out", "out/whole"])
-    train.main([*argv, "--out", "out/parts", "--stop-after", "20"])
-    train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "0"])
-    whole, parts = (train.load_checkpoint(Path(f"out/{name}")) for name in ("whole", "parts"))
-    assert is_equal(whole["optimizer"], parts["optimizer"])
-    assert is_equal(whole["model"], parts["model"])
-    assert whole["config"]["run"]["optim"] == "sonew:band=2"
-    assert "s2" in whole["optimizer"]["state"][0]
+def test_trains(tiny):
+    """Resuming is tested in test_runs.py."""
+    argv = [*tiny, "--optim", "sonew:band=2", "--lr", "0.02", "--out", "out/run"]
+    result = train.main(argv)
     assert result["loss"] < 3.0
+    saved = train.load_checkpoint("out/run")
+    assert saved["config"]["run"]["optim"] == "sonew:band=2"
+    assert "s2" in saved["optimizer"]["state"][0]
     refused([*tiny, "--optim", "sonew:band=7"], "band is 7; it must be 0 to 4")
     refused([*tiny, "--optim", "sonew:chain=rows"], "row or flat")
     refused([*tiny, "--optim", "sonew:graft=none"], "no option 'graft'", "eps=")
 
 
 IN_TWO_PROCESSES = """
-import os, sys, train
+import sys, train
+train.RunLog.plot = lambda log: None
 flags = sys.argv[1:]
 train.main([*flags, "--out", "out/ddp"])
 train.main([*flags, "--out", "out/fsdp", "--fsdp", "--stop-after", "3"])
-os._exit(0)
 """
 
 
@@ -224,22 +237,18 @@ def test_processes_equal_one(tiny):
     """With a strong damping: without it, roundings of early, nearly singular statistics grow."""
     argv = [*tiny, "--steps", "6", "--optim", "sonew:eps=1", "--lr", "0.01", "--sample", "0"]
     train.main([*argv, "--out", "out/one"])
-    Path("two.py").write_text(IN_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, "two.py", *argv], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_two_processes(IN_TWO_PROCESSES, *argv):
+        assert done.returncode == 0, done.stderr[-3000:]
     train.main(["--resume", "out/fsdp", "--device", "cpu", "--sample", "0"])
 
-    names = ("one", "ddp", "fsdp")
-    one, ddp, fsdp = (train.load_checkpoint(Path(f"out/{name}"))["model"] for name in names)
-    model = train.GPT(train.GPTConfig(**train.load_checkpoint("out/one")["config"]["model"]))
+    saved = train.load_checkpoint("out/one")
+    one = saved["model"]
+    model = train.GPT(train.GPTConfig(**saved["config"]["model"]))
     train.init_weights(model, 1337)
     moved = largest_difference(one, dict(model.named_parameters()))
-    assert largest_difference(one, ddp) < 1e-3 * moved
-    assert largest_difference(one, fsdp) < 1e-3 * moved
+    for name in ("ddp", "fsdp"):
+        weights = train.load_checkpoint(f"out/{name}")["model"]
+        assert largest_difference(one, weights) < 1e-3 * moved, name
 
 
 def largest_difference(a, b):

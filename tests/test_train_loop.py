@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import sample
 import train
 from support import data
-from tests.common import gpu, is_equal, refused
+from tests.common import gpu, refused
 from tests.hf import hf  # noqa: F401
 
 ROW = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
@@ -168,23 +167,6 @@ def test_text_at_the_end(tiny, capsys, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_plug_in_that_draws_random_numbers_resumes_exactly(short, tmp_path, monkeypatch):
-    Path("noisy.py").write_text(
-        "import torch, train\n"
-        "def attention(q, k, v):\n"
-        "    return train.softmax_attention(q, k, v + 0.1 * torch.rand_like(v))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = [*short, "--attn", "noisy", "--steps", "10", "--eval-every", "5"]
-    train.main([*flags, "--out", "out/whole"])
-    part = train.main([*flags, "--out", "out/parts", "--stop-after", "5"])
-    assert part["step"] == 5 and part["signal"] == 0
-    refused(["--resume", "out/parts", "--device", "cpu"], "'noisy'", "not part of this repository")
-    train.main(["--resume", "out/parts", "--attn", "noisy", "--device", "cpu"])
-    assert read_log("out/whole") == read_log("out/parts")
-    assert is_equal(load("out/whole"), load("out/parts"))
-
-
 ADAPTER = """
 import torch
 import torch.nn as nn
@@ -211,23 +193,20 @@ def merge(model):
 """
 
 
-def test_adapters_train_resume_and_merge(short, tmp_path, monkeypatch, capsys):
+def test_adapters_train_and_merge(short, tmp_path, monkeypatch, capsys):
     Path("deltas.py").write_text(ADAPTER)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("support.plugins.own_modules", lambda: ["deltas"])
     base = train.main([*short, "--steps", "10", "--out", "out/base"])
     flags = ["--init", "out/base", "--adapter", "deltas:std=0.01", *short, "--steps", "10"]
-    flags = [flag for flag in flags if flag]
     capsys.readouterr()
     whole = train.main([*flags, "--out", "out/whole"])
     assert "of them trained" in capsys.readouterr().out
-    train.main([*flags, "--out", "out/parts", "--stop-after", "5"])
-    train.main(["--resume", "out/parts", "--device", "cpu"])
-    assert read_log("out/whole") == read_log("out/parts")
     before = load("out/base")["model"]
     after = load("out/whole")["model"]
-    assert is_equal(load("out/parts")["model"], after) and whole["val_loss"] < base["val_loss"]
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert whole["val_loss"] < base["val_loss"]
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
     assert after["layers.1.mlp.down_proj.delta"].std() > 0.005
 
     # --init and load_model merge them
@@ -358,38 +337,8 @@ def test_bad_flag_or_data(short, flags, parts):
     Path("binary").write_bytes(b"\x7fELF\0\1\2")
     Path("nothing").mkdir()
     refused([*short, "--steps", "2", *flags.split()], *parts)
-    assert not list(Path("out").glob("*/ckpt.pt")) and not Path("out/tiny-softmax").exists()
-
-
-def test_bad_resume(short):
-    train.main([*short, "--out", "out/a", "--stop-after", "5"])
-    before = Path("out/a/ckpt.pt").read_bytes()
-    for flags, part in {
-        "--resume out/a --lr 0.5": "--lr is 0.5 here but 0.003 in out/a",
-        "--resume --n-layer 3": "--n-layer is 3",
-        "--resume --attn nix": "--attn is nix here but softmax in out/a",
-        "--resume --model gpt2": "leave --model out",
-        "--out out/a": "already holds a run",
-    }.items():
-        refused([*flags.split(), "--device", "cpu"], part)
-    Path("text.txt").rename("moved.txt")
-    refused(["--resume", "--device", "cpu"], "there is no data", "text.txt")
-    flags = ["--device", "cpu", "--data", "moved.txt", "--stop-after", "1"]
-    assert train.main(["--resume", *flags])["step"] == 6, "the same text in another place"
-    Path("other").mkdir()
-    os.chdir("other")  # its path was made absolute
-    flags = ["--device", "cpu", "--stop-after", "1"]
-    assert train.main(["--resume", "../out/a", *flags])["step"] == 7
-    os.chdir("..")
-    before = Path("out/a/ckpt.pt").read_bytes()
-    Path("moved.txt").write_text(Path("moved.txt").read_text() + "more")
-    refused(["--resume", *flags], "has changed")
-    assert Path("out/a/ckpt.pt").read_bytes() == before
-
-
-def test_bad_resume_of_a_complete_run(short):
-    train.main([*short, "--out", "out/a", "--steps", "2"])
-    refused(["--resume", "--device", "cpu"], "complete", "--init")
+    folders = [path.name for path in Path("out").glob("*")]
+    assert folders in ([], [".tokens"]), "a failed start leaves nothing"
 
 
 # -- on the GPU ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ def short(tiny, monkeypatch):
     return tiny
 
 
+def n_rows(folder):
+    """Return the number of steps in the log of a run."""
+    return len(Path(folder, "log.csv").read_text().splitlines()) - 1
+
+
 @pytest.mark.parametrize("where", ["train", "evaluate", "generate"])
 def test_signal_saves_and_ends(tiny, monkeypatch, where):
     monkeypatch.setattr(sample, "generate", lambda *_, **__: iter(b"abcde"))
@@ -38,7 +44,8 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
 
     def hit_evaluate(tokens, *more):
         calls.append(len(tokens))
-        if calls.count(min(calls)) == 1 and len(set(calls)) == 2:  # the held-out text is shorter
+        is_held_out = len(tokens) < max(calls)  # the held-out text is shorter
+        if is_held_out and calls.count(len(tokens)) == 1:
             signals.append(signal.raise_signal(signal.SIGHUP))
         return read_sequences(tokens, *more)
 
@@ -81,15 +88,21 @@ def test_signal_from_outside(tiny):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # no nohup
     )
+
+    # wait for two steps
     for line in process.stdout:
         if line.startswith("run "):
             break
-    time.sleep(0.5)
+    while n_rows("out/a") < 2:
+        time.sleep(0.05)
     process.send_signal(signal.SIGHUP)  # a lost connection
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGHUP
     assert "--resume out/a" in output
-    assert load("out/a")["step"] > 0
+    step = load("out/a")["step"]
+    assert step > 0
+    assert n_rows("out/a") == step
+    assert not list(Path("out/a").glob(".*")), "temporary files are left"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
@@ -108,10 +121,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
         FloatingPointError, match="step 8: the loss is nan.*out/a/ckpt.pt is the last"
     ):
         train.main([*short, "--out", "out/a", "--eval-every", "5"])
-    assert load("out/a")["step"] == 5
+    assert load("out/a")["step"] == 5, "the last evaluation before the NaN"
+    assert n_rows("out/a") == 7
     assert len(weights) == 8
     net, before = weights[-1]
-    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took no step"
+    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took the step"
+
+    # once resumed, the run ends as usual
+    monkeypatch.setattr(train, "train_step", original)
+    train.main(["--resume", "out/a", "--device", "cpu", "--stop-after", "5"])
+    assert n_rows("out/a") == 10
 
 
 def test_weights_gone_bad_are_not_saved(short, monkeypatch):
