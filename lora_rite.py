@@ -18,7 +18,7 @@ updates a as Adam would, but with a matrix V as the second moment:
     h = ga Rb^-1                           the "unmagnified" gradient, (n, r)
     P = Ub^T Ub,old                        from the last basis to this, (r, r)
     V <- d2 P V P^T + (1 - d2) h^T h / n   second moment, (r, r)
-    S = (V + rho)^1/2 + eps                divides the gradient, (r, r)
+    S = (V + rho I)^1/2 + eps I            divides the gradient, (r, r)
     M <- d1 M P^T + (1 - d1) h S^-1        first moment, (n, r)
     a <- a - lr (M Rb^-T + weight_decay a)
 
@@ -276,7 +276,8 @@ class Factor:
         xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # shrink x^T x_old
         P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink  # (N, r, r)
 
-        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows; rho collects what P V P^T loses
+        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, with h = h_scale grad R^-1;
+        # rho collects what P V P^T loses against V
         V = P @ old.V @ P.mT  # (N, r, r)
         rho = old.rho
         if escape:
@@ -291,7 +292,7 @@ class Factor:
         root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
         preconditioner = Q * (1 / (root + eps)) @ Q.mT
 
-        # first moment: M = d1 M P^T + (1 - d1) h preconditioner, with h = h_scale grad R^-1
+        # first moment: M = d1 M P^T + (1 - d1) h preconditioner
         M_matrix = d1 * P.mT  # (N, r, r)
         grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner  # (N, r, r)
         grad = torch.where(self.is_finite, self.grad, 0)

@@ -133,7 +133,7 @@ def product(q, k, v, k2, v2):
 
 
 def gate(q, k, v, k2, v2):
-    """Compute 2-simplicial attention with w2 = 1: k2 and v2 are seen at the query's position only."""
+    """Compute 2-simplicial attention with w2 = 1: the only k2 and v2 are the query's own."""
     return train.softmax_attention(q * k2, k, v) * v2
 
 

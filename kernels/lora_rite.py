@@ -6,8 +6,7 @@ h = grad R^-1 is the unmagnified gradient, with the partner's R. V (r, r) is the
 M (rows, r) the first moment of the preconditioned h. P (r, r) moves both to the basis of this step.
 
 1. gram_kernel: x^T x, x^T M and grad^T grad in float64. One program per chunk of rows.
-2. root_kernel: the partner's R^-1, then h^T h, P and P V P^T. One program per factor.
-   PyTorch then adds up |h|^2 over all factors.
+2. root_kernel: the partner's R^-1, h^T h, P, P V P^T. One program per factor. PyTorch sums |h|^2.
 3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
 4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
@@ -364,7 +363,7 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
             # -- rotate columns, then rows; then set the elements whose exact values are known --
             a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
             a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
-            new_diagonal = diagonal - tan * off_diagonal * 0.5
+            new_diagonal = diagonal - tan * off_diagonal * 0.5  # a_ii - tan a_ij
             a = tl.where(i == j, new_diagonal[:, None], a)
             a = tl.where(j == (i ^ k), 0.0, a)
             Q = Q * cos[None, :] - swap_columns(Q, k, R) * sin[None, :]
@@ -383,8 +382,10 @@ def inverse_root(
     j = tl.arange(0, R)[None, :]
 
     # -- Cholesky decomposition K = L L^T, so R = L^T and R^-1 = (L^-1)^T --
-    # Step n eliminates column n of K. The same row operations turn the identity into L^-1. If K is
-    # singular, a pivot becomes -1, and the second part below replaces the result.
+    # Step n computes L[:, n] = K[:, n] / sqrt(K_nn), and subtracts L[:, n] L[:, n]^T from K.
+    # The same row operations turn the identity into L^-1: divide row n by L_nn, then subtract it
+    # L_in times from each row i > n. If K is singular, a pivot L_nn becomes -1, and the second part
+    # below replaces the result.
     K = tl.load(matrix_ptrs(K_ptr, 0, R))
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
     min_pivot = tl.full((), float("inf"), tl.float64)
@@ -422,10 +423,13 @@ def inverse_root(
 
 @triton.jit
 def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
-    """Return x^T x, x^T M or grad^T grad of a whole factor, [R, R]; `which` is XX, XM or GG."""
+    """Return x^T x, x^T M or grad^T grad of a factor, [R, R]: the sum over its chunks.
+
+    row_ptr: the row of the factor in the table. which: XX, XM or GG.
+    """
     acc = tl.zeros((R, R), tl.float64)
     first = tl.load(row_ptr + FIRST_PROGRAM)
-    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):  # always in this order
+    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):  # in a fixed order
         acc += tl.load(matrix_ptrs(partial_ptr, (first + n) * PARTIALS + which, R))
     return acc
 
@@ -479,8 +483,9 @@ def root_kernel(
     tl.store(scalar_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
 
     # -- P = R^-T (x^T x_old) R_old^-1, with x and R of the partner --
-    # x_old is the partner before its last step, (x + lr M own_R_inv_old^T) / shrink, where
-    # own_R_inv_old is the R^-1 of this program's factor at that step.
+    # x_old is the partner before its last step, x = shrink x_old - lr M own_R_inv_old^T, where
+    # own_R_inv_old is the R^-1 of this program's factor at that step. So
+    # x^T x_old = (x^T x + lr x^T M own_R_inv_old^T) / shrink.
     # A state is V at offset 0, R^-1 at RANK^2 and the scalars at 2 RANK^2.
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
