@@ -271,7 +271,7 @@ def main(argv, description):
         "by_logit_std": {"softmax": [], "LASER": []},
     }
 
-    # random logits
+    # random logits; the figure shows means over the seeds, for every std
     for std in LOGIT_STDS:
         measured = {seed: random_gradients(std, seed) for seed in SEEDS}
         for name, means in record["by_logit_std"].items():

@@ -17,7 +17,7 @@ PDL). It loads its first weights or keys, which the previous kernel does not wri
 
 The floor is the time to read all weights once. After 512 tokens in bfloat16 on one H200, the next
 one takes 2.55 ms with Qwen3-4B (floor: 75% of this), and 0.414 ms with SmolLM2-135M (16%).
-Limits: D in HEAD_DIMS; 16- or 32-bit floats, summed in float32; < 2^31 numbers per head of the cache.
+Limits: D in HEAD_DIMS; float32, float16 or bfloat16; < 2^31 numbers in one head of the cache.
 """
 
 from typing import NamedTuple
@@ -238,6 +238,8 @@ def load_queries_and_key(
 
     heads in qkv         0 ... Hkv G - 1: queries | then Hkv keys | then Hkv values
     result [ROWS, D]     0 ... G - 1: queries     | G: key        | then zeros, up to 16 for tl.dot
+
+    With G = 2 and Hkv = 2, KV head 1 reads heads 2 and 3 (queries) and 5 (key) into rows 0, 1, 2.
     """
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]

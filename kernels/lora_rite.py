@@ -519,8 +519,8 @@ def sort(w, RANK: tl.constexpr, R: tl.constexpr):
     w_i = w[:, None]
     w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # w as a row
 
-    # the new position of a value is the number of values that come before it, which are the smaller
-    # ones, and equal ones with a smaller index
+    # the new position of a value is the number of values that come before it: the smaller ones, and
+    # equal ones with a smaller index. The values 3, 1, 1 get the positions 2, 0, 1.
     is_before = (w_j < w_i) | (w_j == w_i) & (j < i)
     position = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)
     return tl.sum(tl.where((position[:, None] == j) & (i < RANK), w_i, 0.0), 0)
@@ -595,8 +595,8 @@ def moment_kernel(
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-    # -- launch 4: M_matrix = d1 P^T, grad_matrix = (1 - d1) h_scale R^-1 preconditioner --
-    # -- and x_matrix = lr R^-T, with the partner's R --
+    # -- for launch 4: M_matrix = d1 P^T, grad_matrix = (1 - d1) h_scale R^-1 preconditioner, and --
+    # -- x_matrix = lr R^-T, with the partner's R --
     partner_R_inv = tl.load(matrix_ptrs(work_ptr, PARTNER_R_INV, R))
     M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))

@@ -115,7 +115,7 @@ def add_flag(group, f, default):
     if f.type in (int, float):
         settings["metavar"] = "N" if f.type is int else "X"
     settings.update(f.metadata["argparse"])
-    help = f.metadata["help"]
+    help = f.metadata["help"]  # ends with the default, if that is a number or not empty
     if default or type(default) in (int, float):
         help = f"{help} (default: {default})"
     settings["help"] = help.replace("%", "%%")
