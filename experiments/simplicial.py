@@ -48,7 +48,7 @@ def match3_batch(B, generator, M=20, T=7):
     N = 12 * B
     x = torch.randint(M, (N, T), generator=generator)
     rows = torch.arange(N)
-    is_miss = rows % 6 > 0  # five of six shall be misses
+    is_miss = rows % 6 > 0  # five of six are meant to be misses
 
     # Pick two positions before the last. Choose the token at the second one such that it, the token
     # at the first one and the last token sum to 0 for a match, and to 1 for a miss.
