@@ -411,8 +411,8 @@ class LoRARITE(torch.optim.Optimizer):
     escape        add what the second moment loses between bases to all its eigenvalues
     use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
-    The state of a parameter is "M" in float32 or float64, and "packed", the numbers of a FactorState
-    in one float64 tensor.
+    The state of a parameter is "M" in float32 or float64, and "packed": the numbers of its
+    FactorState as one float64 tensor.
     The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64.
 
     A factor is not updated if its gradient is missing, or if the gradient or its square is not
