@@ -10,29 +10,36 @@ invertible matrix C (r, r). Adam and LoRA+ change Z differently for each of
 these pairs. LoRA-RITE changes it in the same way for all of them.
 
 Let a = A^T (n, r) and b = B (m, r), with gradients ga and gb. Take the QR
-decompositions a = Ua Ra and b = Ub Rb. The gradient of each factor is expressed
-in the orthonormal basis U of the other factor, where C has no effect except for
-a rotation. This is step t = 1, 2, ... of a; for b, exchange the letters:
+decomposition b = Ub Rb: the columns of Ub (m, r) are an orthonormal basis, and
+Rb is (r, r). Replacing B by B C leaves the span of Ub as it is and only rotates
+the basis. So LoRA-RITE expresses the gradient of a in this basis, and there
+updates a as Adam would, but with a matrix V as the second moment:
 
-    h = ga Rb^-1             the "unmagnified" gradient, dL/dZ^T Ub, (n, r)
-    P = Ub^T Ub,old          moves V and M into the new basis, (r, r)
-    V = d2 P V P^T + (1 - d2) h^T h / n                 second moment, (r, r)
-    M = d1 M P^T + (1 - d1) h ((V + rho)^1/2 + eps)^-1  first moment, (n, r)
-    a <- a - lr (M Rb^-T + weight_decay a)              Rb: before b's step
+    h = ga Rb^-1                           the "unmagnified" gradient, (n, r)
+    P = Ub^T Ub,old                        from the last basis to this, (r, r)
+    V <- d2 P V P^T + (1 - d2) h^T h / n   second moment, (r, r)
+    S = (V + rho I)^1/2 + eps I            divides the gradient, (r, r)
+    M <- d1 M P^T + (1 - d1) h S^-1        first moment, (n, r)
+    a <- a - lr (M Rb^-T + weight_decay a)
 
-    d1, d2 = beta (1 - beta^(t-1)) / (1 - beta^t) for beta1 and beta2
+The update of b is the same with the letters exchanged. Both use a and b as they
+were before the step. At step t = 1, 2, ..., d1 and d2 are
+
+    beta (1 - beta^(t-1)) / (1 - beta^t)   with beta1 and with beta2
 
 Clipping first scales h by min(1, clip / |h|), where |h| is the norm over both
-factors of all pairs. Clipping the raw gradients would break the invariance. rho
-is the "escaped mass": what V loses when it moves between bases. It is off by
-default, as in the released recipe.
+factors of all pairs. Clipping the raw gradients would break the invariance.
+
+The number rho is the "escaped mass". The new basis has another span than the
+old one, so P V P^T is smaller than V, and rho adds what is lost. By default rho
+is 0, as in the released recipe.
 
 Where we depart from the paper:
 - We compute no QR decomposition and store no U. Every (r, r) matrix above
   follows from Gram matrices such as b^T b, in float64. Any Rb will do if
-  Rb^T Rb = b^T b: we take the Cholesky factor or, if b is zero or
-  rank-deficient, the symmetric root. P also needs the old b; we recompute it by
-  undoing the last step.
+  Rb^T Rb = b^T b. We take the Cholesky factor or, if b is zero or
+  rank-deficient, the symmetric root. P also needs the b of the step before,
+  which we get back by undoing b's last update.
 - The released code skips steps with a large h. This stops training if the loss
   is multiplied by 1e3, so we do not skip them.
 - The released code takes roots of slightly negative eigenvalues. We clamp them
@@ -63,14 +70,18 @@ except ModuleNotFoundError as missing:
     kernel = None
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_PLANS = 16  # cached sets of batches; gradients are usually allocated at a few addresses
+# The batches of a step are cached, one entry (a plan) for each set of tensor addresses seen.
+MAX_PLANS = 16  # gradients usually alternate between a few addresses
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it
 
 
 def decay(beta, t):
-    """Return Adafactor's decay. It is 0 at t = 1, so moments need no bias correction."""
+    """Return Adafactor's decay at step t = 1, 2, ...
+
+    It is 0 at t = 1 and approaches beta, so the moments need no bias correction.
+    """
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
 
@@ -85,7 +96,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # unmagnified gradient h of each factor x, and the norm over all factors
+    # unmagnified gradient h of each factor x, from the other factor of the pair (its partner)
     factors = []
     norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
@@ -93,7 +104,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
             U, R = torch.linalg.qr(partner)  # U has the shape of the partner, R is (r, r)
             R_inv = torch.linalg.pinv(R)
             h = grad @ R_inv  # the shape of x
-            norm_squared = norm_squared + h.square().sum()
+            norm_squared = norm_squared + h.square().sum()  # over all factors, for clipping
             factors.append((x, h, U, R_inv, state))
 
     new_factors = []
@@ -125,7 +136,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
         M = d1 * M_old @ P.T + (1 - d1) * h @ preconditioner
         new_factors.append(x - lr * (M @ R_inv.T + weight_decay * x))
         state.update(U=U, V=V, M=M, rho=rho)
-    return list(zip(new_factors[0::2], new_factors[1::2]))
+    return list(zip(new_factors[0::2], new_factors[1::2]))  # they are a, b, a, b, ...
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,14 +159,17 @@ class FactorState(NamedTuple):
 
 
 def unpack(packed, rank):
-    """Return a FactorState of views into packed (N, 2 r^2 + 5), which holds the fields in order."""
+    """Return a FactorState of views into packed (N, 2 r^2 + 5).
+
+    Each line of `packed` is one factor: V and R_inv with r^2 numbers each, then the five scalars.
+    """
     matrices = packed[..., :-5].unflatten(-1, (2, rank, rank))  # (N, 2, r, r): V and R_inv
     numbers = packed[..., -5:, None, None]  # (N, 5, 1, 1)
     return FactorState(*matrices.unbind(-3), *numbers.unbind(-3))
 
 
 def pack(state):
-    """Return the fields of a FactorState as one tensor (N, 2 r^2 + 5)."""
+    """Return the fields of a FactorState as one tensor (N, 2 r^2 + 5), as `unpack` reads it."""
     return torch.cat([field.flatten(-2) for field in state], -1)
 
 
@@ -171,13 +185,13 @@ def inverse_root(K):
     pivots = R.diagonal(dim1=-2, dim2=-1)  # (N, r)
     is_well_conditioned = pivots.amin(-1) > 1e-7 * pivots.amax(-1)
     is_accurate = ((info == 0) & is_well_conditioned)[:, None, None]  # (N, 1, 1)
-    R = torch.where(is_accurate, R, eye)
-    by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)
+    R = torch.where(is_accurate, R, eye)  # an invertible stand-in, whose result is not used
+    by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)  # solves R R^-1 = I
 
     # eigendecomposition, with eigenvalues w in ascending order
     w, Q = torch.linalg.eigh(K)  # (N, r), (N, r, r)
     is_kept = w > 1e-12 * w[..., -1:]
-    w = torch.where(is_kept, w, 1)
+    w = torch.where(is_kept, w, 1)  # the root of the others would be infinite or NaN
     w_inv_root = torch.where(is_kept, w.rsqrt(), 0)
     by_eigenvalues = Q * w_inv_root[..., None, :] @ Q.mT
     return torch.where(is_accurate, by_cholesky, by_eigenvalues)
@@ -191,14 +205,17 @@ def trace(matrices):
 class Factor:
     """The factors A, or the factors B, of N pairs of equal shape.
 
-    x (N, rows, r) are these factors as tall matrices: A^T with n rows, or B with m rows. The
-    partner of A is B, and the partner of B is A.
+    parameters: the N tensors as a layer stores them, all A (r, n) or all B (m, r).
+    states: for each {"M": the first moment in this shape, "packed": a FactorState, see `pack`}.
+    x (N, rows, r): these factors as tall matrices, A^T with rows = n or B with rows = m.
+
+    The partner of A is the B of its pair, and the partner of B is the A.
     """
 
     def __init__(self, parameters, states, is_A):
-        self.parameters = parameters  # N of A (r, n), or N of B (m, r)
-        self.states = states  # {"M", "packed"} of each parameter
-        self.is_A = is_A
+        self.parameters = parameters
+        self.states = states
+        self.is_A = is_A  # whether `stack` has to transpose
 
         # stack parameters, first moments and gradients; a missing gradient counts as 0
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -212,7 +229,8 @@ class Factor:
         packed = torch.stack([state["packed"] for state in states])
         self.old = unpack(packed, rank=self.x.shape[2])
 
-        # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad
+        # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad.
+        # Replace inf and NaN by 0, because eigendecompositions fail on them.
         x = self.x.double()
         xx = x.mT @ x
         xM = x.mT @ self.M.double()
@@ -222,19 +240,19 @@ class Factor:
         self.R_inv = inverse_root(self.xx)  # R^T R = x^T x
 
     def stack(self, tensors):
-        """Return N tensors of the parameters' shape as (N, rows, r), in float32 or float64."""
+        """Return N tensors of the parameters' shape as (N, rows, r), in the dtype of M."""
         tall = [t.mT if self.is_A else t for t in tensors]
         return torch.stack(tall).to(self.states[0]["M"].dtype)
 
     def unmagnify(self, partner):
-        """Return |h|^2 (), summed over the N factors. h = grad R^-1, where R is the partner's.
+        """Compute h^T h of the unmagnified gradients h = grad R^-1, where R is the partner's.
 
-        Sets hh (N, r, r) to h^T h, and is_finite (N, 1, 1). Where a gradient or its square is not
-        finite, h counts as 0.
+        Returns |h|^2 (), the sum of the traces of the N matrices h^T h. Sets hh (N, r, r) to these,
+        and is_finite (N, 1, 1). Where a gradient or its square is not finite, h counts as 0.
         """
         is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)
         gg = torch.where(is_finite, self.gg, 0)
-        hh = partner.R_inv.mT @ gg @ partner.R_inv
+        hh = partner.R_inv.mT @ gg @ partner.R_inv  # R^-T (grad^T grad) R^-1
         self.is_finite = is_finite & trace(hh).isfinite()
         self.hh = torch.where(self.is_finite, hh, 0)
         return trace(self.hh).sum()
@@ -251,13 +269,15 @@ class Factor:
         d1 = decay(betas[0], step)  # (N, 1, 1)
         d2 = decay(betas[1], step)
 
-        # Projection P = U^T U_old = R^-T (x^T x_old) R_old^-1, with x, U and R of the partner.
-        # x_old follows from the partner's last step, x = shrink x_old - lr M old.R_inv^T, so
+        # Projection P = U^T U_old into the new basis. Here x = U R is the partner now, and
+        # x_old = U_old R_old the partner before its last step. So P = R^-T (x^T x_old) R_old^-1.
+        # That step was x = shrink x_old - lr M old.R_inv^T: it used the R of this factor. So
         # x^T x_old = (x^T x + lr x^T M old.R_inv^T) / shrink.
-        xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # times shrink
+        xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # shrink x^T x_old
         P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink  # (N, r, r)
 
-        # move the second moment V into the new basis; rho collects what it loses
+        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, with h = h_scale grad R^-1;
+        # rho collects what P V P^T loses against V
         V = P @ old.V @ P.mT  # (N, r, r)
         rho = old.rho
         if escape:
@@ -272,19 +292,19 @@ class Factor:
         root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
         preconditioner = Q * (1 / (root + eps)) @ Q.mT
 
-        # first moment: M = d1 M P^T + (1 - d1) h preconditioner, with h = h_scale grad R^-1
+        # first moment: M = d1 M P^T + (1 - d1) h preconditioner
         M_matrix = d1 * P.mT  # (N, r, r)
         grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner  # (N, r, r)
         grad = torch.where(self.is_finite, self.grad, 0)
         M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
 
-        # parameters: x = shrink x - lr M R^-T; without a finite gradient, x does not move
+        # parameters: x = shrink x - lr M R^-T; x stays as it is without a finite gradient (lr = 0)
         lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
         lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
         shrink = 1 - lr * weight_decay
         x = shrink.to(dtype) * self.x - M @ (lr * partner.R_inv.mT).to(dtype)
 
-        # write everything back
+        # copy the results into the tensors of the parameters and their states
         skipped = old.skipped + ~self.is_finite
         state = FactorState(V, self.R_inv, rho, step, lr, shrink, skipped)
         if self.is_A:  # A is stored as (r, n)
@@ -296,12 +316,12 @@ class Factor:
 
 
 class TorchBatch:
-    """The step of some pairs of equal shape, dtype and device in PyTorch; see kernel.KernelBatch.
+    """Pairs of equal shape, dtype and device, whose step PyTorch computes for all of them at once.
 
     parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each.
 
     Clipping needs the norm over the pairs of all batches, so a step has two halves: `measure` on
-    every batch, then `finish` on every batch.
+    every batch, then `finish` on every batch. kernel.KernelBatch has the same two methods.
     """
 
     def __init__(self, parameters, states):
@@ -321,7 +341,7 @@ class TorchBatch:
         clip = clip or math.inf
         h_scale = torch.where(norm > clip, clip / norm, 1.0)  # ()
         A, B = self.factors
-        A.update(B, h_scale, **options)  # leaves alone what B's update reads from A
+        A.update(B, h_scale, **options)  # changes no attribute of A that B.update reads
         B.update(A, h_scale, **options)
         self.factors = None
 
@@ -351,7 +371,7 @@ def new_state(p, rank):
     """Return the state of p before its first step: M, and a FactorState as the tensor "packed"."""
     dtype = torch.promote_types(p.dtype, torch.float32)
     packed = torch.zeros(2 * rank * rank + 5, dtype=torch.float64, device=p.device)
-    unpack(packed, rank).shrink.fill_(1)
+    unpack(packed, rank).shrink.fill_(1)  # a view: it sets this number in `packed`
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
@@ -391,7 +411,8 @@ class LoRARITE(torch.optim.Optimizer):
     escape        add what the second moment loses between bases to all its eigenvalues
     use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
-    The state of a parameter is "M" in float32 or float64, and "packed", a FactorState in float64.
+    The state of a parameter is "M" in float32 or float64, and "packed": the numbers of its
+    FactorState as one float64 tensor.
     The kernel supports contiguous float32, float16 and bfloat16 pairs of up to rank 64.
 
     A factor is not updated if its gradient is missing, or if the gradient or its square is not
@@ -415,7 +436,7 @@ class LoRARITE(torch.optim.Optimizer):
         defaults.update(weight_decay=weight_decay, escape=escape, pair=False)
         super().__init__(params, defaults)
 
-    def __getstate__(self):  # what a copy starts with, since it skips __init__
+    def __getstate__(self):  # copy.deepcopy and pickle skip __init__; a copy has empty caches
         own = {"use_kernel": self.use_kernel, "plans": {}, "captured_plans": []}
         return {**super().__getstate__(), **own}
 
@@ -472,7 +493,7 @@ class LoRARITE(torch.optim.Optimizer):
 
         def install_states(_):
             self.state.update(states)
-            self.plans = {}  # they hold the tensors of the state before
+            self.plans = {}  # the cached batches hold the tensors of the state before
 
         # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
         pre_hook = self.register_load_state_dict_pre_hook(copy_states)
@@ -498,7 +519,7 @@ class LoRARITE(torch.optim.Optimizer):
         return batches
 
     def addresses(self):
-        """Return the addresses and layouts of all tensors of a step."""
+        """Return the addresses and layouts of all tensors of a step, the key of a plan."""
         key = [self.use_kernel]
         for group in self.param_groups:
             for p in group["params"]:
@@ -512,11 +533,12 @@ class LoRARITE(torch.optim.Optimizer):
     def make_batches(self):
         """Return a list of (group, batch) that covers all pairs with gradients.
 
-        The pairs of a group that have one rank share a KernelBatch. PyTorch needs equal shapes.
+        Pairs of a group that have the same rank share a KernelBatch. Those in a TorchBatch also
+        have the same shapes.
         """
         batches = []
         for group in self.param_groups:
-            batch_parameters = {}  # {what a batch has in common: [A, B, A, B, ...]}
+            batch_parameters = {}  # {what the pairs of a batch share: [A, B, A, B, ...]}
             for A, B in pairs_of(group):
                 if A.grad is None and B.grad is None:
                     continue
@@ -553,12 +575,12 @@ class LoRARITE(torch.optim.Optimizer):
 
     @property
     def capturable(self):
-        """Whether a CUDA graph can capture step(): only the kernels never wait for the GPU."""
+        """Whether a CUDA graph can capture step(). It can if the kernels take all pairs."""
         pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
         return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
 
     def prepare(self):
-        """Build the batches of the next step before a capture, which cannot upload their tables."""
+        """Build the batches of the next step; during a capture, their tables cannot be uploaded."""
         self.find_batches()
 
 
@@ -576,9 +598,9 @@ def adapt(
 ):
     """Put LoRA adapters on linear layers, freeze all else, and return the parameter groups.
 
-    targets: ends of the names of layers, joined by "+". They may be patterns, where * matches
-        anything and [01] a 0 or 1: "q_proj+layers.0.mlp.*" are all q_proj, and the MLP of layer 0.
-    alpha: the adapter's output is multiplied by alpha / rank; with 0, by 1.
+    targets: ends of layer names, joined by "+", as patterns where * matches anything and [01]
+        matches 0 or 1. "q_proj+layers.0.mlp.*" selects all q_proj, and the MLP of layer 0.
+    alpha: the adapter's output is multiplied by alpha / rank; 0 means a factor of 1.
 
     Initial weights depend on the names of the layers and torch.initial_seed() only, so they are the
     same on every device and in every process.

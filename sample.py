@@ -78,9 +78,10 @@ class CUDAGraphDecoder:
     """Decode one text with a softmax GPT: prefill a prompt, then replay a CUDA graph per token.
 
     A replay is one launch instead of hundreds. The token and its position stay on the device, so
-    the next step can start before the host has read the token. On a CPU there is no graph.
+    the next step can start before the host has read the token. On a CPU there is no graph: each
+    step runs the model's layers.
 
-    size: positions in the KV cache.
+    size: how many tokens the KV cache can hold.
     pick: a function that takes logits (V,) and returns a token id, drawn with `generator`.
     """
 
@@ -92,15 +93,16 @@ class CUDAGraphDecoder:
         self.model = model
         self.pick = pick
         self.generator = generator
-        self.use_kernels = can_fuse(model)  # False: run the model's own layers
+        self.use_kernels = can_fuse(model)  # kernels/decode.py; False: the model's own layers
         self.angles = train.rope_angles(0, size, config.head_dim, config.rope_theta, device)
 
-        # what a step changes in place: the last token, the number of tokens before it, the caches
+        # tensors that a step changes in place, so a graph finds them at the same addresses: the
+        # last token, the number of tokens before it (which is its position), the caches
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.caches = [StaticKVCache(config, size, self.length, model.dtype) for _ in model.layers]
         self.graph = None
-        self.in_flight = None  # token of a step that was started early, an AsyncScalar
+        self.in_flight = None  # the token of a step that was started early, as an AsyncScalar
 
     def prefill(self, ids):
         """Run the model on the ids of a prompt, and return the token after it."""
@@ -128,7 +130,8 @@ class CUDAGraphDecoder:
         length = self.length.clone()
         state = self.generator.get_state() if self.generator else None
 
-        # warm up on a side stream, since nothing may be compiled during the capture
+        # Warm up on a side stream, since nothing may be compiled during the capture. Each step
+        # changes token and length, so set them back.
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -146,7 +149,7 @@ class CUDAGraphDecoder:
         with torch.cuda.graph(self.graph, stream=side_stream):
             self.step()
 
-        # the side stream also resets the generator's offset, which must come before any replay
+        # work on the side stream also resets the generator's offset: finish it before any replay
         torch.cuda.current_stream().wait_stream(side_stream)
 
     def start_step(self):
@@ -160,10 +163,14 @@ class CUDAGraphDecoder:
         return AsyncScalar(self.token)
 
     def next(self, start_following=False):
-        """Return the next token. start_following: start the step after it before reading it."""
+        """Return the next token.
+
+        start_following: start the step after this one first, so the device works on it while the
+        host reads the token.
+        """
         current = self.in_flight or self.start_step()
         self.in_flight = self.start_step() if start_following else None
-        return current.read()[0][0]
+        return current.read()[0][0]  # of a tensor (1, 1)
 
 
 def check_sampling(temperature, top_k, top_p):
@@ -191,7 +198,8 @@ def pick_token(logits, limit, temperature, top_k, top_p, generator):
         kth_largest = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < kth_largest, -torch.inf)
 
-    # top-p: drop a token if the likelier ones already have probability top_p together
+    # top-p: drop a token if the likelier ones already have probability top_p together. With
+    # p = 0.5, 0.3, 0.2, the likelier ones have 0, 0.5, 0.8, so top_p = 0.6 drops the third token.
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)  # order: token ids, likeliest first
         p_of_likelier = p.cumsum(-1) - p
@@ -200,7 +208,8 @@ def pick_token(logits, limit, temperature, top_k, top_p, generator):
         sorted_logits = logits[order].masked_fill(is_dropped, -torch.inf)
         logits = logits.scatter(0, order, sorted_logits)  # back in the order of token ids
 
-    # draw as torch.multinomial does: argmax(p / noise) with noise from Exp(1) is a sample of p
+    # Draw from p as torch.multinomial does: if the noise is exponentially distributed, the index of
+    # the largest p / noise is i with probability p_i.
     p = logits.softmax(-1)
     noise = torch.empty_like(p).exponential_(generator=generator)
     return (p / noise).argmax()
@@ -239,14 +248,14 @@ def generate(
     settings = {"limit": limit, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     pick = partial(pick_token, generator=generator, **settings)
 
-    # KV cache; the last token does not enter it
+    # KV cache; it never holds the last of the n tokens, since nothing follows that one
     cache_size = min(block_size, len(context) + n - 1)
     decoder = CUDAGraphDecoder(model, cache_size, pick, generator) if graph else None
     caches = None
     n_cached = 0  # tokens of the context that are in the cache
 
     for i in range(n):
-        if len(context) > block_size:  # drop the older half
+        if len(context) > block_size:  # drop the older half, and fill the cache again
             context = context[-max(1, block_size // 2) :]
             n_cached = 0
         with torch.cuda.device_of(weight):  # events and Triton use the current device
@@ -270,7 +279,10 @@ def generate(
 
 
 def first_ids(tokenizer):
-    """Return the ids that a document starts with: `start` ids, or else the end-of-text token."""
+    """Return the ids that a document starts with.
+
+    These are the tokenizer's `start` ids, or if it has none, its end-of-text token.
+    """
     if getattr(tokenizer, "start", None):
         return list(tokenizer.start)
     return [] if tokenizer.eot_token is None else [tokenizer.eot_token]
@@ -361,6 +373,7 @@ def show_sample(model, tokenizer, n, seed, stop):
 def main(argv=None):
     """Generate a text from the command line; return {text, tokens_per_s, signal received or 0}."""
     plugin_flags = {"attn": train.PLUGINS["attn"]}
+    # the last argument says that no flag changes the defaults of others, as a preset would
     (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], plugin_flags, lambda given: {})
     if config.export:
         dtype = train.DTYPES.get(config.dtype)

@@ -26,7 +26,8 @@ hurt (arXiv 2607.09415). There is no proof that the margin grows at the answer.
 
 Where the paper is silent, we choose: spans use the keys and values of the
 cache even for their own tokens. W_Q is trained in float32, since bfloat16 would
-lose small steps. No span covers the question. Up to 8 spans are held out.
+lose small steps. No span covers the question. Up to 8 spans are not trained on;
+the loss on these held-out spans is reported.
 
     python ttt_context.py --prompt my.txt --question "Who is the narrator?"
     python ttt_context.py --prompt my.txt --init newest    your own newest run
@@ -73,7 +74,8 @@ def reference(q, k, v, starts):
     """Compute the attention of S spans of n queries to T shared keys, by its definition.
 
     q (S, H, n, D), k and v (Hkv, T, D), starts (S) -> (S, H, n, D), in any dtype.
-    Query i of span s is at position starts[s] + i and sees the keys up to that position.
+    Query i of span s is at position starts[s] + i and sees the keys up to that position. Each key
+    head serves H / Hkv query heads.
     """
     S, H, n, D = q.shape
     Hkv, T, _ = k.shape
@@ -82,7 +84,7 @@ def reference(q, k, v, starts):
 
     query_positions = starts.to(q.device)[:, None] + torch.arange(n, device=q.device)  # (S, n)
     key_positions = torch.arange(T, device=q.device)
-    is_future = key_positions > query_positions[:, None, :, None]  # (S, 1, n, T)
+    is_future = key_positions > query_positions[:, None, :, None]  # (S, 1, n, T): the causal mask
     scores = q @ k.transpose(1, 2) * D**-0.5  # (S, H, n, T)
     return scores.masked_fill(is_future, -torch.inf).softmax(-1) @ v
 
@@ -106,9 +108,10 @@ class FrozenCache:
         if self.use_kernel:
             return kernel.span_attention(q, self.k, self.v, self.starts)
 
-        # attention functions take queries as the last positions, so cut the keys after each span
+        # attention functions assume that the queries are at the last positions, so take one span at
+        # a time and cut off the keys after it
         outputs = []
-        for q_span, start in zip(q.split(1), self.starts.tolist()):
+        for q_span, start in zip(q.split(1), self.starts.tolist()):  # q_span (1, H, n, D)
             end = start + q.shape[2]
             k = self.k[None, :, :end]  # (1, Hkv, end, D)
             v = self.v[None, :, :end]
@@ -164,8 +167,8 @@ def span_loss(model, caches, ids, starts, n):
     config = model.config
     cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
 
-    # run the layers on the spans, with attention to the frozen cache; they also compute keys and
-    # values of the spans, which are not used: 3% of the FLOPs of a step in Qwen3-4B
+    # Run the layers on the spans, with attention to the frozen cache. They also compute keys and
+    # values of the spans, which are not used. In Qwen3-4B these are 3% of the FLOPs of a step.
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -211,6 +214,9 @@ def split_spans(T, n):
 
     T: tokens of the prompt. n: tokens of a span. As many spans as fit in an eighth of the prompt
     are held out, at least one and at most 8, evenly spaced. Training spans do not overlap them.
+
+    T = 100, n = 4: spans are held out at 16, 48, 79; training spans may start at 0 ... 12,
+    20 ... 44, 52 ... 75 and 83 ... 95.
     """
     if T <= 3 * n:
         raise ValueError(
@@ -222,7 +228,7 @@ def split_spans(T, n):
     held_out = [round((i + 0.5) / n_held_out * last_start) for i in range(n_held_out)]
     held_out = torch.tensor(held_out)
 
-    # training spans start at least n positions before or after each of them
+    # training spans start at least n positions before or after each held-out span
     starts = torch.arange(last_start + 1)
     distances = (starts[:, None] - held_out).abs()  # (starts, held-out spans)
     is_allowed = (distances >= n).all(dim=1)
@@ -240,12 +246,12 @@ def train_queries(
     """
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
 
-    # make the random seed depend on the prompt, so that different prompts get different spans
+    # the random seed depends on the prompt, so different prompts get different spans
     digest = hashlib.sha256(f"{seed}/{ids.tolist()}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
     for _ in range(steps):
-        drawn = torch.randint(len(starts), (batch,), generator=generator)
+        drawn = torch.randint(len(starts), (batch,), generator=generator)  # indices into starts
         loss = span_loss(model, caches, ids, starts[drawn], n)
         optimizer.zero_grad()
         loss.backward()
@@ -275,12 +281,12 @@ def adapt(model, caches, ids, starts, *, steps=32, **options):
 def answer(model, caches, T, question, n_tokens, limit=None):
     """Answer a question about a prompt of T tokens by greedy decoding: yield n_tokens token ids.
 
-    caches: from `prefill`. question: token ids, at least one. limit: the vocabulary size without
-    padding.
+    caches: from `prefill`; they may still hold an earlier question and its answer.
+    question: token ids, at least one. limit: the vocabulary size without padding.
     """
     for cache in caches:
-        cache.length = T  # forget an earlier question and its answer
-    ids = list(question)
+        cache.length = T  # forget all that came after the prompt
+    ids = list(question)  # the tokens that are not in the caches yet
     device = model.embed_tokens.weight.device
     for _ in range(n_tokens):
         logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
@@ -366,9 +372,11 @@ def progress_of_layers(model, label):
 
 
 def compare(model, tokenizer, ids, question, args):
-    """Answer before and after training the queries; return both answers, losses and seconds.
+    """Answer a question before and after training the queries on the prompt.
 
     ids (T): the prompt. question: token ids. args: an AdaptConfig.
+    Returns the answers "plain" and "adapted", the losses on the held-out spans "held_out_before"
+    and "held_out_after", the number of these spans and the "seconds" of training.
     """
     n = args.span
     held_out, starts = split_spans(len(ids), n)
@@ -446,6 +454,7 @@ def main(argv=None):
         from experiments import ttt_context as study
 
         return study.main([flag for flag in argv if flag != "--experiment"])
+    # no flag names a plug-in, and no flag changes the defaults of others
     (args,) = cli.parse_configs(argv, __doc__, [AdaptConfig], {}, lambda given: {})
     return run(args)
 

@@ -18,8 +18,8 @@ from experiments.provenance import REPOSITORY
 from support.cli import Parser
 from support.files import atomic_write
 
-# Learning rates are chosen on seeds that are not used afterwards: two, because the seeds of a rate
-# differ as much as neighbouring rates do
+# Learning rates are chosen on seeds that are not used afterwards. There are two, because runs that
+# differ in the seed only differ as much as runs at neighbouring rates.
 SWEEP_SEEDS = (100, 101)
 
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
@@ -38,12 +38,16 @@ def mean_ci95(values):
     n = len(values)
     if n < 2:
         raise ValueError("a confidence interval needs at least two values; run more seeds")
+    # t for n - 1 degrees of freedom; beyond the table an approximation
     t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)
     return statistics.mean(values), t * statistics.stdev(values) / n**0.5
 
 
 def paired_difference(runs, baseline_runs):
-    """Return mean, half_width_95 and n of the differences in "value" between runs of equal seed."""
+    """Return statistics of the differences in "value" between runs and baseline runs of equal seed.
+
+    The result is {"mean", "half_width_95": half the 95% confidence interval, "n": how many}.
+    """
     baseline = {run["seed"]: run["value"] for run in baseline_runs}
     differences = [run["value"] - baseline[run["seed"]] for run in runs if run["seed"] in baseline]
     mean, half_width = mean_ci95(differences)
@@ -77,7 +81,8 @@ def sweep_and_run(run, make_job, seeds, rates, **options):
 def sweep(run, make_job, names, rates, max_extensions=3, **options):
     """Return {variant: runs at all rates}; the grid grows until each best rate lies inside it.
 
-    run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid.
+    run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid. It is
+    extended by a factor of 2, at most max_extensions times.
     """
     runs = {name: [] for name in names}
     new_rates = list(rates)
@@ -91,7 +96,7 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
         for name in names:
             runs[name].sort(key=lambda result: result["lr"])
 
-        # extend the grid at an edge where a variant has its best rate
+        # if a variant has its best rate at an edge of the grid, extend the grid there
         best_rates = [best_rate(runs[name]) for name in names]
         tried = sorted({result["lr"] for result in runs[names[0]]})
         below = [tried[0] / 2] if tried[0] in best_rates else []
@@ -125,7 +130,7 @@ def print_differences(record):
 
 
 def interval(difference):
-    """Return a difference and its confidence interval in words."""
+    """Return the text of a difference from `paired_difference`: +0.1 +- 0.2 (95%, n = 8)."""
     mean, half_width, n = (difference[key] for key in ("mean", "half_width_95", "n"))
     return f"{mean:+.4f} +- {half_width:.4f} (95%, n = {n})"
 
@@ -140,7 +145,10 @@ def print_gpu_result(name):
 
 
 def plot_differences(record, axes=None):
-    """Plot the difference of each variant to the baseline, with its 95% confidence interval."""
+    """Plot the difference of each variant to the baseline, with its 95% confidence interval.
+
+    axes: where to plot; None: in a new figure. Returns the figure.
+    """
     names = list(record["differences"])
     if axes is None:
         _, axes = new_figure((7, 1.2 + 0.5 * len(names)))
@@ -158,7 +166,10 @@ def plot_differences(record, axes=None):
 
 
 def study_parser(description, on_gpus=""):
-    """Return the parser of a study: --out, and --full for what runs on GPUs, if that is given."""
+    """Return the parser of a study, with --out, and if on_gpus is given with --full and --minutes.
+
+    on_gpus: says what --full does, for the help.
+    """
     parser = Parser(description=description)
     out = "folder for the JSON and the figure (default: results)"
     parser.add_argument("--out", default="results", metavar="DIR", help=out)

@@ -7,13 +7,14 @@ output of a query, the gradient at the logit of key j is
     LASER                p_j sum_d g_d (exp(v_jd - out_d) - 1)     with LASER's own output
 
 Both vanish with p_j. LASER's is larger for keys whose value is far above the output. The metric is
-log10 of sum_j |gradient_j|, for both with the same p, v and g:
+log10 of sum_j |gradient_j|. We compute both gradients from the same p, v and g, of two kinds:
 
     random logits    their standard deviation decides how peaked attention is
     trained GPTs     of 2 layers, trained with LASER: the queries with one p_j above 0.9
 
-The study leaves out the losses, and GPTs trained with softmax: a laptop resolves no difference.
-It also measures rounding errors, of the paper's form of LASER and of ours.
+The study does not compare the losses of GPTs trained with LASER and with softmax attention, because
+runs that a laptop can do show no difference. It also measures the rounding errors of the paper's
+form of LASER and of ours.
 """
 
 import io
@@ -40,7 +41,7 @@ DATA = "stdlib"
 STEPS = 100
 LR = 3e-3
 HELD_OUT_SEQUENCES = 16
-PEAKED = 0.9  # a query's attention is peaked if one key has more
+PEAKED = 0.9  # the attention of a query is peaked if one key has a higher probability
 
 
 # -- the gradient at the logits --------------------------------------------------------------------
@@ -49,13 +50,16 @@ PEAKED = 0.9  # a query's attention is peaked if one key has more
 def logit_gradients(p, v, grad_out):
     """Return {variant: sum_j |d loss / d logit_ij|}, (..., Tq), for softmax attention and LASER.
 
-    p (..., Tq, Tk): probabilities; v (..., Tk, D); grad_out (..., Tq, D): d loss / d output.
+    p (..., Tq, Tk): probabilities; v (..., Tk, D); grad_out (..., Tq, D): g = d loss / d output.
     """
-    # softmax attention: p_j (g . v_j - g . out)
+    # Softmax attention is out = sum_j p_j v_j. With p = softmax(logits), the gradient at logit j is
+    # p_j (g . v_j - g . out).
     out = p @ v
     grad_softmax = p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))
 
-    # LASER: out = log x with x = sum_j p_j exp(v_j), so p_j (g / x . exp(v_j) - g . 1)
+    # LASER is out = log x, where x = sum_j p_j exp(v_j) is softmax attention to exp(v). The
+    # gradient at x is g / x, and that at logit j is p_j (g / x . exp(v_j) - g / x . x). Here
+    # g / x . x is the sum of the D components of g.
     exp_v = v.exp()
     grad_x = grad_out / (p @ exp_v)
     grad_laser = p * (grad_x @ exp_v.mT - grad_out.sum(-1, keepdim=True))
@@ -70,7 +74,7 @@ def attention_probabilities(q, k):
 
 
 def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
-    """Return {variant: mean gradient at the logits}, and the mean of max p, for random logits.
+    """Return {variant: mean gradient at the logits}, and the mean of max_j p_j, for random logits.
 
     rows: queries to average over, each with T keys of its own.
     """
@@ -90,10 +94,10 @@ def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
 class Probe:
     """Record the inputs and the output of one layer's attention.
 
-    It is given to the layer as its KV cache: train.Attention then calls `attend`.
+    It takes the place of the layer's KV cache: train.Attention calls the `attend` of its cache.
     """
 
-    length = 0
+    length = 0  # no earlier tokens
 
     def attend(self, module, heads):
         self.heads = heads  # q, k, v: (B, H, T, D) each
@@ -124,11 +128,11 @@ def probe_model(model, x, y):
 def peaked_gradients(model, x, y):
     """Return {variant: mean gradient at the logits} of all queries with peaked attention.
 
-    Also returns the number of these queries. The loss is a mean over the targets y (B, T); so that
-    the gradients do not depend on how many there are, they are multiplied by this number.
+    Also returns the number of these queries. The loss is a mean over the targets y (B, T), which
+    makes the gradients smaller the more targets there are. So we multiply them by this number.
     """
     probes, _ = probe_model(model, x, y)
-    peaked = {"softmax": [], "LASER": []}
+    peaked = {"softmax": [], "LASER": []}  # for each layer the gradients (number of queries,)
     for probe in probes:
         q, k, v = (t.detach().double() for t in probe.heads)
         p = attention_probabilities(q, k)  # (B, H, T, T)
@@ -155,7 +159,7 @@ def trained_gradients(seed, folder):
     if result["signal"]:
         raise KeyboardInterrupt(result["signal"])
 
-    # read held-out text, the same for all seeds
+    # read sequences of T + 1 tokens of held-out text, the same for all seeds
     model, tokenizer = train.load_model(out)
     T = model.config.block_size
     with redirect_stdout(io.StringIO()):
@@ -169,14 +173,17 @@ def trained_gradients(seed, folder):
 
 
 def paper_form(q, k, v):
-    """Compute LASER as published: subtract the maximum of v over all keys, also future ones."""
+    """Compute LASER as published: subtract the maximum of v over all keys, even of future ones."""
     largest = v.amax(2, keepdim=True)
     p = attention_probabilities(q, k)
     return (p @ (v - largest).exp()).log() + largest
 
 
 def largest_errors(q, k, v):
-    """Return {form: largest error in float32} over all queries but the last; None: not finite."""
+    """Return {form: largest error in float32}, where None stands for a result that is not finite.
+
+    The last query is left out: it is the only one that sees the last key.
+    """
     exact = reference(q.double(), k.double(), v.double())
     errors = {}
     for name, function in (("paper", paper_form), ("ours", attention)):
@@ -187,7 +194,7 @@ def largest_errors(q, k, v):
 
 
 def numerics(jumps=(10, 50, 90, 110), stds=(1, 10, 30, 100)):
-    """Return {case: largest_errors}: the last value is larger by `jump`, or all are large."""
+    """Return {case: largest_errors}: the last value is larger by `jump`, or all are scaled."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator) for _ in range(3))
     errors = {}
@@ -227,6 +234,7 @@ def plot(record):
 def compare(record, case, settings, measured):
     """Add the runs of one case to the record, and LASER's paired difference to softmax attention.
 
+    case: the name of the case, such as "random logits of std 1".
     measured: {seed: ({variant: gradient}, detail)}; the detail is a number stored with each run.
     """
     runs = {"softmax": [], "LASER": []}
@@ -264,7 +272,7 @@ def main(argv, description):
         "by_logit_std": {"softmax": [], "LASER": []},
     }
 
-    # random logits
+    # random logits; the figure shows means over the seeds, for every std
     for std in LOGIT_STDS:
         measured = {seed: random_gradients(std, seed) for seed in SEEDS}
         for name, means in record["by_logit_std"].items():

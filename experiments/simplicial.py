@@ -31,7 +31,9 @@ BATCH_SIZE = 128
 LR = 3e-3
 WIDTH = 48
 HIDDEN = 96  # width of the MLP
-WIDER = HIDDEN + 2 * WIDTH // 3  # for softmax, in place of the parameters for k2 and v2
+# Softmax attention has no k2 and v2, whose projections take 2 WIDTH^2 parameters. Its MLP is wider
+# instead: each hidden unit takes 3 WIDTH parameters, in gate, up and down.
+WIDER = HIDDEN + 2 * WIDTH // 3
 
 # -- tasks: tokens (B, T, numbers per token), and the answer for the last token (B,) ---------------
 
@@ -42,20 +44,20 @@ def match3_batch(B, generator, M=20, T=7):
     Half of the sequences have a match. The others have a near miss: two tokens and the last one sum
     to 1 modulo M.
     """
-    # make N candidates, more than needed: many of the misses have a match by chance
+    # make N candidates, more than B: many of those that should miss have a match by chance
     N = 12 * B
     x = torch.randint(M, (N, T), generator=generator)
     rows = torch.arange(N)
-    is_miss = rows % 6 > 0  # five of six
+    is_miss = rows % 6 > 0  # five of six are meant to be misses
 
-    # pick two positions before the last, and set the token at the second one: with the first one
-    # and the last token it sums to 0 for a match, to 1 for a miss
+    # Pick two positions before the last. Choose the token at the second one such that it, the token
+    # at the first one and the last token sum to 0 for a match, and to 1 for a miss.
     order = torch.rand(N, T - 1, generator=generator).argsort(1)
     first = order[:, 0]
     second = order[:, 1]
     x[rows, second] = (is_miss.long() - x[:, -1] - x[rows, first]) % M
 
-    # keep B / 2 sequences with a match and B / 2 without
+    # keep B / 2 sequences with a match and B / 2 without; sums: x_j + x_k + x_last for all j, k
     sums = x[:, None, :] + x[:, :, None] + x[:, -1, None, None]  # (N, T, T)
     has_match = (sums % M == 0).flatten(1).any(1)
     matches = (has_match & ~is_miss).nonzero()[: B // 2, 0]
@@ -78,8 +80,8 @@ def composition_batch(B, generator, M=4):
     g_table = torch.stack([torch.zeros_like(y), y, g], -1)  # (B, M, 3)
     f_table = torch.stack([torch.ones_like(y), y, f], -1)
 
-    # shuffle the tables' entries, and append the question
-    order = torch.rand(B, 2 * M, generator=generator).argsort(1)
+    # shuffle the entries of both tables together, and append the question
+    order = torch.rand(B, 2 * M, generator=generator).argsort(1)  # random permutations
     order = order[..., None].expand(-1, -1, 3)
     context = torch.cat([g_table, f_table], 1).gather(1, order)  # (B, 2 M, 3)
     question = torch.stack([torch.full_like(x, 2), x, torch.zeros_like(x)], -1)  # (B, 3)
@@ -93,7 +95,8 @@ def composition_batch(B, generator, M=4):
 def chance_levels(M=4):
     """Return {task: {strategy: accuracy}} for guessing.
 
-    In the composition task, one can also answer with the value that f takes most often.
+    In the composition task, one can also answer with the value that f takes most often. Its
+    accuracy is the frequency of this value, on average over all functions f.
     """
     frequencies = []
     for f in itertools.product(range(M), repeat=M):  # all functions, as tuples of their M values
@@ -104,6 +107,8 @@ def chance_levels(M=4):
 
 
 class Task(NamedTuple):
+    """A classification task; a token is one or several numbers."""
+
     make_batch: Callable  # (batch size, generator) -> tokens, answers
     vocab_sizes: tuple  # one for each number of a token
     classes: int
@@ -120,12 +125,15 @@ TASKS = {
 
 
 def product(q, k, v, k2, v2):
-    """Multiply two softmax attentions: 2-simplicial attention if the logit of a pair were a sum."""
+    """Multiply two softmax attentions.
+
+    That is 2-simplicial attention with the logit q . k_j + q . k2_l for the pair of keys (j, l).
+    """
     return train.softmax_attention(q, k, v) * train.softmax_attention(q, k2, v2)
 
 
 def gate(q, k, v, k2, v2):
-    """Compute 2-simplicial attention with w2 = 1: each query sees k2 and v2 at its own position."""
+    """Compute 2-simplicial attention with w2 = 1: the only k2 and v2 are the query's own."""
     return train.softmax_attention(q * k2, k, v) * v2
 
 
@@ -223,8 +231,8 @@ def match3_by_hand(x, M, function=attention):
         cos(a + b + c) =   cos a cos b cos c - cos a sin b sin c
                          - sin a cos b sin c - sin a sin b cos c
 
-    A blank token comes first, and the pair (blank, blank) has the logit of a match. Its value is 0
-    and that of all other pairs is 1. So with n matches the output is n / (n + 1), and 0 without.
+    A blank token comes first. The pair (blank, blank) has the logit of a match and the value 0; all
+    other pairs have the value 1. So the output is about n / (n + 1) with n matches, and 0 without.
     """
     B, T = x.shape
     angle = 2 * math.pi / M * x
@@ -239,16 +247,17 @@ def match3_by_hand(x, M, function=attention):
         first = torch.tensor(blank).to(tokens).expand(B, 1, 5)
         return torch.cat([first, tokens], 1)[:, None]  # (B, 1, 1 + T, 5)
 
-    # inverse temperature: all pairs that do not match weigh at most a tenth of one match together
+    # inverse temperature: large enough that all pairs without a match together weigh at most a
+    # tenth of one match
     beta = math.log(10 * (T + 1) ** 2) / (1 - math.cos(2 * math.pi / M))
 
-    # four channels for the four products, and a fifth in which only (blank, blank) scores
+    # four channels for the four products of the form above, and a fifth for (blank, blank) alone
     blank = [0.0, 0.0, 0.0, 0.0, 1.0]
     q = with_blank(cos, cos, sin, sin, one, blank=blank) * beta * 5**0.5  # undo 1 / sqrt(D), D = 5
     k = with_blank(cos, -sin, -cos, -sin, zero, blank=blank)
     k2 = with_blank(cos, sin, sin, cos, zero, blank=blank)
     v = with_blank(one, one, one, one, one, blank=[0.0] * 5)  # v2 is the same
-    out = function(q, k, v, k2, v, w1=T + 1, w2=T + 1)  # (B, 1, 1 + T, 5)
+    out = function(q, k, v, k2, v, w1=T + 1, w2=T + 1)  # (B, 1, 1 + T, 5); windows of all tokens
     return out[:, 0, 1:, 0] > 0.4  # about 1 / 2 or more with a match, at most 0.1 without
 
 

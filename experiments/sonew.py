@@ -46,16 +46,18 @@ BANDS = range(5)  # of the LogDet problem
 
 
 class Variant(NamedTuple):
+    """An optimizer, the settings that its sweep tries, and the best of them."""
+
     lrs: tuple  # learning rates of the sweep
     momentum_or_eps: tuple  # of the sweep: momentum for SGD, eps for all others
     best: tuple  # (lr, momentum or eps) with the lowest training loss in the sweep
-    options: dict = {}  # of SONew
+    options: dict = {}  # of the constructor of SONew
 
 
 SONEW_LRS = (1e-2, 3e-2, 1e-1, 3e-1)
 SMALL_EPS = (1e-7, 1e-6, 1e-5)
 LARGE_EPS = (1e-6, 1e-5, 1e-4)
-VARIANTS = {  # two grids, the best setting, options
+VARIANTS = {  # learning rates, momenta or eps, the best (lr, momentum or eps), options of SONew
     "SGD": Variant((1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95), (3e-2, 0.8)),
     "RMSProp": Variant((1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-2, 1e-1), (1e-2, 1e-2)),
     "Adam": Variant((3e-3, 1e-2, 3e-2, 1e-1), (1e-8, 1e-1, 1.0), (1e-1, 1.0)),
@@ -90,8 +92,8 @@ def shuffle_pixels(images):
 def autoencoder(widths, seed):
     """Build the network 784-...-code-...-784, with tanh except at the code and at the output."""
     torch.manual_seed(seed)
-    sizes = [*widths, *widths[-2::-1]]
-    code = len(widths) - 1  # index of the code in `sizes`
+    sizes = [*widths, *widths[-2::-1]]  # 784, 64, 32, 16, 32, 64, 784
+    code = len(widths) - 1  # index of the code, the narrowest layer, in `sizes`
     output = len(sizes) - 1
     layers = []
     for i in range(1, len(sizes)):
@@ -118,7 +120,7 @@ def evaluate(net, x):
 
 
 def get_lr(step, peak_lr):
-    """Warm up over a tenth of the steps, then decay to 0, both linearly."""
+    """Return the learning rate: it rises over a tenth of the steps, then falls to 0, linearly."""
     warmup = (step + 1) / (STEPS / 10)
     decay = (STEPS - step) / (STEPS * 0.9)
     return peak_lr * min(warmup, decay, 1.0)
@@ -164,7 +166,8 @@ def train_variant(name, setting, images, seed):
 def sweep(images):
     """Train with every setting of each variant's grid, on seed 0.
 
-    Returns {variant: [[lr, momentum or eps, training loss], ...]}, the best setting first.
+    Returns {variant: [[lr, momentum or eps, training loss], ...]}, the best setting first. A loss
+    that is not finite comes last.
     """
     results = {}
     for name, variant in VARIANTS.items():
@@ -181,9 +184,12 @@ def sweep(images):
 
 
 def compare(images):
-    """Train each variant with its best setting on all seeds; return the record of the study."""
+    """Train each variant with its best setting on all seeds; return the record of the study.
+
+    In the record, "second" is the momentum or eps.
+    """
     variants = {}
-    runs = {}
+    runs = {}  # {variant: its run on each seed}
     for name, variant in VARIANTS.items():
         runs[name] = [train_variant(name, variant.best, images, seed) for seed in SEEDS]
         lr, second = variant.best
@@ -191,6 +197,7 @@ def compare(images):
         grid = {"lr": variant.lrs, "second": variant.momentum_or_eps, "seed": 0}
         variants[name] = {"settings": settings, "sweep": grid, "runs": runs[name]}
 
+    # differences of the test loss to Adam, and to SONew with band 1, paired by seed
     differences = {}
     for name in VARIANTS:
         if name != BASELINE:
@@ -215,6 +222,7 @@ def gradient_statistics(images):
     """Return C = E[g g^T], (112, 112), of an untrained autoencoder.
 
     g: gradients of the weights from 112 pixels, four rows of the image, to the first hidden unit.
+    The gradient of the weight from pixel i is x_i times the gradient at the hidden unit.
     """
     x = images[0][:5000].double()
     net = autoencoder(WIDTHS, 0).double()
@@ -229,11 +237,11 @@ def gradient_statistics(images):
 
 def banded_inverse(C, band):
     """Return the symmetric X (n, n) of this band that is closest to the inverse of C (n, n)."""
-    # S_k[i] = C[i, i + k]: the diagonals of C, padded with zeros to (1, n)
+    # the statistics that SONew keeps: S_k[i] = C[i, i + k], padded with zeros to (1, n)
     S = [F.pad(C.diagonal(k), (0, k))[None] for k in range(band + 1)]
     psi, s = factor(S, 1e-12)
 
-    # X e_i is column i of X, and also row i
+    # precondition(e_i) is X e_i for the unit vector e_i: column i of X, which is also row i
     identity = torch.eye(len(C), dtype=C.dtype)
     return torch.cat([precondition(e[None], psi, s) for e in identity])
 
@@ -247,8 +255,8 @@ def logdet_divergence(X, C):
 def logdet_problem(images):
     """Approximate the inverse of gradient statistics C by a banded X, for each band.
 
-    Returns the measurements by band, C (n, n), and {band: X^-1}. Measured are the LogDet divergence
-    for pixels in order and shuffled, and the error of X^-1 = C within the band.
+    Returns the measurements {name: {band: value}}, C (n, n), and {band: X^-1}. Measured are the
+    LogDet divergence, with the pixels in order and shuffled, and the error of X^-1 = C in the band.
     """
     C = gradient_statistics(images)
     n = len(C)
@@ -265,7 +273,7 @@ def logdet_problem(images):
         X = banded_inverse(C, band)
         result["divergence"][band] = logdet_divergence(X, C)
 
-        # the minimiser is exact within the band
+        # X^-1 equals C within the band, in theory: measure the rounding error
         inverses[band] = torch.linalg.inv(X)
         errors = (inverses[band] - C)[distance <= band]
         result["from_band"][band] = (errors.abs().max() / C.max()).item()

@@ -27,14 +27,16 @@ from support import distributed
 from ttt_context import prefill, train_queries, trainable_queries
 
 # --------------------------------------------------------------------------------------------------
-# Asking. Needles: the positions in a context that hold the answer to a question.
+# Asking questions about a context. The needles of a question are the positions in the context that
+# hold its answer.
 
 
 class QuestionCache:
     """One layer's frozen keys and values (1, Hkv, T, D) of a context, for Q questions about it.
 
-    needles (Q, T): bool. If the layer has softmax attention, `attend` sets `needle_attention`
-    (Q, H): the probability that the last token of each question gives to its needles.
+    needles (Q, T): bool. The Q questions are a batch, and all of them attend to the same context.
+    If the layer has softmax attention, `attend` sets `needle_attention` (Q, H): the probability
+    that the last token of each question gives to its needles.
     """
 
     needle_attention = None
@@ -91,10 +93,10 @@ def log_odds(logits, answers):
 
 
 def score(model, caches, context):
-    """Return the margin and accuracy of the answers, and the attention to the needles.
+    """Return {"margin", "accuracy", "needle_attention"}, each a mean over the questions.
 
-    The margin is the log odds of the right answer in nats, on average over the questions. The
-    attention is that of the head that attends to the needles most.
+    The margin is the log odds of the right answer, in nats. The attention is that of the head that
+    attends to the needles most.
     """
     logits, needle_attention = ask(model, caches, context)
     margins = log_odds(logits, context.answers)  # (Q)
@@ -108,10 +110,10 @@ def score(model, caches, context):
 
 
 def vote(model, caches, context, n_samples, seed):
-    """Return margin and accuracy of the majority of n_samples sampled answers.
+    """Return {"margin", "accuracy"} of answering with the most frequent of n_samples samples.
 
-    An answer is one token, so all samples can be drawn from the same logits. The margin is the log
-    odds of the share of right samples, with half a sample added to the right and the wrong ones.
+    An answer is one token, so all samples can be drawn from the same logits. The margin is
+    log(right / wrong), where right and wrong are numbers of samples, plus 1/2 so neither is 0.
     """
     # sample answers to each question
     logits, _ = ask(model, caches, context)
@@ -119,7 +121,7 @@ def vote(model, caches, context, n_samples, seed):
     p = logits.cpu().softmax(-1)
     samples = torch.multinomial(p, n_samples, replacement=True, generator=generator)  # (Q, samples)
 
-    # compare them, and the majority of them, with the right answer
+    # compare the samples, and the most frequent one, with the right answer
     answers = context.answers.cpu()
     n_right = (samples == answers[:, None]).sum(1)  # (Q)
     odds = (n_right + 0.5) / (n_samples - n_right + 0.5)  # (Q)
@@ -155,7 +157,7 @@ def temperatures(model, factor=1.0):
         yield log_factors
 
 
-# for each variant that is trained: the context manager that yields its parameters
+# {variant that is trained: a context manager, which takes a model and yields the parameters}
 TRAINED = {"trained queries": trainable_queries, "fitted temperature": temperatures}
 
 
@@ -166,7 +168,7 @@ def fit(model, variant, caches, ids, recipe, lr):
     with TRAINED[variant](model) as weights:
         options = {"steps": recipe["steps"], "n": n, "lr": lr}
         for _ in train_queries(model, weights, caches, ids, starts, **options):
-            pass  # a generator, which takes a step each time
+            pass  # train_queries is a generator, which takes a step for each loss it yields
         return [w.detach().clone() for w in weights]
 
 
@@ -237,7 +239,7 @@ def compare_variants(model, task, T, recipe, seed):
     has "samples", their number. Trained variants also have "lr", and "sweep": a list of
     [learning rate, mean margin] on contexts of seed 0.
     """
-    # choose the learning rates
+    # choose the learning rates; swept: {variant: {learning rate: mean margin}}
     swept = sweep_rates(model, task, T, recipe)
     best_lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
 
@@ -249,10 +251,11 @@ def compare_variants(model, task, T, recipe, seed):
         for context, caches in zip(contexts, all_caches):
             trained[variant].append(fit(model, variant, caches, context.ids, recipe, lr))
 
-    # ask about every context
+    # Ask about every context with every variant. found: {variant: scores on this context}, where
+    # scores is {"margin", "accuracy", ...} from `score` or `vote`.
     log_t_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
     n_samples = thinking_samples(model, T, recipe)
-    scores = []  # for each context {variant: {"margin", "accuracy", ...}}
+    scores = []  # the `found` of each context
     for c, (context, caches) in enumerate(zip(contexts, all_caches)):
         found = {"in context": score(model, caches, context)}
         with temperatures(model, log_t_factor):
@@ -260,7 +263,8 @@ def compare_variants(model, task, T, recipe, seed):
         with fitted(model, "fitted temperature", trained["fitted temperature"][c]):
             found["fitted temperature"] = score(model, caches, context)
 
-        # contexts 0 and 1 are of one kind, 2 and 3 of the other, and so on
+        # Queries that were trained on this context, or on another one (number `other`). Contexts 0
+        # and 1 are of one kind, 2 and 3 of the other, and so on.
         trained_on = {"trained queries": c, "foreign queries": c ^ 1}  # 0 <-> 1, 2 <-> 3
         if task == "columns":
             trained_on["other-kind queries"] = c ^ 2  # 0 <-> 2, 1 <-> 3
@@ -268,11 +272,12 @@ def compare_variants(model, task, T, recipe, seed):
             with fitted(model, "trained queries", trained["trained queries"][other]):
                 found[variant] = score(model, caches, context)
 
+        # thinking: the majority of n sampled answers
         for variant, n in n_samples.items():
             found[variant] = vote(model, caches, context, n, seed)
         scores.append(found)
 
-    # collect the scores of each variant on all contexts
+    # collect the scores by variant: {variant: {"margin": [value on context 0, 1, ...], ...}}
     results = {}
     for variant in scores[0]:
         results[variant] = {}

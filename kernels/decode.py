@@ -7,20 +7,17 @@
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
     linear_add_kernel     x += W hidden
 
-In a matrix-vector product, each program computes a few rows of W x by itself, so two runs give the
-same bits. Attention is split-K: each program reads one split of the keys of one KV head. A CUDA
-graph has a fixed grid, so there are programs for the whole cache. Those whose split has no token
-yet return at once.
+In a matrix-vector product W x, each program computes a few numbers of the result by itself, so two
+runs give the same bits. Attention is split-K: each program reads one split of the keys of one KV
+head. A CUDA graph has a fixed grid, so programs are launched for the whole cache. Those whose split
+has no token yet return at once.
 
-From Hopper on, a kernel starts while the previous one still runs (programmatic dependent launch).
-It loads its first weights or keys, which the previous kernel does not write, and then waits for it.
+From Hopper on, a kernel starts while the previous one still runs (programmatic dependent launch,
+PDL). It loads its first weights or keys, which the previous kernel does not write, and then waits.
 
-A weight is read once for two FLOPs, so the floor is the time to read all weights. A token after 512
-others in bfloat16 on one H200 takes 2.55 ms with Qwen3-4B (the floor is 75% of this), and 0.414 ms
-with SmolLM2-135M (16%). Tuning history: kernels/NOTES.md.
-
-Limits: head dimensions in HEAD_DIMS; float32, float16 or bfloat16, summed in float32; fewer than
-2**31 numbers in one head of the cache. Anything else raises ValueError.
+The floor is the time to read all weights once. After 512 tokens in bfloat16 on one H200, the next
+one takes 2.55 ms with Qwen3-4B (floor: 75% of this), and 0.414 ms with SmolLM2-135M (16%).
+Limits: D in HEAD_DIMS; float32, float16 or bfloat16; < 2^31 numbers in one head of the cache.
 """
 
 from typing import NamedTuple
@@ -36,15 +33,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
-    """The part of a matrix that a program reads at a time."""
+    """The part of a matrix that a program of a matrix-vector product reads at a time."""
 
-    rows: int  # per program
-    columns: int  # per iteration of its loop
+    rows: int  # of the program
+    columns: int  # of one iteration of its loop over all columns
     num_warps: int
 
 
-SMALL_MATRIX = Tile(rows=2, columns=1024, num_warps=4)  # limited by latency
-LARGE_MATRIX = Tile(rows=4, columns=256, num_warps=1)  # limited by bandwidth
+SMALL_MATRIX = Tile(rows=2, columns=1024, num_warps=4)  # these products are limited by latency
+LARGE_MATRIX = Tile(rows=4, columns=256, num_warps=1)  # and these by bandwidth
 LARGE_MATRIX_ROWS = 8192  # matrices with at least as many rows are large
 ATTENTION_PROGRAMS = 264  # two per multiprocessor of an H200
 MAX_SPLITS = 64  # combine_kernel holds the outputs of all splits at once
@@ -86,9 +83,10 @@ def matvec(
     eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute R rows of W x or, with NORM, of W RMSNorm(x): [R]
+    """Compute R numbers of W x or, with NORM, of W RMSNorm(x): [R]
 
-    RMSNorm(x) = gain x / rms(x). The number rms(x) divides the result, not each x.
+    RMSNorm(x) = gain x / rms(x) with rms(x) = sqrt(mean(x^2) + eps). Since rms(x) is one number,
+    we multiply W by gain x, and divide the result by rms(x).
     """
     # -- load the first weights before waiting for x --
     offs_c = tl.arange(0, BLOCK_C)
@@ -108,7 +106,7 @@ def matvec(
         w = load_weights(w_row_ptrs, row_mask, cols + BLOCK_C, C)  # prefetch
     y = tl.sum(acc, 1)  # [R]
 
-    # -- divide by the root mean square of x --
+    # -- divide by rms(x) --
     if NORM:
         y *= tl.rsqrt(tl.sum(sum_squares, 0) / C + eps)
     return y
@@ -132,8 +130,9 @@ def norm_linear_kernel(
 ):  # fmt: skip
     """Compute y = W RMSNorm(x) + b, where W is a stack of up to three matrices.
 
-    rows of y   0 ... n1 - 1 | n1 ... n1 + n2 - 1 | n1 + n2 ... n1 + n2 + n3 - 1
-    matrix            0      |         1          |              2
+    row of y   0 ... n1 - 1 | n1 ... n1 + n2 - 1 | n1 + n2 ... n1 + n2 + n3 - 1
+    matrix           0      |         1          |              2
+    its row    0 ... n1 - 1 |   0 ... n2 - 1     |         0 ... n3 - 1
     """
     start_next_kernel(PDL)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -146,7 +145,7 @@ def norm_linear_kernel(
     offs = w_rows * C
     w_row_ptrs = choose(matrix, w1_ptr + offs, w2_ptr + offs, w3_ptr + offs)
 
-    # -- multiply, and add the bias --
+    # -- multiply (True is NORM), and add the bias --
     y = matvec(x_ptr, gain_ptr, w_row_ptrs, mask, eps, C, BLOCK_C, True, PDL)  # [BLOCK_R]
     if BIAS:
         b_ptrs = choose(matrix, b1_ptr + w_rows, b2_ptr + w_rows, b3_ptr + w_rows)
@@ -163,7 +162,7 @@ def norm_swiglu_kernel(
     """Compute y = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))"""
     start_next_kernel(PDL)
 
-    # -- multiply both matrices at once, with their rows alternating --
+    # -- multiply both matrices at once, with their rows alternating (True is NORM) --
     # i     0               1             2                   3                 ...
     # row   r of W_gate     r of W_up     r + 1 of W_gate     r + 1 of W_up     ...
     i = tl.arange(0, 2 * BLOCK_R)
@@ -190,6 +189,7 @@ def linear_add_kernel(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < n
     w_row_ptrs = w_ptr + rows.to(tl.int64) * C
+    # without NORM (False), matvec reads neither the gain, here y_ptr, nor eps, here 0.0
     wy = matvec(y_ptr, y_ptr, w_row_ptrs, mask, 0.0, C, BLOCK_C, False, PDL)  # [BLOCK_R]
     x = tl.load(x_ptr + rows, mask=mask, other=0.0).to(tl.float32)
     tl.store(x_ptr + rows, (x + wy).to(x_ptr.dtype.element_ty), mask=mask)
@@ -201,7 +201,10 @@ def linear_add_kernel(
 
 @triton.jit
 def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
-    """Load the gain of QK-norm for each row, a query where is_query [ROWS, 1], else a key."""
+    """Load the gain of QK-norm for each row [ROWS, D].
+
+    A row is a query where is_query [ROWS, 1] is true, else a key. offs_d: the channels to load.
+    """
     q_gain = tl.load(q_gain_ptr + offs_d)[None, :]
     k_gain = tl.load(k_gain_ptr + offs_d)[None, :]
     return tl.where(is_query, q_gain, k_gain)  # [ROWS, D]
@@ -211,7 +214,11 @@ def load_gain(q_gain_ptr, k_gain_ptr, is_query, offs_d):
 def load_angles(cos_ptr, sin_ptr, position, D: tl.constexpr):
     """Load cos and sin of RoPE for each channel [D]; sin gets a minus sign in the first half.
 
-    RoPE rotates the channels i and i + D/2 as a pair: x_i cos - x_{i + D/2} sin is the first of it.
+    RoPE rotates channel i of the first half together with channel i + D/2:
+
+        x_i cos - x_{i + D/2} sin    and    x_{i + D/2} cos + x_i sin
+
+    With this sign, every channel becomes x cos + paired sin, where `paired` is the other channel.
     """
     offs_d = tl.arange(0, D)
     angle_offs = position * (D // 2) + offs_d % (D // 2)
@@ -231,13 +238,15 @@ def load_queries_and_key(
 
     heads in qkv         0 ... Hkv G - 1: queries | then Hkv keys | then Hkv values
     result [ROWS, D]     0 ... G - 1: queries     | G: key        | then zeros, up to 16 for tl.dot
+
+    With G = 2 and Hkv = 2, KV head 1 reads heads 2 and 3 (queries) and 5 (key) into rows 0, 1, 2.
     """
     rows = tl.arange(0, ROWS)
     is_query = (rows < G)[:, None]
     offs_d = tl.arange(0, D)
-    paired_d = (offs_d + D // 2) % D  # the channel that RoPE pairs with each
+    paired_d = (offs_d + D // 2) % D  # the other channel of each pair in RoPE
 
-    # -- load each channel, and the channel it is paired with --
+    # -- load each channel, and the other one of its pair --
     heads = tl.where(rows < G, kv_head * G + rows, Hkv * G + kv_head)
     head_offs = (heads * D)[:, None]
     mask = (rows <= G)[:, None]
@@ -258,8 +267,9 @@ def load_queries_and_key(
 def attend_block(acc, m_i, l_i, q, k, v, exists, qk_scale, PRECISION: tl.constexpr):
     """Add a block of keys and values to the running sums of attention (online softmax).
 
-    q [ROWS, D], k and v [BLOCK_N, D], exists [BLOCK_N]: whether there is a key. The sums are
-    acc = sum exp2(qk - m_i) v [ROWS, D] and l_i = sum exp2(qk - m_i) [ROWS]. m_i is the largest qk.
+    q [ROWS, D], k and v [BLOCK_N, D], exists [BLOCK_N]: whether there is a key.
+    m_i [ROWS] is the largest qk so far. The sums over all keys so far are
+    acc = sum exp2(qk - m_i) v [ROWS, D] and l_i = sum exp2(qk - m_i) [ROWS].
     """
     # -- compute qk --
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale  # [ROWS, BLOCK_N]
@@ -288,7 +298,7 @@ def attention_kernel(
     """Compute the attention of the G query heads of one KV head to one split of the keys.
 
     position   0 ... length - 1: in the cache | length: the new token | then free, up to size - 1
-    split      positions split_start ... split_end - 1
+    This program reads positions split_start ... split_end - 1.
     """
     start_next_kernel(PDL)
     split = tl.program_id(0)
@@ -311,7 +321,7 @@ def attention_kernel(
     wait_for_previous_kernel(PDL)
 
     if split_start <= length:  # else the split has no token yet, and no output
-        # -- load the queries, and the new key and value --
+        # -- load the queries, and the new key and value (in qkv, values come after all keys) --
         qk_rows = load_queries_and_key(
             qkv_ptr, q_gain_ptr, k_gain_ptr, cos, sin, kv_head, Hkv, eps, G, ROWS, D, NORM
         )  # [ROWS, D]
@@ -346,7 +356,7 @@ def attention_kernel(
             k = tl.load(k_ptr + block_offs + next_start * D, mask=mask, other=0.0)
             v = tl.load(v_ptr + block_offs + next_start * D, mask=mask, other=0.0)
 
-        # -- store the output and lse of this split --
+        # -- store the output and lse of this split and of G heads, in row (split, head) --
         out_rows = (split * Hkv + kv_head) * G + rows
         is_query = rows < G
         tl.store(lse_ptr + out_rows, m_i + tl.log2(l_i), mask=is_query)
@@ -363,7 +373,8 @@ def combine_kernel(
 ):  # fmt: skip
     """Compute out = sum_s 2^(lse_s - lse) out_s over the splits s that have a token.
 
-    out_s: the output of split s. lse_s: the log2 of its sum of exponentials, lse: that of all keys.
+    out_s: the output of split s. lse_s: log2 of the sum of exponentials over its keys, and lse: of
+    the sum over all keys. One program per head.
     """
     start_next_kernel(PDL)
     head = tl.program_id(0)
@@ -372,7 +383,7 @@ def combine_kernel(
     mask = splits * split_size <= tl.load(length_ptr)  # whether a split has a token
     wait_for_previous_kernel(PDL)
 
-    # -- weight of each split, up to a common factor --
+    # -- weight of each split, up to a factor that the division below removes --
     lse = tl.load(lse_ptr + splits * H + head, mask=mask, other=-float("inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))  # [SPLITS]
 
@@ -505,7 +516,8 @@ def attention(qkv, gains, eps, angles, length, k, v):
         q_gain, k_gain = gains
         check_tensors(q_gain=(q_gain, (D,)), k_gain=(k_gain, (D,)))
 
-    # split the keys: enough splits to fill the GPU, each a whole number of blocks
+    # split the keys: enough splits to fill the GPU, each a whole number of blocks. With Hkv = 8 and
+    # 4096 positions in bfloat16, 33 splits are wanted, so a split has 2 blocks of 64: 32 splits.
     block_n, num_warps = attention_block(D, k.dtype)
     wanted_splits = min(MAX_SPLITS, max(1, ATTENTION_PROGRAMS // Hkv))
     split_size = triton.cdiv(size, block_n * wanted_splits) * block_n

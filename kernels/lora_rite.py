@@ -1,24 +1,21 @@
-"""LoRA-RITE's step for all pairs A (r, n), B (m, r) of one rank, in four launches.
+"""One LoRA-RITE step of all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-A factor is A or B; its partner is the other one of the pair. x (rows, r) is a factor as a tall
-matrix: A transposed, or B. As in lora_rite.py, a factor has a matrix R with R^T R = x^T x, and an
-unmagnified gradient h = grad R^-1 with the partner's R. V is the second moment of h, M the first
-moment of the preconditioned h, and P moves both into the basis of this step.
+A and B are the factors of a pair; each is the partner of the other. x (rows, r) is a factor as a
+tall matrix: A transposed, or B. As in lora_rite.py, R (r, r) is a matrix with R^T R = x^T x, and
+h = grad R^-1 is the unmagnified gradient, with the partner's R. V (r, r) is the second moment of h,
+M (rows, r) the first moment of the preconditioned h. P (r, r) moves both to the basis of this step.
 
 1. gram_kernel: x^T x, x^T M and grad^T grad in float64. One program per chunk of rows.
-2. root_kernel: the partner's R^-1, then h^T h, P and P V P^T. One program per factor.
-   PyTorch then adds up |h|^2 over all factors.
+2. root_kernel: the partner's R^-1, h^T h, P, P V P^T. One program per factor. PyTorch sums |h|^2.
 3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
 4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
-Factors 2i (an A) and 2i + 1 (its B) are partners. A table of addresses and sizes lets one launch
-serve factors of all lengths. There are no atomics, so results repeat bit for bit. The host never
-waits for the GPU.
+Factors may differ in length: a table on the GPU has the address and the size of each. There are no
+atomics, so results repeat bit for bit. The host never waits for the GPU.
 
-Memory traffic per fp32 parameter: 32 bytes (AdamW 28), which would take 0.04 ms for 72 pairs of
-2048 x 16 on one H200. The r x r work dominates: 0.209 ms (torch 2.11, Triton 3.6), where fused
-AdamW takes 0.103 and PyTorch's version of this step 12.
-
+On one H200 (torch 2.11, Triton 3.6), a step of 72 pairs A (16, 2048), B (2048, 16) takes 0.209 ms,
+fused AdamW 0.103 ms, and this step in PyTorch 12 ms. The memory traffic of 32 bytes per float32
+parameter (AdamW: 28) would take 0.04 ms. Most of the time goes into launches 2 and 3.
 Limits: r <= 64; float32, float16 and bfloat16 parameters of fewer than 2^31 elements.
 """
 
@@ -31,55 +28,58 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# The keys are R, the rank as a power of two, at least 16. Matrices in memory are padded to R x R.
-# On sm_90, launches 1 and 4 spill no registers, 2 and 3 spill at most 12 bytes per thread (72 at
-# rank 64 with escape).
-TILE_ROWS = {16: 32, 32: 32, 64: 16}  # rows that a program of launch 1 or 4 loads at once
-CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}  # rows that it loads in all
+# The keys of these tables are R: the rank, rounded up to a power of two and to at least 16. All
+# r x r matrices are padded to R x R. On sm_90, launches 1 and 4 spill no registers, and 2 and 3
+# spill at most 12 bytes per thread (72 at rank 64 with escape).
+TILE_ROWS = {16: 32, 32: 32, 64: 16}  # rows of x that a program of launch 1 or 4 loads at once
+CHUNK_ROWS = {16: 256, 32: 512, 64: 1024}  # rows that it works on in all, in a loop over tiles
 ROW_WARPS = {16: 2, 32: 8, 64: 8}  # warps in launches 1 and 4
 MATRIX_WARPS = {16: 1, 32: 4, 64: 16}  # warps in launches 2 and 3
 
-# The table has a row for each factor, int64 (factors, COLUMNS). These are its columns:
+# The table, int64 (factors, COLUMNS), has one row for each factor: A, its B, the next A, its B, ...
+# So factor ^ 1 is the partner of a factor. `row_ptr` points to a row of the table, whereas `rows`
+# counts the rows of x. The columns are:
 X_PTR = tl.constexpr(0)
 GRAD_PTR = tl.constexpr(1)  # the address of x, if there is no gradient
 M_PTR = tl.constexpr(2)  # first moment, stored like x
 STATE_PTR = tl.constexpr(3)  # V (r, r), R^-1 (r, r) and five scalars
 HAS_GRAD = tl.constexpr(4)
 ROWS = tl.constexpr(5)  # the number of rows of x
-FIRST_PROGRAM = tl.constexpr(6)  # of launches 1 and 4, see the sketch
-NUM_PROGRAMS = tl.constexpr(7)  # that share the rows of this factor
+FIRST_PROGRAM = tl.constexpr(6)  # in launches 1 and 4, see the sketch below
+NUM_PROGRAMS = tl.constexpr(7)  # how many programs share the rows of this factor
 COLUMNS = tl.constexpr(8)
 
-# Launches 1 and 4 split the rows of x into chunks, and each program takes one. For example:
+# Launches 1 and 4 cut the rows of x into chunks of CHUNK_ROWS, one for each program. For example:
 #
 #     factor   0 (A)          1 (B)   2 (A)      3 (B)
 #     rows     |----|----|--| |----|  |----|---| |----|
 #     program   0    1    2    3       4    5     6         FIRST_PROGRAM of factor 2 is 4
 #
-# Launch 1 writes the Gram matrices of each chunk: partial sums (programs, PARTIALS, R, R)
+# Launch 1 writes three matrices for each chunk, (programs, PARTIALS, R, R). They are partial sums:
+# the sum over the chunks of a factor is the matrix of the whole factor.
 XX = tl.constexpr(0)  # x^T x
 XM = tl.constexpr(1)  # x^T M
 GG = tl.constexpr(2)  # grad^T grad
 PARTIALS = tl.constexpr(3)
 
-# Launch 2 leaves these matrices to launch 3, in a workspace (factors, WORK, R, R)
-PARTNER_R_INV = tl.constexpr(0)
+# Launch 2 writes these matrices for launch 3 to a workspace, (factors, WORK, R, R)
+PARTNER_R_INV = tl.constexpr(0)  # R^-1 of the partner
 HH = tl.constexpr(1)  # h^T h
-P = tl.constexpr(2)
+P = tl.constexpr(2)  # into the basis of this step
 PVP = tl.constexpr(3)  # P V P^T
 SCRATCH = tl.constexpr(4)  # two matrices, the operands of matmul
 WORK = tl.constexpr(6)
 
-# It also leaves these scalars, (factors, SCALARS)
+# It also writes these scalars, (factors, SCALARS)
 HH_TRACE = tl.constexpr(0)  # |h|^2
 IS_SKIPPED = tl.constexpr(1)  # 1 if the gradient or its square is not finite, else 0
 SCALARS = tl.constexpr(2)
 
-# Launch 3 leaves these matrices to launch 4, (factors, MATRICES, R, R)
+# Launch 3 writes the matrices by which launch 4 multiplies, (factors, MATRICES, R, R)
 M_MATRIX, GRAD_MATRIX, X_MATRIX = map(tl.constexpr, range(3))
 MATRICES = tl.constexpr(3)
 
-# A factor's state ends with these scalars; see lora_rite.FactorState
+# The state of a factor is V (r, r), R^-1 (r, r) and these five scalars; see lora_rite.FactorState
 RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 # --------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 @triton.jit
 def load_ptr(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return an address from a row of the table. ALIGNED: it is a multiple of 16."""
+    """Return an address from a row of the table. ALIGNED: promise that it is a multiple of 16."""
     ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16) if ALIGNED else ptr
 
@@ -111,6 +111,7 @@ def load_state_matrix(ptr, RANK: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def store_state_matrix(ptr, matrix, RANK: tl.constexpr, R: tl.constexpr):
+    """Store the first RANK rows and columns of a matrix [R, R] in the state of a factor."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     tl.store(ptr + i * RANK + j, matrix, mask=(i < RANK) & (j < RANK))
@@ -122,8 +123,8 @@ def tile_offsets(
 ):
     """Return offsets of rows start, start + 1, ... of x (rows, r), and a mask, both [TILE, R].
 
-    x[i, j] is A[j, i] in memory with A (r, rows), or B[i, j] with B (rows, r). The mask is false
-    from row `end` on.
+    rows: the number of rows of x. The mask is false from row `end` on.
+    In memory, x[i, j] is element A[j, i] of A (r, rows), or element B[i, j] of B (rows, r).
     """
     i = start + tl.arange(0, TILE)[:, None]
     j = tl.arange(0, R)[None, :]
@@ -146,13 +147,15 @@ def find_rows(table_ptr, factor_of_program_ptr, CHUNK: tl.constexpr, ALIGNED: tl
     """Return which rows of which factor this program of launch 1 or 4 works on.
 
     factor: the number of the factor. row_ptr: its row of the table. rows: the number of rows of x.
-    start, end: this program takes rows start, ..., end - 1 of these, at most CHUNK.
+    start, end: this program takes rows start, ..., end - 1 of x, at most CHUNK of them.
+
+    In the sketch above with CHUNK = 256, program 5 takes the rows of factor 2 from 256 on.
     """
     pid = tl.program_id(0)
     factor = tl.load(factor_of_program_ptr + pid)
     row_ptr = table_ptr + factor * COLUMNS
     rows = tl.load(row_ptr + ROWS).to(tl.int32)
-    chunk = pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)  # number within the factor
+    chunk = pid - tl.load(row_ptr + FIRST_PROGRAM).to(tl.int32)  # 0, 1, ... within the factor
     start = chunk * CHUNK
     if ALIGNED:
         rows = tl.multiple_of(rows, 16)
@@ -215,7 +218,10 @@ def gram_chunk(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store the Gram matrices of rows start, ..., end - 1, and 1 if the gradient is not finite."""
+    """Store the three Gram matrices of rows start, ..., end - 1 of a factor.
+
+    Stores 1 at bad_ptr if the gradient has values that are not finite, else 0.
+    """
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
     m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
@@ -239,12 +245,14 @@ def gram_kernel(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the partial sums of one chunk: x^T x, x^T M and grad^T grad."""
     pid = tl.program_id(0).to(tl.int64)
     factor, row_ptr, start, end, rows = find_rows(table_ptr, factor_of_program_ptr, CHUNK, ALIGNED)
     partial_ptr += pid * PARTIALS * R * R
     bad_ptr += pid
 
-    # compiled twice, because the best register layout for A (r, rows) is not that for B (rows, r)
+    # factors 0, 2, ... are A; the code is compiled twice, with IS_A = True and False, because the
+    # best register layout for A (r, rows) is not that for B (rows, r)
     if factor % 2 == 0:
         gram_chunk(
             row_ptr, partial_ptr, bad_ptr, start, end, rows, True, DTYPE, ALIGNED, RANK, R, TILE
@@ -261,11 +269,11 @@ def gram_kernel(
 
 @triton.jit
 def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
-    """Return a @ b, [R, R]. scratch_ptr: memory (2, R, R). size: R, not as a constant.
+    """Return a @ b, [R, R]. scratch_ptr: memory for both operands, (2, R, R).
 
     Beyond R = 16, the registers cannot hold both operands. So these are stored, and loaded again in
-    parts: 16 columns of a and 16 rows of b at a time. With R as a constant, the compiler would
-    unroll the loop and hold all parts in registers at once.
+    parts: 16 columns of a and 16 rows of b at a time. `size` has the value of R, but the compiler
+    does not know it. Otherwise it would unroll the loop and hold all parts in registers at once.
     """
     if R == 16:
         return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
@@ -285,25 +293,26 @@ def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
 
 @triton.jit
 def swap_columns(a, k, R: tl.constexpr):
-    """Return a[:, j ^ k]."""
+    """Return a[:, j ^ k]: the columns 0 1 2 3 become 1 0 3 2 for k = 1, and 2 3 0 1 for k = 2."""
     j = tl.arange(0, R)[None, :]
     return tl.gather(a, tl.broadcast_to(j ^ k, (R, R)), 1)
 
 
 @triton.jit
 def swap_rows(a, k, R: tl.constexpr):
-    """Return a[i ^ k, :]."""
+    """Return a[i ^ k, :], which exchanges rows as swap_columns exchanges columns."""
     i = tl.arange(0, R)[:, None]
     return tl.gather(a, tl.broadcast_to(i ^ k, (R, R)), 0)
 
 
 @triton.jit
 def jacobi_rotations(a, k, R: tl.constexpr):
-    """Return tan, cos and sin [R] of the angles theta that make a[i, i ^ k] zero.
+    """Return tan, cos and sin [R] of the angles theta by which to rotate all coordinates i.
 
-    Let j = i ^ k. Then cot(2 theta_i) = (a_jj - a_ii) / (2 a_ij), and theta_j must be exactly
-    -theta_i. But a_ij and a_ji may differ by rounding, so both i and j take a_ij + a_ji for 2 a_ij.
-    And if a_ii = a_jj, theta is 45 or -45 degrees, so the smaller index takes 45.
+    Coordinate i rotates with j = i ^ k, which makes a_ij zero if
+    cot(2 theta_i) = (a_jj - a_ii) / (2 a_ij). The angle of j must be exactly -theta_i. Rounding may
+    make a_ij and a_ji differ, so both i and j use a_ij + a_ji in place of 2 a_ij. If a_ii = a_jj,
+    the angle is 45 degrees for the smaller index and -45 degrees for the other one.
 
     Also returns a_ii and 2 a_ij, [R].
     """
@@ -319,6 +328,7 @@ def jacobi_rotations(a, k, R: tl.constexpr):
     cot_2theta = cot_2theta / tl.where(off_diagonal != 0, off_diagonal, 1.0)
     is_positive = (cot_2theta > 0) | (cot_2theta == 0) & (index < partner)
     sign = tl.where(is_positive, 1.0, -1.0)
+    # of the two solutions tan(theta), the one of at most 45 degrees
     tan = sign / (tl.abs(cot_2theta) + tl.sqrt(1 + cot_2theta * cot_2theta))
     tan = tl.where(off_diagonal != 0, tan, 0.0)
     cos = 1 / tl.sqrt(1 + tan * tan)
@@ -345,14 +355,15 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
     norm_squared = tl.sum(tl.sum(a * a, 1), 0)
     off_diagonal_squared = norm_squared  # squared norm of a without its diagonal
     sweep = 0
-    while (off_diagonal_squared > 1.2e-32 * norm_squared) & (sweep < 30):  # 2^-106
+    # until the norm off the diagonal is below 2^-53 of the norm of a (1.2e-32 = 2^-106)
+    while (off_diagonal_squared > 1.2e-32 * norm_squared) & (sweep < 30):
         for k in range(1, PADDED_RANK):
             tan, cos, sin, diagonal, off_diagonal = jacobi_rotations(a, k, R)
 
             # -- rotate columns, then rows; then set the elements whose exact values are known --
             a = a * cos[None, :] - swap_columns(a, k, R) * sin[None, :]
             a = a * cos[:, None] - swap_rows(a, k, R) * sin[:, None]
-            new_diagonal = diagonal - tan * off_diagonal * 0.5
+            new_diagonal = diagonal - tan * off_diagonal * 0.5  # a_ii - tan a_ij
             a = tl.where(i == j, new_diagonal[:, None], a)
             a = tl.where(j == (i ^ k), 0.0, a)
             Q = Q * cos[None, :] - swap_columns(Q, k, R) * sin[None, :]
@@ -371,8 +382,10 @@ def inverse_root(
     j = tl.arange(0, R)[None, :]
 
     # -- Cholesky decomposition K = L L^T, so R = L^T and R^-1 = (L^-1)^T --
-    # Step n eliminates column n of K. The same row operations turn the identity into L^-1. If K is
-    # singular, a pivot becomes -1, and the second part below replaces the result.
+    # Step n computes L[:, n] = K[:, n] / sqrt(K_nn), and subtracts L[:, n] L[:, n]^T from K.
+    # The same row operations turn the identity into L^-1: divide row n by L_nn, then subtract it
+    # L_in times from each row i > n. If K is singular, a pivot L_nn becomes -1, and the second part
+    # below replaces the result.
     K = tl.load(matrix_ptrs(K_ptr, 0, R))
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
     min_pivot = tl.full((), float("inf"), tl.float64)
@@ -385,7 +398,7 @@ def inverse_root(
         min_pivot = tl.minimum(min_pivot, pivot)
         max_pivot = tl.maximum(max_pivot, pivot)
         scale = 1 / pivot
-        L_column = (column * scale)[:, None]
+        L_column = (column * scale)[:, None]  # L[:, n]
         K -= L_column * (row * scale)[None, :]
         L_inv_row = (tl.sum(tl.where(i == n, L_inv, 0.0), 0) * scale)[None, :]
         rows_below = L_inv - tl.where(i > n, L_column * L_inv_row, 0.0)
@@ -410,10 +423,13 @@ def inverse_root(
 
 @triton.jit
 def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
-    """Return x^T x, x^T M or grad^T grad of a whole factor, [R, R]; `which` is XX, XM or GG."""
+    """Return x^T x, x^T M or grad^T grad of a factor, [R, R]: the sum over its chunks.
+
+    row_ptr: the row of the factor in the table. which: XX, XM or GG.
+    """
     acc = tl.zeros((R, R), tl.float64)
     first = tl.load(row_ptr + FIRST_PROGRAM)
-    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):  # always in this order
+    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):  # in a fixed order
         acc += tl.load(matrix_ptrs(partial_ptr, (first + n) * PARTIALS + which, R))
     return acc
 
@@ -438,7 +454,7 @@ def root_kernel(
     R_inv_ptrs = matrix_ptrs(work_ptr, PARTNER_R_INV, R)
     P_ptrs = matrix_ptrs(work_ptr, P, R)
 
-    # -- does the gradient have values that are not finite? --
+    # -- does the gradient have values that are not finite, in any chunk of this factor? --
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     is_bad = tl.zeros((), tl.int32)
     first = tl.load(row_ptr + FIRST_PROGRAM)
@@ -467,8 +483,10 @@ def root_kernel(
     tl.store(scalar_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
 
     # -- P = R^-T (x^T x_old) R_old^-1, with x and R of the partner --
-    # x_old is the partner before its last step, (x + lr M own_R_inv_old^T) / shrink, where
-    # own_R_inv_old is the R^-1 of this program's factor at that step.
+    # x_old is the partner before its last step, x = shrink x_old - lr M own_R_inv_old^T, where
+    # own_R_inv_old is the R^-1 of this program's factor at that step. So
+    # x^T x_old = (x^T x + lr x^T M own_R_inv_old^T) / shrink.
+    # A state is V at offset 0, R^-1 at RANK^2 and the scalars at 2 RANK^2.
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
     partner_scalar_ptr = partner_state_ptr + 2 * RANK * RANK
@@ -501,7 +519,8 @@ def sort(w, RANK: tl.constexpr, R: tl.constexpr):
     w_i = w[:, None]
     w_j = tl.sum(tl.where(i == j, w_i, 0.0), 0)[None, :]  # w as a row
 
-    # the position of a value is the number of values that come before it; ties go by the index
+    # the new position of a value is the number of values that come before it: the smaller ones, and
+    # equal ones with a smaller index. The values 3, 1, 1 get the positions 2, 0, 1.
     is_before = (w_j < w_i) | (w_j == w_i) & (j < i)
     position = tl.sum(tl.where(is_before & (j < RANK), 1, 0), 1)
     return tl.sum(tl.where((position[:, None] == j) & (i < RANK), w_i, 0.0), 0)
@@ -528,7 +547,7 @@ def moment_kernel(
 ):  # fmt: skip
     """Update V, R^-1 and the scalars in the state of a factor, and prepare launch 4.
 
-    These are the r x r computations of lora_rite.Factor.update. h is the unmagnified gradient.
+    It computes in r x r what lora_rite.Factor.update does. h: the unmagnified gradient.
     """
     factor = tl.program_id(0)
     row_ptr = table_ptr + factor * COLUMNS
@@ -576,7 +595,8 @@ def moment_kernel(
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-    # -- matrices of launch 4: d1 P^T, (1 - d1) h_scale R^-1 preconditioner, lr R^-T --
+    # -- for launch 4: M_matrix = d1 P^T, grad_matrix = (1 - d1) h_scale R^-1 preconditioner, and --
+    # -- x_matrix = lr R^-T, with the partner's R --
     partner_R_inv = tl.load(matrix_ptrs(work_ptr, PARTNER_R_INV, R))
     M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
@@ -633,6 +653,7 @@ def update_kernel(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Update M and x in one chunk of rows, with the matrices from launch 3."""
     factor, row_ptr, start, end, rows = find_rows(table_ptr, factor_of_program_ptr, CHUNK, ALIGNED)
     matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
     M_matrix = tl.load(matrix_ptrs(matrix_ptr, M_MATRIX, R))
@@ -641,12 +662,12 @@ def update_kernel(
     state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
     shrink = tl.load(state_ptr + 2 * RANK * RANK + SHRINK).to(tl.float32)
 
-    # a missing or skipped gradient counts as 0, so it ends where it starts
+    # a missing or skipped gradient counts as 0: load_tile returns zeros from row grad_end on
     has_grad = tl.load(row_ptr + HAS_GRAD) != 0
     is_skipped = tl.load(scalar_ptr + factor * SCALARS + IS_SKIPPED)
     grad_end = tl.where(has_grad & (is_skipped == 0), end, start)
 
-    # compiled twice, as in gram_kernel
+    # compiled twice, for A (IS_A = True) and for B, as in gram_kernel
     if factor % 2 == 0:
         update_chunk(
             row_ptr, start, end, grad_end, rows, M_matrix, grad_matrix, x_matrix, shrink,
@@ -675,13 +696,13 @@ def takes(A, B):
 
 
 class KernelBatch:
-    """The step of some pairs of equal rank, dtype and device, as long as their tensors do not move.
+    """Pairs of equal rank, dtype and device, which the kernels step as long as no tensor moves.
 
     parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each. `packed` is a
     lora_rite.FactorState as one tensor.
 
     `measure` and `finish` are the two halves of a step, see lora_rite.TorchBatch. A CUDA graph that
-    captures them reads the table at each replay, so it needs the batch for as long as it lives.
+    captures them reads the table at each replay, so the batch must live as long as the graph.
     """
 
     def __init__(self, parameters, states):
@@ -690,17 +711,20 @@ class KernelBatch:
         self.parameters = parameters
         self.R = R
 
-        # the table: a row for each factor, A and B alternating
+        # the table: a row for each factor, with A and B alternating
         table = []
-        num_programs = 0
+        num_programs = 0  # of launches 1 and 4, for the factors so far
         is_aligned = True  # whether all addresses and lengths are multiples of 16
         for n, (p, state) in enumerate(zip(parameters, states)):
             grad = p if p.grad is None else p.grad
             rows = p.shape[1] if n % 2 == 0 else p.shape[0]  # A (r, n), B (m, r)
             chunks = triton.cdiv(rows, CHUNK_ROWS[R])
             pointers = [p.data_ptr(), grad.data_ptr(), state["M"].data_ptr()]
-            row = [*pointers, state["packed"].data_ptr()]  # X_PTR, GRAD_PTR, M_PTR, STATE_PTR
-            row += [p.grad is not None, rows, num_programs, chunks]  # HAS_GRAD to NUM_PROGRAMS
+
+            # the columns X_PTR, GRAD_PTR, M_PTR, STATE_PTR,
+            row = [*pointers, state["packed"].data_ptr()]
+            # and HAS_GRAD, ROWS, FIRST_PROGRAM, NUM_PROGRAMS (a program for each chunk)
+            row += [p.grad is not None, rows, num_programs, chunks]
             table.append(row)
             num_programs += chunks
             for value in (*pointers, rows):
@@ -718,7 +742,8 @@ class KernelBatch:
             tables = [t.pin_memory() for t in tables]
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
-        # constants and warps of launches 1 and 4, and of launches 2 and 3
+        # constants of the kernels with a program per chunk (launches 1 and 4), and of those with a
+        # program per factor (launches 2 and 3)
         self.row_options = {"DTYPE": TL_DTYPES[parameters[0].dtype], "ALIGNED": is_aligned}
         self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
         self.row_options.update(num_warps=ROW_WARPS[R])
@@ -726,7 +751,7 @@ class KernelBatch:
         self.matrix_options.update(num_warps=MATRIX_WARPS[R], num_stages=1)
 
     def measure(self):
-        """Launch the first half of a step. Returns |h|^2 of these pairs, ()."""
+        """Launch gram_kernel and root_kernel. Returns |h|^2, summed over these pairs, ()."""
         R = self.R
         device = self.table.device
         num_factors = len(self.table)
@@ -746,7 +771,7 @@ class KernelBatch:
         return self.scalars[:, HH_TRACE.value].sum()
 
     def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
-        """Launch the second half of a step.
+        """Launch moment_kernel and update_kernel.
 
         total: |h|^2 of all pairs, a tensor () on any device. clip: the largest |h|, or 0.
         lr: a number or a tensor (). A tensor on the device of the pairs is read there, so the host
@@ -764,7 +789,7 @@ class KernelBatch:
             moment_kernel[(len(self.table),)](
                 self.table, self.work, self.scalars, total, matrices, lr_ptr,
                 float(lr), *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
-                self.R, escape, **self.matrix_options,
+                self.R, escape, **self.matrix_options,  # size, ESCAPE
             )  # fmt: skip
             update_kernel[(len(self.factor_of_program),)](
                 self.table, self.factor_of_program, self.scalars, matrices, **self.row_options

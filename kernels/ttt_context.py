@@ -7,16 +7,15 @@ Query i of span s is at position starts[s] + i and sees the keys up to that posi
     span_backward_kernel    p = exp(qk - lse),  ds = p * (do v^T - do . o),  dq = ds k / sqrt(D)
                             over one split; PyTorch sums the dq of the splits
 
-A span has too few queries to fill a GPU, so both directions also split the keys (split-K), into as
-many splits as let all programs run at once. Query heads that share a KV head are rows of the same
-tile, so that k and v are read once for all of them. The grid has one axis: tile of rows (fastest),
-KV head, span, split. Programs that run at the same time mostly read the same keys, from the L2
-cache. There are no atomics, so two runs are bit-equal, and no gradients of k and v.
+A span has too few queries to fill a GPU. So the keys are split too (split-K), into as many splits
+as keep all programs busy at the same time. A row is one query of one head. The rows of all query
+heads that share a KV head lie in the same tiles, so k and v are read once for all of them. There
+are no atomics, so two runs give the same bits. k and v get no gradients.
 
-FLOPs: rows * keys * D, times 4 forward and 6 backward; a stock backward takes 10. Traffic: k and v
-once per KV head and span, and D float32 per row and split. One layer of Qwen3-4B, 128 queries and
-131,072 keys, on one H200: floor 0.35 + 0.52 ms (at 790 TFLOP/s), ours 0.56 + 0.66, stock attention
-0.85 (flash) + 2.47 (cuDNN). kernels/NOTES.md has the steps that led here.
+FLOPs: 4 * rows * keys * D forward, 6 backward; a stock backward takes 10, as it has dk and dv too.
+Traffic: k and v once per KV head and span, and D float32 numbers per row and split.
+One layer of Qwen3-4B with 128 queries and 131,072 keys, forward + backward on one H200: ours takes
+0.56 + 0.66 ms, stock attention 0.85 (flash) + 2.47 (cuDNN). Floor: 0.35 + 0.52 (790 TFLOP/s).
 Limits: D in WIDTHS; float32, float16 or bfloat16, summed in float32; a head has < 2^31 numbers.
 """
 
@@ -30,24 +29,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 WIDTHS = (16, 32, 64, 128)
 
-# The fastest of 20 configurations on an H200 without register spills
+# BLOCK_M: rows of a tile, BLOCK_N: keys per iteration.
+# The fastest of 20 configurations on an H200, without register spills:
 HOPPER = {
     "forward": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
     "backward": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
-# Not timed; they fit the 99 KB of shared memory of consumer GPUs
+# For other GPUs; not timed, but they fit the 99 KB of shared memory of consumer GPUs:
 OTHERS = {
     "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     "backward": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
 }
-# No tensor cores, so larger tiles spill registers
+# float32 products use no tensor cores, so larger tiles would spill registers:
 FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
 INTERPRETER_SMS = 4  # in Triton's interpreter; enough to get several splits
 # Arguments that change from prompt to prompt: the kernels are not compiled again for new values
 SIZES = ["n", "HKV", "S", "split_size", "stride_k", "stride_v"]
 
 # --------------------------------------------------------------------------------------------------
-# Which rows and keys a program takes. The GROUP query heads that share a KV head are stacked:
+# Which rows and keys a program takes. The queries of the GROUP heads that share a KV head are
+# stacked as rows, as they are in the memory of q (S, H, n, D) with H = HKV * GROUP:
 #
 #     row              0 ... n-1    n ... 2n-1    2n ... 3n-1
 #     query head           0            1             2           (row // n)
@@ -58,8 +59,14 @@ SIZES = ["n", "HKV", "S", "split_size", "stride_k", "stride_v"]
 def program_coordinates(n, HKV, S, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return which tile of rows, KV head, span and split of the keys this program computes.
 
-    n: queries in a span. S: spans. HKV: KV heads.
-    program_id = ((split * S + span) * HKV + head) * num_tiles + tile
+    n: queries in a span. S: spans. HKV: KV heads. With 2 tiles, HKV = 2 and S = 1:
+
+        program_id   0 1 2 3 4 5 6 7
+        tile         0 1 0 1 0 1 0 1
+        head         0 0 1 1 0 0 1 1
+        split        0 0 0 0 1 1 1 1
+
+    Programs that run at the same time mostly read the same keys, from the L2 cache.
     """
     num_tiles = tl.cdiv(n * GROUP, BLOCK_M)
     pid = tl.program_id(0)
@@ -78,10 +85,13 @@ def key_range(start, n, split, split_size, BLOCK_N: tl.constexpr):
 
         first_key ................... masked_key ................... end_key
           whole blocks that all rows see         keys that need a mask
+
+    start = 100, n = 8, split_size = 64, BLOCK_N = 16: split 1 begins at first_key = 64, its queries
+    see up to 101 ... 108 keys, so end_key = 108 and masked_key = 96.
     """
     first_key = split * split_size
     end_key = tl.minimum(start + n, first_key + split_size)
-    end_of_all = tl.minimum(start + 1, first_key + split_size)  # all rows see the keys before it
+    end_of_all = tl.minimum(start + 1, first_key + split_size)  # end of the keys that all rows see
     masked_key = first_key + tl.maximum(end_of_all - first_key, 0) // BLOCK_N * BLOCK_N
     return first_key, masked_key, end_key
 
@@ -121,7 +131,7 @@ def span_forward_kernel(
     start = tl.load(starts_ptr + span)
     positions = start + rows % n
 
-    # where the rows of this span and KV head begin in q, and its keys and values in k and v
+    # where the rows of this span and head begin in q (S, HKV, GROUP * n, D); k and v of the head
     row_start = (span * HKV + head).to(tl.int64) * n * GROUP
     k_ptr += head.to(tl.int64) * stride_k * D
     v_ptr += head.to(tl.int64) * stride_v * D
@@ -186,12 +196,13 @@ def merge_kernel(
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
+    # acc = sum_p exp(lse_p - m_i) o_p and l_i = sum_p exp(lse_p - m_i), where m_i = max_p lse_p
     for split in range(0, num_splits):
         # -- load lse and o of the split --
         offs = split * split_stride + rows
         lse = tl.load(split_lse_ptr + offs, mask=mask, other=0.0) * LOG2E
         o = tl.load(split_o_ptr + offs[:, None] * D + offs_d, mask=mask[:, None], other=0.0)
-        # -- online softmax; m_new is finite, because every row sees a key of the first split --
+        # -- add them; m_new is finite, because every row sees a key of the first split --
         m_new = tl.maximum(m_i, lse)
         alpha = tl.exp2(m_i - m_new)
         weight = tl.exp2(lse - m_new)
@@ -296,6 +307,9 @@ def split_keys(q, n_kv_head, starts, config, num_sms):
     """Split the keys so that all programs together fill the SMs once.
 
     Returns the number of keys in a split, the number of splits of the longest span, and the grid.
+
+    Qwen3-4B with one span of n = 128 on 132 SMs: 8 KV heads with 4 tiles each make 32 tiles. So 128
+    programs run, and each tile gets 4 of them: a split is a quarter of the keys.
     """
     S, H, n, _ = q.shape
     rows = H // n_kv_head * n  # per span and KV head
@@ -329,7 +343,7 @@ def get_sizes(q, k, v, split_size):
         "HKV": HKV,
         "S": S,
         "split_size": split_size,
-        "stride_k": k.stride(0) // D,
+        "stride_k": k.stride(0) // D,  # rows from one head to the next
         "stride_v": v.stride(0) // D,
         "scale": D**-0.5,
         "GROUP": H // HKV,
@@ -355,7 +369,7 @@ def forward(q, k, v, starts, config=None, num_sms=None):
     split_lse = q.new_empty(num_splits, *q.shape[:3], dtype=torch.float32)
     span_forward_kernel[grid](q, k, v, starts, split_o, split_lse, **sizes, **config)
 
-    # merge the splits
+    # merge the splits; a program takes BLOCK_M = 16 rows of D numbers
     o = torch.empty_like(q)
     lse = torch.empty_like(split_lse[0])
     rows = lse.numel()
@@ -446,7 +460,10 @@ def check_inputs(q, k, v, starts):
 
 
 def contiguous_rows(t):
-    """Return t (Hkv, T, D), or a copy if row r of head h is not at (h * rows_per_head + r) * D."""
+    """Return t (Hkv, T, D), or a copy if the kernels cannot address its rows.
+
+    They need row r of head h at offset (h * stride + r) * D, where the stride is a number of rows.
+    """
     D = t.shape[2]
     if t.stride()[1:] == (D, 1) and t.stride(0) % D == 0:
         return t

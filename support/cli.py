@@ -1,7 +1,7 @@
 """Command line: dataclass fields become flags, errors become one line and an exit status.
 
-This imports nothing slow. So a script can import it first, and call exit_on_signals() before slow
-imports of its own.
+This module imports nothing slow. So a script can import it first, and call exit_on_signals() before
+its own imports, which may take seconds.
 """
 
 import argparse
@@ -56,6 +56,8 @@ def check_fields(config):
         if f.type not in (int, float):
             continue
 
+        # a field without `least` gets a limit by its type: a float must be above 0, an int at least
+        # 1; but a default is always allowed, so if it is 0, an int must be at least 0
         least = f.metadata["least"]
         must_exceed = f.type is float and least is None
         if least is None:
@@ -86,8 +88,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_arguments(argv):
-    """Raise ValueError if a value is empty, as from an unset shell variable, or is not text."""
-    previous = "an argument"
+    """Raise ValueError if a value is empty, as from an unset shell variable, or is not text.
+
+    A value can come as `--flag value` or as `--flag=value`.
+    """
+    previous = "an argument"  # the flag in front of an empty value
     for argument in argv:
         if not argument or re.fullmatch(r"--[\w-]+=", argument):
             raise ValueError(
@@ -100,9 +105,9 @@ def check_arguments(argv):
 
 
 def add_flag(group, f, default):
-    """Add the flag of a dataclass field. Without the flag, the parsed namespace lacks the field.
+    """Add the flag of a dataclass field f to a group of argparse.
 
-    default: shown in the help.
+    If the flag is not given, the parsed namespace lacks the field. default: only shown in the help.
     """
     settings = {"type": f.type}
     if f.type is bool:
@@ -110,7 +115,7 @@ def add_flag(group, f, default):
     if f.type in (int, float):
         settings["metavar"] = "N" if f.type is int else "X"
     settings.update(f.metadata["argparse"])
-    help = f.metadata["help"]
+    help = f.metadata["help"]  # ends with the default, if that is a number or not empty
     if default or type(default) in (int, float):
         help = f"{help} (default: {default})"
     settings["help"] = help.replace("%", "%%")
@@ -121,8 +126,8 @@ def parse_configs(argv, description, configs, plugin_flags, starting_values):
     """Return one instance per dataclass in `configs`, from the command line.
 
     plugin_flags: {flag: (function name, built-ins)} for the flags that name modules.
-    starting_values: a function from the given flags, {field: value}, to the values of a preset or a
-    saved run, {field: value}. Flags override these values, and these override the defaults.
+    starting_values: a function that gets the given flags, {field: value}, and returns the values of
+    a preset or a saved run, {field: value}. Flags override these, and these override the defaults.
     """
     # read the flags
     parser = Parser(description=description, usage="%(prog)s [--flag value ...]")
@@ -133,14 +138,14 @@ def parse_configs(argv, description, configs, plugin_flags, starting_values):
             add_flag(group, f, base.get(f.name, f.default))
     given = vars(parser.parse_args(argv))
 
-    # --attn NAME:help prints the options of a module
+    # --attn NAME:help prints the options of a module and ends; the flag may list several modules
     for flag, plugin in plugin_flags.items():
         for spec in given.get(flag, "").split(","):
             if spec.endswith(":help"):
                 plugins.print_options(spec, *plugin)
                 sys.exit(0)
 
-    # modules that a checkpoint names, not the user, must be our own
+    # a module that a saved run names, and not the user, must be one of our own
     base = starting_values(given)
     for flag, (_, builtin) in plugin_flags.items():
         if flag in base and flag not in given:
@@ -149,7 +154,7 @@ def parse_configs(argv, description, configs, plugin_flags, starting_values):
 
 
 def make_config(config, values):
-    """Return an instance of the dataclass `config`; entries of `values` may be for others."""
+    """Return an instance of the dataclass `config`, from those `values` that are its fields."""
     return config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
 
 
@@ -257,7 +262,7 @@ def run_main(main):
             status = 128 + result["signal"]
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
-        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)  # see raise_interrupt
         if local_rank() == 0:
             message = "stopped before its end"
     except BrokenPipeError:

@@ -1,8 +1,8 @@
 """Read and write Hugging Face folders of dense Llama, SmolLM2, Qwen2.5 and Qwen3 models.
 
-config.json becomes the fields of train.GPTConfig. The tensors in *.safetensors get train.GPT's
-names and are read lazily. If the GPT would not compute a model exactly, a ValueError says in one
-sentence which file and which setting or tensor is the reason.
+config.json becomes the fields of train.GPTConfig. The tensors in *.safetensors get the names that
+train.GPT uses, and are read one by one when they are needed. If train.GPT cannot compute exactly
+the same as a model, a ValueError names the file and the setting or tensor that is the reason.
 """
 
 import json
@@ -23,7 +23,7 @@ from support.hub import TOKENIZER_FILES, model_name
 from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
 SHARD_BYTES = 4 * 10**9  # largest file of tensors that `export` writes
-# Defaults for fine-tuning, where flags do not say otherwise
+# Defaults for fine-tuning such a model, in place of those for training from scratch
 FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
 
 
@@ -53,7 +53,7 @@ def read_tokenizer(folder, vocab_size):
     """Return the state of the folder's tokenizer: {name, files, stops}.
 
     files: {name of a file: its text}. stops: the ids that end an answer. Raises ValueError if an id
-    is vocab_size or more, and so has no embedding.
+    has no embedding, that is, if it is vocab_size or more.
     """
     files = {}
     for name in TOKENIZER_FILES:
@@ -66,7 +66,7 @@ def read_tokenizer(folder, vocab_size):
         problem = f"{tokenizer.name}/tokenizer.json has the id {tokenizer.n_vocab - 1}"
         raise ValueError(f"{problem}, but config.json has vocab_size {vocab_size}")
 
-    # ids that end an answer: two files may have one, or a list of them
+    # ids that end an answer: in either file, eos_token_id may be missing, one id, or a list of ids
     stops = []
     for path in (folder / "generation_config.json", folder / "config.json"):
         ids = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
@@ -78,7 +78,7 @@ def read_tokenizer(folder, vocab_size):
         require(is_valid, f"{path} has eos_token_id = {ids!r}, which are not all token ids")
         stops += ids
 
-    # and tokenizer_config.json may name a token
+    # tokenizer_config.json may also name a token by its text
     eos_token = tokenizer.roles.get("eos_token")
     if eos_token in tokenizer.special_tokens:
         stops.append(tokenizer.special_tokens[eos_token])
@@ -87,7 +87,7 @@ def read_tokenizer(folder, vocab_size):
 
 # -- config.json and the fields of train.GPTConfig -------------------------------------------------
 
-FAMILIES = {  # {architecture in config.json: what is particular to its models}
+FAMILIES = {  # {architecture in config.json: how its models differ from other architectures}
     "LlamaForCausalLM": {"model_type": "llama", "qkv_bias": False, "qk_norm": False},
     "Qwen2ForCausalLM": {"model_type": "qwen2", "qkv_bias": True, "qk_norm": False},
     "Qwen3ForCausalLM": {"model_type": "qwen3", "qkv_bias": False, "qk_norm": True},
@@ -105,7 +105,7 @@ SETTINGS = {  # {field of train.GPTConfig: (name in config.json, type, largest v
     "norm_eps": ("rms_norm_eps", float, 1.0),
     "rope_theta": ("rope_theta", float, 2**32),
 }
-ONLY_VALUES = {  # {setting: the only value that the GPT implements}; absent or null is fine, too
+ONLY_VALUES = {  # {setting: the only value that train.GPT implements}; it may be absent or null
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -134,6 +134,7 @@ def gpt_fields(settings, path):
     if architecture not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{path} has the architecture {architecture}; supported are {known}")
+    # settings of RoPE: rope_parameters in new versions of transformers, rope_scaling in old ones
     rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
     check_supported(settings, rope, path)
 
@@ -146,7 +147,7 @@ def gpt_fields(settings, path):
     # translate and check one field after the other
     fields = {}
     for field, (name, needed_type, largest) in SETTINGS.items():
-        if name == "head_dim" and name not in values:
+        if name == "head_dim" and name not in values:  # n_embd and n_head are known by now
             is_qwen3 = architecture == "Qwen3ForCausalLM"
             values[name] = 128 if is_qwen3 else fields["n_embd"] // fields["n_head"]
         value = values.get(name)
@@ -163,7 +164,10 @@ def gpt_fields(settings, path):
 
 
 def check_supported(settings, rope, path):
-    """Raise ValueError for a setting that the GPT does not implement."""
+    """Raise ValueError for a setting that train.GPT does not implement.
+
+    settings: those of config.json. rope: those of RoPE among them.
+    """
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default" or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
@@ -213,6 +217,7 @@ def tensor_shapes(config):
 
 
 def to_their_name(name):
+    """Return the Hugging Face name of a tensor of train.GPT: model.norm.weight for norm.weight."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -230,10 +235,11 @@ def open_tensors(path):
 
 
 class Weights(Mapping):
-    """A lazy mapping from train.GPT's names to the tensors of a folder.
+    """A lazy mapping from the names in train.GPT to the tensors of a folder.
 
-    The constructor checks names, shapes and types without reading tensors. Each access opens a file
-    and reads one tensor, so only one has to be in memory at a time. config: fields of GPTConfig.
+    The constructor checks names, shapes and types, which are in the headers of the files. Each
+    access opens a file and reads one tensor, so only one has to be in memory at a time.
+    config: fields of train.GPTConfig, by name.
     """
 
     def __init__(self, folder, config):
@@ -253,7 +259,8 @@ class Weights(Mapping):
                 )
             self.paths[name] = path
 
-        # other tensors may be buffers of old versions, or the output layer of tied models
+        # The tensors that are left may be buffers that old versions of transformers wrote, or the
+        # output layer of a tied model. Then it has to equal the embedding.
         for their_name, (path, _) in found.items():
             if their_name == "lm_head.weight":
                 with open_tensors(path) as file:
@@ -296,7 +303,10 @@ def find_tensors(folder):
 
 
 def weight_files(folder):
-    """Return the paths of the safetensors files: those in the index if there is one."""
+    """Return the paths of the safetensors files.
+
+    These are the files named in the index, or else model.safetensors, or else all there are.
+    """
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
         weight_map = read_object(index).get("weight_map")
@@ -330,7 +340,7 @@ def check_exportable(folder, config):
 
 
 def family_of(config):
-    """Return the architecture that has the biases and norms of this config, or None."""
+    """Return the architecture in FAMILIES with the biases and norms of this config, or None."""
     for architecture, family in FAMILIES.items():
         if all(family[name] == config[name] for name in ("qkv_bias", "qk_norm")):
             return architecture
@@ -362,9 +372,10 @@ def atomic_folder(folder):
 def export(folder, weights, config, tokenizer, dtype=None):
     """Write a folder that transformers loads; it appears as a whole or not at all.
 
-    weights: {name in train.GPT: tensor}. config: fields of train.GPTConfig, by name. tokenizer: its
-    state, as a checkpoint has it. dtype: of the tensors that are written; by default that of the
-    Hugging Face folder the model came from, or if there is none, of the weights.
+    weights: {name in train.GPT: tensor}. config: fields of train.GPTConfig, by name.
+    tokenizer: its state, as in a checkpoint.
+    dtype: of the tensors in the file. By default, it is the dtype of the Hugging Face folder that
+    the model came from, or if there is none, of the weights.
     """
     folder = Path(folder)
     check_exportable(folder, config)
@@ -392,7 +403,11 @@ def export(folder, weights, config, tokenizer, dtype=None):
 
 
 def export_settings(config, tokenizer):
-    """Return the settings for config.json: those of the original folder, if any, with changes."""
+    """Return the settings for config.json.
+
+    If the model came from a Hugging Face folder, these are the settings of that folder, with only
+    those changed whose value in `config` is another one now.
+    """
     path = Path(tokenizer["name"]) / "config.json"
     settings = {
         "architectures": [family_of(config)],
@@ -407,7 +422,7 @@ def export_settings(config, tokenizer):
         before = read_config(path.parent, tokenizer["config"])
         if [family_of(before)] == settings["architectures"]:
             settings = original
-            # training on shorter windows does not shorten the context
+            # fine-tuning on shorter sequences does not shorten the context that the model can use
             config = {**config, "block_size": max(config["block_size"], before["block_size"])}
     for field, (name, _, _) in SETTINGS.items():
         if config[field] == before.get(field):  # unchanged: keep what the original says
@@ -421,9 +436,9 @@ def export_settings(config, tokenizer):
 
 def write_weights(folder, weights, shapes, dtype):
     """Write the tensors as model.safetensors, or as several files and an index."""
-    # distribute the names over files of at most SHARD_BYTES
-    shards = [[]]
-    free_bytes = SHARD_BYTES
+    # distribute the names over files (shards) of at most SHARD_BYTES
+    shards = [[]]  # names of the tensors in each file
+    free_bytes = SHARD_BYTES  # in the last file
     for name, shape in shapes.items():
         n_bytes = math.prod(shape) * dtype.itemsize
         if n_bytes > free_bytes and shards[-1]:
