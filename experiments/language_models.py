@@ -200,16 +200,21 @@ def plot(record):
     """Plot the differences of language models to the baseline, over training and at the end."""
     figure, (left, right) = harness.new_figure((11, 1.8 + 0.45 * len(record["differences"])), 1, 2)
     baseline = record["variants"][record["baseline"]]["runs"]
+
+    # over training: the mean over seeds, of variants that were evaluated at the same steps
     for i, name in enumerate(list(record["differences"])[:6]):
-        # mean over seeds of the difference, if both were evaluated at the same steps
         runs = record["variants"][name]["runs"]
         if evaluation_steps(runs) == evaluation_steps(baseline):
             same_seeds = baseline[: len(runs)]
             differences = np.array(losses(runs)) - losses(same_seeds)  # (seeds, evaluations)
-            left.plot(evaluation_steps(runs), differences.mean(0), "o-", color=f"C{i}", label=name)
+            left.plot(evaluation_steps(runs), differences.mean(0), "o-", color=f"C{i}")
     left.axhline(0, color="black", lw=0.8)
     left.set(xlabel="step", ylabel=f"difference to {record['baseline']}")
-    left.legend(fontsize=8)
+
+    # at the end, with intervals; the names have the colours of the curves
     harness.plot_differences(record, right)
+    right.locator_params(axis="x", nbins=6)
+    for i, label in enumerate(right.get_yticklabels()):
+        label.set_color(f"C{i}")
     figure.suptitle(record["metric"])
     return figure
