@@ -174,9 +174,10 @@ def study_parser(description, on_gpus=""):
     out = "folder for the JSON and the figure (default: results)"
     parser.add_argument("--out", default="results", metavar="DIR", help=out)
     if on_gpus:
-        parser.add_argument("--full", action="store_true", help=f"on GPUs, instead: {on_gpus}")
+        group = parser.add_argument_group("on GPUs")
+        group.add_argument("--full", action="store_true", help=f"instead: {on_gpus}")
         minutes = "with --full: stop after so many minutes; the same command continues"
-        parser.add_argument("--minutes", type=float, metavar="N", help=minutes)
+        group.add_argument("--minutes", type=float, metavar="N", help=minutes)
     return parser
 
 

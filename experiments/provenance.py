@@ -120,12 +120,14 @@ def commit():
     return None if head.returncode else head.stdout.strip() + suffix
 
 
-def save_json(path, record, *modules):
-    """Write a result as JSON, with its provenance and the hashes of the modules' code.
+def save_json(path, record, source, *modules):
+    """Write a result as JSON, with its provenance and the hashes of the code it depends on.
 
-    The record itself must contain "seconds". A study's settings name further modules: plug-ins.
+    source: the module that explains the result. modules: others whose code it depends on; those
+    that a study's settings name as plug-ins are added. The record itself must contain "seconds".
     """
     for variant in record.get("variants", {}).values():
         if isinstance(variant["settings"], str):
             modules += tuple(plugin_modules(variant["settings"]))
-    write_json(path, {**provenance(), "code": code_hashes(*modules), **record})
+    origin = {**provenance(), "source": source.replace(".", "/") + ".py"}
+    write_json(path, {**origin, "code": code_hashes(source, *modules), **record})

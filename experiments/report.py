@@ -18,6 +18,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
+from experiments.harness import paired_difference
 from experiments.provenance import code_hash
 from support.cli import Parser, run_main
 from support.files import atomic_write
@@ -34,12 +35,13 @@ class Idea(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A result that README.md shows: the difference between a variant and its baseline."""
+    """A result that README.md shows: a variant beside its baseline, and their difference."""
 
     study: str  # NAME of results/NAME.json
     variant: str
     label: str
-    in_percent: bool = False  # show the difference in percent of the baseline
+    kind: str = ""  # the difference is shown as it is, in "percent", or of a "log10" as a ratio
+    baseline: str = ""  # default: the study's
 
 
 IDEAS = [
@@ -75,34 +77,38 @@ IDEAS = [
     ),
 ]
 FINDINGS = [
-    Finding("laser-gpu", "LASER", "loss of a GPT", in_percent=True),
+    Finding("laser-gpu", "LASER", "loss of a GPT", "percent"),
     Finding(
         "laser-cpu",
         "trained with LASER, rows with max p > 0.9: LASER",
-        "log10 of the gradient at peaked logits",
+        "gradient at peaked logits",
+        "log10",
     ),
-    Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", in_percent=True),
-    Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy composing functions"),
-    Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy finding triples"),
-    Finding("sonew-gpu", "SONew", "loss of a GPT", in_percent=True),
-    Finding("sonew-gpu", "SONew, 30% fewer steps", "in 30% fewer steps", in_percent=True),
-    Finding("sonew-cpu", "SONew, band 1", "autoencoder's loss", in_percent=True),
+    Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", "percent"),
+    Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy, composing two functions"),
+    Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy, finding triples (Match3)"),
+    Finding("sonew-gpu", "SONew", "loss of a GPT", "percent"),
+    Finding("sonew-gpu", "SONew, 30% fewer steps", "loss in 30% fewer steps", "percent"),
+    Finding("sonew-cpu", "SONew, band 1", "loss of an autoencoder", "percent"),
     Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
-    Finding("lora_rite-cpu", "LoRA-RITE", "log10 of the drift under reparametrisation"),
-    Finding(
-        "ttt_context-cpu",
-        "records, no QK-norm, 3072: trained queries",
-        "log odds on records, against a fitted temperature",
-    ),
-    Finding(
-        "ttt_context-cpu",
-        "columns, no QK-norm, 3072: trained queries",
-        "log odds on columns, against a fitted temperature",
-    ),
+    Finding("lora_rite-cpu", "LoRA-RITE", "drift under another factorization", "log10"),
 ]
+# against what the paper compares with, and against the better baseline that we added
+for task in ("records", "columns"):
+    for norm, label in (("no QK-norm", ""), ("QK-norm", ", QK-norm")):
+        setting = f"{task}, {norm}, 3072"
+        for baseline in ("equal-FLOP thinking", "fitted temperature"):
+            FINDINGS.append(
+                Finding(
+                    "ttt_context-cpu",
+                    f"{setting}: trained queries",
+                    f"log odds on {task}{label}",
+                    baseline=f"{setting}: {baseline}",
+                )
+            )
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
-STUDY_HEADER = ["study, metric", "baseline", "variant", "difference, 95%", "", "command", "time"]
+STUDY_HEADER = ["baseline", "variant", "difference, 95% interval", ""]
 
 
 def load_results():
@@ -154,27 +160,52 @@ def idea_row(idea, records):
     measured = []
     times = {}  # command: how long it took
     for finding in FINDINGS:
-        if finding.study.rpartition("-")[0] == idea.file and finding.study in records:
-            record = records[finding.study]
-            measured.append(finding_text(record, finding))
-            times[command_of(record)] = f"{record['seconds'] / 60:.0f} min"
+        if finding.study.rpartition("-")[0] != idea.file:
+            continue
+        if finding.study not in records:
+            measured.append(f"{finding.label}: not measured yet")
+            continue
+        record = records[finding.study]
+        text = finding_text(record, finding)
+        measured.append(f"{text}, older code" if changed_files(record) else text)
+        times[command_of(record)] = minutes_of(record)
     commands = [f"`{command}`, {time}" for command, time in times.items()]
     link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
     files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
-    return [link, idea.claim, "; ".join(measured), files, "; ".join(commands)]
+    return [link, idea.claim, "<br>".join(measured), files, "<br>".join(commands)]
 
 
 def finding_text(record, finding):
-    """Return a finding as text: "LABEL -1.2 ± 0.3%" or "LABEL 2.5 → 1.75 (± 0.25)"."""
+    """Return a finding as text, such as "loss: softmax 0.718, LASER 0.708 (-1.4 ± 0.5%)"."""
     means = variant_means(record)
-    baseline = means[baseline_of(record, finding.variant)]
+    baseline = finding.baseline or baseline_of(record, finding.variant)
+    values = [means[baseline], means[finding.variant]]
     difference = record["differences"][finding.variant]
+    if finding.baseline:
+        runs = record["variants"][finding.variant]["runs"]
+        difference = paired_difference(runs, record["variants"][baseline]["runs"])
     mean = difference["mean"]
     half_width = difference["half_width_95"]
-    if finding.in_percent:
-        return f"{finding.label} {100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%"
-    change = f"{baseline:.3g} → {means[finding.variant]:.3g}"
-    return f"{finding.label} {change} (± {half_width:.2g})"
+
+    if finding.kind == "percent":
+        change = f"{100 * mean / values[0]:+.1f} ± {100 * half_width / values[0]:.1f}%"
+    elif finding.kind == "log10":
+        low = 10 ** (mean - half_width)
+        high = 10 ** (mean + half_width)
+        change = f"x {10**mean:.3g}, {low:.3g} to {high:.3g}"
+        values = [10**value for value in values]
+    else:
+        change = f"{mean:+.2f} ± {half_width:.2f}"
+    names = [name.rpartition(": ")[2] for name in (baseline, finding.variant)]  # without the task
+    pair = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, values))
+    return f"{finding.label}: {pair} ({change})"
+
+
+def minutes_of(record):
+    """Return how long a study took. On several GPUs its runs add up."""
+    minutes = f"{record['seconds'] / 60:.0f} min"
+    _, _, gpu = record["hardware"].partition("NVIDIA ")
+    return f"{minutes} of one {gpu}" if gpu else minutes
 
 
 def command_of(record):
@@ -188,9 +219,8 @@ def file_link(path):
     return f"[{path}]({path}) ({round(lines, -1)} lines)"
 
 
-def study_rows(name, record):
+def study_rows(record):
     """Return a row for each difference between a variant and a baseline, as in STUDY_HEADER."""
-    study = name.rpartition("-")[0]
     means = variant_means(record)
     differences = list(record["differences"].items())
     differences += record.get("differences_at_equal_seconds", {}).items()  # to other baselines
@@ -202,13 +232,10 @@ def study_rows(name, record):
         half_width = difference["half_width_95"]
         rows.append(
             [
-                f"{study}, {record['metric']}",
                 f"{baseline} {means[baseline]:.4g}",
                 f"{variant} {means[variant]:.4g}",
-                f"{mean:.4g} ± {half_width:.4g} (n = {difference['n']})",
+                f"{mean:+.3g} ± {half_width:.2g} (n = {difference['n']})",
                 "resolved" if abs(mean) > half_width else "not resolved",
-                f"`{command_of(record)}`",
-                f"{record['seconds']:.0f} s",
             ]
         )
     return rows
@@ -279,9 +306,6 @@ def step_cell(row):
 def all_tables(records):
     """Return the Markdown between the two markers of README.md."""
     parts = [ideas_table(records)]
-    outdated = [name for name, record in records.items() if changed_files(record)]
-    if outdated:
-        parts.append(f"Made with older code, to be run again: {', '.join(outdated)}.")
     if "kernels" in records:
         record = records["kernels"]
         parts.append(f"Kernels, forward + backward or one step, {made_on(record)}:")
@@ -306,15 +330,18 @@ def results_readme(records):
             parts.append(record["question"])
         versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
         origin = [
-            f"- command: `{record['command']}`",
+            f"- command: `{command_of(record)}`",
             f"- commit: {record['commit']}",
             f"- hardware: {record['hardware']}",
             f"- versions: {versions}",
             f"- seconds: {record['seconds']:.0f}",
         ]
+        if "source" in record:
+            origin.insert(0, f"- explained in: [{record['source']}](../{record['source']})")
         parts.append("\n".join(origin))
         if "differences" in record:
-            parts.append(table(STUDY_HEADER, study_rows(name, record)))
+            parts.append(f"Metric: {record['metric']}.")
+            parts.append(table(STUDY_HEADER, study_rows(record)))
         if (RESULTS / f"{name}.png").exists():
             parts.append(f"![{name}]({name}.png)")
     return "\n\n".join(parts) + "\n"
@@ -359,7 +386,7 @@ def main(argv=None):
         files = changed_files(record)
         if files:
             stale.append(f"results/{name}.json")
-            print(f"{stale[-1]} is older than {', '.join(files)}; run {record['command']}")
+            print(f"{stale[-1]} is older than {', '.join(files)}; run {command_of(record)}")
 
     # generated files
     changed = []

@@ -10,6 +10,7 @@ from tests.common import refused
 STUDY = {
     "command": "python laser.py",
     "commit": "0" * 40,
+    "source": "experiments/laser.py",
     "code": {},
     "hardware": "2 CPU cores",
     "versions": {"torch": "2.13.0"},
@@ -53,9 +54,11 @@ def repository(tmp_path, monkeypatch):
     """A folder with a result that depends on laser.py."""
     monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    finding = report.Finding("laser-cpu", "LASER", "loss", in_percent=True)
-    monkeypatch.setattr(report, "IDEAS", [report.Idea("L", "1", "less", "laser")])
-    monkeypatch.setattr(report, "FINDINGS", [finding])
+    idea = report.Idea(name="L", arxiv="1", claim="less", file="laser")
+    finding = report.Finding("laser-cpu", variant="LASER", label="loss", kind="percent")
+    missing = finding._replace(study="laser-gpu", label="speed")
+    monkeypatch.setattr(report, "IDEAS", [idea])
+    monkeypatch.setattr(report, "FINDINGS", [finding, missing])
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "laser.py").write_text("x = 1\n" * 14)
     (tmp_path / "results").mkdir()
@@ -90,7 +93,8 @@ def test_tables(repository):
     assert "old" not in text
 
     row = line_with(text, "less")
-    assert "| [L](https://arxiv.org/abs/1) | less | loss -30.0 ± 10.0% |" in row
+    assert "| [L](https://arxiv.org/abs/1) | less | loss: softmax 2.5, LASER 1.75 " in row
+    assert "(-30.0 ± 10.0%)<br>speed: not measured yet |" in row
     assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
     assert "| `python laser.py`, 1 min |" in row
     row = line_with(text, "| laser | 4 x 16")
@@ -98,18 +102,19 @@ def test_tables(repository):
 
     text = (repository / "results/README.md").read_text()
     assert "Is it better?" in text
+    assert "Metric: loss." in text
+    assert "- explained in: [experiments/laser.py](../experiments/laser.py)\n" in text
+    assert "- command: `python laser.py`\n" in text
     row = line_with(text, "resolved")
-    assert "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |" in row
-    assert "`python laser.py` | 61 s" in row
+    assert row == "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |"
 
 
-def test_a_wide_interval_is_not_resolved(repository):
-    column = 4
-    (row,) = report.study_rows("laser-cpu", STUDY)
-    assert row[column] == "resolved"
+def test_a_wide_interval_is_not_resolved():
+    (row,) = report.study_rows(STUDY)
+    assert row[-1] == "resolved"
     wide = {"LASER": {"mean": -0.75, "half_width_95": 0.8, "n": 2}}
-    (row,) = report.study_rows("laser-cpu", {**STUDY, "differences": wide})
-    assert row[column] == "not resolved"
+    (row,) = report.study_rows({**STUDY, "differences": wide})
+    assert row[-1] == "not resolved"
 
 
 def test_each_task_has_its_own_baseline():
@@ -119,8 +124,8 @@ def test_each_task_has_its_own_baseline():
             variants[f"{task}: {variant}"] = {"runs": [{"seed": 1, "value": value}]}
     differences = {"hard: LASER": STUDY["differences"]["LASER"]}
     record = {**STUDY, "variants": variants, "differences": differences}
-    (row,) = report.study_rows("laser-cpu", record)
-    assert row[1:3] == ["hard: softmax 5", "hard: LASER 5"]
+    (row,) = report.study_rows(record)
+    assert row[:2] == ["hard: softmax 5", "hard: LASER 5"]
 
 
 def test_rows_at_equal_seconds():
@@ -128,26 +133,42 @@ def test_rows_at_equal_seconds():
     difference = {"mean": -0.5, "half_width_95": 0.1, "n": 2, "baseline": "softmax, longer"}
     at_equal_seconds = {"LASER": difference}
     record = {**STUDY, "variants": variants, "differences_at_equal_seconds": at_equal_seconds}
-    rows = report.study_rows("laser-gpu", record)
-    assert [row[1:3] for row in rows] == [
+    rows = report.study_rows(record)
+    assert [row[:2] for row in rows] == [
         ["softmax 2.5", "LASER 1.75"],
         ["softmax, longer 2.25", "LASER 1.75"],
     ]
 
 
-def test_outdated_results_are_named():
+def test_outdated_results_are_marked(repository):
+    assert "older code" not in report.all_tables({"laser-cpu": STUDY})
     old = {**STUDY, "code": {"deleted.py": "0"}}
-    text = report.all_tables({"old": old, "new": STUDY})
-    assert text.endswith("Made with older code, to be run again: old.")
-    text = report.all_tables({"new": STUDY})
-    assert "to be run again" not in text
+    assert "(-30.0 ± 10.0%), older code<br>" in report.all_tables({"laser-cpu": old})
 
 
 def test_finding_text():
     finding = report.Finding("laser-cpu", "LASER", "loss")
-    assert report.finding_text(STUDY, finding) == "loss 2.5 → 1.75 (± 0.25)"
-    finding = finding._replace(in_percent=True)
-    assert report.finding_text(STUDY, finding) == "loss -30.0 ± 10.0%"
+    assert report.finding_text(STUDY, finding) == "loss: softmax 2.5, LASER 1.75 (-0.75 ± 0.25)"
+    finding = finding._replace(kind="percent")
+    assert report.finding_text(STUDY, finding) == "loss: softmax 2.5, LASER 1.75 (-30.0 ± 10.0%)"
+    finding = finding._replace(kind="log10")
+    text = "loss: softmax 316, LASER 56.2 (x 0.178, 0.1 to 0.316)"
+    assert report.finding_text(STUDY, finding) == text
+
+
+def test_a_finding_against_another_baseline():
+    """The difference is computed from the runs, paired by seed."""
+    runs = [{"seed": 1, "value": 1.5}, {"seed": 2, "value": 3.5}]
+    record = {**STUDY, "variants": {**STUDY["variants"], "task: other": {"runs": runs}}}
+    finding = report.Finding("laser-cpu", "LASER", "loss", baseline="task: other")
+    text = report.finding_text(record, finding)
+    half_width = 12.706 * 0.25  # of the differences -0.5 and -1.0
+    assert text == f"loss: other 2.5, LASER 1.75 (-0.75 ± {half_width:.2f})"
+
+
+def test_minutes_are_of_one_gpu():
+    assert report.minutes_of(STUDY) == "1 min"
+    assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "1 min of one H200"
 
 
 def test_findings_are_in_the_results():
@@ -157,6 +178,8 @@ def test_findings_are_in_the_results():
         assert finding.study.rpartition("-")[0] in files
         if finding.study in records:
             assert finding.variant in records[finding.study]["differences"]
+            if finding.baseline:
+                assert finding.baseline in records[finding.study]["variants"]
 
 
 def test_check_finds_what_is_out_of_date(repository):
