@@ -104,7 +104,7 @@ def train_in(folder, flags, deadline):
 
 @contextmanager
 def stop_at(deadline):
-    """Send this process SIGTERM at the deadline: train.py saves and stops, other code just stops."""
+    """Send this process SIGTERM at the deadline: train.py saves and stops, other code stops."""
     if deadline == float("inf"):
         yield
         return
