@@ -78,6 +78,7 @@ IDEAS = [
 ]
 FINDINGS = [
     Finding("laser-gpu", "LASER", "loss of a GPT", "percent"),
+    Finding("laser-124m-gpu", "LASER", "loss of a GPT of 124 M parameters", "percent"),
     Finding(
         "laser-cpu",
         "trained with LASER, rows with max p > 0.9: LASER",
@@ -160,7 +161,7 @@ def idea_row(idea, records):
     measured = []
     times = {}  # command: how long it took
     for finding in FINDINGS:
-        if finding.study.rpartition("-")[0] != idea.file:
+        if not finding.study.startswith(f"{idea.file}-"):
             continue
         if finding.study not in records:
             measured.append(f"{finding.label}: not measured yet")

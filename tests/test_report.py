@@ -175,7 +175,7 @@ def test_findings_are_in_the_results():
     records = report.load_results()
     files = [idea.file for idea in report.IDEAS]
     for finding in report.FINDINGS:
-        assert finding.study.rpartition("-")[0] in files
+        assert finding.study.partition("-")[0] in files
         if finding.study in records:
             assert finding.variant in records[finding.study]["differences"]
             if finding.baseline:
