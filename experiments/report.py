@@ -189,7 +189,7 @@ def finding_text(record, finding):
     half_width = difference["half_width_95"]
 
     if finding.kind == "percent":
-        change = f"{100 * mean / values[0]:+.1f} ± {100 * half_width / values[0]:.1f}%"
+        change = percent(difference, values[0])
     elif finding.kind == "log10":
         low = 10 ** (mean - half_width)
         high = 10 ** (mean + half_width)
@@ -200,6 +200,22 @@ def finding_text(record, finding):
     names = [name.rpartition(": ")[2] for name in (baseline, finding.variant)]  # without the task
     pair = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, values))
     return f"{finding.label}: {pair} ({change})"
+
+
+def percent(difference, baseline):
+    """Return a difference and its interval in percent of the baseline's value."""
+    mean = 100 * difference["mean"] / baseline
+    half_width = 100 * difference["half_width_95"] / baseline
+    return f"{mean:+.1f} ± {half_width:.1f}%"
+
+
+def together_text(record):
+    """Return what the ideas change alone and together, in a sentence."""
+    baseline = variant_means(record)[record["baseline"]]
+    changes = []
+    for variant, difference in record["differences"].items():
+        changes.append(f"{variant} {percent(difference, baseline)}")
+    return f"Loss of a GPT, against {record['baseline']}: {', '.join(changes)}."
 
 
 def minutes_of(record):
@@ -306,7 +322,11 @@ def step_cell(row):
 
 def all_tables(records):
     """Return the Markdown between the two markers of README.md."""
-    parts = [ideas_table(records)]
+    parts = []
+    if "all-gpu" in records:
+        parts.append("![the ideas alone and together](results/all-gpu.png)")
+        parts.append(together_text(records["all-gpu"]))
+    parts.append(ideas_table(records))
     if "kernels" in records:
         record = records["kernels"]
         parts.append(f"Kernels, forward + backward or one step, {made_on(record)}:")

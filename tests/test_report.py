@@ -166,6 +166,12 @@ def test_a_finding_against_another_baseline():
     assert text == f"loss: other 2.5, LASER 1.75 (-0.75 ± {half_width:.2f})"
 
 
+def test_the_ideas_together(repository):
+    text = report.all_tables({"all-gpu": STUDY})
+    assert text.startswith("![the ideas alone and together](results/all-gpu.png)\n")
+    assert "\n\nLoss of a GPT, against softmax: LASER -30.0 ± 10.0%.\n" in text
+
+
 def test_minutes_are_of_one_gpu():
     assert report.minutes_of(STUDY) == "1 min"
     assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "1 min of one H200"
