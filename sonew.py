@@ -128,7 +128,8 @@ def factor(S, gamma):
     # each coordinate i has its own equations W psi = c; for b = 2, with successors i+1 and i+2:
     #     W = [[S_0[i+1], S_1[i+1]],     c = [S_1[i],
     #          [S_1[i+1], S_0[i+2]]]          S_2[i]]
-    # W[p][q] (R, C) has this entry for every i, and q <= p is enough; shift(S_k, j)[i] is S_k[i+j]
+    # W[p][q] (R, C) has this entry for every i. W is symmetric, so q <= p is enough.
+    # shift(S_k, j)[i] is S_k[i+j].
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])

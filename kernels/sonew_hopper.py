@@ -253,7 +253,7 @@ def ring_kernel(
     item = gl.to_tensor(0)
     while item < n_runs:
         # -- apply u of the last run but one to p, which frees its half of the ring buffer --
-        # This may wait for the sums of other programs, but none waits for this one: its are stored.
+        # This may wait for sums of other programs. None waits for this one: its sums are stored.
         if older_item >= 0:
             apply_run(index, ring, slot, older_item, launch, constants)
             older_item = gl.to_tensor(-1)
