@@ -141,7 +141,7 @@ class CUDAGraphDecoder:
                 self.length.copy_(length)
         torch.cuda.current_stream().wait_stream(side_stream)
 
-        # capture
+        # capture; the warm-up has drawn random numbers, so set the generator back, too
         self.graph = torch.cuda.CUDAGraph()
         if self.generator:
             self.generator.set_state(state)
@@ -149,7 +149,8 @@ class CUDAGraphDecoder:
         with torch.cuda.graph(self.graph, stream=side_stream):
             self.step()
 
-        # work on the side stream also resets the generator's offset: finish it before any replay
+        # The capture queues a reset of the generator's offset (how far it is in its random numbers)
+        # on the side stream. Wait for that, or it might undo the offset that a replay sets.
         torch.cuda.current_stream().wait_stream(side_stream)
 
     def start_step(self):

@@ -150,7 +150,8 @@ def attend(q, k, v, k2, v2, w1, w2):
     k2, exists = get_windows(k2, n, w2)  # (B, Hkv, n, w2, D), (n, w2)
     v2, _ = get_windows(v2, n, w2)
 
-    # logits: the product of a query and one of its second keys is a query of ordinary attention
+    # logits (q_i * k2_c) . k_j. Each query i has w2 second keys c, and each product q_i * k2_c is a
+    # query of ordinary attention: for n queries in g heads, there are g n w2 of them
     qk2 = q[..., None, :] * k2[:, :, None] * D**-0.5  # (B, Hkv, g, n, w2, D)
     s = qk2.flatten(2, 4) @ k.transpose(-1, -2)  # (B, Hkv, g n w2, J)
     s = s.unflatten(2, qk2.shape[2:5])  # (B, Hkv, g, n, w2, J)
@@ -186,8 +187,8 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
     # Blocks of n queries, which together see about w1 + n keys, and w2 second keys each. So a block
-    # has B * H * n * w2 * (w1 + n) logits. n is w1 / 2, or 16 if that is more, but less where a
-    # block would have more than logits_at_once logits.
+    # has B H n w2 (w1 + n) logits: for n <= w1, at most n * 2 B H w1 w2, which may not exceed
+    # logits_at_once. Up to there, n is half a window, or 16 if that is more.
     if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
         starts = [0]

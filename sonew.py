@@ -121,14 +121,15 @@ def factor(S, gamma):
 
     S: a list of b+1 statistics, (R, C) each: S[k][r, i] = E[g_i g_{i+k}] in chain r.
     psi: a list of b tensors (R, C): psi[k - 1][r, i] is the weight of g_{i+k} in predicting g_i.
-    s (R, C): the variance of g_i that its successors leave unexplained.
+    s (R, C): the mean squared error of that prediction.
     """
     b = len(S) - 1
 
     # each coordinate i has its own equations W psi = c; for b = 2, with successors i+1 and i+2:
     #     W = [[S_0[i+1], S_1[i+1]],     c = [S_1[i],
     #          [S_1[i+1], S_0[i+2]]]          S_2[i]]
-    # W[p][q] (R, C) has this entry for every i, and q <= p is enough; shift(S_k, j)[i] is S_k[i+j]
+    # W[p][q] (R, C) has this entry for every i. W is symmetric, so q <= p is enough.
+    # shift(S_k, j)[i] is S_k[i+j].
     W = []
     for p in range(b):
         W.append([shift(S[p - q], q + 1) for q in range(p + 1)])
@@ -138,7 +139,8 @@ def factor(S, gamma):
     # forward elimination: subtract multiples of row j from the rows p below it, in W and in c
     pivot_inv = [None] * b
     for j in range(b):
-        # drop successor j if those before it leave at most gamma of its variance unexplained
+        # W[j][j] is now the mean squared error of predicting successor j from those before it: if
+        # it is at most gamma of its variance, they are nearly dependent, so do without j
         pivot_inv[j] = torch.where(W[j][j] > gamma * variance[j], 1 / W[j][j], 0)
         for p in range(j + 1, b):
             ratio = W[p][j] * pivot_inv[j]
@@ -151,14 +153,15 @@ def factor(S, gamma):
     for j in range(b):
         s = s - c[j] * (c[j] * pivot_inv[j])
 
-    # back substitution, from the last row up: psi = W^-1 c
+    # back substitution, from the last row up. Row j now says
+    #     W[j][j] psi[j] + sum_{p>j} W[p][j] psi[p] = c[j]
     psi = [None] * b
     for j in reversed(range(b)):
         psi[j] = c[j] * pivot_inv[j]
         for p in range(j + 1, b):
             psi[j] = psi[j] - W[p][j] * pivot_inv[j] * psi[p]
 
-    # edge removal: drop all successors of i if they leave at most gamma of its variance
+    # edge removal: where the error s is at most gamma S_0, do not predict g_i at all
     keep = s > gamma * S[0]
     psi = [torch.where(keep, psi_k, 0) for psi_k in psi]
     s = torch.where(keep, s, S[0])
@@ -186,13 +189,13 @@ def precondition(m, psi, s):
 
 
 def bias_correction(beta, step):
-    """Return 1 - beta^step, accurate for a beta near 1 too. step and the result: ()."""
+    """Return 1 - beta^step, accurate for a beta near 1 too. step and the result are scalars ()."""
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.expm1(step * log_beta)
 
 
 def unit_of(scale):
-    """Return the unit in which gradients are measured, (): scale, or 1 if scale is too small."""
+    """Return what gradients are divided by, (): scale, or 1 if scale is too small."""
     return torch.where(scale > LEAST_SCALE, scale, 1)
 
 
@@ -247,7 +250,7 @@ class LocalParam(NamedTuple):
     is_adam: bool  # whether to take Adam's step, as for biases and gains
     numel: int  # coordinates on all processes together
     process_groups: tuple  # process groups over which the rows are sharded
-    shard: torch.Tensor | None = None  # the parameter itself: p, or if p is a copy, its original
+    shard: torch.Tensor | None = None  # the parameter: p itself, or where p is a copy, its original
 
 
 def to_local(t):
@@ -355,8 +358,8 @@ class SONew(torch.optim.Optimizer):
     eps: damping; eps scale^2 is added to S_0, where scale is the size of a typical gradient.
     band: b, the number of successors of a coordinate, 0 to 4. The state of a parameter is b + 2
         tensors of its shape (momentum and statistics) and three scalars.
-    gamma: the edges of a coordinate are removed if its successors leave at most this fraction of
-        its variance unexplained. With bf16_state at least 2^-7, the rounding error of bfloat16.
+    gamma: a coordinate is not predicted from its successors if the error would be at most this
+        fraction of its variance. With bf16_state at least 2^-7, the rounding error of bfloat16.
     chain: "row", one chain per p[i].flatten(), or "flat", one through the whole tensor.
     bf16_state: keep momentum and statistics in bfloat16; else in float32 (float64 for float64).
     use_kernel: use the Triton kernel. None: for CUDA tensors; False: never; True: always.

@@ -404,7 +404,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.zeros_like(x) if with_grad and ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight) if with_grad and ctx.needs_input_grad[1] else None
 
-        # rows per chunk: a power of two, so that the kernel is compiled for few shapes
+        # rows of x per chunk, for example 300 rounded down to 256: only powers of two, so that the
+        # kernel is compiled for few shapes
         rows = max(1, LOGITS_AT_ONCE[x.device.type] // len(w))
         rows = 2 ** (rows.bit_length() - 1)
 
@@ -435,7 +436,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_chunk(logits, targets, scale, with_grad):
     """Return the sum of scale * cross-entropy over the rows, and its gradient.
 
-    logits (R, V), targets (R, 1), scale (R, 1) -> scalar, gradient for the logits (R, V) or None
+    logits (R, V), targets (R, 1), scale (R, 1) -> scalar, gradient for the logits (R, V) or None.
+    For logits z of a row: cross-entropy = logsumexp(z) - z[target], gradient = softmax(z) - onehot
     """
     z = logits.to(scale.dtype)
     lse = z.logsumexp(-1, keepdim=True)  # (R, 1)
@@ -486,7 +488,7 @@ def get_lr(step, run):
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup
     progress = (step - run.warmup) / max(1, run.steps - run.warmup)
-    return run.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return run.lr * (0.55 + 0.45 * math.cos(math.pi * progress))  # factor 1 to 0.1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -676,7 +678,8 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
     """Return the mean loss on held-out sequences, or None if a stop signal came meanwhile."""
     starts = data.eval_starts(text, run.eval_batches * run.batch_size, block_size)
 
-    # repeat some, so that all forward passes have the same shape; repetitions do not count
+    # repeat some, so that all forward passes have the same shape; repetitions do not count. With 5
+    # sequences, 2 ranks and micro-batches of 2, rank 0 has 0 2 4 1, of which 1 is a repetition
     n_sequences = len(starts)
     per_forward = micro_batch * world_size()
     n_filled = math.ceil(n_sequences / per_forward) * per_forward
@@ -690,7 +693,7 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
             return None
         chunk = slice(i, i + micro_batch)
         tokens = data.read_sequences(text.val, starts[chunk], block_size)  # (micro_batch, T + 1)
-        tokens[~is_counted[chunk]] = -1
+        tokens[~is_counted[chunk]] = -1  # no loss on targets of -1
         x, y = data.to_device(tokens, device)
         total_loss += net(x, y, 1)
         count += int((tokens[:, 1:] >= 0).sum())
@@ -754,7 +757,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
     if launch.resume:
         checkpoint.check_unchanged(saved, [gpt_config, run], text.fingerprint, origin)
 
-    # model and optimizer
+    # model and optimizer; one that has clips_gradients = False gets the gradients unclipped
     model, groups = build_model(gpt_config, run, launch, device, saved)
     net = distributed.data_parallel(model)
     print0(f"model    {model.summary()}, {run.optim} ({launch.model or origin})")
@@ -856,12 +859,15 @@ def starting_values(given):
     if launch.resume:
         return {**saved["model"], **saved["run"]}
 
-    # --init: model and tokenizer must stay; batch size, steps and learning rate are defaults
+    # --init: the weights fit one model and one tokenizer, so flags may not change these; but no
+    # weight depends on block_size, the context
     fixed = {**saved["model"], "tokenizer": saved["run"]["tokenizer"]}
     for name, value in fixed.items():
         if name != "block_size" and given.get(name, value) != value:
             flag = cli.flag_name(name)
             raise ValueError(f"{flag} is {given[name]} here but {value} in {origin}; leave it out")
+
+    # of the settings that a preset has, those of the run become defaults too: batch size, steps, lr
     recipe = {name: saved["run"][name] for name in PRESETS["tiny"] if name in saved["run"]}
     return {**fixed, **recipe}
 

@@ -325,10 +325,12 @@ def encode_prompt(tokenizer, prompt, question=""):
     """Return the token ids of the context, and those of the question.
 
     With a chat template, both together are one user message. Otherwise both are plain text. If
-    there is no question, the last token of the prompt takes its place.
+    there is no question, the last token of the prompt takes its place: the model needs a token to
+    continue from that is not in the cache of the context.
     """
     if question and getattr(tokenizer, "chat_template", None):
-        # the question begins where the message differs from one without the question
+        # the context is what the tokens have in common with those of a message without the
+        # question; commonprefix is meant for paths, but takes any lists
         content = f"{prompt}\n\n"
         ids = tokenizer.chat([{"role": "user", "content": content + question}])
         without_question = tokenizer.chat([{"role": "user", "content": content}])
@@ -337,7 +339,7 @@ def encode_prompt(tokenizer, prompt, question=""):
         context = [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
         ids = [*context, *tokenizer.encode_ordinary(question)]
         n_context = len(context) if question else len(context) - 1
-    if n_context == len(ids):
+    if n_context == len(ids):  # some templates strip spaces, and nothing else was asked
         raise ValueError("nothing of --question is left in the tokens; ask it in other words")
     ids = [int(i) for i in ids]  # some tokenizers return NumPy integers
     return ids[:n_context], ids[n_context:]

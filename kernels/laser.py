@@ -32,7 +32,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
 MAX_RANGE = tl.constexpr(64.0)  # exp(+-32) is far from both ends of bfloat16 and float32
 BLOCK_T = 32  # positions per block of the elementwise and fallback kernels
 SLICE = 16  # channels per program of exp_kernel
-FALLBACK_PROGRAMS = 1024  # at most, as each has to find out whether its head needs the fallback
+FALLBACK_PROGRAMS = 1024  # at most: each has to check whether its head needs the fallback
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def load_row(ptr, b, h, row, T, H, D: tl.constexpr):
 
 @triton.jit
 def load_channels(ptr, b, hkv, HKV, D: tl.constexpr):
-    """Load center, shift or is_wide, (B * HKV, D), for the channels of key/value head hkv: [D]"""
+    """Load center, shift or is_wide (B * HKV, D) of the channels of key/value head hkv: [D]"""
     return tl.load(ptr + (b * HKV + hkv) * D + tl.arange(0, D))
 
 
@@ -108,7 +108,7 @@ def exp_kernel(
         rows = tl.minimum(start + offs_t, T - 1)  # past the end, read the last row again
         v = tl.load(v_ptr + rows * (HKV * D) + offs_d[None, :]).to(tl.float32)
         low = tl.minimum(low, v)
-        high = tl.maximum(high, tl.where(v == v, v, float("inf")))  # NaN makes a channel wide
+        high = tl.maximum(high, tl.where(v == v, v, float("inf")))  # NaN counts as inf
     low = tl.min(low, 0)  # [SLICE]
     high = tl.max(high, 0)
 
@@ -124,7 +124,7 @@ def exp_kernel(
     center = tl.where(is_constant, low, center)  # then exp_v is 0 and out is exactly v
     shift = use_shift.to(tl.float32)
 
-    # -- store the numbers of each channel --
+    # -- store the numbers of each channel; in a wide one, exp would overflow --
     is_narrow = high - low <= MAX_RANGE  # false for inf - inf
     offs_c = (b * HKV + hkv) * D + offs_d
     tl.store(center_ptr + offs_c, center)
@@ -379,8 +379,8 @@ def fallback_fwd_kernel(
 ):  # fmt: skip
     """Compute out = logsumexp_j(qk + v) - logsumexp_j(qk), for heads with a wide channel only.
 
-    The backward pass needs v and out in full precision. So this also stores v in exp_v, and in x
-    the rounding error of out.
+    Wide: with values more than MAX_RANGE apart, inf or NaN. The backward pass needs v and out in
+    full precision, so this also stores v in exp_v, and in x the rounding error of out.
     """
     b, h = batch_and_head(H)
     hkv = h // GROUP  # the key/value head that query head h uses
@@ -438,7 +438,7 @@ def fallback_bwd_kernel(
     HKV = H // GROUP
     b, hkv = batch_and_head(HKV)
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
-        return  # no channel of this head is wide
+        return  # no channel of this head is too wide for exp
     first_block = tl.program_id(0) * BLOCK_T  # the first position of this program's first block
     step = tl.num_programs(0) * BLOCK_T  # from one of its blocks to the next
     past = Tk - Tq  # positions before the first query
@@ -477,7 +477,7 @@ def fallback_bwd_kernel(
         dv = tl.zeros((BLOCK_T, D), tl.float32)
         for member in range(GROUP):
             h = hkv * GROUP + member
-            for i in range(tl.maximum(start_n - past, 0), Tq):
+            for i in range(tl.maximum(start_n - past, 0), Tq):  # queries that see key start_n
                 q = load_row(q_ptr, b, h, i, Tq, H, D)  # [D]
                 grad_out = load_row(grad_out_ptr, b, h, i, Tq, H, D)
                 out = load_row(out_ptr, b, h, i, Tq, H, D)
@@ -573,7 +573,7 @@ def can_use_cudnn(q, k, exp_v):
 
 
 def attention_forward(q, k, exp_v, scale):
-    """Return x = p @ exp_v, (B, H, Tq, D), and the log-sum-exp of its logits, (B, H, Tq)."""
+    """Return x = softmax(q k^T scale) @ exp_v, (B, H, Tq, D), and the log-sum-exp, (B, H, Tq)."""
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape
     if can_use_cudnn(q, k, exp_v):
@@ -582,7 +582,7 @@ def attention_forward(q, k, exp_v, scale):
         x, lse, *_ = cudnn(q, k, exp_v, None, True, is_causal=True, scale=scale)
         return to_bthd(x), lse.view(B, H, Tq)
 
-    # by our kernel
+    # by our kernel: one program per block of queries and head; two configs are for backward only
     x = torch.empty_like(q, dtype=exp_v.dtype)
     lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     config, _, _ = get_configs(q.dtype, D, is_hopper(q.device))
@@ -593,7 +593,10 @@ def attention_forward(q, k, exp_v, scale):
 
 
 def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
-    """Return dq, dk and grad_exp_v. grad_x (B, H, Tq, D), delta (B, H, Tq): from grad_x_kernel."""
+    """Return dq, dk and grad_exp_v, for x = softmax(q k^T scale) @ exp_v.
+
+    grad_x (B, H, Tq, D). delta (B, H, Tq): the sum of grad_x * x over D.
+    """
     B, H, Tq, D = q.shape
     _, HKV, Tk, _ = k.shape
     if can_use_cudnn(q, k, exp_v):
@@ -608,7 +611,7 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
     # by our kernels: one program per block of queries and head, then one per block of keys and head
     dq = torch.empty_like(q)
     dk = torch.empty_like(k)
-    dv = torch.empty_like(exp_v)
+    dv = torch.empty_like(exp_v)  # grad_exp_v
     inputs = q, k, exp_v, grad_x, lse, delta
     sizes = H, H // HKV, Tq, Tk, scale  # H // HKV is GROUP: query heads per key/value head
     _, q_config, kv_config = get_configs(q.dtype, D, is_hopper(q.device))
@@ -624,7 +627,10 @@ def attention_backward(grad_x, q, k, exp_v, x, lse, delta, scale):
 
 
 def new_buffers(q, k, v):
-    """Allocate out (like q), exp_v (like v), and center, shift and is_wide, (B * HKV, D)."""
+    """Allocate out, exp_v = exp(v - center) - shift, and center, shift and is_wide, (B * HKV, D).
+
+    out is like q, exp_v like v. is_wide: whether the values of a channel would overflow exp.
+    """
     B, HKV, _, D = k.shape
     exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # no exp(12) in fp16
     out = torch.empty_like(q)
@@ -635,7 +641,11 @@ def new_buffers(q, k, v):
 
 
 def fallback_grid(T, heads):
-    """Return the grid of a fallback kernel: few programs per head, because few heads need it."""
+    """Return the grid of a fallback kernel, which recomputes heads whose values overflow exp.
+
+    Few heads need it, but all programs have to look, so the heads share FALLBACK_PROGRAMS. With 64
+    heads and T = 4096, a head has 128 blocks of positions, and 1024 // 64 = 16 programs.
+    """
     blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
     return max(blocks, 1), heads
 

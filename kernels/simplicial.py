@@ -77,8 +77,8 @@ class Tile(NamedTuple):
     position2: tl.tensor  # i - d, of the second key in k2
     exists: tl.tensor  # the query exists, and the offset is in its window
     has_rivals: tl.tensor  # the query sees several pairs; with a single pair, P = 1 and dS = 0
-    first_position: tl.tensor  # of the first query in k, a number
-    last_position: tl.tensor  # of the last query in k, a number
+    first_position: tl.tensor  # position in k of the first query, a number
+    last_position: tl.tensor  # position in k of the last query, a number
 
 
 @triton.jit
@@ -275,9 +275,10 @@ def attend(
     head, qk2, tile, w1, needs_max,
     D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend from the rows of a tile, qk2 [ROWS, D], to their windows of w1 keys.
+    """Attend from the rows (query i, offset d) of a tile to their windows of w1 keys.
 
-    Returns the sums of attend_block: acc [ROWS, D], m_i and l_i [ROWS].
+    qk2 [ROWS, D]: q_i * k2_{i-d}. needs_max: None, or which rows need a running maximum. Returns
+    the sums of attend_block: acc [ROWS, D], m_i and l_i [ROWS].
     """
     ROWS: tl.constexpr = qk2.shape[0]
     first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
@@ -287,7 +288,7 @@ def attend(
     acc = tl.zeros((ROWS, D), tl.float32)
     l_i = tl.zeros((ROWS,), tl.float32)
 
-    # -- small blocks, up to where the whole blocks start --
+    # -- the first keys of the windows, in small blocks of EDGE keys --
     for start in tl.range(first_key, first_block, EDGE, num_stages=1):
         k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         acc, m_i, l_i = attend_block(
@@ -296,14 +297,16 @@ def attend(
             needs_max, PRECISION,
         )  # fmt: skip
 
-    # -- whole blocks: a mask is needed if the tile's first query comes before the block's end --
+    # -- the other keys, in blocks of BLOCK_N; is_partial: the first query of the tile comes before
+    # the last key of the block, start + BLOCK_N - 1, so it does not see that key --
     for start in range(first_block, end, BLOCK_N):
         k = head.k_blocks.load([head.first_row + start, 0])  # [BLOCK_N, D]
         v = head.v_blocks.load([head.first_row + start, 0])
         is_partial = start + BLOCK_N > tile.first_position + 1
         acc, m_i, l_i = attend_block(
-            acc, m_i, l_i, qk2, k, v, tile.position, start, end, w1, is_partial, needs_max,
-            PRECISION,
+            acc, m_i, l_i, qk2, k, v,
+            tile.position, start, end, w1,  # for the mask
+            is_partial, needs_max, PRECISION,
         )  # fmt: skip
     return acc, m_i, l_i
 
@@ -342,7 +345,8 @@ def combine_rows(
     p = tl.where(is_own, tl.exp2(m_i[None, :] - m_q[:, None]) * l_i[None, :], 0.0)
     l_q = tl.sum(p, 1)  # [PADDED], 0 without a pair
     l_safe = tl.where(l_q == 0.0, 1.0, l_q)
-    # exp2(m_r - m_q) / l_q of each row: a sum of one term, its query; / l_i because p has l_r too
+    # the factor exp2(m_r - m_q) / l_q of each row r: p has exp2(m_r - m_q) l_r at [q, r], and 0 for
+    # all queries but r's own, so add up over queries, and divide by l_r
     share = tl.sum(tl.where(is_own, p / l_safe[:, None], 0.0), 0) / l_i  # [ROWS]
 
     # -- multiply by v2 and add up the rows of each query, by a product with the 0/1 matrix --
@@ -358,7 +362,7 @@ def combine_rows(
 
 @triton.jit
 def merge_chunk(o, lse, o_chunk, lse_chunk):
-    """Merge o [PADDED, D] and lse [PADDED] of the offsets so far with those of another chunk.
+    """Merge o [PADDED, D] and lse [PADDED] of the offsets so far with those of OFFSETS more.
 
     The weight of each is exp2(lse) / (exp2(lse) + exp2(lse_chunk)), or 0 where lse is -inf.
     """
@@ -545,7 +549,8 @@ def make_row_operands(
 ):  # fmt: skip
     """Return qk2 = q_i * k2_{i-d} * qk_scale and dov2 = do_i * v2_{i-d} of a tile, [ROWS, D].
 
-    Where a query sees a single pair, dov2 is 0. As delta is 0 too, dS is exactly 0 there.
+    Where a query i sees a single pair, dov2 is 0. As delta is 0 too, dS (gradient of the scores)
+    is exactly 0 there.
     """
     tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
     qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)
@@ -563,7 +568,11 @@ def load_row_inputs(head, tile, qk2, dov2):
 
 @triton.jit
 def backward_block(pv, dsk, rows, k, v, start, end, w1, is_partial, PRECISION: tl.constexpr):
-    """Add a block of keys to pv = P V and dsk = dS K of each row, [ROWS, D]. k, v: [BLOCK_N, D]"""
+    """Add a block of keys to pv = P V and dsk = dS K of each row, [ROWS, D].
+
+    P: softmax weights of the row, dS: gradient of its scores. rows: RowInputs. k, v [BLOCK_N, D]:
+    the block, from key `start` on. is_partial: whether some row does not see the whole block.
+    """
     # -- recompute p = exp2(s - lse), in base 2 --
     s = tl.dot(rows.qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
     p = tl.exp2(s - rows.lse[:, None])
@@ -588,12 +597,13 @@ def attend_backward(
     dsk = tl.zeros((ROWS, D), tl.float32)
     first_key, first_block, end = key_blocks(tile, w1, BLOCK_N)
 
-    # -- small blocks, up to where the whole blocks start; all need a mask (is_partial is True) --
+    # -- the first keys of the windows, in small blocks of EDGE keys (is_partial is True) --
     for start in tl.range(first_key, first_block, EDGE, num_stages=1):
         k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         pv, dsk = backward_block(pv, dsk, rows, k, v, start, first_block, w1, True, PRECISION)
 
-    # -- whole blocks: a mask is needed if the tile's first query comes before the block's end --
+    # -- the other keys, in blocks of BLOCK_N; is_partial: the first query of the tile comes before
+    # the last key of the block, start + BLOCK_N - 1, so it does not see that key --
     for start in range(first_block, end, BLOCK_N):
         k = load_block(head.k_ptr, start, BLOCK_N, D)
         v = load_block(head.v_ptr, start, BLOCK_N, D)
@@ -629,6 +639,7 @@ def k2_rows(
     # rows of the buffer: its last one, buffer_rows - 1, is the last position of the piece
     #     | w2 - 1 positions before the piece |     piece     |
     #     0                                   w2 - 1          buffer_rows
+    # piece = 64, w2 = 32: program 1 has queries 64 ... 127, and rows 0 ... 94 are for 33 ... 127
     q_position = k2_position - (sizes.Tk2 - sizes.Tq)
     return reads, q_position + buffer_rows - piece * (tl.program_id(0) + 1)
 
@@ -999,7 +1010,7 @@ def forward(
     else:
         forward_kernel[(tiles, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     # Compute the queries again that have lse = inf or an o that is not finite. There are few or
-    # none, and it is quick to check for them, so a program checks several tiles: 128 queries.
+    # none, so a program checks many: 128 queries.
     programs = triton.cdiv(tiles, max(1, REPAIR_QUERIES.value // options["QUERIES"]))
     repair_kernel[(programs, B * Hkv)](*tensors, *sizes, D**-0.5, **options)
     return o, lse
@@ -1037,8 +1048,10 @@ def any_in_window(flags, w):
 def seen_by(flags, T, w):
     """Return for each of T positions whether a query with a True flag sees it, (..., T).
 
-    flags (..., Tq): of the last Tq positions. Position j is seen by j ... j + w - 1, which is a
-    window in reversed order.
+    flags (..., Tq): one per query, at the last Tq positions. The query at i sees i - w + 1 ... i:
+    j is seen from j ... j + w - 1. Read from right to left, that is a window which ends at j. For
+    T = 4, w = 2 and flags 1 0 0: padded 0 1 0 0, flipped 0 0 1 0, any_in_window 0 0 1 1, flipped
+    1 1 0 0.
     """
     padded = F.pad(flags, (T - flags.shape[-1], 0))
     return any_in_window(padded.flip(-1), w).flip(-1).to(torch.int8).contiguous()

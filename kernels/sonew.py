@@ -67,8 +67,8 @@ class Options(NamedTuple):
     new2: tl.tensor  # 1 - beta2
     log_beta1: tl.tensor  # for the bias corrections, 1 - beta1^step
     log_beta2: tl.tensor
-    eps: tl.tensor  # damping: eps scale^2 is added to S_0
-    gamma: tl.tensor  # a variance counts as 0 if at most this fraction of it is unexplained
+    eps: tl.tensor  # damping: eps scale^2 is added to S_0, where scale is a typical |g_i|
+    gamma: tl.tensor  # drop successors that predict g_i up to an error of at most gamma S_0[i]
     weight_decay: tl.tensor
 
 
@@ -82,7 +82,7 @@ class Units(NamedTuple):
     S_factor: tl.tensor  # S_0 ... S_b are multiplied by this: 1 / scale^2, with bias correction
     S0_weight: tl.tensor  # then S_0 is damped: it becomes S0_weight S_0 + eps
     eps: tl.tensor
-    gamma: tl.tensor  # a variance counts as 0 if at most this fraction of it is unexplained
+    gamma: tl.tensor  # as in Options; inf while there is no scale, which drops all successors
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def load_units(row_ptr, options):
     """Return the Units of a tensor, whose factors divide by its scale and by the bias corrections.
 
     While all gradients have been 0, there is no scale. Then S0_weight = 0 and eps = 1 make the
-    damped S_0 equal to 1, and gamma = inf removes all edges, so the direction u is m.
+    damped S_0 equal to 1, and gamma = inf drops all neighbours, so the direction u is m.
     """
     step = tl.load(load_pointer(row_ptr, STEP_PTR, tl.float32)) + 1
     scale = tl.load(load_pointer(row_ptr, SCALE_PTR, tl.float32))
@@ -158,7 +158,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
     """
     psi = ()  # a tuple of blocks, as kernels have no lists
     if N > 0:
-        # 1 / pivot; 0 drops a successor that depends linearly on those before it
+        # 1 / pivot; 0 drops a successor that those before it predict up to gamma of its variance
         inverse = tl.where(W[0][0] > gamma * variance[0], 1 / W[0][0], 0.0)
 
         # subtract equation 0 from the others: W[p][q] -= W[p][0] / W[0][0] W[q][0], and so for c, s
@@ -329,7 +329,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
 
-    # edge removal: where s is too small, i loses its successors; psi becomes 0 and s is S_0
+    # where the error s is too small, do not predict g_i from its successors: psi = 0 and s = S_0
     keep = s > gamma * S0_damped
     kept_psi = ()
     for k in tl.static_range(BAND):
@@ -414,7 +414,10 @@ def direction_kernel(
 
 @triton.jit
 def norms_kernel(table_ptr, partial_ptr, total_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up the partial sums of one tensor: PROGRAMS rows, of which FIRST_PROGRAM is the first."""
+    """Add up one tensor's rows of partial_ptr, of which its table row has the first and the number.
+
+    total_ptr (T, SUMS): the result. BLOCK: rows added at a time.
+    """
     tensor = tl.program_id(0)
     row_ptr = table_ptr + tensor * COLUMNS
     partial_ptr += tl.load(row_ptr + FIRST_PROGRAM) * SUMS
@@ -477,7 +480,8 @@ def update_kernel(
 def table_rows(params, chunk_sizes, first_programs, programs):
     """Return the rows of the table: a list of integers for each LocalParam of sonew.py.
 
-    They are addresses and sizes, in the order of the columns P_PTR, G_PTR, ...
+    They are addresses and sizes, in the order of the columns P_PTR, G_PTR, ... The other arguments
+    have a number for each LocalParam, for the columns CHUNK, FIRST_PROGRAM and PROGRAMS.
     """
     rows = []
     for i, param in enumerate(params):
@@ -491,7 +495,7 @@ def table_rows(params, chunk_sizes, first_programs, programs):
 
 
 class Plan:
-    """Launches for tensors of one device, band and set of dtypes.
+    """The kernel launches of a step, for tensors of one device, band and set of dtypes.
 
     A plan refers to its tensors by their addresses alone, so it keeps no gradient alive. Its tables
     must outlive a CUDA graph that has captured its launches.
@@ -539,14 +543,15 @@ class SimplePlan(Plan):
         self.totals = torch.empty(len(params), SUMS.value, device=self.device)
 
     def step(self, numbers, lr_on_device):
-        # the kernels' arguments: `tensors` are table_ptr ... total_ptr, `numbers` are beta1 ...
-        # weight_decay, and `constants` are PARAM ... BLOCK; norms_kernel's BLOCK is 1024
+        # a program loads BLOCK elements, and stores u of all but `band` of them on either side
         n_programs = len(self.blocks)
         columns = self.table.shape[1]
         u = torch.empty(n_programs * (BLOCK - 2 * self.band), device=self.device)
+
+        # the kernels' arguments in order: table_ptr ... total_ptr, beta1 ... weight_decay (numbers)
+        # and PARAM ... BLOCK. norms_kernel adds up the sums of 1024 programs at a time.
         tensors = (self.table, self.blocks, u, self.partial, self.totals)
         constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, columns, BLOCK)
-
         direction_kernel[(n_programs,)](*tensors, *numbers, *constants, num_warps=WARPS)
         norms_kernel[(self.n_tensors,)](self.table, self.partial, self.totals, columns, 1024)
         for group in self.process_groups:
@@ -555,11 +560,11 @@ class SimplePlan(Plan):
 
 
 def choose_plan(param):
-    """Return the fastest class of plan for a parameter, and its arguments after the parameters.
+    """Return the fastest class of Plan for a parameter, and what it takes after `params`, a tuple.
 
     sonew_fused.py needs unsharded tensors whose sizes are multiples of four; sonew_hopper.py also
-    needs a u that fits into the shared memory of a Hopper GPU. Both files are optional. They cut a
-    tensor into chunks; the argument is whether a chunk reads elements of the chunks next to it.
+    needs a u that fits into the shared memory of a Hopper GPU. Both files are optional. Their plans
+    take needs_halo, whether a chunk of a tensor needs copies of the elements next to it.
     """
     try:
         from kernels import sonew_fused  # it imports this file

@@ -57,11 +57,11 @@ class Config(NamedTuple):
     warps: int  # warps per program
     run: int  # consecutive chunks per program
     stages: int  # stages of the software pipeline
-    lag: int  # programs from a tensor's last statistics to its first update, so sums are ready
+    lag: int  # programs between a tensor's last statistics and its first update of p
     registers: int | None  # limit per thread on Hopper, where all of this was timed
 
 
-CONFIG = {  # by band
+CONFIG = {  # key: the band b
     0: Config(lines=8, warps=8, run=8, stages=1, lag=1024, registers=48),
     1: Config(lines=8, warps=4, run=8, stages=1, lag=1024, registers=96),
     2: Config(lines=4, warps=4, run=16, stages=1, lag=1024, registers=96),
@@ -71,21 +71,21 @@ CONFIG = {  # by band
 FAR = tl.constexpr(2**29)  # longer than any chunk
 
 # --------------------------------------------------------------------------------------------------
-# Shifts along lines. A chunk is LINES lines of 128 consecutive elements. The 32 lanes (threads) of
-# a warp hold a line, 4 elements each: a quad. The phase is the position in the quad.
-#     lane        0             1          ...        31
-#     line 0   e0 e1 e2 e3   e4 e5 e6 e7   ...   e124 ... e127
-#     phase     0  1  2  3    0  1  2  3   ...      0 ... 3
-# So a chunk is a block x [32, LINES, 4]: lane, line, phase. A successor of an element is at most 4
-# elements later, so it is in the same lane or in the next, from which a warp shuffle gets it. The
-# first and the last lane lack a neighbour on one side. So lines overlap by two quads: lanes 0 and
-# 31 are computed for their neighbours only, and not stored. Shifts act on each of the four phases,
-# [32, LINES]. The argument L is the layout of blocks in Gluon, None in Triton.
+# Shifts. A chunk of elements is in a block x [32, LINES, 4], indexed by lane, line and phase. Lanes
+# are the 32 threads of a warp. A lane has 4 consecutive elements of each line, called a quad, and
+# their phases are 0 ... 3. Where the band is not 0, lines overlap by the quads in brackets:
+#     lane            0                1          ...        30                31
+#     line 0   (e-4  ... e-1 )   e0   ... e3     ...   e116 ... e119   (e120 ... e123)
+#     line 1   (e116 ... e119)   e120 ... e123   ...   e236 ... e239   (e240 ... e243)
+# An element needs those up to 4 before and after it. They are in the same lane or in the lane next
+# to it, from which a warp shuffle gets them. As lanes 0 and 31 lack a neighbour, they are computed
+# for lanes 1 and 30 only, and not stored. Shuffles take one phase of a block, [32, LINES], at a
+# time. The argument L is the layout of blocks in Gluon, None in Triton.
 
 
 @triton.jit
 def split_quads(x, LINES: tl.constexpr):
-    """Return the phases 0 ... 3 of x [32, LINES, 4], each [32, LINES]. No data changes threads."""
+    """Return x[:, :, 0] ... x[:, :, 3], [32, LINES] each (the phases). No data changes threads."""
     # phases 0 1 2 3 are reshaped to [[0, 1], [2, 3]]; tl.split takes the last axis apart
     even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))  # phases 0 and 2, phases 1 and 3
     x0, x2 = tl.split(even)
@@ -95,7 +95,7 @@ def split_quads(x, LINES: tl.constexpr):
 
 @triton.jit
 def join_quads(phases, LINES: tl.constexpr, L: tl.constexpr):
-    """Return the block [32, LINES, 4] of 4 phases [32, LINES]: the inverse of split_quads."""
+    """Return x [32, LINES, 4] with x[:, :, p] = phases[p], for p = 0 ... 3. L: layout, or None."""
     # tl.join adds a last axis: phases [0, 2] and [1, 3] become [[0, 1], [2, 3]], and then 0 1 2 3
     even = tl.join(phases[0], phases[2])
     odd = tl.join(phases[1], phases[3])
@@ -105,7 +105,10 @@ def join_quads(phases, LINES: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def shuffle(x, lane, distance: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
-    """Return y [32, LINES] with y[lane] = x[lane + distance]; lanes are clamped to 0 ... 31."""
+    """Return y [32, LINES] with y[lane] = x[lane + distance]; lanes are clamped to 0 ... 31.
+
+    L: the layout of blocks in Gluon, None in Triton.
+    """
     source = tl.minimum(tl.maximum(lane + distance, 0), 31)
     source = tl.broadcast_to(source[:, None], (32, LINES))
     if L is not None:
@@ -133,33 +136,33 @@ def shift(x, lane, k: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
 def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr):
     """Return y[i] = sum_k x_k[i - k], k = 1 ... BAND; x is the tuple of blocks x_1 ... x_BAND.
 
-    This is the sum in u = L w: x_k[i] is what element i sends to element i + k, and y[i] is what
-    element i receives. Phase p of a quad receives x_k from phase p - k of the same quad. Where that
-    is negative, it is phase p - k + 4 of the quad before, in the lane before. So the first lane is
-    wrong. With BAND = 2, where x_k[j]' is phase j of the lane before, the four phases of y are
+    x_k[i] is what element i sends to element i + k, and y[i] is what element i receives. A lane has
+    4 consecutive elements, its phases 0 ... 3. Phase p gets x_k from phase p - k of the lane. If
+    that is negative, it is phase p - k + 4 of the lane before. So the first lane is wrong. With
+    BAND = 2, where x_k[j]' is phase j of the lane before, the four phases of y are
 
         x_1[3]' + x_2[2]'     x_1[0] + x_2[3]'     x_1[1] + x_2[0]     x_1[2] + x_2[1]
 
     Each lane adds up the terms that the next lane needs for a phase, x_1[3] + x_2[2] for phase 0.
     So one sum per phase is shuffled to the next lane, not each term.
     """
-    quads = ()  # quads[k - 1][j] is phase j of x_k, [32, LINES]
+    quads = ()  # quads[k - 1][j] is x_k[j], phase j of x_k in all lanes: [32, LINES]
     for k in tl.static_range(BAND):
         quads = quads + (split_quads(x[k], LINES),)
-    sums = ()  # sums[phase] is that phase of y, [32, LINES]
+    sums = ()  # sums[phase] is that phase of y, [32, LINES]: the sum of x_k[phase - k]
     for phase in tl.static_range(4):
         if phase < BAND:
-            # x_k with k > phase comes from the lane before, at its phase - k + 4. Add these terms
-            # up there, then get their sum. For phase 0 and BAND = 2: x_1[3] + x_2[2]
+            # the terms with phase - k < 0 are in the lane before, at phase - k + 4: add them up
+            # there, then get their sum. For phase 0 and BAND = 2: x_1[3] + x_2[2]
             total = quads[phase][3]  # k = phase + 1
             for k in tl.static_range(phase + 2, BAND + 1):
                 total += quads[k - 1][phase - k + 4]
             total = shuffle(total, lane, -1, LINES, L)
-            # x_k with k <= phase comes from this lane, at phase - k. For phase 1: x_1[0]
+            # the terms with phase - k >= 0 are in this lane; for phase 1: x_1[0]
             for k in tl.static_range(1, phase + 1):
                 total += quads[k - 1][phase - k]
         else:
-            # every x_k comes from this lane, at phase - k. For phase 2: x_1[1] + x_2[0]
+            # phase >= BAND, so all terms are in this lane. For phase 2: x_1[1] + x_2[0]
             total = quads[0][phase - 1]  # k = 1
             for k in tl.static_range(2, BAND + 1):
                 total += quads[k - 1][phase - k]
@@ -178,9 +181,9 @@ def sum_of_shifts_back(x, lane, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.c
 class Index(NamedTuple):
     """Coordinates of the elements of a block [32, LINES, 4]: three vectors 0, 1, 2, ..."""
 
-    lane: tl.tensor  # [32]
+    lane: tl.tensor  # [32], the thread of the warp
     line: tl.tensor  # [LINES]
-    phase: tl.tensor  # [4]
+    phase: tl.tensor  # [4], the position among the 4 consecutive elements of a lane
 
 
 class Tensors(NamedTuple):
@@ -231,7 +234,7 @@ def chunk_bounds(chunk_index, chunk, n):
 def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
     """Return which elements of a chunk of `length` elements each lane, line and phase holds.
 
-    quad [32, LINES, 1]: number of the quad in the chunk; -1 is the one before its start.
+    quad [32, LINES, 1]: number of the quad (4 elements) in the chunk; -1 is before its start.
     offs [32, LINES, 4]: offset of the element from the start of the chunk, 4 quad + phase.
     load_mask, store_mask [32, LINES, 4]: which elements to load, and which of these to store.
     """
@@ -253,7 +256,7 @@ def chunk_offsets(index, length, chunk, BAND: tl.constexpr, HALO: tl.constexpr):
 
 @triton.jit
 def load_quads(ptr, quad, phase, mask, halo_ptr, array: tl.constexpr, chunk, HALO: tl.constexpr):
-    """Load quads of an array of the chunk that starts at ptr. Return [32, LINES, 4] in float32.
+    """Load quads, 4 elements each, of an array's chunk at ptr. Return [32, LINES, 4] in float32.
 
     quad [32, LINES, 1]: their numbers in the chunk. array: 0 for g, 1 for m, 2 + k for S_k. With
     HALO, the quads before and after the chunk are read from their copies, halo_ptr (BAND + 3, 8):
@@ -315,7 +318,8 @@ def update_statistics(
     chunk = tensors.chunk
     quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load arrays 0 (g), 1 (m) and 2 + k (S_k) before the first store, because lines overlap --
+    # -- load arrays 0 (g), 1 (m), 2 + k (S_k), all before the first store, as two lines of the
+    # block have some elements in common, and the second must not load what the first has stored --
     g_ptr = tensors.g_ptr + start
     g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
     m_ptr = tensors.m_ptr + start
@@ -423,14 +427,14 @@ def add3(x0, x1, x2, y0, y1, y2):
 def publish_sums(
     offs, sums, own_ptr, partial_ptr, programs, total_ptr, done_ptr, ready_ptr, BLOCK: tl.constexpr
 ):
-    """Store a program's sums; the last program of a tensor adds them all. Return whether it did.
+    """Store this program's sums; the last program of a tensor adds up those of all.
 
-    sums: this program's sums of a^2, u^2 and sqrt(S_0), per quad, [32, LINES] each.
+    Returns whether this is the last. sums: three blocks [32, LINES], of a^2, u^2 and sqrt(S_0).
     partial_ptr (programs, SUMS): the sums of the tensor's programs; own_ptr: this program's row.
     total_ptr (SUMS,): what they add up to. ready_ptr: becomes 1 when total_ptr is written.
     done_ptr: how many of the tensor's programs have stored their sums. offs: 0 ... BLOCK - 1.
     """
-    # -- add up over lines, then over lanes: [32, LINES] -> [32] -> a number; store three of them --
+    # -- reduce each block over lines, then lanes: [32, LINES] -> [32] -> (). Store the 3 sums --
     sums = tl.reduce(tl.reduce(sums, 1, add3), 0, add3)
     for column in tl.static_range(SUMS):
         tl.store(own_ptr + column, sums[column])
@@ -482,7 +486,7 @@ def halo_kernel(
     start = (run * RUN + c) * chunk
     offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN, 8]
     mask = (offs >= 0) & (offs < n) & (c < RUN)
-    # halos of all chunks: (programs * RUN, BAND + 3, 8)
+    # the halos of all chunks are (programs * RUN, BAND + 3, 8): skip to that of each chunk c
     halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + c) * (BAND + 3) * 8
 
     # -- copy them, array by array --
@@ -512,7 +516,7 @@ def step_kernel(
     """Compute the statistics of a run (RUN consecutive chunks of a tensor), or apply its update."""
     options = make_options(beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, weight_decay)
 
-    # -- take a work item (tensor, number of the run); for an update of p, it has -1 - tensor --
+    # -- take a work item: statistics of (tensor, run), or where it has -1 - tensor, their update --
     items_ptr += 2 * tl.program_id(0)
     tensor = tl.load(items_ptr).to(tl.int32)
     run = tl.load(items_ptr + 1).to(tl.int32)
@@ -531,7 +535,7 @@ def step_kernel(
     u_ptr += first * (RUN * 128 * LINES)  # u of this tensor
 
     if is_update:
-        # -- wait for the sums, whose roots are |a| and |u|, then update p chunk by chunk --
+        # -- wait for the sums of a^2 and u^2 over the tensor; update p with graft = |a| / |u| --
         p_ptr = aligned_pointer(row_ptr, P_PTR, PARAM)
         wait_for_sums(ready_ptr)
         rate, graft = load_step_size(total_ptr, lr, LR_ON_DEVICE, ADAM)
@@ -652,7 +656,10 @@ class FusedPlan(Plan):
         self.prepare(params, self.config.run, self.config.lag)
 
     def prepare(self, params, run, lag):
-        """Make the tables, and the memory that launches share. run, lag: as in Config."""
+        """Make the tables, and the memory that launches share.
+
+        run: consecutive chunks per program. lag: as in `schedule`.
+        """
         self.run = run
 
         # table of tensors: each has consecutive programs, one per run of its chunks

@@ -3,12 +3,12 @@
 Gluon is the level below Triton, where shared memory and layouts are explicit. As in sonew_fused.py,
 a chunk is about 1000 consecutive elements of a tensor, and a run is RUN consecutive chunks. The
 direction u of a chunk cannot be applied at once, as its step size needs norms over the whole
-tensor. sonew_fused.py writes u to memory and reads it again; here it stays in shared memory.
+tensor. sonew_fused.py writes u to memory until then.
 
 The grid has as many programs as run at once, and these take runs from a counter (a persistent
 kernel). A program updates the statistics of a run, stores its u in a ring buffer, which holds u of
 two runs, and publishes its sums. Before it takes another run, it applies u of the run before the
-last. Other programs have mostly completed the norms of that run's tensor by then.
+last. By then, the norms of that run's tensor are mostly known.
 
 Memory traffic: 8 b + 28 bytes per fp32 parameter at band b. On an H200 for 125 M parameters: 0.95,
 1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
@@ -53,13 +53,13 @@ from kernels.sonew_fused import (
 class RingConfig(NamedTuple):
     programs: int  # programs per multiprocessor
     registers: int  # limit per thread
-    run: int  # chunks per run; a ring buffer in shared memory holds u of two runs
+    run: int  # chunks that a program takes at a time
 
 
 CONFIG = {  # by band
-    0: RingConfig(programs=3, registers=80, run=7),
-    1: RingConfig(programs=4, registers=112, run=5),
-    2: RingConfig(programs=4, registers=128, run=10),
+    0: RingConfig(programs=3, registers=80, run=7),  # 7 chunks of 1024 elements
+    1: RingConfig(programs=4, registers=112, run=5),  # 5 chunks of 960 elements
+    2: RingConfig(programs=4, registers=128, run=10),  # band 2: 10 chunks of 480 elements
     3: RingConfig(programs=4, registers=128, run=10),
     4: RingConfig(programs=4, registers=128, run=10),
 }
@@ -68,15 +68,15 @@ CONFIG = {  # by band
 class Constants(NamedTuple):
     """The compile-time arguments of ring_kernel, passed on to its functions as one."""
 
-    PARAM: gl.constexpr  # dtype of p
-    GRAD: gl.constexpr  # dtype of g
-    STATE: gl.constexpr  # dtype of m and S
+    PARAM: gl.constexpr  # dtype of the parameters p
+    GRAD: gl.constexpr  # dtype of the gradient g
+    STATE: gl.constexpr  # dtype of the momentum m and the statistics S
     BAND: gl.constexpr
     ADAM: gl.constexpr  # the direction u is Adam's step
     LR_ON_DEVICE: gl.constexpr  # lr is a pointer
     HALO: gl.constexpr  # chunks need the elements next to them
     COLUMNS: gl.constexpr  # of the table of tensors
-    LINES: gl.constexpr  # per chunk, of 128 elements each
+    LINES: gl.constexpr  # a chunk is this many lines of 128 elements
     RUN: gl.constexpr  # chunks per run
 
 
@@ -108,8 +108,8 @@ def block_layout(num_warps):
 def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     """Update m and S of a run of RUN chunks, store its u in the ring buffer, publish its sums.
 
-    ring [2 RUN, 32, LINES, 4]: a slot for u of each chunk of two runs. slot: where this run's slots
-    start, 0 or RUN. item: the run's row in launch.items_ptr, which has its tensor and its number.
+    ring [2 RUN, 32, LINES, 4]: a slot for u of each chunk of two runs. slot: this run's first one,
+    0 or RUN. item: the run's row in launch.items_ptr, which has its tensor and its number.
     """
     BAND: gl.constexpr = constants.BAND
     LINES: gl.constexpr = constants.LINES
@@ -142,7 +142,7 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
         sum_a += chunk_a
         sum_u += chunk_u
         sum_root += chunk_root
-        ring.index(slot + c - run * RUN).store(u)  # slot of chunk c
+        ring.index(slot + c - run * RUN).store(u)  # run 3, RUN = 5: chunk 16 has slot + 1
 
     # -- publish the sums; the last run of a tensor to do so adds up those of all, 1024 at a time --
     offs = gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
@@ -164,7 +164,8 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
 def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     """Wait for the sums of a run's tensor, then p -= rate * (graft * u + weight_decay * p).
 
-    item: the run's row in launch.items_ptr. slot: where its u starts in the ring buffer, 0 or RUN.
+    graft = |a| / |u| (a: Adam's step). item: the run's row in launch.items_ptr. slot: its first
+    slot in the ring buffer, 0 or RUN.
     """
     RUN: gl.constexpr = constants.RUN
     LAYOUT: gl.constexpr = block_layout(gl.num_warps())
@@ -177,7 +178,7 @@ def apply_run(index, ring, slot, item, launch, constants: gl.constexpr):
     n = gl.load(row_ptr + SIZE)  # elements of the tensor
     chunk = gl.load(row_ptr + CHUNK)  # elements per chunk
 
-    # -- load p of all chunks of the run before waiting, where a lane stores it (lines overlap) --
+    # -- before waiting, load p of the run's chunks (only where it is stored, as lines overlap) --
     p = ()  # a tuple of blocks [32, LINES, 4], as kernels have no lists
     for k in gl.static_range(RUN):
         start, length = chunk_bounds(run * RUN + k, chunk, n)
@@ -218,7 +219,7 @@ def ring_kernel(
     )
     LAYOUT: gl.constexpr = block_layout(gl.num_warps())
 
-    # -- the ring buffer: u of the chunks of a run, then of another run --
+    # -- the ring buffer: u of the chunks of two runs --
     #     slot    | 0 ... RUN - 1 | RUN ... 2 RUN - 1 |
     ring = gl.allocate_shared_memory(
         gl.float32, [2 * RUN, 32, LINES, 4], gl.SwizzledSharedLayout(4, 1, 1, [2, 0, 1])
@@ -240,19 +241,19 @@ def ring_kernel(
         table_ptr, items_ptr, halo_ptr, partial_ptr, total_ptr, done_ptr, ready_ptr, lr, options
     )
 
-    # -- the two runs whose u is in the ring buffer, by their rows in items_ptr; -1: none --
-    # The next run takes the half of the ring buffer that starts at `slot`, from the older run. The
-    # newer run has the other half, at RUN - slot, which is RUN for slot 0 and 0 for slot RUN:
-    #     run of this program    0      1      2        3        4
-    #     its slot               0      RUN    0        RUN      0
-    #     applied before it      -      -      run 0    run 1    run 2
-    slot = gl.to_tensor(0)
-    older_item = gl.to_tensor(-1)
-    newer_item = gl.to_tensor(-1)
+    # -- the runs (of RUN chunks) whose u is in the ring buffer: rows of items_ptr, -1 for none --
+    # Runs alternate between the halves of the ring buffer. Before this program's run 2 stores its
+    # u, that of run 0 in the same half is applied, that is p -= rate * (graft * u + ...):
+    #     run                   0      1      2        3        4
+    #     first slot of u       0      RUN    0        RUN      0
+    #     applied before it     -      -      run 0    run 1    run 2
+    slot = gl.to_tensor(0)  # first slot of the next run
+    older_item = gl.to_tensor(-1)  # the last run but one; the next run takes its slots
+    newer_item = gl.to_tensor(-1)  # the last run, in the other half, from RUN - slot on
     item = gl.to_tensor(0)
     while item < n_runs:
-        # -- apply the older run, once the sums of its tensor are known, and so free its slots --
-        # no other program waits for this one meanwhile, as it has published its own sums
+        # -- apply u of the last run but one to p, which frees its half of the ring buffer --
+        # This may wait for sums of other programs. None waits for this one: its sums are stored.
         if older_item >= 0:
             apply_run(index, ring, slot, older_item, launch, constants)
             older_item = gl.to_tensor(-1)
@@ -263,10 +264,10 @@ def ring_kernel(
             update_run(index, ring, slot, item, launch, constants)
             older_item = newer_item
             newer_item = item
-            slot = RUN - slot  # the other half is next
+            slot = RUN - slot  # the other half: 0 becomes RUN, RUN 0
 
-    # -- no run is left to take: apply those in the ring buffer --
-    # `slot` is where one more run would go, so the slots of the newer run start at RUN - slot
+    # -- no run is left to take: apply the two in the ring buffer --
+    # `slot` is where one more run would go, so the newer run is in the other half
     if older_item >= 0:
         apply_run(index, ring, slot, older_item, launch, constants)
     if newer_item >= 0:
@@ -294,12 +295,12 @@ class RingPlan(FusedPlan):
 
     def step(self, numbers, lr_on_device):
         self.copy_halos()
-        # counters of the runs that have been taken, and of those that have published their sums
+        # no run has been taken, and none has published its sums
         self.counters.zero_()
         n_runs = self.n_programs  # FusedPlan has one program per run; here, one takes several
 
-        # ring_kernel's arguments: first table_ptr ... counters_ptr (tensors), and after beta1 ...
-        # weight_decay (numbers) its constants PARAM ... HALO, COLUMNS, LINES and RUN
+        # ring_kernel's arguments: table_ptr ... counters_ptr (tensors), and after beta1 ...
+        # weight_decay (numbers) the constants PARAM ... HALO, COLUMNS, LINES and RUN
         tensors = (self.table, self.in_order, self.halos, self.partial, self.totals, self.counters)
         constants = (*self.dtypes, self.band, self.is_adam, lr_on_device, self.needs_halo)
         constants = (*constants, self.table.shape[1], self.config.lines, self.run)

@@ -146,11 +146,12 @@ def check_settings(saved, file_size, config_types, plugins, modules):
     if largest > file_size or sizes["n_layer"] > len(saved["model"]):
         raise ValueError("its settings describe a larger model than it holds")
 
-    # modules to import must be our own
+    # settings that name modules must name ours, or a built-in function: plugins[name][1], which is
+    # {"softmax": softmax_attention} for "attn"
     settings = {**saved["config"]["model"], **saved["config"]["run"]}
     for name in modules:
         check_own(settings[name], plugins[name][1])
-    tokenizer_from_state(saved["tokenizer"])
+    tokenizer_from_state(saved["tokenizer"])  # raises ValueError if it cannot be built
 
 
 def get_weight(state, name, shape):
@@ -249,7 +250,7 @@ def restore_state(optimizer, parameters, state, step):
     for i, p in enumerate(parameters):
         if state["state"][i] == {}:
             continue
-        own = optimizer.state[p]
+        own = optimizer.state[p]  # as the optimizer allocated it
         own.update(copy_into(own, state["state"][i], f"state of parameter {i}"))
         count = float(own.get("step", step))
         if not 0 <= count <= step:
