@@ -127,7 +127,8 @@ def test_hostile_checkpoint(saved, name):
     refused(INIT, "run/ckpt.pt cannot be used", *parts)
     with pytest.raises(ValueError, match="run/ckpt.pt cannot be used"):
         train.load_model("run")
-    assert sorted(os.listdir()) == ["run"] and os.listdir("run") == ["ckpt.pt"]
+    assert sorted(os.listdir()) == ["run"]
+    assert os.listdir("run") == ["ckpt.pt"]
     assert Path("run/ckpt.pt").read_bytes() == before
 
 

@@ -44,7 +44,8 @@ def test_a_flag_beats_the_preset_beats_the_default():
     assert parse() == Config()
     config = parse("--n", "5", "--no-maybe", "--flag", base={"n": 4, "zero": 2, "other": 1})
     assert (config.n, config.zero, config.rate, config.flag) == (5, 2, 0.5, True)
-    assert config.maybe is False and config.note == ""
+    assert config.maybe is False
+    assert config.note == ""
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,8 @@ def test_help_fits_80_columns(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and len(lines) > 60
+    assert end.value.code == 0
+    assert len(lines) > 60
     assert not [line for line in lines if len(line) > 80]
     with pytest.raises(SystemExit):
         parse("--help")
@@ -107,12 +109,16 @@ def test_help_shows_what_a_call_without_flags_would_use(capsys):
     with pytest.raises(SystemExit):
         parse("--help", base={"n": 4})
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage: ") and "[--flag value ...] words" in text
+    assert text.startswith("usage: ")
+    assert "[--flag value ...] words" in text
     assert "--n N a number above 0 (default: 4)" in text
     assert "0 has a meaning (default: 0)" in text
-    assert "(default: 0.5)" in text and "(default: a)" in text
-    assert "None" not in text and "False" not in text
-    assert "--maybe, --no-maybe" in text and "--no-switch" not in text
+    assert "(default: 0.5)" in text
+    assert "(default: a)" in text
+    assert "None" not in text
+    assert "False" not in text
+    assert "--maybe, --no-maybe" in text
+    assert "--no-switch" not in text
     assert parse("--switch").switch is True
     refused(["--no-switch"], "--no-switch", main=lambda argv: parse(*argv))
 
@@ -162,7 +168,8 @@ def test_how_scripts_end(main, status, part, stray, own_signals, monkeypatch, ca
         cli.run_main(main)
     message = capsys.readouterr().err
     assert end.value.code == status
-    assert message.count("\n") == bool(part) and part in message
+    assert message.count("\n") == bool(part)
+    assert part in message
 
 
 def test_bugs_keep_their_traceback(own_signals, monkeypatch):
@@ -177,12 +184,14 @@ def test_nohup_is_respected(own_signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with pytest.raises(SystemExit) as end:
         cli.run_main(lambda: signal.raise_signal(signal.SIGHUP))
-    assert end.value.code == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert end.value.code == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_exit_status_of_the_script(tmp_path):
     done = run_script("train.py", "--steps", "0", cwd=tmp_path, env={"LOCAL_RANK": "1"})
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr == "train.py: --steps is 0; it must be at least 1 and at most 2**32\n"
 
 

@@ -40,7 +40,8 @@ def load_dataset(path, block_size):
 def test_a_batch_is_a_function_of_seed_and_step():
     starts = data.batch_starts(1, 7, 1000, 8)
     assert (starts == data.batch_starts(1, 7, 1000, 8)).all()
-    assert 0 <= starts.min() and starts.max() < 1000
+    assert 0 <= starts.min()
+    assert starts.max() < 1000
     drawn = {tuple(starts)}
     for seed, step in ((1, 8), (2, 7), (0, 8), (8, 0), (7, 1)):
         drawn.add(tuple(data.batch_starts(seed, step, 1000, 8)))
@@ -53,13 +54,17 @@ def test_a_batch_is_a_function_of_seed_and_step():
 def test_windows_and_their_targets():
     tokens = np.arange(50, dtype=np.uint8)
     windows = data.read_sequences(tokens, [0, 45], 4)
-    assert windows.tolist() == [[0, 1, 2, 3, 4], [45, 46, 47, 48, 49]] and windows.dtype == np.int64
+    assert windows.tolist() == [[0, 1, 2, 3, 4], [45, 46, 47, 48, 49]]
+    assert windows.dtype == np.int64
     x, y = data.to_device(windows, CPU)
-    assert x.tolist() == [[0, 1, 2, 3], [45, 46, 47, 48]] and torch.equal(y, x + 1)
+    assert x.tolist() == [[0, 1, 2, 3], [45, 46, 47, 48]]
+    assert torch.equal(y, x + 1)
     # what does not count has its true id as input and stays negative as target
     x, y = data.to_device(np.array([[~7, ~0, 5, 300]]), CPU)
-    assert x.tolist() == [[7, 0, 5]] and y.tolist() == [[~0, 5, 300]]
-    assert x.is_contiguous() and y.is_contiguous()
+    assert x.tolist() == [[7, 0, 5]]
+    assert y.tolist() == [[~0, 5, 300]]
+    assert x.is_contiguous()
+    assert y.is_contiguous()
 
 
 # -- the token cache -------------------------------------------------------------------------------
@@ -92,7 +97,8 @@ def test_cache_is_used_and_follows_its_data(tmp_path, monkeypatch):
     text.write_text("other")
     os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert bytes(load(text)) == b"other\0"
-    assert len(caches(tmp_path)) == 1 and caches(tmp_path) != [name]
+    assert len(caches(tmp_path)) == 1
+    assert caches(tmp_path) != [name]
 
     # caches of other data, and files that are not ours, stay
     (tmp_path / "b.txt").write_text("second")
@@ -164,7 +170,8 @@ def test_killed_while_writing_the_cache(tmp_path, monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert [name[0] for name in caches(tmp_path)] == ["."]
     assert bytes(load(tmp_path / "a.txt")) == b"some text\0"
-    assert len(caches(tmp_path)) == 1 and caches(tmp_path)[0][0] != "."
+    assert len(caches(tmp_path)) == 1
+    assert caches(tmp_path)[0][0] != "."
 
 
 def test_local_rank_left_in_the_environment(tmp_path, monkeypatch):
@@ -214,9 +221,11 @@ def test_a_twentieth_is_held_out(tmp_path, capsys):
     raw = text.encode() + b"\0"
     dataset = load_dataset(tmp_path / "a.txt", 16)
     n_val = int(len(raw) * 0.05)
-    assert bytes(dataset.train) == raw[:-n_val] and bytes(dataset.val) == raw[-n_val:]
+    assert bytes(dataset.train) == raw[:-n_val]
+    assert bytes(dataset.val) == raw[-n_val:]
     # the last window of each ends with its last token
-    assert dataset.starts == len(dataset.train) - 16 and dataset.val_starts == n_val - 16
+    assert dataset.starts == len(dataset.train) - 16
+    assert dataset.val_starts == n_val - 16
     for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
         assert data.read_sequences(tokens, [starts - 1], 16)[0, -1] == tokens[-1]
     assert dataset.fingerprint == {"tokens": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}

@@ -151,7 +151,8 @@ def test_offline_with_a_filled_cache(cache):
 def test_offline_with_an_empty_cache(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = run_script("sample.py", "--init", NAME, env=offline, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr == (
         f"sample.py: {NAME} is neither a folder here nor in the local cache, and huggingface.co "
         f"cannot be reached; give a folder, or try again with a network\n"

@@ -42,7 +42,8 @@ def test_logits_equal_those_of_transformers(tmp_path, family):
     with torch.no_grad():
         ours, theirs = model(ids), truth(ids).logits
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 0.5
+    assert (ours - theirs).abs().max() < 1e-5
+    assert ours.std() > 0.5
 
     low, _ = train.load_model(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in low.parameters() if p.dim() > 1} == {torch.bfloat16}
@@ -266,7 +267,8 @@ def good_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface, "SHARD_BYTES", 40_000)
         make_folder(folder)
-    assert len(list(folder.glob("*.safetensors"))) >= 3 and train.load_model(folder)
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    assert train.load_model(folder)
     return folder
 
 
@@ -317,16 +319,19 @@ def test_training_goes_on_from_pretrained_weights(hf):  # noqa: F811
     run = train.main([*flags, "--steps", "4", "--lr", "1e-9", "--stop-after", "2"])
     out = Path(run["out"])
     record = json.loads((out / "config.json").read_text())
-    assert record["model"]["block_size"] == 64 and record["run"]["lr"] == 1e-9
+    assert record["model"]["block_size"] == 64
+    assert record["run"]["lr"] == 1e-9
     assert record["run"]["tokenizer"] == "hf"
     assert train.main(["--resume", str(out), "--device", "cpu", "--sample", "0"])["step"] == 4
     (a, words), (b, _) = train.load_model(out), train.load_model(folder)
     for p, q in zip(a.parameters(), b.parameters()):
         assert (p - q).abs().max() < 1e-7
-    assert words.start == [] and words.chat([{"role": "user", "content": "the"}])
+    assert words.start == []
+    assert words.chat([{"role": "user", "content": "the"}])
     run = train.main([*flags, "--steps", "1", "--block-size", "16", "--out", "out/b"])
     record = json.loads(Path("out/b/config.json").read_text())
-    assert record["run"]["lr"] == 2e-5 and record["model"]["block_size"] == 16
+    assert record["run"]["lr"] == 2e-5
+    assert record["model"]["block_size"] == 16
     refused([*flags, "--n-layer", "3"], "--n-layer is 3")
     refused(["--resume", "hf"], "hf holds no run: there is no hf/ckpt.pt")
 
@@ -364,7 +369,8 @@ def test_weights_are_read_when_they_are_asked_for(hf):  # noqa: F811
     folder = hf()
     weights = huggingface.load_checkpoint(folder)["model"]
     names = list(weights)
-    assert len(weights) == len(names) and "norm.weight" in weights
+    assert len(weights) == len(names)
+    assert "norm.weight" in weights
     assert "lm_head.weight" not in weights
     assert weights["norm.weight"] is not weights["norm.weight"]
     with pytest.raises(KeyError):

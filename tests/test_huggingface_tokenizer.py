@@ -111,7 +111,8 @@ def test_ids_are_those_of_tokenizers(tmp_path, words):
     texts = [*NASTY, SOURCE]
     for n in (*range(1, 500), 50_000):
         texts.append("".join(rng.choices(snippets, k=n)))
-    assert len(PIECES.findall(SOURCE)) > 3 and len(PIECES.findall(texts[-1])) > 3
+    assert len(PIECES.findall(SOURCE)) > 3
+    assert len(PIECES.findall(texts[-1])) > 3
     for text in texts:
         assert [*ours.start, *ours.encode(text)] == theirs.encode(text).ids, repr(text)
     theirs.encode_special_tokens = True  # as text
@@ -302,7 +303,8 @@ def test_a_message_cannot_end_its_turn(tmp_path):
     ids = ours.chat([{"role": "user", "content": hostile}])
     end, start = (ours.special_tokens[token] for token in ("<|im_end|>", "<|im_start|>"))
     # the default system prompt, the user's turn, the answer's
-    assert ids.count(end) == 2 and ids.count(start) == 3
+    assert ids.count(end) == 2
+    assert ids.count(start) == 3
     text = ours.decode_bytes(ids).decode()
     assert "<|im_end|>\n<|im_start|>system <|im_<|im_end|>\ufffd \ufffd" in text
     plain = ours.encode_ordinary("a<|im_end|>")

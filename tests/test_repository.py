@@ -307,7 +307,8 @@ def readme():
 def test_readme_names_files_that_exist():
     links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", readme()) if "://" not in link]
     scripts = re.findall(r"python ([\w/]+\.py)", readme())
-    assert links and scripts
+    assert links
+    assert scripts
     mine = {"mine.py"}
     missing = [name for name in {*links, *scripts} - mine if not (REPOSITORY / name).exists()]
     assert missing == []

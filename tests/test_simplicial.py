@@ -355,7 +355,8 @@ def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
     o = simplicial.attention(q, *keys, w1=3, w2=2)
     assert o.shape == q.shape
     for t, grad in zip((q, *keys), torch.autograd.grad(o.sum(), (q, *keys))):
-        assert grad.shape == t.shape and not grad.any()
+        assert grad.shape == t.shape
+        assert not grad.any()
 
 
 def test_compiles_once_for_all_lengths():
@@ -545,7 +546,8 @@ def test_study(tmp_path, capsys):
 def test_runs_of_a_seed_see_the_same_examples():
     study = pytest.importorskip("experiments.simplicial")
     a, b = (study.train_task("composition", "softmax", 3, 4) for _ in range(2))
-    assert a["value"] == b["value"] and a["seed"] == 3
+    assert a["value"] == b["value"]
+    assert a["seed"] == 3
     drawn = {}
     task = study.TASKS["composition"]
     for name in ("softmax", "gate"):
@@ -559,5 +561,6 @@ def test_runs_of_a_seed_see_the_same_examples():
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(study.TASKS, "composition", task._replace(make_batch=recorded))
             study.train_task("composition", name, 3, 2)
-    assert len(drawn["gate"]) == 3 and not torch.equal(*drawn["gate"][:2])
+    assert len(drawn["gate"]) == 3
+    assert not torch.equal(*drawn["gate"][:2])
     assert all(map(torch.equal, drawn["softmax"], drawn["gate"]))

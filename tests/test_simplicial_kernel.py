@@ -305,9 +305,11 @@ def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
     q = torch.randn(B, H, Tq, 16, device=DEVICE, requires_grad=True)
     keys = [torch.randn(B, Hkv, Tk, 16, device=DEVICE, requires_grad=True) for _ in range(4)]
     o, lse = kernel.attention(q, *keys, 3, 2)
-    assert o.shape == q.shape and lse.shape == q.shape[:3]
+    assert o.shape == q.shape
+    assert lse.shape == q.shape[:3]
     for t, grad in zip((q, *keys), torch.autograd.grad(o.sum(), (q, *keys))):
-        assert grad.shape == t.shape and not grad.any()
+        assert grad.shape == t.shape
+        assert not grad.any()
 
 
 def test_refuses_what_does_not_fit():

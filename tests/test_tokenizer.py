@@ -40,7 +40,8 @@ def write_bpe(path, tokens=None, extra=""):
 def test_bytes():
     byte = get_tokenizer("byte")
     ids = byte.encode_ordinary("aé")
-    assert ids.tolist() == [97, 0xC3, 0xA9] and ids.dtype == np.uint8
+    assert ids.tolist() == [97, 0xC3, 0xA9]
+    assert ids.dtype == np.uint8
     assert byte.decode_bytes(ids.tolist()) == "aé".encode()
     assert byte.encode_ordinary("\ud83d").tolist() == [*"\ufffd".encode()]
     assert (byte.n_vocab, byte.eot_token) == (256, 0)
@@ -62,7 +63,8 @@ def test_bpe_is_tiktokens(tmp_path):
         ids = ours.encode_ordinary(text)
         assert ids == truth.encode_ordinary(text), repr(text)
         assert ours.decode_bytes(ids) == truth.decode_bytes(ids)
-    assert ours.encode_ordinary(" the") == [258] and ours.decode_bytes([266]) == b"<|endoftext|>"
+    assert ours.encode_ordinary(" the") == [258]
+    assert ours.decode_bytes([266]) == b"<|endoftext|>"
 
 
 @pytest.mark.parametrize("name", tokenizer.PUBLISHED)
@@ -83,7 +85,8 @@ def test_a_file_with_a_published_name_is_that_encoding(name, monkeypatch, tmp_pa
     path = tmp_path / f"{name}.tiktoken"
     path.write_text("\n".join(lines))
     ours = get_tokenizer(str(path))
-    assert ours.eot_token == special["<|endoftext|>"] and ours._special_tokens == special
+    assert ours.eot_token == special["<|endoftext|>"]
+    assert ours._special_tokens == special
     truth = tiktoken.Encoding(
         name, pat_str=published["pat_str"], mergeable_ranks=ranks, special_tokens={}
     )
@@ -121,7 +124,9 @@ def test_the_gpt2_vocabulary():
     if not path.exists():
         pytest.skip("needs the GPT-2 vocabulary beside the repository")
     gpt2 = get_tokenizer(str(path))
-    assert gpt2.name == "r50k_base" and gpt2.eot_token == 50256 and gpt2.n_vocab == 50257
+    assert gpt2.name == "r50k_base"
+    assert gpt2.eot_token == 50256
+    assert gpt2.n_vocab == 50257
     assert gpt2.encode_ordinary("Hello world") == [15496, 995]
 
 
@@ -160,7 +165,8 @@ def test_bad_tiktoken_files(case, tmp_path):
     (tmp_path / "x.tiktoken").write_bytes(raw)
     with pytest.raises(ValueError) as caught:
         get_tokenizer(str(tmp_path / "x.tiktoken"))
-    assert "not a" in str(caught.value) and ".tiktoken file" in str(caught.value)
+    assert "not a" in str(caught.value)
+    assert ".tiktoken file" in str(caught.value)
     assert all(part in str(caught.value) for part in parts)
 
 
@@ -177,7 +183,8 @@ def test_bad_ranks(extra, part, tmp_path):
     path = write_bpe(tmp_path / "x.tiktoken", extra=extra)
     with pytest.raises(ValueError) as caught:
         get_tokenizer(path)
-    assert part in str(caught.value) and "\n" not in str(caught.value)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_such_tokenizer(tmp_path, monkeypatch):
@@ -209,7 +216,8 @@ def test_a_million_blanks(blank, tmp_path):
     longest = " " * (tokenizer.LONGEST_BLANK - 1)
     assert tokenizer.cut_long_blanks(f"a{longest}b") == [f"a{longest}b"]
     pieces = tokenizer.cut_long_blanks(text)
-    assert "".join(pieces) == text and len(pieces) > 2
+    assert "".join(pieces) == text
+    assert len(pieces) > 2
 
 
 def test_a_million_of_anything_else(tmp_path):
@@ -234,7 +242,8 @@ def test_state_round_trip(tmp_path):
         ours = get_tokenizer(name)
         state = data.tokenizer_state(ours)
         again = get_tokenizer("ignored", {"tokenizer": state})
-        assert type(again) is type(ours) and is_equal(data.tokenizer_state(again), state)
+        assert type(again) is type(ours)
+        assert is_equal(data.tokenizer_state(again), state)
         assert (again.name, again.n_vocab, again.eot_token) == (
             ours.name,
             ours.n_vocab,
@@ -282,4 +291,5 @@ def test_tokenizer_from_a_file_lives_on_in_the_run(tiny):
     mine = train.load_model(Path("out/bpe"))[1]
     text = TEXTS[1]
     assert mine.decode_bytes(mine.encode_ordinary(text)).decode() == text
-    assert mine.eot_token == 266 and len(mine.encode_ordinary(" the")) == 1
+    assert mine.eot_token == 266
+    assert len(mine.encode_ordinary(" the")) == 1

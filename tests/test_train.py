@@ -112,7 +112,8 @@ def test_activations_are_bf16_and_logits_float32():
     model = small_gpt(torch.bfloat16)
     ids = torch.randint(64, (2, 5))
     logits = model(ids)
-    assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, logits.bfloat16().float())
     loss = model(ids, ids)
     loss.backward()
     assert loss.dtype == torch.float32
@@ -183,7 +184,8 @@ def test_attention_pattern_is_cycled_over_the_layers(plugins):
     modules = [layer.self_attn for layer in model.layers]
     assert [len(m.inputs) for m in modules] == [3, 5, 3, 5, 3]
     assert modules[1].options == {"power": 2, "w1": 4, "w2": 3}
-    assert modules[1].windows == [4, None, None, 3] and modules[0].windows == [None, None]
+    assert modules[1].windows == [4, None, None, 3]
+    assert modules[0].windows == [None, None]
     ids = torch.randint(64, (1, 8))
     assert model(ids).isfinite().all()
 
@@ -207,7 +209,8 @@ def test_attention_projects_norms_and_rotates_what_it_says(plugins):
         expected[name] = train.apply_rope(expected[name], cos, sin)
     for ours, truth in zip(heads, expected.values()):
         assert torch.equal(ours, truth.transpose(1, 2))
-    assert heads[0].shape == (2, 4, 6, 8) and heads[1].shape == (2, 2, 6, 8)
+    assert heads[0].shape == (2, 4, 6, 8)
+    assert heads[1].shape == (2, 2, 6, 8)
     y = five(*heads, power=3).transpose(1, 2).flatten(2)
     assert torch.equal(module(x, cos, sin), module.o_proj(y))
 
@@ -228,7 +231,8 @@ def test_attention_begins_with_q_k_v(monkeypatch):
 def test_rope_angles_continue():
     cos, sin = train.rope_angles(0, 9, 8, 100.0, CPU)
     cos_later, sin_later = train.rope_angles(5, 4, 8, 100.0, CPU)
-    assert torch.equal(cos[5:], cos_later) and torch.equal(sin[5:], sin_later)
+    assert torch.equal(cos[5:], cos_later)
+    assert torch.equal(sin[5:], sin_later)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +286,8 @@ def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
     assert torch.equal(train.linear_cross_entropy(x, w, y, torch.tensor(9.0)), loss)
     assert torch.autograd.gradcheck(lambda x, w: 2 * train.linear_cross_entropy(x, w, y), (x, w))
     train.linear_cross_entropy(x.detach(), w, y).backward()
-    assert x.grad is None and w.grad is not None
+    assert x.grad is None
+    assert w.grad is not None
 
 
 def test_loss_without_targets():
@@ -290,7 +295,9 @@ def test_loss_without_targets():
     w = torch.randn(13, 6, requires_grad=True)
     loss = train.linear_cross_entropy(x, w, torch.full((3,), -1))
     loss.backward()
-    assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
+    assert loss.item() == 0
+    assert not x.grad.any()
+    assert not w.grad.any()
 
 
 def test_loss_refuses_second_derivatives():
@@ -313,7 +320,8 @@ def test_loss_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(train, "cross_entropy_chunk", recorded)
     ids = torch.randint(64, (2, 16))
     small_gpt()(ids, ids).backward()
-    assert len(sizes) == 8 and max(sizes) <= 64 * 4
+    assert len(sizes) == 8
+    assert max(sizes) <= 64 * 4
 
 
 # -- weights, optimizer, schedule ------------------------------------------------------------------
@@ -333,7 +341,8 @@ def test_initial_weights():
             assert (p == (0 if name.endswith("bias") else 1)).all()
             continue
         std = 0.02 / math.sqrt(4 if "o_proj" in name or "down_proj" in name else 1)
-        assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < std / 20
+        assert abs(p.std() / std - 1) < 0.05
+        assert abs(p.mean()) < std / 20
         assert not torch.equal(p, other), "the seed counts"
     first, second = models[0].layers
     assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
@@ -342,7 +351,8 @@ def test_initial_weights():
 def test_gains_are_not_decayed():
     model = small_gpt(qkv_bias=True, qk_norm=True)
     decayed, free = train.param_groups(model, 0.3)
-    assert decayed["weight_decay"] == 0.3 and free["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.3
+    assert free["weight_decay"] == 0
     assert all(p.dim() == 2 for p in decayed["params"]) and all(
         p.dim() == 1 for p in free["params"]
     )

@@ -92,7 +92,8 @@ def test_a_step_takes_the_mean_over_all_counted_targets(micro_batch):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batch = list(zip(x.split(micro_batch), y.split(micro_batch))), count
     loss, grad_norm, signalled = train.train_step(train.Step(model, optimizer), batch)
-    assert loss == pytest.approx(truth.item(), rel=1e-6) and not signalled
+    assert loss == pytest.approx(truth.item(), rel=1e-6)
+    assert not signalled
     assert grad_norm.read() == pytest.approx(norm, rel=1e-5)
     for p, old, grad in zip(model.parameters(), before, grads):
         assert torch.allclose(old - p, grad, rtol=1e-4, atol=1e-8)
@@ -122,7 +123,8 @@ def test_a_loss_that_is_not_finite_takes_no_step():
     before = model.embed_tokens.weight.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     loss, grad_norm, _ = train.train_step(train.Step(model, optimizer, 1.0), ([(x, y)], count))
-    assert math.isnan(loss) and math.isnan(grad_norm.read())
+    assert math.isnan(loss)
+    assert math.isnan(grad_norm.read())
     assert torch.equal(model.embed_tokens.weight, before)
 
 
@@ -144,7 +146,8 @@ def test_evaluation_of_a_short_text_covers_it(micro_batch):
     run = train.RunConfig(batch_size=4, eval_batches=20)
     loss = train.evaluate(model, dataset([], val), run, 4, micro_batch, CPU)
     starts = np.linspace(0, len(val) - 5, 8).astype(int)
-    assert starts[-1] == len(val) - 5 and max(np.diff(starts)) <= 4
+    assert starts[-1] == len(val) - 5
+    assert max(np.diff(starts)) <= 4
     assert loss == pytest.approx(mean_loss(model, [val[s : s + 5] for s in starts]), rel=1e-5)
 
     # every target counts, the first and the last too

@@ -67,7 +67,8 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
         result = train.main([*flags, "--out", "out/a"])
     handler = signal.getsignal(signal.SIGTERM)
     expected = {"train": signal.SIGTERM, "evaluate": signal.SIGHUP, "generate": signal.SIGINT}
-    assert result["signal"] == expected[where] and len(signals) == 1
+    assert result["signal"] == expected[where]
+    assert len(signals) == 1
     assert signal.getsignal(signal.SIGTERM) is handler
     if where != "generate":
         assert result["step"] == load("out/a")["step"] == (10 if where == "train" else 20)
