@@ -24,21 +24,21 @@ def nothing_fetched():
 
 @pytest.fixture
 def cache(hf, monkeypatch):  # noqa: F811
-    """Put a tiny model where huggingface_hub would; return the folder and the calls."""
+    """Put a tiny model where huggingface_hub would; return its folder and the list of downloads."""
     root = Path("cache/models--some-org--Tiny-1.5B").absolute()
     folder = root / "snapshots/0123abc"
     folder.mkdir(parents=True)
     shutil.move(hf(), root / "blobs")
     for path in (root / "blobs").iterdir():
         (folder / path.name).symlink_to(path)
-    calls = []
+    downloads = []
 
     def snapshot_download(name, **options):
-        calls.append((name, options))
+        downloads.append((name, options))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return folder, calls
+    return folder, downloads
 
 
 @pytest.mark.parametrize("name", ["a/b", "Qwen/Qwen3-0.6B", "a/b_c.d-e"])
@@ -46,7 +46,7 @@ def test_names_of_models(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_model_name(name)
     Path(name).parent.mkdir()
-    assert not hub.is_model_name(name), "a name in a local folder is a path"
+    assert not hub.is_model_name(name), "where a folder a/ exists, a/b is a path"
 
 
 @pytest.mark.parametrize(
@@ -57,30 +57,31 @@ def test_names_of_folders(name):
 
 
 def test_train_and_sample_take_a_name(cache):
-    folder, calls = cache
+    folder, downloads = cache
     Path("text.txt").write_text("seven wizards boil over the brown fox " * 100)
     flags = "--data text.txt --block-size 16 --batch-size 2 --steps 1 --eval-batches 1 --sample 5"
     result = train.main([*flags.split(), "--init", NAME, "--device", "cpu"])
-    assert result["out"] == "out/Tiny-1.5B", "not the name of a commit"
+    assert result["out"] == "out/Tiny-1.5B", "the run should be named after the model"
     text = sample.main(["--init", NAME, "--chat", "Hi", "--max-tokens", "3", "--device", "cpu"])
     assert text["tokens_per_s"] > 0
     assert train.load_model(folder)[1].name == "Tiny-1.5B"
-    assert len(calls) == 1, "the same weights wherever one process asks for them"
+    assert len(downloads) == 1, "training and sampling in one process should download once"
     refused(["--resume", NAME], "holds no run")
-    assert len(calls) == 1
+    assert len(downloads) == 1, "--resume takes runs, so it should not download a model"
 
 
 def test_a_local_folder_wins(cache):
-    folder, calls = cache
+    folder, downloads = cache
     shutil.copytree(folder, NAME)
     assert run_folder.find_run(NAME) == Path(NAME)
     assert hub.model_name(NAME) == "Tiny-1.5B"
-    assert calls == []
+    assert downloads == []
 
 
 def test_only_needed_files_are_fetched(cache):
+    _, downloads = cache
     hub.fetch(NAME)
-    ((name, options),) = cache[1]
+    ((name, options),) = downloads
     assert name == NAME
     needed = [
         "chat_template.jinja",
@@ -129,7 +130,7 @@ REFUSALS = [
 @pytest.mark.parametrize("kind, parts", REFUSALS, ids=lambda value: getattr(value, "__name__", ""))
 def test_what_cannot_be_fetched_is_refused_in_a_sentence(kind, parts, monkeypatch, tmp_path):
     def snapshot_download(name, **options):
-        error = kind.__new__(kind)  # some want the server's answer as an argument
+        error = kind.__new__(kind)  # without __init__, which may ask for the server's answer
         error.args = ("the server said no\nat length",)
         raise error
 
@@ -139,13 +140,14 @@ def test_what_cannot_be_fetched_is_refused_in_a_sentence(kind, parts, monkeypatc
 
 
 def test_offline_with_a_filled_cache(cache):
-    root = cache[0].parent.parent
+    folder, _ = cache
+    root = folder.parent.parent
     (root / "refs").mkdir()
-    (root / "refs/main").write_text(cache[0].name)
+    (root / "refs/main").write_text(folder.name)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(root.parent)}
     done = run_script("sample.py", "--init", NAME, "--max-tokens", "3", env=offline)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(str(cache[0]))
+    assert done.stderr.startswith(str(folder))
 
 
 def test_offline_with_an_empty_cache(tmp_path):

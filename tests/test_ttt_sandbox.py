@@ -45,7 +45,8 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
             return a, b
         return a if key_column == 0 else b
 
-    # the first record with a key shows its value; in later ones the value is predictable
+    # tokens 0-15 are names of column a, 16-31 names of column b, 32-35 values;
+    # the first record with a key shows its value, which is predictable in later ones
     values = {}
     for record, is_predictable in zip(records, context.is_predictable.view(-1, 3).tolist()):
         a, b, value = record
@@ -69,11 +70,12 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
         assert answer == values[key]
         has_key = [key_of(a, b) == key for a, b, _ in records]
         assert needles[2::3] == has_key
-        assert sum(needles) == sum(has_key), "only values are needles"
+        assert sum(needles) == sum(has_key), "names must not be needles"
         if task == "records":
             assert sum(has_key) == 1
     if task == "columns":
-        assert any(record not in records for record in asked), "new combinations of names"
+        is_new = [record not in records for record in asked]
+        assert any(is_new), "no question combines two names that no record combines"
 
 
 def test_examples_end_in_answered_questions():
@@ -90,8 +92,10 @@ def test_examples_end_in_answered_questions():
             if task == "records":
                 assert [a, b, value] in records
             else:
-                values = {record[2] for record in records if a == record[0] or b == record[1]}
-                assert value in values, "of a record with one of the two names"
+                same_a = [record for record in records if record[0] == a]
+                same_b = [record for record in records if record[1] == b]
+                values = {record[2] for record in same_a + same_b}
+                assert value in values, "the answer is in no record with one of the two names"
 
     key_columns = set()
     for i in range(9):
@@ -107,15 +111,20 @@ def test_renamed_tokens_stay_equal_where_they_were():
     permuted = sandbox.permute_tokens(ids, RECIPE, generator())
     for before, after in zip(ids, permuted):
         assert not torch.equal(before, after)
-        is_equal_before = before[:, None] == before
-        is_equal_after = after[:, None] == after
-        assert torch.equal(is_equal_before, is_equal_after)
-    for low, high in ((0, 16), (16, 32), (32, 36)):  # the tokens of each column
-        in_column = (ids >= low) & (ids < high)
-        assert in_column.any()
-        assert torch.equal(in_column, (permuted >= low) & (permuted < high))
-    permuted = sandbox.permute_tokens(ids[:1].repeat(2, 1), RECIPE, generator())
-    assert not torch.equal(permuted[0], permuted[1]), "different names in each sequence"
+        # two positions hold the same token after renaming where they did before, and only there
+        is_same_token_before = before[:, None] == before  # (T, T)
+        is_same_token_after = after[:, None] == after
+        assert torch.equal(is_same_token_before, is_same_token_after)
+
+    # names of column a, names of column b, and values each stay among themselves
+    for low, high in ((0, 16), (16, 32), (32, 36)):
+        is_in_range = (ids >= low) & (ids < high)
+        assert is_in_range.any()
+        assert torch.equal(is_in_range, (permuted >= low) & (permuted < high))
+
+    two_copies = ids[:1].repeat(2, 1)
+    permuted = sandbox.permute_tokens(two_copies, RECIPE, generator())
+    assert not torch.equal(permuted[0], permuted[1]), "each sequence has its own permutation"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,7 +139,7 @@ def test_shift_looks_back():
         for i in range(5):
             assert torch.equal(y[:, h, i], v[:, h // 2, 9 + i - (h + 1)])
     start = sandbox.shift(q[:, :, :1], k[:, :, :1], v[:, :, :1])
-    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "before the start"
+    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "before the first position there are zeros"
 
 
 @pytest.mark.parametrize("norm", sandbox.NORMS)
@@ -141,6 +150,8 @@ def test_models_alternate_and_know_no_positions(norm):
     attention = model.layers[1].self_attn
     has_norm = isinstance(attention.q_norm, train.RMSNorm)
     assert has_norm == (norm == "QK-norm")
+
+    # rotating by the angles of RoPE or by none is the same
     x = torch.randn(1, 7, 32, generator=generator())
     cos, sin = train.rope_angles(3, 7, 16, 1e4, "cpu")
     y = attention(x, cos, sin)
@@ -172,7 +183,7 @@ def test_training_lowers_the_loss():
 
 
 class Recorder(torch.nn.Module):
-    """Records what it is trained on and how far each step moves its weight."""
+    """A model whose loss is its one weight. It records its targets and the weight at each step."""
 
     def __init__(self):
         super().__init__()
