@@ -61,8 +61,7 @@ def greedy_by_hand(model, ids, n):
     return tokens
 
 
-# --------------------------------------------------------------------------------------------------
-# KV caches
+# -- KV caches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,8 +209,7 @@ def test_which_models_decode_with_a_graph_and_with_kernels(monkeypatch):
         assert not sample.can_fuse(model)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling a token
+# -- sampling a token ------------------------------------------------------------------------------
 
 
 def sample_counts(logits, n, **settings):
@@ -308,8 +306,7 @@ def test_tokens_are_those_of_multinomial():
     assert generate(model, prompt, 12, seed=8) != expected
 
 
-# --------------------------------------------------------------------------------------------------
-# generate
+# -- generate --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -402,8 +399,7 @@ def test_damaged_weights_are_not_sampled_from(way):
         next(sample.generate(model, [5], 1, **way))
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
 
 @gpu

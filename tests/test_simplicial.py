@@ -53,8 +53,7 @@ def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
     return scores.softmax(0) @ torch.stack(products), scores.logsumexp(0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Values and gradients
+# -- values and gradients --------------------------------------------------------------------------
 
 # Tq, Tk, Hkv, w1, w2
 SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9), (3, 8, 1, 2, 5), (1, 8, 4, 4, 1)]
@@ -243,8 +242,7 @@ def test_decodes_as_it_prefills():
     assert torch.allclose(whole, torch.cat(parts, 2), atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is not finite, in the gradients
+# -- what is not finite, in the gradients ----------------------------------------------------------
 
 
 NONFINITE = [  # index of a tensor in q, k, v, k2, v2, and a number in it
@@ -317,8 +315,7 @@ def test_compiled_code_keeps_what_is_not_finite():
     torch.compiler.reset()
 
 
-# --------------------------------------------------------------------------------------------------
-# Refusals, empty inputs, compilers, fallbacks
+# -- refusals, empty inputs, compilers, fallbacks --------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [simplicial.attention, simplicial.reference])
@@ -415,8 +412,7 @@ def test_widths_without_a_kernel_fall_back_on_the_gpu(D):
     assert (o - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
-# --------------------------------------------------------------------------------------------------
-# In the GPT
+# -- in the GPT ------------------------------------------------------------------------------------
 
 
 def test_layers_of_the_gpt():
@@ -453,8 +449,7 @@ def test_trains(tiny):
     refused([*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1")
 
 
-# --------------------------------------------------------------------------------------------------
-# The study
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_match3_by_hand():

@@ -175,8 +175,7 @@ def test_kernels_on_random_shapes(seed):
     check_kernels(Tq, Tk, H, Hkv, 16, w1, w2, torch.float32, *tiles, B=1, Tk2=Tk2)
 
 
-# --------------------------------------------------------------------------------------------------
-# One row does not depend on another
+# -- one row does not depend on another ------------------------------------------------------------
 
 
 def test_kernel_sees_only_its_windows():
@@ -274,8 +273,7 @@ def test_a_key_of_weight_zero_has_a_bad_gradient(swap):
     assert dq[0, 1, 12:17].isnan().all()
 
 
-# --------------------------------------------------------------------------------------------------
-# The operator
+# -- the operator ----------------------------------------------------------------------------------
 
 
 def test_operator():
@@ -347,8 +345,7 @@ def test_refuses_what_it_cannot_count():
             kernel.check_size(heads, group, T, T, T, D)
 
 
-# --------------------------------------------------------------------------------------------------
-# Compiled for GPUs that are not here
+# -- compiled for GPUs that are not here -----------------------------------------------------------
 
 
 BUILDS = [("bf16", 128, 90), ("bf16", 64, 90), ("bf16", 128, 80), ("fp32", 64, 90)]
@@ -443,8 +440,7 @@ def test_build_checks():
         check_reports([Case("kernel", arch=120, uses_tensor_cores=True)], [good])
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
 LARGE = [(300, 300, 2, 2, 128, 512, 32), (300, 300, 16, 1, 128, 32, 512)]
 LARGE += [(529, 529, 4, 2, 64, 512, 32), (1, 600, 64, 1, 128, 512, 32)]

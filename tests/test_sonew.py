@@ -46,8 +46,7 @@ def as_chains(vectors):
     return [vector[None] for vector in vectors]
 
 
-# --------------------------------------------------------------------------------------------------
-# The method
+# -- the method ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("b", range(5))
@@ -219,8 +218,7 @@ def test_directions_equal_dense_algebra_with_damping():
     assert torch.allclose(scale, mean_square.sqrt().mean(), rtol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------
-# The optimizer
+# -- the optimizer ---------------------------------------------------------------------------------
 
 
 def take_steps(options, grads, shape=(6, 7), start=1.0, use_kernel=False):

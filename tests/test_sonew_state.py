@@ -10,8 +10,7 @@ import sonew
 import train
 from tests.common import is_equal, refused, run_two_processes
 
-# --------------------------------------------------------------------------------------------------
-# State
+# -- state -----------------------------------------------------------------------------------------
 
 
 def make_pair(**options):
@@ -70,7 +69,7 @@ def test_state_round_trip(options, tmp_path):
 
 
 def test_load_state_dict_respects_hooks_as_adam_does():
-    """A pre-hook may replace the state dict; a post-hook sees the loaded state and may change it."""
+    """A pre-hook may replace the state dict; a post-hook may change the loaded state."""
     (params, optimizer), (loaded_params, loaded) = make_pair()
     step(optimizer, params, [torch.randn(3, 8), torch.randn(4)])
     matrix, vector = params
@@ -146,8 +145,7 @@ def test_a_loaded_state_becomes_contiguous():
     assert (m == 3).all()
 
 
-# --------------------------------------------------------------------------------------------------
-# Shards and runs
+# -- shards and runs -------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def project_by_hand(weights, prefix, x, config):
 
 
 def logits_by_hand(model, ids):
-    """Logits of a GPT for one sequence, position by position and head by head, in float64."""
+    """Compute a GPT's logits (T, V) for one sequence, position by position, in float64."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     config = model.config
     eps = config.norm_eps
@@ -66,8 +66,8 @@ def logits_by_hand(model, ids):
                 group = i * config.n_kv_head // config.n_head
                 row = rope_by_hand(row, t, theta)
                 scores = torch.stack([row @ k[group] for k in keys]) / config.head_dim**0.5
-                weighted = zip(scores.softmax(0), values)
-                heads.append(sum(a * v[group] for a, v in weighted))
+                group_values = torch.stack([v[group] for v in values])  # (t + 1, D)
+                heads.append(scores.softmax(0) @ group_values)
             x = x + weights[prefix + "self_attn.o_proj.weight"] @ torch.cat(heads)
 
             # SwiGLU
@@ -105,7 +105,7 @@ def test_no_leak_from_the_future():
     before = model(ids)
     after = model(changed)
     assert torch.equal(before[:, :9], after[:, :9])
-    assert (before[:, 9:] != after[:, 9:]).any(-1).all()
+    assert (before[:, 9:] != after[:, 9:]).any(-1).all(), "some later position saw no change"
 
 
 def test_activations_are_bf16_and_logits_float32():
@@ -113,7 +113,7 @@ def test_activations_are_bf16_and_logits_float32():
     ids = torch.randint(64, (2, 5))
     logits = model(ids)
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, logits.bfloat16().float())
+    assert torch.equal(logits, logits.bfloat16().float()), "activations should round to bfloat16"
     loss = model(ids, ids)
     loss.backward()
     assert loss.dtype == torch.float32
@@ -131,9 +131,9 @@ def test_softmax_attention_aligns_to_the_end(Tq, Tk, Hkv):
     k = k.repeat_interleave(4 // Hkv, 1)
     v = v.repeat_interleave(4 // Hkv, 1)
     for i in range(Tq):
-        seen = Tk - Tq + i + 1
-        scores = q[:, :, i, None] @ k[:, :, :seen].transpose(-1, -2) / 8**0.5
-        truth = scores.softmax(-1) @ v[:, :, :seen]
+        n_keys = Tk - Tq + i + 1  # the queries are the last Tq of Tk positions
+        scores = q[:, :, i, None] @ k[:, :, :n_keys].transpose(-1, -2) / 8**0.5
+        truth = scores.softmax(-1) @ v[:, :, :n_keys]
         assert torch.allclose(y[:, :, i], truth[:, :, 0], atol=1e-12)
 
 
@@ -166,7 +166,7 @@ def test_softmax_attention_compiles_as_one_graph(is_decoding):
 
 
 def five(q, k, v, k2, v2, *, power=1, w1=4, w2=2):
-    """An attention of five projections, as simplicial has."""
+    """A plug-in attention with five projections, as 2-simplicial attention has."""
     return train.softmax_attention(q, k + k2**power, v * v2)
 
 
@@ -262,8 +262,9 @@ def test_default_shape():
         with torch.device("meta"):
             model = train.GPT(config)
         n = sum(p.numel() for p in model.parameters()) / 1e6
-        known = {"gpt2": 123.6, "smollm2-135m": 134.5, "qwen3-4b": 4022.5}
-        assert name not in known or abs(n / known[name] - 1) < 0.001
+        known = {"gpt2": 123.6, "smollm2-135m": 134.5, "qwen3-4b": 4022.5}  # millions
+        if name in known:
+            assert abs(n / known[name] - 1) < 0.001
 
 
 # -- the loss --------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
     x = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     w = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
     y = torch.randint(13, (11,))
-    y[3] = -1
+    y[3] = -1  # negative targets do not enter the loss, which leaves 9
     y[4] = -5
     loss = train.linear_cross_entropy(x, w, y)
     truth = F.cross_entropy((x @ w.T)[y >= 0], y[y >= 0])
@@ -313,14 +314,14 @@ def test_loss_never_holds_all_logits(monkeypatch):
     sizes = []
     original = train.cross_entropy_chunk
 
-    def recorded(logits, *more):
+    def recording_chunk(logits, *more):
         sizes.append(logits.numel())
         return original(logits, *more)
 
-    monkeypatch.setattr(train, "cross_entropy_chunk", recorded)
+    monkeypatch.setattr(train, "cross_entropy_chunk", recording_chunk)
     ids = torch.randint(64, (2, 16))
     small_gpt()(ids, ids).backward()
-    assert len(sizes) == 8
+    assert len(sizes) == 8, "32 tokens in chunks of 4"
     assert max(sizes) <= 64 * 4
 
 
@@ -331,7 +332,8 @@ def test_initial_weights():
     config = train.GPTConfig(vocab_size=64, n_layer=2, qkv_bias=True, tied=False)
     models = [train.GPT(config) for _ in range(3)]
     train.init_weights(models[0], 1)
-    models[1].layers = models[1].layers[::-1]  # another order
+    # reversing the layers twice changes the order in which modules were registered, only
+    models[1].layers = models[1].layers[::-1]
     models[1].layers = models[1].layers[::-1]
     train.init_weights(models[1], 1)
     train.init_weights(models[2], 2)
@@ -340,10 +342,12 @@ def test_initial_weights():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all()
             continue
-        std = 0.02 / math.sqrt(4 if "o_proj" in name or "down_proj" in name else 1)
+        std = 0.02
+        if "o_proj" in name or "down_proj" in name:  # the outputs of 2 * n_layer = 4 sublayers
+            std /= math.sqrt(4)
         assert abs(p.std() / std - 1) < 0.05
         assert abs(p.mean()) < std / 20
-        assert not torch.equal(p, other), "the seed counts"
+        assert not torch.equal(p, other), "another seed should give other weights"
     first, second = models[0].layers
     assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
 
@@ -353,9 +357,8 @@ def test_gains_are_not_decayed():
     decayed, free = train.param_groups(model, 0.3)
     assert decayed["weight_decay"] == 0.3
     assert free["weight_decay"] == 0
-    assert all(p.dim() == 2 for p in decayed["params"]) and all(
-        p.dim() == 1 for p in free["params"]
-    )
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in free["params"]} == {1}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
     # with gradients of zero, a step of AdamW is its decay alone

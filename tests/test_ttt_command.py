@@ -215,7 +215,6 @@ BAD_FLAGS = [
     ("--prompt text.txt --init nowhere", ["nowhere"]),
     ("--prompt text.txt --dtype fp8", ["fp8", "bf16"]),
     ("--prompt text.txt --device tpu", ["tpu"]),
-    ("--prompt text.txt --stpes 3", ["--stpes"]),
 ]
 
 
@@ -259,8 +258,7 @@ def test_memory_is_known():
     assert 2**20 < ttt_cost.free_bytes(torch.device("cpu")) < 2**50
 
 
-# --------------------------------------------------------------------------------------------------
-# Chat templates
+# -- chat templates --------------------------------------------------------------------------------
 
 
 class ChatTokenizer(tokenizer.ByteTokenizer):
@@ -325,8 +323,7 @@ def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
     assert n_added in (0, 1), "without a template at most a start token comes before the text"
 
 
-# --------------------------------------------------------------------------------------------------
-# As a process
+# -- as a process ----------------------------------------------------------------------------------
 
 
 def test_ctrl_c(run):

@@ -56,8 +56,7 @@ def dense_loss(model, caches, ids, starts, n):
     return F.cross_entropy(logits[positions], ids[positions + 1])
 
 
-# --------------------------------------------------------------------------------------------------
-# Spans over a frozen cache
+# -- spans over a frozen cache ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,8 +172,7 @@ def test_refuses_spans_that_do_not_fit(starts, n):
     assert ttt_context.span_loss(model, caches, ids, last_start, 8).isfinite()
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_trains_the_queries_alone_and_gives_the_model_back():
@@ -384,8 +382,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
     assert is_equal(dict(model.state_dict()), before)
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers, theory, cost
+# -- answers, theory, cost -------------------------------------------------------------------------
 
 
 def test_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():

@@ -44,8 +44,7 @@ def long_read(T=40, **shape):
     return model, ids, ttt_context.prefill(model, ids)
 
 
-# --------------------------------------------------------------------------------------------------
-# Contexts and questions
+# -- contexts and questions ------------------------------------------------------------------------
 
 
 def test_contexts_are_of_their_seed_and_alternate_in_pairs():
@@ -127,8 +126,7 @@ def test_votes_of_many_samples(monkeypatch):
     assert vote(301)["margin"] == pytest.approx(math.log(0.6 / 0.4), abs=0.02)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is trained
+# -- what is trained -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -206,7 +204,7 @@ def test_variants_get_what_they_are_called(monkeypatch):
         for c, context in enumerate(contexts):
             if torch.equal(ids, context.ids):
                 return variant, c
-        return None  # of the calls at the end of this test, which check no labels
+        return None  # for the contexts of the last two calls, whose labels are not checked
 
     @contextmanager
     def fake_fitted(model, variant, label):
@@ -312,8 +310,7 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
     assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts decides"
 
 
-# --------------------------------------------------------------------------------------------------
-# The study
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_rates_of_the_recipes():
@@ -421,8 +418,7 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     assert "1 of 8 runs are done" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------
-# Needles in real text
+# -- needles in real text --------------------------------------------------------------------------
 
 
 class Words:
@@ -478,8 +474,7 @@ def test_margins_of_needles_are_those_of_a_plain_forward():
     assert ttt_needles.ask(model, caches, 40, [([7, 9], tokens), pairs[1]], 60)[1] == 0.5
 
 
-# --------------------------------------------------------------------------------------------------
-# The benchmark
+# -- the benchmark ---------------------------------------------------------------------------------
 
 
 def test_bench(tmp_path, monkeypatch):

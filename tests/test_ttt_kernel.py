@@ -225,8 +225,7 @@ def test_offsets_beyond_2_to_the_31():
     assert torch.allclose(o.float(), truth, atol=1e-2)
 
 
-# --------------------------------------------------------------------------------------------------
-# Builds for GPUs that are not here
+# -- builds for GPUs that are not here -------------------------------------------------------------
 
 
 def span_case(direction, dtype, D, config, arch):
@@ -263,8 +262,7 @@ def test_kernels_build():
     check_build("kernels.ttt_context", cases)
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
 LARGE_CASES = [  # S, H, Hkv, n, T, D, starts
     (1, 32, 8, 128, 4101, 128, [3973]),

@@ -21,8 +21,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --------------------------------------------------------------------------------------------------
-# Contexts
+# -- contexts --------------------------------------------------------------------------------------
 
 
 def column_a_is_the_key(records):
@@ -127,8 +126,7 @@ def test_renamed_tokens_stay_equal_where_they_were():
     assert not torch.equal(permuted[0], permuted[1]), "each sequence has its own permutation"
 
 
-# --------------------------------------------------------------------------------------------------
-# Models
+# -- models ----------------------------------------------------------------------------------------
 
 
 def test_shift_looks_back():
