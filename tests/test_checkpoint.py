@@ -135,11 +135,11 @@ def test_hostile_checkpoint(saved, name):
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped", "tar"])
 def test_damaged_checkpoint(saved, damage):
     write(saved)
-    data = bytearray(Path("run/ckpt.pt").read_bytes())
-    if damage == "flipped":
-        data[100:2000] = random.Random(0).randbytes(1900)
-    content = {"empty": b"", "cut": data[:-3000], "text": b"hello\n" * 99, "tar": b"\0" * 10240}
-    Path("run/ckpt.pt").write_bytes(content.get(damage, data))
+    data = Path("run/ckpt.pt").read_bytes()
+    noise = random.Random(0).randbytes(1900)
+    contents = {"empty": b"", "cut": data[:-3000], "text": b"hello\n" * 99, "tar": b"\0" * 10240}
+    contents["flipped"] = data[:100] + noise + data[2000:]
+    Path("run/ckpt.pt").write_bytes(contents[damage])
     refused(RESUME, "run/ckpt.pt cannot be used: it is damaged")
 
 

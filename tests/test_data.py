@@ -131,16 +131,15 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
     (path,) = (tmp_path / "cache").iterdir()
     raw = path.read_bytes()
     assert raw == b"some text\0" + hashlib.sha256(b"some text\0").digest()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "truncated": raw[:-33],
-            "token": raw[1:],
-            "flipped": bytes([raw[0] ^ 1]) + raw[1:],
-            "zeros": bytes(len(raw)),
-            "longer": raw + b"\0",
-        }[damage]
-    )
+    contents = {
+        "empty": b"",
+        "truncated": raw[:-33],
+        "token": raw[1:],
+        "flipped": bytes([raw[0] ^ 1]) + raw[1:],
+        "zeros": bytes(len(raw)),
+        "longer": raw + b"\0",
+    }
+    path.write_bytes(contents[damage])
     assert bytes(load(text)) == b"some text\0"
     assert path.read_bytes() == raw
 

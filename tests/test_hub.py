@@ -106,12 +106,6 @@ def test_only_needed_files_are_fetched(cache):
     assert list(filter_repo_objects([*needed, *others], **options)) == needed
 
 
-def test_pickled_weights_are_refused(cache):
-    folder, _ = cache
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(["--init", NAME], "has no *.safetensors", main=sample.main)
-
-
 REFUSALS = [
     (errors.GatedRepoError, ["is gated", f"https://huggingface.co/{NAME}", "hf auth login"]),
     (errors.RepositoryNotFoundError, ["neither a folder", "nor a public model", "check the name"]),

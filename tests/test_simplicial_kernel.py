@@ -223,8 +223,9 @@ def test_a_bad_gradient_stays_with_its_query(value):
     before = run_two_heads(inputs, do)
     do[0, 1, 12, 2] = value
     after = run_two_heads(inputs, do)
-    for name, a, b, w in zip(GRADIENTS, before, after, (0, 1, 5, 5, 3, 3)):
-        seen = slice(13 - w, 13)  # the last w positions up to 12; none for the output, w = 0
+    windows = (0, 1, 5, 5, 3, 3)  # o does not change, dq only at 12; dk, dv and dk2, dv2 in windows
+    for name, a, b, w in zip(GRADIENTS, before, after, windows):
+        seen = slice(13 - w, 13)  # the last w positions up to 12
         assert_changed(a, b, seen, name)
         assert b[0, 1, seen].isnan().all()
 
@@ -235,14 +236,16 @@ def test_scores_that_overflow_float16_stay_with_their_query():
     before = run_two_heads(inputs, do)
     inputs[0][0, 1, 12] = 60000.0
     after = run_two_heads(inputs, do)
-    for name, a, b, w in zip(GRADIENTS, before, after, (1, 1, 5, 5, 3, 3)):
+    windows = (1, 1, 5, 5, 3, 3)  # of o, dq, dk, dv, dk2, dv2, each up to position 12
+    for name, a, b, w in zip(GRADIENTS, before, after, windows):
         assert_changed(a, b, slice(13 - w, 13), name)
 
 
 def test_a_query_whose_scores_are_all_minus_infinity():
     """Its output is NaN, as in the reference, and not 0."""
     inputs, do = two_heads()
-    inputs[1][..., 0] = inputs[3][..., 0] = 1
+    inputs[1][..., 0] = 1  # k and k2, so the query's -inf is in each score
+    inputs[3][..., 0] = 1
     before = run_two_heads(inputs, do)
     inputs[0][0, 1, 12, 0] = -float("inf")
     after = run_two_heads(inputs, do)

@@ -58,7 +58,9 @@ def test_bpe_is_tiktokens(tmp_path):
     assert (ours.name, ours.n_vocab, ours.eot_token) == ("mine", 267, 266)
     rng = random.Random(0)
     pieces = [*"aA1 \n\t'.é数\x1c\x85\u3000", "the", " over", "'s", "'LL", "  "]
-    texts = [*TEXTS, *("".join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(500))]
+    texts = list(TEXTS)
+    for _ in range(500):
+        texts.append("".join(rng.choices(pieces, k=rng.randint(1, 20))))
     for text in texts:
         ids = ours.encode_ordinary(text)
         assert ids == truth.encode_ordinary(text), repr(text)

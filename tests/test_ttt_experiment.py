@@ -17,7 +17,8 @@ from experiments import bench_ttt, harness, provenance, runner, ttt_cost, ttt_ne
 from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
 from experiments import ttt_variants as experiment
-from tests.common import DEVICE, refused, small_gpt
+from tests.common import DEVICE, refused
+from tests.test_ttt_context import long_read
 
 TINY = {
     **study.SMALL,
@@ -37,13 +38,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def long_read(T=40, **shape):
-    """Return a GPT in float64, T token ids, and the KV caches after reading them."""
-    model = small_gpt(torch.float64, **shape).requires_grad_(False)
-    ids = torch.randint(64, (T,), generator=generator(3))
-    return model, ids, ttt_context.prefill(model, ids)
-
-
 # -- contexts and questions ------------------------------------------------------------------------
 
 
@@ -61,7 +55,7 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
 
 
 def test_questions_are_answered_as_by_a_plain_forward():
-    model, ids, caches = long_read(n_kv_head=2, qk_norm=True)
+    model, ids, caches = long_read(T=40, room=0, n_kv_head=2, qk_norm=True)
     questions = torch.tensor([[7, 9], [1, 2]])
     needles = torch.arange(40) % 3 == torch.tensor([[0], [1]])  # (2, 40)
     context = sandbox.Context(ids, None, questions, None, needles)
@@ -131,7 +125,7 @@ def test_votes_of_many_samples(monkeypatch):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_temperature_scales_logits_and_a_norm_hides_the_scale_of_queries(norm):
-    model, ids, caches = long_read(qk_norm=norm)
+    model, ids, caches = long_read(T=40, room=0, qk_norm=norm)
     needles = torch.zeros(1, 40, dtype=torch.bool)
     context = sandbox.Context(ids, None, torch.tensor([[7, 9, 3]]), None, needles)
 
@@ -168,7 +162,7 @@ def test_temperature_scales_logits_and_a_norm_hides_the_scale_of_queries(norm):
 
 @pytest.mark.parametrize("variant", ["trained queries", "fitted temperature"])
 def test_fitted_values_are_put_back_and_taken_away(variant):
-    model, ids, caches = long_read(T=60)
+    model, ids, caches = long_read(T=60, room=0)
     recipe = {**TINY, "span": 16, "steps": 3}
     values = experiment.fit(model, variant, caches, ids, recipe, 1e-2)
     with experiment.TRAINED[variant](model) as weights:
@@ -452,9 +446,7 @@ def test_contexts_with_needles():
 
 
 def test_margins_of_needles_are_those_of_a_plain_forward():
-    model = small_gpt(torch.float64).requires_grad_(False)
-    ids = torch.randint(64, (40,), generator=generator(3))
-    caches = ttt_context.prefill(model, ids, room=5)
+    model, ids, caches = long_read(T=40, room=5)
     pairs = [([7, 9], [3, 4]), ([1, 2, 5], [6])]  # (question, answer)
     margin, accuracy = ttt_needles.ask(model, caches, 40, pairs, 60)  # 60 of 64 ids are tokens
 
