@@ -86,9 +86,11 @@ def imported_modules(tree, folder, known):
             for alias in node.names:
                 yield alias.name, is_top
         elif isinstance(node, ast.ImportFrom):
-            parent = node.module or folder if node.level == 0 else f"{folder}.{node.module or ''}"
+            parent = node.module or ""
+            if node.level > 0:  # from .module import name
+                parent = f"{folder}.{parent}".strip(".")
             for alias in node.names:
-                yield f"{parent.strip('.')}.{alias.name}".strip("."), is_top
+                yield f"{parent}.{alias.name}".strip("."), is_top
                 if alias.name in importers and alias.asname:
                     importers.add(alias.asname)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in importers:
@@ -110,7 +112,8 @@ def forbidden_imports(path, root=REPOSITORY):
         if module.split(".")[0] not in known:
             continue
         allowed = at_top if is_top else at_top | in_functions
-        if not any(module == a or module.startswith(f"{a}.") for a in allowed):
+        is_allowed = [f"{module}.".startswith(f"{prefix}.") for prefix in allowed]
+        if not any(is_allowed):
             wrong.append(module)
     return wrong
 

@@ -55,9 +55,8 @@ def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
 
 # -- values and gradients --------------------------------------------------------------------------
 
-# Tq, Tk, Hkv, w1, w2
-SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9), (3, 8, 1, 2, 5), (1, 8, 4, 4, 1)]
-SHAPES += [(8, 8, 2, 1, 3)]
+SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9)]  # Tq, Tk, Hkv, w1, w2
+SHAPES += [(3, 8, 1, 2, 5), (1, 8, 4, 4, 1), (8, 8, 2, 1, 3)]
 BOTH = pytest.mark.parametrize(
     "function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"]
 )
@@ -216,7 +215,8 @@ def check_windows(function, device, T=40):
     """A change at position 20 changes the outputs of the windows that hold it, and no other bit."""
     inputs = make_inputs(T, T, H=2, Hkv=1, D=16, B=1, dtype=torch.float32, device=device)
     before = function(*inputs, w1=9, w2=4)
-    for n, w in (0, 1), (1, 9), (2, 9), (3, 4), (4, 4):
+    windows = (1, 9, 9, 4, 4)  # of q, which only its own output sees, k, v, k2 and v2
+    for n, w in enumerate(windows):
         for change in 1e4, -math.inf, math.nan:
             changed = [t.clone() for t in inputs]
             changed[n][:, :, 20] += change
@@ -245,7 +245,7 @@ def test_decodes_as_it_prefills():
 # -- what is not finite, in the gradients ----------------------------------------------------------
 
 
-NONFINITE = [  # index of a tensor in q, k, v, k2, v2, and a number in it
+NONFINITE = [  # index of a tensor among q, k, v, k2, v2, and the value that one number in it gets
     (0, math.inf),
     (0, math.nan),
     (1, math.nan),
@@ -272,9 +272,11 @@ def check_gradients_of_nonfinite(
         after = gradients(changed, do, w1, w2)
 
         # the queries that see position 20 of tensor n, which has a window of w positions, (H, T)
-        w = {0: 1, 1: w1, 2: w1, 3: w2, 4: w2}[n]
+        # heads g to 2 g - 1 share KV head 1
+        w = (1, w1, w1, w2, w2)[n]
+        heads = [1] if n == 0 else range(g, H)
         bad_queries = torch.zeros(H, T, dtype=torch.bool)
-        for h in [1] if n == 0 else range(g, H):
+        for h in heads:
             bad_queries[h, 20 : 20 + w] = True
 
         # the keys that at least one of these queries sees, for each window (Hkv, T)
