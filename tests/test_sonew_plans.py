@@ -58,15 +58,15 @@ def test_the_fastest_version_that_takes_a_tensor_is_chosen():
 
 
 def count_calls(monkeypatch, owner, name):
-    """Return a list that grows with each call of a function of owner."""
+    """Return a list to which each call of owner's function appends its arguments."""
     calls = []
     original = getattr(owner, name)
 
-    def counted(*args):
+    def recording(*args):
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(owner, name, counted)
+    monkeypatch.setattr(owner, name, recording)
     return calls
 
 
@@ -144,7 +144,7 @@ def test_plans_keep_no_gradient_alive(monkeypatch):
 @gpu
 @pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
 def test_in_a_cuda_graph(shape):
-    """With gradients at other addresses than before, and a learning rate on the device."""
+    """A captured step reads gradients at new addresses, and the learning rate on the device."""
     warm_up = 3  # steps before the graph is captured
     steps = 8
     nets = []

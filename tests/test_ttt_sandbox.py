@@ -44,8 +44,8 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
             return a, b
         return a if key_column == 0 else b
 
-    # tokens 0-15 are names of column a, 16-31 names of column b, 32-35 values;
-    # the first record with a key shows its value, which is predictable in later ones
+    # Tokens 0-15 are names of column a, 16-31 names of column b, 32-35 values.
+    # The first record with a key shows its value, which is predictable in later records.
     values = {}
     for record, is_predictable in zip(records, context.is_predictable.view(-1, 3).tolist()):
         a, b, value = record
@@ -101,7 +101,7 @@ def test_examples_end_in_answered_questions():
         ids, _ = sandbox.make_example("columns", 96, RECIPE, generator(i))
         records = ids[:n_context].view(-1, 3).tolist()
         key_columns.add(column_a_is_the_key(records))
-    assert key_columns == {True, False}, "either column may be the key"
+    assert key_columns == {True, False}, "in nine examples, each column should be the key once"
 
 
 def test_renamed_tokens_stay_equal_where_they_were():
