@@ -157,7 +157,7 @@ def test_storage_that_is_larger_than_the_file_says(saved):
     data = Path("run/ckpt.pt").read_bytes()
     number = b"M" + (12345).to_bytes(2, "little")  # pickle's opcode BININT2
     larger = b"M" + (54321).to_bytes(2, "little")
-    assert data.count(number) == 2, "the size of the storage, and the shape"
+    assert data.count(number) == 2, "the number should be there as storage size and as shape"
     Path("run/ckpt.pt").write_bytes(data.replace(number, larger))
     refused(RESUME, "run/ckpt.pt cannot be used")
 

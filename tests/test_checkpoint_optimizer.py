@@ -147,7 +147,7 @@ def no_step_on_bad_state(optimizer):
 
 
 def state_cases():
-    """Yield a name, a function that damages the optimizer's state dict, and the error expected."""
+    """Yield (name, function that damages the optimizer's state dict, part of the error)."""
     shape = (4, 6)
     values = {
         "ones(3)": torch.ones(3),
@@ -254,7 +254,7 @@ def test_state_is_copied_into_contiguous_memory(layout):
     restored = new_optimizer.state[new_model.p0]["exp_avg"]
     assert torch.equal(restored, values)
     assert restored.is_contiguous()
-    assert restored.untyped_storage().nbytes() == 4 * 24, "memory of more than the 24 values"
+    assert restored.untyped_storage().nbytes() == 4 * 24, "it keeps other memory alive"
     step(new_model, new_optimizer)
 
 

@@ -46,7 +46,7 @@ def test_names_of_models(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_model_name(name)
     Path(name).parent.mkdir()
-    assert not hub.is_model_name(name), "where a folder a/ exists, a/b is a path"
+    assert not hub.is_model_name(name), "where a folder a/ exists, a/b should be a path"
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def test_weights_are_read_when_they_are_asked_for(hf):  # noqa: F811
     assert len(weights) == len(list(weights))
     assert "norm.weight" in weights
     assert "lm_head.weight" not in weights
-    assert weights["norm.weight"] is not weights["norm.weight"], "tensors are kept in memory"
+    assert weights["norm.weight"] is not weights["norm.weight"], "a read tensor is kept"
     with pytest.raises(KeyError):
         weights["nothing"]
     (folder / "model.safetensors").unlink()
@@ -391,7 +391,7 @@ def test_weights_are_read_when_they_are_asked_for(hf):  # noqa: F811
 
 
 def test_smollm2():
-    """The real one, where it lies beside the repository."""
+    """Load the real SmolLM2, if it lies beside the repository."""
     places = (REPOSITORY.parent / "smollm2", REPOSITORY.parent / "shared/smollm2")
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:

@@ -96,7 +96,7 @@ def test_properties():
 
     # between softmax attention and the largest visible value
     largest_visible = v.cummax(2).values.repeat_interleave(2, 1)
-    assert (softmax <= out + 1e-12).all(), "log(p exp(v)) >= p v by Jensen's inequality"
+    assert (softmax <= out + 1e-12).all(), "by Jensen's inequality, LASER should be larger"
     assert (out <= largest_visible + 1e-12).all()
 
     # a constant added to v is added to the output, and a constant v is returned

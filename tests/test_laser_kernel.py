@@ -247,7 +247,7 @@ def test_launch_compiles_once_for_each_kind_of_arguments():
 
 
 def test_second_derivatives_are_refused():
-    """The backward kernel is not differentiable; silently, they would be wrong by 11 to 51%."""
+    """The backward kernel has no gradient; without the error, they would be wrong by 11 to 51%."""
     q, k, v, _ = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
     q = q.detach().requires_grad_()
     loss = kernel.attention(q, k, v).sum() + q.pow(3).sum()
@@ -392,7 +392,7 @@ def test_kernel_compiles_as_one_graph():
 
 @gpu
 def test_kernel_on_unaligned_memory():
-    """The same shapes with and without 16-byte alignment need kernels of their own."""
+    """The same shape needs one compiled kernel with 16-byte alignment and another one without."""
     memory = torch.randn(3, 2 * 64 * 4 * 64 + 1, dtype=torch.float16, device="cuda")
     q, k, v = (t[1:].view(2, 64, 4, 64).transpose(1, 2) for t in memory)
     aligned = laser.attention(q.clone(), k.clone(), v.clone())

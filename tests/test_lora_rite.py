@@ -239,7 +239,7 @@ def test_bad_factors(case, dtype):
         assert state["M"].isfinite().all()
         assert state["packed"].isfinite().all()
     if case == "A zero too":
-        assert losses[-1] == losses[0], "with A = B = 0 there is no gradient"
+        assert losses[-1] == losses[0], "with A = B = 0 nothing should move"
     elif dtype != torch.bfloat16 or case != "cond 1e8":  # there 1e8 is rounded to 1e6
         assert losses[-1] < 0.95 * losses[0]
 

@@ -171,7 +171,7 @@ assert not {"matplotlib", "transformers", "jinja2", "requests"} & set(sys.module
 
 
 def test_another_package_named_kernels_is_not_imported(tmp_path):
-    """Hugging Face has one. Without an __init__.py of ours, Python would prefer it."""
+    """Without an __init__.py in ours, Python would import the package `kernels` of Hugging Face."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").touch()
     for source in ("import train", "import laser"):
@@ -339,7 +339,7 @@ def test_no_result_is_without_provenance():
 
 
 def test_the_repository_stands_alone():
-    """Nothing outside the repository is needed or named."""
+    """No source file names a path outside the repository."""
     home_folders = "|".join(f"/{name}/" for name in ("home", "root"))
     pattern = re.compile(rf"\.\./shared|{home_folders}")
     for path in [*SOURCE_FILES, REPOSITORY / "README.md"]:

@@ -229,7 +229,7 @@ def test_five_runs_at_once_have_five_folders(tiny):
     seeds = set()
     for name in names[1:]:
         seeds.add(load(f"out/{name}")["config"]["run"]["seed"])
-        assert len(rows(f"out/{name}")) == 4, "a header and three steps"
+        assert len(rows(f"out/{name}")) == 4, "the log should have a header and three steps"
     assert seeds == {0, 1, 2, 3, 4}
     assert len(os.listdir("out/.tokens")) == 1
 

@@ -11,7 +11,7 @@ from tests.common import gpu, small_gpt
 
 
 def windowed_softmax(q, k, v, window):
-    """Softmax attention of each query to the last `window` positions, its own included."""
+    """Compute softmax attention to the last `window` positions, each query's own included."""
     Tq = q.shape[2]
     Tk = k.shape[2]
     i = torch.arange(Tk - Tq, Tk)[:, None]
@@ -48,7 +48,7 @@ def generate(model, ids, n, **settings):
 
 
 def greedy_by_hand(model, ids, n):
-    """The likeliest tokens, each from a forward pass over the whole window."""
+    """Return the likeliest tokens, each from a forward pass over the whole context."""
     size = model.config.block_size
     window = list(ids)[-size:]
     tokens = []
@@ -188,7 +188,7 @@ def test_which_models_decode_with_a_graph_and_with_kernels(monkeypatch):
         weight = WeightOnCUDA
 
     model = small_gpt(head_dim=16)
-    assert not sample.can_fuse(model), "on a CPU there are no kernels"
+    assert not sample.can_fuse(model), "the kernels cannot run on a CPU"
     model.embed_tokens.__class__ = EmbeddingOnCUDA
     if sample.kernels is not None:
         assert sample.can_fuse(model)
@@ -201,7 +201,7 @@ def test_which_models_decode_with_a_graph_and_with_kernels(monkeypatch):
     model.dtype = torch.float32
 
     model.compile()
-    assert not sample.can_fuse(model), "a compiled model runs the user's compiled code"
+    assert not sample.can_fuse(model), "a compiled model should run as the user compiled it"
     model.is_compiled = False
 
     monkeypatch.setattr(sample, "kernels", None)
@@ -213,7 +213,7 @@ def test_which_models_decode_with_a_graph_and_with_kernels(monkeypatch):
 
 
 def sample_counts(logits, n, **settings):
-    """How often each token comes in n samples."""
+    """Return how often each token comes in n samples."""
     generator = torch.Generator().manual_seed(0)
     settings = {"limit": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
     logits = torch.tensor(logits, dtype=torch.float32)
@@ -225,7 +225,7 @@ def sample_counts(logits, n, **settings):
 
 
 def sampled_tokens(logits, **settings):
-    """The tokens that come in 200 samples."""
+    """Return the set of tokens that come in 200 samples."""
     counts = sample_counts(logits, 200, **settings)
     return {token for token, count in enumerate(counts) if count}
 

@@ -364,7 +364,7 @@ def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
 
 
 def test_compiles_once_for_all_lengths():
-    """One graph for the first length, one for all others: fullgraph refuses more than a few."""
+    """There is one graph for the first length and one for all others."""
     graphs = []
 
     def backend(graph, inputs):  # runs the graph as it is, and counts it
@@ -499,7 +499,7 @@ def test_tasks_are_what_they_say():
 
 
 def test_chance_levels():
-    """Guessing is right 25% of the time, naming the commonest value of f 53%, without composing."""
+    """Guessing scores 25%; naming the commonest value of f scores 53% without composing."""
     study = pytest.importorskip("experiments.simplicial")
     levels = study.chance_levels()
     assert levels["Match3"] == {"uniform": 0.5}
@@ -566,7 +566,7 @@ def test_runs_of_a_seed_see_the_same_examples():
             recording_task = task._replace(make_batch=recording_make_batch)
             patch.setitem(study.TASKS, "composition", recording_task)
             study.train_task("composition", name, 3, 2)
-    assert len(batches["gate"]) == 3, "two steps and the evaluation"
+    assert len(batches["gate"]) == 3, "two steps and an evaluation draw one batch each"
     assert not torch.equal(batches["gate"][0], batches["gate"][1])
     for x_softmax, x_gate in zip(batches["softmax"], batches["gate"], strict=True):
         assert torch.equal(x_softmax, x_gate)

@@ -355,7 +355,7 @@ BUILDS = [("bf16", 128, 90), ("bf16", 64, 90), ("bf16", 128, 80), ("fp32", 64, 9
 
 
 def plain_case(kernel_name, dtype, D, arch):
-    """What a call launches with w2 = 32 and one query head per KV head."""
+    """Return what a call with w2 = 32 and one query head per KV head launches, as a Case."""
     options_name = "forward" if kernel_name == "repair" else kernel_name
     config = kernel.HOPPER[options_name, D] if arch == 90 else kernel.OTHERS[options_name]
     if dtype == "fp32":
@@ -482,7 +482,7 @@ on_hopper = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
 def test_hopper_kernel_on_the_gpu(D, dtype, size):
-    """It leaves rows with huge logits to repair_kernel; both agree with the plain kernel."""
+    """hopper_kernel and, for rows with huge logits, repair_kernel agree with the plain kernel."""
     for H, Hkv, Tq, Tk, w1, w2 in HOPPER_SHAPES:
         inputs = hopper_inputs(H, Hkv, Tq, Tk, D, dtype, size)
         assert all(t.isfinite().all() for t in inputs)
@@ -520,7 +520,7 @@ def test_rows_of_the_hopper_kernel_are_independent_on_the_gpu(D, dtype, value):
             after = kernel.forward(*changed, w1, w2)[0]
             expected = torch.ones(H, Tq, dtype=torch.bool)
             expected[-1, i] = False
-            assert torch.equal((before == after).all(-1)[0].cpu(), expected), "bit for bit"
+            assert torch.equal((before == after).all(-1)[0].cpu(), expected), "another row changed"
 
         # k, v, k2 or v2 at the position of query 20
         for n, w in (1, w1), (2, w1), (3, w2), (4, w2):

@@ -377,7 +377,7 @@ def test_the_first_step_and_its_scale():
 
 
 def test_gradients_that_are_zero_at_first():
-    """Zeros for two steps, then noise; and a row of zeros throughout."""
+    """Gradients are zero for two steps, then random; one row stays zero throughout."""
     grads = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
     grads[:2] = 0
     grads[:, 3] = 0

@@ -205,7 +205,7 @@ def kernel_steps(options, grads):
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("version", ["fastest", "simple"])
 def test_kernel_on_gradients_that_are_zero_at_first(version, monkeypatch):
-    """Zeros for two steps, a row of zeros throughout, and sums that overflow: as in PyTorch."""
+    """Two steps of zeros, a row of zeros, and sums that overflow give what PyTorch gives."""
     use_small_blocks(monkeypatch)
     use_version(monkeypatch, version)
     grads = torch.randn(5, 4, 20, generator=torch.Generator().manual_seed(0))
@@ -441,7 +441,7 @@ def test_kernel_in_bfloat16_on_the_gpu(options, seed):
 
 @gpu
 def test_both_kernels_are_scale_invariant_on_the_gpu():
-    """Tensors that fit the ring of the Hopper kernel, and one that does not (odd rows)."""
+    """The first shape takes the Hopper kernel; the second, with odd rows, the simple one."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((768, 3072), (301, 1025)):
         grads = torch.randn(4, *shape, generator=generator) * 3e-5

@@ -32,7 +32,7 @@ def step(optimizer, params, grads):
 
 @pytest.mark.parametrize("options", [{}, {"band": 3, "bf16_state": True}], ids=str)
 def test_state_round_trip(options, tmp_path):
-    """Three steps, save, load; then the original and what was loaded take the same three steps."""
+    """After three steps, save and load; the loaded optimizer goes on exactly as the original."""
     generator = torch.Generator().manual_seed(0)
     (params, optimizer), (loaded_params, loaded) = make_pair(**options)
     grads = []
@@ -212,7 +212,7 @@ def test_sharded_parameters(mesh, monkeypatch):
 
 
 def test_trains(tiny):
-    """Resuming is tested in test_runs.py."""
+    """Train with train.py. Resuming is tested in test_runs.py."""
     argv = [*tiny, "--optim", "sonew:band=2", "--lr", "0.02", "--out", "out/run"]
     result = train.main(argv)
     assert result["loss"] < 3.0

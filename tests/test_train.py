@@ -321,7 +321,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(train, "cross_entropy_chunk", recording_chunk)
     ids = torch.randint(64, (2, 16))
     small_gpt()(ids, ids).backward()
-    assert len(sizes) == 8, "32 tokens in chunks of 4"
+    assert len(sizes) == 8, "32 tokens should take 8 chunks of 4"
     assert max(sizes) <= 64 * 4
 
 

@@ -26,7 +26,7 @@ def without_seconds(result):
 
 @pytest.fixture
 def run(tiny):
-    """Make a run of one step in out/a; text.txt is there too."""
+    """Make a run of one step in out/a, and prompt.txt, a part of its text."""
     train.main([*tiny, "--out", "out/a", "--steps", "1"])
     text = Path("text.txt").read_text()
     Path("prompt.txt").write_text(text[:1200])
@@ -238,7 +238,7 @@ def test_refuses_in_one_sentence(run, monkeypatch):
         limits.setattr(ttt_cost, "free_bytes", lambda device: 2**20)
         refused([*SMALL, "text.txt"], "tokens", "are free", "shorter", main=ttt_context.main)
     assert Path("text.txt").read_bytes() == text
-    assert [path.name for path in Path("out").glob("[!.]*")] == ["a"], "no new run was made"
+    assert [path.name for path in Path("out").glob("[!.]*")] == ["a"], "it made a new run"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -436,7 +436,7 @@ def test_theory():
 
 
 class DenseCache(ttt_context.FrozenCache):
-    """Attention by its definition, whose products PyTorch's counter knows."""
+    """A cache that attends by the definition, in matrix products that PyTorch's counter knows."""
 
     def attend(self, module, heads):
         return ttt_context.reference(heads[0], self.k, self.v, self.starts)

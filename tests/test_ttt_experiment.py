@@ -50,7 +50,7 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
             names, _, values = ids.view(-1, 3).T.tolist()
             pairs = set(zip(names, values))
             a_is_the_key = len(pairs) == len(set(names))  # each name has only one value
-            assert a_is_the_key == (i < 2), "column a is the key in the first two of four contexts"
+            assert a_is_the_key == (i < 2), "i = 0 and 1 should have column a as key"
     assert len(contexts) == 8, "each seed and number should have its own context"
 
 
@@ -263,7 +263,7 @@ def test_variants_get_what_they_are_called(monkeypatch):
     results = experiment.compare_variants(model, "records", 60, recipe, 1)
     assert "other-kind queries" not in results
     experiment.compare_variants(model, "records", 30, recipe, 1)
-    assert factors[-1] == 1.0, "a context shorter than those of training needs no factor"
+    assert factors[-1] == 1.0, "a context shorter than those of training should get no factor"
 
 
 def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
@@ -290,9 +290,9 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
     monkeypatch.setattr(experiment, "fit", fake_fit)
     chosen = choose(lambda lr, ids: {1e-3: 0.5, 1e-2: 0.75, 1e-1: 0.1}[lr])
     assert chosen == {"trained queries": 1e-2, "fitted temperature": 1e-1}
-    assert made == [(0, 0), (0, 2)], "seed 0, which no result uses, and one context of each kind"
+    assert made == [(0, 0), (0, 2)], "rates should be tried on one context of each kind, of seed 0"
     chosen = choose(lambda lr, ids: 0.75)
-    assert chosen["trained queries"] == 1e-3, "of equally good rates the smallest is chosen"
+    assert chosen["trained queries"] == 1e-3, "of equally good rates the smallest should be chosen"
 
     # 1e-3 has margin 1 on the first context and 0 on the second, 1e-2 has 0.4 on both
     first_ids = make_context("columns", TINY, 60, 0, 0).ids
@@ -301,7 +301,7 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
         is_first = torch.equal(ids, first_ids)
         return {1e-3: float(is_first), 1e-2: 0.4}.get(lr, 0.0)
 
-    assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts decides"
+    assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts should decide"
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -371,12 +371,12 @@ def test_study(tiny, monkeypatch, capsys):
             assert len(run["margins"]) == 4
             assert run["value"] == pytest.approx(sum(run["margins"]) / 4)
             assert 0 <= run["accuracy"] <= 1
-    assert not Path("out").exists(), "the study on a CPU leaves no cache"
+    assert not Path("out").exists(), "the study on a CPU should leave no cache"
     refused(["--full"], "GPU", main=study.main)
 
 
 def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
-    """On a CPU, with a tiny model of bytes and contexts to fit."""
+    """The full study runs here on a CPU, with a tiny model of bytes and short contexts."""
     shape = ["--block-size", "256", "--n-head", "2", "--steps", "2", "--sample", "0"]
     train.main([*tiny, *shape, "--out", "base"])
     monkeypatch.setattr(provenance, "code_hash", functools.cache(provenance.code_hash))

@@ -123,7 +123,7 @@ def test_renamed_tokens_stay_equal_where_they_were():
 
     two_copies = ids[:1].repeat(2, 1)
     permuted = sandbox.permute_tokens(two_copies, RECIPE, generator())
-    assert not torch.equal(permuted[0], permuted[1]), "each sequence has its own permutation"
+    assert not torch.equal(permuted[0], permuted[1]), "each should have its own permutation"
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_shift_looks_back():
         for i in range(5):
             assert torch.equal(y[:, h, i], v[:, h // 2, 9 + i - (h + 1)])
     start = sandbox.shift(q[:, :, :1], k[:, :, :1], v[:, :, :1])
-    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "before the first position there are zeros"
+    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "there should be zeros before the start"
 
 
 @pytest.mark.parametrize("norm", sandbox.NORMS)
@@ -203,10 +203,10 @@ def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkey
     sandbox.train_model(recipe, "QK-norm", 1)
     shares = [(targets >= 0).float().mean().item() for targets in model.targets]
     for share in shares[:20]:
-        assert 0.1 < share < 0.4, "at most a third of the tokens are values"
+        assert 0.1 < share < 0.4, "only values, a third of the tokens, should count"
     assert shares[20:] == [1.0] * 20
     values = model.targets[0][model.targets[0] >= 0]
-    assert (values >= 2 * recipe["names"]).all(), "nothing but values is predictable"
+    assert (values >= 2 * recipe["names"]).all(), "a name counts, although it is not predictable"
 
     # Adam moves a weight of constant gradient by the learning rate
     moved = [a - b for a, b in zip(model.values, model.values[1:])]
