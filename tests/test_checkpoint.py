@@ -21,7 +21,7 @@ INIT = "--init run --data text.txt --out new --device cpu --sample 0".split()
 
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory):
-    """A checkpoint after 3 of 5 steps, and the text of its run."""
+    """Return a checkpoint after 3 of 5 steps."""
     folder = tmp_path_factory.mktemp("saved")
     before = os.getcwd()
     os.chdir(folder)
@@ -35,7 +35,7 @@ def saved_run(tmp_path_factory):
 
 @pytest.fixture
 def saved(saved_run, tmp_path, monkeypatch):
-    """A copy of it to be changed, in an empty folder."""
+    """Return a copy of the checkpoint, for the test to change; work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     return copy.deepcopy(saved_run)
@@ -49,7 +49,7 @@ def write(saved):
 
 
 class Code:
-    """What a pickle can do when it is loaded."""
+    """A malicious object: to load its pickle runs a command."""
 
     def __reduce__(self):
         return os.system, ("touch run_by_the_checkpoint",)
@@ -127,18 +127,19 @@ def test_hostile_checkpoint(saved, name):
     refused(INIT, "run/ckpt.pt cannot be used", *parts)
     with pytest.raises(ValueError, match="run/ckpt.pt cannot be used"):
         train.load_model("run")
-    assert sorted(os.listdir()) == ["run"] and os.listdir("run") == ["ckpt.pt"]
+    assert sorted(os.listdir()) == ["run"]
+    assert os.listdir("run") == ["ckpt.pt"]
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped", "tar"])
 def test_damaged_checkpoint(saved, damage):
     write(saved)
-    data = bytearray(Path("run/ckpt.pt").read_bytes())
-    if damage == "flipped":
-        data[100:2000] = random.Random(0).randbytes(1900)
-    content = {"empty": b"", "cut": data[:-3000], "text": b"hello\n" * 99, "tar": b"\0" * 10240}
-    Path("run/ckpt.pt").write_bytes(content.get(damage, data))
+    data = Path("run/ckpt.pt").read_bytes()
+    noise = random.Random(0).randbytes(1900)
+    contents = {"empty": b"", "cut": data[:-3000], "text": b"hello\n" * 99, "tar": b"\0" * 10240}
+    contents["flipped"] = data[:100] + noise + data[2000:]
+    Path("run/ckpt.pt").write_bytes(contents[damage])
     refused(RESUME, "run/ckpt.pt cannot be used: it is damaged")
 
 
@@ -150,14 +151,14 @@ def test_a_checkpoint_without_permission(saved):
 
 
 def test_storage_that_is_larger_than_the_file_says(saved):
-    """The pickle in the file claims a storage of 2**40 values; the file has 16."""
+    """The pickle in the file claims a storage of 54321 values; the file has 12345."""
     saved["model"]["norm.weight"] = torch.ones(12345)
     write(saved)
     data = Path("run/ckpt.pt").read_bytes()
-    number = (12345).to_bytes(2, "little")
-    assert data.count(b"M" + number) == 2  # pickled as BININT2: the storage's size, and the shape's
+    number = b"M" + (12345).to_bytes(2, "little")  # pickle's opcode BININT2
     larger = b"M" + (54321).to_bytes(2, "little")
-    Path("run/ckpt.pt").write_bytes(data.replace(b"M" + number, larger))
+    assert data.count(number) == 2, "the number should be there as storage size and as shape"
+    Path("run/ckpt.pt").write_bytes(data.replace(number, larger))
     refused(RESUME, "run/ckpt.pt cannot be used")
 
 
@@ -172,7 +173,8 @@ def test_a_checkpoint_names_no_module_of_others(saved):
             with pytest.raises(ValueError, match="'mine', which is not part"):
                 train.load_model("run")
             refused(INIT, "'mine', which is not part")
-    # --init takes the weights, not the optimizer
+
+    # the last checkpoint names a foreign optimizer, which --init does not use
     Path("text.txt").write_text("the quick brown fox" * 50)
     assert train.main([*INIT, "--stop-after", "1"])["step"] == 1
 
@@ -202,7 +204,7 @@ def test_weights_are_compared_before_memory_is_allocated(saved, name, tensor, pa
 
 
 def test_every_tensor_counts_for_the_size(saved):
-    """All tensors together have at most twice the bytes of the file; the context may be long."""
+    """All tensors together may have twice the bytes of the file; a long context costs nothing."""
     saved["config"]["model"]["block_size"] = 10**9
     write(saved)
     size = os.path.getsize("run/ckpt.pt")
@@ -220,6 +222,7 @@ def test_every_tensor_counts_for_the_size(saved):
 
 
 def one_layer(*shapes):
+    """Return a module with a random parameter of each shape."""
     model = nn.Module()
     for i, shape in enumerate(shapes):
         model.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape)))
@@ -239,6 +242,8 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, monkeypatch):
         fails(save, model, optimizer, parts=["this run cannot be saved: it has a "])
         assert not os.listdir("run")
     save(model, torch.optim.SGD([{"params": model.parameters(), "mine": torch.Size([1])}]))
+
+    # check_values counts the bytes of tensors: 3 * 4, and 3 * 8 + 3 * 2
     assert checkpoint.check_values({"a": [torch.ones(3), (1, 2.0, "x", None, True)]}) == 12
     assert checkpoint.check_values({"a": torch.ones(3).double(), "b": torch.ones(3).half()}) == 30
 

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
 
 import train
 from support import checkpoint
 from tests.common import fails, is_equal
-
-
-def one_layer(*shapes):
-    model = nn.Module()
-    for i, shape in enumerate(shapes):
-        model.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape)))
-    return model
+from tests.test_checkpoint import one_layer
 
 
 def step(model, optimizer, n=3):
@@ -53,7 +46,7 @@ def adafactor(model):
 
 
 class Counting(torch.optim.SGD):
-    """Keeps a number in its groups, and lists, numbers and texts in its state."""
+    """A user's optimizer with a number in its groups, and a list and a text in its state."""
 
     def step(self, closure=None):
         super().step()
@@ -84,20 +77,24 @@ def test_optimizers_go_on_as_if_never_interrupted(make, tmp_path, monkeypatch):
     torch.manual_seed(1)
     step(model, optimizer)
 
+    # restore the checkpoint into a model with other weights; saved again, it is the same
     torch.manual_seed(2)
-    again = copy.deepcopy(model)
-    for p in again.parameters():
+    new_model = copy.deepcopy(model)
+    for p in new_model.parameters():
         p.data.normal_()
-    other = make(again)
+    new_optimizer = make(new_model)
     saved = torch.load("ckpt.pt", weights_only=True)
-    checkpoint.restore(again, other, saved)
-    assert all(p.grad is None for p in again.parameters())
-    checkpoint.save(Path("."), again, other, step=3)
+    checkpoint.restore(new_model, new_optimizer, saved)
+    for p in new_model.parameters():
+        assert p.grad is None
+    checkpoint.save(Path("."), new_model, new_optimizer, step=3)
     assert is_equal(torch.load("ckpt.pt", weights_only=True), saved)
+
+    # the same gradients as above lead to the same weights and state
     torch.manual_seed(1)
-    step(again, other)
-    assert is_equal(model.state_dict(), again.state_dict())
-    assert is_equal(optimizer.state_dict(), other.state_dict())
+    step(new_model, new_optimizer)
+    assert is_equal(model.state_dict(), new_model.state_dict())
+    assert is_equal(optimizer.state_dict(), new_optimizer.state_dict())
 
 
 def test_a_run_stopped_before_its_first_step_has_no_state():
@@ -109,7 +106,7 @@ def test_a_run_stopped_before_its_first_step_has_no_state():
 
 
 def test_parameters_without_a_gradient_have_no_state(tmp_path, monkeypatch):
-    """One of three parameters is not used. SGD has no state at all."""
+    """p1 never gets a gradient, so AdamW has no state for it; SGD has none for any parameter."""
     monkeypatch.chdir(tmp_path)
 
     def step_without_p1(model, optimizer):
@@ -135,7 +132,7 @@ def test_parameters_without_a_gradient_have_no_state(tmp_path, monkeypatch):
 
 @contextmanager
 def no_step_on_bad_state(optimizer):
-    """Allow one step, which allocates the state; one on the loaded state may crash a kernel."""
+    """Allow the one step that allocates the state, and no step on bad state that may crash."""
     original = optimizer.step
     n_calls = 0
 
@@ -150,7 +147,7 @@ def no_step_on_bad_state(optimizer):
 
 
 def state_cases():
-    """Yield a name, a function that damages the optimizer's state dict, and the error expected."""
+    """Yield (name, function that damages the optimizer's state dict, part of the error)."""
     shape = (4, 6)
     values = {
         "ones(3)": torch.ones(3),
@@ -209,7 +206,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(case):
 
 @pytest.mark.parametrize("make", [sonew, lora_rite, adafactor], ids=lambda make: make.__name__)
 def test_state_of_other_shapes_is_compared_too(make):
-    """Replace one tensor of the state after the other by one of three values."""
+    """Replace each tensor of the state in turn by one with three values, which must be refused."""
     model = one_layer((4, 6), (8, 4))
     optimizer = make(model)
     step(model, optimizer)
@@ -257,7 +254,7 @@ def test_state_is_copied_into_contiguous_memory(layout):
     restored = new_optimizer.state[new_model.p0]["exp_avg"]
     assert torch.equal(restored, values)
     assert restored.is_contiguous()
-    assert restored.untyped_storage().nbytes() == 4 * 24, "4 bytes for each of 24 values"
+    assert restored.untyped_storage().nbytes() == 4 * 24, "it keeps other memory alive"
     step(new_model, new_optimizer)
 
 

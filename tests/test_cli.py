@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from support import cli
 from tests.common import REPOSITORY, refused, run_script
 
@@ -37,6 +36,7 @@ class Config:
 
 
 def parse(*argv, base=None):
+    """Return the Config of these flags. base: values of a preset, which are below flags."""
     return cli.parse_configs(argv, "words", [Config], {}, lambda given: base or {})[0]
 
 
@@ -44,7 +44,8 @@ def test_a_flag_beats_the_preset_beats_the_default():
     assert parse() == Config()
     config = parse("--n", "5", "--no-maybe", "--flag", base={"n": 4, "zero": 2, "other": 1})
     assert (config.n, config.zero, config.rate, config.flag) == (5, 2, 0.5, True)
-    assert config.maybe is False and config.note == ""
+    assert config.maybe is False
+    assert config.note == ""
 
 
 @pytest.mark.parametrize(
@@ -91,28 +92,22 @@ def test_parser_errors_are_value_errors():
         refused(argv, "--help lists every flag", main=lambda argv: parse(*argv))
 
 
-def test_help_fits_80_columns(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as end:
-        train.main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and len(lines) > 60
-    assert not [line for line in lines if len(line) > 80]
-    with pytest.raises(SystemExit):
-        parse("--help")
-    assert "100% free" in capsys.readouterr().out
-
-
 def test_help_shows_what_a_call_without_flags_would_use(capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         parse("--help", base={"n": 4})
+    assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage: ") and "[--flag value ...] words" in text
+    assert text.startswith("usage: ")
+    assert "[--flag value ...] words" in text
     assert "--n N a number above 0 (default: 4)" in text
     assert "0 has a meaning (default: 0)" in text
-    assert "(default: 0.5)" in text and "(default: a)" in text
-    assert "None" not in text and "False" not in text
-    assert "--maybe, --no-maybe" in text and "--no-switch" not in text
+    assert "100% free" in text
+    assert "(default: 0.5)" in text
+    assert "(default: a)" in text
+    assert "None" not in text
+    assert "False" not in text
+    assert "--maybe, --no-maybe" in text
+    assert "--no-switch" not in text
     assert parse("--switch").switch is True
     refused(["--no-switch"], "--no-switch", main=lambda argv: parse(*argv))
 
@@ -156,13 +151,14 @@ def own_signals():
 @pytest.mark.parametrize("main, status, part", OUTCOMES, ids=range(len(OUTCOMES)))
 @pytest.mark.parametrize("stray", [{}, {"LOCAL_RANK": "1"}, {"RANK": "1"}], ids=str)
 def test_how_scripts_end(main, status, part, stray, own_signals, monkeypatch, capsys):
-    for name, value in stray.items():  # left in the environment
+    for name, value in stray.items():  # a single variable, left over from some torchrun
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
         cli.run_main(main)
     message = capsys.readouterr().err
     assert end.value.code == status
-    assert message.count("\n") == bool(part) and part in message
+    assert message.count("\n") == bool(part)
+    assert part in message
 
 
 def test_bugs_keep_their_traceback(own_signals, monkeypatch):
@@ -177,20 +173,22 @@ def test_nohup_is_respected(own_signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with pytest.raises(SystemExit) as end:
         cli.run_main(lambda: signal.raise_signal(signal.SIGHUP))
-    assert end.value.code == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert end.value.code == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_exit_status_of_the_script(tmp_path):
     done = run_script("train.py", "--steps", "0", cwd=tmp_path, env={"LOCAL_RANK": "1"})
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr == "train.py: --steps is 0; it must be at least 1 and at most 2**32\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_during_the_imports_end_in_a_line(tmp_path, signum):
-    (tmp_path / "numpy.py").write_text(
-        "print('importing', flush=True)\nimport time; time.sleep(60)"
-    )
+    # in place of numpy, a module whose import takes a minute
+    slow_import = "print('importing', flush=True)\nimport time; time.sleep(60)"
+    (tmp_path / "numpy.py").write_text(slow_import)
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -223,7 +221,7 @@ def test_output_that_cannot_be_written_ends_no_run(tiny):
             stderr=full,
         )
     os.close(write_end)
-    os.read(read_end, 1)  # like head -c 1
+    os.read(read_end, 1)  # read one byte and go away, as `head -c 1` does
     os.close(read_end)
     assert process.wait(100) == 0
     assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 8
@@ -242,6 +240,8 @@ def test_an_error_of_one_process_alone_is_shown(rank, message, own_signals, monk
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
     for name, value in {**environment, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+
+    # record the waiting and the exit of the process, instead of doing them
     waits = []
     exits = []
     monkeypatch.setattr(cli.time, "sleep", waits.append)
@@ -250,4 +250,5 @@ def test_an_error_of_one_process_alone_is_shown(rank, message, own_signals, monk
     with pytest.raises(SystemExit):
         cli.run_main(lambda: fail(ValueError("no")))
     assert capsys.readouterr().err == message
-    assert exits == [2] and len(waits) == int(rank), "the others wait to be ended by torchrun"
+    assert exits == [2]
+    assert len(waits) == int(rank), "only ranks above 0 should wait for torchrun to end them"

@@ -40,12 +40,13 @@ def load_dataset(path, block_size):
 def test_a_batch_is_a_function_of_seed_and_step():
     starts = data.batch_starts(1, 7, 1000, 8)
     assert (starts == data.batch_starts(1, 7, 1000, 8)).all()
-    assert 0 <= starts.min() and starts.max() < 1000
+    assert set(starts) <= set(range(1000))
     drawn = {tuple(starts)}
     for seed, step in ((1, 8), (2, 7), (0, 8), (8, 0), (7, 1)):
         drawn.add(tuple(data.batch_starts(seed, step, 1000, 8)))
     assert len(drawn) == 6
-    # every start is drawn, the last one included, and of an array its members alone
+
+    # starts are drawn from range(5), or from the members of an array
     assert set(data.batch_starts(0, 0, 5, 200)) == set(range(5))
     assert set(data.batch_starts(0, 0, np.array([3, 11, 40]), 200)) == {3, 11, 40}
 
@@ -53,13 +54,18 @@ def test_a_batch_is_a_function_of_seed_and_step():
 def test_windows_and_their_targets():
     tokens = np.arange(50, dtype=np.uint8)
     windows = data.read_sequences(tokens, [0, 45], 4)
-    assert windows.tolist() == [[0, 1, 2, 3, 4], [45, 46, 47, 48, 49]] and windows.dtype == np.int64
+    assert windows.tolist() == [[0, 1, 2, 3, 4], [45, 46, 47, 48, 49]]
+    assert windows.dtype == np.int64
     x, y = data.to_device(windows, CPU)
-    assert x.tolist() == [[0, 1, 2, 3], [45, 46, 47, 48]] and torch.equal(y, x + 1)
-    # what does not count has its true id as input and stays negative as target
+    assert x.tolist() == [[0, 1, 2, 3], [45, 46, 47, 48]]
+    assert torch.equal(y, x + 1)
+
+    # ~id marks a token of a prompt: as input it is id, as target it stays negative
     x, y = data.to_device(np.array([[~7, ~0, 5, 300]]), CPU)
-    assert x.tolist() == [[7, 0, 5]] and y.tolist() == [[~0, 5, 300]]
-    assert x.is_contiguous() and y.is_contiguous()
+    assert x.tolist() == [[7, 0, 5]]
+    assert y.tolist() == [[~0, 5, 300]]
+    assert x.is_contiguous()
+    assert y.is_contiguous()
 
 
 # -- the token cache -------------------------------------------------------------------------------
@@ -75,7 +81,8 @@ def test_documents_are_shuffled_alike_every_time(tmp_path):
         (tmp_path / f"d/{i:02}.txt").write_text(f"text {i}")
     expected = [f"text {i}".encode() for i in range(30)]
     random.Random(0).shuffle(expected)
-    assert bytes(load(tmp_path / "d")).split(b"\0")[:-1] == expected != sorted(expected)
+    assert expected != sorted(expected)
+    assert bytes(load(tmp_path / "d")).split(b"\0")[:-1] == expected
 
 
 def test_cache_is_used_and_follows_its_data(tmp_path, monkeypatch):
@@ -83,16 +90,17 @@ def test_cache_is_used_and_follows_its_data(tmp_path, monkeypatch):
     text.write_text("first")
     assert bytes(load(text)) == b"first\0"
     (name,) = caches(tmp_path)
-    monkeypatch.setattr(documents, "read_text", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(documents, "read_text", lambda path: pytest.fail("the cache is not used"))
     assert bytes(load(text)) == b"first\0"
     monkeypatch.undo()
 
-    # the same size and time of change as before, and yet another text
+    # another text of the same size and with the same time of change
     status = text.stat()
     text.write_text("other")
     os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert bytes(load(text)) == b"other\0"
-    assert len(caches(tmp_path)) == 1 and caches(tmp_path) != [name]
+    assert len(caches(tmp_path)) == 1
+    assert caches(tmp_path) != [name]
 
     # caches of other data, and files that are not ours, stay
     (tmp_path / "b.txt").write_text("second")
@@ -123,16 +131,15 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
     (path,) = (tmp_path / "cache").iterdir()
     raw = path.read_bytes()
     assert raw == b"some text\0" + hashlib.sha256(b"some text\0").digest()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "truncated": raw[:-33],
-            "token": raw[1:],
-            "flipped": bytes([raw[0] ^ 1]) + raw[1:],
-            "zeros": bytes(len(raw)),
-            "longer": raw + b"\0",
-        }[damage]
-    )
+    contents = {
+        "empty": b"",
+        "truncated": raw[:-33],
+        "token": raw[1:],
+        "flipped": bytes([raw[0] ^ 1]) + raw[1:],
+        "zeros": bytes(len(raw)),
+        "longer": raw + b"\0",
+    }
+    path.write_bytes(contents[damage])
     assert bytes(load(text)) == b"some text\0"
     assert path.read_bytes() == raw
 
@@ -144,6 +151,8 @@ def test_temporary_files_of_killed_processes_go_away(tmp_path):
     (name,) = caches(tmp_path)
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
+
+    # the last part of a temporary file's name is the process that writes it
     other = f"{'a' * 16}-{'b' * 16}.uint16"
     dead = [f".{name}.{process.pid}", f".{other}.{process.pid}"]
     alive = [f".{name}.{os.getpid()}", f".{name}.{os.getppid()}"]
@@ -164,7 +173,8 @@ def test_killed_while_writing_the_cache(tmp_path, monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert [name[0] for name in caches(tmp_path)] == ["."]
     assert bytes(load(tmp_path / "a.txt")) == b"some text\0"
-    assert len(caches(tmp_path)) == 1 and caches(tmp_path)[0][0] != "."
+    assert len(caches(tmp_path)) == 1
+    assert caches(tmp_path)[0][0] != "."
 
 
 def test_local_rank_left_in_the_environment(tmp_path, monkeypatch):
@@ -181,16 +191,16 @@ def test_tokens_are_stored_in_the_smallest_type(tmp_path, n_vocab, dtype):
     assert data.token_dtype(n_vocab, False) == np.dtype(dtype)
     assert data.token_dtype(n_vocab, True) == np.int32
 
-    class Highest(ByteTokenizer):  # its end of text is its highest id
+    class LargeTokenizer(ByteTokenizer):  # its end of text is its highest id
         eot_token = n_vocab - 1
 
-    Highest.n_vocab = n_vocab
+    LargeTokenizer.n_vocab = n_vocab
     (tmp_path / "a.txt").write_text("ab")
-    tokens = load(tmp_path / "a.txt", Highest())
+    tokens = load(tmp_path / "a.txt", LargeTokenizer())
     assert tokens.tolist() == [97, 98, n_vocab - 1]
 
 
-def test_what_stands_before_a_document_and_no_end(tmp_path):
+def test_documents_begin_with_start_tokens_and_need_an_end_token(tmp_path):
     class Start(ByteTokenizer):
         start = [1, 2]
 
@@ -214,9 +224,11 @@ def test_a_twentieth_is_held_out(tmp_path, capsys):
     raw = text.encode() + b"\0"
     dataset = load_dataset(tmp_path / "a.txt", 16)
     n_val = int(len(raw) * 0.05)
-    assert bytes(dataset.train) == raw[:-n_val] and bytes(dataset.val) == raw[-n_val:]
-    # the last window of each ends with its last token
-    assert dataset.starts == len(dataset.train) - 16 and dataset.val_starts == n_val - 16
+    assert bytes(dataset.train) == raw[:-n_val]
+    assert bytes(dataset.val) == raw[-n_val:]
+
+    # the last window of each split ends with its last token
+    assert (dataset.starts, dataset.val_starts) == (len(dataset.train) - 16, n_val - 16)
     for tokens, starts in ((dataset.train, dataset.starts), (dataset.val, dataset.val_starts)):
         assert data.read_sequences(tokens, [starts - 1], 16)[0, -1] == tokens[-1]
     assert dataset.fingerprint == {"tokens": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
@@ -234,7 +246,7 @@ def test_a_short_text_holds_out_one_window(tmp_path):
 
 
 def test_bits_per_byte_ignores_prompts():
-    class TwoByteTokenizer(ByteTokenizer):
+    class TwoByteTokenizer(ByteTokenizer):  # bytes, and a token 300 of two bytes
         def decode_bytes(self, ids):
             return b"".join(b"ab" if i == 300 else bytes([i]) for i in ids)
 
@@ -309,7 +321,8 @@ def test_split_of_answers_by_hand():
     assert split(tokens, n_val=6) == (9, [0, 3], [0])
     assert split(tokens, n_val=7) == (6, [0], [0, 3])
 
-    # sequences that just fit before the boundary count; the prompt of four tokens is too long
+    # the sequences at 4 and 14 just fit before the boundary; the prompt of four tokens at 8 is
+    # too long
     example = [~1, 5, 6, 0]
     tokens = np.array(example * 2 + [~1] * 4 + [5, 0] + example * 2, np.int32)
     assert split(tokens, n_val=4) == (18, [0, 4, 14], [0])

@@ -40,9 +40,11 @@ def test_logits_equal_those_of_transformers(tmp_path, family):
     model, _ = train.load_model(tmp_path)
     ids = torch.randint(320, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours, theirs = model(ids), truth(ids).logits
+        ours = model(ids)
+        theirs = truth(ids).logits
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 0.5
+    assert (ours - theirs).abs().max() < 1e-5
+    assert ours.std() > 0.5
 
     low, _ = train.load_model(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in low.parameters() if p.dim() > 1} == {torch.bfloat16}
@@ -99,7 +101,7 @@ def test_shapes_are_those_of_the_gpt():
 
 
 def edit(name, change):
-    """A change to a JSON file of the folder."""
+    """Return a function that changes a JSON file of a folder."""
 
     def apply(folder):
         content = json.loads((folder / name).read_text())
@@ -110,7 +112,7 @@ def edit(name, change):
 
 
 def edit_tensors(change):
-    """A change to the tensors of the second of three shards."""
+    """Return a function that changes the tensors in the second of a folder's three shards."""
 
     def apply(folder):
         path = sorted(folder.glob("*.safetensors"))[1]
@@ -122,6 +124,8 @@ def edit_tensors(change):
 
 
 def cut(shard, keep):
+    """Return a function that cuts one of a folder's shards to its bytes [:keep]."""
+
     def apply(folder):
         path = sorted(folder.glob("*.safetensors"))[shard]
         path.write_bytes(path.read_bytes()[:keep])
@@ -261,18 +265,19 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def good_folder(tmp_path_factory):
-    """A folder that loads, with its weights in three files or more."""
+    """Make a folder that loads, with its weights in three files or more."""
     folder = tmp_path_factory.mktemp("good") / "hf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface, "SHARD_BYTES", 40_000)
         make_folder(folder)
-    assert len(list(folder.glob("*.safetensors"))) >= 3 and train.load_model(folder)
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    assert train.load_model(folder)
     return folder
 
 
 @pytest.fixture
 def copied(good_folder, tmp_path, monkeypatch):
-    """A copy of the good folder, called hf, to be spoiled."""
+    """Return a copy of the good folder, called hf, for the test to damage."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(good_folder, "hf")
     return Path("hf")
@@ -312,21 +317,32 @@ def test_a_tied_head_that_is_the_embedding_is_fine(hf):  # noqa: F811
 def test_training_goes_on_from_pretrained_weights(hf):  # noqa: F811
     folder = hf(qk_norm=True, tied=False, n_kv_head=2)
     Path("text.txt").write_text(TEXT * 60)
-    flags = "--init hf --data text.txt --batch-size 2 --device cpu --sample 0 --eval-batches 1"
-    flags = flags.split()
+    flags = "--init hf --data text.txt --device cpu --sample 0 --eval-batches 1".split()
+    scores = train.main([*flags, "--eval-only"])
+    assert 0 < scores["val_loss"] < 100
+    assert 0 < scores["val_bpb"] < 100
+
+    # at a tiny rate, training and resuming leave the weights as they were
     run = train.main([*flags, "--steps", "4", "--lr", "1e-9", "--stop-after", "2"])
     out = Path(run["out"])
     record = json.loads((out / "config.json").read_text())
-    assert record["model"]["block_size"] == 64 and record["run"]["lr"] == 1e-9
+    assert record["model"]["block_size"] == 64
+    assert record["run"]["lr"] == 1e-9
     assert record["run"]["tokenizer"] == "hf"
     assert train.main(["--resume", str(out), "--device", "cpu", "--sample", "0"])["step"] == 4
-    (a, words), (b, _) = train.load_model(out), train.load_model(folder)
-    for p, q in zip(a.parameters(), b.parameters()):
-        assert (p - q).abs().max() < 1e-7
-    assert words.start == [] and words.chat([{"role": "user", "content": "the"}])
-    run = train.main([*flags, "--steps", "1", "--block-size", "16", "--out", "out/b"])
+    trained, tokenizer = train.load_model(out)
+    original, _ = train.load_model(folder)
+    for p, original_p in zip(trained.parameters(), original.parameters()):
+        assert (p - original_p).abs().max() < 1e-7
+    assert tokenizer.start == []
+    assert tokenizer.chat([{"role": "user", "content": "the"}])
+
+    # the default settings are those of fine-tuning
+    train.main([*flags, "--stop-after", "1", "--block-size", "16", "--out", "out/b"])
     record = json.loads(Path("out/b/config.json").read_text())
-    assert record["run"]["lr"] == 2e-5 and record["model"]["block_size"] == 16
+    assert record["model"]["block_size"] == 16
+    recipe = {name: record["run"][name] for name in ("batch_size", "steps", "lr")}
+    assert recipe == {"batch_size": 16, "steps": 200, "lr": 2e-5}
     refused([*flags, "--n-layer", "3"], "--n-layer is 3")
     refused(["--resume", "hf"], "hf holds no run: there is no hf/ckpt.pt")
 
@@ -335,6 +351,7 @@ def test_training_goes_on_from_pretrained_weights(hf):  # noqa: F811
     assert json.loads(Path("new/config.json").read_text())["max_position_embeddings"] == 64
 
 
+# print how much more memory loading takes at its peak, relative to the size of the weights
 MEMORY = """
 import re, sys, torch, train
 from pathlib import Path
@@ -363,10 +380,10 @@ def test_loading_takes_the_memory_of_one_copy(hf):  # noqa: F811
 def test_weights_are_read_when_they_are_asked_for(hf):  # noqa: F811
     folder = hf()
     weights = huggingface.load_checkpoint(folder)["model"]
-    names = list(weights)
-    assert len(weights) == len(names) and "norm.weight" in weights
+    assert len(weights) == len(list(weights))
+    assert "norm.weight" in weights
     assert "lm_head.weight" not in weights
-    assert weights["norm.weight"] is not weights["norm.weight"]
+    assert weights["norm.weight"] is not weights["norm.weight"], "a read tensor is kept"
     with pytest.raises(KeyError):
         weights["nothing"]
     (folder / "model.safetensors").unlink()
@@ -374,7 +391,7 @@ def test_weights_are_read_when_they_are_asked_for(hf):  # noqa: F811
 
 
 def test_smollm2():
-    """The real one, where it lies beside the repository."""
+    """Load the real SmolLM2, if it lies beside the repository."""
     places = (REPOSITORY.parent / "smollm2", REPOSITORY.parent / "shared/smollm2")
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:

@@ -36,18 +36,19 @@ def test_transformers_loads_what_was_exported(tmp_path, monkeypatch, family, cap
     state = data.tokenizer_state(tokenizer)
     huggingface.export("new", model.state_dict(), asdict(model.config), state)
     assert "exported new, in float32\n" in capsys.readouterr().out
-    assert len(list(Path("new").glob("*.safetensors"))) > 2 and not list(Path().glob(".new*"))
+    assert len(list(Path("new").glob("*.safetensors"))) > 2
+    assert not list(Path().glob(".new*"))
 
     library = transformers()
     truth, report = library.AutoModelForCausalLM.from_pretrained("new", output_loading_info=True)
-    assert not any(report.values()), report
+    assert not any(report.values()), f"missing or unexpected weights: {report}"
     ids = torch.randint(320, (1, 16))
     with torch.no_grad():
         assert (model(ids) - truth(ids).logits).abs().max() < 1e-5
     assert is_equal(train.load_model(Path("new"))[0].state_dict(), model.state_dict())
     assert Path("new/tokenizer.json").read_bytes() == Path("hf/tokenizer.json").read_bytes()
-    words = library.AutoTokenizer.from_pretrained("new")
-    assert words("the over")["input_ids"] == tokenizer.encode("the over")
+    exported_tokenizer = library.AutoTokenizer.from_pretrained("new")
+    assert exported_tokenizer("the over")["input_ids"] == tokenizer.encode("the over")
 
     export_run(Path("new"), "low", torch.bfloat16)
     low = library.AutoModelForCausalLM.from_pretrained("low", dtype="auto")
@@ -71,7 +72,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     tensors = load_file(next(iter(Path("new").glob("*.safetensors"))))
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
-    # changed settings go where the original file has them
+    # changed settings keep the names and places that they have in the original file
     config = {**config, "block_size": 4096, "rope_theta": 77.0, "norm_eps": 1e-3}
     huggingface.export("newer", saved["model"], config, saved["tokenizer"], torch.float32)
     after = json.loads(Path("newer/config.json").read_text())
@@ -80,7 +81,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     assert after == {**before, **changed, "dtype": "float32"}
     assert huggingface.read_config(Path("newer"))["rope_theta"] == 77.0
 
-    # the same with a config.json from before transformers 5, by way of a saved checkpoint
+    # the same for a config.json in the form before transformers 5, saved in a checkpoint between
     edit_json(Path("hf/config.json"), rope_parameters=None, rope_theta=5e5)
     edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32", head_dim=None)
     saved = huggingface.load_checkpoint(Path("hf"))
@@ -155,7 +156,8 @@ def test_export_writes_no_file_but_its_own(hf):  # noqa: F811
     saved["tokenizer"]["files"]["model.safetensors"] = "overwritten"
     config = asdict(train.GPTConfig(**saved["config"]["model"]))
     huggingface.export("new", saved["model"], config, saved["tokenizer"])
-    assert not Path("evil").exists() and train.load_model(Path("new"))
+    assert not Path("evil").exists()
+    assert train.load_model(Path("new"))
 
 
 def test_export_copies_tensors_that_share_memory(tmp_path):

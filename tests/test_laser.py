@@ -1,4 +1,4 @@
-"""laser.py: the definition, its gradient, what the future may not do, and the study."""
+"""laser.py: the definition, its gradient, causality, and the study."""
 
 import csv
 import json
@@ -29,13 +29,13 @@ def laser_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=8, std=1.0, dtype=torch.float64):
 def test_reference_is_the_definition():
     q, k, v = laser_inputs(Tq=3, Tk=5)
     out = laser.reference(q, k, v)
-    for h, i, d in ((0, 0, 0), (3, 1, 5), (2, 2, 7)):
-        kv_head = h // 2
-        visible = i + 3
-        logits = k[1, kv_head, :visible] @ q[1, h, i] / 8**0.5
+    for head, query, channel in ((0, 0, 0), (3, 1, 5), (2, 2, 7)):
+        kv_head = head // 2
+        n_keys = query + 3  # the three queries are the last of five positions
+        logits = k[1, kv_head, :n_keys] @ q[1, head, query] / 8**0.5
         p = logits.softmax(0)
-        expected = (p * v[1, kv_head, :visible, d].exp()).sum().log()
-        assert abs(out[1, h, i, d] - expected) < 1e-12
+        expected = (p * v[1, kv_head, :n_keys, channel].exp()).sum().log()
+        assert abs(out[1, head, query, channel] - expected) < 1e-12
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0, 40.0])
@@ -96,7 +96,7 @@ def test_properties():
 
     # between softmax attention and the largest visible value
     largest_visible = v.cummax(2).values.repeat_interleave(2, 1)
-    assert (softmax <= out + 1e-12).all(), "Jensen's inequality"
+    assert (softmax <= out + 1e-12).all(), "by Jensen's inequality, LASER should be larger"
     assert (out <= largest_visible + 1e-12).all()
 
     # a constant added to v is added to the output, and a constant v is returned
@@ -116,7 +116,7 @@ def test_the_future_changes_nothing(jump):
     changed[:, :, 30, 2] += jump
     before = laser.attention(q, k, v)
     after = laser.attention(q, k, changed.requires_grad_())
-    assert torch.equal(before[:, :, :30], after[:, :, :30]), "bit for bit"
+    assert torch.equal(before[:, :, :30], after[:, :, :30]), "an output saw a later value"
     truth = laser.reference(*(t.double() for t in (q, k, changed)))
     assert (after.double() - truth).abs().max() < 1e-5 * max(1, abs(jump))
     assert torch.autograd.grad(after.sum(), changed)[0].isfinite().all()
@@ -215,10 +215,10 @@ def test_the_probe_computes_what_it_probes():
     loss = model(x, x).item()
     probes, probed_loss = study.probe_model(model, x, x)
     assert abs(probed_loss - loss) < 1e-6
-    assert len(probes) == 2, "one per layer"
+    assert len(probes) == 2, "each of the two layers should have a probe"
     for probe in probes:
         assert probe.out.grad.shape == (2, 4, 16, 8)  # (B, H, T, D)
-    assert abs(model(x, x).item() - loss) < 1e-6, "the probe leaves the model as it was"
+    assert abs(model(x, x).item() - loss) < 1e-6, "the probe should leave the model as it was"
 
 
 def test_gradients_at_the_logits_are_those_of_autograd():
@@ -233,7 +233,7 @@ def test_gradients_at_the_logits_are_those_of_autograd():
 
 
 def test_peaked_rows_are_those_with_one_large_probability(monkeypatch):
-    """A row of attention, the probabilities of one query, is peaked if one exceeds PEAKED."""
+    """A row of attention (one query's probabilities) is peaked if one of them exceeds PEAKED."""
     model = small_gpt(attn="laser")
     x = torch.randint(64, (2, 16))
     monkeypatch.setattr(study, "PEAKED", 0.0)
@@ -242,6 +242,8 @@ def test_peaked_rows_are_those_with_one_large_probability(monkeypatch):
     assert n_rows == layers * sequences * heads * queries
     assert 0 < gradients["softmax"] < 100
     assert 0 < gradients["LASER"] < 100
+
+    # no probability exceeds 1.1
     monkeypatch.setattr(study, "PEAKED", 1.1)
     with pytest.raises(ValueError, match="train longer"):
         study.peaked_gradients(model, x, x)
@@ -252,7 +254,7 @@ def test_the_papers_form_underflows_and_ours_does_not():
     for name, row in errors.items():
         assert row["ours"] < 1e-4, name
     assert errors["last value + 10"]["paper"] < 1e-5
-    assert errors["last value + 110"]["paper"] is None
+    assert errors["last value + 110"]["paper"] is None  # not finite
     assert errors["values of std 100"]["paper"] is None
 
 

@@ -11,7 +11,7 @@ from experiments import laser_gradients, runner
 
 
 def test_gradients_are_those_at_the_logits():
-    """Add a small number to the logits of one row: the loss changes by its gradient there."""
+    """The study's gradients equal those that autograd gives where the logits are a tensor."""
     torch.manual_seed(0)
     config = train.GPTConfig(vocab_size=32, n_layer=1, n_embd=16, n_head=1)
     model = train.GPT(config)
@@ -19,19 +19,20 @@ def test_gradients_are_those_at_the_logits():
     x, y = torch.randint(32, (2, 1, 6))
     logits_gradient = torch.zeros(6, 6)
 
-    def keep(gradient):
+    def save_gradient(gradient):
         logits_gradient.copy_(gradient[0, 0])
 
     def attention_with_probe(q, k, v):
         scores = q @ k.mT * q.shape[3] ** -0.5
         mask = torch.ones(6, 6, dtype=torch.bool).tril()
         scores = scores.masked_fill(~mask, -torch.inf)
-        scores.register_hook(keep)
+        scores.register_hook(save_gradient)
         return scores.softmax(-1) @ v
 
     measured = laser_gradients.gradients_by_layer(model, "softmax", x, y)
     model.layers[0].self_attn.function = attention_with_probe
     model(x, y).backward()
+    # the loss is a mean over 6 tokens; the study reports gradients of a single token's loss
     expected = logits_gradient.abs().sum(-1).mean().item() * 6
     assert measured == pytest.approx([expected], rel=1e-4)
 

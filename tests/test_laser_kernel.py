@@ -28,7 +28,7 @@ SHAPES = [  # Tq, Tk, H, Hkv, D
 
 
 def published(q, k, v):
-    """The paper's form, in the dtype of its inputs: log(p exp(v - max v)) + max v."""
+    """Compute the paper's form, log(p exp(v - max v)) + max v, in the dtype of the inputs."""
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, 1)  # (B, H, Tk, D)
     v = v.repeat_interleave(groups, 1)
@@ -58,7 +58,8 @@ def kernel_inputs(Tq, Tk, H, Hkv, D, dtype, std=1.0, seed=0, B=2):
 def check(*shape, dtype, std=1.0, deterministic=True, change=None, seed=0, B=2):
     """Compare the output and the gradients with the reference in float64.
 
-    deterministic: new tensors are filled with NaN, and two runs on a GPU must be equal.
+    shape: Tq, Tk, H, Hkv, D. change: a function that changes v in place. deterministic: new
+    tensors are filled with NaN, and two runs on a GPU must be equal.
     """
     q, k, v, grad_out = kernel_inputs(*shape, dtype, std, seed, B)
     if change:
@@ -130,7 +131,7 @@ def check_causality(*shape, dtype, tolerance):
 
     A change of v by 50 or more may switch the head to a slower path, which rounds differently.
     """
-    # standard deviation of v: changes of one value
+    # for values of this standard deviation: what is added to one of them
     v_changes = {4.0: [2.0], 0.02: [0.1], 1.0: [50.0, 110.0, 300.0, math.inf, math.nan]}
     t = shape[0] - 7
     for std, changes in v_changes.items():
@@ -159,7 +160,8 @@ def check_constants(dtype):
     q, k, v, _ = kernel_inputs(40, 40, 2, 1, 16, dtype, B=1)
     for size in (1e-3, 1.0, 77.0, 1e4):
         constant = (v[:, :, :1] * size).expand_as(v)
-        assert torch.equal(kernel.attention(q, k, constant), constant.expand_as(q)), "exactly v"
+        out = kernel.attention(q, k, constant)
+        assert torch.equal(out, constant.expand_as(q)), "equal values should come out exactly"
     one_key = kernel.attention(q[:, :, :1], k[:, :, :1], v[:, :, :1])
     assert torch.equal(one_key, v[:, :, :1].expand_as(one_key))
 
@@ -203,7 +205,7 @@ def test_kernel_of_nothing(B, Tq):
 
 
 class FakeKernel:
-    """Records how it is launched: itself where Triton would compile, then what it returned."""
+    """Stands for a Triton kernel: records each launch and returns itself as the compiled binary."""
 
     def __init__(self):
         self.calls = []
@@ -228,9 +230,11 @@ def test_launch_compiles_once_for_each_kind_of_arguments():
         assert arguments[2:] == (*numbers, D)
         return grid
 
+    # a first launch goes through Triton with a 2-D grid, later ones to the binary with a 3-D grid
     assert launch() == (5, 7)
-    assert fake.calls[0][2] == {"num_warps": 8, "num_stages": 3}
-    assert launch() == (5, 7, 1), "the second launch needs no compilation, which takes a 2-D grid"
+    _, _, options = fake.calls[0]
+    assert options == {"num_warps": 8, "num_stages": 3}
+    assert launch() == (5, 7, 1), "the second launch was compiled again"
     for change in (
         {"numbers": (4, 0.5)},
         {"D": 32},
@@ -243,7 +247,7 @@ def test_launch_compiles_once_for_each_kind_of_arguments():
 
 
 def test_second_derivatives_are_refused():
-    """The backward kernel is not differentiable; silently, they would be wrong by 11 to 51%."""
+    """The backward kernel has no gradient; without the error, they would be wrong by 11 to 51%."""
     q, k, v, _ = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
     q = q.detach().requires_grad_()
     loss = kernel.attention(q, k, v).sum() + q.pow(3).sum()
@@ -258,7 +262,7 @@ EXP_V_POINTERS = ("x_ptr", "exp_v_ptr", "grad_x_ptr", "dv_ptr")
 
 
 def pointer_types(dtype):
-    """Types of the pointers that are not to the dtype of q."""
+    """Return the Triton types of those pointers whose dtype is not that of q."""
     types = {name: "*fp32" for name in FP32_POINTERS}
     types["is_wide_ptr"] = "*i32"
     exp_dtype = "bf16" if dtype == "bf16" else "fp32"
@@ -267,31 +271,34 @@ def pointer_types(dtype):
 
 
 def attention_cases(dtype, D, archs):
+    """Yield a Case per attention kernel and GPU; archs are compute capabilities: 90 is 9.0."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     names = ("attn_fwd_kernel", "attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel")
     for arch in archs:
-        configs = kernel.get_configs(torch_dtype, D, arch == 90)
+        configs = kernel.get_configs(torch_dtype, D, is_hopper=arch == 90)
         for name, config in zip(names, configs):
             constants = {"D": D, **config}
-            warps = constants.pop("num_warps")
-            stages = constants.pop("num_stages")
-            yield Case(name, constants, pointer_types(dtype), dtype, arch, warps, stages)
+            num_warps = constants.pop("num_warps")
+            num_stages = constants.pop("num_stages")
+            types = pointer_types(dtype)
+            yield Case(name, constants, types, dtype, arch, num_warps, num_stages)
 
 
 def elementwise_and_fallback_cases(archs):
+    """Yield a Case per GPU for the kernels around attention, with the launch options of calls."""
     constants = {"D": 128, "BLOCK_T": kernel.BLOCK_T}
     exp_constants = {"D": 128, "SLICE": kernel.SLICE, "BLOCK_T": 4 * kernel.BLOCK_T}
     types = pointer_types("bf16")
     for arch in archs:
-        yield Case("exp_kernel", exp_constants, types, "bf16", arch, 8)
+        yield Case("exp_kernel", exp_constants, types, "bf16", arch, num_warps=8)
         for name in ("log_kernel", "grad_x_kernel", "grad_v_kernel"):
             yield Case(name, constants, types, "bf16", arch)
         for name in ("fallback_fwd_kernel", "fallback_bwd_kernel"):
-            yield Case(name, constants, types, "bf16", arch, 8)
+            yield Case(name, constants, types, "bf16", arch, num_warps=8)
 
 
 def test_kernels_build_for_four_gpus():
-    cases = [
+    cases = [  # 80: A100, 90: H100 and H200, 100: B200, 120: RTX 50
         *attention_cases("bf16", 128, (80, 90, 100, 120)),
         *attention_cases("bf16", 64, (90, 120)),
         *attention_cases("fp16", 128, (80, 120)),  # one config for all GPUs
@@ -329,7 +336,7 @@ def test_kernel_on_values_of_every_size_on_the_gpu(change, deterministic):
 
 
 def relative_errors(function, definition, inputs):
-    """Errors of output and gradients, compared with the definition in float64."""
+    """Return the relative errors of output and gradients to the definition in float64."""
     ours = with_gradients(function, *inputs)
     truth = with_gradients(definition, *(t.double() for t in inputs))
     return {name: (ours[name].double() - t).norm() / t.norm() for name, t in truth.items()}
@@ -338,7 +345,7 @@ def relative_errors(function, definition, inputs):
 @gpu
 @BOTH_WAYS
 def test_kernel_in_bfloat16(deterministic):
-    """What float64 cannot be asked about: the future, constants, small values."""
+    """Causality, constant values and small values, at the precision of bfloat16."""
     torch.use_deterministic_algorithms(deterministic)
     try:
         check_causality(300, 300, 4, 2, 64, dtype=torch.bfloat16, tolerance=0.05)
@@ -378,14 +385,14 @@ def test_kernel_compiles_as_one_graph():
     eager = with_gradients(laser.attention, q, k, v, grad_out)
     for name in eager:
         assert torch.allclose(ours[name].float(), eager[name].float(), atol=0.02, rtol=0.02)
-    for T in (90, 130, 77):  # the second length makes the shape symbolic
+    for T in (90, 130, 77):  # torch.compile makes T symbolic at the second length
         out = compiled(q[:, :, :T], k[:, :, :T], v[:, :, :T])
         assert torch.allclose(out.float(), laser.attention(q, k, v)[:, :, :T].float(), atol=0.05)
 
 
 @gpu
 def test_kernel_on_unaligned_memory():
-    """The same shapes with and without 16-byte alignment need kernels of their own."""
+    """The same shape needs one compiled kernel with 16-byte alignment and another one without."""
     memory = torch.randn(3, 2 * 64 * 4 * 64 + 1, dtype=torch.float16, device="cuda")
     q, k, v = (t[1:].view(2, 64, 4, 64).transpose(1, 2) for t in memory)
     aligned = laser.attention(q.clone(), k.clone(), v.clone())
@@ -402,7 +409,9 @@ def test_kernel_in_a_cuda_graph():
     with torch.cuda.graph(graph):
         out = laser.attention(*leaves)
         gradients = torch.autograd.grad(out, leaves, grad_out)
-    v.mul_(100)  # a wide head takes the fallback, without a new capture
+
+    # now the values have a wide range, which the replayed graph must leave to the fallback
+    v.mul_(100)
     leaves[2].data.copy_(v)
     graph.replay()
     expected = with_gradients(laser.attention, q, k, v, grad_out)

@@ -52,7 +52,7 @@ def test_adapters_start_at_zero_freeze_the_rest_and_merge():
     plain = small_gpt()
     ids = torch.randint(64, (2, 9))
     new = lora.inject(small_gpt(), 3)
-    assert torch.equal(new(ids), plain(ids)), "B is 0"
+    assert torch.equal(new(ids), plain(ids)), "with B = 0, new adapters should change nothing"
 
     # only A and B of the targets are trained
     model = adapted()
@@ -79,7 +79,7 @@ def test_adapters_start_at_zero_freeze_the_rest_and_merge():
             assert not lora.adapters(merged)
             assert not any(p.requires_grad for p in merged.parameters())
             assert not any(module._forward_hooks for module in merged.modules())
-    lora.inject(model, 2)  # can be repeated
+    lora.inject(model, 2)  # after merging, a model takes new adapters
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -113,7 +113,7 @@ def test_adapt_has_options_that_a_spec_can_set():
     adapters = lora.adapters(model)
     layer_names = sorted(name.rpartition(".")[2] for name in adapters)
     targets = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert layer_names == sorted(targets * 2), "in both layers"
+    assert layer_names == sorted(targets * 2), "each linear layer should have an adapter"
     for linear in adapters.values():
         assert linear.lora_A.shape[0] == 4
         assert linear.lora_scale == 2.0
@@ -165,7 +165,7 @@ def test_bad_targets_and_ranks_are_refused(arguments, part):
     model = small_gpt()
     with pytest.raises(ValueError, match=part):
         lora.inject(model, *arguments)
-    assert not lora.adapters(model), "nothing was touched"
+    assert not lora.adapters(model), "a refused call should leave the model as it was"
     assert all(p.requires_grad for p in model.parameters())
     assert not model._forward_hooks
 
@@ -192,8 +192,8 @@ def test_the_largest_rank_is_the_smaller_side_of_a_layer():
 # -- layers that cannot carry an adapter -----------------------------------------------------------
 
 
-class Two(nn.Module):
-    """x -> b(a(x)), where tests replace parts"""
+class TwoLayers(nn.Module):
+    """x -> b(a(x)); tests replace the layers or their weights."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +205,7 @@ class Two(nn.Module):
 
 
 class Sharded(torch.Tensor):
-    """Stands for DTensor and for the quantized weights of other libraries."""
+    """A subclass of Tensor, as DTensor and the quantized weights of other libraries are."""
 
 
 def shared_weight(model):
@@ -269,7 +269,7 @@ NOT_PLAIN = [weight_norm, old_weight_norm, integers, float8, meta, lazy, sharded
 @pytest.mark.filterwarnings("ignore:.*weight_norm:DeprecationWarning")
 @pytest.mark.parametrize("spoil", SHARED + NOT_PLAIN)
 def test_shared_and_special_weights_are_refused(spoil):
-    model = Two()
+    model = TwoLayers()
     spoil(model)
     part = "the weight of a is shared" if spoil in SHARED else "is no plain tensor of floats"
     with pytest.raises(ValueError, match=part):
@@ -278,7 +278,7 @@ def test_shared_and_special_weights_are_refused(spoil):
 
 
 def test_a_layer_that_is_called_twice_is_fine():
-    model = Two()
+    model = TwoLayers()
     model.b = model.a
     lora.inject(model, 2, targets=("a",))
     nn.init.normal_(model.a.lora_B)
@@ -288,9 +288,9 @@ def test_a_layer_that_is_called_twice_is_fine():
 
 
 def test_a_layer_that_is_never_called_is_refused_at_the_first_pass():
-    """Its weight may be used by other means, so the adapter would act only once it is merged."""
+    """If only its weight is used, the adapter would have no effect until it is merged."""
 
-    class Functional(Two):
+    class Functional(TwoLayers):
         def forward(self, x):
             return F.linear(self.a(x), self.b.weight)
 
@@ -299,7 +299,7 @@ def test_a_layer_that_is_never_called_is_refused_at_the_first_pass():
         model(torch.randn(3, 6))
     model = lora.inject(Functional(), 2, targets=("a",))
     assert model(torch.randn(3, 6)).shape == (3, 6)
-    assert not model._forward_hooks, "only the first pass is checked"
+    assert not model._forward_hooks, "the check should be removed after the first pass"
 
     attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     lora.inject(attention, 2, targets=("out_proj", "linear1"))
@@ -308,7 +308,7 @@ def test_a_layer_that_is_never_called_is_refused_at_the_first_pass():
 
 
 def test_the_output_layer():
-    """Tied, it is the embedding; else the loss multiplies with its weight and does not call it."""
+    """A tied lm_head is the embedding; another one is not called, as the loss uses its weight."""
     with pytest.raises(ValueError, match="no linear layer is called 'lm_head'"):
         lora.inject(small_gpt(), 2, targets=("lm_head",))
     model = small_gpt(tied=False)
@@ -362,9 +362,12 @@ def saved_weights(folder):
 
 
 def without(flags, *names):
-    """Leave out flags and their values."""
-    pairs = list(zip(flags[::2], flags[1::2]))
-    return [part for pair in pairs if pair[0] not in names for part in pair]
+    """Return the flags and their values, without the flags of these names."""
+    kept = []
+    for flag, value in zip(flags[::2], flags[1::2]):
+        if flag not in names:
+            kept += [flag, value]
+    return kept
 
 
 @pytest.fixture
@@ -381,37 +384,38 @@ def test_training_resumes_and_merges(base):
     train.main([*flags, "--out", "out/whole"])
     train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
     train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "0"])
-    a = train.load_checkpoint(Path("out/whole"))
-    b = train.load_checkpoint(Path("out/parts"))
-    assert is_equal(a["model"], b["model"])
-    assert is_equal(a["optimizer"], b["optimizer"])
+    whole = train.load_checkpoint(Path("out/whole"))
+    parts = train.load_checkpoint(Path("out/parts"))
+    assert is_equal(whole["model"], parts["model"])
+    assert is_equal(whole["optimizer"], parts["optimizer"])
+    weights = whole["model"]
 
     # only the adapters are trained
     start = saved_weights("out/base")
-    for name, weight in a["model"].items():
+    for name, weight in weights.items():
         if "lora" not in name:
             assert torch.equal(weight, start[name])
     rows = list(csv.DictReader(open("out/whole/log.csv")))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.05
 
-    # read again, the adapters are merged
-    model, _ = train.load_model(Path("out/whole"))
-    q = model.layers[0].self_attn.q_proj.weight
+    # load_model merges the adapters, with their scale alpha / rank = 2
+    merged, _ = train.load_model(Path("out/whole"))
+    merged_weight = merged.layers[0].self_attn.q_proj.weight
     name = "layers.0.self_attn.q_proj"
-    Z = a["model"][f"{name}.lora_B"] @ a["model"][f"{name}.lora_A"]
-    assert torch.allclose(q, a["model"][f"{name}.weight"] + 2 * Z, atol=1e-6)
-    assert (q - a["model"][f"{name}.weight"]).abs().max() > 1e-4
-    again = train.GPT(model.config)
-    lora_rite.adapt(again, rank=3, alpha=6.0)
-    again.load_state_dict(a["model"])
+    Z = weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+    assert torch.allclose(merged_weight, weights[f"{name}.weight"] + 2 * Z, atol=1e-6)
+    assert (merged_weight - weights[f"{name}.weight"]).abs().max() > 1e-4
+    with_adapters = train.GPT(merged.config)
+    lora_rite.adapt(with_adapters, rank=3, alpha=6.0)
+    with_adapters.load_state_dict(weights)
     x = torch.arange(64).view(4, 16)
     y = torch.arange(1, 65).view(4, 16)
-    assert abs(model(x, y).item() - again(x, y).item()) < 1e-4
+    assert abs(merged(x, y).item() - with_adapters(x, y).item()) < 1e-4
 
-    # and trained on, with AdamW
+    # a new run, with AdamW, starts from the merged weights
     flags = ["--init", "out/whole", *base[2:], "--steps", "1", "--adapter", "lora_rite:rank=2"]
     train.main([*flags, "--out", "out/again"])
-    assert torch.equal(saved_weights("out/again")[f"{name}.weight"], q)
+    assert torch.equal(saved_weights("out/again")[f"{name}.weight"], merged_weight)
 
 
 def test_bad_specs_are_refused(base):
@@ -439,7 +443,10 @@ def test_two_processes_equal_one(base):
     command += [str(REPOSITORY / "train.py"), *flags, "--out", "out/two"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = saved_weights("out/one"), saved_weights("out/two")
+
+    # the weights differ by much less than they have moved
+    one = saved_weights("out/one")
+    two = saved_weights("out/two")
     seed = train.load_checkpoint(Path("out/one"))["config"]["run"]["seed"]
     error = 0.0
     moved = 0.0

@@ -32,20 +32,20 @@ def test_score_is_the_share_of_the_right_answer(tiny):
     other = {**QUESTION, "output": "it is answer1"}
     scores = lora_finetune.score(model, tokenizer, [QUESTION, other], torch.device("cpu"))
 
-    # the loss of each sequence, counted over the answer only
+    # the log-probability of each offered answer, normalized over the three
     sums = {}
     for answer in lora_finetune.offered_answers(QUESTION):
         prompt = tokenizer.encode_ordinary(lora_finetune.as_prompt(QUESTION))
         tokens = torch.tensor([[*prompt, *tokenizer.encode_ordinary(answer)]], dtype=torch.long)
         targets = tokens[:, 1:].clone()
-        targets[:, : len(prompt) - 1] = -1
+        targets[:, : len(prompt) - 1] = -1  # only the answer counts
         sums[answer] = -model(tokens[:, :-1], targets, 1)
     normalized = torch.stack(list(sums.values())).log_softmax(0)
     assert scores == pytest.approx(normalized[:2].tolist(), abs=2e-4)
 
 
 def test_interval_covers_seeds_and_questions():
-    """Simulated differences with both effects: 95% of the intervals hold the true mean, 0."""
+    """In simulations with effects of both, about 95% of the intervals hold the true mean, 0."""
     rng = np.random.default_rng(0)
     for seed_std, question_std in ((1.0, 0.0), (0.1, 3.0), (0.5, 5.0)):
         covered = 0

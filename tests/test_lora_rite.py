@@ -1,4 +1,4 @@
-"""LoRA-RITE in PyTorch: it is the paper's algorithm, it is invariant, and it trains."""
+"""LoRA-RITE in PyTorch: the paper's algorithm, its invariance, training, options."""
 
 import math
 
@@ -10,8 +10,7 @@ import lora_rite
 from lora_rite import LoRARITE
 from tests.common import is_equal
 
-# --------------------------------------------------------------------------------------------------
-# The optimizer, on a regression of low rank
+# -- the optimizer, on a regression of low rank ----------------------------------------------------
 
 
 def low_rank(r=4, n=24, m=17, count=2, samples=None):
@@ -65,8 +64,8 @@ def distance(a, b):
     return max(distances).item()
 
 
-def numbers(optimizer, p):
-    """Return the unpacked state of a parameter."""
+def state_of(optimizer, p):
+    """Return the numbers that are packed into the state of a parameter, as a named tuple."""
     packed = optimizer.state[p]["packed"]  # (2 r^2 + 5,)
     return lora_rite.unpack(packed, math.isqrt(len(packed) // 2 - 2))
 
@@ -106,12 +105,12 @@ def test_it_is_the_papers_algorithm(options, shape):
 
     # the state is the paper's up to a rotation of the basis, so V has the same eigenvalues
     A = optimizer.param_groups[0]["params"][0]
-    V = numbers(optimizer, A).V
+    V = state_of(optimizer, A).V
     expected = torch.linalg.eigvalsh(states[0][0]["V"])
     assert torch.allclose(torch.linalg.eigvalsh(V), expected, rtol=1e-8, atol=1e-14)
     if options.get("escape"):
         rho = states[0][0]["rho"]
-        assert torch.allclose(numbers(optimizer, A).rho, rho, rtol=1e-6, atol=1e-13)
+        assert torch.allclose(state_of(optimizer, A).rho, rho, rtol=1e-6, atol=1e-13)
         if r not in (1, 3):
             assert rho > 0
 
@@ -160,7 +159,8 @@ def test_the_reference_is_the_formula_of_the_paper():
     [("any", {}), ("scalar", {}), ("rotation", {})] + [("uneven", options) for options in OPTIONS],
     ids=str,
 )
-def test_it_does_not_care_how_the_product_is_factored(kind, options):
+def test_steps_do_not_depend_on_how_the_product_is_factored(kind, options):
+    """From B R and R^-1 A, the products B A take the same path."""
     pairs, loss = low_rank()
     generator = torch.Generator().manual_seed(1)
     R = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
@@ -168,19 +168,20 @@ def test_it_does_not_care_how_the_product_is_factored(kind, options):
     uneven = torch.diag(torch.tensor([10.0, 1.0, 0.3, 0.1]).double())
     scalar = 7.0 * torch.eye(4).double().expand(2, 4, 4)
     R = {"any": R, "scalar": scalar, "rotation": Q, "uneven": Q @ uneven}[kind]
-    other = [(torch.linalg.solve(r, A), B @ r) for r, (A, B) in zip(R, pairs)]
+    refactored = [(torch.linalg.solve(r, A), B @ r) for r, (A, B) in zip(R, pairs)]
 
-    one, losses, _ = descend(pairs, loss, **options)
-    two, _, _ = descend(other, loss, **options)
-    assert distance(one, two) < 1e-12
+    products, losses, _ = descend(pairs, loss, **options)
+    refactored_products, _, _ = descend(refactored, loss, **options)
+    assert distance(products, refactored_products) < 1e-12
     assert losses[-1] < 0.9 * losses[0]
     if kind != "rotation":
-        adamw_one, _, _ = descend(pairs, loss, make=torch.optim.AdamW)
-        adamw_two, _, _ = descend(other, loss, make=torch.optim.AdamW)
-        assert distance(adamw_one, adamw_two) > 0.01, "this test could not fail"
+        products, _, _ = descend(pairs, loss, make=torch.optim.AdamW)
+        refactored_products, _, _ = descend(refactored, loss, make=torch.optim.AdamW)
+        changed = distance(products, refactored_products)
+        assert changed > 0.01, "AdamW passes, so this test could not fail"
 
 
-def test_the_first_step_does_not_know_the_scale_of_the_loss():
+def test_the_first_step_does_not_depend_on_the_scale_of_the_loss():
     """At t = 1 the preconditioned gradient is orthonormal."""
     pairs, loss = low_rank()
     moved = []
@@ -196,7 +197,7 @@ def test_the_first_step_does_not_know_the_scale_of_the_loss():
 
 
 def test_a_tiny_B_explodes():
-    """The norm of Z is 20. The first step moves it by 78 if B is of size 1e-4."""
+    """The first step moves the product, whose target has norm 20, by 78 if B is of size 1e-4."""
     pairs, loss = low_rank()
     moved = {}
     for size in (0.0, 1.0, 1e-4, 1e-8):
@@ -238,7 +239,7 @@ def test_bad_factors(case, dtype):
         assert state["M"].isfinite().all()
         assert state["packed"].isfinite().all()
     if case == "A zero too":
-        assert losses[-1] == losses[0], "there is no gradient"
+        assert losses[-1] == losses[0], "with A = B = 0 nothing should move"
     elif dtype != torch.bfloat16 or case != "cond 1e8":  # there 1e8 is rounded to 1e6
         assert losses[-1] < 0.95 * losses[0]
 
@@ -246,10 +247,10 @@ def test_bad_factors(case, dtype):
 @pytest.mark.parametrize(
     "eigenvalues,kept",
     [
-        ((4, 4, 1, 0), (0, 1, 1, 1)),  # Cholesky fails, so by eigenvalues
+        ((4, 4, 1, 0), (0, 1, 1, 1)),  # Cholesky fails; eigenvalues above 1e-12 of the largest stay
         ((4, 1, 1.2e-11, 0), (0, 1, 1, 1)),
         ((4, 1, 1.2e-12, 0), (0, 0, 1, 1)),
-        ((4, 1, 1, 1.2e-12), (1, 1, 1, 1)),  # Cholesky is still good
+        ((4, 1, 1, 1.2e-12), (1, 1, 1, 1)),  # Cholesky still works, and keeps all
         ((0, 0, 0, 0), (0, 0, 0, 0)),
     ],
 )
@@ -294,12 +295,12 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad):
         if t == 1:
             parameters[2].grad[0, 0] = bad
         optimizer.step()
-        moved = [not torch.equal(p, q) for p, q in zip(parameters, before)]
+        has_moved = [not torch.equal(p, old) for p, old in zip(parameters, before)]
         is_skipped = t == 1
-        assert moved == [True, True, not is_skipped, True, True, True]
+        assert has_moved == [True, True, not is_skipped, True, True, True]
     for p in parameters:
         assert p.isfinite().all()
-    skipped = [numbers(optimizer, p).skipped.item() for p in parameters]
+    skipped = [state_of(optimizer, p).skipped.item() for p in parameters]
     assert skipped == [0, 0, 1, 0, 0, 0]
 
 
@@ -321,7 +322,7 @@ def test_a_parameter_that_is_not_finite_spoils_its_own_pair_only(bad):
 
 
 def test_missing_gradients():
-    """A factor without a gradient does not move, and its state tells how to undo its last step."""
+    """A factor without a gradient does not move. From the state, each step can be undone."""
     pairs, loss = low_rank()
     ps = [nn.Parameter(p.clone()) for pair in pairs for p in pair]
     optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, weight_decay=0.1)
@@ -333,16 +334,16 @@ def test_missing_gradients():
         before = [p.detach().clone() for p in ps]
         optimizer.step()
         for i, p in enumerate(ps):
-            stayed = torch.equal(p, before[i])
-            assert stayed == (i in missing), i
+            has_moved = not torch.equal(p, before[i])
+            assert has_moved == (i not in missing), i
 
         # x_old = (x + lr M R^-T) / shrink, with R of the partner
         for i, p in enumerate(ps):
-            partner = i ^ 1
+            partner = i ^ 1  # parameters 0 and 1 are a pair, 2 and 3 too
             if i in missing and partner in missing:
                 continue  # the pair took no step
-            state = numbers(optimizer, p)
-            R_inv = numbers(optimizer, ps[partner]).R_inv
+            state = state_of(optimizer, p)
+            R_inv = state_of(optimizer, ps[partner]).R_inv
             M = optimizer.state[p]["M"]
             x = p.detach()
             x_old = before[i]
@@ -350,8 +351,10 @@ def test_missing_gradients():
                 M, x, x_old = M.T, x.T, x_old.T
             undone = (x + state.lr * M @ R_inv.T) / state.shrink
             assert torch.allclose(undone, x_old, atol=1e-12)
+
+    # a step without any gradient is no error
     optimizer.zero_grad()
-    optimizer.step()  # without any gradient
+    optimizer.step()
 
 
 def test_equal_pairs_are_batched_and_their_order_is_free():
@@ -364,7 +367,7 @@ def test_equal_pairs_are_batched_and_their_order_is_free():
         net = {i: [nn.Parameter(p.clone()) for p in pairs[i]] for i in order}
         groups = [{"params": net[i], "pair": True} for i in order]
         if not split:
-            groups = [{"params": [p for group in groups for p in group["params"]], "pair": True}]
+            groups = [{"params": sum((net[i] for i in order), []), "pair": True}]
         optimizer = LoRARITE(groups, 0.1)
         for t in range(2):
             for i in order:
@@ -395,8 +398,7 @@ def test_a_closure_is_called_with_gradients_on():
     assert optimizer.step(closure) < first
 
 
-# --------------------------------------------------------------------------------------------------
-# Its options
+# -- its options -----------------------------------------------------------------------------------
 
 
 OPTION_ERRORS = [
@@ -430,7 +432,8 @@ def test_what_is_no_pair_is_refused():
 
 
 def test_options_of_the_plug_in():
-    A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+    A = nn.Parameter(torch.randn(4, 6))
+    B = nn.Parameter(torch.randn(5, 4))
     given = {"eps": 1e-3, "clip": 2.0, "escape": True}
     groups = [{"params": [A, B], "pair": True, "weight_decay": 0.3}]
     optimizer = lora_rite.optimizer(groups, 0.5, beta1=0.1, beta2=0.2, **given)

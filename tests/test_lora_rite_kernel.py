@@ -20,13 +20,14 @@ from tests.build import Case, check_build
 from tests.common import DEVICE, assert_close, gpu, is_equal
 from tests.test_lora_rite import distance
 
-KERNEL, EAGER = True, False  # use_kernel
+KERNEL = True  # values of use_kernel
+EAGER = False
 
 
 def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
     """Return pairs of A (r, n) and B (m, r) for shapes (r, n, m), and gradients for some steps.
 
-    change: a function of A and B that returns other ones.
+    change: a function that turns random A and B into those of the problem.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,14 +37,14 @@ def problem(shapes, steps, dtype, seed=0, change=lambda A, B: (A, B)):
     pairs = []
     for r, n, m in shapes:
         pairs.append(change(randn(r, n), randn(m, r)))
-    grads = []  # for each step one of each factor, A, B, A, B, ...
+    grads = []  # for each step a list of gradients, of A, B, A, B, ...
     for _ in range(steps):
         grads.append([randn(*p.shape).to(dtype) for pair in pairs for p in pair])
     return [(A.to(dtype), B.to(dtype)) for A, B in pairs], grads
 
 
 def run(use_kernel, pairs, grads, dtype, device=DEVICE, **options):
-    """Take a step with each of the gradients. Return the parameters and the optimizer."""
+    """Take a step with each list of gradients. Return the parameters and the optimizer."""
     ps = []
     for pair in pairs:
         for p in pair:
@@ -76,7 +77,7 @@ def check(
 ):  # fmt: skip
     """Compare steps of the kernel with PyTorch in the same dtype and in float64.
 
-    runs: so many runs must give the same bits. spoil: a function that changes the gradients.
+    runs: this many runs must be equal bit for bit. spoil: a function that changes the gradients.
     compare_state: also compare V, R_inv, M and rho, which suffer first from bad conditioning.
     Returns the parameters and the optimizer of the kernel.
     """
@@ -97,8 +98,8 @@ def check(
                 assert_close(f"{name} of {i}", state[name], eager_state[name], exact_state[name])
     for _ in range(runs - 1):
         repeated_ps, repeated = run(KERNEL, pairs, grads, dtype, **options)
-        assert is_equal(ps, repeated_ps), "two runs"
-        assert is_equal(ours.state_dict(), repeated.state_dict()), "two runs"
+        assert is_equal(ps, repeated_ps), "two runs differ in their parameters"
+        assert is_equal(ours.state_dict(), repeated.state_dict()), "two runs differ in their state"
     return ps, ours
 
 
@@ -138,7 +139,7 @@ def spoil_some(grads):
 
 
 def columns_that_almost_vanish(A, B):
-    """Return a B for which B^T B has the eigenvalues 1, 0 and 9e-14 (m = 35) or 9e-12.
+    """Return A, and a B for which B^T B has the eigenvalues 1, 0 and 9e-14 (m = 35) or 9e-12.
 
     inverse_root leaves out those below 1e-12 of the largest, so 9e-14 but not 9e-12.
     """
@@ -147,6 +148,7 @@ def columns_that_almost_vanish(A, B):
 
 
 def condition(A, B):
+    """Return the same product B A with factors of condition number 1e8."""
     return A * torch.tensor([[1e-8], [1.0], [1.0]]), B * torch.tensor([1e8, 1.0, 1.0])
 
 
@@ -201,7 +203,7 @@ def test_kernel_over_twelve_decades():
     M = moment_of_A(KERNEL, torch.float32)
     assert_close("M", M, moment_of_A(EAGER, torch.float32), moment_of_A(EAGER, torch.float64))
     expected = Q * (w.sqrt() / (w.sqrt() + 1e-6)) ** 2 @ Q.T
-    assert torch.allclose(M @ M.T / 64, expected.to(M), atol=0.05), "gradients are float32"
+    assert torch.allclose(M @ M.T / 64, expected.to(M), atol=0.05)  # gradients are float32
 
 
 @pytest.mark.parametrize("seed", [1, 3])
@@ -209,8 +211,8 @@ def test_jacobi_rotations_go_on_until_small_eigenvalues_are_right(seed):
     """Stopped at an off-diagonal part of 1e-6, M would be off by 14 to 33%."""
     pairs, grads, _ = step_with_eigenvalues(torch.logspace(0, -12, 8, dtype=torch.float64), seed)
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
-    qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
-    assert distance([ours.state[ps[0]]["M"]], [eager.state[qs[0]]["M"]]) < 0.02
+    eager_ps, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
+    assert distance([ours.state[ps[0]]["M"]], [eager.state[eager_ps[0]]["M"]]) < 0.02
 
 
 def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
@@ -224,10 +226,10 @@ def test_kernel_rotates_both_rows_of_a_pair_by_one_angle():
     pairs = [(torch.ones(8, 4), torch.eye(20, 8))]
     grads = [[torch.tensor(signs).float().T, torch.zeros(20, 8)]]
     ps, ours = run(KERNEL, pairs, grads, torch.float32, clip=0.0)
-    qs, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
+    eager_ps, eager = run(EAGER, pairs, grads, torch.float32, clip=0.0)
     M = ours.state[ps[0]]["M"]
-    expected = eager.state[qs[0]]["M"]
-    assert torch.allclose(M, expected, atol=0.5), "M is 1e5; float32 times 1 / eps gives 0.1"
+    expected = eager.state[eager_ps[0]]["M"]
+    assert torch.allclose(M, expected, atol=0.5)  # M is about 1e5, its rounding errors 0.1
 
 
 def test_four_launches_take_all_pairs(monkeypatch):
@@ -235,12 +237,12 @@ def test_four_launches_take_all_pairs(monkeypatch):
     for name in ("gram", "root", "moment", "update"):
         original = getattr(kernel, f"{name}_kernel")
 
-        class Counted:
+        class RecordingKernel:  # records the grid of a launch, and launches
             def __getitem__(self, grid, original=original, name=name):
                 launches.append((name, *grid))
                 return original[grid]
 
-        monkeypatch.setattr(kernel, f"{name}_kernel", Counted())
+        monkeypatch.setattr(kernel, f"{name}_kernel", RecordingKernel())
     pairs, grads = problem([(2, 10 * i + 1, 300) for i in range(3)], 1, torch.float32)
     run(KERNEL, pairs, grads, torch.float32)
     assert launches == [("gram", 9), ("root", 6), ("moment", 6), ("update", 9)]
@@ -431,12 +433,13 @@ def test_kernel_on_the_gpu(rank, dtype):
 def test_kernel_repeats_itself_and_never_waits():
     first = None
     pairs, grads = problem([(16, 2048, 2048), (16, 100, 3000), (16, 999, 37)], 3, torch.float32)
-    for _ in range(50):  # a race would show
+    for _ in range(50):  # a race would show as a difference between runs
         ps = [nn.Parameter(p.cuda()) for pair in pairs for p in pair]
         optimizer = LoRARITE([{"params": ps, "pair": True}], 0.05, escape=True)
         for t, step_grads in enumerate(grads):
             for p, g in zip(ps, step_grads):
                 p.grad = g.cuda()
+            # after the first step, which uploads tables, no step may wait for the GPU
             torch.cuda.set_sync_debug_mode("error" if t else "default")
             try:
                 optimizer.step()

@@ -22,6 +22,7 @@ def test_batches_are_rebuilt_only_when_tensors_move(use_kernel):
     assert len(optimizer.plans) == 1
 
     def rebuilds_after(change):
+        """Return whether other batches are found after a change."""
         before = optimizer.find_batches()
         change()
         after = optimizer.find_batches()
@@ -44,7 +45,7 @@ def test_batches_are_rebuilt_only_when_tensors_move(use_kernel):
 
 
 def test_the_tables_of_a_graph_are_kept(monkeypatch):
-    """A captured graph reads its tables at each replay, so they must outlive other plans."""
+    """A graph reads its tables of addresses at each replay, so they must outlive other plans."""
     pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
     ps, optimizer = run(KERNEL, pairs, grads, torch.float32)
 
@@ -52,7 +53,7 @@ def test_the_tables_of_a_graph_are_kept(monkeypatch):
         ((_, batch),) = optimizer.find_batches()
         return weakref.ref(batch.table)
 
-    def set_capturing(is_capturing):
+    def set_capturing(is_capturing):  # what PyTorch says about the current stream
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_capturing)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
 
@@ -86,7 +87,7 @@ def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
     _, optimizer = run(EAGER, pairs, grads, torch.float32)
     _, double = run(EAGER, pairs, grads, torch.float64)
     assert optimizer.capturable
-    assert not double.capturable, "float64 pairs are stepped in PyTorch"
+    assert not double.capturable, "float64 pairs cannot take the kernel's steps"
     monkeypatch.setattr(lora_rite, "kernel", None)
     assert not optimizer.capturable
 
@@ -94,7 +95,7 @@ def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
 @gpu
 @pytest.mark.parametrize("moves_grads", [False, True])
 def test_a_cuda_graph(moves_grads):
-    """lr is read on the device; tables are those of the steps before, or of prepare()."""
+    """The graph reads lr on the device, and its tables are of earlier steps or of prepare()."""
     pairs, grads = problem([(16, 200, 300)], 8, torch.float32)
     captured_ps = [nn.Parameter(p.cuda()) for p in pairs[0]]
     plain_ps = [nn.Parameter(p.cuda()) for p in pairs[0]]

@@ -14,14 +14,14 @@ from tests.test_lora_rite import low_rank
 
 def run_steps(optimizer, parameters, grads, steps):
     for t in steps:
-        optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)  # that of the last step is in the state
+        optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)  # the state remembers the last one
         for p, g in zip(parameters, grads[t]):
             p.grad = g.clone()
         optimizer.step()
 
 
 def some_nets(dtype=torch.float32, count=2, **options):
-    """Return gradients of six steps, and `count` times the same parameters and an optimizer."""
+    """Return gradients for six steps and `count` equal nets: (parameters, optimizer)."""
     pairs, _ = low_rank()
     grads = [[torch.randn(p.shape).to(dtype) for pair in pairs for p in pair] for _ in range(6)]
     nets = []
@@ -35,43 +35,45 @@ def some_nets(dtype=torch.float32, count=2, **options):
 @pytest.mark.parametrize("options", [{}, {"escape": True, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_state_goes_through_a_file(dtype, options, tmp_path):
-    grads, [(whole, a), (parts, b)] = some_nets(dtype, **options)
-    run_steps(a, whole, grads, range(6))
-    run_steps(b, parts, grads, range(3))
-    torch.save(b.state_dict(), tmp_path / "state")
-    c = LoRARITE([{"params": parts, "pair": True}], 0.1)
-    c.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    run_steps(c, parts, grads, range(3, 6))
-    assert is_equal(whole, parts)
-    assert is_equal(a.state_dict(), c.state_dict())
+    grads, [(parameters, optimizer), (resumed_parameters, first_half)] = some_nets(dtype, **options)
+    run_steps(optimizer, parameters, grads, range(6))
+    run_steps(first_half, resumed_parameters, grads, range(3))
+    torch.save(first_half.state_dict(), tmp_path / "state")
+    resumed = LoRARITE([{"params": resumed_parameters, "pair": True}], 0.1)
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    run_steps(resumed, resumed_parameters, grads, range(3, 6))
+    assert is_equal(parameters, resumed_parameters)
+    assert is_equal(optimizer.state_dict(), resumed.state_dict())
 
 
 def test_load_state_dict_respects_hooks_as_adam_does():
-    """A pre-hook may replace what is loaded; post-hooks see the loaded state; nothing is shared."""
-    grads, [(parameters, a), (others, b)] = some_nets()
-    run_steps(a, parameters, grads, range(2))
-    saved = a.state_dict()
-    seen = []
+    """A pre-hook may replace the state dict; post-hooks see the loaded state; memory is copied."""
+    grads, [(parameters, optimizer), (loaded_parameters, loaded)] = some_nets()
+    run_steps(optimizer, parameters, grads, range(2))
+    saved = optimizer.state_dict()
+    seen_by_post_hook = []
 
     def pre_hook(optimizer, state_dict):
         state = {i: {**s, "M": s["M"] + 1} for i, s in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
     def post_hook(optimizer):
-        seen.append(optimizer.state[others[0]]["packed"].clone())
+        seen_by_post_hook.append(optimizer.state[loaded_parameters[0]]["packed"].clone())
 
-    b.register_load_state_dict_pre_hook(pre_hook)
-    b.register_load_state_dict_post_hook(post_hook)
-    b.load_state_dict(saved)
-    for p, q in zip(parameters, others):
-        assert torch.equal(b.state[q]["M"], a.state[p]["M"] + 1)
-        assert torch.equal(b.state[q]["packed"], a.state[p]["packed"])
-        assert b.state[q]["packed"].dtype == torch.float64
-    assert torch.equal(seen[0], a.state[parameters[0]]["packed"])
+    loaded.register_load_state_dict_pre_hook(pre_hook)
+    loaded.register_load_state_dict_post_hook(post_hook)
+    loaded.load_state_dict(saved)
+    for p, loaded_p in zip(parameters, loaded_parameters):
+        state = optimizer.state[p]
+        loaded_state = loaded.state[loaded_p]
+        assert torch.equal(loaded_state["M"], state["M"] + 1)
+        assert torch.equal(loaded_state["packed"], state["packed"])
+        assert loaded_state["packed"].dtype == torch.float64
+    assert torch.equal(seen_by_post_hook[0], optimizer.state[parameters[0]]["packed"])
 
     before = copy.deepcopy(saved)
-    run_steps(b, others, grads, range(2, 4))
-    assert is_equal(saved, before), "the loaded dict is not written to"
+    run_steps(loaded, loaded_parameters, grads, range(2, 4))
+    assert is_equal(saved, before), "steps should not write to the dict that was loaded"
 
 
 BAD_STATES = {
@@ -92,20 +94,20 @@ BAD_STATES = {
 
 @pytest.mark.parametrize("case", BAD_STATES)
 def test_bad_states_are_refused(case):
-    grads, [(parameters, a), (others, b)] = some_nets()
-    run_steps(a, parameters, grads, range(1))
-    saved = a.state_dict()
+    grads, [(parameters, optimizer), (_, loaded)] = some_nets()
+    run_steps(optimizer, parameters, grads, range(1))
+    saved = optimizer.state_dict()
     saved["state"][1] = BAD_STATES[case](saved["state"][1])
     message = r"the state of a factor \(17, 4\) is not one of LoRA-RITE"
     with pytest.raises(ValueError, match=message):
-        b.load_state_dict(saved)
-    assert not b.state, "nothing was loaded"
+        loaded.load_state_dict(saved)
+    assert not loaded.state, "a refused state should not be loaded in part"
 
 
 def test_a_state_with_stride_0_becomes_real_memory():
-    grads, [(parameters, a), (others, b)] = some_nets()
-    run_steps(a, parameters, grads, range(1))
-    saved = a.state_dict()
+    grads, [(parameters, optimizer), (loaded_parameters, loaded)] = some_nets()
+    run_steps(optimizer, parameters, grads, range(1))
+    saved = optimizer.state_dict()
     saved["state"][0]["M"] = torch.ones(1).expand(4, 24)
-    b.load_state_dict(saved)
-    assert b.state[others[0]]["M"].is_contiguous()
+    loaded.load_state_dict(saved)
+    assert loaded.state[loaded_parameters[0]]["M"].is_contiguous()

@@ -18,7 +18,9 @@ def test_lora_plus_is_adamw_with_a_faster_B():
         optimizer = make(groups)
         for p in groups[0]["params"]:
             p.grad = torch.ones_like(p)
-        optimizer.step()  # Adam's first step is as long as the learning rate
+        optimizer.step()
+
+        # Adam's first step is as long as the learning rate, which of B is `ratio` times as high
         for i, (p, old) in enumerate(zip(groups[0]["params"], before)):
             length = study.LR * (ratio if i % 2 else 1.0)
             assert torch.allclose(old - p, torch.full_like(p, length), rtol=1e-3)

@@ -13,6 +13,7 @@ import train
 from support.run_folder import LOCK, claim_folder
 from support.runlog import RunLog
 from tests.common import is_equal, refused, run_code, run_together, run_two_processes
+from tests.test_train_loop import load
 
 RESUME = ["--sample", "0", "--device", "cpu", "--resume"]
 PLOT = RunLog.plot
@@ -21,12 +22,8 @@ NO_PLOT = "import train\ntrain.RunLog.plot = lambda log: None\n"
 
 @pytest.fixture
 def plotted(tiny, monkeypatch):
-    """Runs plot their losses, as they do outside tests."""
+    """Let runs plot their losses, which tests leave out otherwise."""
     monkeypatch.setattr(RunLog, "plot", PLOT)
-
-
-def load(folder):
-    return torch.load(Path(folder, "ckpt.pt"), weights_only=True)
 
 
 def rows(folder):
@@ -54,7 +51,7 @@ def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
     for folder in ("out/uninterrupted", "out/resumed"):
         assert sorted(os.listdir(folder)) == ["ckpt.pt", "config.json", "log.csv", "loss.png"]
     losses = [float(row[2]) for row in log[1:]]
-    assert losses[-1] < losses[0] - 0.5, "it learns"
+    assert losses[-1] < losses[0] - 0.5, "the model does not learn"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +116,8 @@ def test_a_run_is_resumed_from_any_folder(tiny, monkeypatch):
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert train.main([*RESUME, "../out/a", "--stop-after", "3"])["step"] == 6
-    # the text has moved: it is named, and recognised by what it holds
+
+    # after the text has moved, --data names it, and its content must be the same
     os.rename("../data/text.txt", "moved.txt")
     refused([*RESUME, "../out/a"], "there is no data", "/data/text.txt'")
     result = train.main([*RESUME, "../out/a", "--data", "moved.txt", "--stop-after", "3"])
@@ -189,6 +187,7 @@ def test_a_full_disk(tiny):
     assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 2
 
 
+# kill -9 in the fsync of a large file: the checkpoint is written, but not yet renamed
 KILL_WHILE_SAVING = """
 import os, train
 from support.checkpoint import torch
@@ -208,8 +207,8 @@ def test_kill_9_while_saving(tiny):
     assert list(Path("out/a").glob(".ckpt.pt.[0-9]*"))
     assert Path("out/a", LOCK).exists()
     step = train.main([*RESUME, "out/a", "--stop-after", "1"])["step"]
-    assert step == 6, "the lock of the killed process does not count"
-    assert not list(Path("out/a").glob(".*")), "its temporary file and its lock are removed"
+    assert step == 6, "the lock of a killed process should be ignored"
+    assert not list(Path("out/a").glob(".*")), "the files of the killed process should be removed"
 
 
 # -- two runs at once ------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ def test_five_runs_at_once_have_five_folders(tiny):
     seeds = set()
     for name in names[1:]:
         seeds.add(load(f"out/{name}")["config"]["run"]["seed"])
-        assert len(rows(f"out/{name}")) == 4, "a header and three steps"
+        assert len(rows(f"out/{name}")) == 4, "the log should have a header and three steps"
     assert seeds == {0, 1, 2, 3, 4}
     assert len(os.listdir("out/.tokens")) == 1
 
@@ -240,11 +239,13 @@ def test_a_folder_has_one_run_at_a_time(tiny):
     before = Path("out/a/ckpt.pt").read_bytes()
     code = "from support.cli import run_main; import train; run_main(train.main)"
     for flags in (["--resume", "out/a"], ["--out", "out/b", "--data", "text.txt"]):
-        with claim_folder(flags[1], "", Path(flags[1]) if flags[0] == "--resume" else None):
+        folder = flags[1]
+        resumed = Path(folder) if flags[0] == "--resume" else None
+        with claim_folder(folder, "", resumed):
             done = run_code(code, *flags, "--device", "cpu", "--sample", "0")
         assert done.returncode == 2
         message = done.stderr.splitlines()[-1]
-        assert f"{flags[1]} is in use by process {os.getpid()} on " in message, done.stderr
+        assert f"{folder} is in use by process {os.getpid()} on " in message, done.stderr
     assert Path("out/a/ckpt.pt").read_bytes() == before
     assert train.main([*RESUME, "out/a", "--stop-after", "1"])["step"] == 4
 
@@ -292,7 +293,7 @@ train.main([*flags, "--fsdp", "--out", "out/four", "--stop-after", "2"])
 
 
 def test_sharded_runs(tiny):
-    """Two processes are one run: one folder, resumed exactly, in one process as well."""
+    """A run of two processes has one folder, and resumes exactly, in one process as well."""
     Path("mine").mkdir()
     Path("mine/log.csv").write_text("mine")
     flags = [*tiny, "--steps", "4", "--lr", "1e-4"]
@@ -305,14 +306,15 @@ def test_sharded_runs(tiny):
         assert whole["step"] == 4
         assert is_equal(whole, parts)
         assert rows(f"out/{optim}-whole") == rows(f"out/{optim}-parts")
-    for rank in range(2):  # no process waits for one that has been refused
+    for rank in range(2):  # a refusal must end both processes; neither may wait for the other
         assert "mine/log.csv would be overwritten" in Path(f"refused{rank}").read_text()
     assert os.listdir("mine") == ["log.csv"]
     assert not list(Path("out").glob("*/.*"))
     folders = [".tokens", "adamw-parts", "adamw-whole", "four", "sonew-parts", "sonew-whole"]
     assert sorted(os.listdir("out")) == folders
 
-    train.main([*RESUME, "out/four"])  # sharded before, and now whole
+    # a sharded run goes on in this one process
+    train.main([*RESUME, "out/four"])
     expected = load("out/adamw-whole")
     resumed = load("out/four")
     assert resumed["step"] == 4

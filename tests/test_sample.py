@@ -11,7 +11,7 @@ from tests.common import gpu, small_gpt
 
 
 def windowed_softmax(q, k, v, window):
-    """Softmax attention of each query to the last `window` positions, its own included."""
+    """Compute softmax attention to the last `window` positions, each query's own included."""
     Tq = q.shape[2]
     Tk = k.shape[2]
     i = torch.arange(Tk - Tq, Tk)[:, None]
@@ -48,7 +48,7 @@ def generate(model, ids, n, **settings):
 
 
 def greedy_by_hand(model, ids, n):
-    """The likeliest tokens, each from a forward pass over the whole window."""
+    """Return the likeliest tokens, each from a forward pass over the whole context."""
     size = model.config.block_size
     window = list(ids)[-size:]
     tokens = []
@@ -61,8 +61,7 @@ def greedy_by_hand(model, ids, n):
     return tokens
 
 
-# --------------------------------------------------------------------------------------------------
-# KV caches
+# -- KV caches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,11 +87,11 @@ def test_kv_cache_gives_the_logits_of_a_whole_pass(attn):
 def test_ring_tensors_do_not_grow():
     model = small_gpt(attn="softmax,two_windows", block_size=64)
     caches = [sample.KVCache(20) for _ in model.layers]
+    softmax_cache, windowed_cache = caches
     for start, end in [(0, 9), (9, 10), (10, 20)]:
         model(torch.zeros(1, end - start, dtype=torch.int64), cache=caches)
-        softmax_cache, windowed_cache = caches
-        assert [t.shape[2] for t in softmax_cache.tensors] == [20, 20]
-        assert [t.shape[2] for t in windowed_cache.tensors] == [5, 5, 3, 3]
+        assert [t.shape[2] for t in softmax_cache.tensors] == [20, 20]  # k, v
+        assert [t.shape[2] for t in windowed_cache.tensors] == [5, 5, 3, 3]  # k, v, k2, v2
     with pytest.raises(ValueError, match="room for 20 positions, not for 21"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=caches)
 
@@ -112,7 +111,8 @@ def test_ring_buffer_slots(T):
         for t in range(max(0, end - w), end):
             assert ring[t % w] == t
 
-        # one query sees the ring, in any order; several see the w positions before the first, too
+        # a single query gets the ring, in any order; several queries also get the w positions
+        # before the first of them
         first_visible = max(0, end - w) if T == 1 else max(0, start - w)
         assert sorted(visible.flatten().tolist()) == list(range(first_visible, end))
         assert visible_without_window.flatten().tolist() == [-t for t in range(end)]
@@ -149,7 +149,7 @@ def test_decoder_runs_a_step_ahead_and_starts_over():
         for _ in range(5):
             tokens.append(decoder.next(start_following=True))
         assert tokens == expected[:6]
-        assert int(decoder.length) == 3 + 6, "one step ahead of the 5 tokens read"
+        assert int(decoder.length) == 3 + 6, "5 tokens are read, so step 6 should be in flight"
     for _ in range(6):
         tokens.append(decoder.next(start_following=True))
     tokens.append(decoder.next())
@@ -168,17 +168,19 @@ def test_decoder_does_not_compile_a_prompt_and_compiles_one_step():
     for module in (*model.layers, model.norm):
         module.compile(backend="eager", fullgraph=True)
     assert generate(model, [5, 6, 7], 40, temperature=0) == plain
-    assert not counters["stats"], "without a graph nothing is compiled"
+    assert not counters["stats"], "without a CUDA graph nothing should be compiled"
     assert generate(model, [5, 6, 7], 40, temperature=0, graph=True) == plain
-    assert counters["stats"]["unique_graphs"] == 2, "a layer, and the last norm"
+    unique_graphs = counters["stats"]["unique_graphs"]
+    assert unique_graphs == 2, "layers share one compiled graph; the final norm has the other"
 
 
-def test_who_gets_a_graph_and_kernels(monkeypatch):
+def test_which_models_decode_with_a_graph_and_with_kernels(monkeypatch):
     assert sample.is_softmax(train.GPTConfig(attn="softmax,softmax"))
     for attn in ("laser", "softmax,laser", "two_windows:w1=4,softmax"):
         assert not sample.is_softmax(train.GPTConfig(attn=attn))
 
-    class WeightOnCUDA:  # what can_fuse looks at
+    # without a GPU, let the model's embedding claim to be on one
+    class WeightOnCUDA:
         is_cuda = True
         dtype = torch.float32
 
@@ -186,20 +188,20 @@ def test_who_gets_a_graph_and_kernels(monkeypatch):
         weight = WeightOnCUDA
 
     model = small_gpt(head_dim=16)
-    assert not sample.can_fuse(model), "not on the CPU"
+    assert not sample.can_fuse(model), "the kernels cannot run on a CPU"
     model.embed_tokens.__class__ = EmbeddingOnCUDA
     if sample.kernels is not None:
         assert sample.can_fuse(model)
         model.config.head_dim = 48
-        assert not sample.can_fuse(model), "no kernel for this head dimension"
+        assert not sample.can_fuse(model), "there is no kernel for heads of 48 channels"
         model.config.head_dim = 16
 
     model.dtype = torch.bfloat16
-    assert not sample.can_fuse(model), "the matrices are float32"
+    assert not sample.can_fuse(model), "weights in float32 do not fit a model in bfloat16"
     model.dtype = torch.float32
 
     model.compile()
-    assert not sample.can_fuse(model), "the user called .compile()"
+    assert not sample.can_fuse(model), "a compiled model should run as the user compiled it"
     model.is_compiled = False
 
     monkeypatch.setattr(sample, "kernels", None)
@@ -207,12 +209,11 @@ def test_who_gets_a_graph_and_kernels(monkeypatch):
         assert not sample.can_fuse(model)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling a token
+# -- sampling a token ------------------------------------------------------------------------------
 
 
 def sample_counts(logits, n, **settings):
-    """How often each token comes in n samples."""
+    """Return how often each token comes in n samples."""
     generator = torch.Generator().manual_seed(0)
     settings = {"limit": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
     logits = torch.tensor(logits, dtype=torch.float32)
@@ -224,7 +225,7 @@ def sample_counts(logits, n, **settings):
 
 
 def sampled_tokens(logits, **settings):
-    """The tokens that come in 200 samples."""
+    """Return the set of tokens that come in 200 samples."""
     counts = sample_counts(logits, 200, **settings)
     return {token for token, count in enumerate(counts) if count}
 
@@ -237,7 +238,8 @@ def test_temperature_divides_the_logits(temperature):
     n = 4000
     expected = (torch.tensor(LOGITS) / temperature).softmax(0)
     counts = torch.tensor(sample_counts(LOGITS, n, temperature=temperature))
-    assert (counts / n - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+    standard_error = (0.25 / n) ** 0.5  # at most, reached at probability 1/2
+    assert (counts / n - expected).abs().max() < 4 * standard_error
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-300, 1e-40, 1e-38, 1e-20, 1e-6])
@@ -290,7 +292,7 @@ def test_padding_of_the_vocabulary_is_never_sampled():
 
 @torch.no_grad()
 def test_tokens_are_those_of_multinomial():
-    """One generator for the whole text, seeded once."""
+    """One generator, seeded once, draws all tokens of a text."""
     model = small_gpt()
     generator = torch.Generator().manual_seed(9)
     prompt = [5, 6, 7]
@@ -304,8 +306,7 @@ def test_tokens_are_those_of_multinomial():
     assert generate(model, prompt, 12, seed=8) != expected
 
 
-# --------------------------------------------------------------------------------------------------
-# generate
+# -- generate --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,8 @@ def test_a_full_context_drops_its_older_half(size):
         expected = greedy_by_hand(model, ids, 20)
         for way in ({}, {"cached": False}, {"graph": True}):
             assert generate(model, ids, 20, temperature=0, **way) == expected, way
-        for n in (0, 1, 2, 5):  # no more room is allocated than n tokens need
+        # fewer tokens get smaller caches, but the same tokens
+        for n in (0, 1, 2, 5):
             for way in ({}, {"graph": True}):
                 assert generate(model, ids, n, temperature=0, **way) == expected[:n]
 
@@ -359,9 +361,9 @@ def test_no_more_room_than_needed(monkeypatch):
 
     monkeypatch.setattr(sample, "KVCache", recording_cache)
     generate(small_gpt(block_size=40), [5, 6, 7], 10)
-    assert sizes == [12, 12], "the last of the 10 tokens is never read"
+    assert sizes == [12, 12], "3 + 10 tokens in two layers, less the last, which is never read"
     generate(small_gpt(), [5, 6, 7], 20)
-    assert sizes[2:] == [16] * 4, "two layers, and again once the context is full"
+    assert sizes[2:] == [16] * 4, "a full context of 16 should be read again into new caches"
 
 
 @pytest.mark.parametrize(
@@ -397,8 +399,7 @@ def test_damaged_weights_are_not_sampled_from(way):
         next(sample.generate(model, [5], 1, **way))
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
 
 @gpu
@@ -419,11 +420,12 @@ def test_graph_replays_on_the_gpu(shape):
     plain = generate(model, [5, 6, 7], 40, **greedy)  # on the CPU
     model.cuda()
     assert generate(model, [5, 6, 7], 40, **greedy) == plain
-    assert sample.can_fuse(model) == ("head_dim" in shape), "8 channels are too few for them"
+    has_wide_heads = model.config.head_dim >= 16  # without a head_dim in `shape` it is 8
+    assert sample.can_fuse(model) == has_wide_heads, "the decode kernels need heads of 16 or more"
     for _ in range(2):
         assert generate(model, [5, 6, 7], 40, graph=True, **greedy) == plain
 
-    # the generator goes on inside the graph as it does outside
+    # the random generator advances inside the graph as it does outside
     for how in ({"temperature": 1.3, "top_k": 9, "top_p": 0.8}, {"top_p": 0.9}, {}):
         how = {**how, "seed": 3}
         expected = generate(model, [5, 6, 7], 40, **how)

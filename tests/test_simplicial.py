@@ -42,7 +42,7 @@ def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
     last = i + k.shape[2] - q.shape[2]  # of k and v that the query sees
     last2 = i + k2.shape[2] - q.shape[2]  # of k2 and v2
     query = q[b, h, i]
-    k, v, k2, v2 = (t[b, kv_head] for t in (k, v, k2, v2))
+    k, v, k2, v2 = (t[b, kv_head] for t in (k, v, k2, v2))  # (T, D)
     scores = []
     products = []
     for j in range(max(0, last - w1 + 1), last + 1):
@@ -53,12 +53,10 @@ def by_pairs(q, k, v, k2, v2, w1, w2, b, h, i):
     return scores.softmax(0) @ torch.stack(products), scores.logsumexp(0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Values and gradients
+# -- values and gradients --------------------------------------------------------------------------
 
-# Tq, Tk, Hkv, w1, w2
-SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9), (3, 8, 1, 2, 5), (1, 8, 4, 4, 1)]
-SHAPES += [(8, 8, 2, 1, 3)]
+SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 3, 2), (7, 7, 4, 9, 9)]  # Tq, Tk, Hkv, w1, w2
+SHAPES += [(3, 8, 1, 2, 5), (1, 8, 4, 4, 1), (8, 8, 2, 1, 3)]
 BOTH = pytest.mark.parametrize(
     "function", [simplicial.reference, simplicial.attention], ids=["reference", "attention"]
 )
@@ -105,27 +103,31 @@ def test_attention_torch_equals_the_reference(Tq, Tk, Hkv, w1, w2, at_once):
     ours = simplicial.attention_torch(*low, **options, logits_at_once=at_once)
     truth = simplicial.reference(*(t.double() for t in low), **options)
     assert ours.dtype == torch.bfloat16
-    assert_close("bf16", ours, truth.bfloat16(), truth)  # rounded once, at the end
+    assert_close("bf16", ours, truth.bfloat16(), truth)  # as exact as rounding once, at the end
 
 
-@pytest.mark.parametrize("at_once, blocks, calls", [(10**6, 4, 4), (40000, 4, 8), (12000, 13, 26)])
-def test_blocks_bound_the_logits(at_once, blocks, calls, monkeypatch):
-    """Each block holds at most `at_once` logits; the backward pass computes them again."""
-    sizes = []
-    original = simplicial.attend
+@pytest.mark.parametrize("at_once, forward, total", [(10**6, 4, 4), (40000, 4, 8), (12000, 13, 26)])
+def test_blocks_bound_the_logits(at_once, forward, total, monkeypatch):
+    """Each block holds at most `at_once` logits.
 
-    def counting_attend(q, k, v, k2, v2, w1, w2):
-        keys = min(k.shape[2], w1 + q.shape[3] - 1)
-        sizes.append(q.shape[:4].numel() * w2 * keys)
-        return original(q, k, v, k2, v2, w1, w2)
+    forward: the number of blocks of the forward pass. total: after the backward pass, which
+    computes each block once more, unless all logits were few enough to be kept.
+    """
+    block_sizes = []  # the number of logits of each block
+    original_attend = simplicial.attend
 
-    monkeypatch.setattr(simplicial, "attend", counting_attend)
+    def recording_attend(q, k, v, k2, v2, w1, w2):
+        n_keys = min(k.shape[2], w1 + q.shape[3] - 1)
+        block_sizes.append(q.shape[:4].numel() * w2 * n_keys)
+        return original_attend(q, k, v, k2, v2, w1, w2)
+
+    monkeypatch.setattr(simplicial, "attend", recording_attend)
     inputs = [t.requires_grad_() for t in make_inputs(64, 64)]
     o = simplicial.attention_torch(*inputs, w1=20, w2=7, logits_at_once=at_once)
-    assert len(sizes) == blocks
+    assert len(block_sizes) == forward
     o.sum().backward()
-    assert len(sizes) == calls
-    assert max(sizes) <= at_once
+    assert len(block_sizes) == total
+    assert max(block_sizes) <= at_once
 
 
 def window_attention(q, k, v, w):
@@ -213,12 +215,13 @@ def check_windows(function, device, T=40):
     """A change at position 20 changes the outputs of the windows that hold it, and no other bit."""
     inputs = make_inputs(T, T, H=2, Hkv=1, D=16, B=1, dtype=torch.float32, device=device)
     before = function(*inputs, w1=9, w2=4)
-    for n, w in (0, 1), (1, 9), (2, 9), (3, 4), (4, 4):
+    windows = (1, 9, 9, 4, 4)  # of q, which only its own output sees, k, v, k2 and v2
+    for n, w in enumerate(windows):
         for change in 1e4, -math.inf, math.nan:
             changed = [t.clone() for t in inputs]
             changed[n][:, :, 20] += change
             after = function(*changed, w1=9, w2=4)
-            is_same = (before == after).all(-1).all(1)[0].tolist()  # of each position
+            is_same = (before == after).all(-1).all(1)[0].tolist()  # one bool per position
             expected = [True] * T
             expected[20 : 20 + w] = [False] * w
             case = f"{NAMES[n]} + {change}"
@@ -232,17 +235,17 @@ def test_decodes_as_it_prefills():
     whole = simplicial.attention(q, k, v, k2, v2, w1=7, w2=3)
     parts = []
     for start, end in (0, 12), (12, 19), (19, 20):
-        keys = [t[:, :, max(0, start - 6) : end] for t in (k, v)]  # what these queries see
+        # the first of these queries sees w1 - 1 = 6 and w2 - 1 = 2 earlier positions
+        keys = [t[:, :, max(0, start - 6) : end] for t in (k, v)]
         keys += [t[:, :, max(0, start - 2) : end] for t in (k2, v2)]
         parts.append(simplicial.attention(q[:, :, start:end], *keys, w1=7, w2=3))
     assert torch.allclose(whole, torch.cat(parts, 2), atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is not finite, in the gradients
+# -- what is not finite, in the gradients ----------------------------------------------------------
 
 
-NONFINITE = [  # index of a tensor in q, k, v, k2, v2, and a number in it
+NONFINITE = [  # index of a tensor among q, k, v, k2, v2, and the value that one number in it gets
     (0, math.inf),
     (0, math.nan),
     (1, math.nan),
@@ -268,13 +271,15 @@ def check_gradients_of_nonfinite(
         changed[n][0, 1, 20, 3] = value
         after = gradients(changed, do, w1, w2)
 
-        # the queries that see it, (H, T)
-        w = {0: 1, 1: w1, 2: w1, 3: w2, 4: w2}[n]
+        # the queries that see position 20 of tensor n, which has a window of w positions, (H, T)
+        # heads g to 2 g - 1 share KV head 1
+        w = (1, w1, w1, w2, w2)[n]
+        heads = [1] if n == 0 else range(g, H)
         bad_queries = torch.zeros(H, T, dtype=torch.bool)
-        for h in [1] if n == 0 else range(g, H):
+        for h in heads:
             bad_queries[h, 20 : 20 + w] = True
 
-        # the keys that one of these queries sees, (Hkv, T), in either window
+        # the keys that at least one of these queries sees, for each window (Hkv, T)
         bad_keys = {}
         for window in (w1, w2):
             bad_keys[window] = torch.zeros(2, T, dtype=torch.bool)
@@ -312,8 +317,7 @@ def test_compiled_code_keeps_what_is_not_finite():
     torch.compiler.reset()
 
 
-# --------------------------------------------------------------------------------------------------
-# Refusals, empty inputs, compilers, fallbacks
+# -- refusals, empty inputs, compilers, fallbacks --------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [simplicial.attention, simplicial.reference])
@@ -355,14 +359,15 @@ def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
     o = simplicial.attention(q, *keys, w1=3, w2=2)
     assert o.shape == q.shape
     for t, grad in zip((q, *keys), torch.autograd.grad(o.sum(), (q, *keys))):
-        assert grad.shape == t.shape and not grad.any()
+        assert grad.shape == t.shape
+        assert not grad.any()
 
 
 def test_compiles_once_for_all_lengths():
-    """One graph for the first length, one for all others: fullgraph refuses more than a few."""
+    """There is one graph for the first length and one for all others."""
     graphs = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs):  # runs the graph as it is, and counts it
         graphs.append(graph)
         return graph
 
@@ -409,8 +414,7 @@ def test_widths_without_a_kernel_fall_back_on_the_gpu(D):
     assert (o - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
-# --------------------------------------------------------------------------------------------------
-# In the GPT
+# -- in the GPT ------------------------------------------------------------------------------------
 
 
 def test_layers_of_the_gpt():
@@ -429,7 +433,7 @@ def test_layers_of_the_gpt():
     angles = train.rope_angles(0, 9, 8, 1e4, x.device)
     assert torch.allclose(layer(x, *angles), layer.o_proj(y), atol=1e-10)
 
-    # a token changes nothing before it
+    # changing a token changes no logit before it
     ids = torch.randint(64, (1, 16))
     changed = ids.clone()
     changed[0, 9] = (changed[0, 9] + 1) % 64
@@ -447,8 +451,7 @@ def test_trains(tiny):
     refused([*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1")
 
 
-# --------------------------------------------------------------------------------------------------
-# The study
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_match3_by_hand():
@@ -460,7 +463,7 @@ def test_match3_by_hand():
         assert 0 < truth.float().mean() < 1
         assert torch.equal(study.match3_by_hand(x, M), truth)
         assert torch.equal(study.match3_by_hand(x, M, simplicial.reference), truth)
-    expected = [False, True, True, True]  # 2 + 2 + 2
+    expected = [False, True, True, True]  # from position 1 on, 2 + 2 + 2 = 6 is a multiple of 6
     assert study.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == expected
     x = torch.randint(9, (4, 7), generator=generator)
     matches = study.match3(x, 9)
@@ -496,7 +499,7 @@ def test_tasks_are_what_they_say():
 
 
 def test_chance_levels():
-    """Guessing is right 25% of the time, naming the commonest value of f 53%, without composing."""
+    """Guessing scores 25%; naming the commonest value of f scores 53% without composing."""
     study = pytest.importorskip("experiments.simplicial")
     levels = study.chance_levels()
     assert levels["Match3"] == {"uniform": 0.5}
@@ -518,7 +521,7 @@ def test_study(tmp_path, capsys):
         assert key in record
     for task in study.TASKS:
         parameters = set()
-        values = {}  # of the two runs of each variant
+        values = {}  # variant: the results of its two runs
         for name in study.VARIANTS:
             runs = record["variants"][f"{task}: {name}"]["runs"]
             values[name] = [run["value"] for run in runs]
@@ -531,7 +534,7 @@ def test_study(tmp_path, capsys):
         for name, (first, second) in values.items():
             first -= baseline[0]
             second -= baseline[1]
-            half_width = 12.706 * abs(first - second) / 2  # t of one degree of freedom
+            half_width = 12.706 * abs(first - second) / 2  # Student's t, one degree of freedom
             difference = record["differences"][f"{task}: {name}"]
             assert difference["n"] == 2
             assert abs(difference["mean"] - (first + second) / 2) < 1e-12
@@ -545,19 +548,25 @@ def test_study(tmp_path, capsys):
 def test_runs_of_a_seed_see_the_same_examples():
     study = pytest.importorskip("experiments.simplicial")
     a, b = (study.train_task("composition", "softmax", 3, 4) for _ in range(2))
-    assert a["value"] == b["value"] and a["seed"] == 3
-    drawn = {}
+    assert a["value"] == b["value"]
+    assert a["seed"] == 3
+
+    # record the batches of two variants with one seed
+    batches = {}
     task = study.TASKS["composition"]
     for name in ("softmax", "gate"):
-        seen = drawn[name] = []
+        batches[name] = []
 
-        def recorded(B, generator, seen=seen):
+        def recording_make_batch(B, generator, seen=batches[name]):
             x, y = task.make_batch(B, generator)
             seen.append(x)
             return x, y
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(study.TASKS, "composition", task._replace(make_batch=recorded))
+            recording_task = task._replace(make_batch=recording_make_batch)
+            patch.setitem(study.TASKS, "composition", recording_task)
             study.train_task("composition", name, 3, 2)
-    assert len(drawn["gate"]) == 3 and not torch.equal(*drawn["gate"][:2])
-    assert all(map(torch.equal, drawn["softmax"], drawn["gate"]))
+    assert len(batches["gate"]) == 3, "two steps and an evaluation draw one batch each"
+    assert not torch.equal(batches["gate"][0], batches["gate"][1])
+    for x_softmax, x_gate in zip(batches["softmax"], batches["gate"], strict=True):
+        assert torch.equal(x_softmax, x_gate)

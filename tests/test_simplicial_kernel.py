@@ -49,16 +49,18 @@ KERNELS = "forward", "dq_dk2_dv2", "dk_dv"
 
 @contextlib.contextmanager
 def use_tiles(*sizes):
-    """Launch with tiles of (rows, block_n): the same size for all kernels, or one for each.
+    """Launch with tiles of (rows, block_n): one size for all kernels, or a size for each of three.
 
-    Not on a GPU, where large tiles of float32 compile for minutes.
+    On a GPU this does nothing, because large tiles of float32 take minutes to compile there.
     """
     if DEVICE == "cuda" or not sizes:
         yield
         return
     if len(sizes) == 1:
         sizes = sizes * len(KERNELS)
-    configs = {name: kernel.Config(*size, 4, 1) for name, size in zip(KERNELS, sizes)}
+    configs = {}
+    for name, size in zip(KERNELS, sizes):
+        configs[name] = kernel.Config(*size, num_warps=4, num_stages=1)
     kernel.get_options.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "get_config", lambda name, *_: configs[name])
@@ -77,7 +79,7 @@ def run_kernels(inputs, do, w1, w2, *tiles):
 def check_kernels(Tq, Tk, H, Hkv, D, w1, w2, dtype, *tiles, B=2, Tk2=None, size=1.0, shift=0):
     """Compare outputs, gradients and lse with float64; on a GPU, two runs must be equal.
 
-    tiles: as in use_tiles. size: multiplies the logits. shift: added to them.
+    tiles: as in use_tiles. size: multiplies the logits. shift: what channel 0 adds to them.
     """
     shape = Tq, Tk, H, Hkv, D, B, Tk2
     inputs = make_inputs(*shape, dtype, seed=Tq * w1 + w2, device=DEVICE)
@@ -173,8 +175,7 @@ def test_kernels_on_random_shapes(seed):
     check_kernels(Tq, Tk, H, Hkv, 16, w1, w2, torch.float32, *tiles, B=1, Tk2=Tk2)
 
 
-# --------------------------------------------------------------------------------------------------
-# One row does not depend on another
+# -- one row does not depend on another ------------------------------------------------------------
 
 
 def test_kernel_sees_only_its_windows():
@@ -187,7 +188,7 @@ def test_kernel_sees_only_its_windows():
 
 @pytest.mark.parametrize("dtype,w1,w2,g", [(torch.float32, 9, 4, 1), (torch.float16, 3, 34, 2)])
 def test_gradients_of_what_is_not_finite(dtype, w1, w2, g):
-    """w2 = 34 takes two tiles of offsets, and there, k2 and v2 change places with k and v."""
+    """w2 = 34 needs two tiles of offsets; as w2 > w1, k2 and v2 trade places with k and v."""
 
     def gradients(inputs, do, w1, w2):
         return run_kernels(inputs, do, w1, w2, (128, 16))[:6]
@@ -208,7 +209,7 @@ def run_two_heads(inputs, do, w1=5, w2=3):
 
 
 def assert_changed(before, after, positions, name="o"):
-    """Assert that of (1, 2, 24, 16), these positions of head 1 have changed, and nothing else."""
+    """Assert that tensors (1, 2, 24, 16) differ at these positions of head 1 and nowhere else."""
     expected = torch.zeros(2, 24, dtype=torch.bool)
     expected[1, positions] = True
     is_changed = (before != after).any(-1)[0].cpu()
@@ -217,13 +218,14 @@ def assert_changed(before, after, positions, name="o"):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_bad_gradient_stays_with_its_query(value):
-    """The gradient of an output is inf or NaN: what its query sees gets NaN, and nothing else."""
+    """The gradient of output 12 is inf or NaN: only the keys that query 12 sees get NaN."""
     inputs, do = two_heads()
     before = run_two_heads(inputs, do)
     do[0, 1, 12, 2] = value
     after = run_two_heads(inputs, do)
-    for name, a, b, w in zip(GRADIENTS, before, after, (0, 1, 5, 5, 3, 3)):
-        seen = slice(13 - w, 13)  # nothing where w is 0: the output does not change
+    windows = (0, 1, 5, 5, 3, 3)  # o does not change, dq only at 12; dk, dv and dk2, dv2 in windows
+    for name, a, b, w in zip(GRADIENTS, before, after, windows):
+        seen = slice(13 - w, 13)  # the last w positions up to 12
         assert_changed(a, b, seen, name)
         assert b[0, 1, seen].isnan().all()
 
@@ -234,14 +236,16 @@ def test_scores_that_overflow_float16_stay_with_their_query():
     before = run_two_heads(inputs, do)
     inputs[0][0, 1, 12] = 60000.0
     after = run_two_heads(inputs, do)
-    for name, a, b, w in zip(GRADIENTS, before, after, (1, 1, 5, 5, 3, 3)):
+    windows = (1, 1, 5, 5, 3, 3)  # of o, dq, dk, dv, dk2, dv2, each up to position 12
+    for name, a, b, w in zip(GRADIENTS, before, after, windows):
         assert_changed(a, b, slice(13 - w, 13), name)
 
 
 def test_a_query_whose_scores_are_all_minus_infinity():
-    """As the reference has it, its output is NaN, not 0."""
+    """Its output is NaN, as in the reference, and not 0."""
     inputs, do = two_heads()
-    inputs[1][..., 0] = inputs[3][..., 0] = 1
+    inputs[1][..., 0] = 1  # k and k2, so the query's -inf is in each score
+    inputs[3][..., 0] = 1
     before = run_two_heads(inputs, do)
     inputs[0][0, 1, 12, 0] = -float("inf")
     after = run_two_heads(inputs, do)
@@ -272,8 +276,7 @@ def test_a_key_of_weight_zero_has_a_bad_gradient(swap):
     assert dq[0, 1, 12:17].isnan().all()
 
 
-# --------------------------------------------------------------------------------------------------
-# The operator
+# -- the operator ----------------------------------------------------------------------------------
 
 
 def test_operator():
@@ -287,7 +290,8 @@ def test_operator():
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), attention(*inputs))
-    assert torch.equal(attention(*inputs, w1=10**30), attention(*inputs, w1=5)), "w1 is cut to Tk"
+    longest = attention(*inputs, w1=10**30)
+    assert torch.equal(longest, attention(*inputs, w1=5)), "w1 should be cut to Tk = 5"
     check_kernels(7, 9, 4, 2, 16, 4, 3, torch.float32)
 
 
@@ -305,9 +309,11 @@ def test_empty_inputs_give_empty_results(B, H, Hkv, Tq, Tk):
     q = torch.randn(B, H, Tq, 16, device=DEVICE, requires_grad=True)
     keys = [torch.randn(B, Hkv, Tk, 16, device=DEVICE, requires_grad=True) for _ in range(4)]
     o, lse = kernel.attention(q, *keys, 3, 2)
-    assert o.shape == q.shape and lse.shape == q.shape[:3]
+    assert o.shape == q.shape
+    assert lse.shape == q.shape[:3]
     for t, grad in zip((q, *keys), torch.autograd.grad(o.sum(), (q, *keys))):
-        assert grad.shape == t.shape and not grad.any()
+        assert grad.shape == t.shape
+        assert not grad.any()
 
 
 def test_refuses_what_does_not_fit():
@@ -342,19 +348,19 @@ def test_refuses_what_it_cannot_count():
             kernel.check_size(heads, group, T, T, T, D)
 
 
-# --------------------------------------------------------------------------------------------------
-# Compiled for GPUs that are not here
+# -- compiled for GPUs that are not here -----------------------------------------------------------
 
 
 BUILDS = [("bf16", 128, 90), ("bf16", 64, 90), ("bf16", 128, 80), ("fp32", 64, 90)]
 
 
 def plain_case(kernel_name, dtype, D, arch):
-    """What a call launches with w2 = 32 and one query head per KV head."""
+    """Return what a call with w2 = 32 and one query head per KV head launches, as a Case."""
     options_name = "forward" if kernel_name == "repair" else kernel_name
     config = kernel.HOPPER[options_name, D] if arch == 90 else kernel.OTHERS[options_name]
     if dtype == "fp32":
         config = kernel.FLOAT32
+    # a tile has a row for each of QUERIES queries and each of OFFSETS positions of k2 and v2
     constants = {"GROUP": 1, "D": D, "QUERIES": config.rows // 32, "OFFSETS": 32}
     if config.rows < 32:
         constants.update(QUERIES=1, OFFSETS=config.rows)
@@ -382,7 +388,7 @@ def plain_case(kernel_name, dtype, D, arch):
 
 def test_kernels_build():
     cases = [plain_case(name, *build) for name in KERNELS for build in BUILDS]
-    # repair_kernel is forward_kernel's code once more: its largest build will do
+    # repair_kernel has the code of forward_kernel, so its largest build is enough
     cases.append(plain_case("repair", "bf16", 128, 90))
     flags = {"is_bad_ptr": "*i8", "delta_ptr": "*fp32"}
     cases.append(Case("clean_kernel", {"D": 128, "BLOCK_T": kernel.BLOCK_T}, flags))
@@ -397,9 +403,13 @@ def test_hopper_kernel_builds():
     for D, has_small_block in (128, True), (64, False):
         config = hopper.CONFIGS[D]
         types = {"lse_ptr": "*fp32"}
+
+        # TMA descriptors of the blocks of keys and values
         for name, size in ("blocks", config["BLOCK_N"]), ("small", hopper.SMALL_BLOCK.value):
             kind = f"tensordesc<bf16[1, {size}, {D}],{hopper.key_layout()!r}>"
             types.update({f"k_{name}": kind, f"v_{name}": kind})
+
+        # one query head per KV head, and w2 = 32, of which 2 queries fill a tile of 64 rows
         constants = {**config, "GROUP": 1, "D": D, "QUERIES": 2, "OFFSETS": 32}
         constants["HAS_SMALL_BLOCK"] = has_small_block
         case = Case("hopper_kernel", constants, types, num_stages=1, uses_tensor_cores=True)
@@ -411,7 +421,9 @@ def test_a_hopper_kernel_that_does_not_build_raises(monkeypatch):
     hopper = pytest.importorskip("kernels.simplicial_hopper")
     one_multiprocessor = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: one_multiprocessor)
-    monkeypatch.setattr(hopper, "hopper_kernel", {})  # any launch is a KeyError
+
+    # hopper_kernel[grid] of a launch fails with a KeyError, as a failed build would
+    monkeypatch.setattr(hopper, "hopper_kernel", {})
     options = {**hopper.CONFIGS[64], "GROUP": 1, "QUERIES": 2}
     t = torch.zeros(1, 1, 16, 64, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="Triton.*or remove kernels/simplicial_hopper.py"):
@@ -419,7 +431,7 @@ def test_a_hopper_kernel_that_does_not_build_raises(monkeypatch):
 
 
 def test_build_checks():
-    """A case fails with a report that a GPU would refuse, that spills or that rounds to TF32."""
+    """A report fails that has too much shared memory, spills registers or rounds to TF32."""
     good = {"shared": 99 * 1024, "spilled": 8, "tensor_core_instructions": 0, "has_tf32": False}
     case = Case("kernel", arch=120, max_spilled=8, uses_tensor_cores=False)
     check_reports([case], [good])
@@ -431,8 +443,7 @@ def test_build_checks():
         check_reports([Case("kernel", arch=120, uses_tensor_cores=True)], [good])
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
 LARGE = [(300, 300, 2, 2, 128, 512, 32), (300, 300, 16, 1, 128, 32, 512)]
 LARGE += [(529, 529, 4, 2, 64, 512, 32), (1, 600, 64, 1, 128, 512, 32)]
@@ -447,7 +458,7 @@ def test_kernels_on_the_gpu(Tq, Tk, H, Hkv, D, w1, w2, dtype):
 
 
 def hopper_inputs(H, Hkv, Tq, Tk, D, dtype, size):
-    """Queries of which a tenth have logits `size` times as large. Finite."""
+    """Return finite q, k, v, k2, v2; a tenth of the queries have logits `size` times as large."""
     generator = torch.Generator("cuda").manual_seed(Tq)
     inputs = []
     for heads, T in (H, Tq), *[(Hkv, Tk)] * 4:
@@ -471,12 +482,12 @@ on_hopper = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
 def test_hopper_kernel_on_the_gpu(D, dtype, size):
-    """It leaves rows with huge logits to repair_kernel; both agree with the plain kernel."""
+    """hopper_kernel and, for rows with huge logits, repair_kernel agree with the plain kernel."""
     for H, Hkv, Tq, Tk, w1, w2 in HOPPER_SHAPES:
         inputs = hopper_inputs(H, Hkv, Tq, Tk, D, dtype, size)
         assert all(t.isfinite().all() for t in inputs)
         plan = kernel.hopper_plan(inputs[0], inputs[1], min(w1, Tk), w2)
-        assert plan, "this test is of hopper_kernel"
+        assert plan, "hopper_kernel should take these inputs"
         o, lse = kernel.forward(*inputs, w1, w2)
         assert torch.equal(o, kernel.forward(*inputs, w1, w2)[0])
         with pytest.MonkeyPatch.context() as patch:
@@ -509,7 +520,7 @@ def test_rows_of_the_hopper_kernel_are_independent_on_the_gpu(D, dtype, value):
             after = kernel.forward(*changed, w1, w2)[0]
             expected = torch.ones(H, Tq, dtype=torch.bool)
             expected[-1, i] = False
-            assert torch.equal((before == after).all(-1)[0].cpu(), expected), "bit for bit"
+            assert torch.equal((before == after).all(-1)[0].cpu(), expected), "another row changed"
 
         # k, v, k2 or v2 at the position of query 20
         for n, w in (1, w1), (2, w1), (3, w2), (4, w2):
@@ -519,7 +530,7 @@ def test_rows_of_the_hopper_kernel_are_independent_on_the_gpu(D, dtype, value):
             others = [i for i in range(Tq) if not 20 <= i < 20 + w]
             a = before[:, :, others].float()
             b = after[:, :, others].float()
-            # repair_kernel, which computes the queries that met 0 * inf, rounds otherwise
+            # repair_kernel computes the queries that met 0 * inf, and rounds differently
             assert b.isfinite().all()
             assert (a - b).norm() <= 0.01 * a.norm()
             if n != 2 or value == 1e4:

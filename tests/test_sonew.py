@@ -46,8 +46,7 @@ def as_chains(vectors):
     return [vector[None] for vector in vectors]
 
 
-# --------------------------------------------------------------------------------------------------
-# The method
+# -- the method ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("b", range(5))
@@ -58,8 +57,9 @@ def test_completes_the_band_to_maximal_determinant(n, b):
     X = dense_X(psi, s)
     inverse = torch.linalg.inv(X)
     for k in range(min(b, n - 1) + 1):
-        assert torch.allclose(inverse.diagonal(k), S[k][: n - k], atol=1e-12), "X^-1 = S on band"
-    assert not X.triu(b + 1).any(), "X is banded"
+        # on the band, the inverse of X is the covariance
+        assert torch.allclose(inverse.diagonal(k), S[k][: n - k], atol=1e-12)
+    assert not X.triu(b + 1).any(), "X has entries outside the band"
     assert torch.linalg.eigvalsh(X).min() > 0
     assert abs(torch.logdet(X) + s.log().sum()) < 1e-10
 
@@ -89,11 +89,12 @@ def test_band_1_is_newton_on_an_ar1_chain():
     assert torch.allclose(u[0], torch.linalg.solve(ar1, m[0]), atol=1e-10)
 
     psi, s = sonew.factor(S[:1], 0.0)
-    assert torch.equal(sonew.precondition(m, psi, s), m / S[0]), "band 0 has no square root"
+    u = sonew.precondition(m, psi, s)
+    assert torch.equal(u, m / S[0]), "band 0 should divide by the variance, not by its root"
 
 
 def test_edges_are_removed_at_gamma():
-    """Coordinate 0 is explained by its successor but for 1e-3 of its variance."""
+    """Coordinate 0's successor explains all but 1e-3 of its variance, so gamma = 1e-3 decides."""
     S = as_chains([torch.tensor([1.0, 1.0]), torch.tensor([(1 - 1e-3) ** 0.5, 0.0])])
     m = torch.tensor([[1.0, 2.0]])
     psi, s = sonew.factor(S, 0.9e-3)
@@ -107,7 +108,7 @@ def test_edges_are_removed_at_gamma():
 
 
 def test_gamma_is_relative_to_the_variance_of_the_successor():
-    """That is S_0 before elimination."""
+    """gamma is compared with S_0 of the successor, not with what elimination leaves of it."""
     for variance in (1e-2, 1e2):
         S = as_chains([torch.full((2,), variance), torch.tensor([0.5 * variance, 0.0])])
         psi, _ = sonew.factor(S, 1e-3)
@@ -138,7 +139,7 @@ def test_an_explained_successor_has_no_edge():
 
 
 def run_update(grads, b, eps=0.0, gamma=1e-6, beta1=0.9, beta2=0.99):
-    """Compute the steps of SONew for gradients (R, C); return m, S, u, a and scale of the last."""
+    """Compute one step of SONew per gradient (R, C); return m, S, u, a and scale of the last."""
     dtype = grads[0].dtype
     m = torch.zeros_like(grads[0])
     S = [torch.zeros_like(m) for _ in range(b + 1)]
@@ -173,7 +174,7 @@ def test_stays_positive_definite(case, b):
             assert tensor.isfinite().all()
         assert (s >= 0).all()
         assert scale >= 0
-        assert not u[g == 0].any(), "a step without a gradient"
+        assert not u[g == 0].any(), "coordinates without a gradient should not move"
         if (S_hat[0] > 0).all() and case != "tiny":  # tiny^2 is subnormal
             assert (s > 1e-6 * S_hat[0]).all()
             X = dense_X([psi_k.double() for psi_k in psi], s.double())
@@ -182,7 +183,7 @@ def test_stays_positive_definite(case, b):
 
 @pytest.mark.parametrize("b", [0, 1, 3])
 def test_is_equivariant_under_diagonal_scaling(b):
-    """Gradients times d give directions u / d, and leave Adam's step a as it was."""
+    """Gradients multiplied by d give directions u / d and the same step a of Adam."""
     generator = torch.Generator().manual_seed(0)
     g, d = torch.rand(2, 6, 2, 9, generator=generator, dtype=torch.float64) + 0.1
     d = d[0]  # the same for all six steps
@@ -196,7 +197,7 @@ def test_is_equivariant_under_diagonal_scaling(b):
 
 
 def test_directions_equal_dense_algebra_with_damping():
-    """The eps of a step is in units of the squared scale after the step before."""
+    """A step adds eps * scale^2 to S_0, with the scale that the step before has left."""
     generator = torch.Generator().manual_seed(1)
     grads = torch.randn(5, 1, 7, generator=generator, dtype=torch.float64) * 1e-3
     m, S, _, _, scale = run_update(grads[:4], 2)
@@ -217,12 +218,11 @@ def test_directions_equal_dense_algebra_with_damping():
     assert torch.allclose(scale, mean_square.sqrt().mean(), rtol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------
-# The optimizer
+# -- the optimizer ---------------------------------------------------------------------------------
 
 
 def take_steps(options, grads, shape=(6, 7), start=1.0, use_kernel=False):
-    """Return the parameter after each step."""
+    """Take a step per gradient; return the list of parameters after each, and the optimizer."""
     p = torch.nn.Parameter(torch.full(shape, start))
     optimizer = sonew.SONew([p], use_kernel=use_kernel, **options)
     path = []
@@ -255,7 +255,7 @@ def test_the_scale_of_gradients_does_not_matter(shape, options):
 
 
 def test_statistics_and_not_eps_precondition_a_gpt(tiny):
-    """S_0 exceeds the eps that is added to it, in 95% of the coordinates of all matrices."""
+    """In 95% of the coordinates of all matrices, S_0 exceeds the damping that is added to it."""
     steps = 40
     argv = [*tiny, "--optim", "sonew", "--lr", "0.003", "--sample", "0", "--n-layer", "3"]
     out = train.main([*argv, "--steps", str(steps)])["out"]
@@ -266,15 +266,16 @@ def test_statistics_and_not_eps_precondition_a_gpt(tiny):
         for i in group["params"]:
             state = saved["state"][i]
             if "s1" in state:  # a matrix
-                S_0 = state["s0"] / (1 - group["betas"][1] ** steps)
-                n_above += (S_0 > group["eps"] * state["scale"] ** 2).sum().item()
+                S_0 = state["s0"] / (1 - group["betas"][1] ** steps)  # bias-corrected
+                damping = group["eps"] * state["scale"] ** 2
+                n_above += (S_0 > damping).sum().item()
                 n_all += S_0.numel()
     assert n_above >= 0.95 * n_all
 
 
 @pytest.mark.parametrize("band,chain", [(0, "row"), (1, "row"), (1, "flat"), (4, "row")])
 def test_takes_steps_of_adams_length(band, chain):
-    """Of matrices; vectors take Adam's step itself."""
+    """Steps of a matrix have the norm of Adam's; a vector takes Adam's step itself."""
     lr = 0.01
     matrix, adam_matrix = (torch.nn.Parameter(torch.zeros(6, 7)) for _ in range(2))
     vector, adam_vector = (torch.nn.Parameter(torch.zeros(5)) for _ in range(2))
@@ -294,7 +295,8 @@ def test_takes_steps_of_adams_length(band, chain):
         assert abs(move.norm() / adam_move.norm() - 1) < 1e-5, f"step {t + 1}"
         assert not torch.allclose(move, adam_move, atol=1e-4)
         if t == 0:
-            assert abs(move.norm() / lr / 42**0.5 - 1) < 1e-5, "lr for each of 42 coordinates"
+            # Adam's first step moves each of the 42 coordinates by lr
+            assert abs(move.norm() / (lr * 42**0.5) - 1) < 1e-5
     assert torch.allclose(vector, adam_vector, atol=1e-6)
 
 
@@ -319,7 +321,8 @@ def test_tiny_gradients_after_zeros_take_steps_of_full_length():
     g = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     grads = [torch.zeros(4, 5), g * 1e-13]
     path, _ = take_steps({"lr": 0.1, "betas": (0.0, 0.0)}, grads, (4, 5), start=0.0)
-    assert abs(path[1].norm() / 0.1 / 20**0.5 - 1) < 1e-4
+    full_length = 0.1 * 20**0.5  # lr in each of 20 coordinates
+    assert abs(path[1].norm() / full_length - 1) < 1e-4
 
 
 def test_rows_are_chains_and_flat_joins_them():
@@ -334,8 +337,10 @@ def test_rows_are_chains_and_flat_joins_them():
             (state,) = optimizer.state.values()
             S_1[chain, name] = state["s1"]
     assert torch.equal(S_1["row", "one"][0], S_1["row", "other"][0])
-    assert not S_1["row", "one"][:, -1].any(), "a chain ends with its row"
-    assert S_1["flat", "one"][0, -1] != 0, "the chain goes on in the next row"
+
+    # the last entry of a row is a product with the next row, if the chain goes on there
+    assert not S_1["row", "one"][:, -1].any(), "a chain should end with its row"
+    assert S_1["flat", "one"][0, -1] != 0, "a flat chain should go on in the next row"
     assert S_1["flat", "one"][1, -1] == 0
 
 
@@ -350,7 +355,7 @@ def test_small_and_empty_parameters(shape, chain):
     for value in (path[-1], *state.values()):
         assert value.isfinite().all()
     if path[-1].numel() > 0:
-        assert (path[-1] != 1).all(), "it did not move"
+        assert (path[-1] != 1).all(), "the parameter did not move"
 
 
 def test_the_first_step_and_its_scale():
@@ -372,7 +377,7 @@ def test_the_first_step_and_its_scale():
 
 
 def test_gradients_that_are_zero_at_first():
-    """Zeros for two steps, then noise; and a row of zeros throughout."""
+    """Gradients are zero for two steps, then random; one row stays zero throughout."""
     grads = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
     grads[:2] = 0
     grads[:, 3] = 0
@@ -380,7 +385,7 @@ def test_gradients_that_are_zero_at_first():
     (state,) = optimizer.state.values()
     for value in (*path, *state.values()):
         assert value.isfinite().all()
-    assert (path[1] == 1).all(), "it moved without a gradient"
+    assert (path[1] == 1).all(), "the parameter moved without a gradient"
     for p in path:
         assert (p[3] == 1).all(), "the row of zeros moved"
     assert (path[-1][:3] != 1).all()
@@ -398,7 +403,7 @@ def test_gradients_that_are_zero_at_first():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 def test_skips_a_bad_gradient(bad):
-    """The second of three gradients of p is bad; it counts as a gradient of 0. q's are good."""
+    """A bad gradient does not move p and decays its statistics as zeros would; q goes on."""
     p, q = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     optimizer = sonew.SONew([p, q], 0.1, weight_decay=0.1)
     for t in range(3):
@@ -411,7 +416,8 @@ def test_skips_a_bad_gradient(bad):
         state_before = copy.deepcopy(optimizer.state[p])
         optimizer.step()
         assert not torch.equal(q, q_before)
-        assert torch.equal(p, p_before) == (t == 1)
+        p_has_moved = not torch.equal(p, p_before)
+        assert p_has_moved == (t != 1)
         if t == 1:
             state = optimizer.state[p]
             assert state["m"][1, 2] == 0.9 * state_before["m"][1, 2]
@@ -515,6 +521,6 @@ def test_parameters_and_gradients_may_be_views():
         p.grad = g.T.contiguous().T
         before = p.grad.clone()
         optimizer.step()
-        assert torch.equal(p.grad, before), "the gradient is left as it was"
+        assert torch.equal(p.grad, before), "a step should not write to the gradient"
     assert torch.equal(p, expected[-1])
     assert p.data_ptr() == address

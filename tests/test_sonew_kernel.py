@@ -39,7 +39,7 @@ def use_version(monkeypatch, version):
 
 
 def set_gradients(params, grads, transposed):
-    """Give each parameter a copy of its gradient; transposed: one that is not contiguous."""
+    """Give each parameter a copy of its gradient; transposed: the copy is not contiguous."""
     for p, g in zip(params, grads, strict=True):
         if transposed:
             g = g.T.clone(memory_format=torch.contiguous_format).T
@@ -51,7 +51,7 @@ def check_kernel(
 ):
     """Compare the kernel with PyTorch in the same dtype and in float64, on the same gradients.
 
-    A large eps keeps all well-conditioned. With repeat, two runs of the kernel must be equal.
+    A large eps keeps the problem well-conditioned. repeat: two runs of the kernel must be equal.
     """
     options = {"lr": 0.1, "eps": 0.1, "weight_decay": 0.1, **options}
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def check_kernel(
         shape = tuple(p.shape)
         assert_close(str(shape), p, eager, truth)
         if p.numel() >= 4:
-            assert (p - start.to(p)).abs().max() > 0.01, "it did not move"
+            assert (p - start.to(p)).abs().max() > 0.01, "the parameter did not move"
         for name, tensor in state.items():
             eager_tensor = optimizers["torch"].state[eager][name]
             truth_tensor = optimizers["float64"].state[truth][name].double()
@@ -114,12 +114,8 @@ def check_kernel(
     [
         {"betas": (0.9, 0.0)},
         {"band": 4, "chain": "flat"},
-        {
-            "band": 3,
-            "transposed": True,
-            "gamma": 0.3,
-            "betas": (0.0, 0.999),
-        },  # gamma removes most edges
+        # so large a gamma removes most edges
+        {"band": 3, "transposed": True, "gamma": 0.3, "betas": (0.0, 0.999)},
         {"band": 0, "eps": 1e-6, "betas": (0.9, 0.9999), "lr": torch.tensor(0.1, device=DEVICE)},
     ],
     ids=["band 1", "band 4, flat", "band 3, transposed", "band 0, lr a tensor"],
@@ -152,7 +148,7 @@ def test_kernel_on_random_shapes(seed, monkeypatch):
 
 @pytest.mark.parametrize("version", ["fastest", "simple"])
 def test_kernel_does_not_depend_on_its_blocks(version, monkeypatch):
-    """Statistics are equal to the last bit; directions only up to the order of the norms' sums."""
+    """Statistics are equal bit for bit; steps only up to the order in which norms are summed."""
     use_version(monkeypatch, version)
     nets = []
     optimizers = []
@@ -209,7 +205,7 @@ def kernel_steps(options, grads):
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("version", ["fastest", "simple"])
 def test_kernel_on_gradients_that_are_zero_at_first(version, monkeypatch):
-    """Zeros for two steps, a row of zeros throughout, and sums that overflow: as in PyTorch."""
+    """Two steps of zeros, a row of zeros, and sums that overflow give what PyTorch gives."""
     use_small_blocks(monkeypatch)
     use_version(monkeypatch, version)
     grads = torch.randn(5, 4, 20, generator=torch.Generator().manual_seed(0))
@@ -224,7 +220,7 @@ def test_kernel_on_gradients_that_are_zero_at_first(version, monkeypatch):
             assert torch.allclose(p.cpu(), expected_p, atol=1e-5)
         for value in state.values():
             assert value.isfinite().all()
-        assert (path[1] == 1).all(), "it moved without a gradient"
+        assert (path[1] == 1).all(), "the parameter moved without a gradient"
         assert (path[-1][3] == 1).all(), "the row of zeros moved"
 
     # after zeros, the first gradient is small, and eps does not damp it
@@ -268,8 +264,10 @@ def test_kernel_on_bad_gradients(bad, other_bad, version, monkeypatch):
 
 @pytest.mark.parametrize("version", ["torch", "kernel"])
 def test_sums_and_sizes_of_other_shards_count(version, monkeypatch):
-    """Another process seems to hold the same rows once more: the steps must not change.
+    """Sums over shards reach each shard's step, even that of an empty one.
 
+    all_reduce is replaced: as if another process held the same rows once more, it doubles the
+    sums, and the number of elements is doubled, too. So the steps must not change.
     Here, one shard has all the rows, and another one is empty.
     """
     use_small_blocks(monkeypatch)
@@ -280,19 +278,19 @@ def test_sums_and_sizes_of_other_shards_count(version, monkeypatch):
     shards = [torch.ones(4, 50, device=DEVICE), torch.ones(0, 50, device=DEVICE)]
     group = {"band": 1, "chain": "row", "bf16_state": False}
     states = [sonew.init_state(shard, group) for shard in shards]
-    full_sums = []  # of the first shard, once it is known
+    full_sums = []  # the sums of the first shard come first
 
-    def all_reduce(sums, group):
+    def fake_all_reduce(sums, group):
         assert group == "the other process"
         sums *= 2
         rows = sums.view(-1, 3)
-        if len(rows) == 2:  # of both shards at once: the empty one gets the sums of the other
+        if len(rows) == 2:  # the sums of both shards: the empty one gets those of the other
             rows[1] = rows[0]
-        elif full_sums:
+        elif full_sums:  # the sums of the empty shard alone
             sums.copy_(full_sums[0])
         full_sums.append(sums.clone())
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", fake_all_reduce)
     options = {"lr": 0.1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95}
     options.update(eps=0.1, gamma=1e-6)
     for g in grads:
@@ -308,7 +306,7 @@ def test_sums_and_sizes_of_other_shards_count(version, monkeypatch):
                 band=1,
                 chain=50,
                 is_adam=False,
-                numel=400,  # of both processes
+                numel=2 * g.numel(),  # in both processes
                 process_groups=("the other process",),
             )
             params.append(param)
@@ -357,7 +355,7 @@ def test_too_few_lines_are_refused(monkeypatch):
 
 
 def test_kernel_beyond_2_to_the_31():
-    """The last chunk of a tensor of n = 2^31 + 40 elements: reserves 4 GiB, touches a page.
+    """A step on the last chunk of a tensor of n = 2^31 + 40 elements. Most memory stays unused.
 
     g, m, S_0 and p lie 64 elements apart in the same memory, so their last 40 elements are in
     `tail`:
@@ -380,7 +378,8 @@ def test_kernel_beyond_2_to_the_31():
     programs = -(-n // 128)
     row = [p_ptr, g_ptr, m_ptr, *counters, n, n, n, 128, 0, programs, S_ptr]
     table = torch.tensor([row], device=DEVICE)
-    work_items = [[0, programs - 1], [-1, programs - 1]]  # statistics of the last chunk, update
+    # the first program computes the statistics of the last chunk, the second one updates it
+    work_items = [[0, programs - 1], [-1, programs - 1]]
     work_items = torch.tensor(work_items, device=DEVICE)
 
     u = torch.empty(2**31 + 128, device=DEVICE)
@@ -395,25 +394,28 @@ def test_kernel_beyond_2_to_the_31():
     g = g.float()
     expected_u = (g / 2) / (g**2 / 4 + 0.1)  # in units of the scale, 2
     assert torch.allclose(u[2**31 : 2**31 + 40], expected_u, rtol=1e-2, atol=1e-3)
-    assert torch.allclose(tail[216:256].float(), -2 * expected_u, rtol=1e-2, atol=1e-3), "p"
-    assert torch.allclose(tail[88:128].float(), g / 2, atol=1e-3), "m"
-    assert torch.allclose(tail[152:192].float(), g * g / 2, atol=1e-3), "S_0"
+    m = tail[88:128].float()
+    S_0 = tail[152:192].float()
+    p = tail[216:256].float()
+    assert torch.allclose(m, g / 2, atol=1e-3)
+    assert torch.allclose(S_0, g * g / 2, atol=1e-3)
+    assert torch.allclose(p, -2 * expected_u, rtol=1e-2, atol=1e-3)
 
 
 def test_sharded_parameters_in_the_kernel(mesh, monkeypatch):  # noqa: F811
     if DEVICE == "cuda":
         pytest.skip("the mesh is one of CPUs")
     use_small_blocks(monkeypatch)
-    use_version(monkeypatch, "simple")  # for whole tensors too
+    use_version(monkeypatch, "simple")  # the one kernel for shards, now for whole tensors too
     shapes = check_sharded(mesh, monkeypatch, use_kernel=True)
-    assert shapes == 3 * [()] + 9 * [(1, 3)], "one sum for each kind of tensor that is sharded"
+    # 3 first steps reduce a scale; 3 sharded tensors in 3 steps reduce the 3 sums of their steps
+    assert shapes == 3 * [()] + 9 * [(1, 3)]
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
 LARGE_SHAPES = [*SHAPES, *[(768, 3072)] * 4, (3072, 768), (3000, 1025), (1, 100003), (70000,)]
-LARGE_SHAPES += [(3, 4097), (1800, 4096)]  # many, and one
+LARGE_SHAPES += [(3, 4097), (1800, 4096)]
 
 
 GPU_OPTIONS = [{}, {"band": 0}, {"band": 4}, {"band": 4, "chain": "flat"}]
@@ -429,7 +431,7 @@ def test_kernel_on_the_gpu(options):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", [*GPU_OPTIONS, {"band": 2, "bf16_state": True}], ids=str)
 def test_kernel_in_bfloat16_on_the_gpu(options, seed):
-    """One step only, as roundings of 8 bits add up."""
+    """Take one step only, because rounding errors of 8 bits add up."""
     dtypes = [torch.bfloat16]
     if options.get("bf16_state"):
         dtypes.append(torch.float32)
@@ -439,7 +441,7 @@ def test_kernel_in_bfloat16_on_the_gpu(options, seed):
 
 @gpu
 def test_both_kernels_are_scale_invariant_on_the_gpu():
-    """Tensors that fit the ring of the Hopper kernel, and one that does not (odd rows)."""
+    """The first shape takes the Hopper kernel; the second, with odd rows, the simple one."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((768, 3072), (301, 1025)):
         grads = torch.randn(4, *shape, generator=generator) * 3e-5
@@ -450,7 +452,7 @@ def test_both_kernels_are_scale_invariant_on_the_gpu():
 
 @gpu
 def test_kernel_repeats_itself_and_never_waits():
-    """A hundred runs, in which a race would show."""
+    """A race would show as a difference in a hundred runs. A step must not wait for the GPU."""
     first = None
     for _ in range(100):
         torch.manual_seed(0)
@@ -460,6 +462,7 @@ def test_kernel_repeats_itself_and_never_waits():
         for t in range(3):
             for p in net:
                 p.grad = torch.randn(p.shape, device="cuda")
+            # the first step may wait, to plan its launches
             torch.cuda.set_sync_debug_mode("error" if t else "default")
             try:
                 optimizer.step()

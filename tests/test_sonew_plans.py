@@ -22,7 +22,7 @@ from tests.test_sonew_kernel import check_kernel, use_small_blocks
 
 
 def chosen_plan(shape, offset=0, band=1, groups=()):
-    """Return "simple" or "fused" for a tensor, and whether its halos have to be copied.
+    """Return "simple", or "fused" and whether the chains of this tensor cross ends of chunks.
 
     offset: elements from an aligned address to the tensor. groups: over which it is sharded.
     """
@@ -44,29 +44,29 @@ def chosen_plan(shape, offset=0, band=1, groups=()):
 
 
 def test_the_fastest_version_that_takes_a_tensor_is_chosen():
-    assert chosen_plan((8, 960)) == ("fused", False), "a chunk is a row"
-    assert chosen_plan((8, 964)) == ("fused", True), "a row is longer than a chunk"
+    assert chosen_plan((8, 960)) == ("fused", False), "a row of 960 should fit a chunk"
+    assert chosen_plan((8, 964)) == ("fused", True), "a row of 964 should take two chunks"
     assert chosen_plan((1, 960)) == ("fused", False)
     assert chosen_plan((8, 64)) == ("fused", False)
     assert chosen_plan((964,), band=0) == ("fused", False)
     assert chosen_plan((8, 964), groups=("sharded",)) == ("simple",)
-    assert chosen_plan((8, 961)) == ("simple",), "rows are no multiple of 4 elements"
-    assert chosen_plan((8, 960), offset=1) == ("simple",), "not aligned"
+    assert chosen_plan((8, 961)) == ("simple",), "fused needs rows of a multiple of 4 elements"
+    assert chosen_plan((8, 960), offset=1) == ("simple",), "fused needs aligned tensors"
     assert chosen_plan((4, 3)) == ("simple",)
-    assert chosen_plan((0, 8)) == ("simple",), "empty"
+    assert chosen_plan((0, 8)) == ("simple",), "fused cannot take an empty tensor"
     assert chosen_plan((4, 3), band=0) == ("fused", False)
 
 
 def count_calls(monkeypatch, owner, name):
-    """Return a list that grows with each call of a function of owner."""
+    """Return a list to which each call of owner's function appends its arguments."""
     calls = []
     original = getattr(owner, name)
 
-    def counted(*args):
+    def recording(*args):
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(owner, name, counted)
+    monkeypatch.setattr(owner, name, recording)
     return calls
 
 
@@ -75,12 +75,12 @@ def test_kernel_takes_many_tensors_at_once(monkeypatch):
     fused_steps = count_calls(monkeypatch, fused.FusedPlan, "step")
     simple_steps = count_calls(monkeypatch, kernel.SimplePlan, "step")
     check_kernel([(2, 4)] * 10 + [(3,)] * 10 + [(1, 4), (8,)], steps=1)
-    assert len(fused_steps) == 2, "matrices, and vectors"
-    assert len(simple_steps) == 1, "odd vectors"
+    assert len(fused_steps) == 2, "one launch for all matrices, one for the vectors that fit"
+    assert len(simple_steps) == 1, "one launch for the vectors of 3 elements"
 
 
 def test_plans_are_made_once(monkeypatch):
-    """A plan serves again while all addresses and options are the same."""
+    """A plan is used again while all addresses, shapes and options stay the same."""
     use_small_blocks(monkeypatch)
     plans_made = count_calls(monkeypatch, kernel, "make_plans")
     p = torch.nn.Parameter(torch.ones(4, 8, device=DEVICE))
@@ -136,15 +136,15 @@ def test_plans_keep_no_gradient_alive(monkeypatch):
     grad = weakref.ref(p.grad)
     version = p._version
     optimizer.step()
-    assert p._version > version, "autograd knows of the change"
+    assert p._version > version, "autograd was not told of the change in place"
     p.grad = None
-    assert grad() is None
+    assert grad() is None, "a plan keeps the gradient in memory"
 
 
 @gpu
 @pytest.mark.parametrize("shape", [(64, 100), (64, 101), (300, 4096), (3000, 1024)], ids=str)
 def test_in_a_cuda_graph(shape):
-    """With gradients at other addresses than before, and a learning rate on the device."""
+    """A captured step reads gradients at new addresses, and the learning rate on the device."""
     warm_up = 3  # steps before the graph is captured
     steps = 8
     nets = []
@@ -175,7 +175,7 @@ def test_in_a_cuda_graph(shape):
         nets[0][1].grad.copy_(source[0, :8])
         optimizers[0].step()
 
-    # the graph must keep alive what it reads: free memory is overwritten here
+    # the graph must keep alive what it reads: forget the plans, and overwrite all freed memory
     optimizers[0].plan_cache.recent.clear()
     n_others = 1000
     others = [torch.full((64,), -1, device="cuda") for _ in range(n_others)]
@@ -193,7 +193,7 @@ def test_in_a_cuda_graph(shape):
 
 
 class Variant(NamedTuple):
-    """What real calls launch."""
+    """A specialization of the kernels that real calls launch."""
 
     param: tl.dtype
     state: tl.dtype
@@ -210,7 +210,7 @@ VARIANTS = [BAND_1, BAND_4, BFLOAT16, BAND_0]
 FLOATS = "beta1 beta2 new1 new2 log_beta1 log_beta2 gamma lr weight_decay".split()
 TYPES = {"table_ptr": "*i64", "items_ptr": "*i64", "blocks_ptr": "*i64", "counters_ptr": "*i32"}
 TYPES.update(dict.fromkeys(FLOATS, "fp32"))
-# a register limit for more programs at once is worth some spills
+# a limit of registers lets more programs run at once, which is worth some spills
 OPTIONS = {"types": TYPES, "dtype": "fp32", "uses_tensor_cores": False, "max_spilled": 72}
 
 

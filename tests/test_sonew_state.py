@@ -10,12 +10,11 @@ import sonew
 import train
 from tests.common import is_equal, refused, run_two_processes
 
-# --------------------------------------------------------------------------------------------------
-# State
+# -- state -----------------------------------------------------------------------------------------
 
 
 def make_pair(**options):
-    """Return twice the same: a float32 matrix and a bfloat16 vector, and their optimizer."""
+    """Return two equal ([float32 matrix, bfloat16 vector], optimizer of both)."""
     pair = []
     for _ in range(2):
         matrix = torch.nn.Parameter(torch.ones(3, 8))
@@ -33,7 +32,7 @@ def step(optimizer, params, grads):
 
 @pytest.mark.parametrize("options", [{}, {"band": 3, "bf16_state": True}], ids=str)
 def test_state_round_trip(options, tmp_path):
-    """Three steps, save, load; then the original and what was loaded take the same three steps."""
+    """After three steps, save and load; the loaded optimizer goes on exactly as the original."""
     generator = torch.Generator().manual_seed(0)
     (params, optimizer), (loaded_params, loaded) = make_pair(**options)
     grads = []
@@ -56,7 +55,8 @@ def test_state_round_trip(options, tmp_path):
     assert is_equal(params, loaded_params)
     matrix, vector = loaded_params
     assert loaded.state[matrix]["step"] == 6
-    assert saved["optimizer"]["state"][0]["step"] == 3, "what was loaded was not copied"
+    step_in_file = saved["optimizer"]["state"][0]["step"]
+    assert step_in_file == 3, "steps changed the loaded dict, which should have been copied"
     dtype = torch.bfloat16 if options.get("bf16_state") else torch.float32
     assert loaded.state[vector]["s0"].dtype == dtype
 
@@ -69,7 +69,7 @@ def test_state_round_trip(options, tmp_path):
 
 
 def test_load_state_dict_respects_hooks_as_adam_does():
-    """A pre-hook may replace what is loaded; a post-hook sees, and may change, the result."""
+    """A pre-hook may replace the state dict; a post-hook may change the loaded state."""
     (params, optimizer), (loaded_params, loaded) = make_pair()
     step(optimizer, params, [torch.randn(3, 8), torch.randn(4)])
     matrix, vector = params
@@ -145,13 +145,12 @@ def test_a_loaded_state_becomes_contiguous():
     assert (m == 3).all()
 
 
-# --------------------------------------------------------------------------------------------------
-# Shards and runs
+# -- shards and runs -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mesh(tmp_path):
-    """A mesh of one process, which stands in for many."""
+    """Make a mesh of one process, in which DTensor works as it does with many."""
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
@@ -175,11 +174,11 @@ def check_sharded(mesh, monkeypatch, use_kernel):
     shapes = []
     all_reduce = torch.distributed.all_reduce
 
-    def recorded_all_reduce(sums, **options):
+    def recording_all_reduce(sums, **options):
         shapes.append(tuple(sums.shape))
         return all_reduce(sums, **options)
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", recorded_all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", recording_all_reduce)
     whole_net = [torch.nn.Parameter(w.clone()), torch.nn.Parameter(b.clone())]
     nets = [
         whole_net,
@@ -208,11 +207,12 @@ def check_sharded(mesh, monkeypatch, use_kernel):
 
 def test_sharded_parameters(mesh, monkeypatch):
     shapes = check_sharded(mesh, monkeypatch, use_kernel=False)
-    assert shapes == 3 * [()] + 9 * [(3,)], "one sum for each tensor that is sharded"
+    # 3 first steps reduce a scale; 3 sharded tensors in 3 steps reduce the 3 sums of their steps
+    assert shapes == 3 * [()] + 9 * [(3,)]
 
 
 def test_trains(tiny):
-    """Resuming is tested in test_runs.py."""
+    """Train with train.py. Resuming is tested in test_runs.py."""
     argv = [*tiny, "--optim", "sonew:band=2", "--lr", "0.02", "--out", "out/run"]
     result = train.main(argv)
     assert result["loss"] < 3.0
@@ -234,7 +234,7 @@ train.main([*flags, "--out", "out/fsdp", "--fsdp", "--stop-after", "3"])
 
 
 def test_processes_equal_one(tiny):
-    """With a strong damping: without it, roundings of early, nearly singular statistics grow."""
+    """eps = 1 damps strongly; otherwise nearly singular early statistics amplify rounding."""
     argv = [*tiny, "--steps", "6", "--optim", "sonew:eps=1", "--lr", "0.01", "--sample", "0"]
     train.main([*argv, "--out", "out/one"])
     for done in run_two_processes(IN_TWO_PROCESSES, *argv):

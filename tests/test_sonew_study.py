@@ -16,7 +16,7 @@ from tests.common import refused
 
 @pytest.fixture
 def digits(tmp_path, monkeypatch):
-    """Work in an empty folder, with a file like MNIST's, and a study of a second."""
+    """Work in an empty folder with 40 random images in MNIST's format; shrink the study."""
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 255, (40, 28, 28)).astype(np.uint8)
     np.savez("digits.npz", x_train=images[10:], x_test=images[:10])
@@ -59,7 +59,7 @@ def test_sweep(digits, monkeypatch):
     for rows in sweeps.values():
         losses = [row[2] for row in rows]
         assert len(losses) == 12
-        assert losses[0] == min(losses), "the best setting comes first"
+        assert losses[0] == min(losses), "the best setting should come first"
 
 
 def test_every_variant_has_the_same_tuning_budget():
@@ -72,7 +72,7 @@ def test_every_variant_has_the_same_tuning_budget():
 
 
 def test_shuffled_pixels_are_trained_and_scored_on(digits):
-    """The control equals band 1 on images whose pixels were shuffled before, test images too."""
+    """The shuffled control equals band 1 on training and test images that are shuffled before."""
     images = mnist.load_mnist(digits)
     setting = (0.1, 1e-6)
     control = study.train_variant("band 1, shuffled", setting, images, 1)
@@ -84,7 +84,8 @@ def test_shuffled_pixels_are_trained_and_scored_on(digits):
         assert control[name] != unshuffled[name]
     for before, after in zip(images, shuffled, strict=True):
         assert not torch.equal(before, after)
-        assert torch.equal(before.sort(1).values, after.sort(1).values), "other pixels in an image"
+        # each image has its own pixels, in another order
+        assert torch.equal(before.sort(1).values, after.sort(1).values)
 
     # images whose pixels are their own index show the order
     indices = torch.arange(784.0)[None]
@@ -110,26 +111,22 @@ def test_learning_rate_and_scores(digits, monkeypatch):
     net = study.autoencoder((784, 6, 3), 0)
     kinds = [type(layer).__name__ for layer in net]
     assert kinds == ["Linear", "Tanh", "Linear", "Linear", "Tanh", "Linear"]
-    assert [tuple(p.shape) for p in net.parameters() if p.dim() > 1] == [
-        (6, 784),
-        (3, 6),
-        (6, 3),
-        (784, 6),
-    ]
+    weights = [tuple(layer.weight.shape) for layer in net if hasattr(layer, "weight")]
+    assert weights == [(6, 784), (3, 6), (6, 3), (784, 6)]
 
 
 def test_without_its_data(digits, monkeypatch):
-    content = None
+    content = None  # the file that a download returns; None: there is no network
 
-    def urlopen(url, timeout):
+    def fake_urlopen(url, timeout):
         if content is None:
             raise OSError("no network")
         return open(content, "rb")
 
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", fake_urlopen)
     refused([], "cannot be fetched", "--mnist FILE.npz", main=sonew.main)
     Path("text.txt").write_text("not MNIST")
-    content = "text.txt"  # the checksum is another
+    content = "text.txt"  # a download whose checksum is wrong
     refused([], "cannot be fetched", main=sonew.main)
     assert not Path("out").exists()
 

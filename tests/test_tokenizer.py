@@ -29,7 +29,7 @@ TEXTS = [
 
 
 def write_bpe(path, tokens=None, extra=""):
-    """Write a little .tiktoken file: every byte and a few merges."""
+    """Write a small .tiktoken file and return its path; tokens: by default, bytes and 10 merges."""
     lines = []
     for i, token in enumerate(tokens or [*BYTES, *MERGED]):
         lines.append(f"{base64.b64encode(token).decode()} {i}\n")
@@ -40,7 +40,8 @@ def write_bpe(path, tokens=None, extra=""):
 def test_bytes():
     byte = get_tokenizer("byte")
     ids = byte.encode_ordinary("aé")
-    assert ids.tolist() == [97, 0xC3, 0xA9] and ids.dtype == np.uint8
+    assert ids.tolist() == [97, 0xC3, 0xA9]
+    assert ids.dtype == np.uint8
     assert byte.decode_bytes(ids.tolist()) == "aé".encode()
     assert byte.encode_ordinary("\ud83d").tolist() == [*"\ufffd".encode()]
     assert (byte.n_vocab, byte.eot_token) == (256, 0)
@@ -57,12 +58,15 @@ def test_bpe_is_tiktokens(tmp_path):
     assert (ours.name, ours.n_vocab, ours.eot_token) == ("mine", 267, 266)
     rng = random.Random(0)
     pieces = [*"aA1 \n\t'.é数\x1c\x85\u3000", "the", " over", "'s", "'LL", "  "]
-    texts = [*TEXTS, *("".join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(500))]
+    texts = list(TEXTS)
+    for _ in range(500):
+        texts.append("".join(rng.choices(pieces, k=rng.randint(1, 20))))
     for text in texts:
         ids = ours.encode_ordinary(text)
         assert ids == truth.encode_ordinary(text), repr(text)
         assert ours.decode_bytes(ids) == truth.decode_bytes(ids)
-    assert ours.encode_ordinary(" the") == [258] and ours.decode_bytes([266]) == b"<|endoftext|>"
+    assert ours.encode_ordinary(" the") == [258]
+    assert ours.decode_bytes([266]) == b"<|endoftext|>"
 
 
 @pytest.mark.parametrize("name", tokenizer.PUBLISHED)
@@ -73,7 +77,8 @@ def test_a_file_with_a_published_name_is_that_encoding(name, monkeypatch, tmp_pa
     n_ranks, _, special = tokenizer.PUBLISHED[name]
     assert special == published["special_tokens"]
 
-    # as many merges as the published one, of which this text meets a few
+    # write a file with as many tokens as the published one; ids skip the first special token,
+    # and most merges are of bytes that no text below has
     first_special = min(special.values())
     numbers = (i for i in range(10**6) if i != first_special)
     tokens = dict(zip([*BYTES, *MERGED], numbers))
@@ -83,7 +88,8 @@ def test_a_file_with_a_published_name_is_that_encoding(name, monkeypatch, tmp_pa
     path = tmp_path / f"{name}.tiktoken"
     path.write_text("\n".join(lines))
     ours = get_tokenizer(str(path))
-    assert ours.eot_token == special["<|endoftext|>"] and ours._special_tokens == special
+    assert ours.eot_token == special["<|endoftext|>"]
+    assert ours._special_tokens == special
     truth = tiktoken.Encoding(
         name, pat_str=published["pat_str"], mergeable_ranks=ranks, special_tokens={}
     )
@@ -95,22 +101,22 @@ def test_a_file_with_a_published_name_is_that_encoding(name, monkeypatch, tmp_pa
 
 
 def test_published_names(tmp_path, monkeypatch):
-    """gpt2 is r50k_base, whose file is a .tiktoken; a published name beats a file of that name."""
-    asked = []
+    """gpt2 is another name for r50k_base. A published name beats a file of that name."""
+    names_fetched = []
 
-    def get_encoding(name):
-        asked.append(name)
+    def fake_get_encoding(name):  # stands for tiktoken's download
+        names_fetched.append(name)
         ranks = {token: i for i, token in enumerate(BYTES)}
         return tiktoken.Encoding(
             name, pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
         )
 
-    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    monkeypatch.setattr(tiktoken, "get_encoding", fake_get_encoding)
     monkeypatch.chdir(tmp_path)
     write_bpe("gpt2")
     assert get_tokenizer("gpt2").name == "r50k_base"
     assert get_tokenizer("cl100k_base").encode_ordinary("ab") == [97, 98]
-    assert asked == ["r50k_base", "cl100k_base"]
+    assert names_fetched == ["r50k_base", "cl100k_base"]
     write_bpe("gpt2.tiktoken")
     with pytest.raises(ValueError, match="gpt2.tiktoken has 266 tokens, but r50k_base has 50256"):
         get_tokenizer("gpt2.tiktoken")
@@ -121,7 +127,7 @@ def test_the_gpt2_vocabulary():
     if not path.exists():
         pytest.skip("needs the GPT-2 vocabulary beside the repository")
     gpt2 = get_tokenizer(str(path))
-    assert gpt2.name == "r50k_base" and gpt2.eot_token == 50256 and gpt2.n_vocab == 50257
+    assert (gpt2.name, gpt2.eot_token, gpt2.n_vocab) == ("r50k_base", 50256, 50257)
     assert gpt2.encode_ordinary("Hello world") == [15496, 995]
 
 
@@ -160,8 +166,8 @@ def test_bad_tiktoken_files(case, tmp_path):
     (tmp_path / "x.tiktoken").write_bytes(raw)
     with pytest.raises(ValueError) as caught:
         get_tokenizer(str(tmp_path / "x.tiktoken"))
-    assert "not a" in str(caught.value) and ".tiktoken file" in str(caught.value)
-    assert all(part in str(caught.value) for part in parts)
+    for part in ["not a", ".tiktoken file", *parts]:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +183,8 @@ def test_bad_ranks(extra, part, tmp_path):
     path = write_bpe(tmp_path / "x.tiktoken", extra=extra)
     with pytest.raises(ValueError) as caught:
         get_tokenizer(path)
-    assert part in str(caught.value) and "\n" not in str(caught.value)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_such_tokenizer(tmp_path, monkeypatch):
@@ -202,14 +209,19 @@ def test_a_million_blanks(blank, tmp_path):
     ids = mine.encode_ordinary(text)
     assert mine.decode_bytes(ids) == text.encode()
     assert ids[0] == mine.encode_ordinary("the")[0]
-    text = blank * 1_500_000 + "x"  # at the beginning, too
+
+    # at the beginning of a text, too
+    text = blank * 1_500_000 + "x"
     assert mine.decode_bytes(mine.encode_ordinary(text)) == text.encode()
+
+    # only runs of LONGEST_BLANK or more are cut
     short = f"the{blank * 1000}over"
     assert tokenizer.cut_long_blanks(short) == [short]
     longest = " " * (tokenizer.LONGEST_BLANK - 1)
     assert tokenizer.cut_long_blanks(f"a{longest}b") == [f"a{longest}b"]
     pieces = tokenizer.cut_long_blanks(text)
-    assert "".join(pieces) == text and len(pieces) > 2
+    assert "".join(pieces) == text
+    assert len(pieces) > 2
 
 
 def test_a_million_of_anything_else(tmp_path):
@@ -234,12 +246,10 @@ def test_state_round_trip(tmp_path):
         ours = get_tokenizer(name)
         state = data.tokenizer_state(ours)
         again = get_tokenizer("ignored", {"tokenizer": state})
-        assert type(again) is type(ours) and is_equal(data.tokenizer_state(again), state)
-        assert (again.name, again.n_vocab, again.eot_token) == (
-            ours.name,
-            ours.n_vocab,
-            ours.eot_token,
-        )
+        assert type(again) is type(ours)
+        assert is_equal(data.tokenizer_state(again), state)
+        for attribute in ("name", "n_vocab", "eot_token"):
+            assert getattr(again, attribute) == getattr(ours, attribute)
         for text in TEXTS:
             assert list(again.encode_ordinary(text)) == list(ours.encode_ordinary(text))
     assert data.tokenizer_state(ByteTokenizer()) == {"name": "byte"}
@@ -278,8 +288,10 @@ def test_tokenizer_from_a_file_lives_on_in_the_run(tiny):
     write_bpe("mine.tiktoken")
     run = train.main([*tiny, "--tokenizer", "mine.tiktoken", "--out", "out/bpe"])
     os.remove("mine.tiktoken")
-    assert run["val_bpb"] < run["val_loss"] / np.log(2), "tokens are longer than a byte"
+    bits_per_token = run["val_loss"] / np.log(2)
+    assert run["val_bpb"] < bits_per_token, "a token should have more than one byte on average"
     mine = train.load_model(Path("out/bpe"))[1]
     text = TEXTS[1]
     assert mine.decode_bytes(mine.encode_ordinary(text)).decode() == text
-    assert mine.eot_token == 266 and len(mine.encode_ordinary(" the")) == 1
+    assert mine.eot_token == 266
+    assert len(mine.encode_ordinary(" the")) == 1

@@ -45,7 +45,7 @@ def project_by_hand(weights, prefix, x, config):
 
 
 def logits_by_hand(model, ids):
-    """Logits of a GPT for one sequence, position by position and head by head, in float64."""
+    """Compute a GPT's logits (T, V) for one sequence, position by position, in float64."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     config = model.config
     eps = config.norm_eps
@@ -66,8 +66,8 @@ def logits_by_hand(model, ids):
                 group = i * config.n_kv_head // config.n_head
                 row = rope_by_hand(row, t, theta)
                 scores = torch.stack([row @ k[group] for k in keys]) / config.head_dim**0.5
-                weighted = zip(scores.softmax(0), values)
-                heads.append(sum(a * v[group] for a, v in weighted))
+                group_values = torch.stack([v[group] for v in values])  # (t + 1, D)
+                heads.append(scores.softmax(0) @ group_values)
             x = x + weights[prefix + "self_attn.o_proj.weight"] @ torch.cat(heads)
 
             # SwiGLU
@@ -105,14 +105,15 @@ def test_no_leak_from_the_future():
     before = model(ids)
     after = model(changed)
     assert torch.equal(before[:, :9], after[:, :9])
-    assert (before[:, 9:] != after[:, 9:]).any(-1).all()
+    assert (before[:, 9:] != after[:, 9:]).any(-1).all(), "some later position saw no change"
 
 
 def test_activations_are_bf16_and_logits_float32():
     model = small_gpt(torch.bfloat16)
     ids = torch.randint(64, (2, 5))
     logits = model(ids)
-    assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, logits.bfloat16().float()), "activations should round to bfloat16"
     loss = model(ids, ids)
     loss.backward()
     assert loss.dtype == torch.float32
@@ -130,9 +131,9 @@ def test_softmax_attention_aligns_to_the_end(Tq, Tk, Hkv):
     k = k.repeat_interleave(4 // Hkv, 1)
     v = v.repeat_interleave(4 // Hkv, 1)
     for i in range(Tq):
-        seen = Tk - Tq + i + 1
-        scores = q[:, :, i, None] @ k[:, :, :seen].transpose(-1, -2) / 8**0.5
-        truth = scores.softmax(-1) @ v[:, :, :seen]
+        n_keys = Tk - Tq + i + 1  # the queries are the last Tq of Tk positions
+        scores = q[:, :, i, None] @ k[:, :, :n_keys].transpose(-1, -2) / 8**0.5
+        truth = scores.softmax(-1) @ v[:, :, :n_keys]
         assert torch.allclose(y[:, :, i], truth[:, :, 0], atol=1e-12)
 
 
@@ -165,7 +166,7 @@ def test_softmax_attention_compiles_as_one_graph(is_decoding):
 
 
 def five(q, k, v, k2, v2, *, power=1, w1=4, w2=2):
-    """An attention of five projections, as simplicial has."""
+    """A plug-in attention with five projections, as 2-simplicial attention has."""
     return train.softmax_attention(q, k + k2**power, v * v2)
 
 
@@ -183,7 +184,8 @@ def test_attention_pattern_is_cycled_over_the_layers(plugins):
     modules = [layer.self_attn for layer in model.layers]
     assert [len(m.inputs) for m in modules] == [3, 5, 3, 5, 3]
     assert modules[1].options == {"power": 2, "w1": 4, "w2": 3}
-    assert modules[1].windows == [4, None, None, 3] and modules[0].windows == [None, None]
+    assert modules[1].windows == [4, None, None, 3]
+    assert modules[0].windows == [None, None]
     ids = torch.randint(64, (1, 8))
     assert model(ids).isfinite().all()
 
@@ -207,7 +209,8 @@ def test_attention_projects_norms_and_rotates_what_it_says(plugins):
         expected[name] = train.apply_rope(expected[name], cos, sin)
     for ours, truth in zip(heads, expected.values()):
         assert torch.equal(ours, truth.transpose(1, 2))
-    assert heads[0].shape == (2, 4, 6, 8) and heads[1].shape == (2, 2, 6, 8)
+    assert heads[0].shape == (2, 4, 6, 8)
+    assert heads[1].shape == (2, 2, 6, 8)
     y = five(*heads, power=3).transpose(1, 2).flatten(2)
     assert torch.equal(module(x, cos, sin), module.o_proj(y))
 
@@ -228,7 +231,8 @@ def test_attention_begins_with_q_k_v(monkeypatch):
 def test_rope_angles_continue():
     cos, sin = train.rope_angles(0, 9, 8, 100.0, CPU)
     cos_later, sin_later = train.rope_angles(5, 4, 8, 100.0, CPU)
-    assert torch.equal(cos[5:], cos_later) and torch.equal(sin[5:], sin_later)
+    assert torch.equal(cos[5:], cos_later)
+    assert torch.equal(sin[5:], sin_later)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +262,9 @@ def test_default_shape():
         with torch.device("meta"):
             model = train.GPT(config)
         n = sum(p.numel() for p in model.parameters()) / 1e6
-        known = {"gpt2": 123.6, "smollm2-135m": 134.5, "qwen3-4b": 4022.5}
-        assert name not in known or abs(n / known[name] - 1) < 0.001
+        known = {"gpt2": 123.6, "smollm2-135m": 134.5, "qwen3-4b": 4022.5}  # millions
+        if name in known:
+            assert abs(n / known[name] - 1) < 0.001
 
 
 # -- the loss --------------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
     x = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     w = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
     y = torch.randint(13, (11,))
-    y[3] = -1
+    y[3] = -1  # negative targets do not enter the loss, which leaves 9
     y[4] = -5
     loss = train.linear_cross_entropy(x, w, y)
     truth = F.cross_entropy((x @ w.T)[y >= 0], y[y >= 0])
@@ -282,7 +287,8 @@ def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
     assert torch.equal(train.linear_cross_entropy(x, w, y, torch.tensor(9.0)), loss)
     assert torch.autograd.gradcheck(lambda x, w: 2 * train.linear_cross_entropy(x, w, y), (x, w))
     train.linear_cross_entropy(x.detach(), w, y).backward()
-    assert x.grad is None and w.grad is not None
+    assert x.grad is None
+    assert w.grad is not None
 
 
 def test_loss_without_targets():
@@ -290,7 +296,9 @@ def test_loss_without_targets():
     w = torch.randn(13, 6, requires_grad=True)
     loss = train.linear_cross_entropy(x, w, torch.full((3,), -1))
     loss.backward()
-    assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
+    assert loss.item() == 0
+    assert not x.grad.any()
+    assert not w.grad.any()
 
 
 def test_loss_refuses_second_derivatives():
@@ -306,14 +314,15 @@ def test_loss_never_holds_all_logits(monkeypatch):
     sizes = []
     original = train.cross_entropy_chunk
 
-    def recorded(logits, *more):
+    def recording_chunk(logits, *more):
         sizes.append(logits.numel())
         return original(logits, *more)
 
-    monkeypatch.setattr(train, "cross_entropy_chunk", recorded)
+    monkeypatch.setattr(train, "cross_entropy_chunk", recording_chunk)
     ids = torch.randint(64, (2, 16))
     small_gpt()(ids, ids).backward()
-    assert len(sizes) == 8 and max(sizes) <= 64 * 4
+    assert len(sizes) == 8, "32 tokens should take 8 chunks of 4"
+    assert max(sizes) <= 64 * 4
 
 
 # -- weights, optimizer, schedule ------------------------------------------------------------------
@@ -323,7 +332,8 @@ def test_initial_weights():
     config = train.GPTConfig(vocab_size=64, n_layer=2, qkv_bias=True, tied=False)
     models = [train.GPT(config) for _ in range(3)]
     train.init_weights(models[0], 1)
-    models[1].layers = models[1].layers[::-1]  # another order
+    # reversing the layers twice changes the order in which modules were registered, only
+    models[1].layers = models[1].layers[::-1]
     models[1].layers = models[1].layers[::-1]
     train.init_weights(models[1], 1)
     train.init_weights(models[2], 2)
@@ -332,9 +342,12 @@ def test_initial_weights():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all()
             continue
-        std = 0.02 / math.sqrt(4 if "o_proj" in name or "down_proj" in name else 1)
-        assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < std / 20
-        assert not torch.equal(p, other), "the seed counts"
+        std = 0.02
+        if "o_proj" in name or "down_proj" in name:  # the outputs of 2 * n_layer = 4 sublayers
+            std /= math.sqrt(4)
+        assert abs(p.std() / std - 1) < 0.05
+        assert abs(p.mean()) < std / 20
+        assert not torch.equal(p, other), "another seed should give other weights"
     first, second = models[0].layers
     assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
 
@@ -342,10 +355,10 @@ def test_initial_weights():
 def test_gains_are_not_decayed():
     model = small_gpt(qkv_bias=True, qk_norm=True)
     decayed, free = train.param_groups(model, 0.3)
-    assert decayed["weight_decay"] == 0.3 and free["weight_decay"] == 0
-    assert all(p.dim() == 2 for p in decayed["params"]) and all(
-        p.dim() == 1 for p in free["params"]
-    )
+    assert decayed["weight_decay"] == 0.3
+    assert free["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in free["params"]} == {1}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
     # with gradients of zero, a step of AdamW is its decay alone

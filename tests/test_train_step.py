@@ -1,6 +1,7 @@
 """train.py, part by part: batches, the training step, the evaluation."""
 
 import math
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def dataset(tokens, val=(), starts=None, val_starts=None, T=4):
-    """A Dataset-like object; starts default to everywhere."""
+    """Return an object with the fields of a Dataset. starts: by default, every position counts."""
     tokens = np.asarray(tokens, np.int32)
     val = np.asarray(val, np.int32)
     return SimpleNamespace(
@@ -52,7 +53,7 @@ def test_batches_are_windows_of_the_text(monkeypatch):
     for rank in range(2):
         monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
         ((rank_x, _),), count = train.get_batch(text, run, T, step, 4, CPU)
-        assert count.item() == 32, "the count is that of all ranks"
+        assert count.item() == 32, "each rank should know the number of targets of all ranks"
         shares.append(rank_x)
     assert torch.equal(torch.stack(shares, 1).flatten(0, 1), x)
     for changed_run, changed_step in ((replace(run, seed=4), step), (run, step + 1)):
@@ -70,7 +71,7 @@ def test_prompts_do_not_enter_the_loss(monkeypatch):
 
 
 def answers():
-    """Return x and y (2, 64) in which 1 and 63 targets enter the loss, and their number, 64."""
+    """Return x, y (2, 64) and the number of targets: 1 in the first sequence, 63 in the second."""
     x = torch.randint(64, (2, 64))
     y = torch.randint(64, (2, 64))
     y[0, 1:] = -1
@@ -92,11 +93,12 @@ def test_a_step_takes_the_mean_over_all_counted_targets(micro_batch):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batch = list(zip(x.split(micro_batch), y.split(micro_batch))), count
     loss, grad_norm, signalled = train.train_step(train.Step(model, optimizer), batch)
-    assert loss == pytest.approx(truth.item(), rel=1e-6) and not signalled
+    assert loss == pytest.approx(truth.item(), rel=1e-6)
+    assert not signalled
     assert grad_norm.read() == pytest.approx(norm, rel=1e-5)
     for p, old, grad in zip(model.parameters(), before, grads):
         assert torch.allclose(old - p, grad, rtol=1e-4, atol=1e-8)
-        assert p.grad is None, "the next step begins without gradients"
+        assert p.grad is None, "gradients should be freed after the step"
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01, 100.0])
@@ -105,12 +107,11 @@ def test_a_step_clips_the_whole_gradient(clip):
     model = small_gpt(torch.float64, block_size=64)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    _, grad_norm, signalled = train.train_step(
-        train.Step(model, optimizer, clip), ([(x, y)], count), 15
-    )
+    step = train.Step(model, optimizer, clip)
+    _, grad_norm, signalled = train.train_step(step, ([(x, y)], count), signal.SIGTERM)
     moved = [old - p.detach() for p, old in zip(model.parameters(), before)]
     length = torch.stack([m.norm() for m in moved]).norm().item()
-    assert grad_norm.read() > 0.1, "the norm before it is clipped"
+    assert grad_norm.read() > 0.1, "the norm should be reported as it was before clipping"
     assert length == pytest.approx(0.01 if clip == 0.01 else grad_norm.read(), rel=1e-3)
     assert signalled
 
@@ -122,7 +123,8 @@ def test_a_loss_that_is_not_finite_takes_no_step():
     before = model.embed_tokens.weight.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     loss, grad_norm, _ = train.train_step(train.Step(model, optimizer, 1.0), ([(x, y)], count))
-    assert math.isnan(loss) and math.isnan(grad_norm.read())
+    assert math.isnan(loss)
+    assert math.isnan(grad_norm.read())
     assert torch.equal(model.embed_tokens.weight, before)
 
 
@@ -143,11 +145,14 @@ def test_evaluation_of_a_short_text_covers_it(micro_batch):
     val = np.random.default_rng(0).integers(64, size=4 * 7 + 3)  # 8 sequences of 4 cover it
     run = train.RunConfig(batch_size=4, eval_batches=20)
     loss = train.evaluate(model, dataset([], val), run, 4, micro_batch, CPU)
+
+    # a sequence has 4 inputs and one more target, so the last one begins 5 tokens before the end
     starts = np.linspace(0, len(val) - 5, 8).astype(int)
-    assert starts[-1] == len(val) - 5 and max(np.diff(starts)) <= 4
+    assert starts[-1] == len(val) - 5
+    assert max(np.diff(starts)) <= 4
     assert loss == pytest.approx(mean_loss(model, [val[s : s + 5] for s in starts]), rel=1e-5)
 
-    # every target counts, the first and the last too
+    # changing the first or the last target changes the loss
     for i in (1, len(val) - 1):
         changed = val.copy()
         changed[i] = (changed[i] + 1) % 64
@@ -195,12 +200,12 @@ def test_evaluation_of_answers_begins_at_prompts(micro_batch):
 
 
 def test_evaluation_stops_on_a_signal():
-    stop = SimpleNamespace(now=0)
+    stop = SimpleNamespace(now=0)  # stands for the signal handler: the number that has arrived
     calls = []
 
-    def net(x, y, count):
+    def net(x, y, count):  # stands for the model: a signal comes during its first batch
         calls.append(x)
-        stop.now = 15
+        stop.now = signal.SIGTERM
         return torch.zeros(())
 
     run = train.RunConfig(batch_size=2, eval_batches=9)

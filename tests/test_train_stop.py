@@ -19,7 +19,7 @@ from tests.test_train_loop import load
 
 @pytest.fixture
 def short(tiny, monkeypatch):
-    """The flags of a tiny run, which leaves out the text at the end."""
+    """Return the flags of a tiny run, and leave out the text that it generates at its end."""
     monkeypatch.setattr(sample, "show_sample", lambda *_: None)
     return tiny
 
@@ -34,44 +34,49 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
     monkeypatch.setattr(sample, "generate", lambda *_, **__: iter(b"abcde"))
     flags = [*tiny, "--eval-every", "20"]
     train.main([*flags, "--out", "out/uninterrupted"])
-    calls = []
+    read_lengths = []  # the lengths of the texts that sequences are read from
     signals = []
+    batch_starts = data.batch_starts
+    read_sequences = data.read_sequences
 
-    def hit_train(seed, step, *more):
+    # functions that training, evaluation and generation call, each of which raises a signal
+    def signal_in_training(seed, step, *more):
         if step == 10:
             signals.append(signal.raise_signal(signal.SIGTERM))
         return batch_starts(seed, step, *more)
 
-    def hit_evaluate(tokens, *more):
-        calls.append(len(tokens))
-        is_held_out = len(tokens) < max(calls)  # the held-out text is shorter
-        if is_held_out and calls.count(len(tokens)) == 1:
+    def signal_in_evaluation(tokens, *more):
+        read_lengths.append(len(tokens))
+        is_held_out = len(tokens) < max(read_lengths)  # the held-out text is shorter
+        if is_held_out and read_lengths.count(len(tokens)) == 1:
             signals.append(signal.raise_signal(signal.SIGHUP))
         return read_sequences(tokens, *more)
 
-    def hit_generate(*_, **__):
+    def signal_in_generation(*_, **__):
         for token in b"abcde":
             signals.append(signal.raise_signal(signal.SIGINT))
             yield token
 
-    batch_starts = data.batch_starts
-    read_sequences = data.read_sequences
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # no nohup
         if where == "train":
-            patch.setattr(data, "batch_starts", hit_train)
+            patch.setattr(data, "batch_starts", signal_in_training)
         if where == "evaluate":
-            patch.setattr(data, "read_sequences", hit_evaluate)
+            patch.setattr(data, "read_sequences", signal_in_evaluation)
         if where == "generate":
-            patch.setattr(sample, "generate", hit_generate)
+            patch.setattr(sample, "generate", signal_in_generation)
         result = train.main([*flags, "--out", "out/a"])
     handler = signal.getsignal(signal.SIGTERM)
     expected = {"train": signal.SIGTERM, "evaluate": signal.SIGHUP, "generate": signal.SIGINT}
-    assert result["signal"] == expected[where] and len(signals) == 1
+    assert result["signal"] == expected[where]
+    assert len(signals) == 1
     assert signal.getsignal(signal.SIGTERM) is handler
     if where != "generate":
-        assert result["step"] == load("out/a")["step"] == (10 if where == "train" else 20)
-        assert calls.count(min(calls, default=0)) <= 1, "it went on evaluating"
+        last_step = 10 if where == "train" else 20
+        assert result["step"] == last_step
+        assert load("out/a")["step"] == last_step
+        n_held_out = read_lengths.count(min(read_lengths, default=0))
+        assert n_held_out <= 1, "the evaluation went on after the signal"
         train.main(["--resume", "out/a", "--device", "cpu", "--sample", "1"])
     saved = load("out/a")
     expected = load("out/uninterrupted")
@@ -109,23 +114,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
     original = train.train_step
     weights = []
 
-    def poisoned(step, *more):
+    def train_step_with_nan(step, *more):  # from step 8 on
         net = step.net
         weights.append((net, net.embed_tokens.weight.detach().clone()))
         if len(weights) == 8:
             net.norm.weight.data[0] = math.nan
         return original(step, *more)
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train, "train_step", train_step_with_nan)
     with pytest.raises(
         FloatingPointError, match="step 8: the loss is nan.*out/a/ckpt.pt is the last"
     ):
         train.main([*short, "--out", "out/a", "--eval-every", "5"])
-    assert load("out/a")["step"] == 5, "the last evaluation before the NaN"
+    assert load("out/a")["step"] == 5, "the checkpoint should be the last one before the NaN"
     assert n_rows("out/a") == 7
     assert len(weights) == 8
     net, before = weights[-1]
-    assert torch.equal(net.embed_tokens.weight, before), "the optimizer took the step"
+    assert torch.equal(net.embed_tokens.weight, before), "a step with a NaN changed the weights"
 
     # once resumed, the run ends as usual
     monkeypatch.setattr(train, "train_step", original)
@@ -134,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch):
 
 
 def test_weights_gone_bad_are_not_saved(short, monkeypatch):
-    losses = iter([2.0, 1.0, math.nan])
+    losses = iter([2.0, 1.0, math.nan])  # of the evaluations at steps 10, 20 and 30
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
     with pytest.raises(FloatingPointError, match="step 30: the val_loss is nan"):
         train.main([*short, "--out", "out/a", "--eval-every", "10"])

@@ -16,6 +16,7 @@ from support import hub, run_folder, tokenizer
 from tests.common import REPOSITORY, refused, run_script
 from tests.hf import edit_json, hf, make_folder  # noqa: F401
 
+# flags of a cheap run; the value of --prompt comes next
 SMALL = "--init newest --steps 3 --span 16 --max-tokens 5 --device cpu --prompt".split()
 
 
@@ -25,7 +26,7 @@ def without_seconds(result):
 
 @pytest.fixture
 def run(tiny):
-    """Make a run of one step in out/a; text.txt is there too."""
+    """Make a run of one step in out/a, and prompt.txt, a part of its text."""
     train.main([*tiny, "--out", "out/a", "--steps", "1"])
     text = Path("text.txt").read_text()
     Path("prompt.txt").write_text(text[:1200])
@@ -43,9 +44,10 @@ def test_command(run, capsys):
     assert f"as it is\n{result['plain']}\n" in printed.out
     assert f"trained on this prompt\n{result['adapted']}\n" in printed.out
 
-    # the context has one token before the text, and its last token asks
+    # without a question the context is one start token and all bytes of the text but the last,
+    # which is fed to the model for the first token of the answer
     size = len(Path("prompt.txt").read_bytes())
-    assert result["context"] == size
+    assert result["context"] == 1 + size - 1
     assert result["lr"] == 1e-3
     assert result["held_out_spans"] == 8
     before = result["held_out_before"]
@@ -54,10 +56,12 @@ def test_command(run, capsys):
     assert "the loss on 8 held-out spans" in printed.out
     model, _ = train.load_model(run_folder.find_run("newest"))
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
+
+    # thinking tokens would come after the context and that last byte
     thinking_tokens = ttt_cost.thinking_tokens(model, size + 1, result["flops"])
     assert result["thinking_tokens"] == thinking_tokens
 
-    # the same numbers again
+    # a second call gives the same numbers
     again = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     assert without_seconds(again) == without_seconds(result)
 
@@ -71,7 +75,7 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
     assert note.startswith(f"using the newest run: {ttt_context.DEFAULT_MODEL} is neither")
     assert error == "ttt_context.py: there is no run under out/ yet; python train.py makes one"
 
-    # a fetched model comes before a run
+    # stands for the download: it fails until there is a folder "fetched"
     names = []
 
     def fetch(name):
@@ -84,14 +88,20 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
     train.main([*tiny, "--out", "out/a", "--steps", "1"])
     Path("prompt.txt").write_text(Path("text.txt").read_text()[:300])
     capsys.readouterr()
+
+    # the download fails: the default model is replaced by the run, a named model is an error
     ttt_context.main([*flags, "prompt.txt"])
     err = capsys.readouterr().err
-    assert "using the newest run: no network\n" in err and "out/a on cpu" in err
+    assert "using the newest run: no network\n" in err
+    assert "out/a on cpu" in err
     refused([*SMALL, "prompt.txt", "--init", "a/b"], "no network", main=ttt_context.main)
+
+    # the download works: the fetched model is used although there is a run
     make_folder(Path("fetched"))
     assert ttt_context.main([*flags, "prompt.txt"])["lr"] == 1e-5
     err = capsys.readouterr().err
-    assert "newest" not in err and "fetched on cpu" in err
+    assert "newest" not in err
+    assert "fetched on cpu" in err
     assert names == [ttt_context.DEFAULT_MODEL, "a/b", ttt_context.DEFAULT_MODEL]
 
 
@@ -111,15 +121,15 @@ def test_the_last_sentence_says_what_changed(adapted, after, sentence, capsys):
 
 
 def test_each_flag_changes_what_it_says(run):
-    Path("text.txt").write_text(Path("prompt.txt").read_text())
-    two_spans = ttt_context.main([*SMALL, "text.txt", "--batch-spans", "2"])
-    one_span = ttt_context.main([*SMALL, "text.txt"])
+    two_spans = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
+    one_span = ttt_context.main([*SMALL, "prompt.txt"])
     assert one_span["held_out_after"] != two_spans["held_out_after"]
     assert two_spans["flops"] == pytest.approx(2 * one_span["flops"], rel=1e-3)
-    other_seed = ttt_context.main([*SMALL, "text.txt", "--seed", "7"])
+    other_seed = ttt_context.main([*SMALL, "prompt.txt", "--seed", "7"])
     assert other_seed["held_out_after"] != one_span["held_out_after"]
 
-    untrained = ttt_context.main([*SMALL, "text.txt", "--lr", "0", "--question", "Who boils?"])
+    # with a question all of the text is context, its last byte too
+    untrained = ttt_context.main([*SMALL, "prompt.txt", "--lr", "0", "--question", "Who boils?"])
     assert untrained["plain"] == untrained["adapted"]
     assert untrained["held_out_before"] == untrained["held_out_after"]
     assert untrained["context"] == one_span["context"] + 1
@@ -171,11 +181,11 @@ def test_damaged_numbers_end_it(run, monkeypatch):
 
 
 def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
-    def scripted(model, caches, T, question, n_tokens, limit):
-        assert limit == 256, "no padding of the vocabulary"
-        yield from [72, 105, 0, 33][:n_tokens]
+    def scripted_answer(model, caches, T, question, n_tokens, limit):
+        assert limit == 256, "ids above the 256 bytes are padding and must not be generated"
+        yield from [*b"Hi", 0, *b"!"][:n_tokens]  # token 0 is the end of text
 
-    monkeypatch.setattr(ttt_context, "answer", scripted)
+    monkeypatch.setattr(ttt_context, "answer", scripted_answer)
     assert ttt_context.main([*SMALL, "prompt.txt"])["plain"] == "Hi"
 
 
@@ -205,7 +215,6 @@ BAD_FLAGS = [
     ("--prompt text.txt --init nowhere", ["nowhere"]),
     ("--prompt text.txt --dtype fp8", ["fp8", "bf16"]),
     ("--prompt text.txt --device tpu", ["tpu"]),
-    ("--prompt text.txt --stpes 3", ["--stpes"]),
 ]
 
 
@@ -214,7 +223,7 @@ def test_refuses_in_one_sentence(run, monkeypatch):
     Path("binary").write_bytes(b"\xff\x00\x01")
     Path("nul.txt").write_text("a\0b" * 100)
     Path("short.txt").write_text("boil éclairs")
-    Path("edge.txt").write_text("x" * 15)  # one token of the start, and without a question one less
+    Path("edge.txt").write_text("x" * 15)  # with the start token, without the last byte: 15 tokens
     os.mkfifo("fifo")
     text = Path("text.txt").read_bytes()
     for flags, parts in BAD_FLAGS:
@@ -229,8 +238,7 @@ def test_refuses_in_one_sentence(run, monkeypatch):
         limits.setattr(ttt_cost, "free_bytes", lambda device: 2**20)
         refused([*SMALL, "text.txt"], "tokens", "are free", "shorter", main=ttt_context.main)
     assert Path("text.txt").read_bytes() == text
-    runs = [path.name for path in Path("out").iterdir()]
-    assert [name for name in runs if not name.startswith(".")] == ["a"]
+    assert [path.name for path in Path("out").glob("[!.]*")] == ["a"], "it made a new run"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -250,14 +258,13 @@ def test_memory_is_known():
     assert 2**20 < ttt_cost.free_bytes(torch.device("cpu")) < 2**50
 
 
-# --------------------------------------------------------------------------------------------------
-# Chat templates
+# -- chat templates --------------------------------------------------------------------------------
 
 
 class ChatTokenizer(tokenizer.ByteTokenizer):
-    """Bytes in a chat template, which `render` stands for."""
+    """Bytes with a chat template: a fake of Hugging Face's, whose text `render` makes."""
 
-    chat_template = "a template"
+    chat_template = "a template"  # not None: there is one
 
     def __init__(self, render):
         self.render = render
@@ -304,19 +311,19 @@ def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
     _, tokenizer = train.load_model(folder)
     n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
     result = ttt_context.main(flags)
-    assert result["lr"] == 1e-5, "the weights were trained for long"
+    assert result["lr"] == 1e-5, "a model of Hugging Face should get the small default rate"
     n_added = result["context"] - n_tokens
-    assert 0 < n_added < 50, "the beginning of a turn comes first"
+    assert 0 < n_added < 50, "the template's tokens should come before the text"
+
     settings = folder / "tokenizer_config.json"
     edit_json(settings, chat_template="{{ raise_exception('not today') }}")
     refused(flags, "template", "not today", main=ttt_context.main)
     edit_json(settings, chat_template=None)
     n_added = ttt_context.main(flags)["context"] - len(tokenizer.encode_ordinary(text))
-    assert n_added in (0, 1), "plain text, perhaps after a first token"
+    assert n_added in (0, 1), "without a template at most a start token comes before the text"
 
 
-# --------------------------------------------------------------------------------------------------
-# As a process
+# -- as a process ----------------------------------------------------------------------------------
 
 
 def test_ctrl_c(run):
@@ -330,10 +337,12 @@ def test_ctrl_c(run):
         env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+    # wait until the progress bar says that it trains
     seen = b""
     while b"adapting" not in seen:
         part = os.read(process.stderr.fileno(), 1000)
-        assert part, seen
+        assert part, f"the process ended early: {seen}"
         seen += part
 
     process.send_signal(signal.SIGINT)

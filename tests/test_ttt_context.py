@@ -56,8 +56,7 @@ def dense_loss(model, caches, ids, starts, n):
     return F.cross_entropy(logits[positions], ids[positions + 1])
 
 
-# --------------------------------------------------------------------------------------------------
-# Spans over a frozen cache
+# -- spans over a frozen cache ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,17 +70,19 @@ def test_loss_and_gradient_are_those_of_a_dense_forward(shape, S, n, starts):
     positions = (starts[:, None] + torch.arange(n)).flatten()  # (S * n,)
     truth = F.cross_entropy(logits[positions], ids[positions + 1])
     loss = ttt_context.span_loss(model, caches, ids, starts, n)
-    assert abs(loss - truth) < 1e-10, "before any step it is the plain loss"
+    assert abs(loss - truth) < 1e-10, "before training, the loss should be that of the model"
 
     with ttt_context.trainable_queries(model) as weights:
-        for _ in range(2):  # with the W_Q of the prefill, and after W_Q has moved
+        # first with the W_Q that read the text, then with another W_Q
+        for _ in range(2):
             loss = ttt_context.span_loss(model, caches, ids, starts, n)
             grads = torch.autograd.grad(loss, weights)
             expected_loss = dense_loss(model, caches, ids, starts, n)
             expected_grads = torch.autograd.grad(expected_loss, weights)
             for grad, expected in zip(grads, expected_grads):
                 assert (grad - expected).abs().max() < 1e-10
-                assert n == 1 or grad.abs().max() > 1e-6  # a single key leaves a query no choice
+                if n > 1:  # the only query of n = 1 sees one key, so its gradient is 0
+                    assert grad.abs().max() > 1e-6
             for w in weights:
                 noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
                 w.data.add_(noise, alpha=0.1)
@@ -101,10 +102,12 @@ def test_a_query_sees_the_keys_up_to_its_own_position(group):
 
     o = attend()
     assert torch.allclose(o, ttt_context.reference(q, k, v, starts), atol=1e-12)
-    for s, h, r in ((0, 0, 0), (1, 3, 4), (2, 2, 1)):
-        seen = starts[s] + r + 1
-        p = (k[h // group, :seen] @ q[s, h, r] / 8**0.5).softmax(0)
-        assert torch.allclose(o[s, h, r], p @ v[h // group, :seen], atol=1e-12)
+    for span, head, row in ((0, 0, 0), (1, 3, 4), (2, 2, 1)):
+        n_keys = starts[span] + row + 1
+        seen_k = k[head // group, :n_keys]
+        seen_v = v[head // group, :n_keys]
+        p = (seen_k @ q[span, head, row] / 8**0.5).softmax(0)
+        assert torch.allclose(o[span, head, row], p @ seen_v, atol=1e-12)
 
     # change position 9: span 0 ends before it, and query 3 of span 2 is the first to see it
     k[:, 9] = 50
@@ -150,6 +153,7 @@ def test_refuses_attention_that_forgets():
         ttt_context.prefill(model, torch.arange(20))
     model = train.GPT(train.GPTConfig(**shape))
     attention = model.layers[0].self_attn
+    # a third tensor besides k and v, then a window of 8 positions
     for inputs, windows in ((["q", "k", "v", "k2"], [None] * 3), (["q", "k", "v"], [None, 8])):
         attention.inputs = inputs
         attention.windows = windows
@@ -164,13 +168,11 @@ def test_refuses_spans_that_do_not_fit(starts, n):
     model, ids, caches = long_read(torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
         ttt_context.span_loss(model, caches, ids, torch.tensor(starts, dtype=torch.int64), n)
-    assert ttt_context.span_loss(
-        model, caches, ids, torch.tensor([51]), 8
-    ).isfinite()  # the last one
+    last_start = torch.tensor([60 - 8 - 1])  # its last target is the last token
+    assert ttt_context.span_loss(model, caches, ids, last_start, 8).isfinite()
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_trains_the_queries_alone_and_gives_the_model_back():
@@ -203,9 +205,11 @@ def test_trains_the_queries_alone_and_gives_the_model_back():
             arguments = (model, weights, caches, ids, starts)
             losses = list(ttt_context.train_queries(*arguments, seed=seed, **options))
             for name, tensor in state().items():
-                assert torch.equal(tensor, state_before[name]) == (name not in names)
+                has_changed = not torch.equal(tensor, state_before[name])
+                assert has_changed == (name in names), name
             for name, p in model.named_parameters():
-                assert (p.grad is not None) == (name in names)
+                has_gradient = p.grad is not None
+                assert has_gradient == (name in names), name
             runs.append([losses, [w.detach().clone() for w in weights], reply()])
 
         # after it everything is as before
@@ -217,13 +221,14 @@ def test_trains_the_queries_alone_and_gives_the_model_back():
         for name, p in model.named_parameters():
             assert p.grad is None
             assert p.requires_grad == (name != "norm.weight")
-    assert is_equal(runs[0], runs[1]), "equal seeds"
-    assert runs[0][0] != runs[2][0], "different seeds"
+    assert is_equal(runs[0], runs[1]), "two runs with one seed should be equal"
+    assert runs[0][0] != runs[2][0], "another seed should have other losses"
 
+    # an error inside the block
     with pytest.raises(KeyError), ttt_context.trainable_queries(model) as weights:
         weights[0].data.zero_()
         raise KeyError
-    assert is_equal(state(), state_before), "also after an error"
+    assert is_equal(state(), state_before), "the weights should come back after an error, too"
 
 
 def test_adapt_is_training_and_a_model_given_back():
@@ -241,17 +246,19 @@ def test_adapt_is_training_and_a_model_given_back():
     with ttt_context.trainable_queries(model) as weights:
         list(ttt_context.train_queries(model, weights, caches, ids, anywhere, steps=3, **options))
         assert is_equal(ours, [w.detach() for w in weights])
-    assert not is_equal(ours, adapted(torch.tensor([7]), steps=3, **options)), "other spans"
+    elsewhere = adapted(torch.tensor([7]), steps=3, **options)
+    assert not is_equal(ours, elsewhere), "training on other spans should give other weights"
 
     starts = torch.arange(200 - 128)
     settings_of_the_paper = {"steps": 32, "n": 128, "batch": 1, "lr": 1e-5, "seed": 0}
-    assert is_equal(adapted(starts), adapted(starts, **settings_of_the_paper)), "the defaults"
+    by_default = adapted(starts)
+    assert is_equal(by_default, adapted(starts, **settings_of_the_paper))
 
 
 def test_steps_are_adamw_with_decay_and_clipping():
     """The weights after 5 steps equal those of AdamW written out, in float64."""
     model, ids, caches = long_read(tied=False)
-    model.lm_head.weight.mul_(8)  # gradients above and below the clip
+    model.lm_head.weight.mul_(8)  # some gradients become large enough to be clipped
     starts = torch.tensor([0, 51])
     options = {"steps": 5, "n": 8, "lr": 3e-2, "seed": 4}
     with ttt_context.trainable_queries(model) as weights:
@@ -288,8 +295,8 @@ def test_steps_are_adamw_with_decay_and_clipping():
         return max((x - y).abs().max().item() for x, y in zip(a, b))
 
     assert distance(ours, by_hand(0.01, 1.0)) < 1e-9
-    assert distance(ours, by_hand(0.0, 1.0)) > 1e-5, "weight decay matters here"
-    assert distance(ours, by_hand(0.01, math.inf)) > 1e-5, "clipping matters here"
+    assert distance(ours, by_hand(0.0, 1.0)) > 1e-5, "this test cannot see weight decay"
+    assert distance(ours, by_hand(0.01, math.inf)) > 1e-5, "this test cannot see clipping"
 
 
 def test_every_span_is_drawn_and_texts_do_not_share_draws():
@@ -308,14 +315,14 @@ def test_every_span_is_drawn_and_texts_do_not_share_draws():
 
         drawn = [nearest_span(loss) for loss in draw(ids, 60)]
         for i in range(4):
-            assert drawn.count(i) > 5, "each of four spans in 60 draws"
+            assert drawn.count(i) > 5, f"span {i} of 4 should come in about 15 of 60 draws"
         assert draw(ids, 2, starts[-1:]) == pytest.approx([losses[3]] * 2, rel=1e-5)
 
         # a text that differs in one token, which is a target of the last span alone
         changed = ids.clone()
         changed[-1] = (changed[-1] + 1) % 64
         assert [nearest_span(loss) for loss in draw(changed, 20)] != drawn[:20]
-        assert draw(ids, 9, seed=1) != draw(ids, 9), "another seed"
+        assert draw(ids, 9, seed=1) != draw(ids, 9), "another seed should draw other spans"
 
         # a batch of two spans has their mean loss
         means = {round((a + b) / 2, 4) for a in losses for b in losses}
@@ -375,8 +382,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
     assert is_equal(dict(model.state_dict()), before)
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers, theory, cost
+# -- answers, theory, cost -------------------------------------------------------------------------
 
 
 def test_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():
@@ -391,9 +397,9 @@ def test_answers_as_a_plain_forward_does_and_lr_0_changes_nothing():
 
     assert reply() == text[43:]
     assert reply(3) == text[43:46]
-    assert reply() == text[43:], "whatever was asked before"
+    assert reply() == text[43:], "an earlier answer should leave no trace in the caches"
     limit = max(text[43:])
-    assert max(reply(limit=limit)) < limit, "ids from the limit on are padding"
+    assert max(reply(limit=limit)) < limit, "ids from the limit on should not be generated"
     with ttt_context.adapt(model, caches, ids, torch.arange(32), steps=3, n=8, lr=0.0):
         assert reply() == text[43:]
 
@@ -430,7 +436,7 @@ def test_theory():
 
 
 class DenseCache(ttt_context.FrozenCache):
-    """Attention by its definition, whose products PyTorch's counter knows."""
+    """A cache that attends by the definition, in matrix products that PyTorch's counter knows."""
 
     def attend(self, module, heads):
         return ttt_context.reference(heads[0], self.k, self.v, self.starts)

@@ -17,7 +17,8 @@ from experiments import bench_ttt, harness, provenance, runner, ttt_cost, ttt_ne
 from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
 from experiments import ttt_variants as experiment
-from tests.common import DEVICE, refused, small_gpt
+from tests.common import DEVICE, refused
+from tests.test_ttt_context import long_read
 
 TINY = {
     **study.SMALL,
@@ -37,15 +38,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def long_read(T=40, **shape):
-    """Return a GPT in float64, T token ids, and the KV caches after reading them."""
-    model = small_gpt(torch.float64, **shape).requires_grad_(False)
-    ids = torch.randint(64, (T,), generator=generator(3))
-    return model, ids, ttt_context.prefill(model, ids)
-
-
-# --------------------------------------------------------------------------------------------------
-# Contexts and questions
+# -- contexts and questions ------------------------------------------------------------------------
 
 
 def test_contexts_are_of_their_seed_and_alternate_in_pairs():
@@ -57,12 +50,12 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
             names, _, values = ids.view(-1, 3).T.tolist()
             pairs = set(zip(names, values))
             a_is_the_key = len(pairs) == len(set(names))  # each name has only one value
-            assert a_is_the_key == (i < 2), "in the first two of four"
-    assert len(contexts) == 8, "all are different"
+            assert a_is_the_key == (i < 2), "i = 0 and 1 should have column a as key"
+    assert len(contexts) == 8, "each seed and number should have its own context"
 
 
 def test_questions_are_answered_as_by_a_plain_forward():
-    model, ids, caches = long_read(n_kv_head=2, qk_norm=True)
+    model, ids, caches = long_read(T=40, room=0, n_kv_head=2, qk_norm=True)
     questions = torch.tensor([[7, 9], [1, 2]])
     needles = torch.arange(40) % 3 == torch.tensor([[0], [1]])  # (2, 40)
     context = sandbox.Context(ids, None, questions, None, needles)
@@ -112,11 +105,11 @@ def test_attention_to_needles_is_that_of_the_softmax():
 
 
 def test_votes_of_many_samples(monkeypatch):
-    """Of 0.6, 0.3 and 0.1 the first wins most of the time with many samples, 60% with one."""
-    p = torch.tensor([0.0, 0.6, 0.3, 0.1]).repeat(400, 1)
-    monkeypatch.setattr(experiment, "ask", lambda *args: (p.log(), None))
-    answers = torch.ones(400, dtype=torch.int64)
+    """A token of probability 0.6 wins 60% of the votes of one sample, nearly all votes of many."""
+    p = torch.tensor([0.0, 0.6, 0.3, 0.1]).repeat(400, 1)  # 400 questions, 4 tokens
+    answers = torch.ones(400, dtype=torch.int64)  # token 1 is right
     context = sandbox.Context(None, None, None, answers, None)
+    monkeypatch.setattr(experiment, "ask", lambda *args: (p.log(), None))  # needs no model
 
     def vote(n_samples):
         return experiment.vote(None, None, context, n_samples, 0)
@@ -127,13 +120,12 @@ def test_votes_of_many_samples(monkeypatch):
     assert vote(301)["margin"] == pytest.approx(math.log(0.6 / 0.4), abs=0.02)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is trained
+# -- what is trained -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_temperatures_and_what_a_norm_takes_away(norm):
-    model, ids, caches = long_read(qk_norm=norm)
+def test_temperature_scales_logits_and_a_norm_hides_the_scale_of_queries(norm):
+    model, ids, caches = long_read(T=40, room=0, qk_norm=norm)
     needles = torch.zeros(1, 40, dtype=torch.bool)
     context = sandbox.Context(ids, None, torch.tensor([[7, 9, 3]]), None, needles)
 
@@ -170,7 +162,7 @@ def test_temperatures_and_what_a_norm_takes_away(norm):
 
 @pytest.mark.parametrize("variant", ["trained queries", "fitted temperature"])
 def test_fitted_values_are_put_back_and_taken_away(variant):
-    model, ids, caches = long_read(T=60)
+    model, ids, caches = long_read(T=60, room=0)
     recipe = {**TINY, "span": 16, "steps": 3}
     values = experiment.fit(model, variant, caches, ids, recipe, 1e-2)
     with experiment.TRAINED[variant](model) as weights:
@@ -185,65 +177,79 @@ def test_fitted_values_are_put_back_and_taken_away(variant):
 
 
 def test_variants_get_what_they_are_called(monkeypatch):
-    """Each variant is scored with the parameters and on the questions that its name says."""
+    """Each variant is scored with the parameters and on the questions that its name says.
+
+    The functions that compare_variants calls are replaced by fakes that record their arguments.
+    Instead of fitted parameters, fake_fit returns a label: (variant, number of the context).
+    """
     recipe = {**TINY, "contexts": 4, "train": {**TINY["train"], "tokens": 60}}
     model = sandbox.build_model(recipe, "no QK-norm", 1)
     contexts = [experiment.make_context("columns", recipe, 120, 1, c) for c in range(4)]
     lrs = {"trained queries": 1e-3, "fitted temperature": 1e-1}
-    fits = []
-    scored = []  # (variant and number of its training context or None, questions)
+    calls_of_fit = []  # (variant, lr)
+    label_in_model = None  # what fake_fit returned for the parameters now in the model
+    scored = []  # (label_in_model, questions) of each score
     sample_counts = []
-    factors = []
-    in_model = []  # the parameters that are in the model
-    temperatures = experiment.temperatures
+    factors = []  # by which the logits are multiplied
+    original_temperatures = experiment.temperatures
 
-    def fit(model, variant, caches, ids, recipe, lr):
-        fits.append((variant, lr))
+    def fake_fit(model, variant, caches, ids, recipe, lr):
+        calls_of_fit.append((variant, lr))
         for c, context in enumerate(contexts):
             if torch.equal(ids, context.ids):
                 return variant, c
+        return None  # for the contexts of the last two calls, whose labels are not checked
 
     @contextmanager
-    def fitted(model, variant, parameters):
-        in_model.append(parameters)
+    def fake_fitted(model, variant, label):
+        nonlocal label_in_model
+        label_in_model = label
         yield
-        in_model.pop()
+        label_in_model = None
 
-    def score(model, caches, context):
-        scored.append((in_model[-1] if in_model else None, context.questions))
+    def fake_score(model, caches, context):
+        scored.append((label_in_model, context.questions))
         return {"margin": 1.0, "accuracy": 0.5}
 
-    def vote(model, caches, context, n_samples, seed):
+    def fake_vote(model, caches, context, n_samples, seed):
         sample_counts.append(n_samples)
         return {"margin": 1.0, "accuracy": 0.5}
 
-    def spy(model, factor=1.0):
+    def recording_temperatures(model, factor=1.0):
         factors.append(factor)
-        return temperatures(model, factor)
+        return original_temperatures(model, factor)
 
-    for function in (fit, fitted, score, vote):
-        monkeypatch.setattr(experiment, function.__name__, function)
-    monkeypatch.setattr(experiment, "temperatures", spy)
-    swept = {variant: {1.0: -1.0, lr: 0.5} for variant, lr in lrs.items()}
-    monkeypatch.setattr(experiment, "sweep_rates", lambda *args: swept)
+    monkeypatch.setattr(experiment, "fit", fake_fit)
+    monkeypatch.setattr(experiment, "fitted", fake_fitted)
+    monkeypatch.setattr(experiment, "score", fake_score)
+    monkeypatch.setattr(experiment, "vote", fake_vote)
+    monkeypatch.setattr(experiment, "temperatures", recording_temperatures)
+    margins_by_rate = {variant: {1.0: -1.0, lr: 0.5} for variant, lr in lrs.items()}
+    monkeypatch.setattr(experiment, "sweep_rates", lambda *args: margins_by_rate)
+
+    # one learning rate per variant, the best of its sweep
     results = experiment.compare_variants(model, "columns", 120, recipe, 1)
     assert set(results) == {*study.COLORS, "equal-FLOP thinking", "2 N k thinking"}
     assert results["trained queries"]["lr"] == 1e-3
     assert results["trained queries"]["sweep"] == [[1.0, -1.0], [1e-3, 0.5]]
     for scores in results.values():
         assert len(scores["accuracy"]) == 4
-    assert fits == [("trained queries", 1e-3)] * 4 + [("fitted temperature", 1e-1)] * 4
+    assert calls_of_fit == [("trained queries", 1e-3)] * 4 + [("fitted temperature", 1e-1)] * 4
+
+    # the model was trained on 60 tokens and now reads 120
     assert factors == [math.log(120) / math.log(60)] * 4
+
+    # thinking: as many samples as training (2 steps on 16 tokens) has FLOPs, or 2 N k of them
     flops = ttt_cost.flops_of_spans(model, 2 * 16, 120)
     n_samples = ttt_cost.thinking_tokens(model, 120, flops)
     assert n_samples > 10
     assert sample_counts == [n_samples, 2 * 2 * 16] * 4
     assert results["equal-FLOP thinking"]["samples"] == n_samples
 
-    # contexts 0 and 1 are of one kind, 2 and 3 of the other
+    # contexts 0 and 1 are of one kind, 2 and 3 of the other; each has six scores
     for c, same_kind, other_kind in ((0, 1, 2), (1, 0, 3), (2, 3, 0), (3, 2, 1)):
-        parameters = [parameters for parameters, _ in scored[6 * c : 6 * c + 6]]
-        assert parameters == [
+        labels = [label for label, _ in scored[6 * c : 6 * c + 6]]
+        assert labels == [
             None,  # in context
             None,  # log T
             ("fitted temperature", c),
@@ -257,46 +263,48 @@ def test_variants_get_what_they_are_called(monkeypatch):
     results = experiment.compare_variants(model, "records", 60, recipe, 1)
     assert "other-kind queries" not in results
     experiment.compare_variants(model, "records", 30, recipe, 1)
-    assert factors[-1] == 1.0, "short contexts are not flattened"
+    assert factors[-1] == 1.0, "a context shorter than those of training should get no factor"
 
 
 def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
-    made = []
-    tried = []  # (learning rate, ids of the context)
+    made = []  # (seed, number) of each context
+    tried = []  # (learning rate, ids of the context) of each fit
     make_context = experiment.make_context
 
-    def spy(task, recipe, T, seed, c, device):
+    def recording_make_context(task, recipe, T, seed, c, device):
         made.append((seed, c))
         return make_context(task, recipe, T, seed, c, device)
 
-    def fit(model, variant, caches, ids, recipe, lr):
+    def fake_fit(model, variant, caches, ids, recipe, lr):
         tried.append((lr, ids))
-        return []
+        return []  # no parameters: the margin comes from margin_of below
 
-    def choose(margins):
-        monkeypatch.setattr(experiment, "score", lambda *args: {"margin": margins(*tried[-1])})
+    def choose(margin_of):
+        """Return the best rate of each variant if fits have the margin margin_of(lr, ids)."""
+        monkeypatch.setattr(experiment, "score", lambda *args: {"margin": margin_of(*tried[-1])})
         swept = experiment.sweep_rates(model, "columns", 60, TINY)
         return {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
 
     model = sandbox.build_model(TINY, "no QK-norm", 1)
-    monkeypatch.setattr(experiment, "make_context", spy)
-    monkeypatch.setattr(experiment, "fit", fit)
+    monkeypatch.setattr(experiment, "make_context", recording_make_context)
+    monkeypatch.setattr(experiment, "fit", fake_fit)
     chosen = choose(lambda lr, ids: {1e-3: 0.5, 1e-2: 0.75, 1e-1: 0.1}[lr])
     assert chosen == {"trained queries": 1e-2, "fitted temperature": 1e-1}
-    assert made == [(0, 0), (0, 2)], "seed 0, one context of each kind"
-    assert choose(lambda lr, ids: 0.75)["trained queries"] == 1e-3, "the smallest of equals"
+    assert made == [(0, 0), (0, 2)], "rates should be tried on one context of each kind, of seed 0"
+    chosen = choose(lambda lr, ids: 0.75)
+    assert chosen["trained queries"] == 1e-3, "of equally good rates the smallest should be chosen"
 
+    # 1e-3 has margin 1 on the first context and 0 on the second, 1e-2 has 0.4 on both
     first_ids = make_context("columns", TINY, 60, 0, 0).ids
 
-    def better_on_the_first(lr, ids):
+    def margin_of(lr, ids):
         is_first = torch.equal(ids, first_ids)
         return {1e-3: float(is_first), 1e-2: 0.4}.get(lr, 0.0)
 
-    assert choose(better_on_the_first)["trained queries"] == 1e-3, "both contexts count"
+    assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts should decide"
 
 
-# --------------------------------------------------------------------------------------------------
-# The study
+# -- the study -------------------------------------------------------------------------------------
 
 
 def test_rates_of_the_recipes():
@@ -337,6 +345,7 @@ def test_differences_are_paired_by_seed():
 
 
 def one_after_the_other(function, jobs, *workers, **options):
+    """Stand for runner.parallel, which starts processes: the function must survive pickling."""
     return [pickle.loads(pickle.dumps(function))(job) for job in jobs]
 
 
@@ -362,12 +371,12 @@ def test_study(tiny, monkeypatch, capsys):
             assert len(run["margins"]) == 4
             assert run["value"] == pytest.approx(sum(run["margins"]) / 4)
             assert 0 <= run["accuracy"] <= 1
-    assert not Path("out").exists(), "the study on a CPU leaves no cache"
+    assert not Path("out").exists(), "the study on a CPU should leave no cache"
     refused(["--full"], "GPU", main=study.main)
 
 
 def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
-    """On a CPU, with a tiny model of bytes and contexts to fit."""
+    """The full study runs here on a CPU, with a tiny model of bytes and short contexts."""
     shape = ["--block-size", "256", "--n-head", "2", "--steps", "2", "--sample", "0"]
     train.main([*tiny, *shape, "--out", "base"])
     monkeypatch.setattr(provenance, "code_hash", functools.cache(provenance.code_hash))
@@ -403,12 +412,11 @@ def test_full_study_with_needles_resumes(tiny, monkeypatch, capsys):
     assert "1 of 8 runs are done" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------
-# Needles in real text
+# -- needles in real text --------------------------------------------------------------------------
 
 
 class Words:
-    """A tokenizer whose tokens are words and the line breaks between them."""
+    """A tokenizer whose tokens are words and line breaks, numbered from 1 as they come."""
 
     start = [0]
 
@@ -432,17 +440,17 @@ def test_contexts_with_needles():
         fact = " ".join(words[i] for i in question + answer)
         assert text.count(f"{fact}.") == 1
     places = [text.index(" ".join(words[i] for i in question)) for question, _ in pairs]
-    assert max(places) - min(places) > 1000, "all over the text"
+    assert max(places) - min(places) > 1000, "facts should be spread over the text"
     assert ttt_needles.make_context(tokenizer, 1000, seed=1) == (ids, pairs)
     assert ttt_needles.make_context(tokenizer, 1000, seed=2)[1] != pairs
 
 
 def test_margins_of_needles_are_those_of_a_plain_forward():
-    model = small_gpt(torch.float64).requires_grad_(False)
-    ids = torch.randint(64, (40,), generator=generator(3))
-    caches = ttt_context.prefill(model, ids, room=5)
-    pairs = [([7, 9], [3, 4]), ([1, 2, 5], [6])]
-    margin, accuracy = ttt_needles.ask(model, caches, 40, pairs, 60)
+    model, ids, caches = long_read(T=40, room=5)
+    pairs = [([7, 9], [3, 4]), ([1, 2, 5], [6])]  # (question, answer)
+    margin, accuracy = ttt_needles.ask(model, caches, 40, pairs, 60)  # 60 of 64 ids are tokens
+
+    # the probability of an answer is the product of those of its tokens
     expected = 0.0
     for question, answer in pairs:
         p = 1.0
@@ -453,13 +461,12 @@ def test_margins_of_needles_are_those_of_a_plain_forward():
     assert margin == pytest.approx(expected, abs=1e-8)
     assert accuracy == 0
 
-    # what greedy decoding answers is right
+    # an answer that greedy decoding gives counts as right
     tokens = list(ttt_context.answer(model, caches, 40, [7, 9], 2, 60))
     assert ttt_needles.ask(model, caches, 40, [([7, 9], tokens), pairs[1]], 60)[1] == 0.5
 
 
-# --------------------------------------------------------------------------------------------------
-# The benchmark
+# -- the benchmark ---------------------------------------------------------------------------------
 
 
 def test_bench(tmp_path, monkeypatch):

@@ -51,30 +51,31 @@ def check_kernel(S, H, Hkv, n, T, D, starts, dtype, config=None, seed=0):
     runs = []
     torch.use_deterministic_algorithms(True)  # new tensors hold NaN until they are written
     try:
-        for _ in range(2 if DEVICE == "cuda" else 1):  # the interpreter runs one program at a time
+        # twice on a GPU, where an order of blocks could change the sums
+        for _ in range(2 if DEVICE == "cuda" else 1):
             o, lse = kernel.forward(q, k, v, starts, config)
             dq = kernel.backward(do, q, k, v, starts, o, lse, config)
             runs.append({"o": o, "dq": dq})
     finally:
         torch.use_deterministic_algorithms(False)
-    assert is_equal(runs[0], runs[-1]), "two runs are equal"
+    assert is_equal(runs[0], runs[-1]), "two runs should be equal bit for bit"
     for name in truth:
         assert runs[0][name].dtype == dtype
         assert_close(f"{name}, seed {seed}", runs[0][name], eager[name], truth[name])
 
 
 def blocks(rows, keys):
-    """Launch options with tiles of so many rows and keys."""
+    """Return launch options with tiles of `rows` queries and `keys` keys."""
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 1}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_equals_the_definition(case):
-    check_kernel(*case, torch.float32, blocks(32, 32))  # the interpreter likes large tiles
+    check_kernel(*case, torch.float32, blocks(32, 32))  # large tiles are faster to interpret
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=str)
-def test_half_precision_and_the_blocks_that_calls_take(case):
+def test_half_precision_with_the_default_launch_options(case):
     check_kernel(*case, torch.float16)
 
 
@@ -171,7 +172,7 @@ def test_keys_in_any_layout(layout):
         k = torch.randn(2, 40, 32, device=DEVICE)[:, ::2, ::2]
     elif layout == "expanded":
         k = k[:1].expand(2, -1, -1)
-    else:  # not 16-byte aligned, heads no multiple of a row apart
+    else:  # begins 4 bytes after an aligned address, and 331 is no multiple of 16
         k = torch.randn(700, device=DEVICE).as_strided((2, 20, 16), (331, 16, 1), 1)
     o = kernel.span_attention(q, k, k, starts)
     assert torch.allclose(o, ttt_context.reference(q, k, k, starts), atol=1e-5)
@@ -224,16 +225,15 @@ def test_offsets_beyond_2_to_the_31():
     assert torch.allclose(o.float(), truth, atol=1e-2)
 
 
-# --------------------------------------------------------------------------------------------------
-# Builds for GPUs that are not here
+# -- builds for GPUs that are not here -------------------------------------------------------------
 
 
 def span_case(direction, dtype, D, config, arch):
-    """The specialization of a span kernel that real calls launch."""
+    """Return a Case with the specialization of a span kernel that real calls launch."""
     types = {"starts_ptr": "*i32", "stride_k": "i64", "stride_v": "i64"}
     types |= {"lse_ptr": "*fp32", "dq_ptr": "*fp32"}
     if direction == "forward":
-        types["o_ptr"] = "*fp32"  # of one split
+        types["o_ptr"] = "*fp32"  # the partial output of one split of the keys
     constants = {"GROUP": 4, "D": D, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
     constants |= {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
     options = {name: config[name] for name in ("num_warps", "num_stages")}
@@ -252,7 +252,8 @@ def test_kernels_build():
     cases = [span_case("forward", "bf16", 64, kernel.HOPPER["forward"], 90)]
     for direction in ("forward", "backward"):
         cases.append(span_case(direction, "bf16", 128, kernel.HOPPER[direction], 90))
-        for arch in (120,) if direction == "forward" else (80, 100):
+        other_archs = (120,) if direction == "forward" else (80, 100)
+        for arch in other_archs:
             cases.append(span_case(direction, "bf16", 128, kernel.OTHERS[direction], arch))
         cases.append(span_case(direction, "fp32", 128, kernel.FLOAT32, 90))
     types = {"split_o_ptr": "*fp32", "split_lse_ptr": "*fp32", "lse_ptr": "*fp32"}
@@ -261,10 +262,9 @@ def test_kernels_build():
     check_build("kernels.ttt_context", cases)
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
+# -- on a GPU --------------------------------------------------------------------------------------
 
-LARGE_CASES = [
+LARGE_CASES = [  # S, H, Hkv, n, T, D, starts
     (1, 32, 8, 128, 4101, 128, [3973]),
     (4, 8, 2, 100, 5000, 64, [0, 4900, 17, 2500]),
 ]
@@ -302,7 +302,7 @@ def test_softmax_spans_take_the_kernel_and_other_functions_do_not():
     model = train.GPT(train.GPTConfig(**config)).cuda()
     assert ttt_context.can_use_kernel(model)
     module = model.layers[0].self_attn
-    module.function = lambda q, k, v: q  # whatever it is
+    module.function = lambda q, k, v: q  # not softmax, so the output shows who computed it
     ours = ttt_context.FrozenCache(k, v, starts, use_kernel=True).attend(module, [q])
     assert torch.equal(ours, kernel.span_attention(q, k, v, starts))
     other = ttt_context.FrozenCache(k, v, starts, use_kernel=False).attend(module, [q])

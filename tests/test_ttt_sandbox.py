@@ -21,8 +21,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --------------------------------------------------------------------------------------------------
-# Contexts
+# -- contexts --------------------------------------------------------------------------------------
 
 
 def column_a_is_the_key(records):
@@ -45,7 +44,8 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
             return a, b
         return a if key_column == 0 else b
 
-    # the first record with a key shows its value; in later ones the value is predictable
+    # Tokens 0-15 are names of column a, 16-31 names of column b, 32-35 values.
+    # The first record with a key shows its value, which is predictable in later records.
     values = {}
     for record, is_predictable in zip(records, context.is_predictable.view(-1, 3).tolist()):
         a, b, value = record
@@ -69,11 +69,12 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
         assert answer == values[key]
         has_key = [key_of(a, b) == key for a, b, _ in records]
         assert needles[2::3] == has_key
-        assert sum(needles) == sum(has_key), "only values are needles"
+        assert sum(needles) == sum(has_key), "names must not be needles"
         if task == "records":
             assert sum(has_key) == 1
     if task == "columns":
-        assert any(record not in records for record in asked), "new combinations of names"
+        is_new = [record not in records for record in asked]
+        assert any(is_new), "no question combines two names that no record combines"
 
 
 def test_examples_end_in_answered_questions():
@@ -90,15 +91,17 @@ def test_examples_end_in_answered_questions():
             if task == "records":
                 assert [a, b, value] in records
             else:
-                values = {record[2] for record in records if a == record[0] or b == record[1]}
-                assert value in values, "of a record with one of the two names"
+                same_a = [record for record in records if record[0] == a]
+                same_b = [record for record in records if record[1] == b]
+                values = {record[2] for record in same_a + same_b}
+                assert value in values, "the answer is in no record with one of the two names"
 
     key_columns = set()
     for i in range(9):
         ids, _ = sandbox.make_example("columns", 96, RECIPE, generator(i))
         records = ids[:n_context].view(-1, 3).tolist()
         key_columns.add(column_a_is_the_key(records))
-    assert key_columns == {True, False}, "either column may be the key"
+    assert key_columns == {True, False}, "in nine examples, each column should be the key once"
 
 
 def test_renamed_tokens_stay_equal_where_they_were():
@@ -107,19 +110,23 @@ def test_renamed_tokens_stay_equal_where_they_were():
     permuted = sandbox.permute_tokens(ids, RECIPE, generator())
     for before, after in zip(ids, permuted):
         assert not torch.equal(before, after)
-        is_equal_before = before[:, None] == before
-        is_equal_after = after[:, None] == after
-        assert torch.equal(is_equal_before, is_equal_after)
-    for low, high in ((0, 16), (16, 32), (32, 36)):  # the tokens of each column
-        in_column = (ids >= low) & (ids < high)
-        assert in_column.any()
-        assert torch.equal(in_column, (permuted >= low) & (permuted < high))
-    permuted = sandbox.permute_tokens(ids[:1].repeat(2, 1), RECIPE, generator())
-    assert not torch.equal(permuted[0], permuted[1]), "different names in each sequence"
+        # two positions hold the same token after renaming where they did before, and only there
+        is_same_token_before = before[:, None] == before  # (T, T)
+        is_same_token_after = after[:, None] == after
+        assert torch.equal(is_same_token_before, is_same_token_after)
+
+    # names of column a, names of column b, and values each stay among themselves
+    for low, high in ((0, 16), (16, 32), (32, 36)):
+        is_in_range = (ids >= low) & (ids < high)
+        assert is_in_range.any()
+        assert torch.equal(is_in_range, (permuted >= low) & (permuted < high))
+
+    two_copies = ids[:1].repeat(2, 1)
+    permuted = sandbox.permute_tokens(two_copies, RECIPE, generator())
+    assert not torch.equal(permuted[0], permuted[1]), "each should have its own permutation"
 
 
-# --------------------------------------------------------------------------------------------------
-# Models
+# -- models ----------------------------------------------------------------------------------------
 
 
 def test_shift_looks_back():
@@ -130,7 +137,7 @@ def test_shift_looks_back():
         for i in range(5):
             assert torch.equal(y[:, h, i], v[:, h // 2, 9 + i - (h + 1)])
     start = sandbox.shift(q[:, :, :1], k[:, :, :1], v[:, :, :1])
-    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "before the start"
+    assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "there should be zeros before the start"
 
 
 @pytest.mark.parametrize("norm", sandbox.NORMS)
@@ -141,6 +148,8 @@ def test_models_alternate_and_know_no_positions(norm):
     attention = model.layers[1].self_attn
     has_norm = isinstance(attention.q_norm, train.RMSNorm)
     assert has_norm == (norm == "QK-norm")
+
+    # rotating by the angles of RoPE or by none is the same
     x = torch.randn(1, 7, 32, generator=generator())
     cos, sin = train.rope_angles(3, 7, 16, 1e4, "cpu")
     y = attention(x, cos, sin)
@@ -172,7 +181,7 @@ def test_training_lowers_the_loss():
 
 
 class Recorder(torch.nn.Module):
-    """Records what it is trained on and how far each step moves its weight."""
+    """A model whose loss is its one weight. It records its targets and the weight at each step."""
 
     def __init__(self):
         super().__init__()
@@ -194,10 +203,10 @@ def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkey
     sandbox.train_model(recipe, "QK-norm", 1)
     shares = [(targets >= 0).float().mean().item() for targets in model.targets]
     for share in shares[:20]:
-        assert 0.1 < share < 0.4, "at most a third of the tokens are values"
+        assert 0.1 < share < 0.4, "only values, a third of the tokens, should count"
     assert shares[20:] == [1.0] * 20
     values = model.targets[0][model.targets[0] >= 0]
-    assert (values >= 2 * recipe["names"]).all(), "nothing but values is predictable"
+    assert (values >= 2 * recipe["names"]).all(), "a name counts, although it is not predictable"
 
     # Adam moves a weight of constant gradient by the learning rate
     moved = [a - b for a, b in zip(model.values, model.values[1:])]
