@@ -19,9 +19,9 @@ orthonormal basis in place of b / |b|, and Rb (r, r) takes the place of |b|. If
 B C replaces B, the basis is rotated, but spans the same space. A step of a is
 
     h = ga Rb^-1                           the "unmagnified" gradient, (n, r)
-    P = Ub^T Ub,old                        from the last basis to this, (r, r)
+    P = Ub^T Ub,old                        moves V, M to the new basis, (r, r)
     V <- d2 P V P^T + (1 - d2) h^T h / n   second moment, (r, r)
-    S = (V + rho I)^1/2 + eps I            divides the gradient, (r, r)
+    S = (V + rho I)^1/2 + eps I            Adam's denominator, (r, r)
     M <- d1 M P^T + (1 - d1) h S^-1        first moment, (n, r)
     a <- a - lr (M Rb^-T + weight_decay a)
 
@@ -233,7 +233,7 @@ class Factor:
         return torch.stack(tall).to(self.states[0]["M"].dtype)
 
     def measure_gradient(self, partner):
-        """Set hh (N, r, r) to h^T h, where h = grad R^-1, with the R of the partner.
+        """Set hh (N, r, r) to h^T h of the unmagnified gradient h = grad R^-1, R: the partner's.
 
         Also sets is_finite (N, 1, 1). Where the gradient or its square is not finite, hh is 0.
         """
@@ -327,7 +327,7 @@ class TorchBatch:
         self.states = states
 
     def measure(self):
-        """Return the sum of |h|^2 over these pairs, a tensor (); h: the unmagnified gradients."""
+        """Return |h|^2 summed over these pairs, where h are the unmagnified gradients."""
         A = Factor(self.parameters[0::2], self.states[0::2], is_A=True)
         B = Factor(self.parameters[1::2], self.states[1::2], is_A=False)
         A.measure_gradient(B)
@@ -336,7 +336,7 @@ class TorchBatch:
         return trace(A.hh).sum() + trace(B.hh).sum()  # |h|^2 is the trace of h^T h
 
     def finish(self, total, clip, **options):
-        """Update the parameters. total: |h|^2 of all pairs, (). clip: the largest |h|, or 0."""
+        """Update the parameters. total: |h|^2 of all pairs. clip: limit on |h|; 0: no limit."""
         norm = total.to(self.parameters[0].device).sqrt()
         clip = clip or math.inf
         h_scale = torch.where(norm > clip, clip / norm, 1.0)  # ()
