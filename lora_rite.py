@@ -294,8 +294,8 @@ class Factor:
         grad = torch.where(self.is_finite, self.grad, 0)
         M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
 
-        # parameters x = shrink x - lr M R^-T, with the partner's R. Where the gradient is missing or
-        # not finite, lr = 0, so x stays as it is.
+        # parameters x = shrink x - lr M R^-T, with the partner's R. Where the gradient is missing
+        # or not finite, lr = 0, so x stays as it is.
         lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
         lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
         shrink = 1 - lr * weight_decay

@@ -445,8 +445,8 @@ def root_kernel(
 ):  # fmt: skip
     """Compute Ry^-1, h^T h, P and P V P^T of a factor x, whose partner is y.
 
-    Names of matrices (r, r): gg = grad^T grad, hh = h^T h, yy = y^T y, and yM = y^T M with the first
-    moment M of y. Rx_inv_old and Ry_inv_old are the Rx^-1 and Ry^-1 of the last step.
+    Names of matrices (r, r): gg = grad^T grad, hh = h^T h, yy = y^T y, and yM = y^T M with the M
+    of y. Rx_inv_old and Ry_inv_old are the Rx^-1 and Ry^-1 of the last step.
 
     Matrices are stored and loaded again each time they are needed, because registers are scarce. A
     barrier waits for the stores of all threads.
@@ -550,7 +550,7 @@ def moment_kernel(
 ):  # fmt: skip
     """Update V, Rx^-1 and the scalars in the state of a factor x, and prepare launch 4.
 
-    It computes in r x r what lora_rite.Factor.update does. h = grad Ry^-1: the unmagnified gradient.
+    It does the (r, r) part of lora_rite.Factor.update. h = grad Ry^-1 is the unmagnified gradient.
     """
     factor = tl.program_id(0)
     x_row_ptr = table_ptr + factor * COLUMNS
@@ -598,8 +598,8 @@ def moment_kernel(
     has_grad = tl.load(x_row_ptr + HAS_GRAD) != 0
     rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-    # -- launch 4 computes M = M M_matrix + grad grad_matrix and x = shrink x - M x_matrix, with --
-    # -- M_matrix = d1 P^T, grad_matrix = (1 - d1) h_scale Ry^-1 preconditioner, x_matrix = lr Ry^-T --
+    # -- for launch 4: M = M M_matrix + grad grad_matrix, with M_matrix = d1 P^T and grad_matrix = --
+    # -- (1 - d1) h_scale Ry^-1 preconditioner; x = shrink x - M x_matrix, with x_matrix = lr Ry^-T --
     Ry_inv = tl.load(matrix_ptrs(work_ptr, RY_INV, R))
     M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
