@@ -598,15 +598,14 @@ def moment_kernel(
     has_grad = tl.load(x_row_ptr + HAS_GRAD) != 0
     rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-    # -- for launch 4: M = M M_matrix + grad grad_matrix, with M_matrix = d1 P^T and grad_matrix = --
-    # -- (1 - d1) h_scale Ry^-1 preconditioner; x = shrink x - M x_matrix, with x_matrix = lr Ry^-T --
+    # -- matrices of launch 4: M = M M_matrix + grad grad_matrix, then x = shrink x - M x_matrix --
     Ry_inv = tl.load(matrix_ptrs(work_ptr, RY_INV, R))
-    M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
+    M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))  # d1 P^T
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
-    grad_matrix = matmul(Ry_inv, preconditioner, scratch_ptr, runtime_R, R)
+    grad_matrix = matmul(Ry_inv, preconditioner, scratch_ptr, runtime_R, R)  # as h = grad Ry^-1
     grad_matrix = (1 - d1) * h_scale * grad_matrix
     tl.store(matrix_ptrs(matrix_ptr, GRAD_MATRIX, R), grad_matrix.to(tl.float32))
-    x_matrix = rate * tl.trans(Ry_inv)
+    x_matrix = rate * tl.trans(Ry_inv)  # lr Ry^-T
     tl.store(matrix_ptrs(matrix_ptr, X_MATRIX, R), x_matrix.to(tl.float32))
 
     # -- state; Rx^-1 is in the workspace of y, whose partner is x --
