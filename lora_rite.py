@@ -1,5 +1,4 @@
-"""LoRA-RITE: an optimizer for LoRA that does not depend on how Z = B A is
-factored.
+"""LoRA-RITE, an optimizer that does not care how LoRA's Z = B A is factored.
 
 Yen, Si, Meng, Yu, Duvvuri, Dhillon, Hsieh and Kumar, ICLR 2025, arXiv
 2410.20625.
@@ -9,41 +8,42 @@ B (m, r). Many pairs of factors have the same product: B C and C^-1 A, for every
 invertible matrix C (r, r). Adam and LoRA+ change Z differently for each of
 these pairs. LoRA-RITE changes it in the same way for all of them.
 
-Let a = A^T (n, r) and b = B (m, r), with gradients ga and gb. Take the QR
-decomposition b = Ub Rb: the columns of Ub (m, r) are an orthonormal basis, and
-Rb is (r, r). Replacing B by B C leaves the span of Ub as it is and only rotates
-the basis. So LoRA-RITE expresses the gradient of a in this basis, and there
-updates a as Adam would, but with a matrix V as the second moment:
+Let a = A^T (n, r) and b = B (m, r), with gradients ga and gb. First, let r = 1.
+If we double b and halve a, then Z = b a^T is the same, and ga doubles. So the
+quotient h = ga / |b| does not depend on this choice. LoRA-RITE computes Adam's
+moments from h, with a step M as the result, and subtracts lr M / |b| from a.
+Then Z changes by -lr (b / |b|) M^T, which does not depend on the choice either.
+
+For any r, write b = Ub Rb (QR decomposition). The columns of Ub (m, r) are an
+orthonormal basis in place of b / |b|, and Rb (r, r) takes the place of |b|. If
+B C replaces B, the basis is rotated, but spans the same space. A step of a is
 
     h = ga Rb^-1                           the "unmagnified" gradient, (n, r)
-    P = Ub^T Ub,old                        from the last basis to this, (r, r)
+    P = Ub^T Ub,old                        moves V, M to the new basis, (r, r)
     V <- d2 P V P^T + (1 - d2) h^T h / n   second moment, (r, r)
-    S = (V + rho I)^1/2 + eps I            divides the gradient, (r, r)
+    S = (V + rho I)^1/2 + eps I            Adam's denominator, (r, r)
     M <- d1 M P^T + (1 - d1) h S^-1        first moment, (n, r)
     a <- a - lr (M Rb^-T + weight_decay a)
 
 The update of b is the same with the letters exchanged. Both use a and b as they
-were before the step. At step t = 1, 2, ..., d1 and d2 are
-
-    beta (1 - beta^(t-1)) / (1 - beta^t)   with beta1 and with beta2
+were before the step. The decays d1 and d2 are 0 in the first step, and approach
+beta1 and beta2 (see the function decay).
 
 Clipping first scales h by min(1, clip / |h|), where |h| is the norm over both
 factors of all pairs. Clipping the raw gradients would break the invariance.
 
-The number rho is the "escaped mass". The new basis has another span than the
-old one, so P V P^T is smaller than V, and rho adds what is lost. By default rho
-is 0, as in the released recipe.
+The number rho is 0 by default, as in the released recipe. With escape=True it
+is the "escaped mass": what V loses in P V P^T, if the new basis spans another
+space than the old one.
 
 Where we depart from the paper:
-- We compute no QR decomposition and store no U. Every (r, r) matrix above
-  follows from Gram matrices such as b^T b, in float64. Any Rb will do if
-  Rb^T Rb = b^T b. We take the Cholesky factor or, if b is zero or
-  rank-deficient, the symmetric root. P also needs the b of the step before,
-  which we get back by undoing b's last update.
+- We compute no QR decomposition and store no U. Any Rb with Rb^T Rb = b^T b
+  will do. We take the Cholesky factor of b^T b or, if b is zero or
+  rank-deficient, its symmetric root. As Ub = b Rb^-1, all (r, r) matrices above
+  follow from such Gram matrices, in float64. See Factor.projection for P.
 - The released code skips steps with a large h. This stops training if the loss
   is multiplied by 1e3, so we do not skip them.
-- The released code takes roots of slightly negative eigenvalues. We clamp them
-  to 0.
+- We clamp eigenvalues of V below 0, which are rounding errors, before the root.
 
 Start with B = 0 or with factors of ordinary size. The step of A, lr M Rb^-T, is
 inversely proportional to the size of B. With a tiny B, the first steps of Z are
@@ -96,12 +96,12 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
     d1 = decay(betas[0], t)
     d2 = decay(betas[1], t)
 
-    # unmagnified gradient h of each factor x, from the other factor of the pair (its partner)
+    # unmagnified gradient h of each factor x, from the other factor y of its pair
     factors = []
     norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
-        for x, grad, partner, state in ((a, ga, b, state_a), (b, gb, a, state_b)):
-            U, R = torch.linalg.qr(partner)  # U has the shape of the partner, R is (r, r)
+        for x, grad, y, state in ((a, ga, b, state_a), (b, gb, a, state_b)):
+            U, R = torch.linalg.qr(y)  # U has the shape of y, R is (r, r)
             R_inv = torch.linalg.pinv(R)
             h = grad @ R_inv  # the shape of x
             norm_squared = norm_squared + h.square().sum()  # over all factors, for clipping
@@ -112,7 +112,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
         if clip:
             h = h * min(1.0, clip / norm_squared.sqrt())
 
-        # move the second moment V into the new basis; rho collects what it loses
+        # move the second moment V into the basis of this step; rho collects what it loses
         P = U.T @ state.get("U", U)  # (r, r); the identity at t = 1
         V_old = state.get("V", torch.zeros_like(P))
         V = P @ V_old @ P.T
@@ -144,10 +144,7 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
 
 
 class FactorState(NamedTuple):
-    """What N factors keep from step to step, in float64, besides the first moments M.
-
-    x (rows, r) is one of the factors as a tall matrix: A^T or B.
-    """
+    """What N factors x (A^T or B) keep from step to step, in float64, besides M."""
 
     V: torch.Tensor  # (N, r, r) second moment of the unmagnified gradient
     R_inv: torch.Tensor  # (N, r, r) R^-1, where R^T R = x^T x before the last step
@@ -168,11 +165,6 @@ def unpack(packed, rank):
     return FactorState(*matrices.unbind(-3), *numbers.unbind(-3))
 
 
-def pack(state):
-    """Return the fields of a FactorState as one tensor (N, 2 r^2 + 5), as `unpack` reads it."""
-    return torch.cat([field.flatten(-2) for field in state], -1)
-
-
 def inverse_root(K):
     """Return R^-1 (N, r, r), where R^T R = K, for Gram matrices K (N, r, r).
 
@@ -185,14 +177,12 @@ def inverse_root(K):
     pivots = R.diagonal(dim1=-2, dim2=-1)  # (N, r)
     is_well_conditioned = pivots.amin(-1) > 1e-7 * pivots.amax(-1)
     is_accurate = ((info == 0) & is_well_conditioned)[:, None, None]  # (N, 1, 1)
-    R = torch.where(is_accurate, R, eye)  # an invertible stand-in, whose result is not used
     by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)  # solves R R^-1 = I
 
     # eigendecomposition, with eigenvalues w in ascending order
     w, Q = torch.linalg.eigh(K)  # (N, r), (N, r, r)
     is_kept = w > 1e-12 * w[..., -1:]
-    w = torch.where(is_kept, w, 1)  # the root of the others would be infinite or NaN
-    w_inv_root = torch.where(is_kept, w.rsqrt(), 0)
+    w_inv_root = torch.where(is_kept, w.rsqrt(), 0)  # without 1 / sqrt(0)
     by_eigenvalues = Q * w_inv_root[..., None, :] @ Q.mT
     return torch.where(is_accurate, by_cholesky, by_eigenvalues)
 
@@ -206,10 +196,11 @@ class Factor:
     """The factors A, or the factors B, of N pairs of equal shape.
 
     parameters: the N tensors as a layer stores them, all A (r, n) or all B (m, r).
-    states: for each {"M": the first moment in this shape, "packed": a FactorState, see `pack`}.
+    states: for each {"M": the first moment in this shape, "packed": a FactorState, see `unpack`}.
     x (N, rows, r): these factors as tall matrices, A^T with rows = n or B with rows = m.
 
-    The partner of A is the B of its pair, and the partner of B is the A.
+    Methods take the partner, the Factor B if this is A, or A if this is B. The unmagnified gradient
+    of this factor is h = grad R^-1 (N, rows, r), with the R of the partner.
     """
 
     def __init__(self, parameters, states, is_A):
@@ -229,33 +220,41 @@ class Factor:
         packed = torch.stack([state["packed"] for state in states])
         self.old = unpack(packed, rank=self.x.shape[2])
 
-        # Gram matrices in float64, (N, r, r): xx = x^T x, xM = x^T M, gg = grad^T grad.
-        # Replace inf and NaN by 0, because eigendecompositions fail on them.
+        # Gram matrices in float64, (N, r, r). Those of x must be finite for eigendecompositions.
         x = self.x.double()
-        xx = x.mT @ x
-        xM = x.mT @ self.M.double()
-        self.xx = torch.where(xx.isfinite(), xx, 0)
-        self.xM = torch.where(xM.isfinite(), xM, 0)
+        self.xx = (x.mT @ x).nan_to_num(0, posinf=0, neginf=0)
+        self.xM = (x.mT @ self.M.double()).nan_to_num(0, posinf=0, neginf=0)
         self.gg = self.grad.double().mT @ self.grad.double()
-        self.R_inv = inverse_root(self.xx)  # R^T R = x^T x
+        self.R_inv = inverse_root(self.xx)  # R^-1, where R^T R = x^T x
 
     def stack(self, tensors):
         """Return N tensors of the parameters' shape as (N, rows, r), in the dtype of M."""
         tall = [t.mT if self.is_A else t for t in tensors]
         return torch.stack(tall).to(self.states[0]["M"].dtype)
 
-    def unmagnify(self, partner):
-        """Compute h^T h of the unmagnified gradients h = grad R^-1, where R is the partner's.
+    def measure_gradient(self, partner):
+        """Set hh (N, r, r) to h^T h of the unmagnified gradient h = grad R^-1, R: the partner's.
 
-        Returns |h|^2 (), the sum of the traces of the N matrices h^T h. Sets hh (N, r, r) to these,
-        and is_finite (N, 1, 1). Where a gradient or its square is not finite, h counts as 0.
+        Also sets is_finite (N, 1, 1). Where the gradient or its square is not finite, hh is 0.
         """
-        is_finite = self.gg.isfinite().all((-2, -1), keepdim=True)
-        gg = torch.where(is_finite, self.gg, 0)
-        hh = partner.R_inv.mT @ gg @ partner.R_inv  # R^-T (grad^T grad) R^-1
-        self.is_finite = is_finite & trace(hh).isfinite()
+        hh = partner.R_inv.mT @ self.gg @ partner.R_inv  # R^-T (grad^T grad) R^-1
+        self.is_finite = trace(hh).isfinite()  # inf and NaN reach the trace, as 0 * inf is NaN
         self.hh = torch.where(self.is_finite, hh, 0)
-        return trace(self.hh).sum()
+
+    def projection(self, partner):
+        """Return P = U^T U_old (N, r, r), which moves V and M into the basis of this step.
+
+        The partner is y = U R. Before its last step it was y_old = U_old R_old, so
+
+            P = R^-T (y^T y_old) R_old^-1
+
+        We do not store y_old. The last step was y = shrink y_old - lr M Rx^-T, where M is the first
+        moment of y, and Rx was the R of this factor then. Multiply by y^T:
+
+            shrink (y^T y_old) = y^T y + lr (y^T M) Rx^-T
+        """
+        shrink_yy_old = partner.xx + partner.old.lr * partner.xM @ self.old.R_inv.mT
+        return partner.R_inv.mT @ shrink_yy_old @ partner.old.R_inv / partner.old.shrink
 
     def update(self, partner, h_scale, lr, betas, eps, weight_decay, escape):
         """Update the parameters and their states.
@@ -263,21 +262,14 @@ class Factor:
         h_scale: a tensor () by which clipping multiplies the unmagnified gradients h.
         lr: a number or a tensor ().
         """
-        old = self.old  # FactorState
+        old = self.old  # the FactorState after the last step
         dtype = self.x.dtype
         step = old.step + 1
         d1 = decay(betas[0], step)  # (N, 1, 1)
         d2 = decay(betas[1], step)
 
-        # Projection P = U^T U_old into the new basis. Here x = U R is the partner now, and
-        # x_old = U_old R_old the partner before its last step. So P = R^-T (x^T x_old) R_old^-1.
-        # That step was x = shrink x_old - lr M old.R_inv^T: it used the R of this factor. So
-        # x^T x_old = (x^T x + lr x^T M old.R_inv^T) / shrink.
-        xx_old = partner.xx + partner.old.lr * partner.xM @ old.R_inv.mT  # shrink x^T x_old
-        P = partner.R_inv.mT @ xx_old @ partner.old.R_inv / partner.old.shrink  # (N, r, r)
-
-        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, with h = h_scale grad R^-1;
-        # rho collects what P V P^T loses against V
+        # move the second moment V into the basis of this step; rho collects what it loses
+        P = self.projection(partner)  # (N, r, r)
         V = P @ old.V @ P.mT  # (N, r, r)
         rho = old.rho
         if escape:
@@ -285,6 +277,8 @@ class Factor:
             trace_lost = eigenvalues_lost.sum(-1)
             lost = torch.minimum(eigenvalues_lost.amax(-1), trace_lost)
             rho = d2 * (rho + lost.clamp(min=0)[:, None, None])
+
+        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, with h multiplied by h_scale
         V = d2 * V + (1 - d2) * h_scale**2 * self.hh / self.x.shape[1]
 
         # preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T
@@ -292,13 +286,16 @@ class Factor:
         root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
         preconditioner = Q * (1 / (root + eps)) @ Q.mT
 
-        # first moment: M = d1 M P^T + (1 - d1) h preconditioner
+        # first moment M = d1 M P^T + (1 - d1) h preconditioner, with the decay d1. Here h is
+        # h_scale grad R^-1, with the partner's R. Multiply the (r, r) matrices first, in float64:
+        # M = M M_matrix + grad grad_matrix
         M_matrix = d1 * P.mT  # (N, r, r)
         grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner  # (N, r, r)
         grad = torch.where(self.is_finite, self.grad, 0)
         M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
 
-        # parameters: x = shrink x - lr M R^-T; x stays as it is without a finite gradient (lr = 0)
+        # parameters x = shrink x - lr M R^-T, with the partner's R. Where the gradient is missing
+        # or not finite, lr = 0, so x stays as it is.
         lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
         lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
         shrink = 1 - lr * weight_decay
@@ -307,10 +304,11 @@ class Factor:
         # copy the results into the tensors of the parameters and their states
         skipped = old.skipped + ~self.is_finite
         state = FactorState(V, self.R_inv, rho, step, lr, shrink, skipped)
+        packed = torch.cat([field.flatten(-2) for field in state], -1)  # as `unpack` reads it
         if self.is_A:  # A is stored as (r, n)
             x = x.mT
             M = M.mT
-        torch._foreach_copy_([s["packed"] for s in self.states], list(pack(state).unbind()))
+        torch._foreach_copy_([s["packed"] for s in self.states], list(packed.unbind()))
         torch._foreach_copy_([s["M"] for s in self.states], list(M.unbind()))
         torch._foreach_copy_(self.parameters, list(x.unbind()))
 
@@ -329,14 +327,16 @@ class TorchBatch:
         self.states = states
 
     def measure(self):
-        """Return |h|^2 of these pairs, (), where h are the unmagnified gradients."""
+        """Return |h|^2 summed over these pairs, where h are the unmagnified gradients."""
         A = Factor(self.parameters[0::2], self.states[0::2], is_A=True)
         B = Factor(self.parameters[1::2], self.states[1::2], is_A=False)
+        A.measure_gradient(B)
+        B.measure_gradient(A)
         self.factors = A, B
-        return A.unmagnify(B) + B.unmagnify(A)
+        return trace(A.hh).sum() + trace(B.hh).sum()  # |h|^2 is the trace of h^T h
 
     def finish(self, total, clip, **options):
-        """Update the parameters. total: |h|^2 over all pairs; clip: the largest |h|, or 0."""
+        """Update the parameters. total: |h|^2 of all pairs. clip: limit on |h|; 0: no limit."""
         norm = total.to(self.parameters[0].device).sqrt()
         clip = clip or math.inf
         h_scale = torch.where(norm > clip, clip / norm, 1.0)  # ()

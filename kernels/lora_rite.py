@@ -1,13 +1,13 @@
 """One LoRA-RITE step of all pairs A (r, n), B (m, r) of one rank, in four launches.
 
-A and B are the factors of a pair; each is the partner of the other. x (rows, r) is a factor as a
-tall matrix: A transposed, or B. As in lora_rite.py, R (r, r) is a matrix with R^T R = x^T x, and
-h = grad R^-1 is the unmagnified gradient, with the partner's R. V (r, r) is the second moment of h,
-M (rows, r) the first moment of the preconditioned h. P (r, r) moves both to the basis of this step.
+x (rows, r) is a factor as a tall matrix: A transposed, or B. y is its partner, the other factor of
+the pair. As in lora_rite.py, Ry (r, r) is a matrix with Ry^T Ry = y^T y, and h = grad Ry^-1 is the
+unmagnified gradient of x. V (r, r) is the second moment of h, and M (rows, r) the first moment of
+the preconditioned h. P (r, r) moves both to the basis of this step.
 
 1. gram_kernel: x^T x, x^T M and grad^T grad in float64. One program per chunk of rows.
-2. root_kernel: the partner's R^-1, h^T h, P, P V P^T. One program per factor. PyTorch sums |h|^2.
-3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor.
+2. root_kernel: Ry^-1, h^T h, P and P V P^T. One program per factor x. PyTorch sums |h|^2.
+3. moment_kernel: V, its inverse root, and the matrices of launch 4. One program per factor x.
 4. update_kernel: M <- M M_matrix + grad grad_matrix, x <- shrink x - M x_matrix. Grid as in 1.
 
 Factors may differ in length: a table on the GPU has the address and the size of each. There are no
@@ -37,12 +37,12 @@ ROW_WARPS = {16: 2, 32: 8, 64: 8}  # warps in launches 1 and 4
 MATRIX_WARPS = {16: 1, 32: 4, 64: 16}  # warps in launches 2 and 3
 
 # The table, int64 (factors, COLUMNS), has one row for each factor: A, its B, the next A, its B, ...
-# So factor ^ 1 is the partner of a factor. `row_ptr` points to a row of the table, whereas `rows`
-# counts the rows of x. The columns are:
+# If x is number `factor`, y is number factor ^ 1. `x_row_ptr` points to the row of x in the table,
+# whereas `rows` counts the rows of x. The columns are:
 X_PTR = tl.constexpr(0)
 GRAD_PTR = tl.constexpr(1)  # the address of x, if there is no gradient
 M_PTR = tl.constexpr(2)  # first moment, stored like x
-STATE_PTR = tl.constexpr(3)  # V (r, r), R^-1 (r, r) and five scalars
+STATE_PTR = tl.constexpr(3)  # see STATE_V below
 HAS_GRAD = tl.constexpr(4)
 ROWS = tl.constexpr(5)  # the number of rows of x
 FIRST_PROGRAM = tl.constexpr(6)  # in launches 1 and 4, see the sketch below
@@ -63,9 +63,9 @@ GG = tl.constexpr(2)  # grad^T grad
 PARTIALS = tl.constexpr(3)
 
 # Launch 2 writes these matrices for launch 3 to a workspace, (factors, WORK, R, R)
-PARTNER_R_INV = tl.constexpr(0)  # R^-1 of the partner
+RY_INV = tl.constexpr(0)  # Ry^-1
 HH = tl.constexpr(1)  # h^T h
-P = tl.constexpr(2)  # into the basis of this step
+P = tl.constexpr(2)  # into the basis of this step; y^T y until P is known
 PVP = tl.constexpr(3)  # P V P^T
 SCRATCH = tl.constexpr(4)  # two matrices, the operands of matmul
 WORK = tl.constexpr(6)
@@ -79,7 +79,8 @@ SCALARS = tl.constexpr(2)
 M_MATRIX, GRAD_MATRIX, X_MATRIX = map(tl.constexpr, range(3))
 MATRICES = tl.constexpr(3)
 
-# The state of a factor is V (r, r), R^-1 (r, r) and these five scalars; see lora_rite.FactorState
+# The state of a factor is two matrices (r, r), then five scalars; see lora_rite.FactorState
+STATE_V, STATE_R_INV = map(tl.constexpr, range(2))  # V and R^-1, where R^T R = x^T x
 RHO, STEP, LR, SHRINK, SKIPPED = map(tl.constexpr, range(5))
 
 # --------------------------------------------------------------------------------------------------
@@ -102,18 +103,20 @@ def matrix_ptrs(ptr, index, R: tl.constexpr):
 
 
 @triton.jit
-def load_state_matrix(ptr, RANK: tl.constexpr, R: tl.constexpr):
-    """Load V or R^-1 (RANK, RANK) from the state of a factor, padded with zeros to [R, R]."""
+def load_state_matrix(state_ptr, index: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
+    """Load V (index STATE_V) or R^-1 (STATE_R_INV) of a state, padded with zeros to [R, R]."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
+    ptr = state_ptr + index * RANK * RANK
     return tl.load(ptr + i * RANK + j, mask=(i < RANK) & (j < RANK), other=0.0)
 
 
 @triton.jit
-def store_state_matrix(ptr, matrix, RANK: tl.constexpr, R: tl.constexpr):
-    """Store the first RANK rows and columns of a matrix [R, R] in the state of a factor."""
+def store_state_matrix(state_ptr, index: tl.constexpr, matrix, RANK: tl.constexpr, R: tl.constexpr):
+    """Store the first RANK rows and columns of a matrix [R, R] as V or R^-1 of a state."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
+    ptr = state_ptr + index * RANK * RANK
     tl.store(ptr + i * RANK + j, matrix, mask=(i < RANK) & (j < RANK))
 
 
@@ -225,7 +228,7 @@ def gram_chunk(
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
     m_ptr = load_ptr(row_ptr, M_PTR, tl.float32, ALIGNED)
-    out_ptrs = matrix_ptrs(partial_ptr, 0, R)
+    out_ptrs = matrix_ptrs(partial_ptr, 0, R)  # of the first of three matrices
 
     # one matrix after the other, because the registers hold only one accumulator
     xx, _ = self_gram(x_ptr, start, end, rows, IS_A, RANK, R, TILE)
@@ -268,12 +271,12 @@ def gram_kernel(
 
 
 @triton.jit
-def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
+def matmul(a, b, scratch_ptr, runtime_R, R: tl.constexpr):
     """Return a @ b, [R, R]. scratch_ptr: memory for both operands, (2, R, R).
 
     Beyond R = 16, the registers cannot hold both operands. So these are stored, and loaded again in
-    parts: 16 columns of a and 16 rows of b at a time. `size` has the value of R, but the compiler
-    does not know it. Otherwise it would unroll the loop and hold all parts in registers at once.
+    parts: 16 columns of a and 16 rows of b at a time. runtime_R equals R, but the compiler does not
+    know that. Otherwise it would unroll the loop and hold all parts in registers at once.
     """
     if R == 16:
         return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
@@ -283,7 +286,7 @@ def matmul(a, b, scratch_ptr, size, R: tl.constexpr):
     tl.debug_barrier()
     i = tl.arange(0, R)
     acc = tl.zeros((R, R), tl.float64)
-    for start in range(0, size, 16):
+    for start in range(0, runtime_R, 16):
         k = start + tl.arange(0, 16)
         a_columns = tl.load(scratch_ptr + i[:, None] * R + k[None, :])  # [R, 16]
         b_rows = tl.load(scratch_ptr + R * R + k[:, None] * R + i[None, :])  # [16, R]
@@ -374,10 +377,10 @@ def eigh(a, PADDED_RANK: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def inverse_root(
-    K_ptr, R_inv_ptr, scratch_ptr, size,
+    K_ptrs, R_inv_ptrs, scratch_ptr, runtime_R,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Load a Gram matrix K (R, R) and store R^-1, where R^T R = K; see lora_rite.inverse_root."""
+    """Load a Gram matrix K [R, R] and store R^-1, where R^T R = K; see lora_rite.inverse_root."""
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
 
@@ -386,7 +389,7 @@ def inverse_root(
     # The same row operations turn the identity into L^-1: divide row n by L_nn, then subtract it
     # L_in times from each row i > n. If K is singular, a pivot L_nn becomes -1, and the second part
     # below replaces the result.
-    K = tl.load(matrix_ptrs(K_ptr, 0, R))
+    K = tl.load(K_ptrs)
     L_inv = tl.where((i == j) & (i < RANK), 1.0, 0.0).to(tl.float64)
     min_pivot = tl.full((), float("inf"), tl.float64)
     max_pivot = tl.zeros((), tl.float64)
@@ -403,29 +406,29 @@ def inverse_root(
         L_inv_row = (tl.sum(tl.where(i == n, L_inv, 0.0), 0) * scale)[None, :]
         rows_below = L_inv - tl.where(i > n, L_column * L_inv_row, 0.0)
         L_inv = tl.where(i == n, L_inv_row, rows_below)
-    tl.store(matrix_ptrs(R_inv_ptr, 0, R), tl.trans(L_inv))
+    tl.store(R_inv_ptrs, tl.trans(L_inv))
 
     # -- if this is not accurate: K^(-1/2) = Q w^(-1/2) Q^T, without the smallest eigenvalues w --
     is_accurate = min_pivot > 1e-7 * max_pivot
     if is_accurate == 0:
         tl.debug_barrier()  # other threads have stored elements of the same matrix
-        w, Q = eigh(tl.load(matrix_ptrs(K_ptr, 0, R)), PADDED_RANK, R)
+        w, Q = eigh(tl.load(K_ptrs), PADDED_RANK, R)
         is_kept = w > 1e-12 * tl.max(w, 0)
         w_inv_root = tl.where(is_kept, tl.rsqrt(tl.where(is_kept, w, 1.0)), 0.0)
-        R_inv = matmul(Q * w_inv_root[None, :], tl.trans(Q), scratch_ptr, size, R)
-        tl.store(matrix_ptrs(R_inv_ptr, 0, R), R_inv)
+        R_inv = matmul(Q * w_inv_root[None, :], tl.trans(Q), scratch_ptr, runtime_R, R)
+        tl.store(R_inv_ptrs, R_inv)
     tl.debug_barrier()
 
 
 # --------------------------------------------------------------------------------------------------
-# Launch 2: R^-1, h^T h, P
+# Launch 2: Ry^-1, h^T h, P
 
 
 @triton.jit
 def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
-    """Return x^T x, x^T M or grad^T grad of a factor, [R, R]: the sum over its chunks.
+    """Return x^T x (which = XX), x^T M (XM) or grad^T grad (GG) of a factor, [R, R].
 
-    row_ptr: the row of the factor in the table. which: XX, XM or GG.
+    Launch 1 has stored a partial sum for each chunk of rows. row_ptr: of the factor, in the table.
     """
     acc = tl.zeros((R, R), tl.float64)
     first = tl.load(row_ptr + FIRST_PROGRAM)
@@ -434,76 +437,76 @@ def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["runtime_R"])
 def root_kernel(
     table_ptr, partial_ptr, bad_ptr,
     work_ptr, scalar_ptr,  # outputs (factors, WORK, R, R), (factors, SCALARS)
-    size, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
+    runtime_R, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Compute the R^-1 of a factor's partner, then the factor's h^T h, P and P V P^T.
+    """Compute Ry^-1, h^T h, P and P V P^T of a factor x, whose partner is y.
+
+    Names of matrices (r, r): gg = grad^T grad, hh = h^T h, yy = y^T y, and yM = y^T M with the M
+    of y. Rx_inv_old and Ry_inv_old are the Rx^-1 and Ry^-1 of the last step.
 
     Matrices are stored and loaded again each time they are needed, because registers are scarce. A
     barrier waits for the stores of all threads.
     """
     factor = tl.program_id(0)
-    row_ptr = table_ptr + factor * COLUMNS
-    partner_row_ptr = table_ptr + (factor ^ 1) * COLUMNS
+    x_row_ptr = table_ptr + factor * COLUMNS
+    y_row_ptr = table_ptr + (factor ^ 1) * COLUMNS
     work_ptr += factor.to(tl.int64) * WORK * R * R
     scalar_ptr += factor * SCALARS
     scratch_ptr = work_ptr + SCRATCH * R * R
-    R_inv_ptrs = matrix_ptrs(work_ptr, PARTNER_R_INV, R)
+    Ry_inv_ptrs = matrix_ptrs(work_ptr, RY_INV, R)
     P_ptrs = matrix_ptrs(work_ptr, P, R)
+    yy_ptrs = P_ptrs  # y^T y is stored there until P is known
 
-    # -- does the gradient have values that are not finite, in any chunk of this factor? --
-    has_grad = tl.load(row_ptr + HAS_GRAD) != 0
+    # -- does the gradient have values that are not finite, in any chunk of x? --
+    has_grad = tl.load(x_row_ptr + HAS_GRAD) != 0
     is_bad = tl.zeros((), tl.int32)
-    first = tl.load(row_ptr + FIRST_PROGRAM)
-    for n in range(0, tl.load(row_ptr + NUM_PROGRAMS).to(tl.int32)):
+    first = tl.load(x_row_ptr + FIRST_PROGRAM)
+    for n in range(0, tl.load(x_row_ptr + NUM_PROGRAMS).to(tl.int32)):
         is_bad = tl.maximum(is_bad, tl.load(bad_ptr + first + n))
     is_bad = tl.where(has_grad, is_bad, 0)
 
-    # -- R^-1 of the partner, from its x^T x, which stays in the memory of P until P is known --
-    tl.store(P_ptrs, sum_partials(partner_row_ptr, partial_ptr, XX, R))
+    # -- Ry^-1 from y^T y --
+    tl.store(yy_ptrs, sum_partials(y_row_ptr, partial_ptr, XX, R))
     tl.debug_barrier()
-    inverse_root(
-        work_ptr + P * R * R, work_ptr + PARTNER_R_INV * R * R, scratch_ptr, size,
-        RANK, PADDED_RANK, R,
-    )  # fmt: skip
+    inverse_root(yy_ptrs, Ry_inv_ptrs, scratch_ptr, runtime_R, RANK, PADDED_RANK, R)
 
-    # -- h^T h = R^-T (grad^T grad) R^-1 --
-    gg = sum_partials(row_ptr, partial_ptr, GG, R)
+    # -- h^T h = Ry^-T (grad^T grad) Ry^-1 --
+    gg = sum_partials(x_row_ptr, partial_ptr, GG, R)
     gg = tl.where(has_grad & (is_bad == 0), gg, 0.0)
-    hh = matmul(gg, tl.load(R_inv_ptrs), scratch_ptr, size, R)
-    hh = matmul(tl.trans(tl.load(R_inv_ptrs)), hh, scratch_ptr, size, R)
+    hh = matmul(gg, tl.load(Ry_inv_ptrs), scratch_ptr, runtime_R, R)
+    hh = matmul(tl.trans(tl.load(Ry_inv_ptrs)), hh, scratch_ptr, runtime_R, R)
     is_diagonal = tl.arange(0, R)[:, None] == tl.arange(0, R)[None, :]
-    trace = tl.sum(tl.sum(tl.where(is_diagonal, hh, 0.0), 1), 0)
+    trace = tl.sum(tl.sum(tl.where(is_diagonal, hh, 0.0), 1), 0)  # |h|^2
     is_finite = (is_bad == 0) & (trace < float("inf"))
     tl.store(matrix_ptrs(work_ptr, HH, R), tl.where(is_finite, hh, 0.0))
     tl.store(scalar_ptr + HH_TRACE, tl.where(is_finite, trace, 0.0))
     tl.store(scalar_ptr + IS_SKIPPED, tl.where(is_finite, 0.0, 1.0))
 
-    # -- P = R^-T (x^T x_old) R_old^-1, with x and R of the partner --
-    # x_old is the partner before its last step, x = shrink x_old - lr M own_R_inv_old^T, where
-    # own_R_inv_old is the R^-1 of this program's factor at that step. So
-    # x^T x_old = (x^T x + lr x^T M own_R_inv_old^T) / shrink.
-    # A state is V at offset 0, R^-1 at RANK^2 and the scalars at 2 RANK^2.
-    state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
-    partner_state_ptr = load_ptr(partner_row_ptr, STATE_PTR, tl.float64, False)
-    partner_scalar_ptr = partner_state_ptr + 2 * RANK * RANK
-    own_R_inv_old = load_state_matrix(state_ptr + RANK * RANK, RANK, R)
-    xm = sum_partials(partner_row_ptr, partial_ptr, XM, R)
-    x_step = matmul(xm, tl.trans(own_R_inv_old), scratch_ptr, size, R)  # x^T M own_R_inv_old^T
-    xx_old = tl.load(P_ptrs) + tl.load(partner_scalar_ptr + LR) * x_step  # shrink x^T x_old
-    partner_R_inv_old = load_state_matrix(partner_state_ptr + RANK * RANK, RANK, R)
-    xU_old = matmul(xx_old, partner_R_inv_old, scratch_ptr, size, R)  # U_old = x_old R_old^-1
-    xU_old = xU_old / tl.load(partner_scalar_ptr + SHRINK)
-    P_new = matmul(tl.trans(tl.load(R_inv_ptrs)), xU_old, scratch_ptr, size, R)
+    # -- P = Ry^-T (y^T y_old) Ry_old^-1, where y_old is the partner y before its last step --
+    # That step was y = shrink y_old - lr M Rx_old^-T, with the M of y. Multiply by y^T:
+    # shrink (y^T y_old) = y^T y + lr (y^T M) Rx_old^-T
+    x_state_ptr = load_ptr(x_row_ptr, STATE_PTR, tl.float64, False)
+    y_state_ptr = load_ptr(y_row_ptr, STATE_PTR, tl.float64, False)
+    y_scalar_ptr = y_state_ptr + 2 * RANK * RANK  # after V and R^-1
+    Rx_inv_old = load_state_matrix(x_state_ptr, STATE_R_INV, RANK, R)
+    yM = sum_partials(y_row_ptr, partial_ptr, XM, R)
+    yM_Rx = matmul(yM, tl.trans(Rx_inv_old), scratch_ptr, runtime_R, R)  # (y^T M) Rx_old^-T
+    shrink_yy_old = tl.load(yy_ptrs) + tl.load(y_scalar_ptr + LR) * yM_Rx
+    Ry_inv_old = load_state_matrix(y_state_ptr, STATE_R_INV, RANK, R)
+    yy_old_Ry = matmul(shrink_yy_old, Ry_inv_old, scratch_ptr, runtime_R, R)
+    yy_old_Ry = yy_old_Ry / tl.load(y_scalar_ptr + SHRINK)  # (y^T y_old) Ry_old^-1
+    P_new = matmul(tl.trans(tl.load(Ry_inv_ptrs)), yy_old_Ry, scratch_ptr, runtime_R, R)
     tl.store(P_ptrs, P_new)
 
     # -- P V P^T --
-    PV = matmul(P_new, load_state_matrix(state_ptr, RANK, R), scratch_ptr, size, R)
+    V = load_state_matrix(x_state_ptr, STATE_V, RANK, R)
+    PV = matmul(P_new, V, scratch_ptr, runtime_R, R)
     tl.debug_barrier()
-    PVP_new = matmul(PV, tl.trans(tl.load(P_ptrs)), scratch_ptr, size, R)
+    PVP_new = matmul(PV, tl.trans(tl.load(P_ptrs)), scratch_ptr, runtime_R, R)
     tl.store(matrix_ptrs(work_ptr, PVP, R), PVP_new)
 
 
@@ -534,7 +537,7 @@ def decay(log_beta, t):
     return tl.exp(log_beta) * (1 - tl.exp((t - 1) * log_beta)) / (1 - tl.exp(t * log_beta))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["runtime_R"])
 def moment_kernel(
     table_ptr, work_ptr, scalar_ptr,  # work and scalars from launch 2
     total_ptr,  # |h|^2 of all factors, ()
@@ -542,19 +545,19 @@ def moment_kernel(
     lr_ptr,  # (), or None to use lr
     lr: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64",  # noqa: F821
     clip: "fp64", weight_decay: "fp64",  # noqa: F821
-    size, ESCAPE: tl.constexpr,
+    runtime_R, ESCAPE: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Update V, R^-1 and the scalars in the state of a factor, and prepare launch 4.
+    """Update V, Rx^-1 and the scalars in the state of a factor x, and prepare launch 4.
 
-    It computes in r x r what lora_rite.Factor.update does. h: the unmagnified gradient.
+    It does the (r, r) part of lora_rite.Factor.update. h = grad Ry^-1 is the unmagnified gradient.
     """
     factor = tl.program_id(0)
-    row_ptr = table_ptr + factor * COLUMNS
-    state_ptr = load_ptr(row_ptr, STATE_PTR, tl.float64, False)
-    state_scalar_ptr = state_ptr + 2 * RANK * RANK
-    rows = tl.load(row_ptr + ROWS).to(tl.float64)
-    partner_work_ptr = work_ptr + (factor ^ 1).to(tl.int64) * WORK * R * R
+    x_row_ptr = table_ptr + factor * COLUMNS
+    x_state_ptr = load_ptr(x_row_ptr, STATE_PTR, tl.float64, False)
+    x_scalar_ptr = x_state_ptr + 2 * RANK * RANK  # after V and R^-1
+    rows = tl.load(x_row_ptr + ROWS).to(tl.float64)
+    y_work_ptr = work_ptr + (factor ^ 1).to(tl.int64) * WORK * R * R
     work_ptr += factor.to(tl.int64) * WORK * R * R
     matrix_ptr += factor.to(tl.int64) * MATRICES * R * R
     scratch_ptr = work_ptr + SCRATCH * R * R
@@ -562,14 +565,14 @@ def moment_kernel(
     # -- h_scale, by which clipping multiplies h, and the decays d1 and d2 of step t --
     norm = tl.sqrt(tl.load(total_ptr))
     h_scale = tl.where(norm > clip, clip / norm, 1.0)
-    t = tl.load(state_scalar_ptr + STEP) + 1.0
+    t = tl.load(x_scalar_ptr + STEP) + 1.0
     d1 = decay(log_beta1, t)
     d2 = decay(log_beta2, t)
 
     # -- escaped mass rho: what V loses when it moves into the new basis --
-    rho = tl.load(state_scalar_ptr + RHO)
+    rho = tl.load(x_scalar_ptr + RHO)
     if ESCAPE:
-        V_old = load_state_matrix(state_ptr, RANK, R)
+        V_old = load_state_matrix(x_state_ptr, STATE_V, RANK, R)
         w_old, _ = eigh((V_old + tl.trans(V_old)) / 2, PADDED_RANK, R)  # eigenvalues, [R]
         w_old = sort(w_old, RANK, R)
         V_moved = tl.load(matrix_ptrs(work_ptr, PVP, R))  # P V_old P^T
@@ -582,39 +585,38 @@ def moment_kernel(
     # -- second moment V = d2 P V_old P^T + (1 - d2) h^T h / rows, where h is clipped --
     hh = tl.load(matrix_ptrs(work_ptr, HH, R))
     V = d2 * tl.load(matrix_ptrs(work_ptr, PVP, R)) + (1 - d2) * h_scale * h_scale * hh / rows
-    store_state_matrix(state_ptr, V, RANK, R)
+    store_state_matrix(x_state_ptr, STATE_V, V, RANK, R)
 
     # -- preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T --
     w, Q = eigh((V + tl.trans(V)) / 2, PADDED_RANK, R)
     scales = 1 / (tl.sqrt(tl.maximum(w, 0.0) + rho) + eps)
-    preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, size, R)
+    preconditioner = matmul(Q * scales[None, :], tl.trans(Q), scratch_ptr, runtime_R, R)
 
     # -- learning rate; 0 if the gradient is missing or not finite --
     rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
     is_skipped = tl.load(scalar_ptr + factor * SCALARS + IS_SKIPPED)
-    has_grad = tl.load(row_ptr + HAS_GRAD) != 0
+    has_grad = tl.load(x_row_ptr + HAS_GRAD) != 0
     rate = tl.where(has_grad & (is_skipped == 0), rate, 0.0)
 
-    # -- for launch 4: M_matrix = d1 P^T, grad_matrix = (1 - d1) h_scale R^-1 preconditioner, and --
-    # -- x_matrix = lr R^-T, with the partner's R --
-    partner_R_inv = tl.load(matrix_ptrs(work_ptr, PARTNER_R_INV, R))
-    M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))
+    # -- matrices of launch 4: M = M M_matrix + grad grad_matrix, then x = shrink x - M x_matrix --
+    Ry_inv = tl.load(matrix_ptrs(work_ptr, RY_INV, R))
+    M_matrix = d1 * tl.trans(tl.load(matrix_ptrs(work_ptr, P, R)))  # d1 P^T
     tl.store(matrix_ptrs(matrix_ptr, M_MATRIX, R), M_matrix.to(tl.float32))
-    grad_matrix = matmul(partner_R_inv, preconditioner, scratch_ptr, size, R)
+    grad_matrix = matmul(Ry_inv, preconditioner, scratch_ptr, runtime_R, R)  # as h = grad Ry^-1
     grad_matrix = (1 - d1) * h_scale * grad_matrix
     tl.store(matrix_ptrs(matrix_ptr, GRAD_MATRIX, R), grad_matrix.to(tl.float32))
-    x_matrix = rate * tl.trans(partner_R_inv)
+    x_matrix = rate * tl.trans(Ry_inv)  # lr Ry^-T
     tl.store(matrix_ptrs(matrix_ptr, X_MATRIX, R), x_matrix.to(tl.float32))
 
-    # -- state; this factor's own R^-1 is in the workspace of its partner --
-    own_R_inv = tl.load(matrix_ptrs(partner_work_ptr, PARTNER_R_INV, R))
-    store_state_matrix(state_ptr + RANK * RANK, own_R_inv, RANK, R)
-    skipped = tl.load(state_scalar_ptr + SKIPPED)
-    tl.store(state_scalar_ptr + RHO, rho)
-    tl.store(state_scalar_ptr + STEP, t)
-    tl.store(state_scalar_ptr + LR, rate)
-    tl.store(state_scalar_ptr + SHRINK, 1 - rate * weight_decay)
-    tl.store(state_scalar_ptr + SKIPPED, skipped + is_skipped)
+    # -- state; Rx^-1 is in the workspace of y, whose partner is x --
+    Rx_inv = tl.load(matrix_ptrs(y_work_ptr, RY_INV, R))
+    store_state_matrix(x_state_ptr, STATE_R_INV, Rx_inv, RANK, R)
+    skipped = tl.load(x_scalar_ptr + SKIPPED)
+    tl.store(x_scalar_ptr + RHO, rho)
+    tl.store(x_scalar_ptr + STEP, t)
+    tl.store(x_scalar_ptr + LR, rate)
+    tl.store(x_scalar_ptr + SHRINK, 1 - rate * weight_decay)
+    tl.store(x_scalar_ptr + SKIPPED, skipped + is_skipped)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -742,8 +744,7 @@ class KernelBatch:
             tables = [t.pin_memory() for t in tables]
         self.table, self.factor_of_program = [t.to(device, non_blocking=True) for t in tables]
 
-        # constants of the kernels with a program per chunk (launches 1 and 4), and of those with a
-        # program per factor (launches 2 and 3)
+        # options of launches 1 and 4, with a program per chunk, and of 2 and 3, with one per factor
         self.row_options = {"DTYPE": TL_DTYPES[parameters[0].dtype], "ALIGNED": is_aligned}
         self.row_options.update(RANK=rank, R=R, TILE=TILE_ROWS[R], CHUNK=CHUNK_ROWS[R])
         self.row_options.update(num_warps=ROW_WARPS[R])
@@ -774,11 +775,9 @@ class KernelBatch:
         """Launch moment_kernel and update_kernel.
 
         total: |h|^2 of all pairs, a tensor () on any device. clip: the largest |h|, or 0.
-        lr: a number or a tensor (). A tensor on the device of the pairs is read there, so the host
-        does not wait for it.
+        lr: a number or a tensor (). The host does not wait for a tensor on the device of the pairs.
         """
         device = self.table.device
-        total = total.to(device)
         matrices = torch.empty(len(self.table), MATRICES.value, self.R, self.R, device=device)
         log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
         lr_ptr = None
@@ -787,9 +786,9 @@ class KernelBatch:
             lr = 0.0  # not read
         with torch.cuda.device_of(self.table):
             moment_kernel[(len(self.table),)](
-                self.table, self.work, self.scalars, total, matrices, lr_ptr,
+                self.table, self.work, self.scalars, total.to(device), matrices, lr_ptr,
                 float(lr), *log_betas, float(eps), float(clip) or math.inf, float(weight_decay),
-                self.R, escape, **self.matrix_options,  # size, ESCAPE
+                runtime_R=self.R, ESCAPE=escape, **self.matrix_options,
             )  # fmt: skip
             update_kernel[(len(self.factor_of_program),)](
                 self.table, self.factor_of_program, self.scalars, matrices, **self.row_options
