@@ -90,7 +90,9 @@ NOT_PLOTTED = ("AdamW, gradients clipped", "LoRA+, gradients clipped")
 def prepare(folder):
     """Train the base model. Return its folder, and the text to adapt it to."""
     base = Path(folder, "base")
-    train.main([*BASE.split(), "--out", str(base)])
+    result = train.main([*BASE.split(), "--out", str(base)])
+    if result["signal"]:
+        raise KeyboardInterrupt(result["signal"])
 
     # Python's manual, one file per page
     manual = Path(folder, "manual")
