@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lora_rite
+import train
 from experiments import lora_rite as study
 from support import lora
 from tests.test_lora_adapters import adapted
@@ -62,3 +63,9 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     for name in ("AdamW", "LoRA+", "LoRA-RITE"):
         assert losses[name] != losses[f"{name}, gradients clipped"]
     assert losses["LoRA-RITE"] != losses["LoRA-RITE, its own clip"]
+
+
+def test_an_interrupted_base_model_ends_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda argv: {"signal": 2})
+    with pytest.raises(KeyboardInterrupt):
+        study.prepare(tmp_path)
