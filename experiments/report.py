@@ -91,6 +91,7 @@ FINDINGS = [
     Finding("sonew-gpu", "SONew", "loss of a GPT", "percent"),
     Finding("sonew-gpu", "SONew, 30% fewer steps", "loss in 30% fewer steps", "percent"),
     Finding("sonew-cpu", "SONew, band 1", "loss of an autoencoder", "percent"),
+    Finding("sonew-cpu", "SONew, band 0", "the same with the diagonal alone", "percent"),
     Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
     Finding("lora_rite-cpu", "LoRA-RITE", "drift under another factorization", "log10"),
 ]
