@@ -38,7 +38,7 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert names == ["lora_rite-cpu.json", "lora_rite-cpu.png"]
     saved = json.loads((tmp_path / "results/lora_rite-cpu.json").read_text())
-    keys = "command commit hardware versions code seconds question metric baseline variants"
+    keys = "command commit hardware versions source code seconds question metric baseline variants"
     assert saved.keys() == {*keys.split(), "differences"}
     assert saved["differences"].keys() == set(study.VARIANTS) - {"AdamW"}
 
