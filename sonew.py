@@ -3,7 +3,7 @@
 Let g (n) be the gradient of a tensor with n entries, its coordinates. A full
 second-order method keeps a matrix S (n, n), where S_ij is the running mean of
 g_i g_j, and multiplies the momentum by its inverse. SONew keeps a band of S:
-the diagonal S_0 and the b diagonals beside it, S_k[i] = E[g_i g_{i+k}]. It
+the diagonal S_0 and the b diagonals next to it, S_k[i] = E[g_i g_{i+k}]. It
 replaces the inverse by a matrix X with the same band. For n = 4 and b = 1:
 
     S =  S_0[0] S_1[0]   ?      ?        X =  X_00  X_01   0     0

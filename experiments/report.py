@@ -35,7 +35,7 @@ class Idea(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A result that README.md shows: a variant beside its baseline, and their difference."""
+    """A result that README.md shows: a variant next to its baseline, and their difference."""
 
     study: str  # NAME of results/NAME.json
     variant: str

@@ -7,7 +7,7 @@ Part 1 trains a smaller version of the paper's autoencoder for 300 steps, and
 measures the test loss. Every optimizer got the same budget for tuning, on two
 other seeds: 4 learning rates times 3 values of its momentum or eps (--sweep).
 Within 300 steps, Adam, RMSProp and SGD leave the plateau of a constant output,
-a loss of 206, late or not at all, whatever their settings. Ablations:
+a loss of 206, late or not at all, at every setting of the sweep. Ablations:
 
     band 0              the diagonal alone
     band 1, flat        one chain through the whole tensor, not one per row

@@ -644,7 +644,7 @@ def fallback_grid(T, heads):
     """Return the grid of a fallback kernel, which recomputes heads whose values overflow exp.
 
     Few heads need it, but all programs have to look, so the heads share FALLBACK_PROGRAMS. With 64
-    heads and T = 4096, a head has 128 blocks of positions, and 1024 // 64 = 16 programs.
+    heads and T = 4096, each head has 128 blocks of positions, and 1024 // 64 = 16 programs.
     """
     blocks = min(ceil(T / BLOCK_T), FALLBACK_PROGRAMS // heads)
     return max(blocks, 1), heads

@@ -206,7 +206,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(case):
 
 @pytest.mark.parametrize("make", [sonew, lora_rite, adafactor], ids=lambda make: make.__name__)
 def test_state_of_other_shapes_is_compared_too(make):
-    """Replace each tensor of the state in turn by one with three values, which must be refused."""
+    """Each tensor of the state, replaced by one with three values, must be refused."""
     model = one_layer((4, 6), (8, 4))
     optimizer = make(model)
     step(model, optimizer)

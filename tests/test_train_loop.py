@@ -61,7 +61,7 @@ def test_each_step_takes_its_own_batch_and_rate(short, monkeypatch):
     result = train.main([*flags, "--out", "out/a"])
     rows = read_log("out/a")
     assert [row[0] for row in rows] == list(range(1, 13))  # the column "step"
-    assert len(seeds) == 12, "each step should seed the random numbers of plug-ins anew"
+    assert len(seeds) == 12, "each step should seed the random numbers of plug-ins again"
     run = train.RunConfig(lr=1e-9, steps=12, warmup=3)
     assert rates == [train.get_lr(step, run) for step in range(12)]
     assert rates == [row[1] for row in rows]  # the column "lr"
