@@ -1,8 +1,8 @@
 """What studies share: sweeps, paired confidence intervals, command lines and figures.
 
-A study trains each variant at every learning rate of a grid on two seeds, then at its best rate on
-other seeds, and reports the differences to a baseline, paired by seed. runner.py caches the runs on
-disk, so an interrupted study resumes where it stopped, and studies share their runs.
+A study trains each variant at every learning rate of a grid, then at its best rate on other seeds,
+and reports the differences to a baseline, paired by seed. runner.py caches the runs on disk, so an
+interrupted study resumes where it stopped, and studies share their runs.
 """
 
 import json
@@ -18,9 +18,10 @@ from experiments.provenance import REPOSITORY
 from support.cli import Parser
 from support.files import atomic_write
 
-# Learning rates are chosen on seeds that are not used afterwards. There are two, because runs that
-# differ in the seed only differ as much as runs at neighbouring rates.
+# Learning rates are chosen on seeds that are not used afterwards. The second one decides between
+# rates whose losses on the first one are close to the best, since seeds differ by 0.1 to 0.4%.
 SWEEP_SEEDS = (100, 101)
+CLOSE = 0.004  # relative to the best loss
 
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ..., 29 degrees of freedom
 T_95 = [
@@ -57,22 +58,24 @@ def paired_difference(runs, baseline_runs):
 # -- studies ---------------------------------------------------------------------------------------
 
 
-def sweep_and_run(run, make_job, seeds, rates, **options):
+def sweep_and_run(run, make_job, seeds, rates, same_rate=None, **options):
     """Find the learning rate of each variant, then run its seeds at it. A single rate is not swept.
 
     run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
-    seeds: {variant: seeds}. options: of `parallel`. Returns the runs of the sweep and those of the
-    seeds, {variant: runs} each.
+    seeds: {variant: seeds}. same_rate: {variant: the one whose rate it takes} for variants that are
+    not swept. options: of `parallel`. Returns the runs of the sweep and those of the seeds,
+    {variant: runs} each.
     """
-    names = list(seeds)
-    swept = {name: [] for name in names}
+    same_rate = same_rate or {}
+    swept = {name: [] for name in seeds}
     if len(rates) > 1:
-        swept = sweep(run, make_job, names, rates, **options)
+        names = [name for name in seeds if name not in same_rate]
+        swept.update(sweep(run, make_job, names, rates, **options))
     jobs = []
-    for name in names:
-        rate = best_rate(swept[name]) if len(rates) > 1 else rates[0]
+    for name in seeds:
+        rate = best_rate(swept[same_rate.get(name, name)]) if len(rates) > 1 else rates[0]
         jobs += [make_job(name, rate, seed) for seed in seeds[name]]
-    runs = {name: [] for name in names}
+    runs = {name: [] for name in seeds}
     for job, result in zip(jobs, runner.parallel(run, jobs, label="seeds", **options)):
         runs[job["variant"]].append(result)
     return swept, runs
@@ -85,34 +88,51 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
     extended by a factor of 2, at most max_extensions times.
     """
     runs = {name: [] for name in names}
-    new_rates = list(rates)
-    for _ in range(max_extensions + 1):
-        jobs = []
-        for name in names:
-            for rate in new_rates:
-                jobs += [make_job(name, rate, seed) for seed in SWEEP_SEEDS]
+
+    def run_all(rates_of, seed):
+        jobs = [make_job(name, rate, seed) for name in names for rate in rates_of[name]]
         for job, result in zip(jobs, runner.parallel(run, jobs, label="sweep", **options)):
             runs[job["variant"]].append(result)
         for name in names:
-            runs[name].sort(key=lambda result: result["lr"])
+            runs[name].sort(key=lambda result: (result["lr"], result["seed"]))
+
+    tried = list(rates)
+    new_rates = tried
+    for _ in range(max_extensions + 1):
+        run_all(dict.fromkeys(names, new_rates), SWEEP_SEEDS[0])
+        run_all({name: close_rates(runs[name]) for name in names}, SWEEP_SEEDS[1])
 
         # if a variant has its best rate at an edge of the grid, extend the grid there
         best_rates = [best_rate(runs[name]) for name in names]
-        tried = sorted({result["lr"] for result in runs[names[0]]})
         below = [tried[0] / 2] if tried[0] in best_rates else []
         above = [tried[-1] * 2] if tried[-1] in best_rates else []
+        tried = below + tried + above
         new_rates = below + above
         if not new_rates:
             return runs
     raise ValueError(f"the best learning rate is still at an edge of {tried}; give a wider grid")
 
 
+def close_rates(runs):
+    """Return the learning rates that the second seed must decide between, if not run on it yet."""
+    first, second = SWEEP_SEEDS
+    losses = {run["lr"]: run["value"] for run in runs if run["seed"] == first}
+    largest = min(losses.values()) + CLOSE * abs(min(losses.values()))
+    close = {lr for lr, loss in losses.items() if loss <= largest}
+    done = {run["lr"] for run in runs if run["seed"] == second}
+    if len(close | done) == 1:  # the first seed has decided
+        return []
+    return sorted(close - done)
+
+
 def best_rate(runs):
-    """Return the learning rate with the lowest mean value over its seeds."""
+    """Return the learning rate with the lowest mean value, of those with the most seeds."""
     values = {}  # learning rate: values
     for run in runs:
         values.setdefault(run["lr"], []).append(run["value"])
-    return min(values, key=lambda lr: statistics.mean(values[lr]))
+    most = max(map(len, values.values()))
+    means = {lr: statistics.mean(v) for lr, v in values.items() if len(v) == most}
+    return min(means, key=means.get)
 
 
 def print_differences(record):

@@ -1,8 +1,8 @@
 """What the ideas do for a language model: the same GPT, data and steps, on GPUs.
 
 `python laser.py --full` runs the study "laser", and so on; experiments/all_ideas.py the one called
-"all". A study grows in stages: its variants, the baseline with as many seconds as they take, then
-controls, which get fewer seeds. Its JSON is written after each stage.
+"all". A study grows in stages: its variants, the baseline with as many seconds as they take and the
+same learning rate, then controls, which get fewer seeds. Its JSON is written after each stage.
 """
 
 from functools import partial
@@ -152,10 +152,11 @@ def compare(study, flags, seeds, deadline=float("inf")):
 
     train_variant = partial(run_variant, deadline=deadline)
     look = partial(run_variant, look_only=True)
-    swept, runs = harness.sweep_and_run(
-        train_variant, make_job, seeds, study.rates, deadline=deadline, look=look
-    )
     baseline = next(iter(study.variants))
+    same_rate = dict.fromkeys(study.longer_baseline, baseline)
+    swept, runs = harness.sweep_and_run(
+        train_variant, make_job, seeds, study.rates, same_rate, deadline=deadline, look=look
+    )
     record = {"question": study.question, "metric": METRIC, "baseline": baseline}
     record.update(seconds=0.0, variants={}, differences={}, differences_at_equal_seconds={})
     for name in flags:

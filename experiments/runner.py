@@ -67,21 +67,18 @@ def train_in(folder, flags, deadline):
     """Train in a folder, or continue the run that is there; remove the folder at the end."""
     start_time = time.perf_counter()
     seconds = 0.0
-    if (folder / "ckpt.pt").is_file():
+    if can_resume(folder):
         flags = f"--resume {folder}"
         if (folder / "seconds").is_file():
             seconds = float((folder / "seconds").read_text())
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed before its first save
+        shutil.rmtree(folder, ignore_errors=True)
         flags = f"{flags} --out {folder}"
 
     try:
         with stop_at(deadline), redirect_stdout(io.StringIO()):
             result = train.main([*shlex.split(flags), "--sample", "0"])
         if result["signal"]:
-            settings = json.loads((folder / "config.json").read_text())["run"]
-            if result["step"] == settings["steps"]:  # all but the last evaluation: start again
-                shutil.rmtree(folder)
             raise KeyboardInterrupt(result["signal"])
     except KeyboardInterrupt:
         if folder.is_dir():
@@ -92,14 +89,31 @@ def train_in(folder, flags, deadline):
         raise TimeoutError(f"{folder} is saved") from None
 
     history = []
-    with open(folder / "log.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["val_loss"]:
-                history.append({name: float(text) for name, text in row.items()})
+    for row in read_log(folder):
+        if row["val_loss"]:
+            history.append({name: float(text) for name, text in row.items()})
     shutil.rmtree(folder)
     del result["out"]
     seconds += time.perf_counter() - start_time
     return {**result, "seconds": seconds, "history": history}
+
+
+def can_resume(folder):
+    """Return whether the folder holds a run with steps left.
+
+    It may have none left and no result: if it was interrupted in its last evaluation, or killed.
+    """
+    if not (folder / "ckpt.pt").is_file():
+        return False
+    settings = json.loads((folder / "config.json").read_text())["run"]
+    rows = read_log(folder)
+    return not rows or int(rows[-1]["step"]) < settings["steps"]
+
+
+def read_log(folder):
+    """Return the rows of a run's log.csv as dicts of strings."""
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @contextmanager

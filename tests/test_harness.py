@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from experiments import bench_train, harness
+from experiments import bench_train, harness, runner
 from tests.common import refused
 
 
@@ -48,7 +48,35 @@ def test_differences_are_paired_by_seed():
 def test_the_best_rate_is_that_of_the_mean():
     runs = [{"lr": 1.0, "value": 5.0}, {"lr": 2.0, "value": 1.0}]
     assert harness.best_rate(runs) == 2.0
-    assert harness.best_rate([*runs, {"lr": 2.0, "value": 10.0}]) == 1.0
+    runs = [{"lr": lr, "value": value} for lr in (1.0, 2.0) for value in (5.0, 4.0 * lr - 3.5)]
+    assert harness.best_rate(runs) == 1.0
+    # one seed is no match for two: at 3.0 the first seed was not close to the best
+    assert harness.best_rate([*runs, {"lr": 3.0, "value": 1.0}]) == 1.0
+
+
+def test_close_rates_get_a_second_seed(monkeypatch):
+    """The first seed prefers 2e-3 by chance; at 4e-3 nothing could change the choice."""
+    losses = {5e-4: (1.003, 1.006), 1e-3: (1.002, 1.0), 2e-3: (1.0, 1.009), 4e-3: (1.005, 1.0)}
+
+    def run(job):
+        value = losses[job["rate"]][harness.SWEEP_SEEDS.index(job["seed"])]
+        return {"seed": job["seed"], "lr": job["rate"], "value": value}
+
+    def make_job(variant, rate, seed):
+        return {"variant": variant, "rate": rate, "seed": seed}
+
+    monkeypatch.setattr(runner, "parallel", lambda run, jobs, label: [run(job) for job in jobs])
+    runs = harness.sweep(run, make_job, ["only"], list(losses))["only"]
+    seeds = {}
+    for result in runs:
+        seeds.setdefault(result["lr"], []).append(result["seed"])
+    assert seeds == {5e-4: [100, 101], 1e-3: [100, 101], 2e-3: [100, 101], 4e-3: [100]}
+    assert harness.best_rate(runs) == 1e-3
+
+    # a rate that is added later and clearly better must be compared on both seeds
+    better = {"seed": 100, "lr": 8e-3, "value": 0.9}
+    assert harness.close_rates([*runs, better]) == [8e-3]
+    assert harness.close_rates([better, {**better, "lr": 4e-3, "value": 1.0}]) == []
 
 
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):

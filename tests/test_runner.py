@@ -121,6 +121,25 @@ def test_a_signal_before_the_deadline_interrupts(tiny, stop_at_step_3):
     assert runner.run_train(flags)["step"] == 6
 
 
+def test_a_run_without_steps_left_starts_again(tiny, monkeypatch):
+    """It was killed between its last save and its result; --resume would refuse it."""
+    flags = " ".join([*tiny, "--steps", "4", "--eval-every", "4"])
+    whole = runner.run_train(flags)
+
+    def killed(folder):
+        raise KeyError("killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(runner, "read_log", killed)
+        with pytest.raises(KeyError):
+            runner.run_train(flags)
+    (folder,) = Path("out").glob("study-*")
+    assert (folder / "ckpt.pt").exists()
+    assert without_times(runner.run_train(flags)) == without_times(whole)
+    assert not folder.exists()
+
+
 def test_a_deadline_before_the_first_step(tiny):
     """Nothing is saved then, and nothing is in the way of the next call."""
     flags = " ".join([*tiny, "--steps", "2"])
