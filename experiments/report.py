@@ -13,11 +13,11 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
+from experiments.findings import IDEAS
 from experiments.harness import paired_difference
 from experiments.provenance import code_hash
 from support.cli import Parser, run_main
@@ -27,87 +27,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
 
 
-class Idea(NamedTuple):
-    name: str
-    arxiv: str
-    claim: str  # what the paper says
-    file: str  # NAME of NAME.py, kernels/NAME.py, results/NAME-gpu.json and results/NAME-cpu.json
-
-
-class Finding(NamedTuple):
-    """A result that README.md shows: a variant next to its baseline, and their difference."""
-
-    study: str  # NAME of results/NAME.json
-    variant: str
-    label: str
-    kind: str = ""  # the difference is shown as it is, in "percent", or of a "log10" as a ratio
-    baseline: str = ""  # default: the study's
-
-
-IDEAS = [
-    Idea(
-        "LASER attention",
-        "2411.03493",
-        "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
-        "laser",
-    ),
-    Idea(
-        "2-simplicial attention",
-        "2507.02754",
-        "score pairs of keys with a trilinear form: a lower loss, a steeper scaling law",
-        "simplicial",
-    ),
-    Idea(
-        "SONew",
-        "2311.10085",
-        "precondition with the inverse of a band of E[g gᵀ], in closed form: 30% fewer steps",
-        "sonew",
-    ),
-    Idea(
-        "LoRA-RITE",
-        "2410.20625",
-        "update B A in a way that does not depend on how it is factored: better fine-tuning",
-        "lora_rite",
-    ),
-    Idea(
-        "query-only test-time training",
-        "2512.13898",
-        "train the query projections on a long prompt instead of writing thinking tokens",
-        "ttt_context",
-    ),
-]
-FINDINGS = [
-    Finding("laser-gpu", "LASER", "loss of a GPT", "percent"),
-    Finding("laser-124m-gpu", "LASER", "loss of a GPT of 124 M parameters", "percent"),
-    Finding(
-        "laser-cpu",
-        "trained with LASER, rows with max p > 0.9: LASER",
-        "gradient at peaked logits",
-        "log10",
-    ),
-    Finding("simplicial-gpu", "2-simplicial", "loss of a GPT", "percent"),
-    Finding("simplicial-cpu", "composition: 2-simplicial", "accuracy, composing two functions"),
-    Finding("simplicial-cpu", "Match3: 2-simplicial", "accuracy, finding triples (Match3)"),
-    Finding("sonew-gpu", "SONew", "loss of a GPT", "percent"),
-    Finding("sonew-gpu", "SONew, 30% fewer steps", "loss in 30% fewer steps", "percent"),
-    Finding("sonew-cpu", "SONew, band 1", "loss of an autoencoder", "percent"),
-    Finding("sonew-cpu", "SONew, band 0", "the same with the diagonal alone", "percent"),
-    Finding("lora_rite-gpu", "LoRA-RITE", "log-probability of right answers"),
-    Finding("lora_rite-cpu", "LoRA-RITE", "drift under another factorization", "log10"),
-]
-# against what the paper compares with, and against the better baseline that we added
-for task in ("records", "columns"):
-    for norm, label in (("no QK-norm", ""), ("QK-norm", ", QK-norm")):
-        setting = f"{task}, {norm}, 3072"
-        for baseline in ("equal-FLOP thinking", "fitted temperature"):
-            FINDINGS.append(
-                Finding(
-                    "ttt_context-cpu",
-                    f"{setting}: trained queries",
-                    f"log odds on {task}{label}",
-                    baseline=f"{setting}: {baseline}",
-                )
-            )
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
 STUDY_HEADER = ["baseline", "variant", "difference, 95% interval", ""]
@@ -138,12 +57,8 @@ def table(header, rows):
     return "\n".join(lines)
 
 
-def variant_means(record):
-    """Return {variant: mean value of its runs}."""
-    means = {}
-    for variant, entry in record["variants"].items():
-        means[variant] = statistics.mean(run["value"] for run in entry["runs"])
-    return means
+def variant_mean(record, variant):
+    return statistics.mean(run["value"] for run in record["variants"][variant]["runs"])
 
 
 def baseline_of(record, variant):
@@ -161,13 +76,14 @@ def ideas_table(records):
 def idea_row(idea, records):
     measured = []
     times = {}  # command: how long it took
-    for finding in FINDINGS:
-        if not finding.study.startswith(f"{idea.file}-"):
-            continue
-        if finding.study not in records:
+    for finding in idea.findings:
+        study = finding.study
+        if study not in records and study == f"{idea.file}-gpu":
+            study = "all-gpu"  # it has the losses of each idea, with fewer seeds
+        record = records.get(study)
+        if record is None or finding.variant not in record["differences"]:
             measured.append(f"{finding.label}: not measured yet")
             continue
-        record = records[finding.study]
         text = finding_text(record, finding)
         measured.append(f"{text}, older code" if changed_files(record) else text)
         times[command_of(record)] = minutes_of(record)
@@ -178,44 +94,46 @@ def idea_row(idea, records):
 
 
 def finding_text(record, finding):
-    """Return a finding as text, such as "loss: softmax 0.718, LASER 0.708 (-1.4 ± 0.5%)"."""
-    means = variant_means(record)
-    baseline = finding.baseline or baseline_of(record, finding.variant)
-    values = [means[baseline], means[finding.variant]]
-    difference = record["differences"][finding.variant]
-    if finding.baseline:
-        runs = record["variants"][finding.variant]["runs"]
-        difference = paired_difference(runs, record["variants"][baseline]["runs"])
+    """Return a finding: "loss: LASER 0.642 (-1.7 ± 0.7% against softmax 0.653)"."""
+    changes = []
+    for baseline in finding.baselines or [baseline_of(record, finding.variant)]:
+        difference = record["differences"][finding.variant]
+        if finding.baselines:
+            runs = record["variants"][finding.variant]["runs"]
+            difference = paired_difference(runs, record["variants"][baseline]["runs"])
+        change = change_text(difference, variant_mean(record, baseline), finding.kind)
+        changes.append(f"{change} against {value_text(record, baseline, finding.kind)}")
+    value = value_text(record, finding.variant, finding.kind)
+    return f"{finding.label}: {value} ({', '.join(changes)})"
+
+
+def value_text(record, variant, kind):
+    """Return the name of a variant, without the task, and its mean."""
+    value = variant_mean(record, variant)
+    if kind == "log10":
+        value = 10**value
+    return f"{variant.rpartition(': ')[2]} {value:.3g}"
+
+
+def change_text(difference, baseline, kind):
+    """Return a difference and its interval. baseline: the value that percentages refer to."""
     mean = difference["mean"]
     half_width = difference["half_width_95"]
-
-    if finding.kind == "percent":
-        change = percent(difference, values[0])
-    elif finding.kind == "log10":
-        low = 10 ** (mean - half_width)
-        high = 10 ** (mean + half_width)
-        change = f"x {10**mean:.3g}, {low:.3g} to {high:.3g}"
-        values = [10**value for value in values]
-    else:
-        change = f"{mean:+.2f} ± {half_width:.2f}"
-    names = [name.rpartition(": ")[2] for name in (baseline, finding.variant)]  # without the task
-    pair = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, values))
-    return f"{finding.label}: {pair} ({change})"
-
-
-def percent(difference, baseline):
-    """Return a difference and its interval in percent of the baseline's value."""
-    mean = 100 * difference["mean"] / baseline
-    half_width = 100 * difference["half_width_95"] / baseline
-    return f"{mean:+.1f} ± {half_width:.1f}%"
+    if kind == "percent":
+        return f"{100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%"
+    if kind == "log10":
+        return (
+            f"x {10**mean:.3g}, {10 ** (mean - half_width):.3g} to {10 ** (mean + half_width):.3g},"
+        )
+    return f"{mean:+.2f} ± {half_width:.2f}"
 
 
 def together_text(record):
     """Return what the ideas change alone and together, in a sentence."""
-    baseline = variant_means(record)[record["baseline"]]
+    baseline = variant_mean(record, record["baseline"])
     changes = []
     for variant, difference in record["differences"].items():
-        changes.append(f"{variant} {percent(difference, baseline)}")
+        changes.append(f"{variant} {change_text(difference, baseline, 'percent')}")
     return f"Loss of a GPT, against {record['baseline']}: {', '.join(changes)}."
 
 
@@ -239,7 +157,6 @@ def file_link(path):
 
 def study_rows(record):
     """Return a row for each difference between a variant and a baseline, as in STUDY_HEADER."""
-    means = variant_means(record)
     differences = list(record["differences"].items())
     differences += record.get("differences_at_equal_seconds", {}).items()  # to other baselines
 
@@ -250,8 +167,8 @@ def study_rows(record):
         half_width = difference["half_width_95"]
         rows.append(
             [
-                f"{baseline} {means[baseline]:.4g}",
-                f"{variant} {means[variant]:.4g}",
+                f"{baseline} {variant_mean(record, baseline):.4g}",
+                f"{variant} {variant_mean(record, variant):.4g}",
                 f"{mean:+.3g} ± {half_width:.2g} (n = {difference['n']})",
                 "resolved" if abs(mean) > half_width else "not resolved",
             ]
@@ -300,17 +217,15 @@ def total_ms(row):
 
 
 def steps_table(record):
-    """Return the table of training steps: a row per variant, a column per size of the model."""
-    sizes = record["shapes"].values()  # for each size of the model {variant: what was measured}
+    """Return the table of training steps: a row per size of the model, a column per variant."""
     variants = {}
-    for size in sizes:
+    for size in record["shapes"].values():  # {variant: what was measured}
         variants |= size
 
     rows = []
-    for variant in variants:
-        cells = [step_cell(size[variant]) if variant in size else "" for size in sizes]
-        rows.append([variant, *cells])
-    return table(["training step", *record["shapes"]], rows)
+    for name, size in record["shapes"].items():
+        rows.append([name, *(step_cell(size[v]) if v in size else "" for v in variants)])
+    return table(["model", *(v.replace("+", " + ") for v in variants)], rows)
 
 
 def step_cell(row):
@@ -318,23 +233,24 @@ def step_cell(row):
     time = f"{row['ms_per_step']:.1f} ms"
     if "weak_scaling" in row:
         return f"{time}, weak scaling {row['weak_scaling']:.3f}"
-    return f"{time}, {row['ratio']:.3f}"
+    return time if row["ratio"] == 1 else f"{time}, x {row['ratio']:.3f}"
 
 
 def all_tables(records):
     """Return the Markdown between the two markers of README.md."""
     parts = []
     if "all-gpu" in records:
-        parts.append("![the ideas alone and together](results/all-gpu.png)")
         parts.append(together_text(records["all-gpu"]))
     parts.append(ideas_table(records))
     if "kernels" in records:
         record = records["kernels"]
-        parts.append(f"Kernels, forward + backward or one step, {made_on(record)}:")
+        parts.append(f"Kernels, forward + backward or one step ({made_on(record)}):")
         parts.append(kernels_table(record))
     if "bench_train" in records:
         record = records["bench_train"]
-        parts.append(f"Whole training steps and their ratio to softmax + AdamW, {made_on(record)}:")
+        parts.append(
+            f"Time of a training step, and its ratio to softmax + AdamW ({made_on(record)}):"
+        )
         parts.append(steps_table(record))
     return "\n\n".join(parts)
 

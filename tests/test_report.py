@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import provenance, report
+from experiments.findings import IDEAS, Finding, Idea
 from tests.common import refused
 
 STUDY = {
@@ -54,11 +55,10 @@ def repository(tmp_path, monkeypatch):
     """A folder with a result that depends on laser.py."""
     monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    idea = report.Idea(name="L", arxiv="1", claim="less", file="laser")
-    finding = report.Finding("laser-cpu", variant="LASER", label="loss", kind="percent")
+    finding = Finding("laser-cpu", "loss", "LASER", kind="percent")
     missing = finding._replace(study="laser-gpu", label="speed")
+    idea = Idea("laser", "L", arxiv="1", claim="less", findings=[finding, missing])
     monkeypatch.setattr(report, "IDEAS", [idea])
-    monkeypatch.setattr(report, "FINDINGS", [finding, missing])
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "laser.py").write_text("x = 1\n" * 14)
     (tmp_path / "results").mkdir()
@@ -93,8 +93,8 @@ def test_tables(repository):
     assert "old" not in text
 
     row = line_with(text, "less")
-    assert "| [L](https://arxiv.org/abs/1) | less | loss: softmax 2.5, LASER 1.75 " in row
-    assert "(-30.0 ± 10.0%)<br>speed: not measured yet |" in row
+    assert "| [L](https://arxiv.org/abs/1) | less | loss: LASER 1.75 " in row
+    assert "(-30.0 ± 10.0% against softmax 2.5)<br>speed: not measured yet |" in row
     assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
     assert "| `python laser.py`, 1 min |" in row
     row = line_with(text, "| laser | 4 x 16")
@@ -143,33 +143,62 @@ def test_rows_at_equal_seconds():
 def test_outdated_results_are_marked(repository):
     assert "older code" not in report.all_tables({"laser-cpu": STUDY})
     old = {**STUDY, "code": {"deleted.py": "0"}}
-    assert "(-30.0 ± 10.0%), older code<br>" in report.all_tables({"laser-cpu": old})
+    assert "against softmax 2.5), older code<br>" in report.all_tables({"laser-cpu": old})
 
 
 def test_finding_text():
-    finding = report.Finding("laser-cpu", "LASER", "loss")
-    assert report.finding_text(STUDY, finding) == "loss: softmax 2.5, LASER 1.75 (-0.75 ± 0.25)"
+    finding = Finding("laser-cpu", "loss", "LASER")
+    text = "loss: LASER 1.75 (-0.75 ± 0.25 against softmax 2.5)"
+    assert report.finding_text(STUDY, finding) == text
     finding = finding._replace(kind="percent")
-    assert report.finding_text(STUDY, finding) == "loss: softmax 2.5, LASER 1.75 (-30.0 ± 10.0%)"
+    text = "loss: LASER 1.75 (-30.0 ± 10.0% against softmax 2.5)"
+    assert report.finding_text(STUDY, finding) == text
     finding = finding._replace(kind="log10")
-    text = "loss: softmax 316, LASER 56.2 (x 0.178, 0.1 to 0.316)"
+    text = "loss: LASER 56.2 (x 0.178, 0.1 to 0.316, against softmax 316)"
     assert report.finding_text(STUDY, finding) == text
 
 
-def test_a_finding_against_another_baseline():
-    """The difference is computed from the runs, paired by seed."""
+def test_a_finding_against_other_baselines():
+    """The differences are computed from the runs, paired by seed."""
     runs = [{"seed": 1, "value": 1.5}, {"seed": 2, "value": 3.5}]
     record = {**STUDY, "variants": {**STUDY["variants"], "task: other": {"runs": runs}}}
-    finding = report.Finding("laser-cpu", "LASER", "loss", baseline="task: other")
+    finding = Finding("laser-cpu", "loss", "LASER", baselines=("task: other", "softmax"))
     text = report.finding_text(record, finding)
-    half_width = 12.706 * 0.25  # of the differences -0.5 and -1.0
-    assert text == f"loss: other 2.5, LASER 1.75 (-0.75 ± {half_width:.2f})"
+    half_width = 12.706 * 0.25  # of the differences -0.5 and -1.0, and of -1.0 and -0.5
+    other = f"-0.75 ± {half_width:.2f} against other 2.5"
+    assert text == f"loss: LASER 1.75 ({other}, -0.75 ± {half_width:.2f} against softmax 2.5)"
+
+
+def test_the_study_of_all_ideas_has_their_losses(repository):
+    """Until the study of an idea itself is there."""
+    row = report.ideas_table({"all-gpu": STUDY})
+    assert "| loss: not measured yet<br>speed: LASER 1.75 (-30.0 ± 10.0% against softmax" in row
+    slower = {**STUDY["differences"]["LASER"], "mean": 0.75}
+    row = report.ideas_table(
+        {"all-gpu": STUDY, "laser-gpu": {**STUDY, "differences": {"LASER": slower}}}
+    )
+    assert "speed: LASER 1.75 (+30.0 ± 10.0% against softmax" in row
+    row = report.ideas_table({"all-gpu": {**STUDY, "differences": {}}})
+    assert "speed: not measured yet |" in row
+
+
+def test_training_steps():
+    """A column per variant; two GPUs have a weak scaling."""
+    one = {
+        "softmax+adamw": {"ms_per_step": 20.0, "ratio": 1.0},
+        "all": {"ms_per_step": 25.0, "ratio": 1.25},
+    }
+    two = {"softmax+adamw, 2 GPUs, DDP": {"ms_per_step": 21.0, "weak_scaling": 0.95}}
+    text = report.steps_table({"shapes": {"small": one, "gpt2": two}})
+    header, _, small, gpt2 = text.splitlines()
+    assert header == "| model | softmax + adamw | all | softmax + adamw, 2 GPUs, DDP |"
+    assert small == "| small | 20.0 ms | 25.0 ms, x 1.250 |  |"
+    assert gpt2 == "| gpt2 |  |  | 21.0 ms, weak scaling 0.950 |"
 
 
 def test_the_ideas_together(repository):
     text = report.all_tables({"all-gpu": STUDY})
-    assert text.startswith("![the ideas alone and together](results/all-gpu.png)\n")
-    assert "\n\nLoss of a GPT, against softmax: LASER -30.0 ± 10.0%.\n" in text
+    assert text.startswith("Loss of a GPT, against softmax: LASER -30.0 ± 10.0%.\n\n| idea |")
 
 
 def test_minutes_are_of_one_gpu():
@@ -177,15 +206,14 @@ def test_minutes_are_of_one_gpu():
     assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "1 min of one H200"
 
 
-def test_findings_are_in_the_results():
+@pytest.mark.parametrize("idea", IDEAS, ids=lambda idea: idea.file)
+def test_findings_are_in_the_results(idea):
     records = report.load_results()
-    files = [idea.file for idea in report.IDEAS]
-    for finding in report.FINDINGS:
-        assert finding.study.partition("-")[0] in files
+    for finding in idea.findings:
+        assert finding.study.startswith(f"{idea.file}-")
         if finding.study in records:
             assert finding.variant in records[finding.study]["differences"]
-            if finding.baseline:
-                assert finding.baseline in records[finding.study]["variants"]
+            assert set(finding.baselines) <= set(records[finding.study]["variants"])
 
 
 def test_check_finds_what_is_out_of_date(repository):
