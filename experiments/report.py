@@ -280,6 +280,10 @@ def results_readme(records):
         if "differences" in record:
             parts.append(f"Metric: {record['metric']}.")
             parts.append(table(STUDY_HEADER, study_rows(record)))
+        if "kernels" in record:
+            parts.append(kernels_table(record))
+        if "shapes" in record:
+            parts.append(steps_table(record))
         if (RESULTS / f"{name}.png").exists():
             parts.append(f"![{name}]({name}.png)")
     return "\n\n".join(parts) + "\n"

@@ -105,6 +105,7 @@ def test_tables(repository):
     assert "Metric: loss." in text
     assert "- explained in: [experiments/laser.py](../experiments/laser.py)\n" in text
     assert "- command: `python laser.py`\n" in text
+    assert row in text, "the kernels, too"
     row = line_with(text, "resolved")
     assert row == "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |"
 
