@@ -9,11 +9,11 @@ LASER attends to exp(v), then takes the logarithm, in each channel by itself:
     p_ij = softmax_j(q_i . k_j / sqrt(D))    over the keys j <= i
     out_i = log sum_j p_ij exp(v_j)
 
-    d out_i / d logit_ij = b_ij - p_ij
-    b_ij = p_ij exp(v_j - out_i)             sums to 1 over j, as p_ij does
+    d out_i / d logit_ij = p_ij (exp(v_j - out_i) - 1)
 
-So keys with a large value get a larger gradient. The output lies between that
-of softmax attention and the largest value seen; adding c to v adds c to it.
+So keys with a value well above the output get a larger gradient. The output
+lies between that of softmax attention and the largest value seen; adding c to v
+adds c to it.
 
 Where we depart from the paper: it subtracts the maximum of v over all keys
 before exp. Then a single future value 110 above the others makes all earlier
@@ -23,7 +23,8 @@ the center of each band, and add up the bands in log space:
     band     [-96, -32]  [-32, 32]  [32, 96]
     center       -64         0         64
 
-So future tokens change nothing but, on a GPU, rounding (see kernels/laser.py).
+So future tokens do not change the output, except by rounding on a GPU (see
+kernels/laser.py).
 
     python laser.py                 a study of the gradients: a minute, CPU
     python train.py --attn laser    train with it

@@ -14,7 +14,7 @@ query sees two windows (w1 is 512 in the paper, w2 is 32):
     k2, v2                 [ i-w2+1 ........ i ]    w2 positions k
 
 In the paper, every fourth layer is of this kind. For models of 2 billion active
-parameters and up, it claims a lower loss on mathematics and code after the same
+parameters and up, the paper claims a lower loss on mathematics and code after the same
 number of tokens, and a steeper scaling law.
 
 How to compute it: fix the distance d = i - k. Then this is ordinary attention
@@ -186,9 +186,9 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     q, k, v, k2, v2 = (t.nan_to_num(nan=0, posinf=0, neginf=0) for t in tensors)
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
-    # Blocks of n queries, which together see about w1 + n keys, and w2 second keys each. So a block
-    # has B H n w2 (w1 + n) logits: for n <= w1, at most n * 2 B H w1 w2, which may not exceed
-    # logits_at_once. Up to there, n is half a window, or 16 if that is more.
+    # Take blocks of n queries, which together see about w1 + n keys, and w2 second keys each. For
+    # n <= w1, a block has at most 2 n B H w1 w2 logits. n is half a window, at least 16, or fewer
+    # if there would be more than logits_at_once.
     if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
         starts = [0]

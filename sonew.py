@@ -35,8 +35,8 @@ For any b, psi_i has a weight for each successor, and L[i+k, i] = -psi_i[k]:
 
 Edge removal (Algorithm 3): coordinates form a chain, with an edge from each to
 its successors. Where s_i <= gamma S_0[i], the edges from i are dropped: psi_i
-becomes 0, and s_i becomes S_0[i]. The edge to a successor that depends linearly
-on the successors before it is dropped too. So X stays positive definite.
+becomes 0, and s_i becomes S_0[i]. A successor that is a linear combination of
+those before it loses its edge, too. So X stays positive definite.
 
 Grafting: u is scaled to the length of Adam's step, tensor by tensor. For b = 0
 u is m / S_0, Adam without its square root. Biases and gains take Adam's step.
@@ -50,7 +50,8 @@ then fine for an autoencoder on MNIST, but exceeds S_0 in most coordinates of a
 GPT. In the grafting, it has an eps and does not correct the bias of Adam's
 variance: its first step is 1 / sqrt(1 - beta2) times too long. We remove edges
 relative to S_0, end chains with the rows of a matrix (chain="flat": with the
-tensor, as released), and count a gradient that is not finite as 0.
+tensor, as released), and skip the step of a tensor whose gradient is not
+finite.
 
     python sonew.py                 the LogDet problem, an autoencoder on MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options

@@ -620,7 +620,7 @@ class Step:
         self.clip = clip or math.inf
 
     def forward(self, batch):
-        """Return the mean loss. Run all micro-batches, except for the last backward pass."""
+        """Run all micro-batches, except for the backward pass of the last; return the mean loss."""
         micro_batches, count = batch
         count = count / world_size()  # gradients are averaged over ranks, but count is the total
         total_loss = 0.0
@@ -679,7 +679,7 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
     starts = data.eval_starts(text, run.eval_batches * run.batch_size, block_size)
 
     # repeat some, so that all forward passes have the same shape; repetitions do not count. With 5
-    # sequences, 2 ranks and micro-batches of 2, rank 0 has 0 2 4 1, of which 1 is a repetition
+    # sequences, 2 ranks and micro-batches of 2, rank 0 has 0 2 4 1; the last one is a repetition
     n_sequences = len(starts)
     per_forward = micro_batch * world_size()
     n_filled = math.ceil(n_sequences / per_forward) * per_forward

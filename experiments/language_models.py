@@ -32,7 +32,7 @@ WINDOW = "--attn softmax,softmax,softmax,experiments.controls:window=128"
 PRODUCT = "--attn softmax,softmax,softmax,experiments.product:w1=128:w2=16"
 ALL = "--attn laser,laser,laser,simplicial:w1=128:w2=16 --optim sonew"
 WIDER = "--n-hidden 1496"  # as many parameters as the second keys and values of 2-simplicial layers
-# Steps in a variant's time; the ratios of bench_train.py, rounded up: LASER and SONew, 2-simplicial
+# More steps for the baseline in place of a variant's extra time: of LASER or SONew, of 2-simplicial
 MORE_STEPS_4 = "--steps 3120 --eval-every 624"
 MORE_STEPS_35 = "--steps 4050 --eval-every 810"
 FEWER_STEPS_30 = "--steps 2100 --eval-every 420"

@@ -94,7 +94,7 @@ def idea_row(idea, records):
 
 
 def finding_text(record, finding):
-    """Return a finding: "loss: LASER 0.642 (-1.7 ± 0.7% against softmax 0.653)"."""
+    """Return a finding: "loss: 0.642 with LASER (-1.7 ± 0.7% against 0.653 with softmax)"."""
     changes = []
     for baseline in finding.baselines or [baseline_of(record, finding.variant)]:
         difference = record["differences"][finding.variant]
@@ -108,11 +108,11 @@ def finding_text(record, finding):
 
 
 def value_text(record, variant, kind):
-    """Return the name of a variant, without the task, and its mean."""
+    """Return the mean of a variant and its name, without the task."""
     value = variant_mean(record, variant)
     if kind == "log10":
         value = 10**value
-    return f"{variant.rpartition(': ')[2]} {value:.3g}"
+    return f"{value:.3g} with {variant.rpartition(': ')[2]}"
 
 
 def change_text(difference, baseline, kind):
@@ -249,7 +249,7 @@ def all_tables(records):
     if "bench_train" in records:
         record = records["bench_train"]
         parts.append(
-            f"Time of a training step, and its ratio to softmax + AdamW ({made_on(record)}):"
+            f"Time of a training step with GPT-2's vocabulary, and its ratio ({made_on(record)}):"
         )
         parts.append(steps_table(record))
     return "\n\n".join(parts)

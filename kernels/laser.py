@@ -15,7 +15,8 @@ again. They find this out on the device, so the host never waits. A future key c
 which changes earlier rows by rounding only.
 
 Besides attention we read and write 10 bytes per bfloat16 element forward and 12 backward. On one
-H200 with B 4, H 16, T 4096, D 128: 0.605 + 1.513 ms; as published, over cuDNN, 0.762 + 1.513 ms.
+H200 with B 4, H 16, T 4096, D 128: 0.605 + 1.513 ms. The formula of the paper with the attention of
+cuDNN takes 0.762 + 1.513 ms.
 There are no atomics. Tuning history: kernels/NOTES.md.
 """
 
@@ -119,7 +120,7 @@ def exp_kernel(
     nearest_1 = tl.floor(middle + 0.5)  # the nearest integer
     nearest_16 = 16 * tl.floor(middle / 16 + 0.5)  # the nearest multiple of 16
     is_constant = low == high
-    use_shift = (low - nearest_1 >= -2) | is_constant  # values from center - 2 to center + 3
+    use_shift = (low - nearest_1 >= -2) | is_constant  # then high - nearest_1 <= 3
     center = tl.where(use_shift, nearest_1, nearest_16)
     center = tl.where(is_constant, low, center)  # then exp_v is 0 and out is exactly v
     shift = use_shift.to(tl.float32)
@@ -529,7 +530,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 def get_configs(dtype, D, is_hopper):
     """Return the launch options of attn_fwd_kernel, attn_bwd_dq_kernel and attn_bwd_dkdv_kernel."""
     # (BLOCK_M, BLOCK_N, num_warps, num_stages) of the three kernels, in this order
-    # On Hopper, bfloat16 spills no registers.
+    # On Hopper, the sizes for bfloat16 are the largest that spill no registers.
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:
@@ -632,7 +633,7 @@ def new_buffers(q, k, v):
     out is like q, exp_v like v. is_wide: whether the values of a channel would overflow exp.
     """
     B, HKV, _, D = k.shape
-    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # no exp(12) in fp16
+    exp_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # not fp16: exp(12)
     out = torch.empty_like(q)
     exp_v = torch.empty_like(v, dtype=exp_dtype)
     center, shift = q.new_empty(2, B * HKV, D, dtype=torch.float32)

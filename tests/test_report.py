@@ -93,8 +93,8 @@ def test_tables(repository):
     assert "old" not in text
 
     row = line_with(text, "less")
-    assert "| [L](https://arxiv.org/abs/1) | less | loss: LASER 1.75 " in row
-    assert "(-30.0 ± 10.0% against softmax 2.5)<br>speed: not measured yet |" in row
+    assert "| [L](https://arxiv.org/abs/1) | less | loss: 1.75 with LASER " in row
+    assert "(-30.0 ± 10.0% against 2.5 with softmax)<br>speed: not measured yet |" in row
     assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
     assert "| `python laser.py`, 1 min |" in row
     row = line_with(text, "| laser | 4 x 16")
@@ -144,18 +144,18 @@ def test_rows_at_equal_seconds():
 def test_outdated_results_are_marked(repository):
     assert "older code" not in report.all_tables({"laser-cpu": STUDY})
     old = {**STUDY, "code": {"deleted.py": "0"}}
-    assert "against softmax 2.5), older code<br>" in report.all_tables({"laser-cpu": old})
+    assert "against 2.5 with softmax), older code<br>" in report.all_tables({"laser-cpu": old})
 
 
 def test_finding_text():
     finding = Finding("laser-cpu", "loss", "LASER")
-    text = "loss: LASER 1.75 (-0.75 ± 0.25 against softmax 2.5)"
+    text = "loss: 1.75 with LASER (-0.75 ± 0.25 against 2.5 with softmax)"
     assert report.finding_text(STUDY, finding) == text
     finding = finding._replace(kind="percent")
-    text = "loss: LASER 1.75 (-30.0 ± 10.0% against softmax 2.5)"
+    text = "loss: 1.75 with LASER (-30.0 ± 10.0% against 2.5 with softmax)"
     assert report.finding_text(STUDY, finding) == text
     finding = finding._replace(kind="log10")
-    text = "loss: LASER 56.2 (x 0.178, 0.1 to 0.316, against softmax 316)"
+    text = "loss: 56.2 with LASER (x 0.178, 0.1 to 0.316, against 316 with softmax)"
     assert report.finding_text(STUDY, finding) == text
 
 
@@ -166,19 +166,25 @@ def test_a_finding_against_other_baselines():
     finding = Finding("laser-cpu", "loss", "LASER", baselines=("task: other", "softmax"))
     text = report.finding_text(record, finding)
     half_width = 12.706 * 0.25  # of the differences -0.5 and -1.0, and of -1.0 and -0.5
-    other = f"-0.75 ± {half_width:.2f} against other 2.5"
-    assert text == f"loss: LASER 1.75 ({other}, -0.75 ± {half_width:.2f} against softmax 2.5)"
+    other = f"-0.75 ± {half_width:.2f} against 2.5 with other"
+    assert (
+        text
+        == f"loss: 1.75 with LASER ({other}, -0.75 ± {half_width:.2f} against 2.5 with softmax)"
+    )
 
 
 def test_the_study_of_all_ideas_has_their_losses(repository):
     """Until the study of an idea itself is there."""
     row = report.ideas_table({"all-gpu": STUDY})
-    assert "| loss: not measured yet<br>speed: LASER 1.75 (-30.0 ± 10.0% against softmax" in row
+    assert (
+        "| loss: not measured yet<br>speed: 1.75 with LASER (-30.0 ± 10.0% against 2.5 with softmax"
+        in row
+    )
     slower = {**STUDY["differences"]["LASER"], "mean": 0.75}
     row = report.ideas_table(
         {"all-gpu": STUDY, "laser-gpu": {**STUDY, "differences": {"LASER": slower}}}
     )
-    assert "speed: LASER 1.75 (+30.0 ± 10.0% against softmax" in row
+    assert "speed: 1.75 with LASER (+30.0 ± 10.0% against 2.5 with softmax" in row
     row = report.ideas_table({"all-gpu": {**STUDY, "differences": {}}})
     assert "speed: not measured yet |" in row
 
