@@ -8,7 +8,7 @@ the same as a model, a ValueError names the file and the setting or tensor that 
 import json
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,7 +225,7 @@ def to_their_name(name):
 def open_tensors(path):
     """Open a safetensors file, to read tensors from it inside the block."""
     if not os.path.isfile(path):  # safe_open would wait for a FIFO to be written
-        raise ValueError(f"{path} is not a regular file")
+        raise ValueError(f"{path} is missing or not a regular file; other formats are not read")
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -290,9 +290,6 @@ def find_tensors(folder):
             for name in file.keys():  # noqa: SIM118 (no mapping, although it has keys)
                 tensor = file.get_slice(name)
                 dtype = tensor.get_dtype()
-                if name in found:
-                    other = found[name][0].name
-                    raise ValueError(f"{path} has the tensor {name}, and {other} has it too")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
                         f"{path}: the tensor {name} is of type {dtype}, "
@@ -303,25 +300,15 @@ def find_tensors(folder):
 
 
 def weight_files(folder):
-    """Return the paths of the safetensors files.
-
-    These are the files named in the index, or else model.safetensors, or else all there are.
-    """
+    """Return the paths of the safetensors files: those that an index names, or a single one."""
     index = folder / "model.safetensors.index.json"
-    if os.path.lexists(index):
-        weight_map = read_object(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(f"{index} has no weight_map from tensors to files of this folder")
-        for tensor, name in weight_map.items():
-            if not os.path.isfile(folder / name):
-                raise ValueError(f"{folder} lacks the file {name}, which should hold {tensor}")
-        return [folder / name for name in sorted(set(names))]
-    if os.path.lexists(folder / "model.safetensors"):
+    if not os.path.lexists(index):
         return [folder / "model.safetensors"]
-    paths = sorted(folder.glob("*.safetensors"))
-    require(paths, f"{folder} has no *.safetensors; other formats are not read")
-    return paths
+    with malformed(index):
+        names = sorted(set(read_object(index)["weight_map"].values()))
+        is_inside = all(Path(name).name == name for name in names)
+    require(is_inside, f"{index} names files outside of its folder")
+    return [folder / name for name in names]
 
 
 # -- export ----------------------------------------------------------------------------------------
@@ -350,23 +337,16 @@ def family_of(config):
 @contextmanager
 def atomic_folder(folder):
     """Yield a temporary folder. It becomes `folder` if the block ends without an error."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    is_ours = False
     try:
-        draft.mkdir(parents=True)
-        is_ours = True
-        yield draft
-        for path in draft.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(draft, folder)
-    except BaseException as error:
-        if is_ours:
-            shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
-        raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temp_folder:
+            draft = Path(temp_folder, folder.name)
+            draft.mkdir()
+            yield draft
+            os.replace(draft, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
 
 
 def export(folder, weights, config, tokenizer, dtype=None):
@@ -436,33 +416,20 @@ def export_settings(config, tokenizer):
 
 def write_weights(folder, weights, shapes, dtype):
     """Write the tensors as model.safetensors, or as several files and an index."""
-    # distribute the names over files (shards) of at most SHARD_BYTES
-    shards = [[]]  # names of the tensors in each file
-    free_bytes = SHARD_BYTES  # in the last file
-    for name, shape in shapes.items():
-        n_bytes = math.prod(shape) * dtype.itemsize
-        if n_bytes > free_bytes and shards[-1]:
-            shards.append([])
-            free_bytes = SHARD_BYTES
-        shards[-1].append(name)
-        free_bytes -= n_bytes
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-    # write the files, and where each tensor is
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        file_name = "model.safetensors"
-        if len(shards) > 1:
-            file_name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name in names:
-            tensor = weights[name].detach()
-            if tuple(tensor.shape) != shapes[name]:
-                raise ValueError(f"the tensor {name} is {tuple(tensor.shape)}, not {shapes[name]}")
-            tensor = tensor.to("cpu", dtype)
-            tensors[to_their_name(name)] = tensor.clone(memory_format=torch.contiguous_format)
-            weight_map[to_their_name(name)] = file_name
+    shards = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file_name, names in shards.filename_to_tensors.items():
+        tensors = {to_their_name(name): weights[name].to("cpu", dtype) for name in names}
         save_file(tensors, folder / file_name, {"format": "pt"})
-    if len(shards) > 1:
-        total_size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    if shards.is_sharded:
+        weight_map = {}
+        for name, file_name in shards.tensor_to_filename.items():
+            weight_map[to_their_name(name)] = file_name
+        index = {"metadata": shards.metadata, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

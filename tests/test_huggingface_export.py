@@ -1,7 +1,6 @@
 """Exports as Hugging Face folders: what transformers loads, what is kept, what is refused."""
 
 import json
-import os
 import resource
 from dataclasses import asdict
 from functools import partial
@@ -37,7 +36,7 @@ def test_transformers_loads_what_was_exported(tmp_path, monkeypatch, family, cap
     huggingface.export("new", model.state_dict(), asdict(model.config), state)
     assert "exported new, in float32\n" in capsys.readouterr().out
     assert len(list(Path("new").glob("*.safetensors"))) > 2
-    assert not list(Path().glob(".new*"))
+    assert not list(Path().glob(".export-*"))
 
     library = transformers()
     truth, report = library.AutoModelForCausalLM.from_pretrained("new", output_loading_info=True)
@@ -126,7 +125,6 @@ def test_bad_export(tmp_path, monkeypatch):
         ({}, "link", "link exists"),
         ({}, "full/mine.txt/new", "cannot write"),
         ({}, "x" * 300, "cannot write"),
-        ({"n_embd": 128}, "new", "embed_tokens.weight is (64, 64), not (64, 128)"),
     ]:
         broken = {**config, **changes}
         check_refused(partial(huggingface.export, target, weights, broken, {"name": "byte"}), part)
@@ -140,14 +138,7 @@ def test_bad_export(tmp_path, monkeypatch):
         check_refused(export, "cannot write new", "nothing is left")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(Path().glob("*new*"))
-
-    # the temporary folder's name is taken by somebody else's folder, which must survive
-    temporary = Path(f".new.{os.getpid()}")
-    temporary.mkdir()
-    (temporary / "mine").touch()
-    check_refused(export, "cannot write new")
-    assert (temporary / "mine").exists()
+    assert {path.name for path in Path().iterdir()} == {"full", "link"}
 
 
 def test_export_writes_no_file_but_its_own(hf):  # noqa: F811
@@ -158,15 +149,3 @@ def test_export_writes_no_file_but_its_own(hf):  # noqa: F811
     huggingface.export("new", saved["model"], config, saved["tokenizer"])
     assert not Path("evil").exists()
     assert train.load_model(Path("new"))
-
-
-def test_export_copies_tensors_that_share_memory(tmp_path):
-    model = small_gpt(n_layer=2)
-    state = model.state_dict()
-    layer = "layers.0.mlp.up_proj.weight"
-    state[layer] = state["layers.1.mlp.up_proj.weight"]
-    state["norm.weight"] = torch.ones(1).expand(32)
-    huggingface.export(tmp_path / "new", state, asdict(model.config), {"name": "byte"})
-    tensors = load_file(tmp_path / "new/model.safetensors")
-    assert torch.equal(tensors[f"model.{layer}"], state[layer])
-    assert torch.equal(tensors["model.norm.weight"], torch.ones(32))
