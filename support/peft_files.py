@@ -1,6 +1,7 @@
 """LoRA adapters on disk, in the format of Hugging Face's PEFT: a JSON file and a weight file."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -39,13 +40,33 @@ def save(model, folder, prefix=""):
 
     prefix: added to our name of a layer to get PEFT's name. For a train.GPT, it is "model.".
     """
+    for path in (Path(folder, CONFIG), Path(folder, WEIGHTS)):
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists already; give another folder")
     layers = lora.adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
     tensors = {}
     for name, linear in layers.items():
-        tensors[prefix + name] = linear.lora_A.detach(), linear.lora_B.detach()
-    write_adapters(folder, tensors, linear.lora_scale)  # the same for all layers
+        layer = f"base_model.model.{prefix}{name}"
+        tensors[f"{layer}.lora_A.weight"] = linear.lora_A.detach().cpu()
+        tensors[f"{layer}.lora_B.weight"] = linear.lora_B.detach().cpu()
+    rank = len(linear.lora_A)  # rank and scale are the same for all layers
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank * linear.lora_scale,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+        "target_modules": [prefix + name for name in layers],
+    }
+    with atomic_write(Path(folder, WEIGHTS)) as file:
+        file.write(save_safetensors(tensors, {"format": "pt"}))
+    write_json(Path(folder, CONFIG), config)
 
 
 @torch.no_grad()
@@ -72,37 +93,6 @@ def load(model, folder, prefix=""):
     return model
 
 
-def write_adapters(folder, tensors, scale):
-    """Write the adapters of y = W x + scale B A x.
-
-    tensors: {PEFT's name of a layer: (A (r, n), B (m, r))}, all of one rank.
-    """
-    for file_name in (CONFIG, WEIGHTS):
-        path = Path(folder, file_name)
-        if os.path.lexists(path):
-            raise ValueError(f"{path} exists already; give another folder")
-    named = {}
-    for layer, (A, B) in tensors.items():
-        named[f"base_model.model.{layer}.lora_A.weight"] = A.cpu().contiguous()
-        named[f"base_model.model.{layer}.lora_B.weight"] = B.cpu().contiguous()
-    rank = len(A)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank * scale,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "base_model_name_or_path": None,
-        "target_modules": list(tensors),
-    }
-    with atomic_write(Path(folder, WEIGHTS)) as file:
-        file.write(save_safetensors(named, {"format": "pt"}))
-    write_json(Path(folder, CONFIG), config)
-
-
 def read_adapters(folder):
     """Return rank, alpha and {PEFT's name of a layer: (A (r, n), B (m, r))}.
 
@@ -115,28 +105,29 @@ def read_adapters(folder):
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged") from error
 
-    # group the tensors by layer: each is called base_model.model.{layer}.lora_{A or B}.weight
-    found = {}  # {layer: {"A.weight": A, "B.weight": B}}
+    # sort the tensors by factor; PEFT wraps the model, so its names begin with base_model.model
+    factors = {"A": {}, "B": {}}  # {layer: A (r, n)} and {layer: B (m, r)}
     for name, tensor in named.items():
-        layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
-        is_known = factor in ("A.weight", "B.weight")
-        if not is_known or name != f"base_model.model.{layer}.lora_{factor}":
+        match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name, re.DOTALL)
+        if match is None:
             raise ValueError(f"{path} holds {name[:80]!r}, which is no tensor of plain LoRA")
         is_float_matrix = tensor.dim() == 2 and tensor.dtype in lora.WEIGHT_DTYPES
         if not is_float_matrix or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name[:80]!r} is no matrix of finite floats")
-        found.setdefault(layer, {})[factor] = tensor
-    if not found:
-        raise ValueError(f"{path} holds no adapters")
+        layer, factor = match.groups()
+        factors[factor][layer] = tensor
 
     # each layer needs both factors, of the rank in the config
+    if factors["A"].keys() != factors["B"].keys():
+        raise ValueError(f"{path} lacks the matrix A or B of some layer")
     tensors = {}
-    for layer, factors in found.items():
-        A = factors.get("A.weight")  # (r, n)
-        B = factors.get("B.weight")  # (m, r)
-        if A is None or B is None or not len(A) == B.shape[1] == rank:
-            raise ValueError(f"{path}: {layer[:80]!r} lacks a matrix, or one has not rank {rank}")
+    for layer, A in factors["A"].items():
+        B = factors["B"][layer]
+        if not len(A) == B.shape[1] == rank:
+            raise ValueError(f"{path}: a matrix of {layer[:80]!r} has not rank {rank}")
         tensors[layer] = A, B
+    if not tensors:
+        raise ValueError(f"{path} holds no adapters")
     return rank, alpha, tensors
 
 

@@ -69,9 +69,8 @@ def test_only_the_layers_of_the_file_get_adapters(folder, tmp_path):
     model = torch.nn.ModuleDict()
     model["a"] = torch.nn.Linear(6, 5)
     model["b"] = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 5)})
-    lora.inject(model, 2, targets=("a",))
-    tensors = {"a": (model["a"].lora_A.detach(), model["a"].lora_B.detach())}
-    peft_files.write_adapters(tmp_path / "one", tensors, 1.0)
+    lora.inject_layers(model, {"a": model["a"]}, 2, None)
+    peft_files.save(model, tmp_path / "one")
     peft_files.load(lora.merge(model), tmp_path / "one")
     assert list(lora.adapters(model)) == ["a"]
 
@@ -343,7 +342,7 @@ def test_a_tied_layer_in_a_file_is_refused(tmp_path):
     model = torch.nn.Module()
     model.embed = torch.nn.Embedding(8, 6)
     model.head = torch.nn.Linear(6, 8, bias=False)
+    peft_files.save(lora.inject(model, 2, targets=("head",)), tmp_path / "a")
+    lora.merge(model).requires_grad_()
     model.head.weight = model.embed.weight
-    tensors = {"head": (torch.ones(2, 6), torch.ones(8, 2))}
-    peft_files.write_adapters(tmp_path / "a", tensors, 1.0)
     refuse(Path(tmp_path, "a"), "head is shared with embed.weight", prefix="", model=model)
