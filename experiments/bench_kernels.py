@@ -6,7 +6,7 @@ python experiments/bench_kernels.py laser sonew  two; keep the other results
 First measures the GPU's ceilings: the bandwidth of a copy and the FLOP/s of a
 matrix product. Then checks the result of each kernel and takes median times.
 The floor of a method is the time that its FLOPs or bytes would take at the
-ceiling. Writes kernels.json. Without a GPU, prints the list of kernels.
+ceiling. Writes kernels.json.
 
 FlexAttention can modify logits, not values. So it is an alternative for spans
 over a frozen cache, but not for LASER, nor for 2-simplicial attention, whose
@@ -71,9 +71,8 @@ def time_passes(attention, inputs):
 def time_step(optimizer, bytes_per_parameter):
     """Return milliseconds of a step, and the gigabytes that it must move."""
     optimizer.step()  # creates its state
-    n_parameters = 0
-    for group in optimizer.param_groups:
-        n_parameters += sum(p.numel() for p in group["params"])
+    (group,) = optimizer.param_groups
+    n_parameters = sum(p.numel() for p in group["params"])
     return {"step_ms": median_ms(optimizer.step), "GB": bytes_per_parameter * n_parameters / 1e9}
 
 
@@ -322,8 +321,8 @@ def ttt_context():
             yield {**columns, "name": name, **times}
 
 
-KERNELS = (laser, simplicial, sonew, lora_rite, loss, cross_entropy, ttt_context)
-KERNELS = {function.__name__: function for function in KERNELS}
+FUNCTIONS = (laser, simplicial, sonew, lora_rite, loss, cross_entropy, ttt_context)
+KERNELS = {function.__name__: function for function in FUNCTIONS}
 
 
 # -- report ----------------------------------------------------------------------------------------
@@ -354,18 +353,15 @@ def bench(name, ceilings):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to time (default: all)")
+    help = f"any of {', '.join(KERNELS)} (default: all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=help)
     args = parser.parse_args(argv)
-    names = args.names or list(KERNELS)
-    unknown = set(names) - set(KERNELS)
-    if unknown:
-        raise ValueError(f"there is no kernel {sorted(unknown)[0]}; there are {', '.join(KERNELS)}")
+    for name in args.names:
+        if name not in KERNELS:
+            raise ValueError(f"there is no kernel {name}; there are {', '.join(KERNELS)}")
     path = check_writable(args.out) / "kernels.json"
     if not torch.cuda.is_available():
-        print("There is no GPU here. On one this would check and time:")
-        for name in names:
-            print(f"  {name:14} {KERNELS[name].__doc__}")
-        return {}
+        raise ValueError("this needs a GPU, and there is none here")
 
     torch._functorch.config.donated_buffer = False  # to run a compiled backward more than once
     kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
@@ -373,7 +369,7 @@ def main(argv=None):
     copy_tb = record["copy_TB_per_s"]
     print(f"copy {copy_tb:.2f} TB/s, matrix product {record['matmul_TFLOP_per_s']:.0f} TFLOP/s")
     start_time = time.perf_counter()
-    for name in names:
+    for name in args.names or KERNELS:
         kernels[name] = bench(name, record)
         record["seconds"] = time.perf_counter() - start_time
         save_json(path, record, "experiments.bench_kernels", *kernels)
