@@ -169,6 +169,16 @@ class CUDAGraphDecoder:
         return current.read()[0][0]  # of a tensor (1, 1)
 
 
+def check_sampling(temperature, top_k, top_p):
+    """Raise ValueError if a setting is NaN or out of range."""
+    if not 0 <= temperature <= 2**32:
+        raise ValueError(f"the temperature is {temperature}; it must be from 0 to 2**32")
+    if top_k < 0:
+        raise ValueError(f"top-k is {top_k}; it must be at least 1, or 0 for all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p is {top_p}; it must be above 0 and at most 1")
+
+
 def pick_token(logits, limit, temperature, top_k, top_p, generator):
     """Sample a token id from logits (V,), with the settings of `generate`.
 
@@ -217,10 +227,14 @@ def generate(
     When the context is full, its older half is dropped and the cache is filled again, so the
     tokens are the same with and without a cache.
     """
+    check_sampling(temperature, top_k, top_p)
+    vocab_size = model.config.vocab_size
     block_size = model.config.block_size
     context = [int(i) for i in ids][-block_size:]
     if not context:
         raise ValueError("there is no token to continue; give at least one")
+    if min(context) < 0 or max(context) >= vocab_size:
+        raise ValueError(f"a token id is not in the model's vocabulary of {vocab_size}")
 
     # sampling
     weight = model.embed_tokens.weight
@@ -304,8 +318,7 @@ class SampleConfig:
 
     def __post_init__(self):
         cli.check_fields(self)
-        if self.top_p > 1:
-            raise ValueError(f"--top-p is {self.top_p}; it must be at most 1")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.chat and self.prompt:
             raise ValueError("--chat answers a message, --prompt continues a text; give one")
 

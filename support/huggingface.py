@@ -290,6 +290,9 @@ def find_tensors(folder):
             for name in file.keys():  # noqa: SIM118 (no mapping, although it has keys)
                 tensor = file.get_slice(name)
                 dtype = tensor.get_dtype()
+                if name in found:
+                    other = found[name][0].name
+                    raise ValueError(f"{path} has the tensor {name}, and {other} has it too")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
                         f"{path}: the tensor {name} is of type {dtype}, "
@@ -425,7 +428,10 @@ def write_weights(folder, weights, shapes, dtype):
         max_shard_size=SHARD_BYTES,
     )
     for file_name, names in shards.filename_to_tensors.items():
-        tensors = {to_their_name(name): weights[name].to("cpu", dtype) for name in names}
+        tensors = {}
+        for name in names:
+            tensor = weights[name].to("cpu", dtype, copy=True)
+            tensors[to_their_name(name)] = tensor.contiguous()
         save_file(tensors, folder / file_name, {"format": "pt"})
     if shards.is_sharded:
         weight_map = {}

@@ -230,6 +230,10 @@ REFUSED = {
         edit_tensors(lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(1)})),
         ["model-00002-of-", "mlp.extra.weight", "the model lacks"],
     ),
+    "twice": (
+        edit_tensors(lambda t: t.update({"model.embed_tokens.weight": torch.zeros(1)})),
+        ["model.embed_tokens.weight", "has it too"],
+    ),
     "head": (edit_tensors(lambda t: t.update(HEAD)), ["lm_head.weight", "differs from the emb"]),
     "fifo": (single_fifo, ["model.safetensors", "regular file"]),
     "fifo shard": (replace_by_fifo("*.safetensors"), ["model-00001", "regular file"]),

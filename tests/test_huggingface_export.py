@@ -149,3 +149,15 @@ def test_export_writes_no_file_but_its_own(hf):  # noqa: F811
     huggingface.export("new", saved["model"], config, saved["tokenizer"])
     assert not Path("evil").exists()
     assert train.load_model(Path("new"))
+
+
+def test_export_copies_tensors_that_share_memory(tmp_path):
+    model = small_gpt(n_layer=2)
+    state = model.state_dict()
+    layer = "layers.0.mlp.up_proj.weight"
+    state[layer] = state["layers.1.mlp.up_proj.weight"]
+    state["norm.weight"] = torch.ones(1).expand(32)
+    huggingface.export(tmp_path / "new", state, asdict(model.config), {"name": "byte"})
+    tensors = load_file(tmp_path / "new/model.safetensors")
+    assert torch.equal(tensors[f"model.{layer}"], state[layer])
+    assert torch.equal(tensors["model.norm.weight"], torch.ones(32))

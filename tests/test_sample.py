@@ -366,9 +366,29 @@ def test_no_more_room_than_needed(monkeypatch):
     assert sizes[2:] == [16] * 4, "a full context of 16 should be read again into new caches"
 
 
-def test_generate_needs_a_token_to_continue():
-    with pytest.raises(ValueError, match="no token to continue"):
-        generate(small_gpt(), [], 1)
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"ids": []}, "no token to continue"),
+        ({"ids": [64]}, "vocabulary of 64"),
+        ({"ids": [3, -1]}, "vocabulary of 64"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": 4.3e9}, "temperature is 4300000000.0"),
+        ({"top_k": -1}, "top-k is -1"),
+        ({"top_p": 0.0}, "top-p is 0.0"),
+        ({"top_p": -0.5}, "top-p is -0.5"),
+        ({"top_p": 1.5}, "top-p is 1.5"),
+        ({"top_p": math.nan}, "top-p is nan"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(change, part):
+    arguments = {"model": small_gpt(), "ids": [5], "n": 1}
+    with pytest.raises(ValueError) as caught:
+        generate(**{**arguments, **change})
+    assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("way", [{}, {"cached": False}, {"graph": True}], ids=str)
