@@ -14,8 +14,8 @@ query sees two windows (w1 is 512 in the paper, w2 is 32):
     k2, v2                 [ i-w2+1 ........ i ]    w2 positions k
 
 In the paper, every fourth layer is of this kind. For models of 2 billion active
-parameters and up, the paper claims a lower loss on mathematics and code after the same
-number of tokens, and a steeper scaling law.
+parameters and up, the paper claims a lower loss on mathematics and code after
+the same number of tokens, and a steeper scaling law.
 
 How to compute it: fix the distance d = i - k. Then this is ordinary attention
 over (k, v) with the query q_i * k2_{i-d} and the window w1. Its output is a_id
