@@ -45,7 +45,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,9 +52,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from sample import KVCache, decode_stream, first_ids, is_softmax, read_prompt
+from sample import decode_stream, first_ids, is_softmax, last_logits, read_prompt
 from support import distributed, run_folder
 from support.cli import option
+from support.kv_cache import KVCache
 
 try:
     from kernels import ttt_context as kernel
@@ -121,13 +121,9 @@ class FrozenCache:
 
 def can_use_kernel(model):
     """Return whether kernels/ttt_context.py can compute the attention of this model."""
-    is_on_gpu = model.embed_tokens.weight.is_cuda
-    if not is_on_gpu or model.dtype == torch.float64 or not is_softmax(model.config):
+    if kernel is None or not model.embed_tokens.weight.is_cuda:
         return False
-    if kernel is None:
-        warnings.warn("span attention is slower without Triton: pip install triton")
-        return False
-    return model.config.head_dim in kernel.WIDTHS
+    return is_softmax(model.config) and model.config.head_dim in kernel.WIDTHS
 
 
 @torch.no_grad()
@@ -143,8 +139,16 @@ def prefill(model, ids, room=0):
                 f"{model.config.attn} attention does not keep a key and a value of every position, "
                 f"which query-only training needs; use a model with softmax attention"
             )
-    caches = [KVCache(len(ids) + room) for _ in model.layers]
-    model(ids[None], cache=caches)
+
+    # run the layers, without the output layer
+    T = len(ids)
+    config = model.config
+    cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
+    caches = [KVCache(T + room) for _ in model.layers]
+    x = model.embed_tokens(ids[None]).to(model.dtype)  # (1, T, C)
+    layers = tqdm(model.layers, desc="reading", unit="layer")
+    for layer, cache in zip(layers, caches):
+        x = layer(x, cos, sin, cache)
     return caches
 
 
@@ -155,17 +159,10 @@ def span_loss(model, caches, ids, starts, n):
     starts (S), on the CPU: the first position of each span. The largest one allowed is T - n - 1,
     because the last token of a span needs a token after it as its target.
     """
-    T = len(ids)
-    if n < 1 or len(starts) == 0 or starts.min() < 0 or starts.max() + n >= T:
-        raise ValueError(
-            f"spans of {n} tokens at {starts.tolist()} do not fit: they need {n} tokens of a text "
-            f"of {T}, and the one after them"
-        )
-
     # the position of each token, and the RoPE angles of all T positions
     positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
     config = model.config
-    cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
+    cos, sin = train.rope_angles(0, len(ids), config.head_dim, config.rope_theta, ids.device)
 
     # Run the layers on the spans, with attention to the frozen cache. They also compute keys and
     # values of the spans, which are not used. In Qwen3-4B these are 3% of the FLOPs of a step.
@@ -214,9 +211,6 @@ def split_spans(T, n):
 
     T: tokens of the prompt. n: tokens of a span. As many spans as fit in an eighth of the prompt
     are held out, at least one and at most 8, evenly spaced. Training spans do not overlap them.
-
-    T = 100, n = 4: spans are held out at 16, 48, 79; training spans may start at 0 ... 12,
-    20 ... 44, 52 ... 75 and 83 ... 95.
     """
     if T <= 3 * n:
         raise ValueError(
@@ -235,9 +229,7 @@ def split_spans(T, n):
     return held_out, starts[is_allowed]
 
 
-def train_queries(
-    model, weights, caches, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0
-):
+def train_queries(model, weights, caches, ids, starts, steps=32, n=128, batch=1, lr=1e-5, seed=0):
     """Train `weights` with AdamW, `batch` random spans of n tokens per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`.
@@ -264,7 +256,7 @@ def train_queries(
 
 
 @contextmanager
-def adapt(model, caches, ids, starts, *, steps=32, **options):
+def adapt(model, caches, ids, starts, steps=32, **options):
     """Train the queries on a prompt, and let the model use them inside the `with` block.
 
     All arguments are those of `train_queries`. Yields the trained W_Q of each layer.
@@ -282,15 +274,13 @@ def answer(model, caches, T, question, n_tokens, limit=None):
     """Answer a question about a prompt of T tokens by greedy decoding: yield n_tokens token ids.
 
     caches: from `prefill`; they may still hold an earlier question and its answer.
-    question: token ids, at least one. limit: the vocabulary size without padding.
+    question: a list of token ids, at least one. limit: the vocabulary size without padding.
     """
     for cache in caches:
         cache.length = T  # forget all that came after the prompt
-    ids = list(question)  # the tokens that are not in the caches yet
-    device = model.embed_tokens.weight.device
+    ids = question  # the tokens that are not in the caches yet
     for _ in range(n_tokens):
-        logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
-        token = int(logits.argmax())
+        token = int(last_logits(model, ids, caches)[:limit].argmax())
         yield token
         ids = [token]
 
@@ -324,9 +314,9 @@ class AdaptConfig:
 def encode_prompt(tokenizer, prompt, question=""):
     """Return the token ids of the context, and those of the question.
 
-    With a chat template, both together are one user message. Otherwise both are plain text. If
-    there is no question, the last token of the prompt takes its place: the model needs a token to
-    continue from that is not in the cache of the context.
+    With a chat template, both together are one user message. Otherwise both are plain text. The
+    question gets at least the last token, since the model needs one that is not in the cache of the
+    context to continue from.
     """
     if question and getattr(tokenizer, "chat_template", None):
         # the context is what the tokens have in common with those of a message without the
@@ -334,43 +324,24 @@ def encode_prompt(tokenizer, prompt, question=""):
         content = f"{prompt}\n\n"
         ids = tokenizer.chat([{"role": "user", "content": content + question}])
         without_question = tokenizer.chat([{"role": "user", "content": content}])
-        n_context = len(os.path.commonprefix([ids, without_question]))
+        context = os.path.commonprefix([ids, without_question])
     else:
         context = [*first_ids(tokenizer), *tokenizer.encode_ordinary(prompt)]
         ids = [*context, *tokenizer.encode_ordinary(question)]
-        n_context = len(context) if question else len(context) - 1
-    if n_context == len(ids):  # some templates strip spaces, and nothing else was asked
-        raise ValueError("nothing of --question is left in the tokens; ask it in other words")
+    n_context = min(len(context), len(ids) - 1)
     ids = [int(i) for i in ids]  # some tokenizers return NumPy integers
     return ids[:n_context], ids[n_context:]
 
 
 def find_model(init):
     """Return the folder of a model: `init`, or by default SmolLM2, or offline the newest run."""
-    if init:
-        return run_folder.find_run(init)
     try:
-        return run_folder.find_run(DEFAULT_MODEL)
+        return run_folder.find_run(init or DEFAULT_MODEL)
     except ValueError as error:
+        if init:
+            raise
         print(f"using the newest run: {error}", file=sys.stderr)
         return run_folder.find_run("newest")
-
-
-@contextmanager
-def progress_of_layers(model, label):
-    """Show a progress bar while the layers of the model run once, inside the `with` block."""
-    with tqdm(total=len(model.layers), unit="layer", desc=label) as bar:
-
-        def show(layer, inputs, x):
-            x[0, -1, 0].item()  # wait for the device
-            bar.update()
-
-        hooks = [layer.register_forward_hook(show) for layer in model.layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def compare(model, tokenizer, ids, question, args):
@@ -380,43 +351,24 @@ def compare(model, tokenizer, ids, question, args):
     Returns the answers "plain" and "adapted", the losses on the held-out spans "held_out_before"
     and "held_out_after", the number of these spans and the "seconds" of training.
     """
-    n = args.span
-    held_out, starts = split_spans(len(ids), n)
-    with progress_of_layers(model, "reading"):
-        caches = prefill(model, ids, room=len(question) + args.max_tokens)
+    T = len(ids)
+    held_out, starts = split_spans(T, args.span)
+    caches = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
     def evaluate():
-        """Return the answer and the loss on the held-out spans."""
-        loss = span_loss(model, caches, ids, held_out, n).item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss on held-out spans is {loss}")
-        tokens = answer(model, caches, len(ids), question, args.max_tokens, tokenizer.n_vocab)
-        return "".join(decode_stream(tokens, tokenizer)), loss
+        tokens = answer(model, caches, T, question, args.max_tokens, tokenizer.n_vocab)
+        text = "".join(decode_stream(tokens, tokenizer))
+        return text, span_loss(model, caches, ids, held_out, args.span).item()
 
     result = {"held_out_spans": len(held_out)}
     result["plain"], result["held_out_before"] = evaluate()
-    options = {"n": n, "batch": args.batch_spans, "lr": args.lr, "seed": args.seed}
+    options = {"n": args.span, "batch": args.batch_spans, "lr": args.lr, "seed": args.seed}
     start_time = time.perf_counter()
     with adapt(model, caches, ids, starts, steps=args.steps, **options):
         result["seconds"] = time.perf_counter() - start_time
         result["adapted"], result["held_out_after"] = evaluate()
     return result
-
-
-def report(result):
-    """Print both answers, what the steps cost, and what they changed."""
-    print(f"--- as it is\n{result['plain']}")
-    print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
-    print(
-        f"{result['steps']} steps in {result['seconds']:.2f} s; as many FLOPs "
-        f"({result['flops']:.3g}) as {result['thinking_tokens']:,} tokens of thinking"
-    )
-    before = f"{result['held_out_before']:.4f}"
-    after = f"{result['held_out_after']:.4f}"
-    answers = "the same answer" if result["plain"] == result["adapted"] else "another answer"
-    loss = f"stayed at {after}" if before == after else f"went from {before} to {after}"
-    print(f"training gave {answers}; the loss on {result['held_out_spans']} held-out spans {loss}")
 
 
 def run(args):
@@ -443,9 +395,14 @@ def run(args):
     result = compare(model, tokenizer, torch.tensor(context, device=device), question, args)
     flops = ttt_cost.flops_of_spans(model, args.steps * args.batch_spans * args.span, T)
     thinking_tokens = ttt_cost.thinking_tokens(model, T + len(question), flops)
-    result |= {"context": T, "lr": args.lr, "steps": args.steps}
-    result |= {"flops": flops, "thinking_tokens": thinking_tokens}
-    report(result)
+    result |= {"context": T, "lr": args.lr, "flops": flops, "thinking_tokens": thinking_tokens}
+
+    print(f"--- as it is\n{result['plain']}")
+    print(f"--- with queries trained on this prompt\n{result['adapted']}\n---")
+    cost = f"{args.steps} steps in {result['seconds']:.2f} s"
+    print(f"{cost}; as many FLOPs ({flops:.3g}) as {thinking_tokens:,} tokens of thinking")
+    change = f"from {result['held_out_before']:.4f} to {result['held_out_after']:.4f}"
+    print(f"the loss on {result['held_out_spans']} held-out spans went {change}")
     return result
 
 

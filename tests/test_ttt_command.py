@@ -53,7 +53,8 @@ def test_command(run, capsys):
     before = result["held_out_before"]
     after = result["held_out_after"]
     assert before != after
-    assert "the loss on 8 held-out spans" in printed.out
+    last_line = printed.out.splitlines()[-1]
+    assert last_line == f"the loss on 8 held-out spans went from {before:.4f} to {after:.4f}"
     model, _ = train.load_model(run_folder.find_run("newest"))
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
 
@@ -105,21 +106,6 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
     assert names == [ttt_context.DEFAULT_MODEL, "a/b", ttt_context.DEFAULT_MODEL]
 
 
-@pytest.mark.parametrize(
-    "adapted, after, sentence",
-    [
-        ("yes", 2.5, "the same answer; the loss on 8 held-out spans stayed at 2.5000"),
-        ("yes", 2.4, "the same answer; the loss on 8 held-out spans went from 2.5000 to 2.4000"),
-        ("no", 2.50001, "another answer; the loss on 8 held-out spans stayed at 2.5000"),
-    ],
-)
-def test_the_last_sentence_says_what_changed(adapted, after, sentence, capsys):
-    result = {"plain": "yes", "adapted": adapted, "held_out_before": 2.5, "held_out_after": after}
-    result |= {"steps": 3, "seconds": 1.0, "flops": 1, "thinking_tokens": 1, "held_out_spans": 8}
-    ttt_context.report(result)
-    assert capsys.readouterr().out.splitlines()[-1] == f"training gave {sentence}"
-
-
 def test_each_flag_changes_what_it_says(run):
     two_spans = ttt_context.main([*SMALL, "prompt.txt", "--batch-spans", "2"])
     one_span = ttt_context.main([*SMALL, "prompt.txt"])
@@ -148,7 +134,7 @@ def test_held_out_losses_and_answers_are_of_the_right_weights(run):
         return torch.stack(losses).mean().item()
 
     def reply():
-        tokens = list(ttt_context.answer(model, caches, len(ids), b"Who?", 5, 256))
+        tokens = list(ttt_context.answer(model, caches, len(ids), list(b"Who?"), 5, 256))
         return bytes(tokens).decode(errors="replace")
 
     before = held_out_loss()
@@ -171,13 +157,6 @@ def test_thinking_comes_after_the_question(run):
     after_question = ttt_cost.thinking_tokens(model, T + len(question), result["flops"])
     assert result["thinking_tokens"] == after_question
     assert after_question < after_context
-
-
-def test_damaged_numbers_end_it(run, monkeypatch):
-    nan = torch.tensor(torch.nan)
-    monkeypatch.setattr(ttt_context, "span_loss", lambda *args: nan)
-    with pytest.raises(FloatingPointError, match="held-out"):
-        ttt_context.main([*SMALL, "prompt.txt", "--steps", "0"])
 
 
 def test_an_answer_ends_at_the_end_of_text(run, monkeypatch):
@@ -282,6 +261,12 @@ def test_a_question_is_the_rest_of_the_message():
     context, question = ttt_context.encode_prompt(chat, "A text.", "Who?")
     assert bytes(context + question) == b"<user>A text.\n\nWho?<end>"
 
+    # if nothing of the question is left, the last token takes its place
+    chat.render = lambda text: f"<user>{text.strip()}"
+    context, question = ttt_context.encode_prompt(chat, "A text.", " ")
+    assert bytes(context) == b"<user>A text"
+    assert bytes(question) == b"."
+
     # without a question, or without a template, it is plain text
     context, question = ttt_context.encode_prompt(chat, "A text.")
     assert bytes(context) == b"\0A text"
@@ -299,8 +284,6 @@ def test_a_template_that_fails_is_an_error():
 
     with pytest.raises(ValueError, match="roles must alternate"):
         ttt_context.encode_prompt(ChatTokenizer(fails), "A text.", "Who?")
-    with pytest.raises(ValueError, match="--question"):
-        ttt_context.encode_prompt(ChatTokenizer(lambda text: "Hello"), "A text.", "Who?")
 
 
 def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
