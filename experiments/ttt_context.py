@@ -71,25 +71,10 @@ FULL = {
     "lengths": [3072, 12288],
     "contexts": 16,
     "lrs": {
+        **SMALL["lrs"],
         "trained queries": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1, 1.0],
     },
 }
-
-
-def make_jobs(recipe, is_full):
-    """Return a job for each seed and norm, with all lengths; with is_full, one for each length."""
-    settings = {name: recipe[name] for name in recipe if name not in ("seeds", "lengths")}
-    lengths_of_jobs = [recipe["lengths"]]
-    if is_full:
-        lengths_of_jobs = [[T] for T in reversed(recipe["lengths"])]  # the slowest jobs first
-
-    jobs = []
-    for lengths, seed, norm in itertools.product(lengths_of_jobs, recipe["seeds"], NORMS):
-        job = {"recipe": settings, "seed": seed, "norm": norm, "lengths": lengths}
-        job["device"] = "" if is_full else "cpu"
-        jobs.append(job)
-    return jobs
 
 
 def cached_study(job):
@@ -195,7 +180,10 @@ def run(out, recipe, is_full=False, deadline=float("inf")):
     """Run the study: write JSON and figure, print the result, return the record."""
     # train the models and ask them
     start_time = time.perf_counter()
-    jobs = make_jobs(recipe, is_full)
+    jobs = []
+    for seed, norm in itertools.product(recipe["seeds"], NORMS):
+        device = "" if is_full else "cpu"
+        jobs.append({"recipe": recipe, "seed": seed, "norm": norm, "device": device})
     if is_full:
         results = runner.parallel(cached_study, jobs, deadline=deadline)
         seconds = sum(result["seconds"] for result in results)

@@ -144,16 +144,15 @@ def permute_tokens(ids, recipe, generator):
 def shift(q, k, v):
     """Return in head h the value h + 1 positions back, whatever the query: a short convolution.
 
-    q (B, H, n, D), v (B, Hkv, T, D) -> (B, H, n, D). The queries are the last n of T positions.
+    q (B, H, n, D), v (B, H, T, D) -> (B, H, n, D). The queries are the last n of T positions.
     """
     _, H, n, _ = q.shape
-    group = H // v.shape[1]  # query heads per KV head
     v = v[:, :, -(n + H) :]  # no head looks further back
     v = F.pad(v, (0, 0, H, 0))  # zeros before the first position
     heads = []
     for h in range(H):
         start = v.shape[2] - n - (h + 1)  # h + 1 positions before the first query
-        heads.append(v[:, h // group, start : start + n])  # (B, n, D)
+        heads.append(v[:, h, start : start + n])  # (B, n, D)
     return torch.stack(heads, dim=1)
 
 

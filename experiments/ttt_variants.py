@@ -200,21 +200,21 @@ def make_context(task, recipe, T, seed, c, device="cpu"):
 
 
 def make_contexts(model, task, recipe, T, seed, numbers):
-    """Return contexts of a seed, and for each the KV caches after reading it."""
+    """Return contexts of a seed, each as a pair (context, KV caches after reading it)."""
     device = model.embed_tokens.weight.device
     contexts = [make_context(task, recipe, T, seed, c, device) for c in numbers]
-    return contexts, [prefill(model, context.ids) for context in contexts]
+    return [(context, prefill(model, context.ids)) for context in contexts]
 
 
 def sweep_rates(model, task, T, recipe):
     """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind."""
-    contexts, all_caches = make_contexts(model, task, recipe, T, 0, (0, 2))
+    contexts = make_contexts(model, task, recipe, T, 0, (0, 2))
     margins = {}
     for variant, lrs in recipe["lrs"].items():
         margins[variant] = {}
         for lr in lrs:
             total = 0.0
-            for context, caches in zip(contexts, all_caches):
+            for context, caches in contexts:
                 parameters = fit(model, variant, caches, context.ids, recipe, lr)
                 with fitted(model, variant, parameters):
                     total += score(model, caches, context)["margin"]
@@ -227,7 +227,7 @@ def thinking_samples(model, T, recipe):
     n = min(recipe["span"], T // 2)
     flops = flops_of_spans(model, recipe["steps"] * n, T)
     return {
-        "equal-FLOP thinking": max(1, thinking_tokens(model, T, flops)),
+        "equal-FLOP thinking": thinking_tokens(model, T, flops),
         "2 N k thinking": 2 * recipe["steps"] * n,
     }
 
@@ -244,19 +244,19 @@ def compare_variants(model, task, T, recipe, seed):
     best_lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
 
     # train on every context
-    contexts, all_caches = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
+    contexts = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))
     trained = {}  # {variant: [parameters trained on context 0, on context 1, ...]}
     for variant, lr in best_lrs.items():
         trained[variant] = []
-        for context, caches in zip(contexts, all_caches):
+        for context, caches in contexts:
             trained[variant].append(fit(model, variant, caches, context.ids, recipe, lr))
 
     # Ask about every context with every variant. found: {variant: scores on this context}, where
     # scores is {"margin", "accuracy", ...} from `score` or `vote`.
-    log_t_factor = max(1.0, math.log(T) / math.log(recipe["train"]["tokens"]))
+    log_t_factor = math.log(T) / math.log(recipe["train"]["tokens"])
     n_samples = thinking_samples(model, T, recipe)
     scores = []  # the `found` of each context
-    for c, (context, caches) in enumerate(zip(contexts, all_caches)):
+    for c, (context, caches) in enumerate(contexts):
         found = {"in context": score(model, caches, context)}
         with temperatures(model, log_t_factor):
             found["log T"] = score(model, caches, context)
@@ -294,7 +294,7 @@ def compare_variants(model, task, T, recipe, seed):
 def study_model(job):
     """Train one model and compare the variants on it, for both tasks and all lengths.
 
-    job: {recipe, seed, norm, lengths, device}. Returns {"scores", "seconds"}, where scores is
+    job: {recipe, seed, norm, device}. Returns {"scores", "seconds"}, where scores is
     {"task, norm, T: variant": the variant's entry from compare_variants}.
     """
     start_time = time.perf_counter()
@@ -304,7 +304,7 @@ def study_model(job):
     device = distributed.pick_device(job["device"])
     model = ttt_sandbox.train_model(recipe, norm, seed, device)
     scores = {}
-    for task, T in itertools.product(TASKS, job["lengths"]):
+    for task, T in itertools.product(TASKS, recipe["lengths"]):
         for variant, found in compare_variants(model, task, T, recipe, seed).items():
             scores[f"{task}, {norm}, {T}: {variant}"] = found
     return {"scores": scores, "seconds": time.perf_counter() - start_time}

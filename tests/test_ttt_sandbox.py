@@ -131,11 +131,11 @@ def test_renamed_tokens_stay_equal_where_they_were():
 
 def test_shift_looks_back():
     q = torch.randn(3, 4, 5, 8, generator=generator())
-    k, v = torch.randn(2, 3, 2, 14, 8, generator=generator())
+    k, v = torch.randn(2, 3, 4, 14, 8, generator=generator())
     y = sandbox.shift(q, k, v)  # the 5 queries are at positions 9 to 13
     for h in range(4):
         for i in range(5):
-            assert torch.equal(y[:, h, i], v[:, h // 2, 9 + i - (h + 1)])
+            assert torch.equal(y[:, h, i], v[:, h, 9 + i - (h + 1)])
     start = sandbox.shift(q[:, :, :1], k[:, :, :1], v[:, :, :1])
     assert torch.equal(start, torch.zeros(3, 4, 1, 8)), "there should be zeros before the start"
 
