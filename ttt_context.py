@@ -93,8 +93,8 @@ def reference(q, k, v, starts):
 class FrozenCache:
     """One layer's keys and values of a prompt, to which S spans of the prompt attend."""
 
-    k: torch.Tensor  # (Hkv, T, D)
-    v: torch.Tensor  # (Hkv, T, D)
+    k: torch.Tensor  # (1, Hkv, T, D)
+    v: torch.Tensor  # (1, Hkv, T, D)
     starts: torch.Tensor  # (S), on the CPU: the first position of each span
     use_kernel: bool  # compute softmax attention on a GPU with kernels/ttt_context.py
 
@@ -106,15 +106,15 @@ class FrozenCache:
         """
         q = heads[0]
         if self.use_kernel:
-            return kernel.span_attention(q, self.k, self.v, self.starts)
+            return kernel.span_attention(q, self.k[0], self.v[0], self.starts)
 
         # attention functions assume that the queries are at the last positions, so take one span at
         # a time and cut off the keys after it
         outputs = []
         for q_span, start in zip(q.split(1), self.starts.tolist()):  # q_span (1, H, n, D)
             end = start + q.shape[2]
-            k = self.k[None, :, :end]  # (1, Hkv, end, D)
-            v = self.v[None, :, :end]
+            k = self.k[:, :, :end]
+            v = self.v[:, :, :end]
             outputs.append(attention.function(q_span, k, v, **attention.options))
         return torch.cat(outputs)
 
@@ -124,6 +124,19 @@ def can_use_kernel(model):
     if kernel is None or not model.embed_tokens.weight.is_cuda:
         return False
     return is_softmax(model.config) and model.config.head_dim in kernel.WIDTHS
+
+
+def run_layers(model, ids, positions, caches):
+    """Run the layers on the tokens of a prompt, ids (T), that are at positions (S, n).
+
+    caches: one for each layer. Returns the output of the last layer, (S, n, C).
+    """
+    config = model.config
+    cos, sin = train.rope_angles(0, len(ids), config.head_dim, config.rope_theta, ids.device)
+    x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
+    for layer, cache in zip(model.layers, caches):
+        x = layer(x, cos[positions], sin[positions], cache)
+    return x
 
 
 @torch.no_grad()
@@ -140,15 +153,10 @@ def prefill(model, ids, room=0):
                 f"which query-only training needs; use a model with softmax attention"
             )
 
-    # run the layers, without the output layer
     T = len(ids)
-    config = model.config
-    cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
     caches = [KVCache(T + room) for _ in model.layers]
-    x = model.embed_tokens(ids[None]).to(model.dtype)  # (1, T, C)
-    layers = tqdm(model.layers, desc="reading", unit="layer")
-    for layer, cache in zip(layers, caches):
-        x = layer(x, cos, sin, cache)
+    positions = torch.arange(T, device=ids.device)[None]  # (1, T)
+    run_layers(model, ids, positions, tqdm(caches, desc="reading", unit="layer"))
     return caches
 
 
@@ -159,23 +167,16 @@ def span_loss(model, caches, ids, starts, n):
     starts (S), on the CPU: the first position of each span. The largest one allowed is T - n - 1,
     because the last token of a span needs a token after it as its target.
     """
-    # the position of each token, and the RoPE angles of all T positions
     positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
-    config = model.config
-    cos, sin = train.rope_angles(0, len(ids), config.head_dim, config.rope_theta, ids.device)
-
-    # Run the layers on the spans, with attention to the frozen cache. They also compute keys and
-    # values of the spans, which are not used. In Qwen3-4B these are 3% of the FLOPs of a step.
-    x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
-    use_kernel = can_use_kernel(model)
-    for layer, cache in zip(model.layers, caches, strict=True):
-        k, v = cache.tensors  # (1, Hkv, size of the cache, D)
-        frozen = FrozenCache(k[0], v[0], starts, use_kernel)
-        x = layer(x, cos[positions], sin[positions], frozen)
-    x = model.norm(x).flatten(0, 1)  # (S * n, C)
-
-    output_layer = model.embed_tokens if model.lm_head is None else model.lm_head
     targets = ids[positions + 1].flatten()  # (S * n)
+
+    # The layers also compute keys and values of the spans, which are not used. In Qwen3-4B these
+    # are 3% of the FLOPs of a step.
+    use_kernel = can_use_kernel(model)
+    frozen_caches = [FrozenCache(*cache.tensors, starts, use_kernel) for cache in caches]
+    x = run_layers(model, ids, positions, frozen_caches)
+    x = model.norm(x).flatten(0, 1)  # (S * n, C)
+    output_layer = model.embed_tokens if model.lm_head is None else model.lm_head
     return train.linear_cross_entropy(x, output_layer.weight, targets)
 
 

@@ -11,11 +11,8 @@ import torch
 
 def count_weights(model):
     """Return the number of weights in matrix products: all layers and the output layer."""
-    count = model.embed_tokens.weight.numel()  # as many as in the output layer, tied or not
-    for p in model.layers.parameters():
-        if p.dim() > 1:
-            count += p.numel()
-    return count
+    output_layer = model.embed_tokens.weight.numel()  # the same size, tied or not
+    return output_layer + sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
 
 
 def head_width(model):

@@ -15,7 +15,7 @@ import torch
 
 import train
 from experiments import harness, provenance, runner
-from sample import first_ids
+from sample import first_ids, last_logits
 from support import distributed, run_folder
 from ttt_context import adapt, prefill, span_loss, split_spans
 
@@ -64,7 +64,6 @@ def ask(model, caches, T, pairs, limit):
     caches: from `prefill` of T tokens. pairs: (question, answer), as token ids. limit: the
     vocabulary size without padding.
     """
-    device = model.embed_tokens.weight.device
     margins = []
     n_right = 0
     for question, answer in pairs:
@@ -76,7 +75,7 @@ def ask(model, caches, T, pairs, limit):
         log_p = 0.0  # of the answer
         greedy = []  # the likeliest token each time
         for token in answer:
-            logits = model(torch.tensor([ids], device=device), cache=caches)[0, -1, :limit]  # (V)
+            logits = last_logits(model, ids, caches)[:limit]  # (V)
             log_p += logits.double().log_softmax(-1)[token].item()
             greedy.append(int(logits.argmax()))
             ids = [token]

@@ -98,7 +98,7 @@ def test_a_query_sees_the_keys_up_to_its_own_position(group):
     starts = torch.tensor([0, 15, 6])
 
     def attend():
-        return ttt_context.FrozenCache(k, v, starts, use_kernel=False).attend(module, [q])
+        return ttt_context.FrozenCache(k[None], v[None], starts, False).attend(module, [q])
 
     o = attend()
     assert torch.allclose(o, ttt_context.reference(q, k, v, starts), atol=1e-12)
@@ -130,7 +130,7 @@ def test_other_attention_functions_keep_their_options():
     module = train.Attention(train.GPTConfig(n_head=4, n_embd=32), "softmax")
     module.function = sharper
     module.options = {"factor": 3.0}
-    o = ttt_context.FrozenCache(k, v, starts, use_kernel=False).attend(module, [q])
+    o = ttt_context.FrozenCache(k[None], v[None], starts, False).attend(module, [q])
     assert torch.allclose(o, ttt_context.reference(3 * q, k, v, starts), atol=1e-6)
 
 
@@ -428,7 +428,7 @@ class DenseCache(ttt_context.FrozenCache):
     """A cache that attends by the definition, in matrix products that PyTorch's counter knows."""
 
     def attend(self, module, heads):
-        return ttt_context.reference(heads[0], self.k, self.v, self.starts)
+        return ttt_context.reference(heads[0], self.k[0], self.v[0], self.starts)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

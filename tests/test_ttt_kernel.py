@@ -303,9 +303,9 @@ def test_softmax_spans_take_the_kernel_and_other_functions_do_not():
     assert ttt_context.can_use_kernel(model)
     module = model.layers[0].self_attn
     module.function = lambda q, k, v: q  # not softmax, so the output shows who computed it
-    ours = ttt_context.FrozenCache(k, v, starts, use_kernel=True).attend(module, [q])
+    ours = ttt_context.FrozenCache(k[None], v[None], starts, True).attend(module, [q])
     assert torch.equal(ours, kernel.span_attention(q, k, v, starts))
-    other = ttt_context.FrozenCache(k, v, starts, use_kernel=False).attend(module, [q])
+    other = ttt_context.FrozenCache(k[None], v[None], starts, False).attend(module, [q])
     assert torch.equal(other, q)
     laser = train.GPT(train.GPTConfig(attn="softmax,laser", **config)).cuda()
     assert not ttt_context.can_use_kernel(laser)
