@@ -53,8 +53,9 @@ def test_command(run, capsys):
     before = result["held_out_before"]
     after = result["held_out_after"]
     assert before != after
-    last_line = printed.out.splitlines()[-1]
-    assert last_line == f"the loss on 8 held-out spans went from {before:.4f} to {after:.4f}"
+    answers = "the same answer" if result["plain"] == result["adapted"] else "another answer"
+    change = f"the loss on 8 held-out spans went from {before:.4f} to {after:.4f}"
+    assert printed.out.splitlines()[-1] == f"training gave {answers}; {change}"
     model, _ = train.load_model(run_folder.find_run("newest"))
     assert result["flops"] == ttt_cost.flops_of_spans(model, 3 * 2 * 16, size)
 
