@@ -131,22 +131,21 @@ def run(init, out, deadline=float("inf")):
             rows[T, row["lr"], seed] = row
 
     # choose the learning rate with the highest margin, on average over all lengths
-    swept = {T: [rows[T, lr, seed] for seed in RATE_SEEDS for lr in RATES] for T in LENGTHS}
-    total_margins = dict.fromkeys(RATES, 0.0)
-    for T in LENGTHS:
-        for row in swept[T]:
-            total_margins[row["lr"]] += row["value"]
-    best_lr = max(RATES, key=total_margins.get)
+    def total_margin(lr):
+        return sum(rows[T, lr, seed]["value"] for T in LENGTHS for seed in RATE_SEEDS)
+
+    best_lr = max(RATES, key=total_margin)
 
     # compare each rate with no training, at each length
     variants = {}
     differences = {}
     by_lr = {}
     for T in LENGTHS:
+        swept = [rows[T, lr, seed] for seed in RATE_SEEDS for lr in RATES]
         runs = {lr: [rows[T, lr, seed] for seed in SEEDS] for lr in (0.0, *RATES)}
         by_lr[T] = [harness.paired_difference(runs[lr], runs[0.0]) for lr in RATES]
         differences[f"{T} tokens: trained queries"] = by_lr[T][RATES.index(best_lr)]
-        for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept[T])):
+        for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept)):
             entry = {"settings": {"init": init, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
             variants[f"{T} tokens: {name}"] = entry
 

@@ -206,8 +206,7 @@ def train_model(recipe, norm, seed, device="cpu"):
     # optimizer and steps
     lr = settings["lr"]
     n_steps = settings["steps"]
-    parameters = model.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, pct_start=0.1)
     for step in range(n_steps):
         drawn = torch.randint(len(ids), (settings["batch"],), generator=generator)

@@ -251,17 +251,22 @@ def compare_variants(model, task, T, recipe, seed):
         for context, caches in contexts:
             trained[variant].append(fit(model, variant, caches, context.ids, recipe, lr))
 
-    # Ask about every context with every variant. found: {variant: scores on this context}, where
-    # scores is {"margin", "accuracy", ...} from `score` or `vote`.
+    # Ask about every context with every variant
     log_t_factor = math.log(T) / math.log(recipe["train"]["tokens"])
     n_samples = thinking_samples(model, T, recipe)
-    scores = []  # the `found` of each context
+    results = {}
+
+    def add(variant, scores):
+        """Append a variant's scores on one context, from `score` or `vote`, to the results."""
+        for name, value in scores.items():
+            results.setdefault(variant, {}).setdefault(name, []).append(round(value, 4))
+
     for c, (context, caches) in enumerate(contexts):
-        found = {"in context": score(model, caches, context)}
+        add("in context", score(model, caches, context))
         with temperatures(model, log_t_factor):
-            found["log T"] = score(model, caches, context)
+            add("log T", score(model, caches, context))
         with fitted(model, "fitted temperature", trained["fitted temperature"][c]):
-            found["fitted temperature"] = score(model, caches, context)
+            add("fitted temperature", score(model, caches, context))
 
         # Queries that were trained on this context, or on another one (number `other`). Contexts 0
         # and 1 are of one kind, 2 and 3 of the other, and so on.
@@ -270,19 +275,12 @@ def compare_variants(model, task, T, recipe, seed):
             trained_on["other-kind queries"] = c ^ 2  # 0 <-> 2, 1 <-> 3
         for variant, other in trained_on.items():
             with fitted(model, "trained queries", trained["trained queries"][other]):
-                found[variant] = score(model, caches, context)
+                add(variant, score(model, caches, context))
 
         # thinking: the majority of n sampled answers
         for variant, n in n_samples.items():
-            found[variant] = vote(model, caches, context, n, seed)
-        scores.append(found)
+            add(variant, vote(model, caches, context, n, seed))
 
-    # collect the scores by variant: {variant: {"margin": [value on context 0, 1, ...], ...}}
-    results = {}
-    for variant in scores[0]:
-        results[variant] = {}
-        for name in scores[0][variant]:
-            results[variant][name] = [round(found[variant][name], 4) for found in scores]
     for variant, n in n_samples.items():
         results[variant]["samples"] = n
     for variant, margins in swept.items():
