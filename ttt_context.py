@@ -121,7 +121,8 @@ class FrozenCache:
 
 def can_use_kernel(model):
     """Return whether kernels/ttt_context.py can compute the attention of this model."""
-    if kernel is None or not model.embed_tokens.weight.is_cuda:
+    is_on_gpu = model.embed_tokens.weight.is_cuda
+    if kernel is None or not is_on_gpu or model.dtype == torch.float64:
         return False
     return is_softmax(model.config) and model.config.head_dim in kernel.WIDTHS
 
@@ -139,17 +140,8 @@ def prefill(model, ids, room=0):
                 f"{model.config.attn} attention does not keep a key and a value of every position, "
                 f"which query-only training needs; use a model with softmax attention"
             )
-
-    # run the layers
-    T = len(ids)
-    config = model.config
-    cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
-    caches = [KVCache(T + room) for _ in model.layers]
-    x = model.embed_tokens(ids[None]).to(model.dtype)  # (1, T, C)
-    layers = tqdm(model.layers, desc="reading", unit="layer")
-    for layer, cache in zip(layers, caches):
-        x = layer(x, cos, sin, cache)
-        x[0, -1, 0].item()  # wait for the device, so that the bar is right
+    caches = [KVCache(len(ids) + room) for _ in model.layers]
+    model(ids[None], cache=caches)
     return caches
 
 
@@ -160,10 +152,14 @@ def span_loss(model, caches, ids, starts, n):
     starts (S), on the CPU: the first position of each span. The largest one allowed is T - n - 1,
     because the last token of a span needs a token after it as its target.
     """
+    T = len(ids)
+    if starts.min() < 0 or starts.max() + n >= T:
+        raise ValueError(f"spans of {n} tokens at {starts.tolist()} do not fit in a text of {T}")
+
     # the position of each token, and the RoPE angles of all T positions
     positions = (starts[:, None] + torch.arange(n)).to(ids.device)  # (S, n)
     config = model.config
-    cos, sin = train.rope_angles(0, len(ids), config.head_dim, config.rope_theta, ids.device)
+    cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
 
     # Run the layers on the spans, with attention to the frozen cache. They also compute keys and
     # values of the spans, which are not used. In Qwen3-4B these are 3% of the FLOPs of a step.
@@ -229,7 +225,9 @@ def split_spans(T, n):
     return held_out, starts[is_allowed]
 
 
-def train_queries(model, weights, caches, ids, starts, steps=32, n=128, batch=1, lr=1e-5, seed=0):
+def train_queries(
+    model, weights, caches, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0
+):
     """Train `weights` with AdamW, `batch` random spans of n tokens per step; yield each loss.
 
     weights: tensors that require a gradient, usually those of `trainable_queries`.
@@ -256,7 +254,7 @@ def train_queries(model, weights, caches, ids, starts, steps=32, n=128, batch=1,
 
 
 @contextmanager
-def adapt(model, caches, ids, starts, steps=32, **options):
+def adapt(model, caches, ids, starts, *, steps=32, **options):
     """Train the queries on a prompt, and let the model use them inside the `with` block.
 
     All arguments are those of `train_queries`. Yields the trained W_Q of each layer.
@@ -344,6 +342,23 @@ def find_model(init):
         return run_folder.find_run("newest")
 
 
+@contextmanager
+def progress_of_layers(model, label):
+    """Show a progress bar while the layers of the model run once, inside the `with` block."""
+    with tqdm(total=len(model.layers), unit="layer", desc=label) as bar:
+
+        def show(layer, inputs, x):
+            x[0, -1, 0].item()  # wait for the device
+            bar.update()
+
+        hooks = [layer.register_forward_hook(show) for layer in model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def compare(model, tokenizer, ids, question, args):
     """Answer a question before and after training the queries on the prompt.
 
@@ -353,7 +368,8 @@ def compare(model, tokenizer, ids, question, args):
     """
     T = len(ids)
     held_out, starts = split_spans(T, args.span)
-    caches = prefill(model, ids, room=len(question) + args.max_tokens)
+    with progress_of_layers(model, "reading"):
+        caches = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()
     def evaluate():

@@ -161,6 +161,15 @@ def test_refuses_attention_that_forgets():
             ttt_context.prefill(model, torch.arange(20))
 
 
+@pytest.mark.parametrize("starts,n", [([52], 8), ([-1], 8), ([3, 52], 8), ([0], 60)])
+def test_refuses_spans_that_do_not_fit(starts, n):
+    model, ids, caches = long_read(torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        ttt_context.span_loss(model, caches, ids, torch.tensor(starts, dtype=torch.int64), n)
+    last_start = torch.tensor([60 - 8 - 1])  # its last target is the last token
+    assert ttt_context.span_loss(model, caches, ids, last_start, 8).isfinite()
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
