@@ -54,29 +54,47 @@ def test_the_best_rate_is_that_of_the_mean():
     assert harness.best_rate([*runs, {"lr": 3.0, "value": 1.0}]) == 1.0
 
 
-def test_close_rates_get_a_second_seed(monkeypatch):
-    """The first seed prefers 2e-3 by chance; at 4e-3 nothing could change the choice."""
-    losses = {5e-4: (1.003, 1.006), 1e-3: (1.002, 1.0), 2e-3: (1.0, 1.009), 4e-3: (1.005, 1.0)}
-
-    def run(job):
-        value = losses[job["rate"]][harness.SWEEP_SEEDS.index(job["seed"])]
-        return {"seed": job["seed"], "lr": job["rate"], "value": value}
-
-    def make_job(variant, rate, seed):
-        return {"variant": variant, "rate": rate, "seed": seed}
-
+@pytest.fixture
+def sweep(monkeypatch):
+    """Return a function that sweeps {learning rate: the losses of both seeds}."""
     monkeypatch.setattr(runner, "parallel", lambda run, jobs, label: [run(job) for job in jobs])
-    runs = harness.sweep(run, make_job, ["only"], list(losses))["only"]
+
+    def make_job(variant, lr, seed):
+        return {"variant": variant, "lr": lr, "seed": seed}
+
+    def sweep(losses, rates):
+        def run(job):
+            value = losses[job["lr"]][harness.SWEEP_SEEDS.index(job["seed"])]
+            return {"seed": job["seed"], "lr": job["lr"], "value": value}
+
+        return harness.sweep(run, make_job, ["only"], rates)["only"]
+
+    return sweep
+
+
+def test_close_rates_get_a_second_seed(sweep):
+    """The first seed prefers 2e-3 by chance; at 4e-3 nothing could change the choice."""
+    losses = {5e-4: (0.652, 0.654), 1e-3: (0.651, 0.65), 2e-3: (0.65, 0.656), 4e-3: (0.653, 0)}
+    runs = sweep(losses, list(losses))
     seeds = {}
-    for result in runs:
-        seeds.setdefault(result["lr"], []).append(result["seed"])
+    for run in runs:
+        seeds.setdefault(run["lr"], []).append(run["seed"])
     assert seeds == {5e-4: [100, 101], 1e-3: [100, 101], 2e-3: [100, 101], 4e-3: [100]}
     assert harness.best_rate(runs) == 1e-3
 
-    # a rate that is added later and clearly better must be compared on both seeds
-    better = {"seed": 100, "lr": 8e-3, "value": 0.9}
-    assert harness.close_rates([*runs, better]) == [8e-3]
-    assert harness.close_rates([better, {**better, "lr": 4e-3, "value": 1.0}]) == []
+    # a rate that is added later must be compared on both seeds, if it is close or clearly better
+    close = {"seed": 100, "lr": 8e-3, "value": 0.651}
+    assert harness.close_rates([*runs, close]) == [8e-3]
+    assert harness.close_rates([*runs, {**close, "value": 0.6}]) == [8e-3]
+    assert harness.close_rates([close, {**close, "lr": 4e-3, "value": 0.7}]) == []
+
+
+def test_a_grid_grows_until_the_best_rate_is_inside(sweep):
+    losses = {lr: (1 + abs(lr - 2), 0.0) for lr in (1, 2, 4, 8, 16)}
+    runs = sweep(losses, [8, 16])
+    assert [run["lr"] for run in runs] == [1, 2, 4, 8, 16]
+    with pytest.raises(ValueError, match=r"still at an edge of \[1.0, 2.0, 4.0, 8.0, 16, 32\]"):
+        sweep({lr: (lr, 0.0) for lr in (1, 2, 4, 8, 16, 32)}, [16, 32])
 
 
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):
