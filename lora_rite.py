@@ -31,10 +31,8 @@ beta1 and beta2 (see the function decay).
 
 Clipping first scales h by min(1, clip / |h|), where |h| is the norm over both
 factors of all pairs. Clipping the raw gradients would break the invariance.
-
-The number rho is 0 by default, as in the released recipe. With escape=True it
-is the "escaped mass": what V loses in P V P^T, if the new basis spans another
-space than the old one.
+With escape=True, rho is the "escaped mass": what V loses in P V P^T, if the new
+basis spans another space than the old one. By default, rho is 0.
 
 Where we depart from the paper:
 - We compute no QR decomposition and store no U. Any Rb with Rb^T Rb = b^T b
@@ -43,14 +41,13 @@ Where we depart from the paper:
   follow from such Gram matrices, in float64. See Factor.projection for P.
 - The released code skips steps with a large h. This stops training if the loss
   is multiplied by 1e3, so we do not skip them.
-- We clamp eigenvalues of V below 0, which are rounding errors, before the root.
 
 Start with B = 0 or with factors of ordinary size. The step of A, lr M Rb^-T, is
 inversely proportional to the size of B. With a tiny B, the first steps of Z are
 huge, about lr^2 / |B|, since clip limits gradients and not steps.
 
-On a GPU, kernels/lora_rite.py steps all pairs in four launches. Elsewhere, this
-file does, in PyTorch. To use LoRA-RITE in another project, copy both files.
+On a GPU, kernels/lora_rite.py steps all pairs in four launches. To use
+LoRA-RITE in another project, copy both files.
 
     python lora_rite.py             the drift between factorizations
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
@@ -69,9 +66,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# The batches of a step are cached, one entry (a plan) for each set of tensor addresses seen.
-MAX_PLANS = 16  # gradients usually alternate between a few addresses
+MAX_PLANS = 16  # cached, see LoRARITE.find_batches; gradients alternate between a few addresses
 
 # --------------------------------------------------------------------------------------------------
 # The algorithm as the paper writes it
@@ -98,19 +93,18 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
 
     # unmagnified gradient h of each factor x, from the other factor y of its pair
     factors = []
-    norm_squared = 0.0
     for (a, b, ga, gb), (state_a, state_b) in zip(pairs, states):
         for x, grad, y, state in ((a, ga, b, state_a), (b, gb, a, state_b)):
             U, R = torch.linalg.qr(y)  # U has the shape of y, R is (r, r)
             R_inv = torch.linalg.pinv(R)
             h = grad @ R_inv  # the shape of x
-            norm_squared = norm_squared + h.square().sum()  # over all factors, for clipping
             factors.append((x, h, U, R_inv, state))
+    norm = torch.stack([h.norm() for _, h, *_ in factors]).norm()
 
     new_factors = []
     for x, h, U, R_inv, state in factors:
         if clip:
-            h = h * min(1.0, clip / norm_squared.sqrt())
+            h = h * min(1.0, clip / norm)
 
         # move the second moment V into the basis of this step; rho collects what it loses
         P = U.T @ state.get("U", U)  # (r, r); the identity at t = 1
@@ -118,15 +112,14 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
         V = P @ V_old @ P.T
         rho = state.get("rho", 0.0)
         if escape:
-            eigenvalues_lost = torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)
-            trace_lost = V_old.trace() - V.trace()
-            lost = torch.minimum(eigenvalues_lost.max(), trace_lost)
+            lost = torch.linalg.eigvalsh(V_old) - torch.linalg.eigvalsh(V)  # (r,)
+            lost = torch.minimum(lost.max(), lost.sum())  # the largest one, or the trace
             rho = d2 * (rho + lost.clamp(min=0))
 
         # second moment V
         V = d2 * V + (1 - d2) * h.T @ h / len(h)
 
-        # preconditioner ((V + rho)^1/2 + eps)^-1
+        # preconditioner ((V + rho)^1/2 + eps)^-1; eigenvalues below 0 are rounding errors
         w, Q = torch.linalg.eigh(V)  # V = Q diag(w) Q^T
         root = (w.clamp(min=0) + rho).sqrt()
         preconditioner = Q @ torch.diag(1 / (root + eps)) @ Q.T
@@ -192,6 +185,11 @@ def trace(matrices):
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
+def tall(tensors, is_A):
+    """Return A (r, n) as views A^T (n, r), and B (m, r) as they are."""
+    return [t.mT for t in tensors] if is_A else tensors
+
+
 class Factor:
     """The factors A, or the factors B, of N pairs of equal shape.
 
@@ -204,21 +202,19 @@ class Factor:
     """
 
     def __init__(self, parameters, states, is_A):
-        self.parameters = parameters
-        self.states = states
-        self.is_A = is_A  # whether `stack` has to transpose
+        # the tensors to update, and the FactorState after the last step
+        self.parameters = tall(parameters, is_A)
+        self.moments = tall([state["M"] for state in states], is_A)
+        self.packed = [state["packed"] for state in states]
+        self.old = unpack(torch.stack(self.packed), rank=self.moments[0].shape[1])
 
-        # stack parameters, first moments and gradients; a missing gradient counts as 0
+        # x, M and the gradients, (N, rows, r) in the dtype of M; a missing gradient counts as 0
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self.x = self.stack(parameters)  # (N, rows, r)
-        self.M = self.stack([state["M"] for state in states])
-        self.grad = self.stack(grads)
+        self.M = torch.stack(self.moments)
+        self.x = torch.stack(self.parameters).to(self.M.dtype)
+        self.grad = torch.stack(tall(grads, is_A)).to(self.M.dtype)
         has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
         self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
-
-        # the FactorState after the last step
-        packed = torch.stack([state["packed"] for state in states])
-        self.old = unpack(packed, rank=self.x.shape[2])
 
         # Gram matrices in float64, (N, r, r). Those of x must be finite for eigendecompositions.
         x = self.x.double()
@@ -226,11 +222,6 @@ class Factor:
         self.xM = (x.mT @ self.M.double()).nan_to_num(0, posinf=0, neginf=0)
         self.gg = self.grad.double().mT @ self.grad.double()
         self.R_inv = inverse_root(self.xx)  # R^-1, where R^T R = x^T x
-
-    def stack(self, tensors):
-        """Return N tensors of the parameters' shape as (N, rows, r), in the dtype of M."""
-        tall = [t.mT if self.is_A else t for t in tensors]
-        return torch.stack(tall).to(self.states[0]["M"].dtype)
 
     def measure_gradient(self, partner):
         """Set hh (N, r, r) to h^T h of the unmagnified gradient h = grad R^-1, R: the partner's.
@@ -264,8 +255,8 @@ class Factor:
         """
         old = self.old  # the FactorState after the last step
         dtype = self.x.dtype
-        step = old.step + 1
-        d1 = decay(betas[0], step)  # (N, 1, 1)
+        step = old.step + 1  # (N, 1, 1)
+        d1 = decay(betas[0], step)
         d2 = decay(betas[1], step)
 
         # move the second moment V into the basis of this step; rho collects what it loses
@@ -273,9 +264,8 @@ class Factor:
         V = P @ old.V @ P.mT  # (N, r, r)
         rho = old.rho
         if escape:
-            eigenvalues_lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r)
-            trace_lost = eigenvalues_lost.sum(-1)
-            lost = torch.minimum(eigenvalues_lost.amax(-1), trace_lost)
+            lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r)
+            lost = torch.minimum(lost.amax(-1), lost.sum(-1))  # the largest one, or the trace
             rho = d2 * (rho + lost.clamp(min=0)[:, None, None])
 
         # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, with h multiplied by h_scale
@@ -286,9 +276,8 @@ class Factor:
         root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
         preconditioner = Q * (1 / (root + eps)) @ Q.mT
 
-        # first moment M = d1 M P^T + (1 - d1) h preconditioner, with the decay d1. Here h is
-        # h_scale grad R^-1, with the partner's R. Multiply the (r, r) matrices first, in float64:
-        # M = M M_matrix + grad grad_matrix
+        # first moment M = d1 M P^T + (1 - d1) h preconditioner, where h is h_scale grad R^-1, with
+        # the partner's R. The (r, r) matrices are multiplied first, in float64.
         M_matrix = d1 * P.mT  # (N, r, r)
         grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner  # (N, r, r)
         grad = torch.where(self.is_finite, self.grad, 0)
@@ -305,16 +294,13 @@ class Factor:
         skipped = old.skipped + ~self.is_finite
         state = FactorState(V, self.R_inv, rho, step, lr, shrink, skipped)
         packed = torch.cat([field.flatten(-2) for field in state], -1)  # as `unpack` reads it
-        if self.is_A:  # A is stored as (r, n)
-            x = x.mT
-            M = M.mT
-        torch._foreach_copy_([s["packed"] for s in self.states], list(packed.unbind()))
-        torch._foreach_copy_([s["M"] for s in self.states], list(M.unbind()))
+        torch._foreach_copy_(self.packed, list(packed.unbind()))
+        torch._foreach_copy_(self.moments, list(M.unbind()))
         torch._foreach_copy_(self.parameters, list(x.unbind()))
 
 
 class TorchBatch:
-    """Pairs of equal shape, dtype and device, whose step PyTorch computes for all of them at once.
+    """Pairs of equal shape, dtype and device, which take their steps together, in PyTorch.
 
     parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each.
 
@@ -375,29 +361,15 @@ def new_state(p, rank):
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
-def is_valid_state(saved, rank, expected):
-    """Return whether a saved state has the names, shapes and ranges of the `expected` one."""
-    if not isinstance(saved, dict) or saved.keys() != expected.keys():
-        return False
-    for name, t in saved.items():
-        if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta:
-            return False
-        if t.shape != expected[name].shape or t.dtype not in FLOATS or not t.isfinite().all():
-            return False
-    numbers = unpack(saved["packed"], rank)
-    is_negative = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) < 0
-    return not is_negative and numbers.shrink != 0
-
-
 @torch.no_grad()
 def copy_state(p, rank, saved):
     """Return a copy of the saved state of p, in the dtypes and on the device of a new one."""
     state = new_state(p, rank)
-    if not is_valid_state(saved, rank, state):
-        raise ValueError(
-            f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
-        )
     for name, tensor in state.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise ValueError(
+                f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
+            )
         tensor.copy_(saved[name])
     return state
 
@@ -427,8 +399,6 @@ class LoRARITE(torch.optim.Optimizer):
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, weight_decay=0.0,
         escape=False, use_kernel=None,
     ):  # fmt: skip
-        if use_kernel and kernel is None:
-            raise ValueError("the kernel of LoRA-RITE needs Triton: pip install triton")
         self.use_kernel = use_kernel
         self.plans = {}  # {addresses of all tensors: the batches of a step}
         self.captured_plans = []  # CUDA graphs read these at each replay, so they are never freed
@@ -450,8 +420,7 @@ class LoRARITE(torch.optim.Optimizer):
                 "--adapter lora_rite"
             )
         for A, B in pairs_of(group):
-            fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
-            if not fits or 0 in (*A.shape, *B.shape):
+            if not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
                 shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
                 raise ValueError(f"{shapes} are no pair A (r, n), B (m, r)")
 
@@ -477,29 +446,16 @@ class LoRARITE(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict):
-        """Load a copy of a state as torch.optim.Adam does, hooks included, with its own dtypes.
-
-        PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
-        """
-        states = {}  # parameter: state
-
-        def copy_states(_, saved):
-            for group, saved_group in zip(self.param_groups, saved["param_groups"]):
-                # A (r, n), B (m, r), A, B, ...; PyTorch has checked that there are as many
-                for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
-                    rank = p.shape[0] if i % 2 == 0 else p.shape[1]
-                    if saved["state"].get(index):
-                        states[p] = copy_state(p, rank, saved["state"][index])
-
-        def install_states(_):
-            self.state.update(states)
-            self.plans = {}  # the cached batches hold the tensors of the state before
-
-        # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
-        pre_hook = self.register_load_state_dict_pre_hook(copy_states)
-        post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
-        with pre_hook, post_hook:  # removes both at the end
-            super().load_state_dict(state_dict)
+        """Load a copy of a state, in its own dtypes. Raises ValueError if it does not fit."""
+        states = {}
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
+            for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
+                rank = p.shape[0] if i % 2 == 0 else p.shape[1]  # A (r, n), B (m, r), A, B, ...
+                if state_dict["state"].get(index):
+                    states[p] = copy_state(p, rank, state_dict["state"][index])
+        super().load_state_dict(state_dict)  # casts the state to the dtype of the parameters
+        self.state.update(states)
+        self.plans = {}  # the cached batches hold the tensors of the state before
 
     # -- batches: which pairs are stepped together ------------------------------------------------
 
