@@ -38,7 +38,7 @@ Where we depart from the paper:
 - We compute no QR decomposition and store no U. Any Rb with Rb^T Rb = b^T b
   will do. We take the Cholesky factor of b^T b or, if b is zero or
   rank-deficient, its symmetric root. As Ub = b Rb^-1, all (r, r) matrices above
-  follow from such Gram matrices, in float64. See Factor.projection for P.
+  follow from such Gram matrices, in float64. See `projection` for P.
 - The released code skips steps with a large h. This stops training if the loss
   is multiplied by 1e3, so we do not skip them.
 
@@ -137,29 +137,29 @@ def reference(pairs, states, t, lr, betas, eps, clip=0.0, weight_decay=0.0, esca
 
 
 class FactorState(NamedTuple):
-    """What N factors x (A^T or B) keep from step to step, in float64, besides M."""
+    """What factors x (A^T or B) keep from step to step, in float64, besides M."""
 
-    V: torch.Tensor  # (N, r, r) second moment of the unmagnified gradient
-    R_inv: torch.Tensor  # (N, r, r) R^-1, where R^T R = x^T x before the last step
-    rho: torch.Tensor  # (N, 1, 1) escaped mass
-    step: torch.Tensor  # (N, 1, 1) number of steps so far
-    lr: torch.Tensor  # (N, 1, 1) learning rate of the last step, 0 if x was not updated
-    shrink: torch.Tensor  # (N, 1, 1) 1 - lr * weight_decay of the last step
-    skipped: torch.Tensor  # (N, 1, 1) number of gradients skipped because they were not finite
+    V: torch.Tensor  # (..., r, r) second moment of the unmagnified gradient
+    R_inv: torch.Tensor  # (..., r, r) R^-1, where R^T R = x^T x before the last step
+    rho: torch.Tensor  # (..., 1, 1) escaped mass
+    step: torch.Tensor  # (..., 1, 1) number of steps so far
+    lr: torch.Tensor  # (..., 1, 1) learning rate of the last step, 0 if x was not updated
+    shrink: torch.Tensor  # (..., 1, 1) 1 - lr * weight_decay of the last step
+    skipped: torch.Tensor  # (..., 1, 1) number of gradients skipped because they were not finite
 
 
 def unpack(packed, rank):
-    """Return a FactorState of views into packed (N, 2 r^2 + 5).
+    """Return a FactorState of views into packed (..., 2 r^2 + 5).
 
     Each line of `packed` is one factor: V and R_inv with r^2 numbers each, then the five scalars.
     """
-    matrices = packed[..., :-5].unflatten(-1, (2, rank, rank))  # (N, 2, r, r): V and R_inv
-    numbers = packed[..., -5:, None, None]  # (N, 5, 1, 1)
+    matrices = packed[..., :-5].unflatten(-1, (2, rank, rank))  # (..., 2, r, r): V and R_inv
+    numbers = packed[..., -5:, None, None]  # (..., 5, 1, 1)
     return FactorState(*matrices.unbind(-3), *numbers.unbind(-3))
 
 
 def inverse_root(K):
-    """Return R^-1 (N, r, r), where R^T R = K, for Gram matrices K (N, r, r).
+    """Return R^-1 (..., r, r), where R^T R = K, for Gram matrices K (..., r, r).
 
     R is the Cholesky factor. Where K is close to singular, R^-1 is the symmetric root Q w^-1/2 Q^T
     instead, without the eigenvalues w below 1e-12 of the largest.
@@ -167,169 +167,155 @@ def inverse_root(K):
     # Cholesky decomposition. It is accurate unless a pivot is much smaller than another one.
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     R, info = torch.linalg.cholesky_ex(K, upper=True)
-    pivots = R.diagonal(dim1=-2, dim2=-1)  # (N, r)
+    pivots = R.diagonal(dim1=-2, dim2=-1)  # (..., r)
     is_well_conditioned = pivots.amin(-1) > 1e-7 * pivots.amax(-1)
-    is_accurate = ((info == 0) & is_well_conditioned)[:, None, None]  # (N, 1, 1)
+    is_accurate = ((info == 0) & is_well_conditioned)[..., None, None]  # (..., 1, 1)
     by_cholesky = torch.linalg.solve_triangular(R, eye, upper=True)  # solves R R^-1 = I
 
     # eigendecomposition, with eigenvalues w in ascending order
-    w, Q = torch.linalg.eigh(K)  # (N, r), (N, r, r)
+    w, Q = torch.linalg.eigh(K)  # (..., r), (..., r, r)
     is_kept = w > 1e-12 * w[..., -1:]
     w_inv_root = torch.where(is_kept, w.rsqrt(), 0)  # without 1 / sqrt(0)
     by_eigenvalues = Q * w_inv_root[..., None, :] @ Q.mT
     return torch.where(is_accurate, by_cholesky, by_eigenvalues)
 
 
-def trace(matrices):
-    """Return the traces (N, 1, 1) of matrices (N, r, r)."""
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+def projection(Ry_inv, yy, yM, x_old, y_old):
+    """Return P = U^T U_old (..., r, r), which moves V and M of a factor x into the new basis.
 
+    yy, yM: y^T y and y^T M, of the partner y. x_old, y_old: the FactorStates after the last step.
 
-def tall(tensors, is_A):
-    """Return A (r, n) as views A^T (n, r), and B (m, r) as they are."""
-    return [t.mT for t in tensors] if is_A else tensors
+    The basis is that of y = U Ry. Before its last step it was y_old = U_old Ry_old, so
 
+        P = Ry^-T (y^T y_old) Ry_old^-1
 
-class Factor:
-    """The factors A, or the factors B, of N pairs of equal shape.
+    We do not store y_old. The last step was y = shrink y_old - lr M Rx_old^-T. Multiply by y^T:
 
-    parameters: the N tensors as a layer stores them, all A (r, n) or all B (m, r).
-    states: for each {"M": the first moment in this shape, "packed": a FactorState, see `unpack`}.
-    x (N, rows, r): these factors as tall matrices, A^T with rows = n or B with rows = m.
-
-    Methods take the partner, the Factor B if this is A, or A if this is B. The unmagnified gradient
-    of this factor is h = grad R^-1 (N, rows, r), with the R of the partner.
+        shrink (y^T y_old) = y^T y + lr (y^T M) Rx_old^-T
     """
+    shrink_yy_old = yy + y_old.lr * yM @ x_old.R_inv.mT
+    return Ry_inv.mT @ shrink_yy_old @ y_old.R_inv / y_old.shrink
 
-    def __init__(self, parameters, states, is_A):
-        # the tensors to update, and the FactorState after the last step
-        self.parameters = tall(parameters, is_A)
-        self.moments = tall([state["M"] for state in states], is_A)
-        self.packed = [state["packed"] for state in states]
-        self.old = unpack(torch.stack(self.packed), rank=self.moments[0].shape[1])
 
-        # x, M and the gradients, (N, rows, r) in the dtype of M; a missing gradient counts as 0
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self.M = torch.stack(self.moments)
-        self.x = torch.stack(self.parameters).to(self.M.dtype)
-        self.grad = torch.stack(tall(grads, is_A)).to(self.M.dtype)
-        has_grad = torch.tensor([p.grad is not None for p in parameters])[:, None, None]
-        self.has_grad = has_grad.to(self.x.device, non_blocking=True)  # (N, 1, 1)
+def tall(tensors):
+    """Return all A (r, n), then all B (m, r), as two lists of views: all A^T (n, r), and all B."""
+    N = len(tensors) // 2
+    return [A.mT for A in tensors[:N]], tensors[N:]
 
-        # Gram matrices in float64, (N, r, r). Those of x must be finite for eigendecompositions.
-        x = self.x.double()
-        self.xx = (x.mT @ x).nan_to_num(0, posinf=0, neginf=0)
-        self.xM = (x.mT @ self.M.double()).nan_to_num(0, posinf=0, neginf=0)
-        self.gg = self.grad.double().mT @ self.grad.double()
-        self.R_inv = inverse_root(self.xx)  # R^-1, where R^T R = x^T x
 
-    def measure_gradient(self, partner):
-        """Set hh (N, r, r) to h^T h of the unmagnified gradient h = grad R^-1, R: the partner's.
-
-        Also sets is_finite (N, 1, 1). Where the gradient or its square is not finite, hh is 0.
-        """
-        hh = partner.R_inv.mT @ self.gg @ partner.R_inv  # R^-T (grad^T grad) R^-1
-        self.is_finite = trace(hh).isfinite()  # inf and NaN reach the trace, as 0 * inf is NaN
-        self.hh = torch.where(self.is_finite, hh, 0)
-
-    def projection(self, partner):
-        """Return P = U^T U_old (N, r, r), which moves V and M into the basis of this step.
-
-        The partner is y = U R. Before its last step it was y_old = U_old R_old, so
-
-            P = R^-T (y^T y_old) R_old^-1
-
-        We do not store y_old. The last step was y = shrink y_old - lr M Rx^-T, where M is the first
-        moment of y, and Rx was the R of this factor then. Multiply by y^T:
-
-            shrink (y^T y_old) = y^T y + lr (y^T M) Rx^-T
-        """
-        shrink_yy_old = partner.xx + partner.old.lr * partner.xM @ self.old.R_inv.mT
-        return partner.R_inv.mT @ shrink_yy_old @ partner.old.R_inv / partner.old.shrink
-
-    def update(self, partner, h_scale, lr, betas, eps, weight_decay, escape):
-        """Update the parameters and their states.
-
-        h_scale: a tensor () by which clipping multiplies the unmagnified gradients h.
-        lr: a number or a tensor ().
-        """
-        old = self.old  # the FactorState after the last step
-        dtype = self.x.dtype
-        step = old.step + 1  # (N, 1, 1)
-        d1 = decay(betas[0], step)
-        d2 = decay(betas[1], step)
-
-        # move the second moment V into the basis of this step; rho collects what it loses
-        P = self.projection(partner)  # (N, r, r)
-        V = P @ old.V @ P.mT  # (N, r, r)
-        rho = old.rho
-        if escape:
-            lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (N, r)
-            lost = torch.minimum(lost.amax(-1), lost.sum(-1))  # the largest one, or the trace
-            rho = d2 * (rho + lost.clamp(min=0)[:, None, None])
-
-        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, with h multiplied by h_scale
-        V = d2 * V + (1 - d2) * h_scale**2 * self.hh / self.x.shape[1]
-
-        # preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T
-        w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (N, r), (N, r, r)
-        root = (w[:, None, :].clamp(min=0) + rho).sqrt()  # (N, 1, r)
-        preconditioner = Q * (1 / (root + eps)) @ Q.mT
-
-        # first moment M = d1 M P^T + (1 - d1) h preconditioner, where h is h_scale grad R^-1, with
-        # the partner's R. The (r, r) matrices are multiplied first, in float64.
-        M_matrix = d1 * P.mT  # (N, r, r)
-        grad_matrix = (1 - d1) * h_scale * partner.R_inv @ preconditioner  # (N, r, r)
-        grad = torch.where(self.is_finite, self.grad, 0)
-        M = self.M @ M_matrix.to(dtype) + grad @ grad_matrix.to(dtype)  # (N, rows, r)
-
-        # parameters x = shrink x - lr M R^-T, with the partner's R. Where the gradient is missing
-        # or not finite, lr = 0, so x stays as it is.
-        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
-        lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (N, 1, 1)
-        shrink = 1 - lr * weight_decay
-        x = shrink.to(dtype) * self.x - M @ (lr * partner.R_inv.mT).to(dtype)
-
-        # copy the results into the tensors of the parameters and their states
-        skipped = old.skipped + ~self.is_finite
-        state = FactorState(V, self.R_inv, rho, step, lr, shrink, skipped)
-        packed = torch.cat([field.flatten(-2) for field in state], -1)  # as `unpack` reads it
-        torch._foreach_copy_(self.packed, list(packed.unbind()))
-        torch._foreach_copy_(self.moments, list(M.unbind()))
-        torch._foreach_copy_(self.parameters, list(x.unbind()))
+def gram(xs, ys):
+    """Return x^T y in float64, (2, N, r, r). xs, ys: two tensors each, of all A^T and of all B."""
+    return torch.stack([x.double().mT @ y.double() for x, y in zip(xs, ys)])
 
 
 class TorchBatch:
     """Pairs of equal shape, dtype and device, which take their steps together, in PyTorch.
 
-    parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each.
+    parameters: [A (r, n), B (m, r), A, B, ...]
+    states: for each {"M": the first moment in this shape, "packed": a FactorState, see `unpack`}.
 
     Clipping needs the norm over the pairs of all batches, so a step has two halves: `measure` on
     every batch, then `finish` on every batch. kernel.KernelBatch has the same two methods.
+
+    x is a factor as a tall matrix (rows, r): A^T or B. y is its partner, the other factor of the
+    pair. Tall matrices are in two tensors, (N, n, r) of all A^T and (N, m, r) of all B. Of (r, r)
+    matrices there is one tensor, (2, N, r, r): first those of all A, then those of all B. If it
+    holds a matrix of each x, its flip(0) holds that of each y.
     """
 
     def __init__(self, parameters, states):
-        self.parameters = parameters
-        self.states = states
+        self.parameters = parameters[0::2] + parameters[1::2]  # all A, then all B
+        self.states = states[0::2] + states[1::2]
+        A, B = parameters[:2]
+        self.rows = torch.tensor([A.shape[1], B.shape[0]], device=A.device).view(2, 1, 1, 1)
+        has_grad = [p.grad is not None for p in self.parameters]
+        self.has_grad = torch.tensor(has_grad, device=A.device).view(2, -1, 1, 1)
 
     def measure(self):
-        """Return |h|^2 summed over these pairs, where h are the unmagnified gradients."""
-        A = Factor(self.parameters[0::2], self.states[0::2], is_A=True)
-        B = Factor(self.parameters[1::2], self.states[1::2], is_A=False)
-        A.measure_gradient(B)
-        B.measure_gradient(A)
-        self.factors = A, B
-        return trace(A.hh).sum() + trace(B.hh).sum()  # |h|^2 is the trace of h^T h
+        """Return |h|^2 summed over these pairs, where h = grad Ry^-1 are unmagnified gradients."""
+        # stack x, M and the gradients; a missing gradient counts as 0
+        moments = [state["M"] for state in self.states]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.x = [torch.stack(ts) for ts in tall(self.parameters)]
+        self.M = [torch.stack(ts) for ts in tall(moments)]
+        self.grad = [torch.stack(ts) for ts in tall(grads)]
 
-    def finish(self, total, clip, **options):
-        """Update the parameters. total: |h|^2 of all pairs. clip: limit on |h|; 0: no limit."""
-        norm = total.to(self.parameters[0].device).sqrt()
+        # Rx^-1, where Rx^T Rx = x^T x, which must be finite for eigendecompositions
+        xx = gram(self.x, self.x).nan_to_num(0, posinf=0, neginf=0)
+        xM = gram(self.x, self.M).nan_to_num(0, posinf=0, neginf=0)
+        self.Rx_inv = inverse_root(xx)
+        Ry_inv = self.Rx_inv.flip(0)  # of the partner
+
+        # h^T h = Ry^-T (grad^T grad) Ry^-1, or 0 where the gradient or its square is not finite
+        hh = Ry_inv.mT @ gram(self.grad, self.grad) @ Ry_inv
+        norms = hh.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # |h|^2, (2, N, 1, 1)
+        self.is_finite = norms.isfinite()  # inf and NaN reach the trace, as 0 * inf is NaN
+        self.hh = torch.where(self.is_finite, hh, 0)
+
+        # P, from the states of x and y after the last step
+        packed = torch.stack([state["packed"] for state in self.states]).unflatten(0, (2, -1))
+        self.old = unpack(packed, rank=xx.shape[-1])
+        y_old = unpack(packed.flip(0), rank=xx.shape[-1])
+        self.P = projection(Ry_inv, xx.flip(0), xM.flip(0), self.old, y_old)
+
+        norms_A, norms_B = torch.where(self.is_finite, norms, 0)
+        return norms_A.sum() + norms_B.sum()
+
+    def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
+        """Update the parameters and their states.
+
+        total: |h|^2 of all pairs. clip: limit on |h|; 0: no limit. lr: a number or a tensor ().
+        """
+        norm = total.to(self.P.device).sqrt()
         clip = clip or math.inf
         h_scale = torch.where(norm > clip, clip / norm, 1.0)  # ()
-        A, B = self.factors
-        A.update(B, h_scale, **options)  # changes no attribute of A that B.update reads
-        B.update(A, h_scale, **options)
-        self.factors = None
+        old = self.old
+        step = old.step + 1  # (2, N, 1, 1)
+        d1 = decay(betas[0], step)
+        d2 = decay(betas[1], step)
+
+        # move the second moment V into the basis of this step; rho collects what it loses
+        V = self.P @ old.V @ self.P.mT  # (2, N, r, r)
+        rho = old.rho
+        if escape:
+            lost = torch.linalg.eigvalsh(old.V) - torch.linalg.eigvalsh(V)  # (2, N, r)
+            lost = torch.minimum(lost.amax(-1), lost.sum(-1))  # the largest one, or the trace
+            rho = d2 * (rho + lost.clamp(min=0)[..., None, None])
+
+        # second moment V = d2 P V P^T + (1 - d2) h^T h / rows, where h is clipped
+        V = d2 * V + (1 - d2) * h_scale**2 * self.hh / self.rows
+
+        # preconditioner ((V + rho)^1/2 + eps)^-1, where V = Q diag(w) Q^T
+        w, Q = torch.linalg.eigh((V + V.mT) / 2)  # (2, N, r), (2, N, r, r)
+        root = (w[..., None, :].clamp(min=0) + rho).sqrt()  # (2, N, 1, r)
+        preconditioner = Q * (1 / (root + eps)) @ Q.mT
+
+        # learning rate; 0 where the gradient is missing or not finite, so x stays as it is
+        lr = torch.as_tensor(lr, dtype=torch.float64, device=V.device)
+        lr = torch.where(self.is_finite & self.has_grad, lr, 0.0)  # (2, N, 1, 1)
+        shrink = 1 - lr * weight_decay
+
+        # first moment M = d1 M P^T + (1 - d1) h preconditioner, and x = shrink x - lr M Ry^-T.
+        # With h = h_scale grad Ry^-1, multiply the (r, r) matrices first, in float64.
+        Ry_inv = self.Rx_inv.flip(0)
+        M_matrix = d1 * self.P.mT
+        grad_matrix = (1 - d1) * h_scale * Ry_inv @ preconditioner
+        x_matrix = lr * Ry_inv.mT
+        for i in (0, 1):  # all A, then all B: (N, rows, r)
+            M = self.M[i]
+            dtype = M.dtype
+            grad = torch.where(self.is_finite[i], self.grad[i], 0).to(dtype)
+            M = M @ M_matrix[i].to(dtype) + grad @ grad_matrix[i].to(dtype)
+            x = shrink[i].to(dtype) * self.x[i].to(dtype) - M @ x_matrix[i].to(dtype)
+            torch._foreach_copy_(tall([state["M"] for state in self.states])[i], list(M))
+            torch._foreach_copy_(tall(self.parameters)[i], list(x))
+        del self.x, self.M, self.grad  # free this memory until the next step
+
+        # state
+        skipped = old.skipped + ~self.is_finite
+        state = FactorState(V, self.Rx_inv, rho, step, lr, shrink, skipped)
+        packed = torch.cat([field.flatten(-2) for field in state], -1)  # as `unpack` reads it
+        torch._foreach_copy_([s["packed"] for s in self.states], list(packed.flatten(0, 1)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,7 +367,7 @@ class LoRARITE(torch.optim.Optimizer):
     clip          limit on the norm of the unmagnified gradients of all pairs; 0: no limit
     weight_decay  decoupled, x -= lr weight_decay x
     escape        add what the second moment loses between bases to all its eigenvalues
-    use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
+    use_kernel    None: for CUDA tensors; True: on a CPU too (interpreted); False: never
 
     The state of a parameter is "M" in float32 or float64, and "packed": the numbers of its
     FactorState as one float64 tensor.
@@ -439,10 +425,9 @@ class LoRARITE(torch.optim.Optimizer):
         total = sum(t.to(norms_squared[0].device) for t in norms_squared)
 
         # moments and parameters
-        names = ("lr", "betas", "eps", "clip", "weight_decay", "escape")
         for group, batch in batches:
-            options = {name: group[name] for name in names}
-            batch.finish(total, **options)
+            names = ("lr", "betas", "eps", "clip", "weight_decay", "escape")
+            batch.finish(total, **{name: group[name] for name in names})
         return loss
 
     def load_state_dict(self, state_dict):
@@ -489,8 +474,7 @@ class LoRARITE(torch.optim.Optimizer):
     def make_batches(self):
         """Return a list of (group, batch) that covers all pairs with gradients.
 
-        Pairs of a group that have the same rank share a KernelBatch. Those in a TorchBatch also
-        have the same shapes.
+        The pairs of a batch are of one group and rank; in a TorchBatch, they have equal shapes too.
         """
         batches = []
         for group in self.param_groups:
@@ -519,13 +503,10 @@ class LoRARITE(torch.optim.Optimizer):
         return wants_kernel and kernel is not None and kernel.takes(A, B)
 
     def init_state(self, p, rank):
-        """Create the state of p if needed, and move it to the device of p and the right dtype."""
+        """Create the state of p if needed. The kernel needs it on p's device in these dtypes."""
         state = self.state[p]
-        if not state:
-            state.update(new_state(p, rank))
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        state["M"] = state["M"].to(p.device, dtype).contiguous()
-        state["packed"] = state["packed"].to(p.device, torch.float64).contiguous()
+        for name, tensor in new_state(p, rank).items():
+            state[name] = state.get(name, tensor).to(tensor).contiguous()
 
     # -- for train.py, which captures steps as CUDA graphs ----------------------------------------
 
