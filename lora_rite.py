@@ -347,7 +347,6 @@ def new_state(p, rank):
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
-@torch.no_grad()
 def copy_state(p, rank, saved):
     """Return a copy of the saved state of p, in the dtypes and on the device of a new one."""
     state = new_state(p, rank)

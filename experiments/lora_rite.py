@@ -21,6 +21,7 @@ to Python's manual. Writes results/lora_rite-cpu.json and .png.
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -58,17 +59,8 @@ def adamw(groups, ratio=1.0):
     return torch.optim.AdamW(param_groups, betas=(0.9, 0.999), weight_decay=0.0)
 
 
-def lora_plus(groups):
-    return adamw(groups, LORA_PLUS_RATIO)
-
-
-def lora_rite(groups):
-    return LoRARITE(groups, LR)
-
-
-def lora_rite_clipped(groups):
-    return LoRARITE(groups, LR, clip=CLIP)
-
+lora_plus = partial(adamw, ratio=LORA_PLUS_RATIO)
+lora_rite = partial(LoRARITE, lr=LR)
 
 VARIANTS = {  # optimizer, and the norm that train.py clips the gradients to (0: no clipping)
     "AdamW": (adamw, 0.0),
@@ -76,7 +68,7 @@ VARIANTS = {  # optimizer, and the norm that train.py clips the gradients to (0:
     "LoRA+": (lora_plus, 0.0),
     "LoRA+, gradients clipped": (lora_plus, CLIP),
     "LoRA-RITE": (lora_rite, 0.0),
-    "LoRA-RITE, its own clip": (lora_rite_clipped, 0.0),
+    "LoRA-RITE, its own clip": (partial(lora_rite, clip=CLIP), 0.0),
     "LoRA-RITE, gradients clipped": (lora_rite, CLIP),
 }
 BASELINE = "AdamW"

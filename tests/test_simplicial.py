@@ -1,13 +1,9 @@
-"""2-simplicial attention: definition, PyTorch path, place in the GPT, study. Kernels: see
-test_simplicial_kernel.py."""
+"""2-simplicial attention: definition, PyTorch path, place in the GPT."""
 
 import csv
-import itertools
-import json
 import math
 import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -449,124 +445,3 @@ def test_trains(tiny):
     assert not run["signal"]
     refused([*tiny, "--attn", "simplicial:w3=8"], "no option 'w3'", "w1=512, w2=32")
     refused([*tiny, "--attn", "simplicial:w2=0", "--out", "other"], "w2 is 0", "at least 1")
-
-
-# -- the study -------------------------------------------------------------------------------------
-
-
-def test_match3_by_hand():
-    study = pytest.importorskip("experiments.simplicial")
-    generator = torch.Generator().manual_seed(0)
-    for M, T in (16, 6), (64, 12), (997, 30):
-        x = torch.randint(M, (32, T), generator=generator)
-        truth = study.match3(x, M)
-        assert 0 < truth.float().mean() < 1
-        assert torch.equal(study.match3_by_hand(x, M), truth)
-        assert torch.equal(study.match3_by_hand(x, M, simplicial.reference), truth)
-    expected = [False, True, True, True]  # from position 1 on, 2 + 2 + 2 = 6 is a multiple of 6
-    assert study.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == expected
-    x = torch.randint(9, (4, 7), generator=generator)
-    matches = study.match3(x, 9)
-    for b, i in itertools.product(range(4), range(7)):
-        past = x[b, : i + 1].tolist()
-        sums = [past[-1] + m + n for m, n in itertools.product(past, past)]
-        assert matches[b, i] == any(total % 9 == 0 for total in sums)
-
-
-def test_tasks_are_what_they_say():
-    study = pytest.importorskip("experiments.simplicial")
-    generator = torch.Generator().manual_seed(0)
-    x, y = study.match3_batch(256, generator)
-    assert x.shape == (256, 7, 1)
-    assert y.float().mean() == 0.5
-    numbers = x[..., 0]
-    assert torch.equal(study.match3(numbers, 20)[:, -1].long(), y)
-
-    # where there is no match, some sum with the last number misses it by 1
-    last = numbers[:, -1:, None]
-    sums = numbers[:, :-1, None] + numbers[:, None, :-1] + last  # (256, 6, 6)
-    has_near_miss = (sums % 20 == 1).flatten(1).any(1)
-    assert has_near_miss[y == 0].all()
-
-    # the answer is the second table's value at the first table's value
-    x, y = study.composition_batch(64, generator, M=5)
-    for tokens, answer in zip(x.tolist(), y.tolist()):
-        tables = {(table, key): value for table, key, value in tokens[:-1]}
-        question, asked_key, _ = tokens[-1]
-        assert len(tables) == 10
-        assert question == 2
-        assert answer == tables[1, tables[0, asked_key]]
-
-
-def test_chance_levels():
-    """Guessing scores 25%; naming the commonest value of f scores 53% without composing."""
-    study = pytest.importorskip("experiments.simplicial")
-    levels = study.chance_levels()
-    assert levels["Match3"] == {"uniform": 0.5}
-    assert levels["composition"] == {"uniform": 0.25, "commonest value": 0.53125}
-    x, y = study.composition_batch(4000, torch.Generator().manual_seed(0))
-    is_f = x[:, :-1, 0] == 1
-    values = x[:, :-1, 2][is_f].view(4000, 4)
-    assert abs((values.mode(1).values == y).float().mean() - 0.531) < 0.02
-    assert abs((y == 0).float().mean() - 0.25) < 0.02
-
-
-def test_study(tmp_path, capsys):
-    study = pytest.importorskip("experiments.simplicial")
-    out = str(tmp_path / "results")
-    result = study.main(["--out", out], "a study", seeds=(1, 2), steps=2)
-    assert {p.name for p in Path(out).iterdir()} == {"simplicial-cpu.json", "simplicial-cpu.png"}
-    record = json.loads(Path(out, "simplicial-cpu.json").read_text())
-    for key in ("command", "commit", "hardware", "versions", "seconds", "question", "metric"):
-        assert key in record
-    for task in study.TASKS:
-        parameters = set()
-        values = {}  # variant: the results of its two runs
-        for name in study.VARIANTS:
-            runs = record["variants"][f"{task}: {name}"]["runs"]
-            values[name] = [run["value"] for run in runs]
-            for run in runs:
-                parameters.add(run["parameters"])
-                assert 0 < run["seconds"] < record["seconds"]
-        assert len(parameters) == 1, "variants differ in their number of parameters"
-
-        baseline = values.pop(record["baseline"])
-        for name, (first, second) in values.items():
-            first -= baseline[0]
-            second -= baseline[1]
-            half_width = 12.706 * abs(first - second) / 2  # Student's t, one degree of freedom
-            difference = record["differences"][f"{task}: {name}"]
-            assert difference["n"] == 2
-            assert abs(difference["mean"] - (first + second) / 2) < 1e-12
-            assert abs(difference["half_width_95"] - half_width) < 1e-9
-    assert len(set(study.SEEDS)) == 8
-    assert result["match3_by_hand"] == dict.fromkeys(result["match3_by_hand"], 1.0)
-    assert "commonest value" in capsys.readouterr().out
-    refused(["--full"], "--full", main=simplicial.main)
-
-
-def test_runs_of_a_seed_see_the_same_examples():
-    study = pytest.importorskip("experiments.simplicial")
-    a, b = (study.train_task("composition", "softmax", 3, 4) for _ in range(2))
-    assert a["value"] == b["value"]
-    assert a["seed"] == 3
-
-    # record the batches of two variants with one seed
-    batches = {}
-    task = study.TASKS["composition"]
-    for name in ("softmax", "gate"):
-        batches[name] = []
-
-        def recording_make_batch(B, generator, seen=batches[name]):
-            x, y = task.make_batch(B, generator)
-            seen.append(x)
-            return x, y
-
-        with pytest.MonkeyPatch.context() as patch:
-            recording_task = task._replace(make_batch=recording_make_batch)
-            patch.setitem(study.TASKS, "composition", recording_task)
-            study.train_task("composition", name, 3, 2)
-    assert len(batches["gate"]) == 3, "two steps and an evaluation draw one batch each"
-    assert not torch.equal(batches["gate"][0], batches["gate"][1])
-    for x_softmax, x_gate in zip(batches["softmax"], batches["gate"], strict=True):
-        assert torch.equal(x_softmax, x_gate)
