@@ -301,14 +301,16 @@ class TorchBatch:
         M_matrix = d1 * self.P.mT
         grad_matrix = (1 - d1) * h_scale * Ry_inv @ preconditioner
         x_matrix = lr * Ry_inv.mT
-        for i in (0, 1):  # all A, then all B: (N, rows, r)
-            M = self.M[i]
+        moments = tall([state["M"] for state in self.states])
+        parameters = tall(self.parameters)
+        for i in (0, 1):  # all A, then all B
+            M = self.M[i]  # (N, rows, r)
             dtype = M.dtype
             grad = torch.where(self.is_finite[i], self.grad[i], 0).to(dtype)
             M = M @ M_matrix[i].to(dtype) + grad @ grad_matrix[i].to(dtype)
             x = shrink[i].to(dtype) * self.x[i].to(dtype) - M @ x_matrix[i].to(dtype)
-            torch._foreach_copy_(tall([state["M"] for state in self.states])[i], list(M))
-            torch._foreach_copy_(tall(self.parameters)[i], list(x))
+            torch._foreach_copy_(moments[i], list(M))
+            torch._foreach_copy_(parameters[i], list(x))
         del self.x, self.M, self.grad  # free this memory until the next step
 
         # state
