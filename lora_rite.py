@@ -26,8 +26,7 @@ B C replaces B, the basis is rotated, but spans the same space. A step of a is
     a <- a - lr (M Rb^-T + weight_decay a)
 
 The update of b is the same with the letters exchanged. Both use a and b as they
-were before the step. The decays d1 and d2 are 0 in the first step, and approach
-beta1 and beta2 (see the function decay).
+were before the step. The decays d1 and d2 approach beta1 and beta2.
 
 Clipping first scales h by min(1, clip / |h|), where |h| is the norm over both
 factors of all pairs. Clipping the raw gradients would break the invariance.
@@ -376,8 +375,6 @@ class LoRARITE(torch.optim.Optimizer):
 
     A factor is not updated if its gradient is missing, or if the gradient or its square is not
     finite. The FactorState counts the latter as skipped.
-
-    Raises ValueError if an option is out of range or a parameter has no partner.
     """
 
     clips_gradients = False  # the norm of raw gradients depends on how Z is factored
@@ -402,13 +399,10 @@ class LoRARITE(torch.optim.Optimizer):
         group = self.param_groups[-1]
         check_options(group)
         if not group["pair"] or len(group["params"]) % 2:
-            raise ValueError(
-                "LoRA-RITE only trains LoRA factors in pairs A, B; create them with "
-                "--adapter lora_rite"
-            )
+            raise ValueError("LoRA-RITE trains factors in pairs A, B only: use --adapter lora_rite")
         for A, B in pairs_of(group):
             if not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
-                shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+                shapes = tuple(A.shape), tuple(B.shape)
                 raise ValueError(f"{shapes} are no pair A (r, n), B (m, r)")
 
     @torch.no_grad()
@@ -420,8 +414,6 @@ class LoRARITE(torch.optim.Optimizer):
 
         # Gram matrices, and the squared norm of the unmagnified gradients of all pairs
         batches = self.find_batches()
-        if not batches:
-            return loss
         norms_squared = [batch.measure() for _, batch in batches]
         total = sum(t.to(norms_squared[0].device) for t in norms_squared)
 
@@ -539,9 +531,6 @@ def adapt(
     targets: ends of layer names, joined by "+", as patterns where * matches anything and [01]
         matches 0 or 1. "q_proj+layers.0.mlp.*" selects all q_proj, and the MLP of layer 0.
     alpha: the adapter's output is multiplied by alpha / rank; 0 means a factor of 1.
-
-    Initial weights depend on the names of the layers and torch.initial_seed() only, so they are the
-    same on every device and in every process.
     """
     from support import lora
 
