@@ -175,7 +175,7 @@ class OneLayer(nn.Module):
 # -- training --------------------------------------------------------------------------------------
 
 
-def train_task(task_name, variant_name, seed, steps):
+def train_task(task_name, variant_name, seed):
     """Train one variant and return the run; its value is the accuracy on 2000 new examples.
 
     The training examples depend on the seed only, so all variants see the same.
@@ -185,11 +185,11 @@ def train_task(task_name, variant_name, seed, steps):
     torch.manual_seed(seed)
     model = OneLayer(VARIANTS[variant_name], task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, task.steps, pct_start=0.1)
 
     # train: every step has new examples
     start_time = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(task.steps):
         x, y = task.make_batch(BATCH_SIZE, generator)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -292,11 +292,8 @@ def plot(record):
     return figure
 
 
-def main(argv, description, seeds=SEEDS, steps=None):
-    """Run the study, write its JSON and figure, print it, and return the record.
-
-    steps: optimizer steps of every run in place of those in TASKS.
-    """
+def main(argv, description):
+    """Run the study, write its JSON and figure, print it, and return the record."""
     parser = harness.study_parser(description, on_gpus="train GPTs with and without it")
     args = parser.parse_args(argv)
     out = harness.check_writable(args.out)
@@ -315,14 +312,13 @@ def main(argv, description, seeds=SEEDS, steps=None):
         "differences": {},
     }
     for task in TASKS:
-        task_steps = steps or TASKS[task].steps
-        settings = f"width {WIDTH}, 4 heads, {task_steps} steps of {BATCH_SIZE} examples, "
+        settings = f"width {WIDTH}, 4 heads, {TASKS[task].steps} steps of {BATCH_SIZE} examples, "
         settings += f"AdamW, lr {LR}"
 
         # train all variants with all seeds
         runs = {}
         for name in VARIANTS:
-            runs[name] = [train_task(task, name, seed, task_steps) for seed in seeds]
+            runs[name] = [train_task(task, name, seed) for seed in SEEDS]
             variant = {"settings": settings, "sweep": None, "runs": runs[name]}
             record["variants"][f"{task}: {name}"] = variant
 

@@ -334,7 +334,7 @@ def main(argv=None):
     images = load_mnist(args.mnist)
     start_time = time.perf_counter()
     if args.sweep:  # instead of the study
-        record = {"seed": 0, "steps": STEPS, "train": sweep(images)}
+        record = {"steps": STEPS, "train": sweep(images)}
         record["seconds"] = time.perf_counter() - start_time
         save_json(out / "sonew-cpu-sweep.json", record, "experiments.sonew")
         return record

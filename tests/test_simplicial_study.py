@@ -4,7 +4,6 @@ import itertools
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 import simplicial
@@ -66,9 +65,13 @@ def test_chance_levels():
     assert abs((y == 0).float().mean() - 0.25) < 0.02
 
 
-def test_study(tmp_path, capsys):
+def test_study(tmp_path, capsys, monkeypatch):
+    assert len(set(study.SEEDS)) == 8
+    monkeypatch.setattr(study, "SEEDS", (1, 2))
+    for name, task in study.TASKS.items():
+        monkeypatch.setitem(study.TASKS, name, task._replace(steps=2))
     out = str(tmp_path / "results")
-    result = study.main(["--out", out], "a study", seeds=(1, 2), steps=2)
+    result = simplicial.main(["--out", out])
     assert {p.name for p in Path(out).iterdir()} == {"simplicial-cpu.json", "simplicial-cpu.png"}
     record = json.loads(Path(out, "simplicial-cpu.json").read_text())
     for key in ("command", "commit", "hardware", "versions", "seconds", "question", "metric"):
@@ -93,20 +96,20 @@ def test_study(tmp_path, capsys):
             assert difference["n"] == 2
             assert abs(difference["mean"] - (first + second) / 2) < 1e-12
             assert abs(difference["half_width_95"] - half_width) < 1e-9
-    assert len(set(study.SEEDS)) == 8
     assert result["match3_by_hand"] == dict.fromkeys(result["match3_by_hand"], 1.0)
     assert "commonest value" in capsys.readouterr().out
     refused(["--full"], "--full", main=simplicial.main)
 
 
-def test_runs_of_a_seed_see_the_same_examples():
-    a, b = (study.train_task("composition", "softmax", 3, 4) for _ in range(2))
+def test_runs_of_a_seed_see_the_same_examples(monkeypatch):
+    task = study.TASKS["composition"]
+    monkeypatch.setitem(study.TASKS, "composition", task._replace(steps=4))
+    a, b = (study.train_task("composition", "softmax", 3) for _ in range(2))
     assert a["value"] == b["value"]
     assert a["seed"] == 3
 
     # record the batches of two variants with one seed
     batches = {}
-    task = study.TASKS["composition"]
     for name in ("softmax", "gate"):
         batches[name] = []
 
@@ -115,10 +118,9 @@ def test_runs_of_a_seed_see_the_same_examples():
             seen.append(x)
             return x, y
 
-        with pytest.MonkeyPatch.context() as patch:
-            recording_task = task._replace(make_batch=recording_make_batch)
-            patch.setitem(study.TASKS, "composition", recording_task)
-            study.train_task("composition", name, 3, 2)
+        recording_task = task._replace(make_batch=recording_make_batch, steps=2)
+        monkeypatch.setitem(study.TASKS, "composition", recording_task)
+        study.train_task("composition", name, 3)
     assert len(batches["gate"]) == 3, "two steps and an evaluation draw one batch each"
     assert not torch.equal(batches["gate"][0], batches["gate"][1])
     for x_softmax, x_gate in zip(batches["softmax"], batches["gate"], strict=True):
