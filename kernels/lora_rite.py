@@ -550,7 +550,7 @@ def moment_kernel(
 ):  # fmt: skip
     """Update V, Rx^-1 and the scalars in the state of a factor x, and prepare launch 4.
 
-    It does the (r, r) part of lora_rite.TorchBatch.finish. h = grad Ry^-1 is the unmagnified gradient.
+    It does the (r, r) part of TorchBatch.finish. h = grad Ry^-1 is the unmagnified gradient.
     """
     factor = tl.program_id(0)
     x_row_ptr = table_ptr + factor * COLUMNS
