@@ -157,8 +157,7 @@ def train_variant(name, setting, images, seed):
 
     train_loss = evaluate(net, train_images[:10000])
     curve.append([STEPS, train_loss])
-    test_loss = evaluate(net, test_images)
-    run = {"seed": seed, "value": test_loss, "train": train_loss, "curve": curve}
+    run = {"seed": seed, "value": evaluate(net, test_images), "train": train_loss, "curve": curve}
     run["seconds"] = time.perf_counter() - start_time
     return run
 
@@ -166,8 +165,7 @@ def train_variant(name, setting, images, seed):
 def sweep(images):
     """Train with every setting of each variant's grid, on two seeds that are not used afterwards.
 
-    Returns {variant: [[lr, momentum or eps, mean training loss], ...]}, the best setting first. A
-    loss that is not finite comes last.
+    Returns {variant: [[lr, momentum or eps, mean training loss], ...]}, the best setting first.
     """
     results = {}
     for name, variant in VARIANTS.items():
@@ -175,7 +173,7 @@ def sweep(images):
         for setting in itertools.product(variant.lrs, variant.momentum_or_eps):
             runs = [train_variant(name, setting, images, seed) for seed in harness.SWEEP_SEEDS]
             rows.append([*setting, statistics.mean(run["train"] for run in runs)])
-        rows.sort(key=lambda row: row[2] if math.isfinite(row[2]) else math.inf)
+        rows.sort(key=lambda row: row[2] if math.isfinite(row[2]) else math.inf)  # NaN last
         results[name] = rows
         lr, momentum_or_eps, loss = rows[0]
         print(f"{name:18s} lr {lr:g}, momentum or eps {momentum_or_eps:g}: {loss:.1f}", flush=True)
@@ -240,9 +238,8 @@ def banded_inverse(C, band):
     S = [F.pad(C.diagonal(k), (0, k))[None] for k in range(band + 1)]
     psi, s = factor(S, 1e-12)
 
-    # precondition(e_i) is X e_i for the unit vector e_i: column i of X, which is also row i
-    identity = torch.eye(len(C), dtype=C.dtype)
-    return torch.cat([precondition(e[None], psi, s) for e in identity])
+    # it maps each row e_i of the identity to X e_i: column i of X, which is also row i
+    return precondition(torch.eye(len(C), dtype=C.dtype), psi, s)
 
 
 def logdet_divergence(X, C):
@@ -321,8 +318,7 @@ def plot_statistics(axes, C, inverses):
 
 def main(argv=None):
     parser = harness.study_parser(__doc__, on_gpus="train GPTs with SONew and with AdamW")
-    mnist = "the images; default: out/mnist.npz, downloaded"
-    parser.add_argument("--mnist", metavar="FILE", help=mnist)
+    parser.add_argument("--mnist", metavar="FILE", help="default: out/mnist.npz, downloaded")
     parser.add_argument("--sweep", action="store_true", help="search the learning rates again")
     args = parser.parse_args(argv)
     out = harness.check_writable(args.out)
