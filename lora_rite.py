@@ -65,6 +65,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_PLANS = 16  # cached, see LoRARITE.find_batches; gradients alternate between a few addresses
 
 # --------------------------------------------------------------------------------------------------
@@ -348,14 +349,29 @@ def new_state(p, rank):
     return {"M": torch.zeros(p.shape, dtype=dtype, device=p.device), "packed": packed}
 
 
+def is_valid_state(saved, rank, expected):
+    """Return whether a saved state has the names, shapes and ranges of the `expected` one."""
+    if not isinstance(saved, dict) or saved.keys() != expected.keys():
+        return False
+    for name, t in saved.items():
+        if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta:
+            return False
+        if t.shape != expected[name].shape or t.dtype not in FLOATS or not t.isfinite().all():
+            return False
+    numbers = unpack(saved["packed"], rank)
+    is_negative = min(numbers.rho, numbers.step, numbers.lr, numbers.skipped) < 0
+    return not is_negative and numbers.shrink != 0
+
+
+@torch.no_grad()
 def copy_state(p, rank, saved):
     """Return a copy of the saved state of p, in the dtypes and on the device of a new one."""
     state = new_state(p, rank)
+    if not is_valid_state(saved, rank, state):
+        raise ValueError(
+            f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
+        )
     for name, tensor in state.items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise ValueError(
-                f"the state of a factor {tuple(p.shape)} is not one of LoRA-RITE at rank {rank}"
-            )
         tensor.copy_(saved[name])
     return state
 
@@ -367,7 +383,7 @@ class LoRARITE(torch.optim.Optimizer):
     clip          limit on the norm of the unmagnified gradients of all pairs; 0: no limit
     weight_decay  decoupled, x -= lr weight_decay x
     escape        add what the second moment loses between bases to all its eigenvalues
-    use_kernel    None: for CUDA tensors; True: on a CPU too (interpreted); False: never
+    use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
     The state of a parameter is "M" in float32 or float64, and "packed": the numbers of its
     FactorState as one float64 tensor.
@@ -375,6 +391,8 @@ class LoRARITE(torch.optim.Optimizer):
 
     A factor is not updated if its gradient is missing, or if the gradient or its square is not
     finite. The FactorState counts the latter as skipped.
+
+    Raises ValueError if an option is out of range or a parameter has no partner.
     """
 
     clips_gradients = False  # the norm of raw gradients depends on how Z is factored
@@ -383,6 +401,8 @@ class LoRARITE(torch.optim.Optimizer):
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, *, clip=1.0, weight_decay=0.0,
         escape=False, use_kernel=None,
     ):  # fmt: skip
+        if use_kernel and kernel is None:
+            raise ValueError("the kernel of LoRA-RITE needs Triton: pip install triton")
         self.use_kernel = use_kernel
         self.plans = {}  # {addresses of all tensors: the batches of a step}
         self.captured_plans = []  # CUDA graphs read these at each replay, so they are never freed
@@ -401,8 +421,9 @@ class LoRARITE(torch.optim.Optimizer):
         if not group["pair"] or len(group["params"]) % 2:
             raise ValueError("LoRA-RITE trains factors in pairs A, B only: use --adapter lora_rite")
         for A, B in pairs_of(group):
-            if not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
-                shapes = tuple(A.shape), tuple(B.shape)
+            fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+            if not fits or 0 in (*A.shape, *B.shape):
+                shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
                 raise ValueError(f"{shapes} are no pair A (r, n), B (m, r)")
 
     @torch.no_grad()
@@ -414,6 +435,8 @@ class LoRARITE(torch.optim.Optimizer):
 
         # Gram matrices, and the squared norm of the unmagnified gradients of all pairs
         batches = self.find_batches()
+        if not batches:
+            return loss
         norms_squared = [batch.measure() for _, batch in batches]
         total = sum(t.to(norms_squared[0].device) for t in norms_squared)
 
@@ -424,16 +447,29 @@ class LoRARITE(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict):
-        """Load a copy of a state, in its own dtypes. Raises ValueError if it does not fit."""
-        states = {}
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
-            for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
-                rank = p.shape[0] if i % 2 == 0 else p.shape[1]  # A (r, n), B (m, r), A, B, ...
-                if state_dict["state"].get(index):
-                    states[p] = copy_state(p, rank, state_dict["state"][index])
-        super().load_state_dict(state_dict)  # casts the state to the dtype of the parameters
-        self.state.update(states)
-        self.plans = {}  # the cached batches hold the tensors of the state before
+        """Load a copy of a state as torch.optim.Adam does, hooks included, with its own dtypes.
+
+        PyTorch would cast it to the dtype of the parameters. Raises ValueError if it does not fit.
+        """
+        states = {}  # parameter: state
+
+        def copy_states(_, saved):
+            for group, saved_group in zip(self.param_groups, saved["param_groups"]):
+                # A (r, n), B (m, r), A, B, ...; PyTorch has checked that there are as many
+                for i, (p, index) in enumerate(zip(group["params"], saved_group["params"])):
+                    rank = p.shape[0] if i % 2 == 0 else p.shape[1]
+                    if saved["state"].get(index):
+                        states[p] = copy_state(p, rank, saved["state"][index])
+
+        def install_states(_):
+            self.state.update(states)
+            self.plans = {}  # the cached batches hold the tensors of the state before
+
+        # copy after the user's pre-hooks, which may change state_dict; install before post-hooks
+        pre_hook = self.register_load_state_dict_pre_hook(copy_states)
+        post_hook = self.register_load_state_dict_post_hook(install_states, prepend=True)
+        with pre_hook, post_hook:  # removes both at the end
+            super().load_state_dict(state_dict)
 
     # -- batches: which pairs are stepped together ------------------------------------------------
 

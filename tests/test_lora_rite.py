@@ -420,10 +420,12 @@ def test_bad_options_are_refused(options, part):
 
 def test_what_is_no_pair_is_refused():
     A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+    empty = nn.Parameter(torch.zeros(0, 4))
+    no_rank = nn.Parameter(torch.zeros(0, 6)), nn.Parameter(torch.zeros(5, 0))
     vector = nn.Parameter(torch.zeros(4))
-    for params in ([B, A], [A, vector]):
+    for params in ([B, A], [A, empty], no_rank, [A, vector]):
         with pytest.raises(ValueError, match="are no pair"):
-            LoRARITE([{"params": params, "pair": True}])
+            LoRARITE([{"params": list(params), "pair": True}])
     for group in ({"params": [A, B]}, {"params": [A], "pair": True}):
         with pytest.raises(ValueError, match="in pairs"):
             LoRARITE([group])

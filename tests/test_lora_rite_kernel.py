@@ -337,11 +337,14 @@ def test_what_the_kernel_does_not_take():
     assert not kernel.takes(huge, small)
 
 
-def test_without_a_gpu_pytorch_is_the_default():
+def test_without_a_gpu_pytorch_is_the_default(monkeypatch):
     pairs, grads = problem([(3, 20, 12)], 2, torch.float32)
     by_default, _ = run(None, pairs, grads, torch.float32, "cpu")
     eager, _ = run(EAGER, pairs, grads, torch.float32, "cpu")
     assert is_equal(by_default, eager)
+    monkeypatch.setattr(lora_rite, "kernel", None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        run(KERNEL, pairs, grads, torch.float32)
 
 
 TYPES = {

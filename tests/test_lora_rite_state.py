@@ -1,6 +1,7 @@
 """The state of LoRA-RITE: through a file, with hooks, and what is no such state."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -45,12 +46,32 @@ def test_the_state_goes_through_a_file(dtype, options, tmp_path):
     assert is_equal(optimizer.state_dict(), resumed.state_dict())
 
 
-def test_load_state_dict_copies_the_dict():
+def test_load_state_dict_respects_hooks_as_adam_does():
+    """A pre-hook may replace the state dict; post-hooks see the loaded state; memory is copied."""
     grads, [(parameters, optimizer), (loaded_parameters, loaded)] = some_nets()
     run_steps(optimizer, parameters, grads, range(2))
     saved = optimizer.state_dict()
-    before = copy.deepcopy(saved)
+    seen_by_post_hook = []
+
+    def pre_hook(optimizer, state_dict):
+        state = {i: {**s, "M": s["M"] + 1} for i, s in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    def post_hook(optimizer):
+        seen_by_post_hook.append(optimizer.state[loaded_parameters[0]]["packed"].clone())
+
+    loaded.register_load_state_dict_pre_hook(pre_hook)
+    loaded.register_load_state_dict_post_hook(post_hook)
     loaded.load_state_dict(saved)
+    for p, loaded_p in zip(parameters, loaded_parameters):
+        state = optimizer.state[p]
+        loaded_state = loaded.state[loaded_p]
+        assert torch.equal(loaded_state["M"], state["M"] + 1)
+        assert torch.equal(loaded_state["packed"], state["packed"])
+        assert loaded_state["packed"].dtype == torch.float64
+    assert torch.equal(seen_by_post_hook[0], optimizer.state[parameters[0]]["packed"])
+
+    before = copy.deepcopy(saved)
     run_steps(loaded, loaded_parameters, grads, range(2, 4))
     assert is_equal(saved, before), "steps should not write to the dict that was loaded"
 
@@ -58,8 +79,16 @@ def test_load_state_dict_copies_the_dict():
 BAD_STATES = {
     "M of another shape": lambda s: dict(s, M=torch.ones(3)),
     "packed is short": lambda s: dict(s, packed=s["packed"][:-1]),
+    "NaN": lambda s: dict(s, packed=s["packed"] * math.nan),
+    "meta": lambda s: dict(s, M=s["M"].to("meta")),
+    "sparse": lambda s: dict(s, M=s["M"].to_sparse()),
+    "integers": lambda s: dict(s, M=s["M"].long()),
+    "strings": lambda s: dict(s, M="M"),
     "M is missing": lambda s: {"packed": s["packed"]},
-    "Adam's": lambda s: {"step": torch.ones(()), "exp_avg": s["M"], "exp_avg_sq": s["M"]},
+    "more than that": lambda s: dict(s, exp_avg=s["M"]),
+    "a negative step": lambda s: dict(s, packed=s["packed"] * -1),
+    "shrink 0": lambda s: dict(s, packed=s["packed"] * 0),
+    "a list": lambda s: [1, 2],
 }
 
 
