@@ -1,4 +1,4 @@
-"""All on: do the gains of LASER, 2-simplicial attention and SONew add up?
+"""Do the gains of LASER, 2-simplicial attention and SONew add up?
 
 python experiments/all_ideas.py               the same GPT and data, on GPUs
 python experiments/all_ideas.py --minutes 8   stop then; call again to go on

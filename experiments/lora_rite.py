@@ -13,6 +13,8 @@ arXiv 2402.12354), which is AdamW with a larger learning rate for B.
 
     python lora_rite.py           a minute and a half on two CPU cores
     python lora_rite.py --full    fine-tuning of a real model, on GPUs
+    python train.py --init HuggingFaceTB/SmolLM2-135M --data answers.jsonl
+        --adapter lora_rite --optim lora_rite    fine-tune with it
 
 The base model is a tiny GPT trained on Python's standard library; it is adapted
 to Python's manual. Writes results/lora_rite-cpu.json and .png.

@@ -17,8 +17,9 @@ a loss of 206, late or not at all, at every setting of the sweep. Ablations:
 Part 2 applies SONew's closed form to statistics of real gradients, and measures
 how far the inverse is from exact: the LogDet divergence.
 
-    python sonew.py           two minutes on two CPU cores
-    python sonew.py --full    language models, on GPUs
+    python sonew.py                 two minutes on two CPU cores
+    python sonew.py --full          language models, on GPUs
+    python train.py --optim sonew   train a GPT with it
 
 Writes results/sonew-cpu.json and .png.
 """
