@@ -29,7 +29,6 @@ RESULTS = REPOSITORY / "results"
 
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
-STUDY_HEADER = ["baseline", "variant", "difference, 95% interval", ""]
 
 
 def load_results():
@@ -90,6 +89,10 @@ def idea_row(idea, records):
     commands = [f"`{command}`, {time}" for command, time in times.items()]
     link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
     files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
+    kernels = records.get("kernels", {}).get("kernels", {})
+    if idea.file in kernels:
+        _, shape, peer, ours, *_ = kernel_rows(idea.file, kernels[idea.file])[0]
+        files += f"<br>{ours} ms, best peer {peer}; {shape}"
     return [link, idea.claim, "<br>".join(measured), files, "<br>".join(commands)]
 
 
@@ -140,7 +143,7 @@ def together_text(record):
 def minutes_of(record):
     """Return how long a study took. On several GPUs its runs add up."""
     minutes = f"{record['seconds'] / 60:.0f} min"
-    _, _, gpu = record["hardware"].partition("NVIDIA ")
+    gpu = record["hardware"].partition("NVIDIA ")[2]
     return f"{minutes} of one {gpu}" if gpu else minutes
 
 
@@ -156,7 +159,7 @@ def file_link(path):
 
 
 def study_rows(record):
-    """Return a row for each difference between a variant and a baseline, as in STUDY_HEADER."""
+    """Return a row for each difference: baseline, variant, difference, whether it is resolved."""
     differences = list(record["differences"].items())
     differences += record.get("differences_at_equal_seconds", {}).items()  # to other baselines
 
@@ -180,11 +183,13 @@ def kernels_table(record):
     """Return the table of our kernels, each compared with the fastest peer."""
     rows = []
     for kernel, measured in record["kernels"].items():
-        peers = [row for row in measured if is_peer(kernel, row)]
-        for row in measured:
-            if is_ours(row):
-                rows.append(kernel_row(kernel, row, peers))
+        rows += kernel_rows(kernel, measured)
     return table(["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"], rows)
+
+
+def kernel_rows(kernel, measured):
+    peers = [row for row in measured if is_peer(kernel, row)]
+    return [kernel_row(kernel, row, peers) for row in measured if is_ours(row)]
 
 
 def kernel_row(kernel, ours, peers):
@@ -242,21 +247,12 @@ def all_tables(records):
     if "all-gpu" in records:
         parts.append(together_text(records["all-gpu"]))
     parts.append(ideas_table(records))
-    if "kernels" in records:
-        record = records["kernels"]
-        parts.append(f"Kernels, forward + backward or one step ({made_on(record)}):")
-        parts.append(kernels_table(record))
     if "bench_train" in records:
         record = records["bench_train"]
-        parts.append(
-            f"Time of a training step with GPT-2's vocabulary, and its ratio ({made_on(record)}):"
-        )
+        made_on = f"{record['hardware']}, torch {record['versions']['torch']}"
+        parts.append(f"Time of a training step with GPT-2's vocabulary, and its ratio ({made_on}):")
         parts.append(steps_table(record))
     return "\n\n".join(parts)
-
-
-def made_on(record):
-    return f"{record['hardware']}, torch {record['versions']['torch']}"
 
 
 def results_readme(records):
@@ -279,7 +275,8 @@ def results_readme(records):
         parts.append("\n".join(origin))
         if "differences" in record:
             parts.append(f"Metric: {record['metric']}.")
-            parts.append(table(STUDY_HEADER, study_rows(record)))
+            header = ["baseline", "variant", "difference, 95% interval", ""]
+            parts.append(table(header, study_rows(record)))
         if "kernels" in record:
             parts.append(kernels_table(record))
         if "shapes" in record:
