@@ -183,13 +183,13 @@ def inverse_root(K):
 def projection(Ry_inv, yy, yM, x_old, y_old):
     """Return P = U^T U_old (..., r, r), which moves V and M of a factor x into the new basis.
 
-    yy, yM: y^T y and y^T M, of the partner y. x_old, y_old: the FactorStates after the last step.
-
-    The basis is that of y = U Ry. Before its last step it was y_old = U_old Ry_old, so
+    The basis is U, from the QR decomposition y = U Ry of the partner y. It was U_old before the
+    last step. yy = y^T y; yM = y^T M, where M is the first moment of y. x_old and y_old are the
+    FactorStates after the last step, with Rx_old^-1 and Ry_old^-1. As U = y Ry^-1,
 
         P = Ry^-T (y^T y_old) Ry_old^-1
 
-    We do not store y_old. The last step was y = shrink y_old - lr M Rx_old^-T. Multiply by y^T:
+    We do not store y_old, but the last step was y = shrink y_old - lr M Rx_old^-T. Multiply by y^T:
 
         shrink (y^T y_old) = y^T y + lr (y^T M) Rx_old^-T
     """

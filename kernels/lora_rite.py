@@ -445,8 +445,10 @@ def root_kernel(
 ):  # fmt: skip
     """Compute Ry^-1, h^T h, P and P V P^T of a factor x, whose partner is y.
 
-    Names of matrices (r, r): gg = grad^T grad, hh = h^T h, yy = y^T y, and yM = y^T M with the M
-    of y. Rx_inv_old and Ry_inv_old are the Rx^-1 and Ry^-1 of the last step.
+    h = grad Ry^-1 is the unmagnified gradient of x, where Ry^T Ry = y^T y. Matrices are (r, r),
+    padded to R x R: gg = grad^T grad, hh = h^T h, yy = y^T y, and yM = y^T M with the M of y.
+    Rx_inv_old and Ry_inv_old are the Rx^-1 and Ry^-1 of the last step. runtime_R equals R, but the
+    compiler does not know it; see matmul.
 
     Matrices are stored and loaded again each time they are needed, because registers are scarce. A
     barrier waits for the stores of all threads.

@@ -5,13 +5,14 @@ is ordinary attention with the query q_i * k2_{i-d}. So the kernels compute rows
 query i with offset d, and it attends to k and v in the window w1. A tile is what a program computes
 at once: QUERIES queries with OFFSETS offsets each, ROWS = QUERIES * OFFSETS rows.
 
-    forward_kernel       o_i = sum_d share_id * (output of row d) * v2_{i-d}, where share_id is the
-                         part of row d in the softmax of query i over all its pairs
+    forward_kernel       o_i = sum_d share_{i,d} * (output of row (i, d)) * v2_{i-d}, where share
+                         is the part of the row in the softmax of query i over all its pairs
     repair_kernel        again, with a running maximum, for queries with huge scores, inf or NaN
     dq_dk2_dv2_kernel    P = exp(S - lse_i), dP = (do_i * v2_{i-d}) . v_j, dS = P * (dP - delta_i)
-                         dq_i = sum_d (dS K)_id * k2_{i-d}
-                         dk2_{i-d} += (dS K)_id * q_i, dv2_{i-d} += (P V)_id * do_i
-    dk_dv_kernel         dk_j = sum_id dS * (q_i * k2_{i-d}), dv_j = sum_id P * (do_i * v2_{i-d})
+                         dq_i = sum_d (dS K)_{i,d} * k2_{i-d}
+                         dk2_{i-d} += (dS K)_{i,d} * q_i, dv2_{i-d} += (P V)_{i,d} * do_i
+    dk_dv_kernel         dk_j = sum over rows (i, d) of dS * (q_i * k2_{i-d})
+                         dv_j = sum over rows (i, d) of P * (do_i * v2_{i-d})
 
 S are the scores of a row and P its weights in the softmax of its query, whose log-sum-exp is lse_i;
 delta_i = do_i . o_i. If w2 > w1, (k, v) and (k2, v2) change places. No atomics: two runs give the
@@ -1004,6 +1005,7 @@ def forward(
     tensors = q, k, v, k_blocks, v_blocks, k2, v2, o, lse
 
     tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])  # blocks of QUERIES queries per KV head
+    # on Hopper in Gluon, which reads keys itself; else in Triton, which reads k_blocks too
     plan = hopper_plan(q, k, min(w1, Tk), min(w2, Tk2))
     if plan is not None:
         hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)

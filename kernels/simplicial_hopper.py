@@ -338,7 +338,8 @@ def exponentials(s, inputs, start, is_partial: gl.constexpr):
     There P is 0 where row i does not see key j, that is unless i - w1 < j <= i.
     """
     if is_partial:
-        # i: the position of each row's query; j: of each key, which is hidden before position 0
+        # i [ROWS, 1]: the position of each row's query. j [1, keys]: the position of each key. A
+        # block may start before position 0, where there is no key.
         i = gl.convert_layout(inputs.position, gl.SliceLayout(1, s.type.layout))[:, None]
         j = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
         is_visible = (j <= i) & (j > gl.maximum(i - inputs.w1, -1))

@@ -86,7 +86,7 @@ FAR = tl.constexpr(2**29)  # longer than any chunk
 @triton.jit
 def split_quads(x, LINES: tl.constexpr):
     """Return x[:, :, 0] ... x[:, :, 3], [32, LINES] each (the phases). No data changes threads."""
-    # phases 0 1 2 3 are reshaped to [[0, 1], [2, 3]]; tl.split takes the last axis apart
+    # reshape the phases 0 1 2 3 to [[0, 1], [2, 3]]; tl.split returns the columns of the last axis
     even, odd = tl.split(tl.reshape(x, (32, LINES, 2, 2)))  # phases 0 and 2, phases 1 and 3
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -96,7 +96,8 @@ def split_quads(x, LINES: tl.constexpr):
 @triton.jit
 def join_quads(phases, LINES: tl.constexpr, L: tl.constexpr):
     """Return x [32, LINES, 4] with x[:, :, p] = phases[p], for p = 0 ... 3. L: layout, or None."""
-    # tl.join adds a last axis: phases [0, 2] and [1, 3] become [[0, 1], [2, 3]], and then 0 1 2 3
+    # undo split_quads. tl.join makes the columns of a new last axis from its arguments: (0, 2) and
+    # (1, 3) become [[0, 1], [2, 3]], which is reshaped to 0 1 2 3
     even = tl.join(phases[0], phases[2])
     odd = tl.join(phases[1], phases[3])
     x = tl.reshape(tl.join(even, odd), (32, LINES, 4))
@@ -503,12 +504,13 @@ def halo_kernel(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step_kernel(
-    table_ptr, items_ptr,  # int64: (T, COLUMNS); (2 programs, 2), tensor and run, from `schedule`
-    halo_ptr, u_ptr,  # (programs, RUN, BAND + 3, 8), (programs, RUN, 128 LINES)
-    partial_ptr, total_ptr,  # (programs, SUMS), (T, SUMS)
-    counters_ptr,  # (2 T + 1) int32: T times done, T times ready, see publish_sums; one not used
-    n_tensors,  # T
-    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,
+    table_ptr,  # (T, COLUMNS) int64: addresses and sizes of each tensor
+    items_ptr,  # (2 programs, 2) int64: the tensor and the run of each program, from `schedule`
+    halo_ptr,  # (programs, RUN, BAND + 3, 8): copies of the elements next to each chunk
+    u_ptr,  # (programs, RUN, 128 LINES): the directions u
+    partial_ptr, total_ptr,  # sums over each run (programs, SUMS), and over each tensor (T, SUMS)
+    counters_ptr, n_tensors,  # int32: T numbers of runs that are done, T flags: sums are ready
+    beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,  # new = 1 - beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, BAND: tl.constexpr,
     ADAM: tl.constexpr, LR_ON_DEVICE: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr,
     LINES: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,

@@ -10,12 +10,12 @@ kernel). A program updates the statistics of a run, stores its u in a ring buffe
 two runs, and publishes its sums. Before it takes another run, it applies u of the run before the
 last. By then, the norms of that run's tensor are mostly known.
 
-Memory traffic: 8 b + 28 bytes per fp32 parameter at band b. On an H200 for 125 M parameters: 0.95,
-1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
+Memory traffic: 8 b + 28 bytes per fp32 parameter, where b is the band. On an H200 for 125 M
+parameters: 0.95, 1.25 and 2.17 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
 
-Limits: those of sonew_fused.py, and a tensor may have no more runs than there are programs.
-Otherwise, all programs could wait for the norms of a tensor while no program is free to take its
-remaining runs.
+Limits: those of sonew_fused.py, and a tensor may not have more runs than there are programs. If it
+had more, every program could wait for its norms, and none would be free to take the runs that the
+norms still need.
 """
 
 from typing import NamedTuple
@@ -85,8 +85,9 @@ class Launch(NamedTuple):
 
     table_ptr: gl.tensor  # (T, COLUMNS): addresses and sizes of each tensor
     items_ptr: gl.tensor  # (R, 2): the tensor of a run, and the run's number in it
-    halo_ptr: gl.tensor  # (R * RUN, BAND + 3, 8): copies of the elements next to each chunk
-    partial_ptr: gl.tensor  # (R, SUMS): sums of a^2, u^2 and sqrt(S_0) over each run
+    halo_ptr: gl.tensor  # (R * RUN, BAND + 3, 8): of each chunk, the 8 elements next to it in g,
+    # m and S_0 ... S_BAND: 4 before its start and 4 after its end
+    partial_ptr: gl.tensor  # (R, SUMS): over each run, sums of a^2 (a: Adam's step), u^2, sqrt(S_0)
     total_ptr: gl.tensor  # (T, SUMS): the same over each tensor
     done_ptr: gl.tensor  # (T,): how many runs of a tensor have published their sums
     ready_ptr: gl.tensor  # (T,): 1 once total_ptr has the tensor's sums

@@ -337,7 +337,7 @@ def test_missing_gradients():
             has_moved = not torch.equal(p, before[i])
             assert has_moved == (i not in missing), i
 
-        # x_old = (x + lr M R^-T) / shrink, with R of the partner
+        # the step was x = shrink x_old - lr M R^-T, with the partner's R: undo it
         for i, p in enumerate(ps):
             partner = i ^ 1  # parameters 0 and 1 are a pair, 2 and 3 too
             if i in missing and partner in missing:

@@ -304,11 +304,11 @@ def test_gradients_of_what_is_not_finite():
 def test_compiled_code_keeps_what_is_not_finite():
     """Inductor would fold 0 * x into 0, although 0 * inf is NaN."""
     inputs = [t.contiguous() for t in make_inputs(24, 24, D=8, dtype=torch.float32)]
-    inputs[2][0, 1, 12, 3] = math.inf
+    inputs[2][0, 1, 12, 3] = math.inf  # in v, KV head 1 (query heads 2 and 3), key 12
     compiled = torch.compile(simplicial.nan_or_zero, fullgraph=True)
     for function in simplicial.nan_or_zero, compiled:
         expected = torch.zeros(2, 4, 24, 1)
-        expected[0, 2:, 12:17] = math.nan
+        expected[0, 2:, 12:17] = math.nan  # the queries that see key 12 in a window of 5
         assert torch.equal(function(*inputs, 5, 3).isnan(), expected.isnan())
     torch.compiler.reset()
 

@@ -204,7 +204,7 @@ def test_refuses_what_does_not_fit():
         refused(q, k, k, bad, "integers")
     assert kernel.span_attention(q, k, k, torch.tensor([40])).isfinite().all()  # the last key
     refused(q, k.half(), k, start, "one dtype")
-    refused(q, k[:, :-1], k, start, "twice")
+    refused(q, k[:, :-1], k, start, "twice")  # k and v must have the same shape, given twice
     refused(q[0], k, k, start, "S, H, n, D")
     refused(q[:, :3], k, k, start, "fit together")
     refused(q, k[:0], k[:0], start, "fit together")
