@@ -311,13 +311,14 @@ class TorchBatch:
             x = shrink[i].to(dtype) * self.x[i].to(dtype) - M @ x_matrix[i].to(dtype)
             torch._foreach_copy_(moments[i], list(M))
             torch._foreach_copy_(parameters[i], list(x))
-        del self.x, self.M, self.grad  # free this memory until the next step
-
         # state
         skipped = old.skipped + ~self.is_finite
         state = FactorState(V, self.Rx_inv, rho, step, lr, shrink, skipped)
         packed = torch.cat([field.flatten(-2) for field in state], -1)  # as `unpack` reads it
         torch._foreach_copy_([s["packed"] for s in self.states], list(packed.flatten(0, 1)))
+
+        # free this memory until the next step
+        del self.x, self.M, self.grad, self.Rx_inv, self.hh, self.is_finite, self.old, self.P
 
 
 # --------------------------------------------------------------------------------------------------

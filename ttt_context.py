@@ -153,7 +153,7 @@ def span_loss(model, caches, ids, starts, n):
     because the last token of a span needs a token after it as its target.
     """
     T = len(ids)
-    if starts.min() < 0 or starts.max() + n >= T:
+    if n < 1 or len(starts) == 0 or starts.min() < 0 or starts.max() + n >= T:
         raise ValueError(f"spans of {n} tokens at {starts.tolist()} do not fit in a text of {T}")
 
     # the position of each token, and the RoPE angles of all T positions
@@ -165,7 +165,7 @@ def span_loss(model, caches, ids, starts, n):
     # values of the spans, which are not used. In Qwen3-4B these are 3% of the FLOPs of a step.
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
-    for layer, cache in zip(model.layers, caches):
+    for layer, cache in zip(model.layers, caches, strict=True):
         frozen = FrozenCache(*cache.tensors, starts, use_kernel)
         x = layer(x, cos[positions], sin[positions], frozen)
     x = model.norm(x).flatten(0, 1)  # (S * n, C)

@@ -19,7 +19,8 @@ from support.cli import Parser
 from support.files import atomic_write
 
 # Learning rates are chosen on seeds that are not used afterwards. The second one decides between
-# rates whose losses on the first one are close to the best, since seeds differ by 0.1 to 0.4%.
+# rates whose losses on the first one are close to the best; over seeds, the standard deviation of
+# the loss of a GPT is 0.1 to 0.4%.
 SWEEP_SEEDS = (100, 101)
 CLOSE = 0.004  # relative to the best loss
 

@@ -42,7 +42,7 @@ class Study(NamedTuple):
     question: str
     variants: dict  # name: flags; the first one is the baseline
     longer_baseline: dict = {}  # one name: flags
-    equal_seconds: tuple = ()  # variants that take no more time than the longer baseline
+    equal_seconds: tuple = ()  # variants to compare with the longer baseline
     controls: dict = {}
     seeds: tuple = SEEDS
     flags: str = FLAGS

@@ -77,6 +77,21 @@ FULL = {
 }
 
 
+def make_jobs(recipe, is_full):
+    """Return a job for each seed and norm, with all lengths; with is_full, one for each length."""
+    settings = {name: recipe[name] for name in recipe if name not in ("seeds", "lengths")}
+    lengths_of_jobs = [recipe["lengths"]]
+    if is_full:
+        lengths_of_jobs = [[T] for T in reversed(recipe["lengths"])]  # the slowest jobs first
+
+    jobs = []
+    for lengths, seed, norm in itertools.product(lengths_of_jobs, recipe["seeds"], NORMS):
+        job = {"recipe": settings, "seed": seed, "norm": norm, "lengths": lengths}
+        job["device"] = "" if is_full else "cpu"
+        jobs.append(job)
+    return jobs
+
+
 def cached_study(job):
     """Return study_model(job), from the disk cache if the result is there."""
     key = [job, code_hashes("experiments.ttt_variants")]
@@ -180,10 +195,7 @@ def run(out, recipe, is_full=False, deadline=float("inf")):
     """Run the study: write JSON and figure, print the result, return the record."""
     # train the models and ask them
     start_time = time.perf_counter()
-    jobs = []
-    for seed, norm in itertools.product(recipe["seeds"], NORMS):
-        device = "" if is_full else "cpu"
-        jobs.append({"recipe": recipe, "seed": seed, "norm": norm, "device": device})
+    jobs = make_jobs(recipe, is_full)
     if is_full:
         results = runner.parallel(cached_study, jobs, deadline=deadline)
         seconds = sum(result["seconds"] for result in results)

@@ -292,7 +292,7 @@ def compare_variants(model, task, T, recipe, seed):
 def study_model(job):
     """Train one model and compare the variants on it, for both tasks and all lengths.
 
-    job: {recipe, seed, norm, device}. Returns {"scores", "seconds"}, where scores is
+    job: {recipe, seed, norm, lengths, device}. Returns {"scores", "seconds"}, where scores is
     {"task, norm, T: variant": the variant's entry from compare_variants}.
     """
     start_time = time.perf_counter()
@@ -302,7 +302,7 @@ def study_model(job):
     device = distributed.pick_device(job["device"])
     model = ttt_sandbox.train_model(recipe, norm, seed, device)
     scores = {}
-    for task, T in itertools.product(TASKS, recipe["lengths"]):
+    for task, T in itertools.product(TASKS, job["lengths"]):
         for variant, found in compare_variants(model, task, T, recipe, seed).items():
             scores[f"{task}, {norm}, {T}: {variant}"] = found
     return {"scores": scores, "seconds": time.perf_counter() - start_time}

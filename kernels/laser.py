@@ -530,7 +530,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 def get_configs(dtype, D, is_hopper):
     """Return the launch options of attn_fwd_kernel, attn_bwd_dq_kernel and attn_bwd_dkdv_kernel."""
     # (BLOCK_M, BLOCK_N, num_warps, num_stages) of the three kernels, in this order
-    # On Hopper, the sizes for bfloat16 are the largest that spill no registers.
+    # the fastest ones measured; see NOTES.md
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:

@@ -346,6 +346,9 @@ def atomic_folder(folder):
             draft = Path(temp_folder, folder.name)
             draft.mkdir()
             yield draft
+            for path in draft.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -431,6 +434,8 @@ def write_weights(folder, weights, shapes, dtype):
         tensors = {}
         for name in names:
             tensor = weights[name].to("cpu", dtype, copy=True)
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"the tensor {name} is {tuple(tensor.shape)}, not {shapes[name]}")
             tensors[to_their_name(name)] = tensor.contiguous()
         save_file(tensors, folder / file_name, {"format": "pt"})
     if shards.is_sharded:

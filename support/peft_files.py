@@ -49,8 +49,8 @@ def save(model, folder, prefix=""):
     tensors = {}
     for name, linear in layers.items():
         layer = f"base_model.model.{prefix}{name}"
-        tensors[f"{layer}.lora_A.weight"] = linear.lora_A.detach().cpu()
-        tensors[f"{layer}.lora_B.weight"] = linear.lora_B.detach().cpu()
+        tensors[f"{layer}.lora_A.weight"] = linear.lora_A.detach().cpu().contiguous()
+        tensors[f"{layer}.lora_B.weight"] = linear.lora_B.detach().cpu().contiguous()
     rank = len(linear.lora_A)  # rank and scale are the same for all layers
     config = {
         "peft_type": "LORA",
@@ -118,8 +118,8 @@ def read_adapters(folder):
         factors[factor][layer] = tensor
 
     # each layer needs both factors, of the rank in the config
-    if factors["A"].keys() != factors["B"].keys():
-        raise ValueError(f"{path} lacks the matrix A or B of some layer")
+    for layer in factors["A"].keys() ^ factors["B"].keys():
+        raise ValueError(f"{path}: {layer[:80]!r} lacks the matrix A or B")
     tensors = {}
     for layer, A in factors["A"].items():
         B = factors["B"][layer]

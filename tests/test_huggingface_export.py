@@ -125,6 +125,7 @@ def test_bad_export(tmp_path, monkeypatch):
         ({}, "link", "link exists"),
         ({}, "full/mine.txt/new", "cannot write"),
         ({}, "x" * 300, "cannot write"),
+        ({"n_embd": 128}, "new", "embed_tokens.weight is (64, 64), not (64, 128)"),
     ]:
         broken = {**config, **changes}
         check_refused(partial(huggingface.export, target, weights, broken, {"name": "byte"}), part)

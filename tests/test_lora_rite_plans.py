@@ -44,6 +44,15 @@ def test_batches_are_rebuilt_only_when_tensors_move(use_kernel):
     assert optimizer.find_batches() is not before
 
 
+def test_cached_batches_keep_no_tensors_of_a_step():
+    """There are up to 16 of them, and their (r, r) tensors would add up."""
+    pairs, grads = problem([(2, 9, 7)], 2, torch.float64)
+    _, optimizer = run(EAGER, pairs, grads, torch.float64)
+    for batches in optimizer.plans.values():
+        for _, batch in batches:
+            assert vars(batch).keys() == {"parameters", "states", "rows", "has_grad"}
+
+
 def test_the_tables_of_a_graph_are_kept(monkeypatch):
     """A graph reads its tables of addresses at each replay, so they must outlive other plans."""
     pairs, grads = problem([(2, 9, 7)], 1, torch.float32)

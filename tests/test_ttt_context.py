@@ -161,7 +161,9 @@ def test_refuses_attention_that_forgets():
             ttt_context.prefill(model, torch.arange(20))
 
 
-@pytest.mark.parametrize("starts,n", [([52], 8), ([-1], 8), ([3, 52], 8), ([0], 60)])
+@pytest.mark.parametrize(
+    "starts,n", [([52], 8), ([-1], 8), ([3, 52], 8), ([], 8), ([0], 0), ([0], 60)]
+)
 def test_refuses_spans_that_do_not_fit(starts, n):
     model, ids, caches = long_read(torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
