@@ -311,6 +311,7 @@ class TorchBatch:
             x = shrink[i].to(dtype) * self.x[i].to(dtype) - M @ x_matrix[i].to(dtype)
             torch._foreach_copy_(moments[i], list(M))
             torch._foreach_copy_(parameters[i], list(x))
+
         # state
         skipped = old.skipped + ~self.is_finite
         state = FactorState(V, self.Rx_inv, rho, step, lr, shrink, skipped)

@@ -353,8 +353,8 @@ def bench(name, ceilings):
 
 def main(argv=None):
     parser = study_parser(__doc__)
-    help = f"any of {', '.join(KERNELS)} (default: all)"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=help)
+    names = f"any of {', '.join(KERNELS)} (default: all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in KERNELS:

@@ -25,7 +25,7 @@ def query_training(task):
     """Return the finding of query-only training on a task, against the paper's and our baseline."""
     baselines = tuple(f"{task}: {name}" for name in ("equal-FLOP thinking", "fitted temperature"))
     label = f"log odds on {task.replace(', 3072', '')}"
-    return Finding("ttt_context-cpu", label, f"{task}: trained queries", "", baselines)
+    return Finding("ttt_context-cpu", label, f"{task}: trained queries", baselines=baselines)
 
 
 PEAKED = "trained with LASER, rows with max p > 0.9: LASER"

@@ -19,11 +19,10 @@ if __name__ == "__main__":
 
 from experiments.findings import IDEAS
 from experiments.harness import paired_difference
-from experiments.provenance import code_hash
+from experiments.provenance import REPOSITORY, code_hash
 from support.cli import Parser, run_main
 from support.files import atomic_write
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
 
 
@@ -132,12 +131,17 @@ def change_text(difference, baseline, kind):
 
 
 def together_text(record):
-    """Return what the ideas change alone and together, in a sentence."""
-    baseline = variant_mean(record, record["baseline"])
+    """Return what the ideas change alone and together, and how long their steps take."""
+    baseline = record["baseline"]
+
+    def speed(variant):
+        return statistics.median(run["tokens_per_s"] for run in record["variants"][variant]["runs"])
+
     changes = []
     for variant, difference in record["differences"].items():
-        changes.append(f"{variant} {change_text(difference, baseline, 'percent')}")
-    return f"Loss of a GPT, against {record['baseline']}: {', '.join(changes)}."
+        change = change_text(difference, variant_mean(record, baseline), "percent")
+        changes.append(f"{variant} {change} (x {speed(baseline) / speed(variant):.2f})")
+    return f"Loss of a GPT (and time of a step) against {baseline}: {', '.join(changes)}."
 
 
 def minutes_of(record):
