@@ -162,7 +162,8 @@ class CUDAGraphDecoder:
     def next(self, start_following=False):
         """Return the next token.
 
-        start_following: first start the step after it, so the device works while the host waits.
+        start_following: start the step after this one first, so that the device works on it while
+        the host reads the token.
         """
         current = self.in_flight or self.start_step()
         self.in_flight = self.start_step() if start_following else None

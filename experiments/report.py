@@ -24,8 +24,6 @@ from support.cli import Parser, run_main
 from support.files import atomic_write
 
 RESULTS = REPOSITORY / "results"
-
-
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
 
