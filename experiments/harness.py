@@ -97,9 +97,10 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
         for name in names:
             runs[name].sort(key=lambda result: (result["lr"], result["seed"]))
 
-    tried = list(rates)
-    new_rates = tried
+    tried = []
+    new_rates = list(rates)
     for _ in range(max_extensions + 1):
+        tried = sorted(tried + new_rates)
         run_all(dict.fromkeys(names, new_rates), SWEEP_SEEDS[0])
         run_all({name: close_rates(runs[name]) for name in names}, SWEEP_SEEDS[1])
 
@@ -107,7 +108,6 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
         best_rates = [best_rate(runs[name]) for name in names]
         below = [tried[0] / 2] if tried[0] in best_rates else []
         above = [tried[-1] * 2] if tried[-1] in best_rates else []
-        tried = below + tried + above
         new_rates = below + above
         if not new_rates:
             return runs

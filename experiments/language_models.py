@@ -32,9 +32,10 @@ WINDOW = "--attn softmax,softmax,softmax,experiments.controls:window=128"
 PRODUCT = "--attn softmax,softmax,softmax,experiments.product:w1=128:w2=16"
 ALL = "--attn laser,laser,laser,simplicial:w1=128:w2=16 --optim sonew"
 WIDER = "--n-hidden 1496"  # as many parameters as the second keys and values of 2-simplicial layers
-# More steps for the baseline in place of a variant's extra time: of LASER or SONew, of 2-simplicial
-MORE_STEPS_4 = "--steps 3120 --eval-every 624"
-MORE_STEPS_35 = "--steps 4050 --eval-every 810"
+# More steps for the baseline, in place of the extra time that a variant's steps take
+MORE_STEPS_6 = "--steps 3180 --eval-every 636"  # LASER, SONew
+MORE_STEPS_50 = "--steps 4500 --eval-every 900"  # 2-simplicial
+MORE_STEPS_55 = "--steps 4650 --eval-every 930"  # all three
 FEWER_STEPS_30 = "--steps 2100 --eval-every 420"
 
 
@@ -47,13 +48,14 @@ class Study(NamedTuple):
     seeds: tuple = SEEDS
     flags: str = FLAGS
     rates: tuple = RATES
+    per_gpu: int = 2  # runs at a time: one computes while the other one compiles or saves
 
 
 STUDIES = {
     "laser": Study(
         "Does a GPT with LASER reach a lower loss than with softmax attention?",
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
-        {"softmax, 4% more steps": f"--attn softmax {MORE_STEPS_4}"},
+        {"softmax, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
         ("LASER",),
         {
             "temperature 0.5": "--attn experiments.controls:tau=0.5",
@@ -67,11 +69,12 @@ STUDIES = {
         seeds=(1, 2),
         flags=FLAGS_124M,
         rates=RATES_124M,
+        per_gpu=1,
     ),
     "simplicial": Study(
         "Does a GPT with 2-simplicial attention in every fourth layer reach a lower loss?",
         {"softmax": "--attn softmax", "2-simplicial": SIMPLICIAL},
-        {"softmax, 35% more steps": f"--attn softmax {MORE_STEPS_35}"},
+        {"softmax, 50% more steps": f"--attn softmax {MORE_STEPS_50}"},
         ("2-simplicial",),
         {
             "softmax, wider MLP": f"--attn softmax {WIDER}",
@@ -86,7 +89,7 @@ STUDIES = {
             "SONew": "--attn softmax --optim sonew",
             "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
         },
-        {"AdamW, 4% more steps": f"--attn softmax {MORE_STEPS_4}"},
+        {"AdamW, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
         ("SONew",),
         {
             "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
@@ -108,9 +111,8 @@ STUDIES = {
             "LASER + SONew": "--attn laser --optim sonew",
             "all three": ALL,
         },
-        {"softmax + AdamW, 35% more steps": f"--attn softmax {MORE_STEPS_35}"},
-        ("2-simplicial", "all three"),
-        seeds=(1, 2, 3),
+        {"softmax + AdamW, 55% more steps": f"--attn softmax {MORE_STEPS_55}"},
+        ("all three",),
     ),
 }
 
@@ -154,8 +156,9 @@ def compare(study, flags, seeds, deadline=float("inf")):
     look = partial(run_variant, look_only=True)
     baseline = next(iter(study.variants))
     same_rate = dict.fromkeys(study.longer_baseline, baseline)
+    options = {"deadline": deadline, "look": look, "per_gpu": study.per_gpu}
     swept, runs = harness.sweep_and_run(
-        train_variant, make_job, seeds, study.rates, same_rate, deadline=deadline, look=look
+        train_variant, make_job, seeds, study.rates, same_rate, **options
     )
     record = {"question": study.question, "metric": METRIC, "baseline": baseline}
     record.update(seconds=0.0, variants={}, differences={}, differences_at_equal_seconds={})

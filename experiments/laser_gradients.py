@@ -120,7 +120,9 @@ def run(out, deadline=float("inf")):
     jobs = [{"variant": variant, "seed": seed} for variant in VARIANTS for seed in SEEDS]
     runs = {variant: [] for variant in VARIANTS}
     try:
-        results = runner.parallel(train_and_probe, jobs, deadline=deadline, label="probed runs")
+        results = runner.parallel(
+            train_and_probe, jobs, deadline=deadline, label="probed runs", per_gpu=2
+        )
     except TimeoutError as pause:
         print(pause)
         return None

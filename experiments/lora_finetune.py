@@ -45,6 +45,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 METRIC = "log-probability of the right answer, nats"
 SCORE_BATCH = 64  # answers scored at a time
+RUNS_PER_GPU = 4  # at a time; the model is small, and much of a run is compiling and scoring
 
 
 # -- questions -------------------------------------------------------------------------------------
@@ -247,7 +248,8 @@ def run(init, questions, out, deadline=float("inf")):
 
     try:
         seeds = dict.fromkeys(VARIANTS, SEEDS)
-        swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, deadline=deadline)
+        options = {"deadline": deadline, "per_gpu": RUNS_PER_GPU}
+        swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, **options)
     except TimeoutError as pause:
         print(pause)
         return None

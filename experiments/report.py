@@ -143,10 +143,10 @@ def together_text(record):
 
 
 def minutes_of(record):
-    """Return how long a study took. On several GPUs its runs add up."""
+    """Return how long a study took. Those on GPUs run several at a time, and their runs add up."""
     minutes = f"{record['seconds'] / 60:.0f} min"
     gpu = record["hardware"].partition("NVIDIA ")[2]
-    return f"{minutes} of one {gpu}" if gpu else minutes
+    return f"runs of {minutes} ({gpu})" if gpu else minutes
 
 
 def command_of(record):

@@ -105,9 +105,8 @@ def can_resume(folder):
     """
     if not (folder / "ckpt.pt").is_file():
         return False
-    settings = json.loads((folder / "config.json").read_text())["run"]
-    rows = read_log(folder)
-    return not rows or int(rows[-1]["step"]) < settings["steps"]
+    saved = train.load_checkpoint(folder)
+    return saved["step"] < saved["config"]["run"]["steps"]
 
 
 def read_log(folder):
@@ -142,9 +141,12 @@ def start_worker(gpu_queue, threads):
     torch.set_num_threads(threads)
 
 
-def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs", look=None):
-    """Return [function(job) for job in jobs], computed by one process per visible GPU or CPU core.
+def parallel(
+    function, jobs, workers=None, deadline=float("inf"), label="runs", look=None, per_gpu=1
+):
+    """Return [function(job) for job in jobs], computed by several processes.
 
+    There are per_gpu processes for each visible GPU, or else one for each CPU core; or `workers`.
     function must be importable, and jobs and results are pickled. look(job) returns a result that
     is cached, else None. After the deadline, a value of time.monotonic(), no further job is
     started, and TimeoutError is raised once the running ones are done, or have raised one, too.
@@ -164,7 +166,7 @@ def parallel(function, jobs, workers=None, deadline=float("inf"), label="runs", 
     gpus = []
     if torch.cuda.is_available():
         default = ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or default).split(",")
+        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or default).split(",") * per_gpu
     workers = min(workers or len(gpus) or os.cpu_count(), len(waiting))
 
     # each worker takes one GPU from the queue

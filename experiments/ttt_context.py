@@ -75,6 +75,7 @@ FULL = {
         "trained queries": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
     },
 }
+RUNS_PER_GPU = 6  # at a time; the models are tiny
 
 
 def make_jobs(recipe, is_full):
@@ -197,7 +198,7 @@ def run(out, recipe, is_full=False, deadline=float("inf")):
     start_time = time.perf_counter()
     jobs = make_jobs(recipe, is_full)
     if is_full:
-        results = runner.parallel(cached_study, jobs, deadline=deadline)
+        results = runner.parallel(cached_study, jobs, deadline=deadline, per_gpu=RUNS_PER_GPU)
         seconds = sum(result["seconds"] for result in results)
     else:
         results = runner.parallel(ttt_variants.study_model, jobs, os.cpu_count(), label="models")

@@ -27,6 +27,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 RATE_SEEDS = (101, 102, 103, 104)  # of contexts on which the learning rate is chosen
 SEEDS = (1, 2, 3, 4, 5, 6)  # of contexts that are reported
 SPAN = 128
+RUNS_PER_GPU = 4  # at a time; the model is small
 METRIC = "log odds of the right answer, nats"
 
 
@@ -124,7 +125,9 @@ def run(init, out, deadline=float("inf")):
     """Run the study, or as much as the deadline allows; write and return the record."""
     init = str(run_folder.find_run(init))
     jobs = [(init, T, seed) for T in reversed(LENGTHS) for seed in RATE_SEEDS + SEEDS]
-    results = runner.parallel(run_context, jobs, deadline=deadline, label="contexts")
+    results = runner.parallel(
+        run_context, jobs, deadline=deadline, label="contexts", per_gpu=RUNS_PER_GPU
+    )
     rows = {}  # by length, learning rate and seed
     for (_, T, seed), result in zip(jobs, results):
         for row in result:

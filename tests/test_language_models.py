@@ -26,7 +26,7 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "check_gpu", lambda: None)
     jobs = []
 
-    def parallel(function, new_jobs, deadline, label, look):
+    def parallel(function, new_jobs, deadline, label, look, per_gpu):
         if time.monotonic() > deadline:
             raise TimeoutError(f"0 of {len(new_jobs)} {label} are done; the same command continues")
         jobs.extend(new_jobs)

@@ -213,9 +213,9 @@ def test_the_ideas_together(repository):
     assert text.startswith(f"{first}\n\n| idea |")
 
 
-def test_minutes_are_of_one_gpu():
+def test_minutes_of_a_study():
     assert report.minutes_of(STUDY) == "1 min"
-    assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "1 min of one H200"
+    assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "runs of 1 min (H200)"
 
 
 @pytest.mark.parametrize("idea", IDEAS, ids=lambda idea: idea.file)

@@ -140,6 +140,23 @@ def test_a_run_without_steps_left_starts_again(tiny, monkeypatch):
     assert not folder.exists()
 
 
+def test_a_damaged_log_is_no_obstacle(tiny, stop_at_step_3):
+    """The checkpoint says how far a run is; a power cut may leave zeros at the end of log.csv."""
+    flags = " ".join([*tiny, "--steps", "6", "--eval-every", "1"])
+    whole = runner.run_train(flags)
+    stop_at_step_3(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_train(flags)
+    (folder,) = Path("out").glob("study-*")
+    log = folder / "log.csv"
+    text = log.read_bytes()
+    last_row = text.splitlines()[-1]
+    log.write_bytes(text.removesuffix(last_row + b"\n") + bytes(len(last_row)))
+    result = runner.run_train(flags)
+    assert result["val_loss"] == whole["val_loss"]
+    assert not folder.exists()
+
+
 def test_a_deadline_before_the_first_step(tiny):
     """Nothing is saved then, and nothing is in the way of the next call."""
     flags = " ".join([*tiny, "--steps", "2"])
