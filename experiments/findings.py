@@ -24,8 +24,8 @@ class Idea(NamedTuple):
 def query_training(task):
     """Return the finding of query-only training on a task, against the paper's and our baseline."""
     baselines = tuple(f"{task}: {name}" for name in ("equal-FLOP thinking", "fitted temperature"))
-    label = f"log odds on {task.replace(', 3072', '')}"
-    return Finding("ttt_context-cpu", label, f"{task}: trained queries", baselines=baselines)
+    label = f"log odds on {task.replace(', 12288', '')}"
+    return Finding("ttt_context-gpu", label, f"{task}: trained queries", baselines=baselines)
 
 
 PEAKED = "trained with LASER, rows with max p > 0.9: LASER"
@@ -82,10 +82,10 @@ IDEAS = [
         "2512.13898",
         "train the query projections on a long prompt instead of writing thinking tokens",
         [
-            query_training("records, no QK-norm, 3072"),
-            query_training("records, QK-norm, 3072"),
-            query_training("columns, no QK-norm, 3072"),
-            query_training("columns, QK-norm, 3072"),
+            query_training("records, no QK-norm, 12288"),
+            query_training("records, QK-norm, 12288"),
+            query_training("columns, no QK-norm, 12288"),
+            query_training("columns, QK-norm, 12288"),
         ],
     ),
 ]
