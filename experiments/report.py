@@ -129,13 +129,10 @@ def change_text(difference, baseline, kind):
 
 
 def together_text(record):
-    """Return what the ideas change alone and together, and how long their steps take.
-
-    The speed is that of the fastest run: others may have shared their GPU.
-    """
+    """Return what the ideas change alone and together, and how long their steps take."""
     baseline = record["baseline"]
 
-    def speed(variant):
+    def speed(variant):  # of the fastest run: others may have shared their GPU
         return max(run["tokens_per_s"] for run in record["variants"][variant]["runs"])
 
     changes = []

@@ -11,8 +11,7 @@ a loss of 206, late or not at all, at every setting of the sweep. Ablations:
 
     band 0              the diagonal alone
     band 1, flat        one chain through the whole tensor, not one per row
-    band 1, shuffled    pixels in a random order, so that neighbours in a row of
-                        weights are no longer neighbours in the image
+    band 1, shuffled    pixels in a random order: a chain joins distant pixels
 
 Part 2 applies SONew's closed form to statistics of real gradients, and measures
 how far the inverse is from exact: the LogDet divergence.
@@ -155,7 +154,6 @@ def train_variant(name, setting, images, seed):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
     train_loss = evaluate(net, train_images[:10000])
     curve.append([STEPS, train_loss])
     run = {"seed": seed, "value": evaluate(net, test_images), "train": train_loss, "curve": curve}
@@ -341,7 +339,6 @@ def main(argv=None):
     record["seconds"] = time.perf_counter() - start_time
     save_json(out / "sonew-cpu.json", record, "experiments.sonew")
     harness.save_figure(plot(record, C, inverses), out / "sonew-cpu.png", dpi=110)
-
     harness.print_differences(record)
     for name, d in record["differences_to_band_1"].items():
         print(f"  {name} less band 1: {d['mean']:+.1f} +- {d['half_width_95']:.1f}")
