@@ -2,7 +2,8 @@
 
 `python laser.py --full` runs the study "laser", and so on; experiments/all_ideas.py the one called
 "all". A study grows in stages: its variants, the baseline with as many seconds as they take and the
-same learning rate, then controls, which get fewer seeds. Its JSON is written after each stage.
+same learning rate, later variants, then controls, which get fewer seeds. Its JSON is written after
+each stage.
 """
 
 from functools import partial
@@ -36,6 +37,7 @@ WIDER = "--n-hidden 1496"  # as many parameters as the second keys and values of
 MORE_STEPS_6 = "--steps 3180 --eval-every 636"  # LASER, SONew
 MORE_STEPS_50 = "--steps 4500 --eval-every 900"  # 2-simplicial
 MORE_STEPS_55 = "--steps 4650 --eval-every 930"  # all three
+FEWER_STEPS_15 = "--steps 2550 --eval-every 510"
 FEWER_STEPS_30 = "--steps 2100 --eval-every 420"
 
 
@@ -44,6 +46,7 @@ class Study(NamedTuple):
     variants: dict  # name: flags; the first one is the baseline
     longer_baseline: dict = {}  # one name: flags
     equal_seconds: tuple = ()  # variants to compare with the longer baseline
+    later: dict = {}  # more variants, of a later stage
     controls: dict = {}
     seeds: tuple = SEEDS
     flags: str = FLAGS
@@ -57,7 +60,7 @@ STUDIES = {
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
         {"softmax, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
         ("LASER",),
-        {
+        controls={
             "temperature 0.5": "--attn experiments.controls:tau=0.5",
             "temperature 2": "--attn experiments.controls:tau=2",
             "softmax, then GELU": "--attn experiments.controls:gelu=true",
@@ -76,21 +79,24 @@ STUDIES = {
         {"softmax": "--attn softmax", "2-simplicial": SIMPLICIAL},
         {"softmax, 50% more steps": f"--attn softmax {MORE_STEPS_50}"},
         ("2-simplicial",),
-        {
+        controls={
             "softmax, wider MLP": f"--attn softmax {WIDER}",
             "window 128, wider MLP": f"{WINDOW} {WIDER}",
             "product of two": PRODUCT,
         },
     ),
     "sonew": Study(
-        "Does SONew reach a lower loss than AdamW, and the same loss in 30% fewer steps?",
+        "Does SONew reach a lower loss than AdamW, and the same loss in fewer steps?",
         {
             "AdamW": "--attn softmax",
             "SONew": "--attn softmax --optim sonew",
-            "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
         },
         {"AdamW, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
         ("SONew",),
+        {
+            "SONew, 15% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_15}",
+            "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
+        },
         {
             "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
             "Muon": "--attn softmax --optim experiments.controls:name=muon",
@@ -125,7 +131,7 @@ def run(name, out, deadline=float("inf")):
     harness.check_gpu()
     study = STUDIES[name]
     stages = [study.variants]
-    for more in (study.longer_baseline, study.controls):
+    for more in (study.longer_baseline, study.later, study.controls):
         if more:
             stages.append({**stages[-1], **more})
     record = None

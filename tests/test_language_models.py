@@ -14,6 +14,7 @@ DEMO = Study(
     {"softmax": "--attn softmax", "other": "--attn laser"},
     {"softmax, longer": "--attn softmax --steps 6000"},
     ("other",),
+    {"shorter": "--attn laser --steps 2000"},
     {"control": "--attn laser --clip 2"},
 )
 
@@ -64,13 +65,14 @@ def test_a_study(demo):
     difference = record["differences"]["other"]
     assert difference["n"] == 5
     assert difference["mean"] == pytest.approx(-0.5)
+    assert record["differences"]["shorter"]["n"] == 5
     assert record["differences"]["control"]["n"] == 3
     at_equal_seconds = record["differences_at_equal_seconds"]["other"]
     assert at_equal_seconds["baseline"] == "softmax, longer"
     assert at_equal_seconds["mean"] == pytest.approx(-0.4)
     assert record["variants"]["softmax, longer"]["sweep"] == []
     assert record["variants"]["softmax, longer"]["runs"][0]["lr"] == 1e-3
-    n_runs = 3 * 5 + 3 * 5 + 3  # the sweep of three variants at five rates, seeds
+    n_runs = 4 * 5 + 4 * 5 + 3  # the sweep of four variants at five rates, seeds
     assert record["seconds"] == n_runs
 
     saved = json.loads(Path("results/demo-gpu.json").read_text())
@@ -81,7 +83,7 @@ def test_a_study(demo):
 
 
 def test_a_single_rate_is_not_swept(demo, monkeypatch):
-    study = DEMO._replace(longer_baseline={}, equal_seconds=(), controls={}, rates=(3e-4,))
+    study = Study("Is it better?", DEMO.variants, rates=(3e-4,))
     monkeypatch.setitem(STUDIES, "demo", study)
     record = language_models.run("demo", "results")
     assert record["variants"]["other"]["sweep"] == []
