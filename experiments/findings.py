@@ -1,6 +1,9 @@
 """The ideas, and which results of their studies the table in README.md shows."""
 
+import statistics
 from typing import NamedTuple
+
+from experiments.harness import paired_difference
 
 
 class Finding(NamedTuple):
@@ -9,8 +12,11 @@ class Finding(NamedTuple):
     study: str  # NAME of results/NAME.json
     label: str
     variant: str
-    kind: str = ""  # differences are shown as they are, in "percent", or of a "log10" as a ratio
+    # differences are shown as they are, in "percent", or of a "log10" as a ratio; of "rounding",
+    # which is a log10, too, they say nothing
+    kind: str = ""
     baselines: tuple = ()  # default: the study's
+    key: str = "value"  # of the runs
 
 
 class Idea(NamedTuple):
@@ -22,10 +28,11 @@ class Idea(NamedTuple):
 
 
 def query_training(task):
-    """Return the finding of query-only training on a task, against the paper's and our baseline."""
+    """Return the accuracy of query-only training on a task, by the paper's and our baseline."""
     baselines = tuple(f"{task}: {name}" for name in ("equal-FLOP thinking", "fitted temperature"))
-    label = f"log odds on {task.replace(', 12288', '')}"
-    return Finding("ttt_context-gpu", label, f"{task}: trained queries", baselines=baselines)
+    label = f"right answers on {task.replace(', 12288', '')}"
+    variant = f"{task}: trained queries"
+    return Finding("ttt_context-gpu", label, variant, baselines=baselines, key="accuracy")
 
 
 PEAKED = "trained with LASER, rows with max p > 0.9: LASER"
@@ -38,32 +45,35 @@ IDEAS = [
         [
             Finding("laser-gpu", "loss of a GPT", "LASER", "percent"),
             Finding("laser-124m-gpu", "loss of a GPT of 124 M parameters", "LASER", "percent"),
-            Finding("laser-cpu", "gradient at peaked logits", PEAKED, "log10"),
+            Finding("laser-cpu", "gradient at peaked logits of the same model", PEAKED, "log10"),
         ],
     ),
     Idea(
         "simplicial",
         "2-simplicial attention",
         "2507.02754",
-        "score pairs of keys with a trilinear form: a lower loss, a steeper scaling law",
+        "score pairs of keys with a trilinear form: a lower loss of models with more than 2 B "
+        "active parameters, a steeper scaling law",
         [
             Finding("simplicial-gpu", "loss of a GPT", "2-simplicial", "percent"),
             Finding(
                 "simplicial-cpu", "accuracy, composing two functions", "composition: 2-simplicial"
             ),
+            Finding("simplicial-cpu", "the same", "composition: product of two"),
             Finding("simplicial-cpu", "accuracy, finding triples (Match3)", "Match3: 2-simplicial"),
+            Finding("simplicial-cpu", "the same", "Match3: product of two"),
         ],
     ),
     Idea(
         "sonew",
         "SONew",
         "2311.10085",
-        "precondition with the inverse of a band of E[g gᵀ], in closed form: 30% fewer steps",
+        "precondition with the inverse of a band of E[g gᵀ], in closed form: up to 30% fewer steps",
         [
             Finding("sonew-gpu", "loss of a GPT", "SONew", "percent"),
             Finding("sonew-gpu", "in 15% fewer steps", "SONew, 15% fewer steps", "percent"),
             Finding("sonew-gpu", "in 30% fewer steps", "SONew, 30% fewer steps", "percent"),
-            Finding("sonew-cpu", "loss of an autoencoder", "SONew, band 1", "percent"),
+            Finding("sonew-cpu", "autoencoder after 300 steps", "SONew, band 1", "percent"),
             Finding("sonew-cpu", "with the diagonal alone", "SONew, band 0", "percent"),
         ],
     ),
@@ -74,7 +84,7 @@ IDEAS = [
         "update B A in a way that does not depend on how it is factored: better fine-tuning",
         [
             Finding("lora_rite-gpu", "log-probability of right answers", "LoRA-RITE"),
-            Finding("lora_rite-cpu", "drift under another factorization", "LoRA-RITE", "log10"),
+            Finding("lora_rite-cpu", "drift under another factorization", "LoRA-RITE", "rounding"),
         ],
     ),
     Idea(
@@ -90,3 +100,96 @@ IDEAS = [
         ],
     ),
 ]
+
+
+# -- as text -----------------------------------------------------------------------------------------
+
+
+def runs_of(record, variant, key="value"):
+    """Return the runs of a variant, with the number under this key as their value."""
+    return [{**run, "value": run[key]} for run in record["variants"][variant]["runs"]]
+
+
+def variant_mean(record, variant, key="value"):
+    return statistics.mean(run["value"] for run in runs_of(record, variant, key))
+
+
+def baseline_of(record, variant):
+    """Return the name of the baseline. In a study of several tasks, names are "TASK: VARIANT"."""
+    task, colon, _ = variant.rpartition(": ")
+    return f"{task}{colon}{record['baseline']}"
+
+
+def finding_text(record, finding):
+    """Return a finding: "loss: 0.642 with LASER (-1.7 ± 0.7% against 0.653 with softmax)"."""
+    changes = []
+    for baseline in finding.baselines or [baseline_of(record, finding.variant)]:
+        difference = record["differences"][finding.variant]
+        if finding.baselines:
+            runs = runs_of(record, finding.variant, finding.key)
+            difference = paired_difference(runs, runs_of(record, baseline, finding.key))
+        change = change_text(difference, variant_mean(record, baseline), finding.kind)
+        changes.append(f"{change} against {value_text(record, baseline, finding)}")
+    value = value_text(record, finding.variant, finding)
+    return f"{finding.label}: {value} ({', '.join(changes)})"
+
+
+def value_text(record, variant, finding):
+    """Return the mean of a variant and its name, without the task."""
+    value = variant_mean(record, variant, finding.key)
+    if finding.kind in ("log10", "rounding"):
+        value = 10**value
+    return f"{value:.3g} with {variant.rpartition(': ')[2]}"
+
+
+def change_text(difference, baseline, kind):
+    """Return a difference and its interval. baseline: the value that percentages refer to."""
+    mean = difference["mean"]
+    half_width = difference["half_width_95"]
+    unclear = "" if abs(mean) > half_width else " (not resolved)"
+    if kind == "percent":
+        return f"{100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%{unclear}"
+    if kind == "log10":
+        return (
+            f"x {10**mean:.3g}, {10 ** (mean - half_width):.3g} to {10 ** (mean + half_width):.3g},"
+        )
+    if kind == "rounding":
+        return "rounding,"
+    return f"{mean:+.2f} ± {half_width:.2f}{unclear}"
+
+
+def together_text(record):
+    """Return what the ideas change alone and together, and how long their steps take."""
+    baseline = record["baseline"]
+    variants = record["variants"]
+
+    def speed(variant):  # of the fastest run: others may have shared their GPU
+        return max(run["tokens_per_s"] for run in variants[variant]["runs"])
+
+    def percent(difference):
+        return change_text(difference, variant_mean(record, baseline), "percent")
+
+    changes = []
+    for variant, difference in record["differences"].items():
+        changes.append(
+            f"{variant} {percent(difference)} (x {speed(baseline) / speed(variant):.2f})"
+        )
+    text = f"Loss of a GPT on bytes (and time of a step) against {baseline}: {', '.join(changes)}."
+
+    both = "LASER + SONew"
+    if both in variants:
+        added = interaction(record, "LASER", "SONew")
+        three = paired_difference(runs_of(record, "all three"), runs_of(record, both))
+        text += f" {both}, less the sum of their gains: {percent(added)}."
+        text += f" All three against {both}: {percent(three)}."
+    return text
+
+
+def interaction(record, one, other):
+    """Return the difference of "one + other" to the loss it would have if both gains added up."""
+    expected = []
+    runs = (runs_of(record, name) for name in (one, other, record["baseline"]))
+    for a, b, baseline in zip(*runs, strict=True):  # run by run, of equal seeds
+        value = a["value"] + b["value"] - baseline["value"]
+        expected.append({"seed": a["seed"], "value": value})
+    return paired_difference(runs_of(record, f"{one} + {other}"), expected)

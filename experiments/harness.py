@@ -59,19 +59,19 @@ def paired_difference(runs, baseline_runs):
 # -- studies ---------------------------------------------------------------------------------------
 
 
-def sweep_and_run(run, make_job, seeds, rates, same_rate=None, **options):
+def sweep_and_run(run, make_job, seeds, rates, same_rate=None, close=CLOSE, **options):
     """Find the learning rate of each variant, then run its seeds at it. A single rate is not swept.
 
     run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
     seeds: {variant: seeds}. same_rate: {variant: the one whose rate it takes} for variants that are
-    not swept. options: of `parallel`. Returns the runs of the sweep and those of the seeds,
-    {variant: runs} each.
+    not swept. close: see `close_rates`. options: of `parallel`. Returns the runs of the sweep and
+    those of the seeds, {variant: runs} each.
     """
     same_rate = same_rate or {}
     swept = {name: [] for name in seeds}
     if len(rates) > 1:
         names = [name for name in seeds if name not in same_rate]
-        swept.update(sweep(run, make_job, names, rates, **options))
+        swept.update(sweep(run, make_job, names, rates, close=close, **options))
     jobs = []
     for name in seeds:
         rate = best_rate(swept[same_rate.get(name, name)]) if len(rates) > 1 else rates[0]
@@ -82,7 +82,7 @@ def sweep_and_run(run, make_job, seeds, rates, same_rate=None, **options):
     return swept, runs
 
 
-def sweep(run, make_job, names, rates, max_extensions=3, **options):
+def sweep(run, make_job, names, rates, max_extensions=3, close=CLOSE, **options):
     """Return {variant: runs at all rates}; the grid grows until each best rate lies inside it.
 
     run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid. It is
@@ -102,7 +102,7 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
     for _ in range(max_extensions + 1):
         tried = sorted(tried + new_rates)
         run_all(dict.fromkeys(names, new_rates), SWEEP_SEEDS[0])
-        run_all({name: close_rates(runs[name]) for name in names}, SWEEP_SEEDS[1])
+        run_all({name: close_rates(runs[name], close) for name in names}, SWEEP_SEEDS[1])
 
         # if a variant has its best rate at an edge of the grid, extend the grid there
         best_rates = [best_rate(runs[name]) for name in names]
@@ -114,16 +114,19 @@ def sweep(run, make_job, names, rates, max_extensions=3, **options):
     raise ValueError(f"the best learning rate is still at an edge of {tried}; give a wider grid")
 
 
-def close_rates(runs):
-    """Return the learning rates that the second seed must decide between, if not run on it yet."""
+def close_rates(runs, close=CLOSE):
+    """Return the learning rates that the second seed must decide between, if not run on it yet.
+
+    Those are the rates whose losses on the first seed exceed the best by a share `close` at most.
+    """
     first, second = SWEEP_SEEDS
     losses = {run["lr"]: run["value"] for run in runs if run["seed"] == first}
-    largest = min(losses.values()) + CLOSE * abs(min(losses.values()))
-    close = {lr for lr, loss in losses.items() if loss <= largest}
+    largest = min(losses.values()) + close * abs(min(losses.values()))
+    candidates = {lr for lr, loss in losses.items() if loss <= largest}
     done = {run["lr"] for run in runs if run["seed"] == second}
-    if len(close | done) == 1:  # the first seed has decided
+    if len(candidates | done) == 1:  # the first seed has decided
         return []
-    return sorted(close - done)
+    return sorted(candidates - done)
 
 
 def best_rate(runs):
@@ -186,12 +189,22 @@ def plot_differences(record, axes=None):
 # -- command line and files ------------------------------------------------------------------------
 
 
+class StudyParser(Parser):
+    """Parser of a study, which refuses --minutes without --full."""
+
+    def parse_args(self, args=None):
+        parsed = super().parse_args(args)
+        if getattr(parsed, "minutes", None) and not getattr(parsed, "full", True):
+            raise ValueError("--minutes is for --full; the study without it cannot be interrupted")
+        return parsed
+
+
 def study_parser(description, on_gpus=""):
     """Return the parser of a study, with --out, and if on_gpus is given with --full and --minutes.
 
     on_gpus: says what --full does, for the help.
     """
-    parser = Parser(description=description)
+    parser = StudyParser(description=description)
     out = "folder for the JSON and the figure (default: results)"
     parser.add_argument("--out", default="results", metavar="DIR", help=out)
     if on_gpus:
@@ -208,9 +221,11 @@ def deadline_after(minutes):
 
 
 def check_gpu():
-    """Raise ValueError if there is no GPU for --full."""
+    """Raise ValueError if there is no GPU for a study of large models."""
     if not torch.cuda.is_available():
-        raise ValueError("--full trains large models and needs a GPU; leave it out on a CPU")
+        raise ValueError(
+            "this study needs a GPU, and there is none; those of a paper without --full run on a CPU"
+        )
 
 
 def check_writable(folder):

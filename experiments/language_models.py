@@ -175,12 +175,22 @@ def compare(study, flags, seeds, deadline=float("inf")):
         if name != baseline:
             difference = harness.paired_difference(runs[name], runs[baseline])
             record["differences"][name] = difference
+    check_same_text(record["variants"].values())
     longer = next(iter(study.longer_baseline), None)
     if longer in flags:
         for name in study.equal_seconds:
             difference = harness.paired_difference(runs[name], runs[longer])
             record["differences_at_equal_seconds"][name] = {**difference, "baseline": longer}
     return record
+
+
+def check_same_text(variants):
+    """Raise ValueError if runs read different texts. Older runs do not tell which one."""
+    texts = set()
+    for variant in variants:
+        texts |= {run["data"]["sha256"] for run in variant["runs"] if run.get("data")}
+    if len(texts) > 1:
+        raise ValueError(f"the runs read {len(texts)} different texts; remove {runner.CACHE}")
 
 
 def run_variant(job, look_only=False, deadline=float("inf")):
@@ -193,6 +203,7 @@ def run_variant(job, look_only=False, deadline=float("inf")):
     if result is None:
         return None
     run = {"seed": job["seed"], "lr": job["lr"], "value": result["val_loss"]}
+    run["data"] = result.get("data")
     run["curve"] = [[int(row["step"]), row["val_loss"]] for row in result["history"]]
     return {**run, "seconds": result["seconds"], "tokens_per_s": result.get("tokens_per_s")}
 

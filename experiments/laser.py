@@ -9,7 +9,8 @@ output of a query, the gradient at the logit of key j is
 Both vanish with p_j. LASER's is larger for keys whose value is far above the output. The metric is
 log10 of sum_j |gradient_j|. We compute both gradients from the same p, v and g, of two kinds:
 
-    random logits    their standard deviation decides how peaked attention is
+    random logits    their standard deviation decides how peaked attention is; g is random,
+                     or 1 at one component of the output alone
     trained GPTs     of 2 layers, trained with LASER: the queries with one p_j above 0.9
 
 The study does not compare the losses of GPTs trained with LASER and with softmax attention, because
@@ -73,17 +74,21 @@ def attention_probabilities(q, k):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
-def random_gradients(logit_std, seed, rows=1024, T=64, D=32):
+def random_gradients(logit_std, seed, one_component=False, rows=1024, T=64, D=32):
     """Return {variant: mean gradient at the logits}, and the mean of max_j p_j, for random logits.
 
-    rows: queries to average over, each with T keys of its own.
+    one_component: g is 1 at one component of the output and 0 elsewhere, for each in turn; else it
+    is random. rows: queries to average over, each with T keys of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 1, T, generator=generator, dtype=torch.float64) * logit_std
     v = torch.randn(rows, T, D, generator=generator, dtype=torch.float64)
     grad_out = torch.randn(rows, 1, D, generator=generator, dtype=torch.float64)
     p = logits.softmax(-1)
-    gradients = logit_gradients(p, v, grad_out)  # (rows, 1) each
+    if one_component:
+        p = p.expand(rows, D, T)
+        grad_out = torch.eye(D, dtype=torch.float64)
+    gradients = logit_gradients(p, v, grad_out)  # (rows, 1) each, or (rows, D)
     means = {name: gradient.mean().item() for name, gradient in gradients.items()}
     return means, p.amax(-1).mean().item()
 
@@ -222,12 +227,15 @@ def plot(record):
     cases = []
     for i, (name, difference) in enumerate(record["differences"].items()):
         cases.append(name.removesuffix(": LASER"))
+        mean = difference["mean"]
         half_width = difference["half_width_95"]
-        right.errorbar(difference["mean"], i, xerr=half_width, fmt="o", color="C1", capsize=4)
-    right.axvline(0, color="black", lw=0.8)
+        ratio, low, high = (10**x for x in (mean, mean - half_width, mean + half_width))
+        interval = [[ratio - low], [high - ratio]]
+        right.errorbar(ratio, i, xerr=interval, fmt="o", color="C1", capsize=4)
+    right.axvline(1, color="black", lw=0.8)
     right.set_yticks(range(len(cases)), cases)
     right.invert_yaxis()
-    right.set(xlabel="log10 (LASER / softmax), 95% interval", title="ratio of the gradients")
+    right.set(xlabel="LASER / softmax, 95% interval", title="ratio of the gradients")
     return figure
 
 
@@ -243,7 +251,7 @@ def compare(record, case, settings, measured):
             value = math.log10(gradients[name])
             runs[name].append({"seed": seed, "value": value, "detail": detail})
     for name in runs:
-        variant = {"settings": settings, "sweep": None, "runs": runs[name]}
+        variant = {"settings": settings, "sweep": [], "runs": runs[name]}
         record["variants"][f"{case}: {name}"] = variant
     difference = harness.paired_difference(runs["LASER"], runs["softmax"])
     record["differences"][f"{case}: LASER"] = difference
@@ -278,7 +286,10 @@ def main(argv, description):
         for name, means in record["by_logit_std"].items():
             means.append(statistics.mean(gradients[name] for gradients, _ in measured.values()))
         if std in REPORTED_STDS:
-            compare(record, f"random logits of std {std}", "", measured)
+            case = f"random logits of std {std}"
+            compare(record, case, "random gradient", measured)
+            measured = {seed: random_gradients(std, seed, one_component=True) for seed in SEEDS}
+            compare(record, f"{case}, one output", "gradient of one component", measured)
 
     # trained GPTs
     with tempfile.TemporaryDirectory() as folder:

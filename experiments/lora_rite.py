@@ -11,7 +11,7 @@ not if train.py clips the gradients before, because their norm depends on the
 factors. AdamW is not invariant, nor is LoRA+ (Hayou, Ghosh and Yu, ICML 2024,
 arXiv 2402.12354), which is AdamW with a larger learning rate for B.
 
-    python lora_rite.py           a minute and a half on two CPU cores
+    python lora_rite.py           two minutes on two CPU cores
     python lora_rite.py --full    fine-tuning of a real model, on GPUs
     python train.py --init HuggingFaceTB/SmolLM2-135M --data answers.jsonl
         --adapter lora_rite --optim lora_rite    fine-tune with it
@@ -43,7 +43,7 @@ STEPS = 30  # of the adapters
 BATCH_SIZE = 2
 BLOCK_SIZE = 64
 SEEDS = (1, 2, 3, 4)
-LR = 1e-2  # the best of six rates for AdamW, LoRA+ and LoRA-RITE alike
+LR = 1e-2
 LORA_PLUS_RATIO = 4.0
 CONDITION = 10.0  # condition number of R
 CLIP = 0.05  # largest gradient norm; small enough to clip in every step
@@ -205,7 +205,7 @@ def main(argv=None):
             settings = f"base: {BASE}; rank {RANK}, lr {LR:g}, LoRA+ ratio {LORA_PLUS_RATIO:g}, "
             settings += f"batch {BATCH_SIZE} x {BLOCK_SIZE}, gradients clipped to {clip:g} (0: not)"
             runs = [train_both(base, text, name, seed) for seed in SEEDS]
-            variants[name] = {"settings": settings, "sweep": None, "runs": runs}
+            variants[name] = {"settings": settings, "sweep": [], "runs": runs}
 
     # compare with the baseline
     differences = {}

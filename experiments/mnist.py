@@ -3,6 +3,8 @@
 import hashlib
 import io
 import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ def load_mnist(path=None):
     try:
         with np.load(io.BytesIO(content)) as arrays:
             images = [arrays[name].reshape(-1, 784) for name in ("x_train", "x_test")]
-    except (OSError, ValueError, KeyError, EOFError, TypeError):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
         raise ValueError(
             f"{path} is not MNIST: give an .npz file with x_train and x_test, 28 x 28 bytes each"
         ) from None

@@ -10,16 +10,14 @@ with status 2.
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
-from experiments.findings import IDEAS
-from experiments.harness import paired_difference
-from experiments.provenance import REPOSITORY, code_hash
+from experiments.findings import IDEAS, baseline_of, finding_text, together_text, variant_mean
+from experiments.provenance import REPOSITORY, WITHOUT_RESULTS, code_hash
 from support.cli import Parser, run_main
 from support.files import atomic_write
 
@@ -53,16 +51,6 @@ def table(header, rows):
     return "\n".join(lines)
 
 
-def variant_mean(record, variant):
-    return statistics.mean(run["value"] for run in record["variants"][variant]["runs"])
-
-
-def baseline_of(record, variant):
-    """Return the name of the baseline. In a study of several tasks, names are "TASK: VARIANT"."""
-    task, colon, _ = variant.rpartition(": ")
-    return f"{task}{colon}{record['baseline']}"
-
-
 def ideas_table(records):
     """Return the table of the ideas: what the papers claim, and what was measured here."""
     header = ["idea", "the paper's claim", "measured here, with 95% intervals", "files", "command"]
@@ -75,7 +63,7 @@ def idea_row(idea, records):
     for finding in idea.findings:
         study = finding.study
         if study not in records and study == f"{idea.file}-gpu":
-            study = "all-gpu"  # it has the losses of each idea, with fewer seeds
+            study = "all-gpu"  # it has the losses of each idea, too
         record = records.get(study)
         if record is None or finding.variant not in record["differences"]:
             measured.append(f"{finding.label}: not measured yet")
@@ -93,60 +81,11 @@ def idea_row(idea, records):
     return [link, idea.claim, "<br>".join(measured), files, "<br>".join(commands)]
 
 
-def finding_text(record, finding):
-    """Return a finding: "loss: 0.642 with LASER (-1.7 ± 0.7% against 0.653 with softmax)"."""
-    changes = []
-    for baseline in finding.baselines or [baseline_of(record, finding.variant)]:
-        difference = record["differences"][finding.variant]
-        if finding.baselines:
-            runs = record["variants"][finding.variant]["runs"]
-            difference = paired_difference(runs, record["variants"][baseline]["runs"])
-        change = change_text(difference, variant_mean(record, baseline), finding.kind)
-        changes.append(f"{change} against {value_text(record, baseline, finding.kind)}")
-    value = value_text(record, finding.variant, finding.kind)
-    return f"{finding.label}: {value} ({', '.join(changes)})"
-
-
-def value_text(record, variant, kind):
-    """Return the mean of a variant and its name, without the task."""
-    value = variant_mean(record, variant)
-    if kind == "log10":
-        value = 10**value
-    return f"{value:.3g} with {variant.rpartition(': ')[2]}"
-
-
-def change_text(difference, baseline, kind):
-    """Return a difference and its interval. baseline: the value that percentages refer to."""
-    mean = difference["mean"]
-    half_width = difference["half_width_95"]
-    if kind == "percent":
-        return f"{100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%"
-    if kind == "log10":
-        return (
-            f"x {10**mean:.3g}, {10 ** (mean - half_width):.3g} to {10 ** (mean + half_width):.3g},"
-        )
-    return f"{mean:+.2f} ± {half_width:.2f}"
-
-
-def together_text(record):
-    """Return what the ideas change alone and together, and how long their steps take."""
-    baseline = record["baseline"]
-
-    def speed(variant):  # of the fastest run: others may have shared their GPU
-        return max(run["tokens_per_s"] for run in record["variants"][variant]["runs"])
-
-    changes = []
-    for variant, difference in record["differences"].items():
-        change = change_text(difference, variant_mean(record, baseline), "percent")
-        changes.append(f"{variant} {change} (x {speed(baseline) / speed(variant):.2f})")
-    return f"Loss of a GPT (and time of a step) against {baseline}: {', '.join(changes)}."
-
-
 def minutes_of(record):
     """Return how long a study took. Those on GPUs run several at a time, and their runs add up."""
     minutes = f"{record['seconds'] / 60:.0f} min"
     gpu = record["hardware"].partition("NVIDIA ")[2]
-    return f"runs of {minutes} ({gpu})" if gpu else minutes
+    return f"{minutes} of runs ({gpu})" if gpu else minutes
 
 
 def command_of(record):
@@ -163,7 +102,8 @@ def file_link(path):
 def study_rows(record):
     """Return a row for each difference: baseline, variant, difference, whether it is resolved."""
     differences = list(record["differences"].items())
-    differences += record.get("differences_at_equal_seconds", {}).items()  # to other baselines
+    for more in ("differences_at_equal_seconds", "differences_to_band_1"):  # other baselines
+        differences += record.get(more, {}).items()
 
     rows = []
     for variant, difference in differences:
@@ -252,6 +192,7 @@ def all_tables(records):
     if "bench_train" in records:
         record = records["bench_train"]
         made_on = f"{record['hardware']}, torch {record['versions']['torch']}"
+        made_on += ", older code" if changed_files(record) else ""
         parts.append(f"Time of a training step with GPT-2's vocabulary, and its ratio ({made_on}):")
         parts.append(steps_table(record))
     return "\n\n".join(parts)
@@ -299,6 +240,8 @@ def changed_files(record):
     changed = []
     for path, recorded_hash in record["code"].items():
         file = REPOSITORY / path
+        if path in WITHOUT_RESULTS:
+            continue
         if not file.is_file() or code_hash(file) != recorded_hash:
             changed.append(path)
     return changed

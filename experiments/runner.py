@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -40,11 +40,20 @@ def disk_cache(folder, key, compute):
     compute: None only looks, and returns None if there is nothing.
     """
     path = Path(folder) / f"{hash_of(key)}.json"
-    if not path.exists():
-        if compute is None:
-            return None
+    result = read_cached(path, key)
+    if result is None and compute:
         write_json(path, {"key": key, "result": compute()})
-    return json.loads(path.read_text())["result"]
+        result = read_cached(path, key)
+    return result
+
+
+def read_cached(path, key):
+    """Return the result that a file holds for this key; None if there is none, or it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(path.read_text())
+        if saved["key"] == json.loads(json.dumps(key)):
+            return saved["result"]
+    return None
 
 
 def run_train(flags, cache=None, look_only=False, deadline=float("inf")):
@@ -64,12 +73,15 @@ def run_train(flags, cache=None, look_only=False, deadline=float("inf")):
 
 
 def train_in(folder, flags, deadline):
-    """Train in a folder, or continue the run that is there; remove the folder at the end."""
+    """Train in a folder, or continue the run that is there; remove the folder at the end.
+
+    The result gets "data", the number of tokens of the text and their SHA-256.
+    """
     start_time = time.perf_counter()
     seconds = 0.0
     if can_resume(folder):
         flags = f"--resume {folder}"
-        if (folder / "seconds").is_file():
+        with suppress(OSError, ValueError):  # it is missing, or empty after a power cut
             seconds = float((folder / "seconds").read_text())
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +95,7 @@ def train_in(folder, flags, deadline):
     except KeyboardInterrupt:
         if folder.is_dir():
             seconds += time.perf_counter() - start_time
-            (folder / "seconds").write_text(str(seconds))
+            write_json(folder / "seconds", seconds)
         if time.monotonic() < deadline:
             raise
         raise TimeoutError(f"{folder} is saved") from None
@@ -92,6 +104,7 @@ def train_in(folder, flags, deadline):
     for row in read_log(folder):
         if row["val_loss"]:
             history.append({name: float(text) for name, text in row.items()})
+    result["data"] = train.load_checkpoint(folder)["data"]
     shutil.rmtree(folder)
     del result["out"]
     seconds += time.perf_counter() - start_time

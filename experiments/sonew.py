@@ -200,7 +200,8 @@ def compare(images):
             differences[name] = harness.paired_difference(runs[name], runs[BASELINE])
     differences_to_band_1 = {}
     for name in ("SONew, band 0", "band 1, flat", "band 1, shuffled", "SONew, band 4"):
-        differences_to_band_1[name] = harness.paired_difference(runs[name], runs["SONew, band 1"])
+        difference = harness.paired_difference(runs[name], runs["SONew, band 1"])
+        differences_to_band_1[name] = {**difference, "baseline": "SONew, band 1"}
     return {
         "question": "Does SONew train an autoencoder of MNIST faster than Adam?",
         "metric": "test cross-entropy, nats per image",

@@ -99,6 +99,17 @@ def test_seeds_of_the_runs_are_not_those_of_the_sweep(demo):
     assert not set(harness.SWEEP_SEEDS) & set(language_models.SEEDS)
 
 
+def test_runs_of_different_texts_are_refused():
+    variants = []
+    for sha256 in ("a", "a", None):
+        data = sha256 and {"tokens": 9, "sha256": sha256}
+        variants.append({"runs": [{"seed": 1, "data": data}]})
+    language_models.check_same_text(variants)
+    variants.append({"runs": [{"seed": 1, "data": {"tokens": 9, "sha256": "b"}}]})
+    with pytest.raises(ValueError, match="2 different texts"):
+        language_models.check_same_text(variants)
+
+
 def test_a_pause_keeps_the_stages_that_are_done(demo, monkeypatch, capsys):
     assert language_models.run("demo", "results", harness.deadline_after(1e-9)) is None
     assert "the same command continues" in capsys.readouterr().out

@@ -270,10 +270,11 @@ def test_study(tmp_path, monkeypatch):
     assert sorted(os.listdir("shown")) == ["laser-cpu.json", "laser-cpu.png"]
     saved = json.loads(Path("shown/laser-cpu.json").read_text())
     assert saved["differences"] == record["differences"]
-    assert len(saved["differences"]) == 4
+    assert len(saved["differences"]) == 7
     for name, difference in saved["differences"].items():
         assert difference["n"] == len(study.SEEDS), name
     assert saved["differences"]["random logits of std 1: LASER"]["mean"] > 0.03
+    assert saved["differences"]["random logits of std 1, one output: LASER"]["mean"] < -0.01
     assert {"command", "commit", "hardware", "versions", "seconds"} <= set(saved)
 
 

@@ -39,6 +39,14 @@ def test_code_hash(tmp_path, changed, is_same):
     assert (provenance.code_hash(before) == provenance.code_hash(after)) is is_same
 
 
+def test_files_that_save_and_report_are_left_out():
+    hashes = provenance.code_hashes("experiments.language_models")
+    assert {"train.py", "support/data.py", "experiments/harness.py"} <= hashes.keys()
+    assert not provenance.WITHOUT_RESULTS & hashes.keys()
+    for path in provenance.WITHOUT_RESULTS:
+        assert (provenance.REPOSITORY / path).is_file()
+
+
 def test_plugin_modules():
     flags = "--model small --attn laser,laser,simplicial:w1=4:w2=2 --optim sonew:band=4 --lr 1"
     assert provenance.plugin_modules(flags) == ["laser", "laser", "simplicial", "sonew"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import provenance, report
+from experiments import findings, provenance, report
 from experiments.findings import IDEAS, Finding, Idea
 from tests.common import refused
 
@@ -139,12 +139,18 @@ def test_rows_at_equal_seconds():
         ["softmax 2.5", "LASER 1.75"],
         ["softmax, longer 2.25", "LASER 1.75"],
     ]
+    record = {**STUDY, "variants": variants, "differences_to_band_1": at_equal_seconds}
+    assert report.study_rows(record)[1][:2] == ["softmax, longer 2.25", "LASER 1.75"]
 
 
 def test_outdated_results_are_marked(repository):
     assert "older code" not in report.all_tables({"laser-cpu": STUDY})
     old = {**STUDY, "code": {"deleted.py": "0"}}
     assert "against 2.5 with softmax), older code<br>" in report.all_tables({"laser-cpu": old})
+    steps = {**KERNELS, "shapes": {}}
+    assert "torch 2.11.0):" in report.all_tables({"bench_train": steps})
+    steps["code"] = {"deleted.py": "0"}
+    assert "torch 2.11.0, older code):" in report.all_tables({"bench_train": steps})
 
 
 def test_finding_text():
@@ -157,6 +163,9 @@ def test_finding_text():
     finding = finding._replace(kind="log10")
     text = "loss: 56.2 with LASER (x 0.178, 0.1 to 0.316, against 316 with softmax)"
     assert report.finding_text(STUDY, finding) == text
+    finding = finding._replace(kind="rounding")
+    text = "loss: 56.2 with LASER (rounding, against 316 with softmax)"
+    assert report.finding_text(STUDY, finding) == text
 
 
 def test_a_finding_against_other_baselines():
@@ -166,11 +175,40 @@ def test_a_finding_against_other_baselines():
     finding = Finding("laser-cpu", "loss", "LASER", baselines=("task: other", "softmax"))
     text = report.finding_text(record, finding)
     half_width = 12.706 * 0.25  # of the differences -0.5 and -1.0, and of -1.0 and -0.5
-    other = f"-0.75 ± {half_width:.2f} against 2.5 with other"
+    change = f"-0.75 ± {half_width:.2f} (not resolved)"
+    changes = f"{change} against 2.5 with other, {change} against 2.5 with softmax"
+    assert text == f"loss: 1.75 with LASER ({changes})"
+
+
+def test_a_finding_about_accuracy():
+    variants = {}
+    for name, accuracies in (("LASER", (0.75, 0.5)), ("softmax", (0.5, 0.25))):
+        runs = [{"seed": i, "value": 9.0, "accuracy": a} for i, a in enumerate(accuracies)]
+        variants[name] = {"runs": runs}
+    finding = Finding("laser-cpu", "right", "LASER", baselines=("softmax",), key="accuracy")
+    text = "right: 0.625 with LASER (+0.25 ± 0.00 against 0.375 with softmax)"
+    assert report.finding_text({**STUDY, "variants": variants}, finding) == text
+
+
+def test_do_the_gains_add_up():
+    values = {"base": (2.0, 3.0), "LASER": (1.5, 2.25), "SONew": (1.0, 2.0)}
+    values["LASER + SONew"] = (0.75, 1.75)
+    values["all three"] = (0.5, 1.0)
+    variants = {}
+    for name, (first, second) in values.items():
+        runs = [{"seed": 1, "value": first}, {"seed": 2, "value": second}]
+        variants[name] = {"runs": [{**run, "tokens_per_s": 1.0} for run in runs]}
+    record = {"baseline": "base", "variants": variants, "differences": {}}
+    added = findings.interaction(record, "LASER", "SONew")
+    # the sum of the gains leads to 0.5 and 1.25
+    assert added["mean"] == pytest.approx((0.25 + 0.5) / 2)
+    assert added["half_width_95"] == pytest.approx(12.706 * 0.125)
+    percent = 100 / 2.5  # of the baseline's mean
+    text = findings.together_text(record)
     assert (
-        text
-        == f"loss: 1.75 with LASER ({other}, -0.75 ± {half_width:.2f} against 2.5 with softmax)"
+        f"gains: {0.375 * percent:+.1f} ± {12.706 * 0.125 * percent:.1f}% (not resolved)." in text
     )
+    assert f"All three against LASER + SONew: {-0.5 * percent:+.1f} ± " in text
 
 
 def test_the_study_of_all_ideas_has_their_losses(repository):
@@ -209,13 +247,15 @@ def test_the_ideas_together(repository):
         runs = [{"seed": i, "value": 2.5, "tokens_per_s": s} for i, s in enumerate(speeds)]
         variants[variant] = {"runs": runs}
     text = report.all_tables({"all-gpu": {**STUDY, "variants": variants}})
-    first = "Loss of a GPT (and time of a step) against softmax: LASER -30.0 ± 10.0% (x 2.50)."
+    first = (
+        "Loss of a GPT on bytes (and time of a step) against softmax: LASER -30.0 ± 10.0% (x 2.50)."
+    )
     assert text.startswith(f"{first}\n\n| idea |")
 
 
 def test_minutes_of_a_study():
     assert report.minutes_of(STUDY) == "1 min"
-    assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "runs of 1 min (H200)"
+    assert report.minutes_of({**STUDY, "hardware": "2 x NVIDIA H200"}) == "1 min of runs (H200)"
 
 
 @pytest.mark.parametrize("idea", IDEAS, ids=lambda idea: idea.file)
@@ -238,6 +278,7 @@ def test_check_finds_what_is_out_of_date(repository):
     (repository / "laser.py").write_text("x = 2")
     refused(["--check"], "results/laser-cpu.json", main=report.main)
     assert report.changed_files({**STUDY, "code": {"deleted.py": "0"}}) == ["deleted.py"]
+    assert report.changed_files({**STUDY, "code": {"support/cli.py": "0"}}) == []
 
 
 @pytest.mark.parametrize("commit", [None, "0" * 40 + "-dirty"])

@@ -31,6 +31,15 @@ def test_disk_cache_computes_once(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is left of an interrupted run"
 
 
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", '{"key": ["other"], "result": 2}'])
+def test_a_damaged_cache_file_is_computed_again(tmp_path, content):
+    path = tmp_path / f"{runner.hash_of(['a'])}.json"
+    path.write_text(content)
+    assert runner.disk_cache(tmp_path, ["a"], None) is None
+    assert runner.disk_cache(tmp_path, ["a"], lambda: 1) == 1
+    assert runner.disk_cache(tmp_path, ["a"], None) == 1
+
+
 def square(x):
     if x == "fail":
         raise ValueError("no number")
@@ -65,6 +74,7 @@ def test_run_train_returns_history_and_caches(tiny):
     assert [row["step"] for row in first["history"]] == [2, 4]
     assert first["val_loss"] == first["history"][-1]["val_loss"]
     assert first["seconds"] > 0
+    assert set(first["data"]) == {"tokens", "sha256"}
     assert "out" not in first
     os.remove("text.txt")  # a cached run needs no data
     assert runner.run_train(flags, cache="cache") == first
@@ -152,6 +162,7 @@ def test_a_damaged_log_is_no_obstacle(tiny, stop_at_step_3):
     text = log.read_bytes()
     last_row = text.splitlines()[-1]
     log.write_bytes(text.removesuffix(last_row + b"\n") + bytes(len(last_row)))
+    (folder / "seconds").write_bytes(b"")
     result = runner.run_train(flags)
     assert result["val_loss"] == whole["val_loss"]
     assert not folder.exists()

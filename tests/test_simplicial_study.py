@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import simplicial
+from experiments import harness, runner
 from experiments import simplicial as study
 from tests.common import refused
 
@@ -56,7 +57,14 @@ def test_tasks_are_what_they_say():
 def test_chance_levels():
     """Guessing scores 25%; naming the commonest value of f scores 53% without composing."""
     levels = study.chance_levels()
-    assert levels["Match3"] == {"uniform": 0.5}
+    assert levels["Match3"]["uniform"] == 0.5
+    tokens, answers = study.match3_batch(1000, torch.Generator().manual_seed(5))
+    n_right = 0
+    for x, answer in zip(tokens[..., 0].tolist(), answers.tolist()):
+        *others, last = x
+        sums = [2 * other + last for other in others] + [other + 2 * last for other in x]
+        n_right += any(total % 20 == 0 for total in sums) == answer
+    assert abs(levels["Match3"]["pairs"] - n_right / 1000) < 0.03
     assert levels["composition"] == {"uniform": 0.25, "commonest value": 0.53125}
     x, y = study.composition_batch(4000, torch.Generator().manual_seed(0))
     is_f = x[:, :-1, 0] == 1
@@ -68,6 +76,8 @@ def test_chance_levels():
 def test_study(tmp_path, capsys, monkeypatch):
     assert len(set(study.SEEDS)) == 8
     monkeypatch.setattr(study, "SEEDS", (1, 2))
+    monkeypatch.setattr(study, "RATES", (3e-3,))
+    monkeypatch.setattr(runner, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
     for name, task in study.TASKS.items():
         monkeypatch.setitem(study.TASKS, name, task._replace(steps=2))
     out = str(tmp_path / "results")
@@ -98,15 +108,20 @@ def test_study(tmp_path, capsys, monkeypatch):
             assert abs(difference["half_width_95"] - half_width) < 1e-9
     assert result["match3_by_hand"] == dict.fromkeys(result["match3_by_hand"], 1.0)
     assert "commonest value" in capsys.readouterr().out
-    refused(["--full"], "--full", main=simplicial.main)
+    refused(["--full"], "needs a GPU", main=simplicial.main)
 
 
 def test_runs_of_a_seed_see_the_same_examples(monkeypatch):
     task = study.TASKS["composition"]
     monkeypatch.setitem(study.TASKS, "composition", task._replace(steps=4))
-    a, b = (study.train_task("composition", "softmax", 3) for _ in range(2))
+    job = {"task": "composition", "variant": "softmax", "lr": 3e-3, "seed": 3}
+    a, b = (study.train_task(job) for _ in range(2))
     assert a["value"] == b["value"]
     assert a["seed"] == 3
+    assert a["lr"] == 3e-3
+    assert 0 <= a["value"] <= 1, "an accuracy"
+    swept = study.train_task({**job, "seed": harness.SWEEP_SEEDS[1]})
+    assert swept["value"] > 1, "a loss, of which that of guessing is log 4"
 
     # record the batches of two variants with one seed
     batches = {}
@@ -120,7 +135,7 @@ def test_runs_of_a_seed_see_the_same_examples(monkeypatch):
 
         recording_task = task._replace(make_batch=recording_make_batch, steps=2)
         monkeypatch.setitem(study.TASKS, "composition", recording_task)
-        study.train_task("composition", name, 3)
+        study.train_task({**job, "variant": name})
     assert len(batches["gate"]) == 3, "two steps and an evaluation draw one batch each"
     assert not torch.equal(batches["gate"][0], batches["gate"][1])
     for x_softmax, x_gate in zip(batches["softmax"], batches["gate"], strict=True):

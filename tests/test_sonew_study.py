@@ -137,5 +137,5 @@ def test_without_its_data(digits, monkeypatch):
     refused(["--mnist", "nowhere.npz"], "nowhere.npz", main=sonew.main)
     np.savez("other.npz", x=np.zeros(3))
     refused(["--mnist", "other.npz"], "other.npz is not MNIST", main=sonew.main)
-    refused(["--full"], "--full", main=sonew.main)
+    refused(["--full"], "needs a GPU", main=sonew.main)
     refused(["--out", "text.txt"], "cannot write in text.txt", main=sonew.main)
