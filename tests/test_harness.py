@@ -108,6 +108,24 @@ def test_a_grid_grows_until_the_best_rate_is_inside(sweep):
         sweep({lr: (lr, 0.0) for lr in (1, 2, 4, 8, 16, 32)}, [16, 32])
 
 
+def test_a_grid_grows_for_any_variant_that_is_at_its_edge(monkeypatch):
+    monkeypatch.setattr(runner, "parallel", lambda run, jobs, label: [run(job) for job in jobs])
+    best = {"inside": 4, "low": 1, "high": 16}
+
+    def make_job(variant, lr, seed):
+        return {"variant": variant, "lr": lr, "seed": seed}
+
+    def run(job):
+        return {**job, "value": 1 + abs(job["lr"] - best[job["variant"]])}
+
+    for name in ("low", "high"):
+        runs = harness.sweep(run, make_job, ["inside", name], [2, 4, 8])
+        for variant in runs:
+            rates = [1 / 2, 1, 2, 4, 8] if name == "low" else [2, 4, 8, 16, 32]
+            assert [run["lr"] for run in runs[variant]] == rates
+        assert harness.best_rate(runs[name]) == best[name]
+
+
 RECORD = {
     "question": "Is it better?",
     "metric": "loss",

@@ -93,7 +93,7 @@ def questions(tmp_path, monkeypatch):
         for split in ("train", "test"):
             rows = []
             for i in range(2):
-                instruction = f"{task} {split} {i}\nAnswer format: yes/no\n"
+                instruction = f"{task} {split} {i}\nAnswer format: yes/no\n\n"
                 rows.append({"instruction": instruction, "output": "it is yes"})
             Path("questions", task, f"{split}.json").write_text(json.dumps(rows))
     return "questions"
@@ -105,7 +105,7 @@ def test_training_and_test_questions_are_kept_apart(questions, monkeypatch):
     expected = []
     for task in lora_finetune.TASKS:
         for i in range(2):
-            prompt = f"{task} train {i}\nAnswer format: yes/no\n\n"
+            prompt = f"{task} train {i}\nAnswer format: yes/no\n\n\n"
             expected.append({"prompt": prompt, "answer": "it is yes"})
     assert rows == expected
 
