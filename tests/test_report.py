@@ -45,6 +45,7 @@ KERNELS = {
             kernel("paper's form", 4, 1.0, 3.0),
             kernel("paper's form", 8, 0.1, 0.1),
             kernel("ours", 4, 1.0, 1.0, of_floor=0.5),
+            kernel("ours", 8, 3.0, 3.0, of_floor=0.25),
         ]
     },
 }
