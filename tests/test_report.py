@@ -278,6 +278,8 @@ def test_a_readme_without_markers_is_refused(repository):
 @pytest.mark.parametrize("commit", [None, "0" * 40 + "-dirty"])
 def test_an_unknown_commit_is_out_of_date(commit):
     assert report.changed_files({**STUDY, "commit": commit})
+    without_code = {name: value for name, value in STUDY.items() if name != "code"}
+    assert report.changed_files(without_code) == [f"unknown code ({'0' * 40})"]
     assert report.changed_files(STUDY) == []
 
 
