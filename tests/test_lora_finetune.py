@@ -156,7 +156,13 @@ def test_a_cached_run_is_that_of_its_job(tmp_path, monkeypatch):
     job = {"flags": "--optim sonew --steps 2", "init": "a", "questions": "b", "lr": 1e-3, "seed": 1}
     assert lora_finetune.run_finetune({**job, "variant": "SONew"}) == 1
     assert lora_finetune.run_finetune({**job, "variant": "another name"}) == 1
-    changes = {"flags": "--optim sonew --steps 3", "init": "c", "questions": "c", "lr": 1e-4, "seed": 2}
+    changes = {
+        "flags": "--optim sonew --steps 3",
+        "init": "c",
+        "questions": "c",
+        "lr": 1e-4,
+        "seed": 2,
+    }
     for i, (name, value) in enumerate(changes.items()):
         assert lora_finetune.run_finetune({**job, name: value}) == 2 + i, name
     hashes["laser.py"] = "1"
