@@ -427,6 +427,17 @@ def test_pairs_of_mixed_dtypes():
         assert optimizer.state[p]["M"].dtype == dtype
 
 
+def test_pairs_that_share_one_shape_only():
+    net = []
+    for n, m in ((6, 5), (7, 5), (6, 8)):
+        net += [nn.Parameter(torch.randn(4, n)), nn.Parameter(torch.randn(m, 4))]
+    optimizer = LoRARITE([{"params": net, "pair": True}], 0.1)
+    for p in net:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert len(optimizer.find_batches()) == 3
+
+
 def test_a_closure_is_called_with_gradients_on():
     pairs, loss = low_rank()
     ps = [nn.Parameter(p.clone()) for pair in pairs for p in pair]

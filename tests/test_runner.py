@@ -294,6 +294,12 @@ def test_a_cached_run_is_that_of_its_code(tmp_path, monkeypatch):
     assert runner.run_train("--attn laser", "cache", look_only=True) is None
 
 
+def test_flags_are_split_as_by_a_shell(tiny):
+    os.rename("text.txt", "my text.txt")
+    flags = " ".join([*tiny, "--data", "'my text.txt'", "--steps", "1"])
+    assert runner.run_train(flags)["step"] == 1
+
+
 def test_a_deadline_does_not_outlast_its_block():
     received = []
     old_handler = signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
