@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import train
 from experiments import bench_train, harness, runner
-from tests.common import refused
+from tests.common import fails, refused, without_rights
 
 
 def test_confidence_interval_is_students():
@@ -43,6 +44,10 @@ def test_differences_are_paired_by_seed():
     assert difference["n"] == 3
     assert difference["mean"] == pytest.approx((0.5 + 1.0 + 0.5) / 3)
     assert difference["half_width_95"] == pytest.approx(harness.mean_ci95([0.5, 1.0, 0.5])[1])
+
+    # a seed that only one of them has does not count
+    more = [*runs, {"seed": 4, "value": 99.0}]
+    assert harness.paired_difference(more, [*baseline, {"seed": 5, "value": 9.0}]) == difference
 
 
 def test_the_best_rate_is_that_of_the_mean():
@@ -88,13 +93,113 @@ def test_close_rates_get_a_second_seed(sweep):
     assert harness.close_rates([*runs, {**close, "value": 0.6}]) == [8e-3]
     assert harness.close_rates([close, {**close, "lr": 4e-3, "value": 0.7}]) == []
 
+    # losses below 0, such as logarithms, are close to the best if they are above it
+    below = [{**close, "lr": lr, "value": value} for lr, value in ((1, -5.0), (2, -4.99), (4, -4))]
+    assert harness.close_rates(below) == [1, 2]
+
 
 def test_a_grid_grows_until_the_best_rate_is_inside(sweep):
     losses = {lr: (1 + abs(lr - 2), 0.0) for lr in (1, 2, 4, 8, 16)}
     runs = sweep(losses, [8, 16])
     assert [run["lr"] for run in runs] == [1, 2, 4, 8, 16]
+    runs = sweep({lr: (1 + abs(lr - 8), 0.0) for lr in (1, 2, 4, 8, 16)}, [1, 2])
+    assert [run["lr"] for run in runs] == [1, 2, 4, 8, 16]
     with pytest.raises(ValueError, match=r"still at an edge of \[2.0, 4.0, 8.0, 16, 32\]"):
         sweep({lr: (lr, 0.0) for lr in (1, 2, 4, 8, 16, 32)}, [16, 32])
+
+
+def test_a_grid_grows_for_any_variant_that_is_at_its_edge(monkeypatch):
+    monkeypatch.setattr(runner, "parallel", lambda run, jobs, label: [run(job) for job in jobs])
+    best = {"inside": 4, "low": 1, "high": 16}
+
+    def make_job(variant, lr, seed):
+        return {"variant": variant, "lr": lr, "seed": seed}
+
+    def run(job):
+        return {**job, "value": 1 + abs(job["lr"] - best[job["variant"]])}
+
+    for name in ("low", "high"):
+        runs = harness.sweep(run, make_job, ["inside", name], [2, 4, 8])
+        for variant in runs:
+            rates = [1 / 2, 1, 2, 4, 8] if name == "low" else [2, 4, 8, 16, 32]
+            assert [run["lr"] for run in runs[variant]] == rates
+        assert harness.best_rate(runs[name]) == best[name]
+
+
+RECORD = {
+    "question": "Is it better?",
+    "metric": "loss",
+    "baseline": "softmax",
+    "command": "python laser.py --full",
+    "hardware": "1 x NVIDIA H200",
+    "variants": {
+        "softmax": {"runs": [{"seed": 1, "value": 2.0}, {"seed": 2, "value": 3.0}]},
+        "LASER": {"runs": [{"seed": 1, "value": 1.0}, {"seed": 2, "value": 2.5}]},
+        "other": {"runs": [{"seed": 1, "value": 4.0}, {"seed": 2, "value": 4.0}]},
+    },
+    "differences": {
+        "LASER": {"mean": -0.75, "half_width_95": 0.25, "n": 2},
+        "other": {"mean": 1.5, "half_width_95": 0.5, "n": 2},
+    },
+}
+LINES = """
+Is it better? (loss, baseline: softmax)
+  softmax                      2.5000
+  LASER                        1.7500   difference -0.7500 +- 0.2500 (95%, n = 2)
+  other                        4.0000   difference +1.5000 +- 0.5000 (95%, n = 2)
+"""
+
+
+def test_differences_are_printed(tmp_path, monkeypatch, capsys):
+    harness.print_differences(RECORD)
+    assert "\n" + capsys.readouterr().out == LINES
+    longer = {**RECORD["differences"]["LASER"], "baseline": "softmax, longer"}
+    harness.print_differences({**RECORD, "differences_at_equal_seconds": {"LASER": longer}})
+    last_line = "  LASER less softmax, longer: -0.7500 +- 0.2500 (95%, n = 2)\n"
+    assert "\n" + capsys.readouterr().out == LINES + last_line
+
+    # what the study on GPUs found, if it is there
+    monkeypatch.setattr(harness, "REPOSITORY", tmp_path)
+    harness.print_gpu_result("laser")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/laser-gpu.json").write_text(json.dumps(RECORD))
+    harness.print_gpu_result("laser")
+    origin = "results/laser-gpu.json, from `python laser.py --full` on 1 x NVIDIA H200:"
+    assert capsys.readouterr().out == f"\n{origin}{LINES}"
+
+
+def test_the_plot_shows_the_differences():
+    (axes,) = harness.plot_differences(RECORD).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["LASER", "other"]
+    for i, (container, d) in enumerate(zip(axes.containers, RECORD["differences"].values())):
+        point, _, (bar,) = container
+        assert (point.get_xdata()[0], point.get_ydata()[0]) == (d["mean"], i)
+        ends = bar.get_segments()[0][:, 0]
+        assert list(ends) == [d["mean"] - d["half_width_95"], d["mean"] + d["half_width_95"]]
+    (zero_line,) = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    assert set(zero_line.get_xdata()) == {0}
+
+
+def test_minutes_are_minutes():
+    assert harness.deadline_after(2) - time.monotonic() == pytest.approx(120, abs=1)
+    assert harness.deadline_after(None) == math.inf
+
+
+def test_where_a_study_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert harness.study_parser("").parse_args([]).out == "results"
+    assert harness.check_writable("a/b/c") == Path("a/b/c")
+    assert harness.check_writable("a/b/c").is_dir(), "it may be there already"
+    assert list(Path("a/b/c").iterdir()) == []
+    Path("text").touch()
+    for bad in ("text", "text/a", "x" * 300):
+        fails(harness.check_writable, bad, parts=["cannot write in", "give another --out"])
+    Path("closed").mkdir(mode=0o555)
+    with without_rights():
+        fails(
+            harness.check_writable, "closed", parts=["cannot write in closed (Permission denied)"]
+        )
 
 
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):

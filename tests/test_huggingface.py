@@ -86,6 +86,13 @@ def test_config_fields(tmp_path):
     fields = huggingface.read_config(tmp_path)
     assert (fields["head_dim"], fields["rope_theta"], fields["qk_norm"]) == (128, 5.0, True)
 
+    # the largest models, such as Llama 3.1 405B and Qwen2.5 1M
+    edit_json(tmp_path / "config.json", num_hidden_layers=126, hidden_size=16384)
+    edit_json(tmp_path / "config.json", num_attention_heads=128, max_position_embeddings=1010000)
+    fields = huggingface.read_config(tmp_path)
+    assert (fields["n_layer"], fields["n_embd"], fields["n_head"]) == (126, 16384, 128)
+    assert fields["block_size"] == 1010000
+
 
 def test_shapes_are_those_of_the_gpt():
     for shape in (
@@ -189,6 +196,8 @@ REFUSED = {
     "huge": (config(num_hidden_layers=10**9), ["num_hidden_layers", "at most 1024"]),
     "none": (config(num_attention_heads=0), ["num_attention_heads = 0", "above 0"]),
     "negative": (config(vocab_size=-5), ["vocab_size = -5"]),
+    "large eps": (config(rms_norm_eps=1.5), ["rms_norm_eps = 1.5", "at most 1.0"]),
+    "large theta": (config(rope_theta=1e12), ["rope_theta = 1000000000000.0", "at most"]),
     "overflow": (config(rope_theta=10**400), ["config.json"]),
     "infinite": (write("config.json", b'{"rope_theta": Infinity}'), ["config.json"]),
     "no json": (write("config.json", b"{"), ["hf/config.json is cut off or is not JSON"]),
@@ -220,6 +229,10 @@ REFUSED = {
     "shape": (
         edit_tensors(lambda t: t.update({Q: torch.zeros(32, 7)})),
         ["model-00002-of-", f"{Q} is (32, 7), not (32, 32)"],
+    ),
+    "transposed": (
+        edit_tensors(lambda t: t.update({Q: torch.zeros(64, 16)})),
+        [f"{Q} is (64, 16), not (32, 32)"],
     ),
     "dtype": (
         edit_tensors(lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)})),
@@ -261,6 +274,7 @@ REFUSED = {
         ["tokenizer.json has the id 320", "vocab_size 320"],
     ),
     "eos": (config(eos_token_id="</s>"), ["eos_token_id"]),
+    "eos bool": (config(eos_token_id=True), ["eos_token_id"]),
     "eos beyond": (config(eos_token_id=[3, 320]), ["eos_token_id"]),
     "eos negative": (config(eos_token_id=-1), ["eos_token_id"]),
 }
@@ -312,6 +326,19 @@ def test_a_tied_head_that_is_the_embedding_is_fine(hf):  # noqa: F811
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     save_file(tensors, path)
     assert train.load_model(folder)
+
+
+def test_float64_tensors_and_ids_up_to_the_last_one(hf):  # noqa: F811
+    folder = hf()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
+    model, tokenizer = train.load_model(folder)
+    assert torch.equal(model.norm.weight.float(), tensors["model.norm.weight"])
+    assert model.embed_tokens.weight.dtype == torch.float32
+    assert huggingface.read_tokenizer(folder, tokenizer.n_vocab)["files"]
+    too_few = partial(huggingface.read_tokenizer, folder, tokenizer.n_vocab - 1)
+    check_refused(too_few, f"vocab_size {tokenizer.n_vocab - 1}")
 
 
 # -- in use ----------------------------------------------------------------------------------------

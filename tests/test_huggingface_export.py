@@ -1,6 +1,7 @@
 """Exports as Hugging Face folders: what transformers loads, what is kept, what is refused."""
 
 import json
+import os
 import resource
 from dataclasses import asdict
 from functools import partial
@@ -82,7 +83,7 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
 
     # the same for a config.json in the form before transformers 5, saved in a checkpoint between
     edit_json(Path("hf/config.json"), rope_parameters=None, rope_theta=5e5)
-    edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float32", head_dim=None)
+    edit_json(Path("hf/config.json"), dtype=None, torch_dtype="float16", head_dim=None)
     saved = huggingface.load_checkpoint(Path("hf"))
     torch.save({"tokenizer": saved["tokenizer"]}, "x.pt")
     tokenizer = torch.load("x.pt", weights_only=True)["tokenizer"]
@@ -92,6 +93,37 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     after = json.loads(Path("newest/config.json").read_text())
     before = json.loads(Path("hf/config.json").read_text())
     assert after == {**before, "rope_theta": 77.0, "rms_norm_eps": 1e-3}
+    tensors = load_file(next(iter(Path("newest").glob("*.safetensors"))))
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+
+
+def test_the_ids_that_end_an_answer_are_exported(hf):  # noqa: F811
+    saved = huggingface.load_checkpoint(hf())
+    tokenizer = {name: saved["tokenizer"][name] for name in ("name", "files", "stops")}
+    assert tokenizer["stops"]
+    config = asdict(train.GPTConfig(**saved["config"]["model"]))
+    huggingface.export("new", saved["model"], config, tokenizer)
+    settings = json.loads(Path("new/config.json").read_text())
+    assert settings["eos_token_id"] == tokenizer["stops"]
+    assert huggingface.load_checkpoint("new")["tokenizer"]["stops"] == tokenizer["stops"]
+
+
+def test_an_export_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    """An empty folder may be there already, and folders above it are made."""
+    model = small_gpt()
+    synced = []
+
+    def fsync(fd):
+        assert not (folder / "config.json").exists()
+        synced.append(os.readlink(f"/proc/self/fd/{fd}").rpartition("/")[2])
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for folder in (tmp_path / "empty", tmp_path / "a/b/new"):
+        if folder.name == "empty":
+            folder.mkdir()
+        huggingface.export(folder, model.state_dict(), asdict(model.config), {"name": "byte"})
+        assert sorted(synced) == sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+        synced.clear()
 
 
 def test_export_of_a_model_trained_from_scratch(tiny):

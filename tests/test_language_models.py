@@ -1,11 +1,15 @@
 """experiments/language_models.py: sweeps, stages, differences and files, without training."""
 
 import json
+import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import train
 from experiments import harness, language_models, runner
 from experiments.language_models import STUDIES, Study
 
@@ -53,7 +57,7 @@ def fake_run(job):
     }
 
 
-def test_a_study(demo):
+def test_a_study(demo, capsys):
     record = language_models.run("demo", "results")
     swept = [(run["lr"], run["seed"]) for run in record["variants"]["other"]["sweep"]]
     extended = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]  # until the best rate is inside, for all variants
@@ -74,6 +78,12 @@ def test_a_study(demo):
     assert record["variants"]["softmax, longer"]["runs"][0]["lr"] == 1e-3
     n_runs = 4 * 5 + 4 * 5 + 3  # the sweep of four variants at five rates, seeds
     assert record["seconds"] == n_runs
+
+    settings = record["variants"]["softmax, longer"]["settings"]
+    assert settings == f"{language_models.FLAGS} --attn softmax --steps 6000", "the last one counts"
+    printed = capsys.readouterr().out
+    assert "Is it better?" in printed
+    assert "other less softmax, longer: -0.4000 +- " in printed
 
     saved = json.loads(Path("results/demo-gpu.json").read_text())
     assert saved["differences"] == record["differences"]
@@ -140,3 +150,122 @@ def test_variants_are_comparable(name):
     for longer in study.longer_baseline.values():
         assert longer.startswith(f"{baseline} --steps")
     assert set(study.equal_seconds) <= set(study.variants)
+
+
+def last_value(flags, name):
+    """Return the number after a flag; of several, the last one counts."""
+    return int(re.findall(rf"{name} (\d+)", flags)[-1])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_steps_are_as_many_as_the_names_say(name):
+    """And all variants are evaluated five times, the last time at the end."""
+    study = STUDIES[name]
+    for variant, more in {**study.variants, **study.longer_baseline, **study.controls}.items():
+        flags = f"{study.flags} {more}"
+        steps = last_value(flags, "--steps")
+        assert steps == 5 * last_value(flags, "--eval-every"), variant
+        percent = re.search(r"(\d+)% (more|fewer) steps", variant)
+        if percent:
+            sign = 1 if percent[2] == "more" else -1
+            change = steps / last_value(study.flags, "--steps") - 1
+            assert change == pytest.approx(sign * int(percent[1]) / 100), variant
+
+
+def count_parameters(flags):
+    """Return the number of parameters of a model of bytes with these flags."""
+    shape = dict(train.PRESETS[re.search(r"--model (\S+)", flags)[1]])
+    for name in ("n_layer", "n_hidden"):
+        flag = "--" + name.replace("_", "-")
+        if flag in flags:
+            shape[name] = last_value(flags, flag)
+    fields = train.GPTConfig.__dataclass_fields__
+    shape = {name: value for name, value in shape.items() if name in fields}
+    attn = re.search(r"--attn (\S+)", flags)[1]
+    with torch.device("meta"):
+        model = train.GPT(train.GPTConfig(**shape, attn=attn, vocab_size=256))
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_sizes_are_what_the_comments_say():
+    """A wider MLP has the parameters of second keys and values."""
+    large = count_parameters(f"{language_models.FLAGS_124M} --attn softmax")
+    assert large == pytest.approx(124e6, rel=5e-3)
+    flags = language_models.FLAGS
+    plain = count_parameters(f"{flags} --attn softmax")
+    assert plain == pytest.approx(26e6, rel=0.02)
+    added = count_parameters(f"{flags} {language_models.SIMPLICIAL}") - plain
+    wider = count_parameters(f"{flags} --attn softmax {language_models.WIDER}") - plain
+    assert added > 1e6
+    assert wider == pytest.approx(added, rel=0.04)
+
+
+def test_windows_of_controls_are_those_of_the_variant():
+    """The product has both windows of 2-simplicial attention, one window alone has the longer."""
+    simplicial = language_models.SIMPLICIAL
+    same_windows = simplicial.replace("simplicial", "experiments.product")
+    assert same_windows == language_models.PRODUCT
+    first_window = last_value(simplicial.replace("=", " "), "w1")
+    assert language_models.WINDOW.endswith(f",experiments.controls:window={first_window}")
+
+
+def test_a_look_trains_nothing_and_runs_know_the_deadline(demo, monkeypatch):
+    calls = []
+
+    def run_variant(job, look_only=False, deadline=float("inf")):
+        calls.append((look_only, deadline))
+        return fake_run(job)
+
+    def parallel(function, jobs, deadline, label, look, per_gpu):
+        for job in jobs[:1]:
+            look(job)
+            function(job)
+        assert calls[-2:] == [(True, float("inf")), (False, deadline)]
+        assert per_gpu == 3
+        return [fake_run(job) for job in jobs]
+
+    monkeypatch.setattr(language_models, "run_variant", run_variant)
+    monkeypatch.setattr(runner, "parallel", parallel)
+    monkeypatch.setitem(STUDIES, "demo", DEMO._replace(per_gpu=3))
+    assert language_models.run("demo", "results", deadline=time.monotonic() + 60)
+    assert calls[-1][1] < float("inf")
+
+
+def test_a_variant_is_trained_with_its_flags(monkeypatch):
+    calls = []
+    rows = [{"step": 600.0, "loss": 9.0, "val_loss": 2.5}, {"step": 1200.0, "val_loss": 2.0}]
+    result = {"loss": 9.0, "val_loss": 2.0, "val_bpb": 3.0, "seconds": 7.5, "history": rows}
+
+    def run_train(*arguments):
+        calls.append(arguments)
+        return result
+
+    monkeypatch.setattr(runner, "run_train", run_train)
+    job = {"variant": "LASER", "flags": "--attn laser", "lr": 1.25e-3, "seed": 3}
+    run = language_models.run_variant(job, True, 99.0)
+    assert calls == [("--attn laser --lr 0.00125 --seed 3", runner.CACHE, True, 99.0)]
+    expected = {"seed": 3, "lr": 1.25e-3, "value": 2.0, "curve": [[600, 2.5], [1200, 2.0]]}
+    assert run == {**expected, "seconds": 7.5, "tokens_per_s": None}
+    result = None  # nothing is cached
+    assert language_models.run_variant(job, look_only=True) is None
+
+
+def test_curves_are_differences_at_equal_seeds_and_steps():
+    """A control has fewer seeds; a longer baseline is evaluated at other steps."""
+
+    def runs(seeds, last_step, better):
+        runs = []
+        for seed in range(1, seeds + 1):
+            curve = [[last_step // 2, 3.0 + seed**2], [last_step, 2.0 + seed**2 - better]]
+            runs.append({"seed": seed, "value": curve[-1][1], "curve": curve})
+        return {"runs": runs}
+
+    variants = {"softmax": runs(5, 10, 0.0), "LASER": runs(3, 10, 0.5), "longer": runs(5, 12, 0.1)}
+    difference = {"mean": -0.5, "half_width_95": 0.1, "n": 3}
+    record = {"baseline": "softmax", "metric": "loss", "variants": variants}
+    record["differences"] = {"LASER": difference, "longer": difference}
+    curves, _ = language_models.plot(record).axes
+    (zero_line,) = [line for line in curves.lines if len(set(line.get_ydata())) == 1]
+    (curve,) = [line for line in curves.lines if line is not zero_line]
+    assert list(curve.get_xdata()) == [5, 10]
+    assert np.allclose(curve.get_ydata(), [0.0, -0.5])

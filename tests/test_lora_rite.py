@@ -383,6 +383,61 @@ def test_equal_pairs_are_batched_and_their_order_is_free():
     assert distance(another_order, one_group) < 1e-13
 
 
+def test_each_group_has_its_own_options():
+    """Two groups take the steps that two optimizers take. Without clipping they are independent."""
+    pairs, _ = low_rank()
+    grads = [[torch.randn(3, *p.shape).double() for p in pair] for pair in pairs]
+    options = [
+        {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.0, "escape": False},
+        {"lr": 0.02, "betas": (0.5, 0.9), "eps": 1e-2, "weight_decay": 0.3, "escape": True},
+    ]
+
+    def run(together):
+        net = [[nn.Parameter(p.clone()) for p in pair] for pair in pairs]
+        groups = []
+        for parameters, settings in zip(net, options):
+            groups.append({"params": parameters, "pair": True, "clip": 0.0, **settings})
+        optimizers = [LoRARITE(groups)] if together else [LoRARITE([group]) for group in groups]
+        for t in range(3):
+            for parameters, pair_grads in zip(net, grads):
+                for p, g in zip(parameters, pair_grads):
+                    p.grad = g[t].clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        return [p.detach() for parameters in net for p in parameters]
+
+    for ours, expected in zip(run(together=True), run(together=False)):
+        assert torch.equal(ours, expected)
+
+
+def test_pairs_of_mixed_dtypes():
+    """A in float32 and B in float64 are not stacked with a pair in float32."""
+    pairs, _ = low_rank()
+    dtypes = [(torch.float32, torch.float32), (torch.float32, torch.float64)]
+    net = []
+    for pair, pair_dtypes in zip(pairs, dtypes):
+        net += [nn.Parameter(p.to(dtype)) for p, dtype in zip(pair, pair_dtypes)]
+    optimizer = LoRARITE([{"params": net, "pair": True}], 0.1)
+    for p in net:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert len(optimizer.find_batches()) == 2
+    for p, dtype in zip(net, sum(dtypes, ())):
+        assert p.dtype == dtype
+        assert optimizer.state[p]["M"].dtype == dtype
+
+
+def test_pairs_that_share_one_shape_only():
+    net = []
+    for n, m in ((6, 5), (7, 5), (6, 8)):
+        net += [nn.Parameter(torch.randn(4, n)), nn.Parameter(torch.randn(m, 4))]
+    optimizer = LoRARITE([{"params": net, "pair": True}], 0.1)
+    for p in net:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert len(optimizer.find_batches()) == 3
+
+
 def test_a_closure_is_called_with_gradients_on():
     pairs, loss = low_rank()
     ps = [nn.Parameter(p.clone()) for pair in pairs for p in pair]
@@ -404,7 +459,10 @@ def test_a_closure_is_called_with_gradients_on():
 OPTION_ERRORS = [
     ({"betas": (0.9, 1.0)}, "betas"),
     ({"betas": (-0.1, 0.9)}, "betas"),
+    ({"betas": (1.0, 0.9)}, "betas"),
+    ({"betas": (0.9, -0.1)}, "betas"),
     ({"eps": 0.0}, "eps is 0.0; it must be above 0"),
+    ({"eps": math.inf}, "eps is inf"),
     ({"lr": -1.0}, "lr"),
     ({"clip": math.nan}, "clip"),
     ({"weight_decay": math.inf}, "weight_decay"),

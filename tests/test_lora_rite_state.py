@@ -76,6 +76,31 @@ def test_load_state_dict_respects_hooks_as_adam_does():
     assert is_equal(saved, before), "steps should not write to the dict that was loaded"
 
 
+def test_a_copy_takes_the_same_steps():
+    """copy.deepcopy skips __init__; the copy has its own parameters and caches."""
+    grads, [(parameters, optimizer)] = some_nets(count=1, use_kernel=False)
+    run_steps(optimizer, parameters, grads, range(2))
+    copied_parameters, copied = copy.deepcopy((parameters, optimizer))
+    assert copied.use_kernel is False
+    assert copied.plans == {}
+    assert optimizer.plans
+    run_steps(copied, copied_parameters, grads, range(2, 4))
+    run_steps(optimizer, parameters, grads, range(2, 4))
+    assert is_equal(copied_parameters, parameters)
+    assert is_equal(copied.state_dict(), optimizer.state_dict())
+
+
+def with_number(i, value):
+    """Return a function that changes number i of a saved state's tensor "packed"."""
+
+    def change(saved):
+        packed = saved["packed"].clone()
+        packed[i] = value
+        return dict(saved, packed=packed)
+
+    return change
+
+
 BAD_STATES = {
     "M of another shape": lambda s: dict(s, M=torch.ones(3)),
     "packed is short": lambda s: dict(s, packed=s["packed"][:-1]),
@@ -87,6 +112,11 @@ BAD_STATES = {
     "M is missing": lambda s: {"packed": s["packed"]},
     "more than that": lambda s: dict(s, exp_avg=s["M"]),
     "a negative step": lambda s: dict(s, packed=s["packed"] * -1),
+    "rho below 0": with_number(-5, -1.0),
+    "step below 0": with_number(-4, -1.0),
+    "lr below 0": with_number(-3, -1.0),
+    "skipped below 0": with_number(-1, -1.0),
+    "only shrink 0": with_number(-2, 0.0),
     "shrink 0": lambda s: dict(s, packed=s["packed"] * 0),
     "a list": lambda s: [1, 2],
 }

@@ -45,6 +45,7 @@ KERNELS = {
             kernel("paper's form", 4, 1.0, 3.0),
             kernel("paper's form", 8, 0.1, 0.1),
             kernel("ours", 4, 1.0, 1.0, of_floor=0.5),
+            kernel("ours", 8, 3.0, 3.0, of_floor=0.25),
         ]
     },
 }
@@ -108,6 +109,28 @@ def test_tables(repository):
     assert row == "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |"
     row = line_with(text, "resolved")
     assert row == "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |"
+
+
+def test_ours_and_the_best_peer():
+    """On Hopper, the kernel in plain Triton is not our fastest; eager PyTorch is no peer."""
+    rows = [
+        kernel("eager", 4, 0.1, 0.1),
+        kernel("slow peer", 4, 9.0, 9.0),
+        kernel("fast peer", 4, 2.0, 2.0),
+        kernel("ours", 4, 1.0, 1.0, of_floor=0.5),
+        kernel("ours, plain Triton", 4, 3.0, 3.0, of_floor=0.2),
+        kernel("ours, float16", 4, 0.5, 0.5, of_floor=0.75),
+        kernel("ours", 8, 3.0, 3.0, of_floor=0.25),
+    ]
+    assert report.kernel_rows("simplicial", rows) == [
+        ["simplicial", "4 x 16", "fast peer: 4.000", "2.000", "0.50", "50%"],
+        ["simplicial, ours, float16", "4 x 16", "fast peer: 4.000", "1.000", "0.25", "75%"],
+        ["simplicial", "8 x 16", "none", "6.000", "", "25%"],
+    ]
+    steps = [{"name": "band 1", "shape": [9], "step_ms": 2.0, "of_floor": 1.0}]
+    steps += [{"name": "AdamW", "shape": [9], "step_ms": 4.0}]
+    (row,) = report.kernel_rows("sonew", steps)
+    assert row == ["sonew, band 1", "9", "AdamW: 4.000", "2.000", "0.50", "100%"]
 
 
 def test_a_wide_interval_is_not_resolved():
@@ -269,21 +292,35 @@ def test_findings_are_in_the_results(idea):
 
 
 def test_check_finds_what_is_out_of_date(repository):
+    before = (repository / "README.md").read_text()
     refused(["--check"], "README.md", "results/README.md", main=report.main)
-    report.main([])
-    report.main(["--check"])
+    assert (repository / "README.md").read_text() == before
+    written = ["README.md", "results/README.md"]
+    assert report.main([]) == {"stale": [], "changed": written}
+    assert report.main(["--check"]) == {"stale": [], "changed": []}
 
     (repository / "laser.py").write_text('"""Docstring"""\n\nx = (1)  # comment\n')
     report.main(["--check"])
     (repository / "laser.py").write_text("x = 2")
     refused(["--check"], "results/laser-cpu.json", main=report.main)
+    assert report.main([])["stale"] == ["results/laser-cpu.json"]
+    refused(["--check"], "out of date: results/laser-cpu.json", main=report.main)
     assert report.changed_files({**STUDY, "code": {"deleted.py": "0"}}) == ["deleted.py"]
     assert report.changed_files({**STUDY, "code": {"support/cli.py": "0"}}) == []
+
+
+def test_a_readme_without_markers_is_refused(repository):
+    text = f"before\n{report.BEGIN}\nold\n"
+    (repository / "README.md").write_text(text)
+    refused([], f"lacks the markers {report.BEGIN} and {report.END}", main=report.main)
+    assert (repository / "README.md").read_text() == text
 
 
 @pytest.mark.parametrize("commit", [None, "0" * 40 + "-dirty"])
 def test_an_unknown_commit_is_out_of_date(commit):
     assert report.changed_files({**STUDY, "commit": commit})
+    without_code = {name: value for name, value in STUDY.items() if name != "code"}
+    assert report.changed_files(without_code) == [f"unknown code ({'0' * 40})"]
     assert report.changed_files(STUDY) == []
 
 

@@ -33,13 +33,22 @@ def test_runs_are_found_by_name_or_age():
     Path("out/gone").mkdir()
     Path("out/gone/ckpt.pt").symlink_to("nowhere")  # as if deleted while the folder is listed
     fails(run_folder.find_run, "newest", parts=["no run under out/"])
+    make_run("out/e", age=2)  # saved last, although it was made first
     make_run("out/c", age=5)
-    make_run("out/b", age=2)
     make_run("out/d", age=9)
     make_run("elsewhere")
-    assert run_folder.find_run("newest") == Path("out/b")
+    assert run_folder.find_run("newest") == Path("out/e")
     assert run_folder.find_run("out/d") == Path("out/d")
     assert run_folder.find_run("elsewhere", resume=True) == Path("elsewhere")
+
+
+def test_a_model_of_the_hub_is_no_run_to_resume(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(run_folder.hub, "fetch", lambda name: fetched.append(name) or Path("hub"))
+    fails(run_folder.find_run, "org/name", True, parts=["org/name holds no run"])
+    assert not fetched
+    assert run_folder.find_run("org/name") == Path("hub")
+    assert fetched == ["org/name"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "x" * 300, "a\0b", "hf", "text", "caf\udce9", "fifo"])
@@ -82,6 +91,8 @@ def test_a_new_run_takes_the_first_free_folder():
         assert folder == Path("out/softmax-2")
     with run_folder.claim_folder("", "softmax,simplicial:w1=4:w2=8") as folder:
         assert folder == Path("out/softmax-simplicial-w1-4-w2-8")
+    with run_folder.claim_folder("", "softmax:tau=0.5") as folder:
+        assert folder == Path("out/softmax-tau-0.5")
     with run_folder.claim_folder("", ".mine:") as folder:
         assert folder == Path("out/mine"), "not hidden"
     with run_folder.claim_folder("", "a" * 300) as folder:
@@ -127,6 +138,11 @@ def test_a_folder_is_claimed_once(out):
     )
 
 
+def test_a_run_whose_name_is_not_printable_is_named():
+    make_run("line\nfeed")
+    fails(run_folder.claim_folder("line\nfeed", "").__enter__, parts=["already holds a run"])
+
+
 def test_a_claim_ends_with_kill_9():
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -144,8 +160,12 @@ def test_a_claim_ends_with_kill_9():
     assert os.path.isdir("a") and os.listdir("a") == [], "it was not a new folder"
 
 
-def test_a_claim_is_not_fooled_by_a_lock_file_that_is_deleted_meanwhile(monkeypatch):
-    """Between our open() and flock() the run before may end, and delete the file we have open."""
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_claim_is_not_fooled_by_a_lock_file_that_is_deleted_meanwhile(monkeypatch, is_made_again):
+    """Between our open() and flock() the run before may end, and delete the file we have open.
+
+    A third one may even have made the file again.
+    """
     if run_folder.fcntl is None:
         pytest.skip("needs fcntl")
     flock = run_folder.fcntl.flock
@@ -155,6 +175,8 @@ def test_a_claim_is_not_fooled_by_a_lock_file_that_is_deleted_meanwhile(monkeypa
         calls.append(how)
         if len(calls) == 1:
             os.remove(Path("a", run_folder.LOCK))
+            if is_made_again:
+                Path("a", run_folder.LOCK).touch()
         flock(lock, how)
 
     monkeypatch.setattr(run_folder.fcntl, "flock", late_flock)
@@ -220,13 +242,14 @@ def test_a_failed_run_leaves_no_empty_folder_behind():
 def test_what_can_be_no_folder_is_refused(out):
     Path("text").touch()
     Path("locked", run_folder.LOCK).mkdir(parents=True)
-    fails(run_folder.claim_folder(out, "").__enter__, parts=["cannot write in"])
+    message = fails(run_folder.claim_folder(out, "").__enter__, parts=["cannot write in"])
+    assert "None" not in message, "it should give a reason"
     if out == "text":
         Path("out").touch()
         fails(run_folder.claim_folder("", "a").__enter__, parts=["cannot write in out"])
 
 
-def test_where_tokens_are_cached():
+def test_where_tokens_are_cached(monkeypatch):
     for folder in ("vol", "out/a", "runs/a", "out/sub/a"):
         Path(folder).mkdir(parents=True)
     assert run_folder.get_cache_folder(Path("out/a")) == Path("out/.tokens")
@@ -235,6 +258,9 @@ def test_where_tokens_are_cached():
     assert not Path(".tokens").exists()
     Path("runs/.tokens").mkdir()
     assert run_folder.get_cache_folder(Path("runs/a")) == Path("runs/.tokens")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+        assert run_folder.get_cache_folder(Path("runs/a")) == Path("runs/a/.tokens")
     Path("out/.tokens").rmdir()
     Path("out/.tokens").touch()  # in the way
     assert run_folder.get_cache_folder(Path("out/a")) == Path("out/a/.tokens")

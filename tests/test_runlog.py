@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,14 @@ def test_rows_are_on_disk_at_once_and_in_full():
     log.append(row(3))
     assert lines()[2:] == ["2,0.5,0.5,2.0,3.25,6.5", "3,0.5,0.3333333333333333,2.0,,", ""]
     assert float(lines()[3].split(",")[2]) == 1 / 3, "every digit"
+
+
+def test_the_settings_are_on_disk_from_the_start(monkeypatch):
+    """So that a run that is under way or was killed says what it is."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--n-layer", "1"])
+    open_log()
+    expected = {"command": "train.py --n-layer 1", **SETTINGS, "machine": {"device": "none"}}
+    assert json.loads(Path("config.json").read_text()) == expected
 
 
 def test_the_log_is_appended_to_and_not_rewritten(monkeypatch):
@@ -94,6 +103,7 @@ GOOD = ["1,0.5,1.0,2.0,,", "2,0.5,0.5,2.0,3.25,6.5", "3,0.5,0.25,2.0,,"]
     [
         "4,0.5,0.2",
         "4,0.5,0.25,2.0,,,",
+        "4,0.5,0.25,2.0,7.0,7.0,7.0",
         "4,0.5,0.25,2.0,7.0,",
         "4,0.5,0.25,2.0,,7.0",
         "4,0.5,,2.0,,",
@@ -106,6 +116,8 @@ GOOD = ["1,0.5,1.0,2.0,,", "2,0.5,0.5,2.0,3.25,6.5", "3,0.5,0.25,2.0,,"]
         "999,0.5,0.25,2.0,,",
         "5,0.5,0.25,2.0,,",
         "4,0.5,x,2.0,,",
+        "4,x,0.25,2.0,,",
+        "4,x,0.25,2.0,3.0,4.0",
         "4,0.5,0.25,2.0,x,1",
         '"4",0.5,0.25,2.0,,',
         "\0" * 50,
@@ -168,6 +180,7 @@ def test_a_full_disk_is_named(monkeypatch):
 
 def test_the_plot_shows_the_rows(monkeypatch):
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     curves = {}
     plot = Axes.plot
@@ -179,6 +192,16 @@ def test_the_plot_shows_the_rows(monkeypatch):
             plot(self, x, y, *args, label=label, **more),
         ),
     )
+    labels = []
+
+    def savefig(figure, *args, **options):
+        (axes,) = figure.axes
+        texts = [text.get_text() for text in axes.get_legend().get_texts()]
+        labels.append((axes.get_xlabel(), axes.get_ylabel(), texts))
+        original_savefig(figure, *args, **options)
+
+    original_savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
     log = open_log()
     for step in (1, 2, 100):
         log.append(row(step, **({"val_loss": 1.0, "val_bpb": 0.25 * step} if step > 1 else {})))
@@ -186,13 +209,16 @@ def test_the_plot_shows_the_rows(monkeypatch):
     assert curves["training batch"] == ([1, 2, 100], [2.0, 1.0, 0.02])  # bits per byte
     assert curves["held out"] == ([2, 100], [0.5, 25.0])
     assert Path("loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert labels == [("step", "bits per byte", ["training batch", "held out"])]
     record = json.loads(Path("config.json").read_text())
     assert record["model"] == {"n_layer": 1} and record["machine"] == {"device": "none"}
     assert record["result"]["loss"] == 0.5 and 0 <= record["result"]["seconds"] < 60
     assert list(csv.DictReader(open("log.csv")))[1]["val_bpb"] == "0.5"
 
 
-@pytest.mark.parametrize("name", ["$x^2", "a$b$", "$\\frac", "line\nfeed", "caf\udce9", "{%_&"])
+@pytest.mark.parametrize(
+    "name", ["$x^2", "a$b$", "$\\frac", "$\\frac$", "line\nfeed", "caf\udce9", "{%_&"]
+)
 def test_folders_of_any_name_are_plotted(name):
     Path(name).mkdir()
     log = open_log(folder=name)
@@ -219,3 +245,14 @@ def test_numbers_that_are_not_finite_are_named():
     with pytest.raises(FloatingPointError, match="ckpt.pt is the last good checkpoint"):
         log.append(row(4, loss=math.nan))
     assert len(lines()) == 3, "the header, step 3 and what follows its newline"
+
+
+def test_only_rank_0_writes(monkeypatch):
+    monkeypatch.setattr(runlog, "rank", lambda: 1)
+    log = open_log()
+    log.append(row(1))
+    log.save(None, None, 1)
+    log.finish({"step": 1})
+    assert os.listdir() == []
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        log.append(row(2, loss=math.nan))

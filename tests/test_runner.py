@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from experiments import runner
@@ -29,6 +32,11 @@ def test_disk_cache_computes_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runner.disk_cache(tmp_path / "cache", "broken", lambda: compute("broken"))
     assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is left of an interrupted run"
+
+    # every key has a file of its own
+    folder = tmp_path / "many"
+    for key in range(300):
+        assert runner.disk_cache(folder, [key], lambda key=key: key) == key
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", '{"key": ["other"], "result": 2}'])
@@ -189,3 +197,129 @@ def pause_or_finish(deadline):
         time.sleep(max(0, deadline - time.monotonic()))
         raise TimeoutError("saved")
     return 1
+
+
+def test_a_job_keeps_its_place_beside_cached_ones(monkeypatch):
+    """And after the deadline no job waits in a worker's queue."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    cached = {1: "first", 3: "last"}
+    assert runner.parallel(square, [1, 2, 3], workers=1, look=cached.get) == ["first", 4, "last"]
+    with pytest.raises(TimeoutError, match="1 of 3 runs are done"):
+        runner.parallel(slow, [1.0] * 3, workers=1, deadline=time.monotonic() + 0.5)
+
+
+def slow(seconds):
+    if seconds == 0:
+        raise ValueError("no time")
+    time.sleep(seconds)
+
+
+def test_an_error_stops_the_other_workers(monkeypatch):
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    start_time = time.monotonic()
+    with pytest.raises(ValueError, match="no time"):
+        runner.parallel(slow, [20, 0], workers=2)
+    assert time.monotonic() - start_time < 10
+
+
+class FakePool:
+    """Stands for ProcessPoolExecutor: runs a job at once, and records how it was set up."""
+
+    def __init__(self, workers, context, initializer, arguments):
+        gpu_queue, threads = arguments
+        gpus = [gpu_queue.get(timeout=10) for _ in range(workers)] if gpu_queue else []
+        FakePool.made = {"workers": workers, "gpus": gpus, "threads": threads}
+
+    def submit(self, function, job):
+        future = Future()
+        future.set_result(function(job))
+        return future
+
+    def shutdown(self, cancel_futures):
+        pass
+
+
+def test_workers_share_gpus_or_cores(monkeypatch):
+    def made(n_jobs, **options):
+        assert runner.parallel(abs, range(n_jobs), **options) == list(range(n_jobs))
+        return FakePool.made
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", FakePool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert made(20) == {"workers": 8, "gpus": [], "threads": 1}
+    assert made(2) == {"workers": 2, "gpus": [], "threads": 4}
+    assert made(20, workers=3) == {"workers": 3, "gpus": [], "threads": 2}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert made(20) == {"workers": 2, "gpus": ["0", "1"], "threads": 4}
+    assert made(20, per_gpu=2) == {"workers": 4, "gpus": ["0", "1"] * 2, "threads": 2}
+    assert made(20, workers=3) == {"workers": 3, "gpus": ["0", "1", "0"], "threads": 2}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert made(20)["gpus"] == ["5", "7"]
+
+
+def test_a_worker_is_set_up(monkeypatch):
+    """Ctrl-C reaches all processes of a terminal; the parent stops its workers."""
+    handlers = {}
+    threads = []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    gpu_queue = multiprocessing.Queue()
+    gpu_queue.put("1")
+    runner.start_worker(gpu_queue, 3)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN}
+    assert threads == [3]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    runner.start_worker(None, 3)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_a_cached_run_is_that_of_its_code(tmp_path, monkeypatch):
+    """The key has the hashes of train.py, of all plug-ins in the flags, and what they import."""
+    monkeypatch.chdir(tmp_path)
+    versions = {"train": 1, "laser": 1, "softmax": 1}
+
+    def code_hashes(*modules):
+        return {module: versions[module] for module in modules}
+
+    runs = []
+    monkeypatch.setattr(runner, "code_hashes", code_hashes)
+    monkeypatch.setattr(
+        runner, "train_in", lambda folder, flags, deadline: runs.append(folder) or 7
+    )
+    assert runner.run_train("--attn laser", "cache", look_only=True) is None
+    for n_runs, changes in ((1, {}), (1, {}), (2, {"train": 2}), (3, {"laser": 2})):
+        versions.update(changes)
+        assert runner.run_train("--attn laser", "cache") == 7
+        assert len(set(runs)) == len(runs) == n_runs
+    assert runner.run_train("--attn laser", "cache", look_only=True) == 7
+    versions["laser"] = 3
+    assert runner.run_train("--attn softmax", "cache") == 7
+    assert runner.run_train("--attn laser", "cache", look_only=True) is None
+
+
+def test_flags_are_split_as_by_a_shell(tiny):
+    os.rename("text.txt", "my text.txt")
+    flags = " ".join([*tiny, "--data", "'my text.txt'", "--steps", "1"])
+    assert runner.run_train(flags)["step"] == 1
+
+
+def test_a_deadline_does_not_outlast_its_block():
+    received = []
+    old_handler = signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        with runner.stop_at(time.monotonic() + 0.1):
+            assert signal.getsignal(signal.SIGTERM) is not mine
+        assert signal.getsignal(signal.SIGTERM) is mine
+        time.sleep(0.2)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGTERM, old_handler)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,24 @@ def test_chat(words, monkeypatch, capsys):
     refused([*flags, "--chat", "ab"], "hf has no chat template", "--prompt", main=sample.main)
 
 
+def test_the_sample_of_a_training_run(words, capsys):
+    """It starts a document, or if no token does that, with token 0, and ends with the text."""
+    model, _ = train.load_model()
+    model.train()
+    settings = {"temperature": 0.8, "top_k": 50, "limit": 8}
+    for eot_token, stops in ((5, {6}), (None, set())):
+        words.eot_token = eot_token
+        words.stops = stops
+        for n, seed in ((20, 3), (20, 4), (7, 3)):
+            ids = list(sample.generate(model, [eot_token or 0], n, seed=seed, **settings))
+            sample.show_sample(model, words, n, seed, None)
+            expected = "".join(decoded(ids, words))
+            assert capsys.readouterr().out == f"sample   {expected}\n"
+            assert not model.training
+    sample.show_sample(model, words, 9, 3, SimpleNamespace(now=signal.SIGINT))
+    assert capsys.readouterr().out == "sample   \n"
+
+
 def test_a_model_without_an_end_of_text_token(words, capsys):
     words.eot_token = None
     words.stops = set()
@@ -293,6 +312,7 @@ def test_attention_from_the_checkpoint_and_from_a_flag(tiny, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         sample.main(["--attn", "mine_attention:help"])
     assert "sharp=1.0" in capsys.readouterr().out
+    refused(["--export", "new"], "mine_attention", "not part of this repository", main=sample.main)
 
 
 def test_export(tiny):
@@ -311,8 +331,11 @@ def test_export(tiny):
     refused(["--init", run, "--export", "new"], "new", main=sample.main)
     refused(["--init", run, "--export", "text.txt"], "text.txt", main=sample.main)
     train.main([*tiny, "--steps", "1", "--sample", "0", "--attn", "laser", "--out", "out/laser"])
-    refused(["--init", "out/laser", "--export", "newer"], "laser", main=sample.main)
+    flags = ["--init", "out/laser", "--export", "newer"]
+    refused(flags, "laser", main=sample.main)
     assert not Path("newer").exists()
+    sample.main([*flags, "--attn", "softmax"])
+    assert Path("newer/config.json").exists()
 
 
 # -- ends: signals, lost readers, full disks -------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import train
 import ttt_context
 from experiments import ttt_cost
 from support import hub, run_folder, tokenizer
-from tests.common import REPOSITORY, refused, run_script
+from tests.common import REPOSITORY, refused, run_script, small_gpt
 from tests.hf import edit_json, hf, make_folder  # noqa: F401
 
 # flags of a cheap run; the value of --prompt comes next
@@ -105,6 +106,46 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
     assert "newest" not in err
     assert "fetched on cpu" in err
     assert names == [ttt_context.DEFAULT_MODEL, "a/b", ttt_context.DEFAULT_MODEL]
+
+
+def test_default_settings():
+    """Those of the paper; the learning rate depends on the model."""
+    defaults = {
+        "prompt": "p.txt",
+        "question": "",
+        "init": "",
+        "steps": 32,
+        "span": 128,
+        "batch_spans": 1,
+        "lr": None,
+        "seed": 1337,
+        "max_tokens": 100,
+        "device": "",
+        "dtype": "",
+    }
+    assert asdict(ttt_context.AdaptConfig(prompt="p.txt")) == defaults
+
+
+def test_the_dtype_is_that_of_the_flag(run, monkeypatch):
+    dtypes = []
+
+    def load_model(folder, device, dtype):
+        dtypes.append(dtype)
+        return original_load_model(folder, device, dtype)
+
+    original_load_model = train.load_model
+    monkeypatch.setattr(train, "load_model", load_model)
+    ttt_context.main([*SMALL, "prompt.txt"])
+    result = ttt_context.main([*SMALL, "prompt.txt", "--dtype", "bf16"])
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert 0 < result["seconds"] < 60
+
+
+def test_progress_of_layers_leaves_no_hooks():
+    model = small_gpt()
+    with pytest.raises(KeyError), ttt_context.progress_of_layers(model, "reading"):
+        raise KeyError
+    assert not any(layer._forward_hooks for layer in model.layers)
 
 
 def test_each_flag_changes_what_it_says(run):

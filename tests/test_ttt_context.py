@@ -172,6 +172,31 @@ def test_refuses_spans_that_do_not_fit(starts, n):
     assert ttt_context.span_loss(model, caches, ids, last_start, 8).isfinite()
 
 
+def test_which_models_use_the_kernel(monkeypatch):
+    # without a GPU, let the model's embedding claim to be on one
+    class WeightOnCUDA:
+        is_cuda = True
+
+    class EmbeddingOnCUDA(torch.nn.Embedding):
+        weight = WeightOnCUDA
+
+    model = small_gpt(head_dim=16)
+    assert not ttt_context.can_use_kernel(model), "the kernel cannot run on a CPU"
+    if ttt_context.kernel is None:
+        pytest.skip("needs Triton")
+    model.embed_tokens.__class__ = EmbeddingOnCUDA
+    assert ttt_context.can_use_kernel(model)
+    for name, value in (("attn", "softmax,laser"), ("head_dim", 17)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.config, name, value)
+            assert not ttt_context.can_use_kernel(model), name
+    model.dtype = torch.float64
+    assert not ttt_context.can_use_kernel(model), "it computes in float32 at most"
+    model.dtype = torch.float32
+    monkeypatch.setattr(ttt_context, "kernel", None)
+    assert not ttt_context.can_use_kernel(model)
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -483,3 +508,42 @@ def test_thinking_tokens_are_as_many_as_fit():
         assert sorted(counts, reverse=True) == counts
     exact = ttt_cost.flops_of_tokens(model, 100, 5)
     assert ttt_cost.thinking_tokens(model, 100, exact) == 5
+
+
+def memory_needed(monkeypatch, model, n_tokens, n_span_tokens):
+    """Return the smallest number of free bytes with which check_memory is content."""
+    free = 0
+    monkeypatch.setattr(ttt_cost, "free_bytes", lambda device: free)
+    for i in reversed(range(50)):
+        free += 2**i - 1  # is this still too little?
+        try:
+            ttt_cost.check_memory(model, n_tokens, n_span_tokens)
+            free -= 2**i - 1
+        except ValueError:
+            free += 1
+    return free
+
+
+def test_memory_of_a_prompt_and_of_spans(monkeypatch):
+    def needed(n_tokens, n_span_tokens, **shape):
+        return memory_needed(monkeypatch, small_gpt(**shape), n_tokens, n_span_tokens)
+
+    # each layer has a cache; only one at a time has activations of the prompt
+    caches = long_read(torch.float32, T=1000, room=0, n_kv_head=2)[2]
+    bytes_of_a_cache = sum(t.nbytes for t in caches[0].tensors)
+    two_layers = needed(1000, 0, n_kv_head=2)
+    assert needed(1000, 0, n_kv_head=2, n_layer=4) - two_layers == 2 * bytes_of_a_cache
+    assert two_layers - 2 * bytes_of_a_cache > 1000 * 4 * 4 * 32, "activations take memory, too"
+    assert needed(3000, 0, n_kv_head=2) == 3 * two_layers
+
+    # spans keep the activations of all layers
+    assert needed(0, 80, n_layer=4) == 2 * needed(0, 80) == 4 * needed(0, 40)
+    assert needed(1000, 80) == needed(1000, 0) + needed(0, 80)
+
+    # a number in bfloat16 takes half as much
+    low = small_gpt(n_kv_head=2)
+    low.dtype = torch.bfloat16
+    assert 2 * memory_needed(monkeypatch, low, 1000, 0) == two_layers
+    monkeypatch.setattr(ttt_cost, "free_bytes", lambda device: 2**29)
+    with pytest.raises(ValueError, match=r"take about \d+.\d GB, but only 0.5 GB are free"):
+        ttt_cost.check_memory(low, 10**6, 0)

@@ -17,7 +17,8 @@ from experiments import bench_ttt, harness, provenance, runner, ttt_cost, ttt_ne
 from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
 from experiments import ttt_variants as experiment
-from tests.common import DEVICE, refused
+from support.tokenizer import ByteTokenizer
+from tests.common import DEVICE, refused, small_gpt
 from tests.test_ttt_context import long_read
 
 TINY = {
@@ -52,6 +53,12 @@ def test_contexts_are_of_their_seed_and_alternate_in_pairs():
             a_is_the_key = len(pairs) == len(set(names))  # each name has only one value
             assert a_is_the_key == (i < 2), "i = 0 and 1 should have column a as key"
     assert len(contexts) == 8, "each seed and number should have its own context"
+
+    # so should each length; of these three, two have equally many records
+    begins = set()
+    for seed, T in ((0, 300), (0, 301), (1, 300)):
+        begins.add(tuple(experiment.make_context("columns", TINY, T, seed, 0).ids.tolist()))
+    assert len(begins) == 3
 
 
 def test_questions_are_answered_as_by_a_plain_forward():
@@ -118,6 +125,8 @@ def test_votes_of_many_samples(monkeypatch):
     assert 0.7 < vote(9)["accuracy"] < 0.97
     assert vote(301)["accuracy"] > 0.99
     assert vote(301)["margin"] == pytest.approx(math.log(0.6 / 0.4), abs=0.02)
+    context = context._replace(answers=torch.zeros_like(answers))  # never sampled
+    assert vote(9)["margin"] == pytest.approx(math.log(0.5 / 9.5))
 
 
 # -- what is trained -------------------------------------------------------------------------------
@@ -174,6 +183,22 @@ def test_fitted_values_are_put_back_and_taken_away(variant):
         starts = torch.tensor([20])
         inside = ttt_context.span_loss(model, caches, ids, starts, 16)
     assert inside != ttt_context.span_loss(model, caches, ids, starts, 16)
+
+
+def test_spans_are_at_most_half_of_the_context(monkeypatch):
+    model, ids, caches = long_read(T=60, room=0)
+    calls = []
+
+    def train_queries(model, weights, caches, ids, starts, *, steps, n, lr):
+        calls.append((starts.tolist(), steps, n, lr))
+        return []
+
+    monkeypatch.setattr(experiment, "train_queries", train_queries)
+    for span in (16, 128):
+        recipe = {**TINY, "span": span, "steps": 3}
+        experiment.fit(model, "trained queries", caches, ids, recipe, 0.1)
+    assert calls == [(list(range(44)), 3, 16, 0.1), (list(range(30)), 3, 30, 0.1)]
+    assert experiment.thinking_samples(model, 60, recipe)["2 N k thinking"] == 2 * 3 * 30
 
 
 def test_variants_get_what_they_are_called(monkeypatch):
@@ -301,6 +326,24 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
         return {1e-3: float(is_first), 1e-2: 0.4}.get(lr, 0.0)
 
     assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts should decide"
+
+
+def test_a_model_is_compared_for_each_task_and_length(monkeypatch):
+    monkeypatch.setattr(sandbox, "train_model", lambda *args: ("model of", *args))
+
+    def compare_variants(model, task, T, recipe, seed):
+        assert model == ("model of", TINY, "QK-norm", 7, torch.device("cpu"))
+        assert (recipe, seed) == (TINY, 7)
+        return {"log T": f"{task} {T}"}
+
+    monkeypatch.setattr(experiment, "compare_variants", compare_variants)
+    job = {"recipe": TINY, "seed": 7, "norm": "QK-norm", "lengths": [60, 120], "device": "cpu"}
+    scores = experiment.study_model(job)["scores"]
+    expected = {}
+    for task in ("records", "columns"):
+        for T in (60, 120):
+            expected[f"{task}, QK-norm, {T}: log T"] = f"{task} {T}"
+    assert scores == expected
 
 
 # -- the study -------------------------------------------------------------------------------------
@@ -463,6 +506,86 @@ def test_margins_of_needles_are_those_of_a_plain_forward():
     # an answer that greedy decoding gives counts as right
     tokens = list(ttt_context.answer(model, caches, 40, [7, 9], 2, 60))
     assert ttt_needles.ask(model, caches, 40, [([7, 9], tokens), pairs[1]], 60)[1] == 0.5
+
+
+def test_needles_before_and_after_training(monkeypatch):
+    model = small_gpt(vocab_size=300)
+    tokenizer = ByteTokenizer()
+    monkeypatch.setattr(train, "load_model", lambda *args: (model, tokenizer))
+    monkeypatch.setattr(ttt_needles, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(ttt_needles, "SPAN", 32)
+    monkeypatch.setattr(ttt_needles.distributed, "pick_device", lambda _: torch.device("cpu"))
+    rows = ttt_needles.measure("base", 900, 3)
+    assert [(row["seed"], row["lr"]) for row in rows] == [(3, 0.0), (3, 1e-3), (3, 1e-2)]
+
+    ids, pairs = ttt_needles.make_context(tokenizer, 900, 3)
+    ids = torch.tensor(ids)
+    caches = ttt_context.prefill(model, ids, room=50)
+    held_out, starts = ttt_context.split_spans(len(ids), 32)
+    for row in rows:
+        steps = 32 if row["lr"] else 0
+        options = {"steps": steps, "n": 32, "lr": row["lr"]}
+        with ttt_context.adapt(model, caches, ids, starts, **options), torch.no_grad():
+            margin, accuracy = ttt_needles.ask(model, caches, len(ids), pairs, 256)
+            loss = ttt_context.span_loss(model, caches, ids, held_out, 32).item()
+        assert row["value"] == pytest.approx(margin)
+        assert row["accuracy"] == accuracy
+        assert row["loss"] == pytest.approx(loss)
+    assert rows[0]["loss"] != pytest.approx(rows[2]["loss"])
+
+
+def test_the_rate_of_needles_is_chosen_on_other_contexts(tmp_path, monkeypatch):
+    """On the contexts that are reported another rate is best, and not the first one either."""
+    gains = {0.0: 0.0, 1e-5: -1.0, 1e-4: 0.5, 1e-3: 0.25}
+
+    def run_context(job):
+        init, T, seed = job
+        is_reported = seed in ttt_needles.SEEDS
+        rows = []
+        for lr, gain in gains.items():
+            if lr == 1e-3 and not is_reported:
+                gain += 1.0
+            if lr == 1e-4 and is_reported:
+                gain += 9.0
+            value = seed + T / 1000 + gain
+            rows.append({"seed": seed, "lr": lr, "value": value, "seconds": 1.0})
+        return rows
+
+    monkeypatch.setattr(ttt_needles, "RATES", (1e-5, 1e-4, 1e-3))
+    monkeypatch.setattr(ttt_needles, "run_context", run_context)
+    monkeypatch.setattr(ttt_needles.run_folder, "find_run", Path)
+    monkeypatch.setattr(runner, "parallel", lambda f, jobs, **_: [f(job) for job in jobs])
+    record = ttt_needles.run("base", tmp_path)
+    n_seeds = len(ttt_needles.SEEDS)
+    assert record["best_lr"] == 1e-3
+    for T in ttt_needles.LENGTHS:
+        difference = record["differences"][f"{T} tokens: trained queries"]
+        assert difference == {"mean": pytest.approx(0.25), "half_width_95": 0, "n": n_seeds}
+        means = [difference["mean"] for difference in record["by_lr"][T]]
+        assert means == pytest.approx([-1.0, 9.5, 0.25])
+        plain = record["variants"][f"{T} tokens: in context"]
+        trained = record["variants"][f"{T} tokens: trained queries"]
+        for entry, lr in ((plain, 0.0), (trained, 1e-3)):
+            assert entry["settings"] == {"init": "base", "lr": lr}
+            found = [(run["seed"], run["lr"]) for run in entry["runs"]]
+            assert found == [(seed, lr) for seed in ttt_needles.SEEDS]
+        assert {run["seed"] for run in trained["sweep"]} == set(ttt_needles.RATE_SEEDS)
+        assert {run["lr"] for run in trained["sweep"]} == set(ttt_needles.RATES)
+    n_jobs = len(ttt_needles.LENGTHS) * (n_seeds + len(ttt_needles.RATE_SEEDS))
+    assert record["seconds"] == n_jobs * 4
+    assert not set(ttt_needles.SEEDS) & set(ttt_needles.RATE_SEEDS)
+
+
+def test_cached_needles_are_those_of_their_job_and_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hashes = {"ttt_needles.py": "0"}
+    monkeypatch.setattr(provenance, "code_hashes", lambda *modules: dict(hashes))
+    monkeypatch.setattr(ttt_needles, "measure", lambda *job: [*job, *hashes.values()])
+    jobs = [("a", 100, 1), ("a", 100, 2), ("a", 200, 1), ("b", 100, 1)]
+    for version in ("0", "1"):
+        hashes["ttt_needles.py"] = version
+        for job in jobs:
+            assert ttt_needles.run_context(job) == [*job, version]
 
 
 # -- the benchmark ---------------------------------------------------------------------------------
