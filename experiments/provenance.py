@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -115,9 +116,13 @@ def plugin_modules(flags):
 
 
 def provenance():
-    """Return what produced a result: command, commit, hardware and versions."""
+    """Return what produced a result: command, commit, hardware and versions.
+
+    The command is that without --minutes, which only says when a part of the runs ended.
+    """
     script = os.path.relpath(os.path.realpath(sys.argv[0]), REPOSITORY)
     command = shlex.join(["python", script, *sys.argv[1:]])
+    command = re.sub(r" --minutes[ =]\S+", "", command)
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -52,6 +52,16 @@ def test_plugin_modules():
     assert provenance.plugin_modules(flags) == ["laser", "laser", "simplicial", "sonew"]
 
 
+def test_the_time_limit_is_no_part_of_the_command(monkeypatch):
+    flags = ["--full", "--minutes", "0.5", "--out", "a b"]
+    monkeypatch.setattr(provenance.sys, "argv", [str(provenance.REPOSITORY / "laser.py"), *flags])
+    command = "python laser.py --full --out 'a b'"
+    assert provenance.provenance()["command"] == command
+    flags[1:3] = ["--minutes=0.5"]
+    monkeypatch.setattr(provenance.sys, "argv", [str(provenance.REPOSITORY / "laser.py"), *flags])
+    assert provenance.provenance()["command"] == command
+
+
 def test_save_json_records_the_code_of_the_plugins(tmp_path):
     record = {"seconds": 1.0, "variants": {"LASER": {"settings": "--attn laser", "runs": []}}}
     provenance.save_json(tmp_path / "a.json", record, "train")
