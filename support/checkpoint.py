@@ -234,11 +234,15 @@ def restore(model, optimizer, saved):
         try:
             if set(state["state"]) != set(range(len(parameters))):
                 raise ValueError("the checkpoint lacks the optimizer's state of some parameters")
+            # {}: a parameter has never had a gradient, or the optimizer has no state at all
+            has_state = any(state["state"].values())
             for i, p in enumerate(parameters):
-                if state["state"][i] != {}:  # {}: it has never had a gradient
+                if state["state"][i] != {} or not has_state:
                     p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
+            if any(optimizer.state.values()) and not has_state:
+                raise ValueError("the checkpoint lacks the optimizer's state")
             restore_state(optimizer, parameters, state, saved["step"])
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError("the checkpoint's optimizer state is malformed") from None

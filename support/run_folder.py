@@ -34,8 +34,8 @@ def find_run(name, resume=False):
         return Path(name)
     if not resume and hub.is_model_name(name):
         return hub.fetch(name)
-    missing = shown(Path(name, "ckpt.pt"))
-    raise ValueError(f"{shown(name)} holds no run: there is no {missing}")
+    model = "" if resume else ", and no model of Hugging Face: there is no config.json"
+    raise ValueError(f"{shown(name)} holds no run: there is no ckpt.pt{model}")
 
 
 def find_newest_run():
@@ -134,7 +134,7 @@ def lock_folder(folder):
     path = folder / LOCK
     while True:
         try:
-            lock = open(path, "a+")
+            lock = open(path, "r+", opener=open_no_link)
         except OSError as error:
             raise ValueError(f"cannot write in {shown(folder)} ({error.strerror})") from None
         try:
@@ -155,10 +155,16 @@ def lock_folder(folder):
         if info is not None and os.path.samestat(info, os.fstat(lock.fileno())):
             break
         lock.close()
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with suppress(OSError):  # on a full disk the lock holds without a name
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     return lock
+
+
+def open_no_link(path, flags):
+    """Open a file for `open`. Create it if necessary, but do not follow a link."""
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def unlock_folder(folder, lock, is_new):

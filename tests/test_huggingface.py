@@ -374,7 +374,7 @@ def test_training_goes_on_from_pretrained_weights(hf):  # noqa: F811
     recipe = {name: record["run"][name] for name in ("batch_size", "steps", "lr")}
     assert recipe == {"batch_size": 16, "steps": 200, "lr": 2e-5}
     refused([*flags, "--n-layer", "3"], "--n-layer is 3")
-    refused(["--resume", "hf"], "hf holds no run: there is no hf/ckpt.pt")
+    refused(["--resume", "hf"], "hf holds no run: there is no ckpt.pt")
 
     # its export keeps the context of the original
     export_run(Path("out/b"), "new")

@@ -186,6 +186,14 @@ def test_a_claim_is_not_fooled_by_a_lock_file_that_is_deleted_meanwhile(monkeypa
     assert len(calls) == 2
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed():
+    Path("victim").write_text("precious")
+    os.mkdir("a")
+    os.symlink("../victim", Path("a", run_folder.LOCK))
+    fails(run_folder.claim_folder("a", "").__enter__, parts=["cannot write in a"])
+    assert Path("victim").read_text() == "precious"
+
+
 def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
