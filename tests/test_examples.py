@@ -3,12 +3,14 @@
 import ast
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import laser
 import lora_rite
+import train
 from tests.common import DEVICE, REPOSITORY, run_code
 
 # -- the examples ----------------------------------------------------------------------------------
@@ -25,6 +27,17 @@ def run_example(line, monkeypatch, folder):
     variables = {"__name__": "__main__"}
     exec(compile(source, "README.md", "exec"), variables)
     return variables
+
+
+def test_your_own_idea(tiny, monkeypatch):
+    """The section "Your own idea" is a file that trains."""
+    section = (REPOSITORY / "README.md").read_text().partition("\n## Your own idea\n")[2]
+    Path("mine.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(".")
+    flags = [*tiny, "--attn", "mine:sharpness=2", "--optim", "mine"]
+    result = train.main([*flags, "--lr", "0.1"])
+    assert result["step"] == 40
+    assert result["val_loss"] < 5.2, "that of guessing a byte is 5.5"
 
 
 def test_laser_in_transformers(monkeypatch, tmp_path, capsys):
