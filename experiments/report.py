@@ -201,6 +201,9 @@ def all_tables(records):
 def results_readme(records):
     """Return the text of results/README.md: one section per JSON file."""
     parts = ["# Results", "Written by `python experiments/report.py`. A section per file."]
+    parts.append(
+        "A difference is resolved if its 95% interval, Student's t over n seeds, excludes 0."
+    )
     for name, record in records.items():
         parts.append(f"## {name}")
         if "question" in record:

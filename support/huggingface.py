@@ -404,10 +404,10 @@ def export_settings(config, tokenizer):
     }
     before = {}  # fields of GPTConfig, as in the original config.json
     if "config" in tokenizer:
-        original = read_object(path, tokenizer["config"])
-        before = read_config(path.parent, tokenizer["config"])
-        if [family_of(before)] == settings["architectures"]:
-            settings = original
+        original = read_config(path.parent, tokenizer["config"])
+        if [family_of(original)] == settings["architectures"]:
+            settings = read_object(path, tokenizer["config"])
+            before = original
             # fine-tuning on shorter sequences does not shorten the context that the model can use
             config = {**config, "block_size": max(config["block_size"], before["block_size"])}
     for field, (name, _, _) in SETTINGS.items():

@@ -97,6 +97,18 @@ def test_export_keeps_the_settings_of_the_original(tmp_path, monkeypatch):
     assert {t.dtype for t in tensors.values()} == {torch.float16}
 
 
+def test_a_model_of_another_family_gets_all_settings(tmp_path, monkeypatch):
+    """Its tokenizer came with a Llama model; this one has biases, as Qwen2 has."""
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("hf"), "llama")
+    saved = huggingface.load_checkpoint(Path("hf"))
+    model = small_gpt(vocab_size=saved["config"]["model"]["vocab_size"], qkv_bias=True)
+    huggingface.export("new", model.state_dict(), asdict(model.config), saved["tokenizer"])
+    loaded, _ = train.load_model("new")
+    assert loaded.config.qkv_bias
+    assert is_equal(loaded.state_dict(), model.state_dict())
+
+
 def test_the_ids_that_end_an_answer_are_exported(hf):  # noqa: F811
     saved = huggingface.load_checkpoint(hf())
     tokenizer = {name: saved["tokenizer"][name] for name in ("name", "files", "stops")}
