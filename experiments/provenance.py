@@ -18,13 +18,15 @@ import torch
 from support.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# These save, load, schedule and report. A change in them makes no result outdated: tests check that
-# a run that was saved and resumed ends like an uninterrupted one, bit for bit.
+# These find the text, save, load, schedule and report. A change in them makes no result outdated:
+# results record the SHA-256 of the text, and tests check that a run that was saved and resumed ends
+# like an uninterrupted one, bit for bit.
 WITHOUT_RESULTS = {
     "experiments/provenance.py",
     "experiments/runner.py",
     "support/checkpoint.py",
     "support/cli.py",
+    "support/documents.py",
     "support/files.py",
     "support/hub.py",
     "support/run_folder.py",

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.files import get_stat, parse_json, read_user_file, shown
+from support.run_folder import LOCK, RUN_FILES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -55,7 +56,8 @@ def list_files(root, suffix="", is_strict=False):
     """Return the regular files below a folder whose names end with `suffix`.
 
     Links to folders are not followed. Files and folders that cannot be read are skipped, or if
-    is_strict, raise ValueError. Files that are deleted meanwhile are skipped.
+    is_strict, raise ValueError. Files that are deleted meanwhile are skipped. So are those of runs:
+    they change, and a run whose text has changed cannot be resumed.
     """
 
     def check(error):
@@ -64,8 +66,9 @@ def list_files(root, suffix="", is_strict=False):
 
     paths = []
     for folder, _, names in os.walk(root, onerror=check):
+        is_run = LOCK in names or "ckpt.pt" in names
         for name in names:
-            if not name.endswith(suffix):
+            if not name.endswith(suffix) or (is_run and name in (*RUN_FILES, LOCK)):
                 continue
             path = Path(folder, name)
             try:

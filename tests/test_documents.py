@@ -20,6 +20,22 @@ def read_documents(folder):
     return texts
 
 
+def test_files_of_runs_are_no_text(tmp_path):
+    """A run inside --data would read its own log, and could not be resumed."""
+    for name in (
+        "a.txt",
+        "out/a/ckpt.pt",
+        "out/a/log.csv",
+        "out/a/notes.txt",
+        "out/b/.ckpt.pt.lock",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "out/b/config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("no run's")
+    assert sorted(read_documents(tmp_path)) == [b"a.txt", b"no run's", b"out/a/notes.txt"]
+
+
 def test_documents_of_a_folder(tmp_path, capsys):
     contents = {
         "a.txt": b"one",
