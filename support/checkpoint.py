@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from support.distributed import full_tensor, rank, shard_like
-from support.files import atomic_write, is_file, shown
+from support.files import atomic_write, check_zip, is_file, shown
 from support.plugins import check_own, resolve
 from support.tokenizer import tokenizer_from_state
 
@@ -31,8 +31,7 @@ def save(folder, model, optimizer, **more):
         whole = full_tensor(value)  # all ranks take part, one tensor at a time
         if rank() > 0:
             return None
-        # whole is value if it was not sharded. A gathered tensor is a new one: move it to the CPU,
-        # because all gathered tensors together may not fit on this GPU
+        # a gathered tensor is a new one, and all of them together may not fit on this GPU
         return whole if whole is value else whole.cpu()
 
     # the state of each parameter, by its number; {} for one that has never had a gradient
@@ -40,7 +39,6 @@ def save(folder, model, optimizer, **more):
     for group in optimizer_state["param_groups"]:
         for i in group["params"]:
             optimizer_state["state"].setdefault(i, {})
-    # tree_map calls gather for each value in these nested dicts
     state = tree_map(gather, {"model": model.state_dict(), "optimizer": optimizer_state})
     state.update(more)
     if rank() == 0:
@@ -83,7 +81,7 @@ def load(folder, config_types, plugins, modules=()):
     modules: those of these settings whose module will be imported because the file names it, not
         the user. Each must then be a module of this repository.
 
-    The file is memory-mapped, so a tensor is read only when it is used. Raises ValueError.
+    The file is memory-mapped, so a tensor takes memory only when it is used. Raises ValueError.
     """
     path = Path(folder) / "ckpt.pt"
     if not is_file(path):
@@ -92,6 +90,7 @@ def load(folder, config_types, plugins, modules=()):
         return huggingface.load_checkpoint(folder)
     try:
         file_size = path.stat().st_size
+        check_zip(path)  # torch.load does not, with mmap
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_contents(saved, file_size)
         check_settings(saved, file_size, config_types, plugins, modules)
@@ -114,8 +113,8 @@ def check_contents(saved, file_size):
         if not isinstance(saved[key], dict):
             raise ValueError(f"its {key} is no dict")
 
-    # a tensor with stride 0 can claim more values than the file has. Up to twice its size is fine,
-    # because tied tensors (one tensor with two names) are stored once but counted twice
+    # a tensor with stride 0 can claim more values than the file has; tied tensors, stored once and
+    # counted twice, may claim up to twice its size
     if check_values(saved) > 2 * file_size:
         raise ValueError("its tensors describe more values than the file has")
 
@@ -139,15 +138,14 @@ def check_settings(saved, file_size, config_types, plugins, modules):
             raise ValueError(f"it is of another version of fivefold, which differs in: {names}")
         config_type(**settings)
 
-    # building the model must not allocate more than the file could fill: no size of a weight, such
-    # as the number of channels, may exceed the size of the file (block_size is not such a size)
+    # building the model must not allocate more than the file could fill: no size of a weight may
+    # exceed the size of the file (block_size is not such a size)
     sizes = {**saved["config"]["model"], "block_size": 0}
     largest = max(value for value in sizes.values() if type(value) is int)
     if largest > file_size or sizes["n_layer"] > len(saved["model"]):
         raise ValueError("its settings describe a larger model than it holds")
 
-    # settings that name modules must name ours, or a built-in function: plugins[name][1], which is
-    # {"softmax": softmax_attention} for "attn"
+    # settings that name modules must name ours, or a built-in function, as of plugins[name][1]
     settings = {**saved["config"]["model"], **saved["config"]["run"]}
     for name in modules:
         check_own(settings[name], plugins[name][1])
@@ -179,15 +177,17 @@ def check_weights(model, state):
 def load_weights(model, state):
     """Copy a state dict into the model, one tensor at a time; a sharded model takes its shard."""
     for name, tensor in model.state_dict().items():
-        tensor.copy_(shard_like(tensor, get_weight(state, name, tensor.shape)))
+        weight = get_weight(state, name, tensor.shape)
+        if not weight.isfinite().all():
+            raise ValueError(f"the checkpoint's {name} has values that are infinite or NaN")
+        tensor.copy_(shard_like(tensor, weight))
 
 
 def merge_adapters(model, saved):
     """Add the adapters of a checkpoint, if it has any, load them and merge them into the model."""
     spec = saved["config"]["run"].get("adapter")
     if spec:
-        # two functions of the module that spec names: adapt() adds empty adapters to the model, and
-        # merge() adds trained ones to its weights
+        # adapt() adds empty adapters to the model, merge() adds trained ones to its weights
         adapt, options = resolve(spec, "adapt")
         merge, _ = resolve(spec.partition(":")[0], "merge")
         adapt(model, **options)

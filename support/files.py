@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import zipfile
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -59,6 +60,16 @@ def name_write_errors(path):
 def write_json(path, data):
     with atomic_write(path) as file:
         file.write(json.dumps(data, indent=1).encode())
+
+
+def check_zip(path):
+    """Raise ValueError if a file in a zip archive is compressed, or does not match its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it describes more than it holds")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"it is damaged: {damaged} does not match its checksum")
 
 
 def remove_stale_temp_files(folder, patterns):

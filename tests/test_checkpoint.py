@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -154,12 +155,53 @@ def test_storage_that_is_larger_than_the_file_says(saved):
     """The pickle in the file claims a storage of 54321 values; the file has 12345."""
     saved["model"]["norm.weight"] = torch.ones(12345)
     write(saved)
-    data = Path("run/ckpt.pt").read_bytes()
     number = b"M" + (12345).to_bytes(2, "little")  # pickle's opcode BININT2
     larger = b"M" + (54321).to_bytes(2, "little")
-    assert data.count(number) == 2, "the number should be there as storage size and as shape"
-    Path("run/ckpt.pt").write_bytes(data.replace(number, larger))
-    refused(RESUME, "run/ckpt.pt cannot be used")
+    with zipfile.ZipFile("run/ckpt.pt") as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile("run/ckpt.pt", "w") as archive:
+        for name, data in files.items():
+            if name.endswith("data.pkl"):
+                assert data.count(number) == 2, "as storage size and as shape"
+                data = data.replace(number, larger)
+            archive.writestr(name, data)
+    message = refused(RESUME, "run/ckpt.pt cannot be used")
+    assert "checksum" not in message
+
+
+def test_weights_that_are_damaged_on_the_disk(saved):
+    """A mapped file is not compared with the checksums in it, so we do that ourselves."""
+    weights = torch.randn(64, 32)
+    saved["model"]["embed_tokens.weight"] = weights
+    write(saved)
+    data = Path("run/ckpt.pt").read_bytes()
+    start = data.index(weights.numpy().tobytes())
+    Path("run/ckpt.pt").write_bytes(data[:start] + bytes(99) + data[start + 99 :])
+    refused(RESUME, "run/ckpt.pt cannot be used: it is damaged", "does not match its checksum")
+    with pytest.raises(ValueError, match="checksum"):
+        train.load_model("run")
+
+
+def test_a_compressed_checkpoint_is_refused(saved):
+    """A small file could hold more than there is time to read."""
+    write(saved)
+    with zipfile.ZipFile("run/ckpt.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(10**7))
+    refused(RESUME, "run/ckpt.pt cannot be used: it describes more than it holds")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved, value):
+    """On a CPU, attention gives finite numbers even for queries that are NaN."""
+    name = "layers.0.self_attn.q_proj.weight"
+    saved["model"][name][1, 2] = value
+    write(saved)
+    expected = f"{name} has values that are infinite or NaN"
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    refused(RESUME, expected)
+    refused([*INIT, "--eval-only"], expected)
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        train.load_model("run")
 
 
 def test_a_checkpoint_names_no_module_of_others(saved):
