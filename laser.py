@@ -79,7 +79,7 @@ def attention(q, k, v):
     """Compute what `reference` does, without a (Tq, Tk, D) tensor. This is the function to use.
 
     Runs kernels/laser.py on a GPU. Runs in PyTorch on a CPU, in float64, without Triton, or if
-    D > 128. Raises ValueError if the shapes do not fit each other.
+    D > 128; torch.compile(fullgraph=True) then fails. Raises ValueError if the shapes do not fit.
     """
     check_shapes(q, k, v)
     if q.numel() == 0:
