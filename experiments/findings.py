@@ -30,9 +30,9 @@ class Idea(NamedTuple):
 def query_training(task):
     """Return the accuracy of query-only training on a task, by the paper's and our baseline."""
     baselines = tuple(f"{task}: {name}" for name in ("equal-FLOP thinking", "fitted temperature"))
-    label = f"right answers on {task.replace(', 12288', '')}"
+    label = f"right answers on {task.replace(', 3072', '')}"
     variant = f"{task}: trained queries"
-    return Finding("ttt_context-gpu", label, variant, baselines=baselines, key="accuracy")
+    return Finding("ttt_context-cpu", label, variant, baselines=baselines, key="accuracy")
 
 
 PEAKED = "trained with LASER, rows with max p > 0.9: LASER"
@@ -93,10 +93,10 @@ IDEAS = [
         "2512.13898",
         "train the query projections on a long prompt instead of writing thinking tokens",
         [
-            query_training("records, no QK-norm, 12288"),
-            query_training("records, QK-norm, 12288"),
-            query_training("columns, no QK-norm, 12288"),
-            query_training("columns, QK-norm, 12288"),
+            query_training("records, no QK-norm, 3072"),
+            query_training("records, QK-norm, 3072"),
+            query_training("columns, no QK-norm, 3072"),
+            query_training("columns, QK-norm, 3072"),
         ],
     ),
 ]

@@ -61,8 +61,8 @@ SMALL = {
     "steps": 32,  # of training the queries or the temperatures
     "span": 128,
     "lrs": {
-        "trained queries": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0],
+        "trained queries": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+        "fitted temperature": [1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0],
     },
 }
 FULL = {
@@ -72,7 +72,7 @@ FULL = {
     "contexts": 16,
     "lrs": {
         "trained queries": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        "fitted temperature": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0],
+        "fitted temperature": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0],
     },
 }
 RUNS_PER_GPU = 6  # at a time; the models are tiny

@@ -222,6 +222,11 @@ def sweep_rates(model, task, T, recipe):
     return margins
 
 
+def best_rate(margins):
+    """Return the learning rate with the largest margin that is a number. margins: {rate: margin}"""
+    return max(margins, key=lambda lr: -math.inf if math.isnan(margins[lr]) else margins[lr])
+
+
 def thinking_samples(model, T, recipe):
     """Return how many samples, of one token each, the two ways of thinking get."""
     n = min(recipe["span"], T // 2)
@@ -241,7 +246,7 @@ def compare_variants(model, task, T, recipe, seed):
     """
     # choose the learning rates; swept: {variant: {learning rate: mean margin}}
     swept = sweep_rates(model, task, T, recipe)
-    best_lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
+    best_lrs = {variant: best_rate(margins) for variant, margins in swept.items()}
 
     # train on every context
     contexts = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))

@@ -608,3 +608,8 @@ def test_bench(tmp_path, monkeypatch):
         assert row["seconds"] == pytest.approx(row["tokens"] * result["token_ms"] / 1e3)
         assert row["over_steps"] == pytest.approx(row["seconds"] / result["steps_seconds"])
     refused([*flags, "--context", "9", "--span", "9"], "--context", main=bench_ttt.main)
+
+
+def test_a_rate_that_diverges_is_not_the_best():
+    nan = float("nan")
+    assert experiment.best_rate({1.0: nan, 2.0: -3.0, 3.0: -2.0, 4.0: nan}) == 3.0
