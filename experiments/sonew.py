@@ -60,14 +60,14 @@ class Variant(NamedTuple):
 SONEW_LRS = (1e-2, 3e-2, 1e-1, 3e-1)
 EPS = (1e-6, 1e-5, 1e-4)
 VARIANTS = {
-    "SGD": Variant((1e-2, 3e-2, 1e-1, 3e-1), (0.5, 0.6, 0.7), (1e-1, 0.6)),
+    "SGD": Variant((1e-2, 3e-2, 1e-1, 3e-1), (0.6, 0.7, 0.8), (1e-1, 0.7)),
     "RMSProp": Variant((1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-4, 1e-2), (1e-2, 1e-4)),
-    "Adam": Variant((1e-3, 3e-3, 1e-2, 3e-2), (1e-8, 1e-4, 1e-2), (1e-2, 1e-4)),
+    "Adam": Variant((3e-3, 1e-2, 3e-2, 1e-1), (1e-4, 1e-2, 1e-1), (3e-2, 1e-2)),
     "SONew, band 0": Variant(SONEW_LRS, (1e-9, 1e-8, 1e-7), (3e-2, 1e-8), {"band": 0}),
     "SONew, band 1": Variant(SONEW_LRS, EPS, (1e-1, 1e-5)),
     "band 1, flat": Variant(SONEW_LRS, EPS, (1e-1, 1e-5), {"chain": "flat"}),
     "band 1, shuffled": Variant(SONEW_LRS, (1e-8, 1e-7, 1e-6), (1e-1, 1e-7)),
-    "SONew, band 4": Variant(SONEW_LRS, EPS, (1e-1, 1e-5), {"band": 4}),
+    "SONew, band 4": Variant(SONEW_LRS, (1e-7, 1e-6, 1e-5), (1e-1, 1e-6), {"band": 4}),
 }
 
 
