@@ -13,8 +13,7 @@ a loss of 206, late or not at all, at every setting of the sweep. Ablations:
     band 1, flat        one chain through the whole tensor, not one per row
     band 1, shuffled    pixels in a random order: a chain joins distant pixels
 
-Part 2 applies SONew's closed form to statistics of real gradients, and measures
-how far the inverse is from exact: the LogDet divergence.
+Part 2: how far is the closed form, on real gradients, from the exact inverse?
 
     python sonew.py                 two minutes on two CPU cores
     python sonew.py --full          language models, on GPUs
