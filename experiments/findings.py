@@ -52,8 +52,8 @@ IDEAS = [
         "simplicial",
         "2-simplicial attention",
         "2507.02754",
-        "score pairs of keys with a trilinear form: a lower loss of models with more than 2 B "
-        "active parameters, a steeper scaling law",
+        "score pairs of keys with a trilinear form: a lower loss from 2 B active parameters on, a "
+        "steeper scaling law",
         [
             Finding("simplicial-gpu", "loss of a GPT", "2-simplicial", "percent"),
             Finding(
