@@ -73,7 +73,12 @@ IDEAS = [
             Finding("sonew-gpu", "loss of a GPT", "SONew", "percent"),
             Finding("sonew-gpu", "in 15% fewer steps", "SONew, 15% fewer steps", "percent"),
             Finding("sonew-gpu", "in 30% fewer steps", "SONew, 30% fewer steps", "percent"),
-            Finding("sonew-cpu", "autoencoder after 300 steps", "SONew, band 1", "percent"),
+            Finding(
+                "sonew-cpu",
+                "autoencoder after 300 steps (206: nothing learned)",
+                "SONew, band 1",
+                "percent",
+            ),
             Finding("sonew-cpu", "with the diagonal alone", "SONew, band 0", "percent"),
         ],
     ),
