@@ -235,6 +235,7 @@ def test_a_variant_is_trained_with_its_flags(monkeypatch):
     calls = []
     rows = [{"step": 600.0, "loss": 9.0, "val_loss": 2.5}, {"step": 1200.0, "val_loss": 2.0}]
     result = {"loss": 9.0, "val_loss": 2.0, "val_bpb": 3.0, "seconds": 7.5, "history": rows}
+    result["data"] = {"tokens": 9, "sha256": "a"}
 
     def run_train(*arguments):
         calls.append(arguments)
@@ -245,7 +246,10 @@ def test_a_variant_is_trained_with_its_flags(monkeypatch):
     run = language_models.run_variant(job, True, 99.0)
     assert calls == [("--attn laser --lr 0.00125 --seed 3", runner.CACHE, True, 99.0)]
     expected = {"seed": 3, "lr": 1.25e-3, "value": 2.0, "curve": [[600, 2.5], [1200, 2.0]]}
-    assert run == {**expected, "seconds": 7.5, "tokens_per_s": None}
+    assert run == {**expected, "seconds": 7.5, "tokens_per_s": None, "data": result["data"]}
+    del result["data"]
+    run = language_models.run_variant(job)
+    assert run["data"] is None, "a run of an older version"
     result = None  # nothing is cached
     assert language_models.run_variant(job, look_only=True) is None
 

@@ -108,7 +108,7 @@ def test_tables(repository):
     assert "- command: `python laser.py`\n" in text
     row = line_with(text, "| laser | 4 x 16")
     assert row == "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |"
-    row = line_with(text, "resolved")
+    row = line_with(text, "resolved |")
     assert row == "| softmax 2.5 | LASER 1.75 | -0.75 ± 0.25 (n = 2) | resolved |"
 
 
