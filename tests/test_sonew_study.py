@@ -1,6 +1,7 @@
 """The study of SONew at a tiny size, with a few random digits in place of MNIST."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import sonew
 from experiments import mnist
 from experiments import sonew as study
-from tests.common import refused
+from tests.common import REPOSITORY, refused
 
 
 @pytest.fixture
@@ -139,3 +140,14 @@ def test_without_its_data(digits, monkeypatch):
     refused(["--mnist", "other.npz"], "other.npz is not MNIST", main=sonew.main)
     refused(["--full"], "needs a GPU", main=sonew.main)
     refused(["--out", "text.txt"], "cannot write in text.txt", main=sonew.main)
+
+
+def test_the_settings_are_the_best_of_the_recorded_sweep():
+    """results/sonew-cpu-sweep.json has the whole grid of each variant, and its best inside."""
+    sweeps = json.loads((REPOSITORY / "results/sonew-cpu-sweep.json").read_text())["train"]
+    for name, variant in study.VARIANTS.items():
+        tried = {(lr, second): loss for lr, second, loss in sweeps[name]}
+        assert tried.keys() == set(itertools.product(variant.lrs, variant.momentum_or_eps))
+        assert min(tried, key=tried.get) == variant.best
+        for values, best in zip((variant.lrs, variant.momentum_or_eps), variant.best):
+            assert min(values) < best < max(values)
