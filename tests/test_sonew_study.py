@@ -136,6 +136,11 @@ def test_without_its_data(digits, monkeypatch):
     assert Path("out/mnist.npz").read_bytes() == Path(digits).read_bytes()
     refused(["--mnist", "text.txt"], "text.txt is not MNIST", main=sonew.main)
     refused(["--mnist", "nowhere.npz"], "nowhere.npz", main=sonew.main)
+    whole = Path(digits).read_bytes()
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    for damaged in (whole[: len(whole) // 2], flipped):
+        Path("damaged.npz").write_bytes(damaged)
+        refused(["--mnist", "damaged.npz"], "damaged.npz is not MNIST", main=sonew.main)
     np.savez("other.npz", x=np.zeros(3))
     refused(["--mnist", "other.npz"], "other.npz is not MNIST", main=sonew.main)
     refused(["--full"], "needs a GPU", main=sonew.main)
