@@ -35,6 +35,12 @@ def query_training(task):
     return Finding("ttt_context-cpu", label, variant, baselines=baselines, key="accuracy")
 
 
+def small_task(label, task):
+    """Return the finding of 2-simplicial attention on a task, by softmax and the best control."""
+    baselines = (f"{task}: softmax", f"{task}: product of two")
+    return Finding("simplicial-cpu", label, f"{task}: 2-simplicial", baselines=baselines)
+
+
 PEAKED = "trained with LASER, rows with max p > 0.9: LASER"
 IDEAS = [
     Idea(
@@ -56,12 +62,8 @@ IDEAS = [
         "steeper scaling law",
         [
             Finding("simplicial-gpu", "loss of a GPT", "2-simplicial", "percent"),
-            Finding(
-                "simplicial-cpu", "accuracy, composing two functions", "composition: 2-simplicial"
-            ),
-            Finding("simplicial-cpu", "the same", "composition: product of two"),
-            Finding("simplicial-cpu", "accuracy, finding triples (Match3)", "Match3: 2-simplicial"),
-            Finding("simplicial-cpu", "the same", "Match3: product of two"),
+            small_task("accuracy, composing two functions", "composition"),
+            small_task("accuracy, finding triples (Match3)", "Match3"),
         ],
     ),
     Idea(

@@ -77,8 +77,8 @@ def attention_probabilities(q, k):
 def random_gradients(logit_std, seed, one_component=False, rows=1024, T=64, D=32):
     """Return {variant: mean gradient at the logits}, and the mean of max_j p_j, for random logits.
 
-    one_component: g is 1 at one component of the output and 0 elsewhere, for each in turn; else it
-    is random. rows: queries to average over, each with T keys of its own.
+    one_component: g is 1 at one component of the output and 0 elsewhere, for each component; else
+    it is random. rows: queries to average over, each with T keys of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 1, T, generator=generator, dtype=torch.float64) * logit_std

@@ -19,8 +19,8 @@ from support.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # These find the text, save, load, schedule and report. A change in them makes no result outdated:
-# results record the SHA-256 of the text, and tests check that a run that was saved and resumed ends
-# like an uninterrupted one, bit for bit.
+# new runs record the SHA-256 of their text, and tests check that a run that was saved and resumed
+# ends like an uninterrupted one, bit for bit.
 WITHOUT_RESULTS = {
     "experiments/provenance.py",
     "experiments/runner.py",
