@@ -30,6 +30,11 @@ kernels/laser.py).
     python train.py --attn laser    train with it
 """
 
+if __name__ == "__main__":
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 import math
 import warnings
 
@@ -169,6 +174,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from support.cli import run_main
-
-    run_main(main)
+    cli.run_main(main)

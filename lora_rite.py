@@ -52,6 +52,11 @@ LoRA-RITE in another project, copy both files.
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
 """
 
+if __name__ == "__main__":
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 import math
 import warnings
 from typing import NamedTuple
@@ -591,6 +596,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from support.cli import run_main
-
-    run_main(main)
+    cli.run_main(main)

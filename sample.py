@@ -309,7 +309,7 @@ class SampleConfig:
     max_tokens: int = option(300, "tokens to generate; an end-of-text token ends earlier")
     temperature: float = option(0.8, "the higher, the more surprising; 0: the likeliest", least=0)
     top_k: int = option(50, "sample from the k likeliest tokens; 0: from all", least=0)
-    top_p: float = option(1.0, "sample from the fewest tokens that hold this much probability")
+    top_p: float = option(1.0, "sample from the fewest tokens with this probability", least=0)
     seed: int = option(1337, "the same seed gives the same text", least=0)
     attn: str = option("", "use this attention instead of the checkpoint's")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")

@@ -34,6 +34,11 @@ untrained weights. The paper does not mention this, and we do not do it.
     python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
 """
 
+if __name__ == "__main__":
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 import warnings
 
 import torch
@@ -251,6 +256,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from support import cli
-
     cli.run_main(main)

@@ -57,6 +57,11 @@ finite.
     python train.py --optim sonew   train with it; sonew:help prints its options
 """
 
+if __name__ == "__main__":
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 import math
 import warnings
 from typing import NamedTuple
@@ -568,6 +573,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from support.cli import run_main
-
-    run_main(main)
+    cli.run_main(main)

@@ -77,7 +77,7 @@ class GPTConfig:
     tied: bool = option(True, "the output layer is the embedding, transposed")
     rope_theta: float = option(10000.0, "base of the RoPE wavelengths")
     norm_eps: float = option(1e-5, "added to the mean square in RMSNorm")
-    attn: str = option("softmax", "of the layers, cycled: softmax, MODULE, MODULE:option=value")
+    attn: str = option("softmax", "softmax or modules, as in softmax,laser: layers take turns")
 
     def __post_init__(self):
         cli.check_fields(self)
@@ -100,7 +100,7 @@ class RunConfig:
     """The run"""
 
     # adjustable, because the file may have moved; --resume compares the text itself
-    data: str = adjustable("stdlib", "text file, folder or .jsonl; stdlib; python: all there is")
+    data: str = adjustable("stdlib", "text file, folder, .jsonl, or Python's: stdlib, python")
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, ...) or a .tiktoken file")
     optim: str = option("adamw", "adamw or a module with optimizer(groups, lr)")
     adapter: str = option("", "a module with adapt(model): train what it adds, freeze the weights")
@@ -133,7 +133,7 @@ SMOLLM2 = {"n_kv_head": 3, "n_hidden": 1536, "vocab_size": 49152, "rope_theta": 
 QWEN3 = {"n_kv_head": 8, "head_dim": 128, "n_hidden": 9728, "vocab_size": 151936}
 QWEN3 = {**QWEN3, "qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6}
 PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
-    "tiny": preset(4, 4, 128, 128, 12, 1500, 3e-3),
+    "tiny": preset(4, 4, 128, 128, 12, 1250, 3e-3),
     "small": preset(8, 8, 512, 512, 64, 1000, 1e-3),
     "gpt2": preset(12, 12, 768, 1024, 64, 5000, 6e-4),
     "gpt2-medium": preset(24, 16, 1024, 1024, 64, 10000, 3e-4),
@@ -584,6 +584,8 @@ def build_model(gpt_config, run, launch, device, saved):
         return model, param_groups(model, run.weight_decay)
 
     # train only what the adapter adds
+    if saved is None:
+        warnings.warn("--adapter without --init: what it adds is trained on random weights")
     torch.manual_seed(run.seed)  # adapters may draw their first weights
     adapt, options = plugins.resolve(run.adapter, *PLUGINS["adapter"])
     groups = adapt(model, **options)
@@ -812,10 +814,12 @@ def train_in(out, gpt_config, run, launch, device, origin):
                 result["tokens_per_s"] = tokens / train_seconds
             bar.update(f"loss {loss:.3f}, {result.get('tokens_per_s', 0):,.0f} tok/s")
 
-            # evaluate; a signal may cut it short
+            # evaluate; a signal cuts it short, but not at the end, since no --resume would redo it
             is_due = step % run.eval_every == 0
             val_loss = None
-            if (is_due or step == run.steps) and not stop.now:
+            if step == run.steps:
+                val_loss = evaluate(net, text, run, T, micro_batch, device)
+            elif is_due and not stop.now:
                 val_loss = evaluate(net, text, run, T, micro_batch, device, stop)
             if val_loss is not None:
                 row.update(val_loss=val_loss, val_bpb=val_loss * text.bits_per_byte)

@@ -22,6 +22,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 import torch
 import torch._functorch.config
 import torch.nn.functional as F

@@ -59,19 +59,19 @@ def paired_difference(runs, baseline_runs):
 # -- studies ---------------------------------------------------------------------------------------
 
 
-def sweep_and_run(run, make_job, seeds, rates, same_rate=None, close=CLOSE, **options):
+def sweep_and_run(run, make_job, seeds, rates, same_rate=None, **options):
     """Find the learning rate of each variant, then run its seeds at it. A single rate is not swept.
 
     run(job) -> {"seed", "lr", "value", ...}; make_job(variant, rate, seed) -> job, with "variant".
     seeds: {variant: seeds}. same_rate: {variant: the one whose rate it takes} for variants that are
-    not swept. close: see `close_rates`. options: of `parallel`. Returns the runs of the sweep and
-    those of the seeds, {variant: runs} each.
+    not swept. options: of `parallel`. Returns the runs of the sweep and those of the seeds,
+    {variant: runs} each.
     """
     same_rate = same_rate or {}
     swept = {name: [] for name in seeds}
     if len(rates) > 1:
         names = [name for name in seeds if name not in same_rate]
-        swept.update(sweep(run, make_job, names, rates, close=close, **options))
+        swept.update(sweep(run, make_job, names, rates, **options))
     jobs = []
     for name in seeds:
         rate = best_rate(swept[same_rate.get(name, name)]) if len(rates) > 1 else rates[0]
@@ -82,7 +82,7 @@ def sweep_and_run(run, make_job, seeds, rates, same_rate=None, close=CLOSE, **op
     return swept, runs
 
 
-def sweep(run, make_job, names, rates, max_extensions=3, close=CLOSE, **options):
+def sweep(run, make_job, names, rates, max_extensions=3, **options):
     """Return {variant: runs at all rates}; the grid grows until each best rate lies inside it.
 
     run, make_job: as in `sweep_and_run`. rates: ascending; all variants get the same grid. It is
@@ -102,7 +102,7 @@ def sweep(run, make_job, names, rates, max_extensions=3, close=CLOSE, **options)
     for _ in range(max_extensions + 1):
         tried = sorted(tried + new_rates)
         run_all(dict.fromkeys(names, new_rates), SWEEP_SEEDS[0])
-        run_all({name: close_rates(runs[name], close) for name in names}, SWEEP_SEEDS[1])
+        run_all({name: close_rates(runs[name]) for name in names}, SWEEP_SEEDS[1])
 
         # if a variant has its best rate at an edge of the grid, extend the grid there
         best_rates = [best_rate(runs[name]) for name in names]
@@ -114,14 +114,14 @@ def sweep(run, make_job, names, rates, max_extensions=3, close=CLOSE, **options)
     raise ValueError(f"the best learning rate is still at an edge of {tried}; give a wider grid")
 
 
-def close_rates(runs, close=CLOSE):
+def close_rates(runs):
     """Return the learning rates that the second seed must decide between, if not run on it yet.
 
-    Those are the rates whose losses on the first seed exceed the best by a share `close` at most.
+    Those are the rates whose losses on the first seed exceed the best by a share CLOSE at most.
     """
     first, second = SWEEP_SEEDS
     losses = {run["lr"]: run["value"] for run in runs if run["seed"] == first}
-    largest = min(losses.values()) + close * abs(min(losses.values()))
+    largest = min(losses.values()) + CLOSE * abs(min(losses.values()))
     candidates = {lr for lr, loss in losses.items() if loss <= largest}
     done = {run["lr"] for run in runs if run["seed"] == second}
     if len(candidates | done) == 1:  # the first seed has decided

@@ -16,6 +16,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 from experiments.findings import IDEAS, baseline_of, finding_text, together_text, variant_mean
 from experiments.provenance import REPOSITORY, WITHOUT_RESULTS, code_hash
 from support.cli import Parser, run_main

@@ -90,7 +90,7 @@ def train_in(folder, flags, deadline):
     try:
         with stop_at(deadline), redirect_stdout(io.StringIO()):
             result = train.main([*shlex.split(flags), "--sample", "0"])
-        if result["signal"]:
+        if result["signal"] and can_resume(folder):
             raise KeyboardInterrupt(result["signal"])
     except KeyboardInterrupt:
         if folder.is_dir():
@@ -114,7 +114,7 @@ def train_in(folder, flags, deadline):
 def can_resume(folder):
     """Return whether the folder holds a run with steps left.
 
-    It may have none left and no result: if it was interrupted in its last evaluation, or killed.
+    It may have none left and no result: if it was killed after its last save.
     """
     if not (folder / "ckpt.pt").is_file():
         return False

@@ -30,6 +30,7 @@ from simplicial import attention
 
 BASELINE = "softmax"
 SEEDS = (1, 2, 3, 4, 5, 6)
+MODULUS = 20  # of Match3
 BATCH_SIZE = 128
 RATES = (1e-3, 3e-3, 1e-2)
 WIDTH = 48
@@ -41,15 +42,15 @@ WIDER = HIDDEN + 2 * WIDTH // 3
 # -- tasks: tokens (B, T, numbers per token), and the answer for the last token (B,) ---------------
 
 
-def match3_batch(B, generator, M=20, T=7):
+def match3_batch(B, generator, T=7):
     """Make Match3 sequences: tokens (B, T, 1), and answers (B,), 1 for a match and 0 for none.
 
     Half of the sequences have a match. The others have a near miss: two tokens and the last one sum
-    to 1 modulo M.
+    to 1 modulo MODULUS.
     """
     # make N candidates, more than B: many of those that should miss have a match by chance
     N = 12 * B
-    x = torch.randint(M, (N, T), generator=generator)
+    x = torch.randint(MODULUS, (N, T), generator=generator)
     rows = torch.arange(N)
     is_miss = rows % 6 > 0  # five of six are meant to be misses
 
@@ -58,11 +59,11 @@ def match3_batch(B, generator, M=20, T=7):
     order = torch.rand(N, T - 1, generator=generator).argsort(1)
     first = order[:, 0]
     second = order[:, 1]
-    x[rows, second] = (is_miss.long() - x[:, -1] - x[rows, first]) % M
+    x[rows, second] = (is_miss.long() - x[:, -1] - x[rows, first]) % MODULUS
 
     # keep B / 2 sequences with a match and B / 2 without; sums: x_j + x_k + x_last for all j, k
     sums = x[:, None, :] + x[:, :, None] + x[:, -1, None, None]  # (N, T, T)
-    has_match = (sums % M == 0).flatten(1).any(1)
+    has_match = (sums % MODULUS == 0).flatten(1).any(1)
     matches = (has_match & ~is_miss).nonzero()[: B // 2, 0]
     misses = (~has_match).nonzero()[: B - B // 2, 0]
     kept = torch.cat([matches, misses])
@@ -105,7 +106,7 @@ def chance_levels(M=4):
     tokens, answers = match3_batch(4000, torch.Generator().manual_seed(0))
     x = tokens[..., 0]
     last = x[:, -1:]
-    has_pair = ((2 * x + last) % 20 == 0) | ((x + 2 * last) % 20 == 0)  # (B, T)
+    has_pair = ((2 * x + last) % MODULUS == 0) | ((x + 2 * last) % MODULUS == 0)  # (B, T)
     pairs = (has_pair.any(1) == answers.bool()).float().mean().item()
     frequencies = []
     for f in itertools.product(range(M), repeat=M):  # all functions, as tuples of their M values
@@ -125,7 +126,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "Match3": Task(match3_batch, vocab_sizes=(20,), classes=2, steps=500),
+    "Match3": Task(match3_batch, vocab_sizes=(MODULUS,), classes=2, steps=500),
     "composition": Task(composition_batch, vocab_sizes=(3, 4, 4), classes=4, steps=300),
 }
 

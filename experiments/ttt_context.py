@@ -33,6 +33,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not experiments/
 
+    from support import cli
+
+    cli.exit_on_signals()  # Ctrl-C during the imports
+
 from experiments import harness, runner, ttt_variants
 from experiments.provenance import code_hashes, save_json
 from experiments.ttt_sandbox import NORMS, TASKS

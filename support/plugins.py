@@ -50,8 +50,8 @@ def find_plugin(name, function_name, builtin):
         return builtin[name]
     known = "".join(f"{known}, or " for known in builtin)
     error = (
-        f"there is no {function_name} {name!r}; give {known}the name of a module, beside "
-        f"train.py or on PYTHONPATH, that has a function {function_name}"
+        f"there is no module {name!r} with a function {function_name}; give {known}the name of "
+        f"one, beside train.py or on PYTHONPATH"
     )
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise ValueError(error)
@@ -93,13 +93,18 @@ def parse_value(text, value_type, what):
 
 
 def signature(function):
-    """Return the names of the parameters without a default, and {name: default} of the options."""
+    """Return the names of the parameters without a default, and {name: default} of the options.
+
+    Raises ValueError for a keyword-only parameter, thus an option, without a default.
+    """
     inputs = []
     options = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.default is parameter.empty:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise ValueError(f"{function.__name__} has no default for {parameter.name}")
             inputs.append(parameter.name)
         elif isinstance(parameter.default, (bool, int, float, str)):
             options[parameter.name] = parameter.default

@@ -12,6 +12,7 @@ import torch
 
 from support import cli
 from tests.common import REPOSITORY, refused, run_script
+from tests.test_repository import SCRIPTS
 
 # -- fields and flags ------------------------------------------------------------------------------
 
@@ -184,13 +185,17 @@ def test_exit_status_of_the_script(tmp_path):
     assert done.stderr == "train.py: --steps is 0; it must be at least 1 and at most 2**32\n"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_during_the_imports_end_in_a_line(tmp_path, signum):
-    # in place of numpy, a module whose import takes a minute
+SIGNALS_AND_SCRIPTS = [(signal.SIGTERM, "train.py"), (signal.SIGHUP, "train.py")]
+SIGNALS_AND_SCRIPTS += [(signal.SIGINT, script) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("signum, script", SIGNALS_AND_SCRIPTS)
+def test_signals_during_the_imports_end_in_a_line(tmp_path, signum, script):
+    # in place of torch, a module whose import takes a minute
     slow_import = "print('importing', flush=True)\nimport time; time.sleep(60)"
-    (tmp_path / "numpy.py").write_text(slow_import)
+    (tmp_path / "torch.py").write_text(slow_import)
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py")],
+        [sys.executable, str(REPOSITORY / script)],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -201,7 +206,7 @@ def test_signals_during_the_imports_end_in_a_line(tmp_path, signum):
     process.send_signal(signum)
     message = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signum
-    assert message.strip() == "train.py: stopped before its end"
+    assert message.strip() == f"{Path(script).name}: stopped before its end"
 
 
 # -- output that is lost ---------------------------------------------------------------------------

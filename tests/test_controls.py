@@ -103,8 +103,8 @@ def test_train_takes_modules_of_a_package(tiny):
     attn = "experiments.controls:tau=2,experiments.product:w1=4:w2=2"
     result = train.main([*flags, "--attn", attn, "--optim", "experiments.controls:name=muon"])
     assert result["step"] == 2
-    refused([*flags, "--attn", "experiments.nothing"], "no attention 'experiments.nothing'")
-    refused([*flags, "--attn", "nothing.at.all"], "no attention 'nothing.at.all'")
+    refused([*flags, "--attn", "experiments.nothing"], "no module 'experiments.nothing'")
+    refused([*flags, "--attn", "nothing.at.all"], "no module 'nothing.at.all'")
 
 
 def test_lora_plus_is_adamw_with_two_rates():

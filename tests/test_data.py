@@ -144,6 +144,17 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
     assert path.read_bytes() == raw
 
 
+def test_a_pipe_in_place_of_the_cache_is_replaced(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    load(text)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for a writer
+    assert bytes(load(text)) == b"some text\0"
+    assert path.is_file()
+
+
 def test_temporary_files_of_killed_processes_go_away(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("some text")
@@ -208,6 +219,8 @@ def test_documents_begin_with_start_tokens_and_need_an_end_token(tmp_path):
     assert load(tmp_path / "a.txt", Start()).tolist() == [1, 2, 97, 98, 0]
     write_jsonl(tmp_path / "a.jsonl", [("a", "b")])
     assert load(tmp_path / "a.jsonl", Start()).tolist() == [~1, ~2, ~97, 98, 0]
+    write_jsonl(tmp_path / "B.JSONL", [("a", "b")])
+    assert load(tmp_path / "B.JSONL", Start()).tolist() == [~1, ~2, ~97, 98, 0]
 
     class Endless(ByteTokenizer):
         eot_token = None

@@ -78,7 +78,7 @@ def test_micro_batches_divide_the_share_of_a_process(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     assert distributed.micro_batch_size(12, 0) == 3 and distributed.micro_batch_size(12, 1) == 1
     for batch_size, micro_batch in ((12, 2), (12, 4), (10, 0), (2, 0)):
-        with pytest.raises(ValueError, match=f"--batch-size {batch_size} does not divide into 4"):
+        with pytest.raises(ValueError, match=f"--batch-size {batch_size} is no multiple of 4"):
             distributed.micro_batch_size(batch_size, micro_batch)
 
 
@@ -260,7 +260,7 @@ def test_two_processes_equal_one(tiny, monkeypatch):
 
     # bad flags, the last command, are answered once
     assert done.returncode != 0
-    assert done.stderr.count("script.py: --batch-size 3 does not divide") == 1, done.stderr[:3000]
+    assert done.stderr.count("script.py: --batch-size 3 is no multiple") == 1, done.stderr[:3000]
     assert "process 1: " not in done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("out/ddp: steps 1 to 12") == 1
     train.main(resume)  # the last three steps in one process

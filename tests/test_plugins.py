@@ -58,10 +58,10 @@ def test_spec_gives_a_function_and_all_its_options(mine):
         ("mine:soft=maybe", ["true or false"]),
         ("mine:table=3", ["no option 'table'"]),
         ("softmax:x=1", ["no option 'x'", "none"]),
-        ("nix", ["no attention 'nix'", "softmax", "function attention"]),
-        ("os", ["no attention 'os'"]),
-        ("os.path", ["no attention 'os.path'"]),
-        ("", ["no attention ''"]),
+        ("nix", ["no module 'nix' with a function attention", "softmax"]),
+        ("os", ["no module 'os'"]),
+        ("os.path", ["no module 'os.path'"]),
+        ("", ["no module ''"]),
     ],
 )
 def test_specs_that_are_wrong_teach_what_is_right(mine, spec, parts):
@@ -69,8 +69,16 @@ def test_specs_that_are_wrong_teach_what_is_right(mine, spec, parts):
         plugins.resolve(spec, "attention", {"softmax": train.softmax_attention})
     for part in parts:
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="there is no number 'mine'"):
+    with pytest.raises(ValueError, match="no module 'mine' with a function number"):
         plugins.resolve("mine", "number")
+
+
+def test_an_option_without_a_default_is_refused():
+    def attention(q, k, v, *, reach):
+        return q
+
+    with pytest.raises(ValueError, match="attention has no default for reach"):
+        plugins.signature(attention)
 
 
 def test_errors_in_a_readers_module_are_not_hidden(tmp_path, monkeypatch):
@@ -90,7 +98,7 @@ def test_help_of_a_module(mine, capsys):
     with pytest.raises(SystemExit):
         train.main(["--optim", "adamw:help"])
     assert "beta2=0.95" in capsys.readouterr().out
-    refused(["--optim", "nix:help"], "no optimizer 'nix'")
+    refused(["--optim", "nix:help"], "no module 'nix' with a function optimizer")
 
 
 def test_checkpoints_name_modules_of_this_repository_alone():

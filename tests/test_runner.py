@@ -139,6 +139,23 @@ def test_a_signal_before_the_deadline_interrupts(tiny, stop_at_step_3):
     assert runner.run_train(flags)["step"] == 6
 
 
+def test_a_signal_after_the_last_step_loses_nothing(tiny, monkeypatch):
+    """At the deadline, too: the run is complete, with its last held-out loss."""
+    flags = " ".join([*tiny, "--steps", "4", "--eval-every", "4"])
+    whole = runner.run_train(flags)
+    evaluate = train.evaluate
+
+    def evaluate_with_signal(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_with_signal)
+    result = runner.run_train(flags)
+    assert result.pop("signal") == signal.SIGTERM
+    whole.pop("signal")
+    assert without_times(result) == without_times(whole)
+
+
 def test_a_run_without_steps_left_starts_again(tiny, monkeypatch):
     """It was killed between its last save and its result; --resume would refuse it."""
     flags = " ".join([*tiny, "--steps", "4", "--eval-every", "4"])

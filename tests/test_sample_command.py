@@ -209,7 +209,7 @@ def test_bad_flags(run, tmp_path):
         "--temperature nan": "--temperature is nan",
         "--temperature inf": "--temperature is inf",
         "--temperature warm": "--temperature",
-        "--top-p 0": "--top-p is 0.0",
+        "--top-p 0": "top-p is 0.0; it must be above 0 and at most 1",
         "--top-p 1.5": "top-p is 1.5",
         "--top-p nan": "--top-p is nan",
         "--top-k -2": "--top-k is -2",

@@ -219,6 +219,10 @@ def test_adapters_train_and_merge(short, tmp_path, monkeypatch, capsys):
         assert torch.equal(after[name], tensor), name
     assert after["layers.1.mlp.down_proj.delta"].std() > 0.005
 
+    # without --init, a warning
+    with pytest.warns(UserWarning, match="trained on random weights"):
+        train.main([*flags[2:], "--out", "out/random", "--steps", "1"])
+
     # --init and load_model merge them
     flags = "--data text.txt --eval-only --device cpu".split()
     merged = train.main(["--init", "out/whole", *flags])
@@ -297,7 +301,7 @@ def test_export(short, capsys):
         ("--dtype fp16", ["fp32 or bf16"]),
         ("--device tpu", ["tpu", "cpu, cuda"]),
         ("--device cuda:99", ["cuda:99"]),
-        ("--micro-batch 3", ["--batch-size 4 does not divide", "micro-batches of 3"]),
+        ("--micro-batch 3", ["--batch-size 4 is no multiple", "--micro-batch 3"]),
         ("--stop-after -1", ["at least 0"]),
         ("--sample -1", ["at least 0"]),
         ("--data nowhere", ["there is no data 'nowhere'", "a text file"]),
@@ -308,13 +312,13 @@ def test_export(short, capsys):
         ("--tokenizer nix", ["no tokenizer 'nix'", "byte"]),
         ("--vocab-size 99", ["less than the tokenizer's 256"]),
         ("--model huge", ["invalid choice: 'huge'"]),
-        ("--attn sofmax", ["no attention 'sofmax'", "softmax"]),
-        ("--attn softmax,os.path", ["no attention 'os.path'"]),
+        ("--attn sofmax", ["no module 'sofmax'", "softmax"]),
+        ("--attn softmax,os.path", ["no module 'os.path'"]),
         ("--attn softmax:x=1", ["no option 'x'"]),
-        ("--attn softmax,softmax,softmax,", ["no attention ''"]),
-        ("--optim train", ["no optimizer 'train'"]),
+        ("--attn softmax,softmax,softmax,", ["no module ''"]),
+        ("--optim train", ["no module 'train'"]),
         ("--optim adamw:beta1=2", ["--optim adamw:beta1=2"]),
-        ("--adapter nix", ["no adapt 'nix'"]),
+        ("--adapter nix", ["no module 'nix' with a function adapt"]),
         ("--resume nowhere", ["nowhere holds no run"]),
         ("--resume", ["no run under out/"]),
         ("--fsdp", ["torchrun"]),

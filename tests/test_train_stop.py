@@ -84,6 +84,35 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
     assert is_equal(saved["optimizer"], expected["optimizer"])
 
 
+@pytest.mark.parametrize("where", ["the last step", "the last evaluation"])
+def test_a_signal_at_the_end_does_not_cost_the_last_evaluation(short, monkeypatch, where):
+    """The run is complete then, and --resume would refuse it."""
+    expected = train.main([*short, "--out", "out/uninterrupted"])
+    function = {"the last step": "train_step", "the last evaluation": "evaluate"}[where]
+    original = getattr(train, function)
+    calls = []
+
+    def with_signal(*args):
+        calls.append(args)
+        if len(calls) == last_call:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    n_steps = expected["step"]
+    last_call = n_steps if where == "the last step" else n_rows_evaluated("out/uninterrupted")
+    monkeypatch.setattr(train, function, with_signal)
+    result = train.main([*short, "--out", "out/a"])
+    assert len(calls) == last_call
+    assert result["signal"] == signal.SIGTERM and result["step"] == n_steps
+    assert result["val_loss"] == expected["val_loss"]
+
+
+def n_rows_evaluated(folder):
+    """Return how many rows of a run's log have a held-out loss."""
+    rows = Path(folder, "log.csv").read_text().splitlines()[1:]
+    return sum(not row.endswith(",") for row in rows)
+
+
 def test_signal_from_outside(tiny):
     flags = [*tiny, "--out", "out/a", "--steps", "1000000"]
     process = subprocess.Popen(
