@@ -2,8 +2,8 @@
 
 `python laser.py --full` runs the study "laser", and so on; experiments/all_ideas.py the one called
 "all". A study grows in stages: its variants, the baseline with as many seconds as they take and the
-same learning rate, later variants, then controls, which get fewer seeds. Its JSON is written after
-each stage.
+same learning rate, later variants, then one control after the other, which get fewer seeds. Its
+JSON is written after each stage.
 """
 
 from functools import partial
@@ -48,6 +48,7 @@ class Study(NamedTuple):
     equal_seconds: tuple = ()  # variants to compare with the longer baseline
     later: dict = {}  # more variants, of a later stage
     controls: dict = {}
+    same_rate: dict = {}  # {variant that is not swept: the one whose learning rate it takes}
     seeds: tuple = SEEDS
     flags: str = FLAGS
     rates: tuple = RATES
@@ -95,9 +96,9 @@ STUDIES = {
         ("SONew",),
         {
             "SONew, 15% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_15}",
-            "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
         },
-        {
+        controls={
+            "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
             "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
             "Muon": "--attn softmax --optim experiments.controls:name=muon",
             "SONew, band 0": "--attn softmax --optim sonew:band=0",
@@ -105,6 +106,7 @@ STUDIES = {
             "SONew, flat": "--attn softmax --optim sonew:chain=flat",
             "SONew, shuffled": "--attn softmax --optim experiments.controls:name=shuffled",
         },
+        same_rate={"SONew, 15% fewer steps": "SONew", "SONew, 30% fewer steps": "SONew"},
         seeds=(1, 2, 3, 4, 5, 6, 7, 8),  # they differ more than LASER's
     ),
     "all": Study(
@@ -131,7 +133,8 @@ def run(name, out, deadline=float("inf")):
     harness.check_gpu()
     study = STUDIES[name]
     stages = [study.variants]
-    for more in (study.longer_baseline, study.later, study.controls):
+    controls = [{name: flags} for name, flags in study.controls.items()]
+    for more in (study.longer_baseline, study.later, *controls):
         if more:
             stages.append({**stages[-1], **more})
     record = None
@@ -161,7 +164,7 @@ def compare(study, flags, seeds, deadline=float("inf")):
     train_variant = partial(run_variant, deadline=deadline)
     look = partial(run_variant, look_only=True)
     baseline = next(iter(study.variants))
-    same_rate = dict.fromkeys(study.longer_baseline, baseline)
+    same_rate = {**dict.fromkeys(study.longer_baseline, baseline), **study.same_rate}
     options = {"deadline": deadline, "look": look, "per_gpu": study.per_gpu}
     swept, runs = harness.sweep_and_run(
         train_variant, make_job, seeds, study.rates, same_rate, **options

@@ -20,6 +20,7 @@ DEMO = Study(
     ("other",),
     {"shorter": "--attn laser --steps 2000"},
     {"control": "--attn laser --clip 2"},
+    {"shorter": "other"},
 )
 
 
@@ -76,7 +77,9 @@ def test_a_study(demo, capsys):
     assert at_equal_seconds["mean"] == pytest.approx(-0.4)
     assert record["variants"]["softmax, longer"]["sweep"] == []
     assert record["variants"]["softmax, longer"]["runs"][0]["lr"] == 1e-3
-    n_runs = 4 * 5 + 4 * 5 + 3  # the sweep of four variants at five rates, seeds
+    assert record["variants"]["shorter"]["sweep"] == []
+    assert {run["lr"] for run in record["variants"]["shorter"]["runs"]} == {4e-3}
+    n_runs = 3 * 5 + 4 * 5 + 3  # the sweep of three variants at five rates, seeds
     assert record["seconds"] == n_runs
 
     settings = record["variants"]["softmax, longer"]["settings"]
