@@ -15,8 +15,9 @@ model, on contexts of seed 0, which are not reported.
 
 import itertools
 import math
+import statistics
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -137,8 +138,9 @@ def vote(model, caches, context, n_samples, seed):
 def temperatures(model, factor=1.0):
     """Freeze the model and multiply the queries of each head by a trainable factor.
 
-    Yields the logarithms of the factors, (H, 1) for each layer. The factors are applied after the
-    QK-norm, if there is one, because it would undo them. When the block ends, they are removed.
+    Yields the logarithms of the factors, (H, 1) for each layer; above 20 they act as 20, since exp
+    would overflow, and a head attends to one key anyway. The factors are applied after the QK-norm,
+    if there is one, because it would undo them. When the block ends, they are removed.
     """
     with trainable_queries(model) as weights, ExitStack() as hooks:
         log_factors = []
@@ -150,7 +152,7 @@ def temperatures(model, factor=1.0):
 
             # multiply the output of the QK-norm, q (B, T, H, D); without a norm it is an identity
             def scale(norm, inputs, q, log_factor=log_factor):
-                return (q * log_factor.exp()).to(q.dtype)
+                return (q * log_factor.clamp(max=20.0).exp()).to(q.dtype)
 
             hook = layer.self_attn.q_norm.register_forward_hook(scale)
             hooks.enter_context(hook)  # removed when the block ends
@@ -207,24 +209,30 @@ def make_contexts(model, task, recipe, T, seed, numbers):
 
 
 def sweep_rates(model, task, T, recipe):
-    """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind."""
+    """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind.
+
+    A rate is left out if training diverges at it.
+    """
     contexts = make_contexts(model, task, recipe, T, 0, (0, 2))
     margins = {}
     for variant, lrs in recipe["lrs"].items():
         margins[variant] = {}
         for lr in lrs:
-            total = 0.0
-            for context, caches in contexts:
-                parameters = fit(model, variant, caches, context.ids, recipe, lr)
-                with fitted(model, variant, parameters):
-                    total += score(model, caches, context)["margin"]
-            margins[variant][lr] = total / len(contexts)
+            with suppress(FloatingPointError):
+                margin = mean_margin(model, variant, contexts, recipe, lr)
+                if math.isfinite(margin):
+                    margins[variant][lr] = margin
     return margins
 
 
-def best_rate(margins):
-    """Return the learning rate with the largest margin that is a number. margins: {rate: margin}"""
-    return max(margins, key=lambda lr: -math.inf if math.isnan(margins[lr]) else margins[lr])
+def mean_margin(model, variant, contexts, recipe, lr):
+    """Train a variant on each of the contexts; return the mean of its margins there."""
+    margins = []
+    for context, caches in contexts:
+        parameters = fit(model, variant, caches, context.ids, recipe, lr)
+        with fitted(model, variant, parameters):
+            margins.append(score(model, caches, context)["margin"])
+    return statistics.fmean(margins)
 
 
 def thinking_samples(model, T, recipe):
@@ -246,7 +254,7 @@ def compare_variants(model, task, T, recipe, seed):
     """
     # choose the learning rates; swept: {variant: {learning rate: mean margin}}
     swept = sweep_rates(model, task, T, recipe)
-    best_lrs = {variant: best_rate(margins) for variant, margins in swept.items()}
+    best_lrs = {variant: max(margins, key=margins.get) for variant, margins in swept.items()}
 
     # train on every context
     contexts = make_contexts(model, task, recipe, T, seed, range(recipe["contexts"]))

@@ -156,6 +156,14 @@ def test_temperature_scales_logits_and_a_norm_hides_the_scale_of_queries(norm):
         sharp = logits()
     assert (sharp - plain).abs().max() > 0.1
 
+    # a factor that would overflow
+    with experiment.temperatures(model, math.exp(20)):
+        sharpest = logits()
+    with experiment.temperatures(model) as log_factors:
+        for log_factor in log_factors:
+            log_factor.data.fill_(1000.0)
+        assert torch.allclose(logits(), sharpest) and sharpest.isfinite().all()
+
     # three times W_Q is the same as logits times 3, but a norm after W_Q undoes it
     with ttt_context.trainable_queries(model) as weights, torch.no_grad():
         for w in weights:
@@ -326,6 +334,16 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
         return {1e-3: float(is_first), 1e-2: 0.4}.get(lr, 0.0)
 
     assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts should decide"
+
+    # a rate at which the loss or the margin is no number is left out
+    def diverging_margin_of(lr, ids):
+        if lr == 1e-3:
+            raise FloatingPointError("the loss on a span is nan")
+        return 0.4
+
+    assert choose(diverging_margin_of)["trained queries"] == 1e-2
+    nan = float("nan")
+    assert choose(lambda lr, ids: nan if lr == 1e-3 else -3.0)["trained queries"] == 1e-2
 
 
 def test_a_model_is_compared_for_each_task_and_length(monkeypatch):
@@ -608,8 +626,3 @@ def test_bench(tmp_path, monkeypatch):
         assert row["seconds"] == pytest.approx(row["tokens"] * result["token_ms"] / 1e3)
         assert row["over_steps"] == pytest.approx(row["seconds"] / result["steps_seconds"])
     refused([*flags, "--context", "9", "--span", "9"], "--context", main=bench_ttt.main)
-
-
-def test_a_rate_that_diverges_is_not_the_best():
-    nan = float("nan")
-    assert experiment.best_rate({1.0: nan, 2.0: -3.0, 3.0: -2.0, 4.0: nan}) == 3.0
