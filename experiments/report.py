@@ -28,6 +28,7 @@ from support.files import atomic_write
 RESULTS = REPOSITORY / "results"
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
+KERNEL_HEADER = ["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"]
 
 
 def load_results():
@@ -57,7 +58,8 @@ def table(header, rows):
 
 def ideas_table(records):
     """Return the table of the ideas: what the papers claim, and what was measured here."""
-    header = ["idea", "the paper's claim", "measured here, with 95% intervals", "files", "command"]
+    measured = "measured here, with 95% intervals"
+    header = ["idea", "the paper's claim", "did it hold here?", measured, "files", "command"]
     return table(header, [idea_row(idea, records) for idea in IDEAS])
 
 
@@ -78,11 +80,7 @@ def idea_row(idea, records):
     commands = [f"`{command}`, {time}" for command, time in times.items()]
     link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
     files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
-    kernels = records.get("kernels", {}).get("kernels", {})
-    if idea.file in kernels:
-        _, shape, peer, ours, *_ = kernel_rows(idea.file, kernels[idea.file])[0]
-        files += f"<br>{ours} ms, best peer {peer}; {shape}"
-    return [link, idea.claim, "<br>".join(measured), files, "<br>".join(commands)]
+    return [link, idea.claim, idea.verdict, "<br>".join(measured), files, "<br>".join(commands)]
 
 
 def minutes_of(record):
@@ -93,8 +91,8 @@ def minutes_of(record):
 
 
 def command_of(record):
-    """Return the command that made a result, without the time limit of its last run."""
-    return record["command"].partition(" --minutes")[0]
+    """Return the command that made a result, without folders that only the machine there had."""
+    return re.sub(r" /\S*/", " ", record["command"])
 
 
 def file_link(path):
@@ -130,7 +128,7 @@ def kernels_table(record):
     rows = []
     for kernel, measured in record["kernels"].items():
         rows += kernel_rows(kernel, measured)
-    return table(["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"], rows)
+    return table(KERNEL_HEADER, rows)
 
 
 def kernel_rows(kernel, measured):
@@ -193,13 +191,24 @@ def all_tables(records):
     if "all-gpu" in records:
         parts.append(together_text(records["all-gpu"]))
     parts.append(ideas_table(records))
+    if "kernels" in records:
+        record = records["kernels"]
+        kernels = record["kernels"]
+        rows = [kernel_rows(i.file, kernels[i.file])[0] for i in IDEAS if i.file in kernels]
+        parts.append(f"Forward and backward pass or step of the kernels ({made_on(record)}):")
+        parts.append(table(KERNEL_HEADER, rows))
     if "bench_train" in records:
         record = records["bench_train"]
-        made_on = f"{record['hardware']}, torch {record['versions']['torch']}"
-        made_on += ", older code" if changed_files(record) else ""
-        parts.append(f"Time of a training step with GPT-2's vocabulary, and its ratio ({made_on}):")
+        ratio = "Time of a training step with GPT-2's vocabulary, and its ratio"
+        parts.append(f"{ratio} ({made_on(record)}):")
         parts.append(steps_table(record))
     return "\n\n".join(parts)
+
+
+def made_on(record):
+    """Return the hardware and the version of PyTorch of a result, and whether code has changed."""
+    text = f"{record['hardware']}, torch {record['versions']['torch']}"
+    return f"{text}, older code" if changed_files(record) else text
 
 
 def results_readme(records):

@@ -59,7 +59,7 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     finding = Finding("laser-cpu", "loss", "LASER", kind="percent")
     missing = finding._replace(study="laser-gpu", label="speed")
-    idea = Idea("laser", "L", arxiv="1", claim="less", findings=[finding, missing])
+    idea = Idea("laser", "L", "1", claim="less", verdict="yes", findings=[finding, missing])
     monkeypatch.setattr(report, "IDEAS", [idea])
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "laser.py").write_text("x = 1\n" * 14)
@@ -92,14 +92,17 @@ def test_tables(repository):
     text = (repository / "README.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
 
     row = line_with(text, "less")
-    assert "| [L](https://arxiv.org/abs/1) | less | loss: 1.75 with LASER " in row
+    assert "| [L](https://arxiv.org/abs/1) | less | yes | loss: 1.75 with LASER " in row
     assert "(-30.0 ± 10.0% against 2.5 with softmax)<br>speed: not measured yet |" in row
-    assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines)<br>" in row
-    assert "<br>2.000 ms, best peer paper's form: 4.000; 4 x 16 |" in row
+    assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
     assert "| `python laser.py`, 1 min |" in row
+    kernels = "step of the kernels (1 x NVIDIA H200, torch 2.11.0):\n\n| kernel | shape |"
+    assert kernels in text
+    assert "| laser | 4 x 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |" in text
+    assert "| laser | 8 x 16 |" not in text, "one shape of each kernel is enough"
 
     text = (repository / "results/README.md").read_text()
     assert "Is it better?" in text
@@ -181,6 +184,9 @@ def test_finding_text():
     finding = Finding("laser-cpu", "loss", "LASER")
     text = "loss: 1.75 with LASER (-0.75 ± 0.25 against 2.5 with softmax)"
     assert report.finding_text(STUDY, finding) == text
+    narrow = {"LASER": {"mean": -0.0061, "half_width_95": 0.0057, "n": 8}}
+    text = "loss: 1.75 with LASER (-0.0061 ± 0.0057 against 2.5 with softmax)"
+    assert report.finding_text({**STUDY, "differences": narrow}, finding) == text
     finding = finding._replace(kind="percent")
     text = "loss: 1.75 with LASER (-30.0 ± 10.0% against 2.5 with softmax)"
     assert report.finding_text(STUDY, finding) == text
@@ -220,8 +226,7 @@ def test_do_the_gains_add_up():
     values["all three"] = (0.5, 1.0)
     variants = {}
     for name, (first, second) in values.items():
-        runs = [{"seed": 1, "value": first}, {"seed": 2, "value": second}]
-        variants[name] = {"runs": [{**run, "tokens_per_s": 1.0} for run in runs]}
+        variants[name] = {"runs": [{"seed": 1, "value": first}, {"seed": 2, "value": second}]}
     record = {"baseline": "base", "variants": variants, "differences": {}}
     added = findings.interaction(record, "LASER", "SONew")
     # the sum of the gains leads to 0.5 and 1.25
@@ -266,15 +271,19 @@ def test_training_steps():
 
 
 def test_the_ideas_together(repository):
-    variants = {}
-    for variant, speeds in (("softmax", (30.0, 10.0, 20.0)), ("LASER", (10.0, 9.0, 12.0))):
-        runs = [{"seed": i, "value": 2.5, "tokens_per_s": s} for i, s in enumerate(speeds)]
-        variants[variant] = {"runs": runs}
-    text = report.all_tables({"all-gpu": {**STUDY, "variants": variants}})
-    first = (
-        "Loss of a GPT on bytes (and time of a step) against softmax: LASER -30.0 ± 10.0% (x 2.50)."
-    )
-    assert text.startswith(f"{first}\n\n| idea |")
+    difference = {"mean": -0.5, "half_width_95": 0.25, "n": 2, "baseline": "softmax, longer"}
+    record = {**STUDY, "differences_at_equal_seconds": {"LASER": difference}}
+    record["differences"] = {**STUDY["differences"], "softmax, longer": difference}
+    text = report.all_tables({"all-gpu": record})
+    first = "Loss of a GPT on bytes against softmax: LASER -30.0 ± 10.0%."
+    second = "At equal time, LASER -20.0 ± 10.0% against softmax, longer."
+    assert text.startswith(f"{first} {second}\n\n| idea |")
+
+
+def test_folders_of_another_machine_are_not_shown():
+    command = "python lora_rite.py --full --init /tmp/smol/model --questions /tmp/tasks"
+    shown = report.command_of({"command": command})
+    assert shown == "python lora_rite.py --full --init model --questions tasks"
 
 
 def test_minutes_of_a_study():
