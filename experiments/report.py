@@ -91,8 +91,8 @@ def minutes_of(record):
 
 
 def command_of(record):
-    """Return the command that made a result, without folders that only the machine there had."""
-    return re.sub(r" /\S*/", " ", record["command"])
+    """Return the command that made a result; the user's own folders are called FOLDER."""
+    return re.sub(r" /\S+", " FOLDER", record["command"])
 
 
 def file_link(path):

@@ -283,7 +283,7 @@ def test_the_ideas_together(repository):
 def test_folders_of_another_machine_are_not_shown():
     command = "python lora_rite.py --full --init /tmp/smol/model --questions /tmp/tasks"
     shown = report.command_of({"command": command})
-    assert shown == "python lora_rite.py --full --init model --questions tasks"
+    assert shown == "python lora_rite.py --full --init FOLDER --questions FOLDER"
 
 
 def test_minutes_of_a_study():
