@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import train
 from experiments.provenance import code_hashes, plugin_modules
-from support.cli import raise_interrupt
-from support.files import write_json
+from support.files import remove_stale_temp_files, write_json
+from support.run_folder import lock_folder
 
 CACHE = Path("out", "studies")
 
@@ -42,6 +42,7 @@ def disk_cache(folder, key, compute):
     path = Path(folder) / f"{hash_of(key)}.json"
     result = read_cached(path, key)
     if result is None and compute:
+        remove_stale_temp_files(folder, ["*.json"])
         write_json(path, {"key": key, "result": compute()})
         result = read_cached(path, key)
     return result
@@ -49,7 +50,7 @@ def disk_cache(folder, key, compute):
 
 def read_cached(path, key):
     """Return the result that a file holds for this key; None if there is none, or it is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         saved = json.loads(path.read_text())
         if saved["key"] == json.loads(json.dumps(key)):
             return saved["result"]
@@ -84,7 +85,10 @@ def train_in(folder, flags, deadline):
         with suppress(OSError, ValueError):  # it is missing, or empty after a power cut
             seconds = float((folder / "seconds").read_text())
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            lock = lock_folder(folder)  # ValueError if another process trains there
+            shutil.rmtree(folder)
+            lock.close()
         flags = f"{flags} --out {folder}"
 
     try:
@@ -134,6 +138,10 @@ def stop_at(deadline):
     if deadline == float("inf"):
         yield
         return
+
+    def raise_interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
     old_handler = signal.signal(signal.SIGTERM, raise_interrupt)
     seconds = max(0.0, deadline - time.monotonic())
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))

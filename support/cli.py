@@ -212,6 +212,7 @@ def exit_on_signals():
 
 
 def raise_interrupt(signum, frame):
+    exit_on_signals()  # a second signal must not interrupt what the first one has begun
     raise KeyboardInterrupt(signum)
 
 

@@ -86,7 +86,7 @@ def read_file(path):
     try:
         return read_user_file(path, limit=2**50)
     except ValueError:
-        if os.path.lexists(path):
+        if get_stat(path) is not None:  # raises ValueError if a folder above must not be searched
             raise
         return b""
 

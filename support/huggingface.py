@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.distributed import print0
-from support.files import read_user_file
+from support.files import read_user_file, shown
 from support.hub import TOKENIZER_FILES, model_name
 from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
@@ -322,6 +322,16 @@ def check_exportable(folder, config):
     folder = Path(folder)
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder} exists and is not an empty folder; give --export a new one")
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # fails for another reason if it cannot be made
+    except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
+        reason = getattr(error, "strerror", None) or "no folder can have that name"
+        raise ValueError(f"cannot write {shown(folder)} ({reason})") from None
+    parent = next(parent for parent in folder.parents if os.path.exists(parent))
+    by_effective_user = os.access in os.supports_effective_ids
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=by_effective_user):
+        raise ValueError(f"cannot write in {shown(parent)}; give --export another folder")
     for attn in config["attn"].split(","):
         if attn != "softmax":
             raise ValueError(f"no Hugging Face family has {attn} attention: cannot export")

@@ -112,14 +112,16 @@ class Encoding:
         ends = [i for i in [*ends, *state["stops"]] if i in self.token_bytes]
         self.eot_token = ends[0] if ends else None
 
-        # special tokens by role, and the chat template
+        # special tokens by role, in older folders in a file of their own, and the chat template
         path = Path(self.name) / "tokenizer_config.json"
         settings = read_object(path, files.get(path.name, "{}"))
+        map_path = Path(self.name) / "special_tokens_map.json"
+        special_map = read_object(map_path, files.get(map_path.name, "{}"))
         template = files.get("chat_template.jinja") or settings.get("chat_template")
         self.roles = {}
         with malformed(path):
             for role in ROLES:
-                token = settings.get(role)
+                token = settings.get(role) or special_map.get(role)
                 text = token["content"] if isinstance(token, dict) else token
                 if isinstance(text, str):
                     self.roles[role] = text

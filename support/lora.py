@@ -156,10 +156,10 @@ def check_called(model, inputs, output):
     """
     if torch.compiler.is_compiling():
         return
-    model.lora_check.remove()
     for name, linear in adapters(model).items():
         if not linear.lora_called:
             raise ValueError(
                 f"the model does not call its layer {name}, so an adapter has no effect there; "
                 f"choose other targets"
             )
+    model.lora_check.remove()

@@ -54,9 +54,10 @@ def claim_folder(out, name, origin=None):
     """Lock the folder of a run and yield its path. Unlock it when the block ends.
 
     origin: the folder of the run to resume. Otherwise, a new run gets the folder `out`, or if that
-    is "", the first free one of out/NAME, out/NAME-2, ... Rank 0 locks it for all ranks. A new
-    folder that is still empty at the end is removed. Raises ValueError if another process has
-    locked the folder, or if it contains files that the run would overwrite.
+    is "", the first free one of out/NAME, out/NAME-2, ... Rank 0 locks it for all ranks. The files
+    of a new run that has saved no checkpoint are removed at the end, and its folder, if it is new.
+    Raises ValueError if another process has locked the folder, or if it contains files that the run
+    would overwrite.
     """
     # find and lock it on rank 0, and tell the other ranks the folder or the error
     folder = None
@@ -85,6 +86,8 @@ def claim_folder(out, name, origin=None):
         yield folder
     finally:
         if rank() == 0:
+            if not origin and not os.path.lexists(folder / "ckpt.pt"):
+                remove_run_files(folder)
             unlock_folder(folder, lock, is_new)
 
 
@@ -125,6 +128,13 @@ def check_free(folder):
             )
 
 
+def remove_run_files(folder):
+    """Remove the files of a run that has saved nothing; they would be in the way of another."""
+    for name in RUN_FILES:
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
 def lock_folder(folder):
     """Lock the folder for this process and return the open lock file.
 
@@ -134,7 +144,7 @@ def lock_folder(folder):
     path = folder / LOCK
     while True:
         try:
-            lock = open(path, "r+", opener=open_no_link)
+            lock = open(path, "r+", opener=open_no_link, errors="replace")
         except OSError as error:
             raise ValueError(f"cannot write in {shown(folder)} ({error.strerror})") from None
         try:
@@ -187,7 +197,7 @@ def get_cache_folder(folder):
     shared = folder.parent / ".tokens"
     with suppress(OSError):
         if folder.parent == Path("out"):
-            shared.mkdir(exist_ok=True)
+            shared.mkdir(parents=True, exist_ok=True)
         if shared.is_dir() and os.access(shared, os.W_OK | os.X_OK):
             return shared
     return folder / ".tokens"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -95,10 +96,11 @@ class RunLog:
         record = {**self.record, "result": {**result, "seconds": seconds}}
         write_json(self.folder / "config.json", record)
         self.plot()
+        folder = shown(shlex.quote(str(self.folder)))
         if result["step"] < self.settings["run"]["steps"]:
-            print0(f"stopped; continue with: python train.py --resume {shown(self.folder)}")
+            print0(f"stopped; continue with: python train.py --resume {folder}")
         else:
-            print0(f"done; see what it writes with: python sample.py --init {shown(self.folder)}")
+            print0(f"done; see what it writes with: python sample.py --init {folder}")
 
     def plot(self):
         """Plot training loss and held-out loss, in bits per byte."""

@@ -98,6 +98,7 @@ REFUSED = {
     "csr": (change(WEIGHT, torch.eye(4).to_sparse_csr()), "sparse"),
     "nested": (change(WEIGHT, torch.nested.nested_tensor([ONES, ONES[:2]])), "nested"),
     "integers": (change(WEIGHT, ONES.int()), "norm.weight is torch.int32"),
+    "float8": (change(WEIGHT, ONES.to(torch.float8_e4m3fn)), "norm.weight is torch.float8_e4m3fn"),
     "complex": (change(WEIGHT, ONES * 1j), "norm.weight is torch.complex64"),
     "huge": (change(WEIGHT, HUGE), "more values than the file has"),
     "huge optimizer": (change("optimizer/more", [{"x": HUGE}]), "more values than the file has"),

@@ -170,6 +170,31 @@ def test_bugs_keep_their_traceback(own_signals, monkeypatch):
         cli.run_main(lambda: fail(ValueError("x")))
 
 
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    """Two that are pending together, as when a terminal is closed, show no traceback."""
+    source = """
+import os, signal, sys, time
+from support import cli
+
+def main():
+    print("running", flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # no nohup
+cli.run_main(main)
+"""
+    command = [sys.executable, "-c", source]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    assert process.stdout.readline() == "running\n"
+    for signum in (signal.SIGSTOP, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
+        process.send_signal(signum)
+    message = process.communicate(timeout=30)[1]
+    assert process.returncode in (128 + signal.SIGHUP, 128 + signal.SIGTERM)
+    assert message.strip() == "-c: stopped before its end"
+
+
 def test_nohup_is_respected(own_signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with pytest.raises(SystemExit) as end:

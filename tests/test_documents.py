@@ -113,6 +113,7 @@ def test_unreadable_files_and_folders(tmp_path, monkeypatch):
             fails(data.load_tokens, data_flag, BYTE, Path("cache"), parts=parts)
         readable = [path.name for path in documents.list_files(tmp_path / "deep")]
         assert readable == ["b.txt"], "as of a library, of which the rest is taken"
+        fails(documents.read_file, "deep/sub/a.txt", parts=["cannot read", "Permission denied"])
     for name in modes:
         Path(name).chmod(0o755)
 

@@ -90,6 +90,7 @@ def test_only_needed_files_are_fetched(cache):
         "model-00001-of-00002.safetensors",
         "model.safetensors",
         "model.safetensors.index.json",
+        "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

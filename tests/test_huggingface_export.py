@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from support import data, huggingface
-from tests.common import is_equal, small_gpt
+from tests.common import is_equal, small_gpt, without_rights
 from tests.hf import (
     check_refused,
     edit_json,
@@ -174,6 +174,11 @@ def test_bad_export(tmp_path, monkeypatch):
         broken = {**config, **changes}
         check_refused(partial(huggingface.export, target, weights, broken, {"name": "byte"}), part)
     huggingface.check_exportable("new", {**config, "attn": "softmax,softmax"})
+    huggingface.check_exportable("made/on/the/way", config)
+    for target in ("full/mine.txt/new", "x" * 300, "a\0b"):  # before training, too
+        check_refused(partial(huggingface.check_exportable, target, config), "cannot write")
+    with without_rights():
+        check_refused(partial(huggingface.check_exportable, "full/a/b", config), "cannot write in")
 
     # a full disk: files may have at most 20 kB
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -84,7 +84,7 @@ def test_a_new_run_takes_the_first_free_folder():
     with run_folder.claim_folder("", "softmax") as a, run_folder.claim_folder("", "softmax") as b:
         assert (a, b) == (Path("out/softmax"), Path("out/softmax-2"))
         assert a.is_dir() and b.is_dir()
-        (a / "log.csv").touch()
+        (a / "ckpt.pt").touch()
         Path("out/softmax-3").touch()
     assert sorted(os.listdir("out")) == ["softmax", "softmax-3"], "empty folders are removed"
     with run_folder.claim_folder("", "softmax") as folder:
@@ -236,6 +236,24 @@ def test_other_files_of_the_user_stay():
     assert all(Path("home", name).read_text() == name for name in names)
 
 
+def test_a_run_that_has_saved_nothing_is_in_nobodys_way():
+    """As after a learning rate that was too large: the same --out is tried again."""
+    Path("a").mkdir()
+    Path("a/notes.txt").touch()
+    with pytest.raises(KeyError), run_folder.claim_folder("a", "") as folder:
+        (folder / "log.csv").touch()
+        (folder / "config.json").touch()
+        raise KeyError
+    assert os.listdir("a") == ["notes.txt"]
+    with run_folder.claim_folder("a", "") as folder:
+        (folder / "log.csv").touch()
+        (folder / "ckpt.pt").touch()
+    assert sorted(os.listdir("a")) == ["ckpt.pt", "log.csv", "notes.txt"]
+    with pytest.raises(KeyError), run_folder.claim_folder("", "", Path("a")):
+        raise KeyError
+    assert sorted(os.listdir("a")) == ["ckpt.pt", "log.csv", "notes.txt"]
+
+
 def test_a_failed_run_leaves_no_empty_folder_behind():
     with pytest.raises(KeyError), run_folder.claim_folder("a", ""):
         raise KeyError
@@ -270,6 +288,9 @@ def test_where_tokens_are_cached(monkeypatch):
         patch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
         assert run_folder.get_cache_folder(Path("runs/a")) == Path("runs/a/.tokens")
     Path("out/.tokens").rmdir()
+    monkeypatch.chdir("vol")
+    assert run_folder.get_cache_folder(Path("out/a")) == Path("out/.tokens"), "of --eval-only"
+    monkeypatch.chdir("..")
     Path("out/.tokens").touch()  # in the way
     assert run_folder.get_cache_folder(Path("out/a")) == Path("out/a/.tokens")
 

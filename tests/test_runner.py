@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ import torch
 
 import train
 from experiments import runner
+from support.run_folder import lock_folder
 
 
 def test_disk_cache_computes_once(tmp_path):
@@ -39,7 +41,22 @@ def test_disk_cache_computes_once(tmp_path):
         assert runner.disk_cache(folder, [key], lambda key=key: key) == key
 
 
-@pytest.mark.parametrize("content", ["", "{", "null", "[]", '{"key": ["other"], "result": 2}'])
+def test_the_cache_removes_files_of_killed_processes(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    draft = tmp_path / f".{runner.hash_of(['a'])}.json.{dead.pid}"
+    others = [tmp_path / f".note.{dead.pid}", tmp_path / f".b.json.{os.getpid()}"]
+    for path in (draft, *others):
+        path.touch()
+    runner.disk_cache(tmp_path, ["b"], lambda: 1)
+    assert not draft.exists()
+    assert all(path.exists() for path in others)
+
+
+DAMAGED = ["", "{", "null", "[]", '{"key": ["other"], "result": 2}', "[" * 100000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_cache_file_is_computed_again(tmp_path, content):
     path = tmp_path / f"{runner.hash_of(['a'])}.json"
     path.write_text(content)
@@ -173,6 +190,19 @@ def test_a_run_without_steps_left_starts_again(tiny, monkeypatch):
     assert (folder / "ckpt.pt").exists()
     assert without_times(runner.run_train(flags)) == without_times(whole)
     assert not folder.exists()
+
+
+def test_the_folder_of_a_running_process_is_left_alone(tiny):
+    """Before its first save, its folder looks like one of a run that was killed."""
+    flags = " ".join([*tiny, "--steps", "2"])
+    key = [flags, runner.code_hashes("train", *runner.plugin_modules(flags))]
+    folder = Path("out", f"study-{runner.hash_of(key)}")
+    folder.mkdir(parents=True)
+    (folder / "log.csv").write_text("step,lr\n")
+    with lock_folder(folder), pytest.raises(ValueError, match="is in use by process"):
+        runner.run_train(flags)
+    assert (folder / "log.csv").exists()
+    assert runner.run_train(flags)["step"] == 2
 
 
 def test_a_damaged_log_is_no_obstacle(tiny, stop_at_step_3):

@@ -203,7 +203,7 @@ def merge(model):
 """
 
 
-def test_adapters_train_and_merge(short, tmp_path, monkeypatch, capsys):
+def test_adapters_train_and_merge(short, tmp_path, monkeypatch, capsys, recwarn):
     Path("deltas.py").write_text(ADAPTER)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("support.plugins.own_modules", lambda: ["deltas"])
@@ -220,6 +220,7 @@ def test_adapters_train_and_merge(short, tmp_path, monkeypatch, capsys):
     assert after["layers.1.mlp.down_proj.delta"].std() > 0.005
 
     # without --init, a warning
+    assert not any("random weights" in str(warning.message) for warning in recwarn)
     with pytest.warns(UserWarning, match="trained on random weights"):
         train.main([*flags[2:], "--out", "out/random", "--steps", "1"])
 

@@ -57,6 +57,7 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
             signals.append(signal.raise_signal(signal.SIGINT))
             yield token
 
+    handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # no nohup
         if where == "train":
@@ -66,7 +67,6 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
         if where == "generate":
             patch.setattr(sample, "generate", signal_in_generation)
         result = train.main([*flags, "--out", "out/a"])
-    handler = signal.getsignal(signal.SIGTERM)
     expected = {"train": signal.SIGTERM, "evaluate": signal.SIGHUP, "generate": signal.SIGINT}
     assert result["signal"] == expected[where]
     assert len(signals) == 1
@@ -82,6 +82,21 @@ def test_signal_saves_and_ends(tiny, monkeypatch, where):
     expected = load("out/uninterrupted")
     assert is_equal(saved["model"], expected["model"])
     assert is_equal(saved["optimizer"], expected["optimizer"])
+
+
+def test_a_signal_before_the_first_step_saves_the_start(short, monkeypatch):
+    progress_bar = train.distributed.ProgressBar
+
+    def with_signal(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return progress_bar(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.distributed, "ProgressBar", with_signal)
+        result = train.main([*short, "--out", "out/a"])
+    assert result["signal"] == signal.SIGTERM and result["step"] == 0
+    resumed = train.main(["--resume", "out/a", "--device", "cpu"])
+    assert resumed["val_loss"] == train.main([*short, "--out", "out/b"])["val_loss"]
 
 
 @pytest.mark.parametrize("where", ["the last step", "the last evaluation"])
