@@ -234,6 +234,11 @@ def test_it_says_how_to_go_on(step, says, capsys):
     log.finish({"step": step})
     assert says.replace("./", "") in capsys.readouterr().out
 
+    Path("my run").mkdir()
+    log = open_log(folder="my run")
+    log.finish({"step": step})
+    assert capsys.readouterr().out.strip().endswith(" 'my run'"), "to be pasted into a shell"
+
 
 def test_numbers_that_are_not_finite_are_named():
     log = open_log()
