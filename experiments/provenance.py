@@ -120,10 +120,12 @@ def plugin_modules(flags):
 def provenance():
     """Return what produced a result: command, commit, hardware and versions.
 
-    The command is that without --minutes, which only says when a part of the runs ended.
+    The command is that without --minutes, which only says when a part of the runs ended, and with
+    FOLDER in place of absolute paths, which only exist on this machine.
     """
     script = os.path.relpath(os.path.realpath(sys.argv[0]), REPOSITORY)
-    command = shlex.join(["python", script, *sys.argv[1:]])
+    flags = [re.sub(r"^(--[\w-]+=)?/.*", r"\1FOLDER", flag) for flag in sys.argv[1:]]
+    command = shlex.join(["python", script, *flags])
     command = re.sub(r" --minutes[ =]\S+", "", command)
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if torch.cuda.is_available():

@@ -62,6 +62,13 @@ def test_the_time_limit_is_no_part_of_the_command(monkeypatch):
     assert provenance.provenance()["command"] == command
 
 
+def test_folders_of_this_machine_are_no_part_of_the_command(monkeypatch):
+    flags = ["--init", "/a b/model", "--questions=/c", "--out", "d/e"]
+    monkeypatch.setattr(provenance.sys, "argv", [str(provenance.REPOSITORY / "laser.py"), *flags])
+    command = "python laser.py --init FOLDER --questions=FOLDER --out d/e"
+    assert provenance.provenance()["command"] == command
+
+
 def test_save_json_records_the_code_of_the_plugins(tmp_path):
     record = {"seconds": 1.0, "variants": {"LASER": {"settings": "--attn laser", "runs": []}}}
     provenance.save_json(tmp_path / "a.json", record, "train")
