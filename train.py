@@ -13,7 +13,7 @@ python train.py --init ORG/NAME           or from Llama, SmolLM2, Qwen2.5, Qwen3
                                           on huggingface.co, or in a folder
 python train.py --init DIR --adapter lora_rite --optim lora_rite
 python train.py --init DIR --data my.txt --eval-only
-python train.py --resume                  continue the newest run, bit for bit
+python train.py --resume                  continue the newest run
 torchrun --nproc-per-node 8 train.py      on 8 GPUs; --fsdp shards the model
 
 A run writes ckpt.pt, config.json, log.csv and loss.png to out/NAME/; sample.py

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 from experiments import language_models
 from experiments.harness import check_writable, deadline_after, study_parser
-from support.cli import run_main
 
 
 def main(argv=None):
@@ -30,4 +29,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

@@ -37,7 +37,7 @@ def query_training(task):
 
 
 def loss_of_gpt(study, variant, *baselines):
-    """Return the finding on the loss. baselines: the same steps, and about the same seconds."""
+    """Return the finding on the loss. baselines: at equal steps, at about equal time."""
     return Finding(study, "loss of a GPT", variant, "percent", baselines)
 
 
@@ -54,7 +54,8 @@ IDEAS = [
         "LASER attention",
         "2411.03493",
         "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
-        "yes: as much as in the paper, and more than half of it at equal time",
+        "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
+        "time; larger gradients: by about a tenth",
         [
             loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
             Finding("laser-124m-gpu", "loss of a GPT of 124 M parameters", "LASER", "percent"),
@@ -67,8 +68,8 @@ IDEAS = [
         "2507.02754",
         "score pairs of keys with a trilinear form: a lower loss from 2 B active parameters on, a "
         "steeper scaling law",
-        "not at 26 M parameters: no gain is resolved at equal steps, and softmax is far better at "
-        "equal time; but it learns tasks on triples that softmax does not",
+        "not at 26 M parameters: no gain is resolved at equal steps, and at about equal time "
+        "softmax is far better; but it learns tasks on triples that softmax does not",
         [
             loss_of_gpt("simplicial-gpu", "2-simplicial", "softmax", "softmax, 50% more steps"),
             small_task("accuracy, composing two functions", "composition"),
@@ -80,7 +81,8 @@ IDEAS = [
         "SONew",
         "2311.10085",
         "precondition with the inverse of a band of E[g gᵀ], in closed form: up to 30% fewer steps",
-        "in part: a lower loss, also at equal time; AdamW's loss in about 15% fewer steps, not 30%",
+        "in part: a lower loss, also at about equal time, and AdamW's loss in about 15% fewer "
+        "steps, not 30%",
         [
             loss_of_gpt("sonew-gpu", "SONew", "AdamW", "AdamW, 6% more steps"),
             Finding("sonew-gpu", "in 15% fewer steps", "SONew, 15% fewer steps", "percent"),
@@ -99,7 +101,7 @@ IDEAS = [
         "LoRA-RITE",
         "2410.20625",
         "update B A in a way that does not depend on how it is factored: better fine-tuning",
-        "yes: it does not depend on the factors; answers are better than AdamW's, by very little",
+        "in part: it does not depend on the factors, but answers are hardly better than AdamW's",
         [
             Finding("lora_rite-gpu", "log-probability of right answers", "LoRA-RITE"),
             Finding("lora_rite-cpu", "drift under another factorization", "LoRA-RITE", "rounding"),
@@ -179,7 +181,7 @@ def change_text(difference, baseline, kind):
 
 
 def together_text(record):
-    """Return what the ideas change alone and together, at equal steps and at equal seconds."""
+    """Return what the ideas change alone and together, at equal steps and at about equal time."""
     baseline = record["baseline"]
     variants = record["variants"]
 
@@ -195,7 +197,7 @@ def together_text(record):
     text = f"Loss of a GPT on bytes against {baseline}: {', '.join(changes)}."
     for variant, difference in at_equal_seconds.items():
         change = f"{percent(difference)} against {difference['baseline']}"
-        text += f" At equal time, {variant} {change}."
+        text += f" At about equal time, {variant} {change}."
 
     both = "LASER + SONew"
     if both in variants:

@@ -22,12 +22,21 @@ if __name__ == "__main__":
 
 from experiments.findings import IDEAS, baseline_of, finding_text, together_text, variant_mean
 from experiments.provenance import REPOSITORY, WITHOUT_RESULTS, code_hash
-from support.cli import Parser, run_main
+from support.cli import Parser
 from support.files import atomic_write
 
 RESULTS = REPOSITORY / "results"
 BEGIN = "<!-- tables: python experiments/report.py -->"
 END = "<!-- end of tables -->"
+AXES = {  # of the shapes in results/kernels.json
+    "laser": ("B", "H", "T", "D"),
+    "simplicial": ("B", "H", "Hkv", "T", "D"),
+    "sonew": ("matrices", "rows", "columns"),
+    "lora_rite": ("pairs", "width", "rank"),
+    "loss": ("tokens", "width", "vocabulary"),
+    "cross_entropy": ("tokens", "vocabulary"),
+    "ttt_context": ("spans", "H", "Hkv", "span", "T", "D"),
+}
 KERNEL_HEADER = ["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"]
 
 
@@ -76,7 +85,7 @@ def idea_row(idea, records):
             continue
         text = finding_text(record, finding)
         measured.append(f"{text}, older code" if changed_files(record) else text)
-        times[command_of(record)] = minutes_of(record)
+        times[record["command"]] = minutes_of(record)
     commands = [f"`{command}`, {time}" for command, time in times.items()]
     link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
     files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
@@ -88,11 +97,6 @@ def minutes_of(record):
     minutes = f"{record['seconds'] / 60:.0f} min"
     gpu = record["hardware"].partition("NVIDIA ")[2]
     return f"{minutes} of runs ({gpu})" if gpu else minutes
-
-
-def command_of(record):
-    """Return the command that made a result; the user's own folders are called FOLDER."""
-    return re.sub(r" /\S+", " FOLDER", record["command"])
 
 
 def file_link(path):
@@ -145,7 +149,7 @@ def kernel_row(kernel, ours, peers):
         peer_text = f"{best['name']}: {total_ms(best):.3f}"
         ratio = f"{total_ms(ours) / total_ms(best):.2f}"
     name = kernel if ours["name"] == "ours" else f"{kernel}, {ours['name']}"
-    shape = " x ".join(map(str, ours["shape"]))
+    shape = ", ".join(f"{axis} {n}" for axis, n in zip(AXES[kernel], ours["shape"]))
     return [name, shape, peer_text, f"{total_ms(ours):.3f}", ratio, f"{ours['of_floor']:.0%}"]
 
 
@@ -223,7 +227,7 @@ def results_readme(records):
             parts.append(record["question"])
         versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
         origin = [
-            f"- command: `{command_of(record)}`",
+            f"- command: `{record['command']}`",
             f"- commit: {record['commit']}",
             f"- hardware: {record['hardware']}",
             f"- versions: {versions}",
@@ -286,7 +290,7 @@ def main(argv=None):
         files = changed_files(record)
         if files:
             stale.append(f"results/{name}.json")
-            print(f"{stale[-1]} is older than {', '.join(files)}; run {command_of(record)}")
+            print(f"{stale[-1]} is older than {', '.join(files)}; run {record['command']}")
 
     # generated files
     changed = []
@@ -304,4 +308,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

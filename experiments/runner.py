@@ -138,11 +138,7 @@ def stop_at(deadline):
     if deadline == float("inf"):
         yield
         return
-
-    def raise_interrupt(signum, frame):
-        raise KeyboardInterrupt(signum)
-
-    old_handler = signal.signal(signal.SIGTERM, raise_interrupt)
+    old_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
     seconds = max(0.0, deadline - time.monotonic())
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()

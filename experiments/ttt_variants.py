@@ -138,9 +138,10 @@ def vote(model, caches, context, n_samples, seed):
 def temperatures(model, factor=1.0):
     """Freeze the model and multiply the queries of each head by a trainable factor.
 
-    Yields the logarithms of the factors, (H, 1) for each layer; above 20 they act as 20, since exp
-    would overflow, and a head attends to one key anyway. The factors are applied after the QK-norm,
-    if there is one, because it would undo them. When the block ends, they are removed.
+    Yields the logarithms of the factors, (H, 1) for each layer. Above 20 they act as 20: exp would
+    overflow, and with such logits softmax attention picks one key already. The factors are applied
+    after the QK-norm, if there is one, because it would undo them. When the block ends, they are
+    removed.
     """
     with trainable_queries(model) as weights, ExitStack() as hooks:
         log_factors = []

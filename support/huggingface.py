@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -323,8 +323,9 @@ def check_exportable(folder, config):
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder} exists and is not an empty folder; give --export a new one")
     try:
-        with suppress(FileNotFoundError):
-            os.lstat(folder)  # fails for another reason if it cannot be made
+        os.lstat(folder)
+    except FileNotFoundError:  # it does not exist, but may
+        pass
     except (OSError, ValueError) as error:  # ValueError: NUL or a lone surrogate in the name
         reason = getattr(error, "strerror", None) or "no folder can have that name"
         raise ValueError(f"cannot write {shown(folder)} ({reason})") from None

@@ -95,6 +95,20 @@ def test_a_study(demo, capsys):
     assert Path("results/demo-gpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_each_control_is_written_when_it_is_done(demo, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        language_models,
+        "save_json",
+        lambda path, record, source: written.append(list(record["differences"])),
+    )
+    controls = {"first": "--attn laser --clip 2", "second": "--attn laser --clip 3"}
+    monkeypatch.setitem(STUDIES, "demo", DEMO._replace(controls=controls))
+    language_models.run("demo", ".")
+    names = ["other", "softmax, longer", "shorter", "first", "second"]
+    assert written == [names[:n] for n in range(1, 6)]
+
+
 def test_a_single_rate_is_not_swept(demo, monkeypatch):
     study = Study("Is it better?", DEMO.variants, rates=(3e-4,))
     monkeypatch.setitem(STUDIES, "demo", study)
