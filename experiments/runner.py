@@ -94,7 +94,7 @@ def train_in(folder, flags, deadline):
     try:
         with stop_at(deadline), redirect_stdout(io.StringIO()):
             result = train.main([*shlex.split(flags), "--sample", "0"])
-        if result["signal"] and can_resume(folder):
+        if result["signal"] and can_resume(folder):  # not after the last step
             raise KeyboardInterrupt(result["signal"])
     except KeyboardInterrupt:
         if folder.is_dir():
