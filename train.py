@@ -100,7 +100,9 @@ class RunConfig:
     """The run"""
 
     # adjustable, because the file may have moved; --resume compares the text itself
-    data: str = adjustable("stdlib", "text file, folder, .jsonl, or Python's: stdlib, python")
+    data: str = adjustable(
+        "stdlib", "text file, folder or .jsonl; or Python source: stdlib, python"
+    )
     tokenizer: str = option("byte", "byte, a tiktoken encoding (gpt2, ...) or a .tiktoken file")
     optim: str = option("adamw", "adamw or a module with optimizer(groups, lr)")
     adapter: str = option("", "a module with adapt(model): train what it adds, freeze the weights")
@@ -133,7 +135,7 @@ SMOLLM2 = {"n_kv_head": 3, "n_hidden": 1536, "vocab_size": 49152, "rope_theta": 
 QWEN3 = {"n_kv_head": 8, "head_dim": 128, "n_hidden": 9728, "vocab_size": 151936}
 QWEN3 = {**QWEN3, "qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6}
 PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
-    "tiny": preset(4, 4, 128, 128, 12, 1250, 3e-3),
+    "tiny": preset(3, 4, 128, 128, 12, 1450, 3e-3),
     "small": preset(8, 8, 512, 512, 64, 1000, 1e-3),
     "gpt2": preset(12, 12, 768, 1024, 64, 5000, 6e-4),
     "gpt2-medium": preset(24, 16, 1024, 1024, 64, 10000, 3e-4),
@@ -218,12 +220,14 @@ def softmax_attention(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
-    is_causal = False  # a plain bool: torch.compile would make Tq == Tk symbolic
+    is_causal = False  # plain bools: torch.compile would make Tq == Tk symbolic
+    is_grouped = False
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys, not the last
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     elif 1 < Tq:
         is_causal = True
-    is_grouped = q.shape[1] != k.shape[1]
+    if q.shape[1] != k.shape[1]:
+        is_grouped = True
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
 
 
@@ -844,7 +848,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
                 sample.show_sample(model, tokenizer, launch.sample, run.seed, stop)
             if launch.export and rank() == 0:
                 sample.export(launch.export, out, is_trusted=True)
-            result["signal"] = stop.now
+        result["signal"] = stop.now  # one may have come since
     return result
 
 

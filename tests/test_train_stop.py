@@ -122,6 +122,19 @@ def test_a_signal_at_the_end_does_not_cost_the_last_evaluation(short, monkeypatc
     assert result["val_loss"] == expected["val_loss"]
 
 
+def test_a_signal_during_the_plot_is_reported(short, monkeypatch):
+    plot = train.RunLog.plot
+
+    def with_signal(log):
+        plot(log)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.RunLog, "plot", with_signal)
+    result = train.main([*short, "--out", "out/a", "--export", "out/weights"])
+    assert result["signal"] == signal.SIGTERM
+    assert not Path("out/weights").exists()
+
+
 def n_rows_evaluated(folder):
     """Return how many rows of a run's log have a held-out loss."""
     rows = Path(folder, "log.csv").read_text().splitlines()[1:]
