@@ -35,7 +35,6 @@ if __name__ == "__main__":
 
     cli.exit_on_signals()  # Ctrl-C during the imports
 
-import math
 import warnings
 
 import torch
@@ -130,10 +129,10 @@ def attention_torch(q, k, v):
 
     # several bands: attend to the values of one at a time, then add up the results in log space,
     # out = log sum_bands x_band exp(center), where x_band = sum_j p_ij exp(v_j - center)
-    nearest_center = (v / BAND).round() * BAND
+    nearest = nearest_center(v)
     log_sums = []
     for center in centers:
-        in_band = nearest_center == center
+        in_band = nearest == center
         exp_v = (v - center).masked_fill(~in_band, -torch.inf).exp()
         x = attend(q, k, exp_v)  # (B, H, Tq, D)
         is_empty = x == 0  # this query sees no value that is in the band
@@ -142,14 +141,22 @@ def attention_torch(q, k, v):
     return torch.stack(log_sums).logsumexp(0).to(dtype)
 
 
+def nearest_center(v):
+    """Return the center of the band of each value, a multiple of BAND; 0 for inf and NaN.
+
+    So infinity and NaN reach the outputs of their own sequence through the band around 0.
+    """
+    return ((v / BAND).round() * BAND).nan_to_num(0, posinf=0, neginf=0)
+
+
 @torch.compiler.disable
 def band_centers(v):
-    """Return the centers of all bands that v may have values in: multiples of BAND."""
-    low = v.min().item()
-    high = v.max().item()
-    if not math.isfinite(high - low):
-        return [0.0]  # one band, so that NaN and infinity reach the output
-    return [BAND * n for n in range(round(low / BAND), round(high / BAND) + 1)]
+    """Return the centers of all bands that v has values in."""
+    low, high = torch.aminmax(v)  # both are NaN if a value is
+    center = nearest_center(low)
+    if center == nearest_center(high) and (high - low).isfinite():
+        return [center.item()]
+    return nearest_center(v).unique().tolist()
 
 
 def attend(q, k, v):
@@ -157,10 +164,14 @@ def attend(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
+    is_causal = False  # plain bools: torch.compile would make Tq == Tk symbolic
+    is_gqa = False
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys
         mask = causal_mask(Tq, Tk, q.device)
-    is_causal = bool(Tq == Tk)
-    is_gqa = q.shape[1] != k.shape[1]
+    elif 1 < Tq:
+        is_causal = True
+    if q.shape[1] != k.shape[1]:
+        is_gqa = True
     with torch.autocast(q.device.type, enabled=False):  # it would round exp(v) to bfloat16
         # 0.0: no dropout
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=is_gqa)

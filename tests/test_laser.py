@@ -131,6 +131,32 @@ def test_large_values_and_nan():
     assert laser.attention(q, k, v)[0, 0, 39, 0].isnan(), "NaN must reach the loss"
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_spoils_its_own_sequence_only(bad):
+    q, k, v = laser_inputs(Tq=40, Tk=40, dtype=torch.float32)
+    v[1] += 300  # in other bands than those of sequence 0
+    expected = laser.attention(q, k, v)
+    v[0, 0, 5, 0] = bad
+    out = laser.attention(q, k, v)
+    assert torch.allclose(out[1], expected[1], atol=1e-4)
+    truth = laser.reference(q, k, v)
+    assert torch.equal(out.isfinite()[0, :, 5:], truth.isfinite()[0, :, 5:])
+
+
+def test_huge_values_have_few_bands():
+    q, k, v = laser_inputs(Tq=40, Tk=40, dtype=torch.float32)
+    v = v.sign() * 1e30
+    truth = laser.reference(q, k, v)
+    assert torch.allclose(laser.attention(q, k, v), truth)
+
+
+def test_attend_compiles_for_any_shape():
+    compiled = torch.compile(laser.attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (5, 9, 12):
+        inputs = laser_inputs(Tq=T, Tk=T)
+        assert torch.allclose(compiled(*inputs), laser.attend(*inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("std", [0.02, 1.0])
 def test_autocast_does_not_round_the_exponentials(dtype, std):

@@ -153,9 +153,11 @@ def test_softmax_attention_of_nothing(B, Tq, Tk):
 
 
 @pytest.mark.parametrize("is_decoding", [False, True])
-def test_softmax_attention_compiles_as_one_graph(is_decoding):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_softmax_attention_compiles_as_one_graph(is_decoding, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(train.softmax_attention, fullgraph=True, backend="aot_eager")
+    attention = train.softmax_attention
+    compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for T in (5, 9, 12, 30, 31):
         q = torch.randn(1, 2, 3 if is_decoding else T, 8)
         k = torch.randn(1, 2, T, 8)
