@@ -312,8 +312,9 @@ class TorchBatch:
             M = self.M[i]  # (N, rows, r)
             dtype = M.dtype
             grad = torch.where(self.is_finite[i], self.grad[i], 0).to(dtype)
-            M = M @ M_matrix[i].to(dtype) + grad @ grad_matrix[i].to(dtype)
-            x = shrink[i].to(dtype) * self.x[i].to(dtype) - M @ x_matrix[i].to(dtype)
+            with torch.autocast(M.device.type, enabled=False):  # it would round to bfloat16
+                M = M @ M_matrix[i].to(dtype) + grad @ grad_matrix[i].to(dtype)
+                x = shrink[i].to(dtype) * self.x[i].to(dtype) - M @ x_matrix[i].to(dtype)
             torch._foreach_copy_(moments[i], list(M))
             torch._foreach_copy_(parameters[i], list(x))
 

@@ -90,7 +90,8 @@ def merge(model):
     """Add each adapter to the weight of its layer, and remove it. Returns the model, all frozen."""
     for linear in adapters(model).values():
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
+        with torch.autocast(linear.weight.device.type, enabled=False):  # it would round to bfloat16
+            Z = linear.lora_B.to(dtype) @ linear.lora_A.to(dtype)
         linear.weight.copy_(linear.weight + Z * linear.lora_scale)  # rounded once
         linear.lora_hook.remove()
         del linear.lora_A, linear.lora_B, linear.lora_scale, linear.lora_called, linear.lora_hook

@@ -97,6 +97,14 @@ def test_merging_rounds_once(adapter_dtype):
         assert (weight == exact).float().mean() > 0.999
 
 
+def test_autocast_does_not_round_what_is_merged():
+    models = [adapted(), adapted()]
+    lora.merge(models[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        lora.merge(models[1])
+    assert is_equal(*(model.state_dict() for model in models))
+
+
 def test_the_groups_are_for_any_optimizer():
     groups = lora_rite.adapt(small_gpt(), rank=2, targets="q_proj+up_proj")
     assert len(groups) == 1

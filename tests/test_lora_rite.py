@@ -283,6 +283,21 @@ def test_float32_follows_float64():
     assert distance(ours, truth) < 5e-3
 
 
+def test_autocast_does_not_round_a_step():
+    results = []
+    for is_autocast in (False, True):
+        torch.manual_seed(0)
+        ps = [nn.Parameter(torch.randn(shape)) for shape in ((4, 24), (17, 4))]
+        optimizer = LoRARITE([{"params": ps, "pair": True}], 0.1)
+        for _ in range(3):
+            for p in ps:
+                p.grad = torch.randn_like(p)
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                optimizer.step()
+        results.append(ps)
+    assert is_equal(*results)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
 def test_a_gradient_that_is_not_finite_is_skipped(bad):
     pairs, _ = low_rank(count=3)
