@@ -348,7 +348,13 @@ def test_prompts_that_are_all_too_long_are_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     for answers in (["b"], [str(i) for i in range(20)]):
         write_jsonl(path, [("a" * 5000, answer) for answer in answers])
-        fails(load_dataset, path, 16, parts=["nothing to train on", "--block-size 16"])
+        fails(load_dataset, path, 16, parts=["nothing to train on", "0 prompts", "--block-size 16"])
+
+
+def test_one_usable_prompt_is_too_few(tmp_path):
+    """It is held out, so there is none to train on."""
+    write_jsonl(tmp_path / "x.jsonl", [("a", "b" * 400)])
+    fails(load_dataset, tmp_path / "x.jsonl", 16, parts=["answers of 1 prompts begin within"])
 
 
 def test_held_out_text_has_a_prompt_with_its_answer(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,13 @@ def test_without_its_data(digits, monkeypatch):
         refused(["--mnist", "damaged.npz"], "damaged.npz is not MNIST", main=sonew.main)
     np.savez("other.npz", x=np.zeros(3))
     refused(["--mnist", "other.npz"], "other.npz is not MNIST", main=sonew.main)
+    images = np.zeros((3, 28, 28))
+    for odd in (images, images.astype(">u2"), images.astype(str), images[:0]):
+        np.savez("odd.npz", x_train=odd, x_test=odd)
+        refused(["--mnist", "odd.npz"], "odd.npz is not MNIST", main=sonew.main)
+    with zipfile.ZipFile("text.npz", "w") as archive:  # members that are no arrays
+        archive.writestr("x_train", "text")
+    refused(["--mnist", "text.npz"], "text.npz is not MNIST", main=sonew.main)
     refused(["--full"], "needs a GPU", main=sonew.main)
     refused(["--out", "text.txt"], "cannot write in text.txt", main=sonew.main)
 
