@@ -1,7 +1,7 @@
 """What the ideas do for a language model: the same GPT, data and steps, on GPUs.
 
 `python laser.py --full` runs the study "laser", and so on; experiments/all_ideas.py the one called
-"all". A study grows in stages: its variants, the baseline with as many seconds as they take and the
+"all". A study grows in stages: its variants, the baseline with as many seconds as they take at the
 same learning rate, later variants, then one control after the other, which get fewer seeds. Its
 JSON is written after each stage.
 """
@@ -35,7 +35,7 @@ ALL = "--attn laser,laser,laser,simplicial:w1=128:w2=16 --optim sonew"
 WIDER = "--n-hidden 1496"  # as many parameters as the second keys and values of 2-simplicial layers
 # More steps for the baseline, in place of the extra time that a variant's steps take, rounded up:
 # alone on an H200, LASER takes 4% more, 2-simplicial attention 45%, all three 51% and SONew nothing
-MORE_STEPS_6 = "--steps 3180 --eval-every 636"  # LASER, SONew
+MORE_STEPS_6 = "--steps 3180 --eval-every 636"  # LASER, SONew and both
 MORE_STEPS_50 = "--steps 4500 --eval-every 900"  # 2-simplicial
 MORE_STEPS_55 = "--steps 4650 --eval-every 930"  # all three
 FEWER_STEPS_15 = "--steps 2550 --eval-every 510"
@@ -45,8 +45,8 @@ FEWER_STEPS_30 = "--steps 2100 --eval-every 420"
 class Study(NamedTuple):
     question: str
     variants: dict  # name: flags; the first one is the baseline
-    longer_baseline: dict = {}  # one name: flags
-    equal_seconds: tuple = ()  # variants to compare with the longer baseline
+    longer_baselines: dict = {}  # name: flags of the baseline with more steps
+    equal_seconds: dict = {}  # {variant: the longer baseline that takes about as long}
     later: dict = {}  # more variants, of a later stage
     controls: dict = {}
     same_rate: dict = {}  # {variant that is not swept: the one whose learning rate it takes}
@@ -61,7 +61,7 @@ STUDIES = {
         "Does a GPT with LASER reach a lower loss than with softmax attention?",
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
         {"softmax, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
-        ("LASER",),
+        {"LASER": "softmax, 6% more steps"},
         controls={
             "temperature 0.5": "--attn experiments.controls:tau=0.5",
             "temperature 2": "--attn experiments.controls:tau=2",
@@ -80,7 +80,7 @@ STUDIES = {
         "Does a GPT with 2-simplicial attention in every fourth layer reach a lower loss?",
         {"softmax": "--attn softmax", "2-simplicial": SIMPLICIAL},
         {"softmax, 50% more steps": f"--attn softmax {MORE_STEPS_50}"},
-        ("2-simplicial",),
+        {"2-simplicial": "softmax, 50% more steps"},
         controls={
             "softmax, wider MLP": f"--attn softmax {WIDER}",
             "window 128, wider MLP": f"{WINDOW} {WIDER}",
@@ -94,7 +94,7 @@ STUDIES = {
             "SONew": "--attn softmax --optim sonew",
         },
         {"AdamW, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
-        ("SONew",),
+        {"SONew": "AdamW, 6% more steps"},
         {
             "SONew, 15% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_15}",
         },
@@ -120,8 +120,14 @@ STUDIES = {
             "LASER + SONew": "--attn laser --optim sonew",
             "all three": ALL,
         },
-        {"softmax + AdamW, 55% more steps": f"--attn softmax {MORE_STEPS_55}"},
-        ("all three",),
+        {
+            "softmax + AdamW, 6% more steps": f"--attn softmax {MORE_STEPS_6}",
+            "softmax + AdamW, 55% more steps": f"--attn softmax {MORE_STEPS_55}",
+        },
+        {
+            "LASER + SONew": "softmax + AdamW, 6% more steps",
+            "all three": "softmax + AdamW, 55% more steps",
+        },
     ),
 }
 
@@ -135,7 +141,7 @@ def run(name, out, deadline=float("inf")):
     study = STUDIES[name]
     stages = [study.variants]
     controls = [{name: flags} for name, flags in study.controls.items()]
-    for more in (study.longer_baseline, study.later, *controls):
+    for more in (study.longer_baselines, study.later, *controls):
         if more:
             stages.append({**stages[-1], **more})
     record = None
@@ -165,7 +171,7 @@ def compare(study, flags, seeds, deadline=float("inf")):
     train_variant = partial(run_variant, deadline=deadline)
     look = partial(run_variant, look_only=True)
     baseline = next(iter(study.variants))
-    same_rate = {**dict.fromkeys(study.longer_baseline, baseline), **study.same_rate}
+    same_rate = {**dict.fromkeys(study.longer_baselines, baseline), **study.same_rate}
     options = {"deadline": deadline, "look": look, "per_gpu": study.per_gpu}
     swept, runs = harness.sweep_and_run(
         train_variant, make_job, seeds, study.rates, same_rate, **options
@@ -180,9 +186,8 @@ def compare(study, flags, seeds, deadline=float("inf")):
             difference = harness.paired_difference(runs[name], runs[baseline])
             record["differences"][name] = difference
     check_same_text(record["variants"].values())
-    longer = next(iter(study.longer_baseline), None)
-    if longer in flags:
-        for name in study.equal_seconds:
+    for name, longer in study.equal_seconds.items():
+        if longer in runs:
             difference = harness.paired_difference(runs[name], runs[longer])
             record["differences_at_equal_seconds"][name] = {**difference, "baseline": longer}
     return record

@@ -17,7 +17,7 @@ DEMO = Study(
     "Is it better?",
     {"softmax": "--attn softmax", "other": "--attn laser"},
     {"softmax, longer": "--attn softmax --steps 6000"},
-    ("other",),
+    {"other": "softmax, longer"},
     {"shorter": "--attn laser --steps 2000"},
     {"control": "--attn laser --clip 2"},
     {"shorter": "other"},
@@ -161,12 +161,13 @@ def test_studies_need_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_variants_are_comparable(name):
-    """The longer baseline is the baseline with more steps; equal_seconds names variants."""
+    """A longer baseline is the baseline with more steps; equal_seconds names variants."""
     study = STUDIES[name]
     baseline = next(iter(study.variants.values()))
-    for longer in study.longer_baseline.values():
+    for longer in study.longer_baselines.values():
         assert longer.startswith(f"{baseline} --steps")
     assert set(study.equal_seconds) <= set(study.variants)
+    assert set(study.equal_seconds.values()) == set(study.longer_baselines)
 
 
 def last_value(flags, name):
@@ -178,7 +179,7 @@ def last_value(flags, name):
 def test_steps_are_as_many_as_the_names_say(name):
     """And all variants are evaluated five times, the last time at the end."""
     study = STUDIES[name]
-    for variant, more in {**study.variants, **study.longer_baseline, **study.controls}.items():
+    for variant, more in {**study.variants, **study.longer_baselines, **study.controls}.items():
         flags = f"{study.flags} {more}"
         steps = last_value(flags, "--steps")
         assert steps == 5 * last_value(flags, "--eval-every"), variant
