@@ -175,7 +175,8 @@ def plot_differences(record, axes=None):
     """
     names = list(record["differences"])
     if axes is None:
-        _, axes = new_figure((7, 1.2 + 0.5 * len(names)))
+        figure, axes = new_figure((7, 1.5 + 0.5 * len(names)))
+        figure.suptitle(record["metric"])
     for i, name in enumerate(names):
         d = record["differences"][name]
         axes.errorbar(d["mean"], i, xerr=d["half_width_95"], fmt="o", color=f"C{i}", capsize=4)
