@@ -9,6 +9,7 @@ on contexts that are not reported. The intervals are Student's t over contexts.
 import math
 import random
 import time
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -149,7 +150,7 @@ def run(init, out, deadline=float("inf")):
         by_lr[T] = [harness.paired_difference(runs[lr], runs[0.0]) for lr in RATES]
         differences[f"{T} tokens: trained queries"] = by_lr[T][RATES.index(best_lr)]
         for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept)):
-            entry = {"settings": {"init": init, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
+            entry = {"settings": {"init": Path(init).name, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
             variants[f"{T} tokens: {name}"] = entry
 
     record = {
