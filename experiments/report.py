@@ -219,7 +219,9 @@ def results_readme(records):
     """Return the text of results/README.md: one section per JSON file."""
     parts = ["# Results", "Written by `python experiments/report.py`. A section per file."]
     parts.append(
-        "A difference is resolved if its 95% interval, Student's t over n seeds, excludes 0."
+        "A difference is resolved if its 95% interval, Student's t over n seeds, excludes 0. The "
+        "commit is the one that wrote the file; its runs on GPUs may be older. They were kept when "
+        "a change of the code left the first 40 steps on a CPU as they were, bit for bit."
     )
     for name, record in records.items():
         parts.append(f"## {name}")
