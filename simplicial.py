@@ -31,7 +31,7 @@ untrained weights. The paper does not mention this, and we do not do it.
 
     python simplicial.py    can one layer find a triple, or compose two
                             functions? four minutes on two CPU cores
-    python train.py --attn softmax,softmax,softmax,simplicial:w1=512:w2=32
+    python train.py --attn softmax,simplicial:w1=512:w2=32
 """
 
 if __name__ == "__main__":

@@ -84,6 +84,9 @@ class GPTConfig:
         widths = (self.n_embd, self.n_hidden, self.head_dim, self.vocab_size)
         if max(self.n_layer, self.n_head) > 1024 or max(widths) > 2**24:
             raise ValueError("the model has over 1024 layers or heads, or a width above 2**24")
+        n_modules = len(self.attn.split(","))
+        if n_modules > self.n_layer:
+            raise ValueError(f"--attn has {n_modules} modules for {self.n_layer} layers")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"--n-embd {self.n_embd} is no multiple of --n-head {self.n_head}")
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -135,7 +138,7 @@ SMOLLM2 = {"n_kv_head": 3, "n_hidden": 1536, "vocab_size": 49152, "rope_theta": 
 QWEN3 = {"n_kv_head": 8, "head_dim": 128, "n_hidden": 9728, "vocab_size": 151936}
 QWEN3 = {**QWEN3, "qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6}
 PRESETS = {  # layers, heads, width, context, batch, steps, learning rate
-    "tiny": preset(3, 4, 128, 128, 12, 1450, 3e-3),
+    "tiny": preset(2, 4, 128, 128, 12, 1700, 5e-3),
     "small": preset(8, 8, 512, 512, 64, 1000, 1e-3),
     "gpt2": preset(12, 12, 768, 1024, 64, 5000, 6e-4),
     "gpt2-medium": preset(24, 16, 1024, 1024, 64, 10000, 3e-4),
@@ -321,8 +324,6 @@ class GPT(nn.Module):
         self.dtype = dtype  # of the activations; the weights stay float32
         self.is_compiled = False
         pattern = config.attn.split(",")
-        for spec in pattern:  # check all of them, even if there are fewer layers
-            plugins.resolve(spec, *PLUGINS["attn"])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList()
         for i in range(config.n_layer):

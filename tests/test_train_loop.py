@@ -316,7 +316,7 @@ def test_export(short, capsys):
         ("--attn sofmax", ["no module 'sofmax'", "softmax"]),
         ("--attn softmax,os.path", ["no module 'os.path'"]),
         ("--attn softmax:x=1", ["no option 'x'"]),
-        ("--attn softmax,softmax,softmax,", ["no module ''"]),
+        ("--attn softmax,", ["no module ''"]),
         ("--optim train", ["no module 'train'"]),
         ("--optim adamw:beta1=2", ["--optim adamw:beta1=2"]),
         ("--adapter nix", ["no module 'nix' with a function adapt"]),
