@@ -125,6 +125,7 @@ def measure(init, T, seed):
 def run(init, out, deadline=float("inf")):
     """Run the study, or as much as the deadline allows; write and return the record."""
     init = str(run_folder.find_run(init))
+    model_name = Path(init).name
     jobs = [(init, T, seed) for T in reversed(LENGTHS) for seed in RATE_SEEDS + SEEDS]
     results = runner.parallel(
         run_context, jobs, deadline=deadline, label="contexts", per_gpu=RUNS_PER_GPU
@@ -150,7 +151,7 @@ def run(init, out, deadline=float("inf")):
         by_lr[T] = [harness.paired_difference(runs[lr], runs[0.0]) for lr in RATES]
         differences[f"{T} tokens: trained queries"] = by_lr[T][RATES.index(best_lr)]
         for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept)):
-            entry = {"settings": {"init": Path(init).name, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
+            entry = {"settings": {"init": model_name, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
             variants[f"{T} tokens: {name}"] = entry
 
     record = {
