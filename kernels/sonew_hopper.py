@@ -123,18 +123,16 @@ def update_run(index, ring, slot, item, launch, constants: gl.constexpr):
     row_ptr = launch.table_ptr + tensor * constants.COLUMNS
     n = gl.load(row_ptr + SIZE)  # elements of the tensor
     first_item = gl.load(row_ptr + FIRST_PROGRAM)  # the item of the tensor's first run
-    whole_chunk = gl.load(row_ptr + CHUNK)  # elements per chunk, but for the last
+    tensors = load_tensors(row_ptr, constants.GRAD, constants.STATE, BAND)
+    units = load_units(row_ptr, launch.options)
 
     # -- update the statistics, chunk by chunk: chunks run * RUN ... end - 1 of the tensor --
     zero = gl.zeros([32, LINES], gl.float32, gl.SliceLayout(2, LAYOUT))
     sum_a = zero
     sum_u = zero
     sum_root = zero
-    end = gl.minimum((run + 1) * RUN, gl.cdiv(n, whole_chunk).to(gl.int32))
+    end = gl.minimum((run + 1) * RUN, gl.cdiv(n, tensors.chunk).to(gl.int32))
     for c in range(run * RUN, end):
-        # loaded for each chunk: kept for all of them, they would take registers that are needed
-        tensors = load_tensors(row_ptr, constants.GRAD, constants.STATE, BAND)
-        units = load_units(row_ptr, launch.options)
         start, length = chunk_bounds(c, tensors.chunk, n)
         # halos of all chunks: (R * RUN, BAND + 3, 8)
         chunk_halo_ptr = launch.halo_ptr + (first_item * RUN + c) * (BAND + 3) * 8
