@@ -80,9 +80,7 @@ class Units(NamedTuple):
 
     m_factor: tl.tensor  # m is multiplied by this: 1 / scale, with bias correction
     S_factor: tl.tensor  # S_0 ... S_b are multiplied by this: 1 / scale^2, with bias correction
-    S0_weight: tl.tensor  # then S_0 is damped: it becomes S0_weight S_0 + eps
-    eps: tl.tensor
-    gamma: tl.tensor  # as in Options; inf while there is no scale, which drops all successors
+    has_scale: tl.tensor  # False while all gradients have been 0
 
 
 @triton.jit
@@ -123,8 +121,8 @@ def bias_correction(step, log_beta):
 def load_units(row_ptr, options):
     """Return the Units of a tensor, whose factors divide by its scale and by the bias corrections.
 
-    While all gradients have been 0, there is no scale. Then S0_weight = 0 and eps = 1 make the
-    damped S_0 equal to 1, and gamma = inf drops all neighbours, so the direction u is m.
+    While all gradients have been 0, there is no scale. Then S_0 is replaced by 1, and all
+    successors are dropped, so that the direction u is m.
     """
     step = tl.load(load_pointer(row_ptr, STEP_PTR, tl.float32)) + 1
     scale = tl.load(load_pointer(row_ptr, SCALE_PTR, tl.float32))
@@ -133,9 +131,7 @@ def load_units(row_ptr, options):
     return Units(
         m_factor=1 / (bias_correction(step, options.log_beta1) * unit),
         S_factor=1 / (bias_correction(step, options.log_beta2) * (unit * unit)),
-        S0_weight=tl.where(has_scale, 1.0, 0.0),
-        eps=tl.where(has_scale, options.eps, 1.0),
-        gamma=tl.where(has_scale, options.gamma, float("inf")),
+        has_scale=has_scale,
     )
 
 
@@ -307,7 +303,7 @@ def load_statistics(
 
 
 @triton.jit
-def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
+def factor(S, S0_damped, lane, gamma, has_scale, BAND: tl.constexpr, BLOCK: tl.constexpr):
     """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does.
 
     psi_k[i] is the weight of g[i+k] in predicting g[i], and s[i] the part of S_0[i] that the
@@ -330,7 +326,7 @@ def factor(S, S0_damped, lane, gamma, BAND: tl.constexpr, BLOCK: tl.constexpr):
     psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
 
     # where the error s is too small, do not predict g_i from its successors: psi = 0 and s = S_0
-    keep = s > gamma * S0_damped
+    keep = tl.where(has_scale, s > gamma * S0_damped, False)
     kept_psi = ()
     for k in tl.static_range(BAND):
         kept_psi = kept_psi + (tl.where(keep, psi[k], 0.0),)
@@ -390,8 +386,9 @@ def direction_kernel(
         u = a
     else:
         # -- w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i] --
-        S0_damped = units.S0_weight * S_hat[0] + units.eps
-        psi, s = factor(S_hat, S0_damped, lane, units.gamma, BAND, BLOCK)
+        has_scale = units.has_scale
+        S0_damped = tl.where(has_scale, S_hat[0] + options.eps, 1.0)
+        psi, s = factor(S_hat, S0_damped, lane, options.gamma, has_scale, BAND, BLOCK)
         w = m_hat
         for k in tl.static_range(1, BAND + 1):
             w -= psi[k - 1] * shift(m_hat, lane, k, BLOCK)

@@ -357,7 +357,7 @@ def update_statistics(
     # -- directions: Adam's step a, and u --
     root = tl.sqrt(S[0])
     a = tl.where(root > 0, m / root, 0.0)
-    u = a if ADAM else precondition(m, S, lane, units, BAND, LINES, L)
+    u = a if ADAM else precondition(m, S, lane, units.has_scale, options, BAND, LINES, L)
 
     # -- sums over quads; a gradient that is not finite makes sum_root inf --
     root = tl.where(is_good, root, float("inf"))
@@ -369,7 +369,7 @@ def update_statistics(
 
 @triton.jit
 def precondition(
-    m, S, lane, units, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr
+    m, S, lane, has_scale, options, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
     """Return the direction u = L diag(1/s) L^T m, as factor and precondition in sonew.py do.
 
@@ -380,7 +380,7 @@ def precondition(
     # each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
     # g[i+1+p] g[i+1+q], which is S[p-q] at i+1+q; c[p] is that of g[i] g[i+1+p], S[p+1] at i
     # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
-    S0 = units.S0_weight * S[0] + units.eps  # damped
+    S0 = tl.where(has_scale, S[0] + options.eps, 1.0)  # damped
     W = ()  # a tuple of tuples, as kernels have no lists
     c = ()
     variance = ()
@@ -392,10 +392,10 @@ def precondition(
         W = W + (row + (diagonal,),)
         c = c + (S[p + 1],)
         variance = variance + (diagonal,)
-    psi, s = solve(W, c, variance, S0, units.gamma, BAND)
+    psi, s = solve(W, c, variance, S0, options.gamma, BAND)
 
     # -- edge removal: where s is too small, i loses its successors: psi is taken as 0, s as S0 --
-    keep = s > units.gamma * S0
+    keep = tl.where(has_scale, s > options.gamma * S0, False)
     s = tl.where(keep, s, S0)
 
     # -- w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i] --
