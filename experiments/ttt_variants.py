@@ -17,7 +17,7 @@ import itertools
 import math
 import statistics
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -138,8 +138,9 @@ def vote(model, caches, context, n_samples, seed):
 def temperatures(model, factor=1.0):
     """Freeze the model and multiply the queries of each head by a trainable factor.
 
-    Yields the logarithms of the factors, (H, 1) for each layer. Above 20 they act as 20: exp would
-    overflow, and with such logits softmax attention picks one key already. The factors are applied
+    Yields the logarithms of the factors, (H, 1) for each layer. Above 10 they act as 10, which
+    multiplies logits by 22,000: softmax attention then picks one key already, and the rounding
+    errors of larger logits would not be small compared with 1. The factors are applied
     after the QK-norm, if there is one, because it would undo them. When the block ends, they are
     removed.
     """
@@ -153,7 +154,7 @@ def temperatures(model, factor=1.0):
 
             # multiply the output of the QK-norm, q (B, T, H, D); without a norm it is an identity
             def scale(norm, inputs, q, log_factor=log_factor):
-                return (q * log_factor.clamp(max=20.0).exp()).to(q.dtype)
+                return (q * log_factor.clamp(max=10.0).exp()).to(q.dtype)
 
             hook = layer.self_attn.q_norm.register_forward_hook(scale)
             hooks.enter_context(hook)  # removed when the block ends
@@ -165,14 +166,23 @@ TRAINED = {"trained queries": trainable_queries, "fitted temperature": temperatu
 
 
 def fit(model, variant, caches, ids, recipe, lr):
-    """Train a variant on random spans of ids (T). Return its parameters and restore the model."""
+    """Train a variant on random spans of ids (T). Return its parameters and restore the model.
+
+    If the training diverges, they are the parameters before it.
+    """
     n = min(recipe["span"], len(ids) // 2)
     starts = torch.arange(len(ids) - n)
     with TRAINED[variant](model) as weights:
+        before = [w.detach().clone() for w in weights]
         options = {"steps": recipe["steps"], "n": n, "lr": lr}
-        for _ in train_queries(model, weights, caches, ids, starts, **options):
-            pass  # train_queries is a generator, which takes a step for each loss it yields
-        return [w.detach().clone() for w in weights]
+        try:
+            for _ in train_queries(model, weights, caches, ids, starts, **options):
+                pass  # train_queries is a generator, which takes a step for each loss it yields
+        except FloatingPointError:
+            return before
+        after = [w.detach().clone() for w in weights]
+        is_finite = all(w.isfinite().all() for w in after)  # the last step may have diverged
+        return after if is_finite else before
 
 
 @contextmanager
@@ -210,19 +220,13 @@ def make_contexts(model, task, recipe, T, seed, numbers):
 
 
 def sweep_rates(model, task, T, recipe):
-    """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind.
-
-    A rate is left out if training diverges at it.
-    """
+    """Return {variant: {learning rate: mean margin}} on contexts of seed 0, one of each kind."""
     contexts = make_contexts(model, task, recipe, T, 0, (0, 2))
     margins = {}
     for variant, lrs in recipe["lrs"].items():
         margins[variant] = {}
         for lr in lrs:
-            with suppress(FloatingPointError):
-                margin = mean_margin(model, variant, contexts, recipe, lr)
-                if math.isfinite(margin):
-                    margins[variant][lr] = margin
+            margins[variant][lr] = mean_margin(model, variant, contexts, recipe, lr)
     return margins
 
 

@@ -335,15 +335,20 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
 
     assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts should decide"
 
-    # a rate at which the loss or the margin is no number is left out
-    def diverging_margin_of(lr, ids):
-        if lr == 1e-3:
-            raise FloatingPointError("the loss on a span is nan")
-        return 0.4
 
-    assert choose(diverging_margin_of)["trained queries"] == 1e-2
-    nan = float("nan")
-    assert choose(lambda lr, ids: nan if lr == 1e-3 else -3.0)["trained queries"] == 1e-2
+@pytest.mark.parametrize("steps", [1, 4], ids=["in the last step", "before"])
+@pytest.mark.parametrize("variant", experiment.TRAINED)
+def test_training_that_diverges_leaves_the_parameters_as_they_were(variant, steps):
+    model = sandbox.build_model(TINY, "no QK-norm", 1)
+    context = experiment.make_context("records", TINY, 60, 1, 0)
+    caches = experiment.prefill(model, context.ids)
+    with experiment.TRAINED[variant](model) as weights:
+        expected = [w.detach().clone() for w in weights]
+    recipe = {**TINY, "steps": steps}
+    parameters = experiment.fit(model, variant, caches, context.ids, recipe, lr=1e39)
+    assert all(torch.equal(p, w) for p, w in zip(parameters, expected, strict=True))
+    parameters = experiment.fit(model, variant, caches, context.ids, recipe, lr=1e-2)
+    assert not all(torch.equal(p, w) for p, w in zip(parameters, expected, strict=True))
 
 
 def test_a_model_is_compared_for_each_task_and_length(monkeypatch):
