@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +145,15 @@ def answer_log_probabilities(model, texts, device):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def run_finetune(job):
-    """Fine-tune one variant, or return its cached run; see `finetune`."""
+def run_finetune(job, look_only=False):
+    """Fine-tune one variant, or return its cached run; see `finetune`.
+
+    look_only: return None if it is not cached.
+    """
     keys = ("flags", "init", "questions", "lr", "seed")
     code = code_hashes("train", "experiments.lora_finetune", *plugin_modules(job["flags"]))
     key = [*(job[name] for name in keys), code]
-    return runner.disk_cache(runner.CACHE, key, lambda: finetune(job))
+    return runner.disk_cache(runner.CACHE, key, None if look_only else partial(finetune, job))
 
 
 def finetune(job):
@@ -248,7 +252,8 @@ def run(init, questions, out, deadline=float("inf")):
 
     try:
         seeds = dict.fromkeys(VARIANTS, SEEDS)
-        options = {"deadline": deadline, "per_gpu": RUNS_PER_GPU}
+        look = partial(run_finetune, look_only=True)
+        options = {"deadline": deadline, "look": look, "per_gpu": RUNS_PER_GPU}
         swept, runs = harness.sweep_and_run(run_finetune, make_job, seeds, RATES, **options)
     except TimeoutError as pause:
         print(pause)

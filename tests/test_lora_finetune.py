@@ -156,6 +156,8 @@ def test_a_cached_run_is_that_of_its_job(tmp_path, monkeypatch):
     job = {"flags": "--optim sonew --steps 2", "init": "a", "questions": "b", "lr": 1e-3, "seed": 1}
     assert lora_finetune.run_finetune({**job, "variant": "SONew"}) == 1
     assert lora_finetune.run_finetune({**job, "variant": "another name"}) == 1
+    assert lora_finetune.run_finetune({**job, "variant": "SONew"}, look_only=True) == 1
+    assert lora_finetune.run_finetune({**job, "seed": 9}, look_only=True) is None
     changes = {
         "flags": "--optim sonew --steps 3",
         "init": "c",
@@ -202,6 +204,17 @@ def test_differences_are_to_the_baseline(questions, monkeypatch):
 
     monkeypatch.setattr(runner, "parallel", out_of_time)
     assert lora_finetune.run("base", questions, Path(".")) is None
+
+
+def test_a_study_whose_runs_are_cached_needs_no_time(questions, monkeypatch):
+    def run_finetune(job, look_only=False):
+        assert look_only
+        run = {"seed": job["seed"], "lr": job["lr"], "value": abs(job["lr"] - 1e-3), "seconds": 1}
+        return {**run, "scores": {task: [-1.0 / job["seed"]] for task in lora_finetune.TASKS}}
+
+    monkeypatch.setattr(lora_finetune, "run_finetune", run_finetune)
+    record = lora_finetune.run("base", questions, Path("."), deadline=0.0)
+    assert record["differences"]["LoRA-RITE"]["n"] == len(lora_finetune.SEEDS)
 
 
 def test_study_at_tiny_size(tiny, monkeypatch):
