@@ -307,7 +307,8 @@ def factor(S, S0_damped, lane, gamma, has_scale, BAND: tl.constexpr, BLOCK: tl.c
     """Return psi_1 ... psi_BAND and s, after edge removal, as factor in sonew.py does.
 
     psi_k[i] is the weight of g[i+k] in predicting g[i], and s[i] the part of S_0[i] that the
-    prediction leaves unexplained. All are blocks (BLOCK,), as S_0 ... S_BAND are.
+    prediction leaves unexplained. All are blocks (BLOCK,), as S_0 ... S_BAND are. has_scale: see
+    Units.
     """
     # Each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
     # g[i+1+p] g[i+1+q], which is S_{p-q}[i+1+q]; c[p] is that of g[i] g[i+1+p], S_{p+1}[i].
@@ -325,7 +326,8 @@ def factor(S, S0_damped, lane, gamma, has_scale, BAND: tl.constexpr, BLOCK: tl.c
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0_damped, gamma, BAND)
 
-    # where the error s is too small, do not predict g_i from its successors: psi = 0 and s = S_0
+    # where the error s is too small, or there is no scale yet, do not predict g_i from its
+    # successors: psi = 0 and s = S_0
     keep = tl.where(has_scale, s > gamma * S0_damped, False)
     kept_psi = ()
     for k in tl.static_range(BAND):
