@@ -31,9 +31,9 @@ class Idea(NamedTuple):
 def query_training(task):
     """Return the accuracy of query-only training on a task, by the paper's and our baseline."""
     baselines = tuple(f"{task}: {name}" for name in ("equal-FLOP thinking", "fitted temperature"))
-    label = f"right answers on {task.replace(', 3072', '')}"
+    label = f"right answers on {task.replace(', 12288', '')}"
     variant = f"{task}: trained queries"
-    return Finding("ttt_context-cpu", label, variant, baselines=baselines, key="accuracy")
+    return Finding("ttt_context-gpu", label, variant, baselines=baselines, key="accuracy")
 
 
 def loss_of_gpt(study, variant, *baselines):
@@ -55,9 +55,10 @@ IDEAS = [
         "2411.03493",
         "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
         "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
-        "time; larger gradients: by about a tenth",
+        "time; larger gradients: by about a tenth; exp(2 V) in place of exp(V) gains more",
         [
             loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
+            Finding("laser-gpu", "with exp(2 V), log / 2", "temperature 0.5", "percent"),
             Finding("laser-124m-gpu", "loss of a GPT of 124 M parameters", "LASER", "percent"),
             Finding("laser-cpu", "gradient at peaked logits of the same model", PEAKED, "log10"),
         ],
@@ -114,10 +115,10 @@ IDEAS = [
         "train the query projections on a long prompt instead of writing thinking tokens",
         "yes against thinking; but a fitted temperature does as well or better on most tasks",
         [
-            query_training("records, no QK-norm, 3072"),
-            query_training("records, QK-norm, 3072"),
-            query_training("columns, no QK-norm, 3072"),
-            query_training("columns, QK-norm, 3072"),
+            query_training("records, no QK-norm, 12288"),
+            query_training("records, QK-norm, 12288"),
+            query_training("columns, no QK-norm, 12288"),
+            query_training("columns, QK-norm, 12288"),
         ],
     ),
 ]
