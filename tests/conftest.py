@@ -58,4 +58,4 @@ def tiny(tmp_path, monkeypatch):
     lines = [" ".join(rng.choices(words, k=8)) for _ in range(400)]
     Path("text.txt").write_text("\n".join(lines))
     flags = "--data text.txt --n-layer 2 --n-embd 32 --n-head 2 --block-size 16 --batch-size 4"
-    return f"{flags} --steps 40 --eval-batches 2 --sample 5 --device cpu".split()
+    return f"{flags} --steps 40 --lr 3e-3 --eval-batches 2 --sample 5 --device cpu".split()

@@ -18,7 +18,7 @@ from experiments import ttt_context as study
 from experiments import ttt_sandbox as sandbox
 from experiments import ttt_variants as experiment
 from support.tokenizer import ByteTokenizer
-from tests.common import DEVICE, refused, small_gpt
+from tests.common import DEVICE, is_equal, refused, small_gpt
 from tests.test_ttt_context import long_read
 
 TINY = {
@@ -336,19 +336,37 @@ def test_rates_are_chosen_on_contexts_that_are_not_reported(monkeypatch):
     assert choose(margin_of)["trained queries"] == 1e-3, "the mean of both contexts should decide"
 
 
-@pytest.mark.parametrize("steps", [1, 4], ids=["in the last step", "before"])
+def test_factors_of_the_logits_end_at_exp_10():
+    model = sandbox.build_model(TINY, "no QK-norm", 1)
+    q = torch.randn(1, 3, TINY["shape"]["n_head"], TINY["shape"]["head_dim"])
+    for log_factor, expected in ((-3.0, -3.0), (9.0, 9.0), (10.5, 10.0), (300.0, 10.0)):
+        with experiment.temperatures(model) as log_factors, torch.no_grad():
+            log_factors[0].fill_(log_factor)
+            scaled = model.layers[0].self_attn.q_norm(q)
+        assert torch.allclose(scaled, q * math.exp(expected))
+
+
+@pytest.mark.parametrize("ends_with", [math.nan, math.inf, None])
 @pytest.mark.parametrize("variant", experiment.TRAINED)
-def test_training_that_diverges_leaves_the_parameters_as_they_were(variant, steps):
+def test_training_that_diverges_leaves_the_parameters_as_they_were(variant, ends_with, monkeypatch):
+    def diverge(model, weights, *args, **options):
+        with torch.no_grad():
+            weights[-1][0, 0] = 7.0 if ends_with is None else ends_with
+        yield 1.0
+        if ends_with is None:  # the next loss is no number
+            raise FloatingPointError("the loss on a span is nan")
+
     model = sandbox.build_model(TINY, "no QK-norm", 1)
     context = experiment.make_context("records", TINY, 60, 1, 0)
     caches = experiment.prefill(model, context.ids)
     with experiment.TRAINED[variant](model) as weights:
         expected = [w.detach().clone() for w in weights]
-    recipe = {**TINY, "steps": steps}
-    parameters = experiment.fit(model, variant, caches, context.ids, recipe, lr=1e39)
-    assert all(torch.equal(p, w) for p, w in zip(parameters, expected, strict=True))
-    parameters = experiment.fit(model, variant, caches, context.ids, recipe, lr=1e-2)
-    assert not all(torch.equal(p, w) for p, w in zip(parameters, expected, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train_queries", diverge)
+        parameters = experiment.fit(model, variant, caches, context.ids, TINY, lr=1e-2)
+    assert is_equal(parameters, expected)
+    parameters = experiment.fit(model, variant, caches, context.ids, TINY, lr=1e-2)
+    assert not is_equal(parameters, expected)
 
 
 def test_a_model_is_compared_for_each_task_and_length(monkeypatch):
