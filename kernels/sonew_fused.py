@@ -374,7 +374,8 @@ def precondition(
     """Return the direction u = L diag(1/s) L^T m, as factor and precondition in sonew.py do.
 
     m, and each S[k] of the tuple S: [32, LINES, 4], in units of the scale, not damped yet.
-    has_scale: see Units. In the formula, L is a matrix of psi (below); the argument L is the layout.
+    has_scale: see Units. In the formula, L is a matrix made of psi (below); the argument L is the
+    layout.
     """
     # -- psi_k[i]: weight of g[i+k] in predicting g[i]; s[i]: mean squared error of that --
     # each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
@@ -394,8 +395,8 @@ def precondition(
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0, options.gamma, BAND)
 
-    # -- edge removal: where s is too small, or there is no scale yet, i loses its successors: psi is
-    # taken as 0, s as S0 --
+    # -- edge removal: where s is too small, or there is no scale yet, i loses its successors: psi
+    # is taken as 0, s as S0 --
     keep = tl.where(has_scale, s > options.gamma * S0, False)
     s = tl.where(keep, s, S0)
 
