@@ -56,6 +56,7 @@ class Variant:
 
     def __init__(self, shape, attn, optim, device, args, pool):
         preset = train.PRESETS[shape]
+        attn = ",".join(attn.split(",")[-preset["n_layer"] :])  # tiny has two layers, not four
         fields = {name: v for name, v in preset.items() if name in train.GPTConfig.__annotations__}
         config = train.GPTConfig(vocab_size=VOCABULARY, attn=attn, **fields)
         dtype = train.DTYPES[distributed.pick_dtype("", device)]

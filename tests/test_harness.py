@@ -204,7 +204,7 @@ def test_where_a_study_writes(tmp_path, monkeypatch):
 
 def test_bench_train_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shape = {"n_layer": 4, "n_head": 1, "n_embd": 16, "block_size": 8, "batch_size": 1}
+    shape = {"n_layer": 2, "n_head": 1, "n_embd": 16, "block_size": 8, "batch_size": 1}
     monkeypatch.setitem(train.PRESETS, "tiny", {**shape, "steps": 1, "lr": 1e-3})
     monkeypatch.setattr(bench_train, "VOCABULARY", 64)
     monkeypatch.setattr(bench_train, "ROUNDS", 1)
