@@ -55,10 +55,16 @@ IDEAS = [
         "2411.03493",
         "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
         "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
-        "time; larger gradients: by about a tenth; exp(2 V) in place of exp(V) gains more",
+        "time; larger gradients: by about a tenth",
         [
             loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
-            Finding("laser-gpu", "with exp(2 V), log / 2", "temperature 0.5", "percent"),
+            Finding(
+                "laser-gpu",
+                "with exp(2 V) and log / 2",
+                "temperature 0.5",
+                "percent",
+                ("softmax", "LASER"),
+            ),
             Finding("laser-124m-gpu", "loss of a GPT of 124 M parameters", "LASER", "percent"),
             Finding("laser-cpu", "gradient at peaked logits of the same model", PEAKED, "log10"),
         ],
@@ -196,9 +202,11 @@ def together_text(record):
         if variant not in longer:
             changes.append(f"{variant} {percent(difference)}")
     text = f"Loss of a GPT on bytes against {baseline}: {', '.join(changes)}."
+    changes = []
     for variant, difference in at_equal_seconds.items():
-        change = f"{percent(difference)} against {difference['baseline']}"
-        text += f" At about equal time, {variant} {change}."
+        changes.append(f"{variant} {percent(difference)} against {difference['baseline']}")
+    if changes:
+        text += f" At about equal time: {'; '.join(changes)}."
 
     both = "LASER + SONew"
     if both in variants:

@@ -276,7 +276,7 @@ def test_the_ideas_together(repository):
     record["differences"] = {**STUDY["differences"], "softmax, longer": difference}
     text = report.all_tables({"all-gpu": record})
     first = "Loss of a GPT on bytes against softmax: LASER -30.0 ± 10.0%."
-    second = "At about equal time, LASER -20.0 ± 10.0% against softmax, longer."
+    second = "At about equal time: LASER -20.0 ± 10.0% against softmax, longer."
     assert text.startswith(f"{first} {second}\n\n| idea |")
 
 
