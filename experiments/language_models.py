@@ -34,7 +34,8 @@ PRODUCT = "--attn softmax,softmax,softmax,experiments.product:w1=128:w2=16"
 ALL = "--attn laser,laser,laser,simplicial:w1=128:w2=16 --optim sonew"
 WIDER = "--n-hidden 1496"  # as many parameters as the second keys and values of 2-simplicial layers
 # More steps for the baseline, in place of the extra time that a variant's steps take, rounded up:
-# alone on an H200, LASER takes 4% more, 2-simplicial attention 45%, all three 51% and SONew nothing
+# alone on an H200, LASER takes 4% more, with SONew or without, 2-simplicial attention 45%, all
+# three 51%, and SONew nothing
 MORE_STEPS_6 = "--steps 3180 --eval-every 636"  # LASER, SONew and both
 MORE_STEPS_50 = "--steps 4500 --eval-every 900"  # 2-simplicial
 MORE_STEPS_55 = "--steps 4650 --eval-every 930"  # all three

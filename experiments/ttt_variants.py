@@ -140,9 +140,8 @@ def temperatures(model, factor=1.0):
 
     Yields the logarithms of the factors, (H, 1) for each layer. Above 10 they act as 10, which
     multiplies logits by 22,000: softmax attention then picks one key already, and the rounding
-    errors of larger logits would not be small compared with 1. The factors are applied
-    after the QK-norm, if there is one, because it would undo them. When the block ends, they are
-    removed.
+    errors of larger logits would not be small compared with 1. The factors are applied after the
+    QK-norm, if there is one, because it would undo them. When the block ends, they are removed.
     """
     with trainable_queries(model) as weights, ExitStack() as hooks:
         log_factors = []
