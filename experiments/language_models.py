@@ -63,8 +63,8 @@ STUDIES = {
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
         {"softmax, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
         {"LASER": "softmax, 6% more steps"},
+        later={"temperature 0.5": "--attn experiments.controls:tau=0.5"},
         controls={
-            "temperature 0.5": "--attn experiments.controls:tau=0.5",
             "temperature 2": "--attn experiments.controls:tau=2",
             "softmax, then GELU": "--attn experiments.controls:gelu=true",
         },
@@ -87,6 +87,7 @@ STUDIES = {
             "window 128, wider MLP": f"{WINDOW} {WIDER}",
             "product of two": PRODUCT,
         },
+        seeds=(1, 2, 3, 4, 5, 6, 7, 8),  # the difference is small
     ),
     "sonew": Study(
         "Does SONew reach a lower loss than AdamW, and the same loss in fewer steps?",
