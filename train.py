@@ -86,7 +86,10 @@ class GPTConfig:
             raise ValueError("the model has over 1024 layers or heads, or a width above 2**24")
         n_modules = len(self.attn.split(","))
         if n_modules > self.n_layer:
-            raise ValueError(f"--attn has {n_modules} modules for {self.n_layer} layers")
+            raise ValueError(
+                f"--attn has {n_modules} modules for {self.n_layer} layers; "
+                f"give fewer, or --n-layer {n_modules}"
+            )
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"--n-embd {self.n_embd} is no multiple of --n-head {self.n_head}")
         self.n_kv_head = self.n_kv_head or self.n_head

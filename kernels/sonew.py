@@ -81,6 +81,7 @@ class Units(NamedTuple):
     m_factor: tl.tensor  # m is multiplied by this: 1 / scale, with bias correction
     S_factor: tl.tensor  # S_0 ... S_b are multiplied by this: 1 / scale^2, with bias correction
     has_scale: tl.tensor  # False while all gradients have been 0
+    gamma_or_inf: tl.tensor  # gamma; inf while all gradients have been 0
 
 
 @triton.jit
@@ -132,6 +133,7 @@ def load_units(row_ptr, options):
         m_factor=1 / (bias_correction(step, options.log_beta1) * unit),
         S_factor=1 / (bias_correction(step, options.log_beta2) * (unit * unit)),
         has_scale=has_scale,
+        gamma_or_inf=tl.where(has_scale, options.gamma, float("inf")),
     )
 
 

@@ -335,6 +335,7 @@ def update_statistics(
 
     # -- momentum; a gradient that is not finite counts as 0 --
     is_good = g * g < float("inf")  # false for NaN too
+    bad = tl.sum(tl.where(is_good, 0.0, float("inf")), 2)  # of each quad: 0, or inf
     g = tl.where(is_good, g, 0.0)
     m = options.beta1 * m + options.new1 * g
     tl.store(m_ptr + offs, m.to(STATE), mask=store_mask, eviction_policy="evict_first")
@@ -357,31 +358,29 @@ def update_statistics(
     # -- directions: Adam's step a, and u --
     root = tl.sqrt(S[0])
     a = tl.where(root > 0, m / root, 0.0)
-    u = a if ADAM else precondition(m, S, lane, units.has_scale, options, BAND, LINES, L)
+    u = a if ADAM else precondition(m, S, lane, units, options, BAND, LINES, L)
 
     # -- sums over quads; a gradient that is not finite makes sum_root inf --
-    root = tl.where(is_good, root, float("inf"))
     sum_a = tl.sum(tl.where(store_mask, a * a, 0.0), 2)
-    sum_root = tl.sum(tl.where(store_mask, root, 0.0), 2)
+    sum_root = tl.sum(tl.where(store_mask, root, 0.0), 2) + bad
     sum_u = tl.sum(tl.where(store_mask, u * u, 0.0), 2)
     return u, sum_a, sum_u, sum_root
 
 
 @triton.jit
 def precondition(
-    m, S, lane, has_scale, options, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr
+    m, S, lane, units, options, BAND: tl.constexpr, LINES: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
     """Return the direction u = L diag(1/s) L^T m, as factor and precondition in sonew.py do.
 
     m, and each S[k] of the tuple S: [32, LINES, 4], in units of the scale, not damped yet.
-    has_scale: see Units. In the formula, L is a matrix made of psi (below); the argument L is the
-    layout.
+    In the formula, L is a matrix made of psi (below); the argument L is the layout.
     """
     # -- psi_k[i]: weight of g[i+k] in predicting g[i]; s[i]: mean squared error of that --
     # each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
     # g[i+1+p] g[i+1+q], which is S[p-q] at i+1+q; c[p] is that of g[i] g[i+1+p], S[p+1] at i
     # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
-    S0 = tl.where(has_scale, S[0] + options.eps, 1.0)  # damped
+    S0 = tl.where(units.has_scale, S[0] + options.eps, 1.0)  # damped
     W = ()  # a tuple of tuples, as kernels have no lists
     c = ()
     variance = ()
@@ -396,8 +395,8 @@ def precondition(
     psi, s = solve(W, c, variance, S0, options.gamma, BAND)
 
     # -- edge removal: where s is too small, or there is no scale yet, i loses its successors: psi
-    # is taken as 0, s as S0 --
-    keep = tl.where(has_scale, s > options.gamma * S0, False)
+    # is taken as 0, s as S0. gamma_or_inf needs fewer registers here than has_scale --
+    keep = s > units.gamma_or_inf * S0
     s = tl.where(keep, s, S0)
 
     # -- w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i] --

@@ -58,7 +58,7 @@ class RingConfig(NamedTuple):
 
 CONFIG = {  # by band
     0: RingConfig(programs=5, registers=48, run=4),  # 4 chunks of 1024 elements
-    1: RingConfig(programs=4, registers=112, run=5),  # 5 chunks of 960 elements
+    1: RingConfig(programs=5, registers=96, run=4),  # 4 chunks of 960 elements
     2: RingConfig(programs=4, registers=128, run=10),  # band 2: 10 chunks of 480 elements
     3: RingConfig(programs=4, registers=128, run=10),
     4: RingConfig(programs=4, registers=128, run=10),

@@ -244,7 +244,7 @@ def test_rope_angles_continue():
         ({"n_kv_head": 3}, "--n-kv-head 3 does not divide --n-head 4"),
         ({"head_dim": 3}, "--head-dim 3 is odd"),
         ({"n_layer": 10**6}, "over 1024 layers"),
-        ({"n_layer": 2, "attn": "softmax,softmax,laser"}, "--attn has 3 modules for 2 layers"),
+        ({"n_layer": 2, "attn": "softmax,softmax,laser"}, "2 layers; give fewer, or --n-layer 3"),
         ({"n_embd": 2**25}, "a width above"),
         ({"vocab_size": 2**25}, "a width above"),
     ],
