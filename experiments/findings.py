@@ -55,7 +55,7 @@ IDEAS = [
         "2411.03493",
         "attend over exp(V), take the log: larger gradients at the logits, a lower loss",
         "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
-        "time; larger gradients: by about a tenth",
+        "time; the steeper the exponential, the lower; larger gradients: by about a tenth",
         [
             loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
             Finding(
@@ -65,6 +65,7 @@ IDEAS = [
                 "percent",
                 ("softmax", "LASER"),
             ),
+            Finding("laser-gpu", "with exp(V / 2) and 2 log", "temperature 2", "percent"),
             Finding("laser-124m-gpu", "loss of a GPT of 124 M parameters", "LASER", "percent"),
             Finding("laser-cpu", "gradient at peaked logits of the same model", PEAKED, "log10"),
         ],
@@ -75,8 +76,8 @@ IDEAS = [
         "2507.02754",
         "score pairs of keys with a trilinear form: a lower loss from 2 B active parameters on, a "
         "steeper scaling law",
-        "not at 26 M parameters: no gain is resolved at equal steps, and at about equal time "
-        "softmax is far better; but it learns tasks on triples that softmax does not",
+        "hardly at 26 M parameters: at equal steps a fraction of a percent at most, and at about "
+        "equal time softmax is far better; but it learns tasks on triples that softmax does not",
         [
             loss_of_gpt("simplicial-gpu", "2-simplicial", "softmax", "softmax, 50% more steps"),
             small_task("accuracy, composing two functions", "composition"),
@@ -119,12 +120,18 @@ IDEAS = [
         "query-only test-time training",
         "2512.13898",
         "train the query projections on a long prompt instead of writing thinking tokens",
-        "yes against thinking; but a fitted temperature does as well or better on most tasks",
+        "yes against thinking; but a fitted temperature does as well or better on most tasks, and "
+        "with SmolLM2-135M it finds no more facts in real text than without",
         [
             query_training("records, no QK-norm, 12288"),
             query_training("records, QK-norm, 12288"),
             query_training("columns, no QK-norm, 12288"),
             query_training("columns, QK-norm, 12288"),
+            Finding(
+                "ttt_needles-gpu",
+                "SmolLM2-135M, log odds of facts hidden in real text",
+                "8192 tokens: trained queries",
+            ),
         ],
     ),
 ]

@@ -74,7 +74,7 @@ def ideas_table(records):
 
 def idea_row(idea, records):
     measured = []
-    times = {}  # command: how long it took
+    used = {}  # {study: record}
     for finding in idea.findings:
         study = finding.study
         if study not in records and study == f"{idea.file}-gpu":
@@ -85,17 +85,20 @@ def idea_row(idea, records):
             continue
         text = finding_text(record, finding)
         measured.append(f"{text}, older code" if changed_files(record) else text)
-        times[record["command"]] = minutes_of(record)
-    commands = [f"`{command}`, {time}" for command, time in times.items()]
+        used[study] = record
+    commands = []
+    for command in dict.fromkeys(record["command"] for record in used.values()):
+        made_by_it = [record for record in used.values() if record["command"] == command]
+        commands.append(f"`{command}`, {minutes_of(made_by_it)}")
     link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
     files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
     return [link, idea.claim, idea.verdict, "<br>".join(measured), files, "<br>".join(commands)]
 
 
-def minutes_of(record):
-    """Return how long a study took. Those on GPUs run several at a time, and their runs add up."""
-    minutes = f"{record['seconds'] / 60:.0f} min"
-    gpu = record["hardware"].partition("NVIDIA ")[2]
+def minutes_of(records):
+    """Return how long a command's studies took. On GPUs, runs at the same time add up."""
+    minutes = f"{sum(record['seconds'] for record in records) / 60:.0f} min"
+    gpu = records[0]["hardware"].partition("NVIDIA ")[2]
     return f"{minutes} of runs ({gpu})" if gpu else minutes
 
 
