@@ -174,7 +174,8 @@ def value_text(record, variant, finding):
     value = variant_mean(record, variant, finding.key)
     if finding.kind in ("log10", "rounding"):
         value = 10**value
-    return f"{value:.3g} with {variant.rpartition(': ')[2]}"
+    digits = f"{value:#.3g}".removesuffix(".")  # three, also if the last ones are 0
+    return f"{digits} with {variant.rpartition(': ')[2]}"
 
 
 def change_text(difference, baseline, kind):
