@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from support.distributed import full_tensor, rank, shard_like
 from support.files import atomic_write, check_zip, is_file, shown
@@ -34,11 +34,10 @@ def save(folder, model, optimizer, **more):
         # a gathered tensor is a new one, and all of them together may not fit on this GPU
         return whole if whole is value else whole.cpu()
 
-    # the state of each parameter, by its number; {} for one that has never had a gradient
+    # the state of each parameter, by its number; those that never had a gradient have none
     optimizer_state = optimizer.state_dict()
-    for group in optimizer_state["param_groups"]:
-        for i in group["params"]:
-            optimizer_state["state"].setdefault(i, {})
+    numbers = {i for group in optimizer_state["param_groups"] for i in group["params"]}
+    optimizer_state["without_state"] = sorted(numbers - set(optimizer_state["state"]))
     state = tree_map(gather, {"model": model.state_dict(), "optimizer": optimizer_state})
     state.update(more)
     if rank() == 0:
@@ -125,6 +124,8 @@ def check_contents(saved, file_size):
             raise ValueError(f"its {name} is {tensor.dtype}, not a float of 16 bits or more")
     if type(saved["step"]) is not int or saved["step"] < 0:
         raise ValueError(f"its step is {saved['step']!r}")
+    if any(map(torch.is_tensor, tree_leaves(saved["data"]))):  # it will be compared
+        raise ValueError("its data has a tensor")
 
 
 def check_settings(saved, file_size, config_types, plugins, modules):
@@ -232,17 +233,13 @@ def restore(model, optimizer, saved):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = saved["optimizer"]
         try:
-            if set(state["state"]) != set(range(len(parameters))):
+            without_state = state.get("without_state", [])
+            if {*state["state"], *without_state} != set(range(len(parameters))):
                 raise ValueError("the checkpoint lacks the optimizer's state of some parameters")
-            # {}: a parameter has never had a gradient, or the optimizer has no state at all
-            has_state = any(state["state"].values())
-            for i, p in enumerate(parameters):
-                if state["state"][i] != {} or not has_state:
-                    p.grad = torch.zeros_like(p)
+            for i in state["state"]:
+                parameters[i].grad = torch.zeros_like(parameters[i])
             optimizer.step()
             optimizer.zero_grad()
-            if any(optimizer.state.values()) and not has_state:
-                raise ValueError("the checkpoint lacks the optimizer's state")
             restore_state(optimizer, parameters, state, saved["step"])
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise ValueError("the checkpoint's optimizer state is malformed") from None
@@ -251,11 +248,9 @@ def restore(model, optimizer, saved):
 
 def restore_state(optimizer, parameters, state, step):
     """Copy the saved state of each parameter, and the numbers of each group, into the optimizer."""
-    for i, p in enumerate(parameters):
-        if state["state"][i] == {}:
-            continue
-        own = optimizer.state[p]  # as the optimizer allocated it
-        own.update(copy_into(own, state["state"][i], f"state of parameter {i}"))
+    for i, saved in state["state"].items():
+        own = optimizer.state[parameters[i]]  # as the optimizer allocated it
+        own.update(copy_into(own, saved, f"state of parameter {i}"))
         count = float(own.get("step", step))
         if not 0 <= count <= step:
             raise ValueError(f"the checkpoint's optimizer has counted {count} steps, not {step}")

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from support import hub
 from support.distributed import broadcast_object, rank
-from support.files import get_stat, is_file, remove_stale_temp_files, shown
+from support.files import (
+    get_stat,
+    is_file,
+    parse_json,
+    read_user_file,
+    remove_stale_temp_files,
+    shown,
+)
 
 try:
     import fcntl
@@ -71,7 +78,9 @@ def claim_folder(out, name, origin=None):
             else:
                 folder, is_new = make_folder(out, name)
             lock = lock_folder(folder)
-            if not origin:
+            if origin:
+                check_config(folder)
+            else:
                 check_free(folder)
             remove_stale_temp_files(folder, RUN_FILES)
         except ValueError as caught:
@@ -128,6 +137,22 @@ def check_free(folder):
             )
 
 
+def check_config(folder):
+    """Raise ValueError if a resumed run would overwrite a config.json that is not its own.
+
+    That of a run has the command; that of a Hugging Face folder, for example, has not.
+    """
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        config = parse_json(read_user_file(path), shown(path))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or "command" not in config:
+        raise ValueError(f"{shown(path)} is not of a run and would be overwritten; move it away")
+
+
 def remove_run_files(folder):
     """Remove the files of a run that has saved nothing; they would be in the way of another."""
     for name in RUN_FILES:
@@ -165,7 +190,13 @@ def lock_folder(folder):
         if info is not None and os.path.samestat(info, os.fstat(lock.fileno())):
             break
         lock.close()
+    lock.seek(0)
+    holder = lock.read(200)
+    if holder and not holder.startswith("process "):
+        lock.close()
+        raise ValueError(f"{shown(path)} is not of a run and would be overwritten; move it away")
     with suppress(OSError):  # on a full disk the lock holds without a name
+        lock.seek(0)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

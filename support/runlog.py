@@ -7,7 +7,7 @@ import sys
 import time
 
 from support import checkpoint
-from support.distributed import print0, rank
+from support.distributed import full_tensor, print0, rank
 from support.files import atomic_write, name_write_errors, read_user_file, shown, write_json
 
 
@@ -54,9 +54,10 @@ class RunLog:
             is_evaluated = values[4:] != ["", ""]  # then val_loss and val_bpb are there
             try:
                 step = int(values[0])
-                for value in values[1:] if is_evaluated else values[1:4]:
-                    float(value)
+                numbers = [float(value) for value in (values[1:] if is_evaluated else values[1:4])]
             except ValueError:
+                continue
+            if not all(abs(number) < 1e30 for number in numbers):  # the plot would overflow
                 continue
             if previous_step < step <= last_step:
                 rows.append(dict(zip(self.columns, values)))
@@ -67,20 +68,30 @@ class RunLog:
         """Write a row. Raises FloatingPointError if one of its numbers is infinite or NaN."""
         for name, value in row.items():
             if not math.isfinite(value):
-                is_saved = (self.folder / "ckpt.pt").exists()
-                kept = f"{self.folder}/ckpt.pt is the last good checkpoint"
-                raise FloatingPointError(
-                    f"step {row['step']}: the {name} is {value}, so the run stops; "
-                    f"{kept if is_saved else 'nothing is saved'}. A smaller --lr is the usual cure"
-                )
+                self.stop_diverged(row["step"], f"the {name} is {value}")
         if rank() > 0:
             return
         line = ",".join(str(row.get(name, "")) for name in self.columns) + "\n"
         with name_write_errors(self.path):
             self.file.write(line.encode())
 
+    def stop_diverged(self, step, what):
+        """Raise FloatingPointError. what: a clause that says what is infinite or NaN."""
+        is_saved = (self.folder / "ckpt.pt").exists()
+        kept = f"{self.folder}/ckpt.pt is the last good checkpoint"
+        raise FloatingPointError(
+            f"step {step}: {what}, so the run stops; {kept if is_saved else 'nothing is saved'}. "
+            f"A smaller --lr is the usual cure"
+        )
+
     def save(self, model, optimizer, step):
-        """Write the checkpoint, after making sure that the log up to here is on the disk."""
+        """Write the checkpoint, after making sure that the log up to here is on the disk.
+
+        Raises FloatingPointError if a weight is infinite or NaN: the last checkpoint is better.
+        """
+        for name, weight in model.state_dict().items():
+            if not full_tensor(weight).isfinite().all():
+                self.stop_diverged(step, f"{name} has values that are infinite or NaN")
         if rank() == 0:
             with name_write_errors(self.path):
                 os.fsync(self.file.fileno())

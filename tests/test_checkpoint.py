@@ -111,6 +111,7 @@ REFUSED = {
     "lacking": (change("config/model/rope_theta", ...), "another version", "rope_theta"),
     "type": (change("config/model/n_layer", "1"), "--n-layer is '1', not of type int"),
     "tensor": (change("config/run/lr", torch.ones(2, 2)), "--lr is tensor"),
+    "data's tensor": (change("data/sha256", torch.ones(2)), "its data has a tensor"),
     "layers": (change("config/model/n_layer", 12), "a larger model than it holds"),  # 11 tensors
     "width": (change("config/model/vocab_size", 2**23), "a larger model than it holds"),
     "range": (change("config/run/steps", 0), "--steps is 0"),

@@ -176,7 +176,8 @@ def state_cases():
     yield "state None", lambda s: s.update(state=None), "malformed"
     yield "state text", lambda s: s.update(state="abc"), "lacks the optimizer's state"
     emptied = {0: {}, 1: {}}
-    yield "all without", lambda s: s.update(state=emptied), "lacks the optimizer's state"
+    yield "all without", lambda s: s.update(state=emptied), "differs in exp_avg, exp_avg_sq, step"
+    yield "one without", lambda s: s["state"].update({1: {}}), "differs in exp_avg"
     yield "one lacking", lambda s: s["state"].pop(1), "lacks the optimizer's state"
     yield "one too many", lambda s: s["state"].update({9: s["state"][0]}), "lacks"
     yield "few", lambda s: s["state"].update({1: {"step": 0}}), "differs in exp_avg, exp_avg_sq"

@@ -194,6 +194,25 @@ def test_a_link_in_place_of_the_lock_is_not_followed():
     assert Path("victim").read_text() == "precious"
 
 
+def test_a_file_in_place_of_the_lock_is_kept():
+    os.mkdir("a")
+    Path("a", run_folder.LOCK).write_text("precious")
+    fails(run_folder.claim_folder("a", "").__enter__, parts=[run_folder.LOCK, "move it away"])
+    assert Path("a", run_folder.LOCK).read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ['{"architectures": ["LlamaForCausalLM"]}', "[]", "my notes"])
+def test_resuming_keeps_a_config_that_is_not_of_a_run(text):
+    os.mkdir("a")
+    Path("a", "config.json").write_text(text)
+    claim = run_folder.claim_folder("", "", origin=Path("a"))
+    fails(claim.__enter__, parts=["config.json is not of a run"])
+    assert Path("a", "config.json").read_text() == text
+    Path("a", "config.json").write_text('{"command": "train.py"}')
+    with run_folder.claim_folder("", "", origin=Path("a")) as folder:
+        assert folder == Path("a")
+
+
 def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from support import checkpoint, runlog
 from support.runlog import RunLog
@@ -17,6 +18,7 @@ from support.runlog import RunLog
 HEADER = "step,lr,loss,grad_norm,val_loss,val_bpb"
 SETTINGS = {"model": {"n_layer": 1}, "run": {"steps": 100}}
 TEXT = SimpleNamespace(bits_per_byte=2.0, tokenizer_state={"name": "byte"}, fingerprint={})
+MODEL = torch.nn.Linear(2, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def test_the_log_is_appended_to_and_not_rewritten(monkeypatch):
     sizes = []
     for step in range(1, 51):
         log.append(row(step))
-        log.save(None, None, step)
+        log.save(MODEL, None, step)
         sizes.append(os.path.getsize("log.csv"))
     assert os.stat("log.csv").st_ino == inode
     assert synced == sizes, "each save has the log on the disk up to its step"
@@ -76,7 +78,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint(monkeypatch):
     events = []
     monkeypatch.setattr(os, "fsync", lambda fd: events.append("log"))
     monkeypatch.setattr(checkpoint, "save", lambda *_, **more: events.append(more))
-    log.save("model", "optimizer", 7)
+    log.save(MODEL, "optimizer", 7)
     saved = {"step": 7, "config": SETTINGS, "tokenizer": {"name": "byte"}, "data": {}}
     assert events == ["log", saved]
 
@@ -117,6 +119,10 @@ GOOD = ["1,0.5,1.0,2.0,,", "2,0.5,0.5,2.0,3.25,6.5", "3,0.5,0.25,2.0,,"]
         "5,0.5,0.25,2.0,,",
         "4,0.5,x,2.0,,",
         "4,x,0.25,2.0,,",
+        "4,0.5,1e308,2.0,,",
+        "4,0.5,-1e308,2.0,,",
+        "4,0.5,nan,2.0,,",
+        "4,0.5,0.25,2.0,inf,1",
         "4,x,0.25,2.0,3.0,4.0",
         "4,0.5,0.25,2.0,x,1",
         '"4",0.5,0.25,2.0,,',
@@ -175,7 +181,21 @@ def test_a_full_disk_is_named(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(ValueError, match=r"cannot write log.csv \(Input/output error\)"):
-        log.save(None, None, 1)
+        log.save(MODEL, None, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_not_saved(value, monkeypatch):
+    """A run may be stopped right after the step that spoiled them, before any loss shows it."""
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda *_, **more: saved.append(more["step"]))
+    log = open_log()
+    model = torch.nn.Linear(2, 2)
+    log.save(model, None, 1)
+    model.bias.data[1] = value
+    with pytest.raises(FloatingPointError, match="step 2: bias has .* infinite or NaN, so the run"):
+        log.save(model, None, 2)
+    assert saved == [1]
 
 
 def test_the_plot_shows_the_rows(monkeypatch):
@@ -256,7 +276,7 @@ def test_only_rank_0_writes(monkeypatch):
     monkeypatch.setattr(runlog, "rank", lambda: 1)
     log = open_log()
     log.append(row(1))
-    log.save(None, None, 1)
+    log.save(MODEL, None, 1)
     log.finish({"step": 1})
     assert os.listdir() == []
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
