@@ -37,7 +37,7 @@ AXES = {  # of the shapes in results/kernels.json
     "cross_entropy": ("tokens", "vocabulary"),
     "ttt_context": ("spans", "H", "Hkv", "span", "T", "D"),
 }
-KERNEL_HEADER = ["kernel", "shape", "best peer, ms", "ours, ms", "ratio", "of the floor"]
+KERNEL_HEADER = ["kernel", "shape", "best peer, ms", "ours, ms", "ours / peer", "floor / ours"]
 
 
 def load_results():
@@ -202,7 +202,10 @@ def all_tables(records):
         record = records["kernels"]
         kernels = record["kernels"]
         rows = [kernel_rows(i.file, kernels[i.file])[0] for i in IDEAS if i.file in kernels]
-        parts.append(f"Forward and backward pass or step of the kernels ({made_on(record)}):")
+        parts.append(
+            f"Forward and backward pass or step of the kernels ({made_on(record)}). The floor is "
+            f"the time of their FLOPs or bytes at the speed of a large matrix product or copy."
+        )
         parts.append(table(KERNEL_HEADER, rows))
     if "bench_train" in records:
         record = records["bench_train"]

@@ -50,9 +50,13 @@ def fetch(name):
     except errors.RepositoryNotFoundError:
         reason = "is neither a folder here nor a public model on huggingface.co; check the name"
     except errors.LocalEntryNotFoundError:
+        constants = huggingface_hub.constants
+        why = f"{constants.ENDPOINT} cannot be reached"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
         reason = (
-            "is neither a folder here nor in the local cache, and huggingface.co cannot be "
-            "reached; give a folder, or try again with a network"
+            f"is neither a folder here nor in the local cache, and {why}; give a folder, or try "
+            f"again with a network"
         )
     except Exception as error:  # versions differ in the types of their HTTP errors
         lines = str(error).splitlines() or [type(error).__name__]
