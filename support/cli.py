@@ -140,10 +140,11 @@ def parse_configs(argv, description, configs, plugin_flags, starting_values):
 
     # --attn NAME:help prints the options of a module and ends; the flag may list several modules
     for flag, plugin in plugin_flags.items():
-        for spec in given.get(flag, "").split(","):
+        for spec in filter(None, given.get(flag, "").split(",")):
             if spec.endswith(":help"):
                 plugins.print_options(spec, *plugin)
                 sys.exit(0)
+            plugins.resolve(spec, *plugin)  # raises ValueError before any data is read
 
     # a module that a saved run names, and not the user, must be one of our own
     base = starting_values(given)

@@ -101,6 +101,13 @@ def test_help_of_a_module(mine, capsys):
     refused(["--optim", "nix:help"], "no module 'nix' with a function optimizer")
 
 
+@pytest.mark.parametrize("flag", ["attn", "optim", "adapter"])
+def test_unknown_modules_are_refused_before_the_data_is_read(flag):
+    refused([f"--{flag}", "nix", "--data", "nowhere"], "no module 'nix'")
+    option = {"attn": "softmax:nix=1", "optim": "adamw:nix=1", "adapter": "lora_rite:nix=1"}[flag]
+    refused([f"--{flag}", option, "--data", "nowhere"], "has no option 'nix'")
+
+
 def test_checkpoints_name_modules_of_this_repository_alone():
     builtin = {"softmax": None}
     plugins.check_own("softmax,laser,simplicial:w1=2", builtin)
