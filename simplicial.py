@@ -30,7 +30,7 @@ The authors' code adds 1/D to k2 and 1 to v2, since v * v2 is tiny with
 untrained weights. The paper does not mention this, and we do not do it.
 
     python simplicial.py    can one layer find a triple, or compose two
-                            functions? four minutes on two CPU cores
+                            functions? three minutes on two CPU cores
     python train.py --attn softmax,simplicial:w1=512:w2=32
 """
 
