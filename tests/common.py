@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import socket
@@ -9,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
+from support import cli, data
+from support.tokenizer import get_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels run for real or interpreted
@@ -83,6 +87,32 @@ def fails(function, *arguments, parts=()):
     message = refused(arguments, *parts, main=lambda arguments: function(*arguments))
     assert message.isprintable(), ascii(message)
     return message
+
+
+def record_calls(monkeypatch, module, name):
+    """Let a function keep the arguments of each call, {parameter: value}; return their list."""
+    function = getattr(module, name)
+    calls = []
+
+    def recording(*args, **options):
+        calls.append(inspect.signature(function).bind(*args, **options).arguments)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, recording)
+    return calls
+
+
+def read_held_out(path, n, T):
+    """Return inputs and targets (n, T): the first n sequences of T + 1 held-out bytes of a text."""
+    text = data.load_dataset(path, get_tokenizer("byte"), T, Path(".tokens"))
+    tokens = torch.from_numpy(text.val[: n * (T + 1)].astype(np.int64)).view(n, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def parse_flags(flags):
+    """Return GPTConfig, RunConfig and LaunchConfig of one string of train.py's flags."""
+    configs = [train.GPTConfig, train.RunConfig, train.LaunchConfig]
+    return cli.parse_configs(flags.split(), "", configs, train.PLUGINS, train.starting_values)
 
 
 @contextlib.contextmanager

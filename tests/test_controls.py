@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import laser
+import simplicial
 import train
 from experiments import controls, product
 from sonew import SONew
@@ -20,11 +21,17 @@ def heads():
     }
 
 
-def test_temperature_of_one_is_laser(heads):
+def test_temperature_one_is_laser_and_infinity_is_softmax(heads):
     qkv = heads["q"], heads["k"], heads["v"]
     torch.testing.assert_close(controls.attention(*qkv, tau=1.0), laser.reference(*qkv))
     hot = controls.attention(*qkv, tau=1e6)
     torch.testing.assert_close(hot, train.softmax_attention(*qkv), atol=1e-5, rtol=1e-5)
+
+    # other temperatures by the definition, tau log sum_j p_j exp(v_j / tau)
+    q, k, v = qkv
+    for tau in (0.5, 2.0):
+        expected = tau * train.softmax_attention(q, k, (v / tau).exp()).log()
+        torch.testing.assert_close(controls.attention(*qkv, tau=tau), expected)
 
 
 def test_gelu_follows_softmax_attention(heads):
@@ -47,6 +54,7 @@ def test_product_of_two_windows(heads):
     first = controls.attention(q, k, v, window=5)
     second = controls.attention(q, k2, v2, window=2)
     torch.testing.assert_close(product.attention(q, k, v, k2, v2, w1=5, w2=2), first * second)
+    assert product.attention.rotary == simplicial.attention.rotary
 
 
 def make_groups():
@@ -54,28 +62,39 @@ def make_groups():
     embedding, matrix = torch.randn(6, 4), torch.randn(4, 4)
     gain = torch.ones(4)
     params = [torch.nn.Parameter(t) for t in (embedding, matrix, gain)]
-    for p in params:
-        p.grad = torch.randn_like(p)
     groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:]}]
     groups[1]["weight_decay"] = 0.0
     return params, groups
 
 
+def draw_gradients(params, others):
+    """Give each parameter a random gradient, and the other of its place a copy."""
+    for p, other in zip(params, others):
+        p.grad = torch.randn_like(p)
+        other.grad = p.grad.clone()
+
+
 def test_muon_takes_only_the_hidden_matrices():
     params, groups = make_groups()
-    before = [p.detach().clone() for p in params]
-    grads = [p.grad.clone() for p in params]
+    others, _ = make_groups()
+    embedding, matrix, gain = others
     optimizer = controls.optimizer(groups, 0.1, name="muon")
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
     train.set_lr(optimizer, 0.01)
-    optimizer.step()
 
-    expected = torch.nn.Parameter(before[1].clone())
-    expected.grad = grads[1]
-    alone = torch.optim.Muon([expected], 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    alone.step()
-    torch.testing.assert_close(params[1].data, expected.data)
-    torch.testing.assert_close(params[2].data, before[2] - 0.01 * grads[2].sign())  # Adam's first
+    muon = torch.optim.Muon([matrix], 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw_groups = [
+        {"params": [embedding], "weight_decay": 0.1},
+        {"params": [gain], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(adamw_groups, 0.01, betas=(0.9, 0.95))
+    for _ in range(3):
+        draw_gradients(params, others)
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    for p, other in zip(params, others):
+        torch.testing.assert_close(p, other)
     assert set(optimizer.state) == set(params)
 
 
@@ -87,9 +106,12 @@ def test_shuffled_sonew_is_sonew_of_permuted_columns():
     assert sorted(order.tolist()) == [0, 1, 2, 3] != order.tolist()
     matrix = others[1]
     permuted = torch.nn.Parameter(matrix.detach()[:, order].clone())
-    permuted.grad = matrix.grad[:, order].clone()
-    SONew([permuted], 0.1, (0.9, 0.95), weight_decay=0.1).step()
-    shuffled.step()
+    sonew = SONew([permuted], 0.1, (0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        draw_gradients(params, others)
+        permuted.grad = matrix.grad[:, order].clone()
+        shuffled.step()
+        sonew.step()
     torch.testing.assert_close(params[1].data[:, order], permuted.data)
 
 
@@ -109,11 +131,16 @@ def test_train_takes_modules_of_a_package(tiny):
 
 def test_lora_plus_is_adamw_with_two_rates():
     torch.manual_seed(0)
-    A, B = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    A, B, other_A, other_B = (torch.nn.Parameter(torch.zeros(3)) for _ in range(4))
     optimizer = controls.optimizer([{"params": [A, B], "pair": True}], 0.1, name="lora_plus")
     train.set_lr(optimizer, 0.01)
-    A.grad = B.grad = torch.ones(3)
-    optimizer.step()
-    torch.testing.assert_close(A.data, torch.full((3,), -0.01))
-    torch.testing.assert_close(B.data, torch.full((3,), -0.16))
+    slow = torch.optim.AdamW([other_A], 0.01)
+    fast = torch.optim.AdamW([other_B], 0.16)
+    for _ in range(3):
+        draw_gradients((A, B), (other_A, other_B))
+        optimizer.step()
+        slow.step()
+        fast.step()
+    torch.testing.assert_close(A, other_A)
+    torch.testing.assert_close(B, other_B)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]

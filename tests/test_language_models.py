@@ -12,6 +12,8 @@ import torch
 import train
 from experiments import harness, language_models, runner
 from experiments.language_models import STUDIES, Study
+from support import plugins
+from tests.common import parse_flags
 
 DEMO = Study(
     "Is it better?",
@@ -137,6 +139,19 @@ def test_runs_of_different_texts_are_refused():
         language_models.check_same_text(variants)
 
 
+def test_a_study_whose_runs_read_different_texts_is_refused(demo, monkeypatch):
+    run_all = runner.parallel
+
+    def parallel(*args, **options):
+        runs = run_all(*args, **options)
+        return [{**run, "data": {"tokens": 9, "sha256": str(run["seed"])}} for run in runs]
+
+    monkeypatch.setattr(runner, "parallel", parallel)
+    with pytest.raises(ValueError, match="5 different texts"):
+        language_models.run("demo", "results")
+    assert not Path("results").exists()
+
+
 def test_a_pause_keeps_the_stages_that_are_done(demo, monkeypatch, capsys):
     assert language_models.run("demo", "results", harness.deadline_after(1e-9)) is None
     assert "the same command continues" in capsys.readouterr().out
@@ -159,15 +174,26 @@ def test_studies_need_a_gpu(monkeypatch):
         language_models.run("laser", "results")
 
 
+def all_variants(study):
+    """Return the flags of each variant, of all stages."""
+    return {**study.variants, **study.longer_baselines, **study.later, **study.controls}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_variants_are_comparable(name):
-    """A longer baseline is the baseline with more steps; equal_seconds names variants."""
+    """A longer baseline is the baseline with more steps; equal_seconds names variants.
+
+    A variant at the learning rate of another one is that one with other steps.
+    """
     study = STUDIES[name]
     baseline = next(iter(study.variants.values()))
     for longer in study.longer_baselines.values():
         assert longer.startswith(f"{baseline} --steps")
     assert set(study.equal_seconds) <= set(study.variants)
     assert set(study.equal_seconds.values()) == set(study.longer_baselines)
+    for variant, other in study.same_rate.items():
+        assert variant.startswith(f"{other}, ")
+        assert all_variants(study)[variant].startswith(f"{study.variants[other]} --steps")
 
 
 def last_value(flags, name):
@@ -179,7 +205,7 @@ def last_value(flags, name):
 def test_steps_are_as_many_as_the_names_say(name):
     """And all variants are evaluated five times, the last time at the end."""
     study = STUDIES[name]
-    for variant, more in {**study.variants, **study.longer_baselines, **study.controls}.items():
+    for variant, more in all_variants(study).items():
         flags = f"{study.flags} {more}"
         steps = last_value(flags, "--steps")
         assert steps == 5 * last_value(flags, "--eval-every"), variant
@@ -188,6 +214,23 @@ def test_steps_are_as_many_as_the_names_say(name):
             sign = 1 if percent[2] == "more" else -1
             change = steps / last_value(study.flags, "--steps") - 1
             assert change == pytest.approx(sign * int(percent[1]) / 100), variant
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_options_are_what_the_names_say(name):
+    """In a name, a number is the value of the option before it; other words are values, too."""
+    study = STUDIES[name]
+    for variant, more in all_variants(study).items():
+        model, run, _ = parse_flags(f"{study.flags} {more}")
+        options = plugins.resolve(run.optim, *train.PLUGINS["optim"])[1]
+        for spec in model.attn.split(","):
+            options |= plugins.resolve(spec, *train.PLUGINS["attn"])[1]
+        for word, number in re.findall(r"(\w+) ([\d.]+)", variant):
+            option = "tau" if word == "temperature" else word
+            assert options[option] == float(number), variant
+        for word in ("flat", "shuffled", "muon"):
+            assert (word in variant.lower()) == (word in options.values()), variant
+        assert ("GELU" in variant) == options.get("gelu", False), variant
 
 
 def count_parameters(flags):

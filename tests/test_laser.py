@@ -13,7 +13,15 @@ import torch
 import laser
 import train
 from experiments import laser as study
-from tests.common import assert_close, refused, run_script, small_gpt
+from tests.common import (
+    assert_close,
+    is_equal,
+    read_held_out,
+    record_calls,
+    refused,
+    run_script,
+    small_gpt,
+)
 
 
 def laser_inputs(Tq=9, Tk=9, H=4, Hkv=2, D=8, std=1.0, dtype=torch.float64):
@@ -286,12 +294,14 @@ def test_the_papers_form_underflows_and_ours_does_not():
 
 def test_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = "the quick brown fox jumps over the lazy dog\n" * 200
-    Path("text.txt").write_text(text)
+    lines = [f"{i} quick brown foxes jump over the lazy dog" for i in range(200)]
+    Path("text.txt").write_text("\n".join(lines))
     flags = "--attn laser --n-layer 2 --n-embd 32 --n-head 2 --block-size 16"
     settings = {"FLAGS": flags, "DATA": "text.txt", "STEPS": 4, "SEEDS": (1, 2), "PEAKED": 0.3}
     for name, value in settings.items():
         monkeypatch.setattr(study, name, value)
+    launches = record_calls(monkeypatch, train, "main")
+    probes = record_calls(monkeypatch, study, "peaked_gradients")
     record = laser.main(["--out", "shown"])
     assert sorted(os.listdir("shown")) == ["laser-cpu.json", "laser-cpu.png"]
     saved = json.loads(Path("shown/laser-cpu.json").read_text())
@@ -302,6 +312,14 @@ def test_study(tmp_path, monkeypatch):
     assert saved["differences"]["random logits of std 1: LASER"]["mean"] > 0.03
     assert saved["differences"]["random logits of std 1, one output: LASER"]["mean"] < -0.01
     assert {"command", "commit", "hardware", "versions", "seconds"} <= set(saved)
+
+    # a GPT for each seed, all probed on the same held-out text
+    argvs = [launch["argv"] for launch in launches]
+    assert [argv[argv.index("--seed") + 1] for argv in argvs] == ["1", "2"]
+    held_out = read_held_out("text.txt", study.HELD_OUT_SEQUENCES, 16)
+    assert len(probes) == 2
+    for probe in probes:
+        assert is_equal((probe["x"], probe["y"]), held_out)
 
 
 def test_bad_flags_of_the_study(tmp_path, monkeypatch):

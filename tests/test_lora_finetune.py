@@ -10,7 +10,10 @@ import torch
 
 import train
 from experiments import harness, lora_finetune, runner
+from support import lora
 from support.tokenizer import get_tokenizer
+from tests.common import parse_flags
+from tests.test_lora_adapters import adapted
 
 QUESTION = {
     "instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2/answer3",
@@ -78,6 +81,11 @@ def test_interval_of_four_values():
     variance = (4 * 1**2 + 4 * 3**2 - 4 * 0.5**2) / 4  # each with one degree of freedom
     assert half_width == pytest.approx(12.706 * variance**0.5)
 
+    # with no effect of seeds, the variance is at least that of the questions
+    values = np.array([[3.0 + 1, -3.0 - 1], [3.0 - 1, -3.0 + 1]])
+    _, half_width = lora_finetune.crossed_ci95(values)
+    assert half_width == pytest.approx(12.706 * (4 * 3**2 / 4) ** 0.5)
+
     # without an effect of questions, it is Student's interval of the seeds
     values = np.repeat([[1.0], [2.0], [6.0]], 5, axis=1)
     expected = harness.mean_ci95([1.0, 2.0, 6.0])
@@ -112,7 +120,11 @@ def test_training_and_test_questions_are_kept_apart(questions, monkeypatch):
     def score(model, tokenizer, asked, device):
         return [question["instruction"].splitlines()[0] for question in asked]
 
-    monkeypatch.setattr(train, "load_model", lambda *args, **options: (None, None))
+    def load_model(folder, *args, **options):
+        assert folder == "run"
+        return None, None
+
+    monkeypatch.setattr(train, "load_model", load_model)
     monkeypatch.setattr(lora_finetune, "score", score)
     scores = lora_finetune.score_all_tasks("run", questions)
     assert scores == {task: [f"{task} test 0", f"{task} test 1"] for task in lora_finetune.TASKS}
@@ -126,16 +138,24 @@ def test_the_sweep_does_not_see_the_test_questions(questions, monkeypatch):
         flags = dict(zip(argv[::2], argv[1::2]))
         assert flags["--init"] == "base"
         assert flags["--lr"] == "0.003"
+        launched.append((flags["--seed"], Path(flags["--out"])))
         return {"signal": signal, "val_loss": 2.5}
+
+    def score_all_tasks(out, folder):
+        assert ("1", out) == launched[-1]
+        assert folder == questions
+        return scores
 
     Path("out").mkdir()
     signal = 0
+    launched = []  # (seed, folder of the run)
     monkeypatch.setattr(train, "main", train_main)
     scores = {"ARC-Easy": [-1.0, -2.0], "boolq": [-6.0]}
-    monkeypatch.setattr(lora_finetune, "score_all_tasks", lambda out, folder: scores)
+    monkeypatch.setattr(lora_finetune, "score_all_tasks", score_all_tasks)
     job = {"variant": "AdamW", "flags": "--steps 3", "init": "base", "questions": questions}
     for seed in harness.SWEEP_SEEDS:
         run = lora_finetune.finetune({**job, "lr": 3e-3, "seed": seed})
+        assert launched[-1][0] == str(seed)
         assert run.pop("seconds") > 0
         assert run == {"seed": seed, "lr": 3e-3, "value": 2.5, "val_loss": 2.5}
     run = lora_finetune.finetune({**job, "lr": 3e-3, "seed": 1})
@@ -169,6 +189,18 @@ def test_a_cached_run_is_that_of_its_job(tmp_path, monkeypatch):
         assert lora_finetune.run_finetune({**job, name: value}) == 2 + i, name
     hashes["laser.py"] = "1"
     assert lora_finetune.run_finetune(job) == 7
+
+
+def test_variants_differ_only_in_the_optimizer_that_they_name():
+    """LoRA+ is LoRAPlus, LoRA-RITE LoRARITE; all have the same betas and no weight decay."""
+    groups = lora.adapter_groups(adapted())
+    for name, flags in lora_finetune.VARIANTS.items():
+        _, run, _ = parse_flags(f"{lora_finetune.FLAGS} {flags}")
+        assert run.weight_decay == 0, name
+        optimizer = train.make_optimizer(groups, run)
+        assert type(optimizer).__name__ == name.replace("+", "Plus").replace("-", "")
+        for group in optimizer.param_groups:
+            assert group["betas"] == (0.9, 0.999), name
 
 
 def test_differences_are_to_the_baseline(questions, monkeypatch):
