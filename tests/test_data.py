@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -194,6 +195,26 @@ def test_local_rank_left_in_the_environment(tmp_path, monkeypatch):
     assert bytes(load(tmp_path / "a.txt")) == b"some text\0"
 
 
+def test_one_process_per_machine_builds_the_cache(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    fails(load, text, parts=["was deleted just now"])  # the other process has not built it
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    load(text)
+    text.write_text("other text")
+    load(text)
+    assert len(caches(tmp_path)) == 1
+
+    # another machine may use a cache that is outdated here
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    text.write_text("third text")
+    load(text)
+    assert len(caches(tmp_path)) == 2
+
+
 @pytest.mark.parametrize(
     "n_vocab,dtype",
     [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32"), (2**24, "uint32")],
@@ -268,6 +289,33 @@ def test_bits_per_byte_ignores_prompts():
     assert data.bits_per_byte(tokens, TwoByteTokenizer()) == pytest.approx(4 / 6 / math.log(2))
     long_text = np.full(2_500_000, 97, np.uint8)  # longer than one chunk of the count
     assert data.bits_per_byte(long_text, BYTE) == pytest.approx(1 / math.log(2))
+
+
+def test_bits_per_byte_are_those_of_the_held_out_text(tmp_path):
+    ranks = {**{bytes([b]): b for b in range(256)}, b"ab": 256}
+    tokenizer = BPETokenizer("x", "ab|x", ranks, {"<|endoftext|>": 257})
+    (tmp_path / "a.txt").write_text("x" * 400 + "ab" * 99)
+    dataset = data.load_dataset(str(tmp_path / "a.txt"), tokenizer, 16, tmp_path / "cache")
+    assert dataset.val.tolist() == [256] * 24 + [257]
+    expected = data.bits_per_byte(dataset.val, tokenizer)
+    assert dataset.bits_per_byte == expected
+    assert expected < 0.9 * data.bits_per_byte(dataset.train, tokenizer)
+
+
+def test_held_out_sequences_are_evenly_spaced():
+    def starts(n, n_tokens, val_starts):
+        dataset = SimpleNamespace(val=np.zeros(n_tokens), val_starts=val_starts)
+        return data.eval_starts(dataset, n, 10).tolist()
+
+    # sequences of ten targets may start at 0 to 90; ten of them cover 100 targets
+    assert starts(4, 101, 91) == [0, 30, 60, 90]
+    assert starts(99, 101, 91) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert len(starts(99, 102, 92)) == 11
+    assert starts(1, 101, 91) == [0]
+
+    # prompts, of which each counts at most once
+    assert starts(2, 101, np.array([0, 7, 20])) == [0, 20]
+    assert starts(9, 101, np.array([0, 7, 20])) == [0, 7, 20]
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import math
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from experiments import bench_train, harness, runner
@@ -208,10 +210,75 @@ def test_bench_train_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setitem(train.PRESETS, "tiny", {**shape, "steps": 1, "lr": 1e-3})
     monkeypatch.setattr(bench_train, "VOCABULARY", 64)
     monkeypatch.setattr(bench_train, "ROUNDS", 1)
+    init_weights = train.init_weights
+    attentions = []
+
+    def recording_init_weights(model, seed):
+        attentions.append(model.config.attn)
+        init_weights(model, seed)
+
+    monkeypatch.setattr(train, "init_weights", recording_init_weights)
     record = bench_train.main("--shapes tiny --steps 1 --out shown".split())
+    simplicial = "simplicial:w1=128:w2=16"  # in the last of the two layers
+    expected = ["softmax", "laser", "softmax", f"softmax,{simplicial}"]
+    assert attentions == [*expected, "laser", f"laser,{simplicial}"]
     assert list(record["shapes"]["tiny"]) == list(bench_train.VARIANTS)
     assert record["shapes"]["tiny"]["softmax+adamw"]["ratio"] == 1.0
     saved = json.loads(Path("shown/bench_train.json").read_text())
     assert saved["shapes"] == record["shapes"]
     refused(["--steps", "0"], "--steps is 0", main=bench_train.main)
     refused(["--shapes", "huge"], "huge", main=bench_train.main)
+
+
+def test_bench_train_compares_medians(monkeypatch):
+    class FakeVariant:
+        tokens_per_step = 500
+
+        def __init__(self, shape, attn, *_):
+            self.times = iter([4.0, 1.0, 5.0] if attn == "softmax" else [8.0, 6.0, 40.0])
+
+        def time_steps(self, n):
+            return next(self.times) if n == 20 else None  # one step before is not counted
+
+    monkeypatch.setattr(bench_train, "Variant", FakeVariant)
+    monkeypatch.setattr(bench_train, "ROUNDS", 3)
+    args = SimpleNamespace(variants=["softmax+adamw", "laser+adamw"], steps=20)
+    rows = bench_train.bench_shape("tiny", torch.device("cpu"), args)
+    assert rows == {
+        "softmax+adamw": {"ms_per_step": 4.0, "tokens_per_s": 125_000, "ratio": 1.0},
+        "laser+adamw": {"ms_per_step": 8.0, "tokens_per_s": 62_500, "ratio": 2.0},
+    }
+
+
+def test_bench_train_gives_the_milliseconds_of_one_step(monkeypatch):
+    ticks = iter([10.0, 10.75])
+    n_read = 0
+
+    def read():
+        nonlocal n_read
+        n_read += 1
+
+    variant = object.__new__(bench_train.Variant)  # without a model
+    variant.step = None
+    variant.batch = [], torch.ones(())
+    grad_norm = SimpleNamespace(read=read)
+    monkeypatch.setattr(train, "train_step", lambda *args: (None, grad_norm, None))
+    monkeypatch.setattr(bench_train, "time", SimpleNamespace(perf_counter=ticks.__next__))
+    assert variant.time_steps(3) == 250
+    assert n_read == 3
+
+
+def test_bench_train_adds_several_processes_to_the_file_of_one(tmp_path, monkeypatch):
+    """Two GPUs that take 12.5 ms for twice the batch have 80% of their peak."""
+    monkeypatch.setattr(bench_train.distributed, "setup", lambda: torch.device("cpu"))
+    for n, ms, flags in ((1, 10.0, []), (2, 12.5, []), (2, 20.0, ["--fsdp"])):
+        rows = {"softmax+adamw": {"ms_per_step": ms}}
+        monkeypatch.setattr(bench_train.distributed, "world_size", lambda n=n: n)
+        monkeypatch.setattr(bench_train, "bench_shape", lambda *args, rows=rows: rows)
+        bench_train.main([*flags, "--out", str(tmp_path)])
+    saved = json.loads((tmp_path / "bench_train.json").read_text())
+    assert saved["shapes"]["tiny"] == {
+        "softmax+adamw": {"ms_per_step": 10.0},
+        "softmax+adamw, ddp on 2": {"ms_per_step": 12.5, "weak_scaling": 0.8},
+        "softmax+adamw, fsdp on 2": {"ms_per_step": 20.0, "weak_scaling": 0.5},
+    }

@@ -190,6 +190,7 @@ def test_adapters_are_in_float32_at_least(dtype):
     for linear in lora.adapters(model).values():
         assert linear.weight.dtype == dtype
         assert linear.lora_A.dtype == linear.lora_B.dtype == wanted
+        assert linear(torch.ones(3, 32, dtype=dtype)).dtype == dtype
 
 
 def test_the_largest_rank_is_the_smaller_side_of_a_layer():
@@ -409,6 +410,7 @@ def test_training_resumes_and_merges(base):
 
     # load_model merges the adapters, with their scale alpha / rank = 2
     merged, _ = train.load_model(Path("out/whole"))
+    assert all(p.requires_grad for p in merged.parameters()), "all can be trained again"
     merged_weight = merged.layers[0].self_attn.q_proj.weight
     name = "layers.0.self_attn.q_proj"
     Z = weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]

@@ -9,6 +9,7 @@ import lora_rite
 import train
 from experiments import lora_rite as study
 from support import lora
+from tests.common import small_gpt
 from tests.test_lora_adapters import adapted
 
 
@@ -27,6 +28,22 @@ def test_lora_plus_is_adamw_with_a_faster_B():
             assert torch.allclose(old - p, torch.full_like(p, length), rtol=1e-3)
 
 
+def test_factorizations_have_the_same_product_and_are_of_their_seed(monkeypatch):
+    monkeypatch.setattr(train, "load_model", lambda *args, **options: (small_gpt(), None))
+    drawn = []  # for each seed and layer, the tensors that depend on the seed
+    for seed in (1, 2):
+        first, second = study.two_factorizations("base", seed)
+        assert study.drift(first, second) < 1e-13
+        for one, two in zip(lora.adapters(first).values(), lora.adapters(second).values()):
+            R = torch.linalg.pinv(one.lora_B) @ two.lora_B
+            assert torch.linalg.cond(R).item() == pytest.approx(study.CONDITION)
+            drawn.append((R, one.lora_A, one.lora_B))
+    half = len(drawn) // 2
+    for tensors, of_other_seed in zip(drawn[:half], drawn[half:], strict=True):
+        for tensor, other in zip(tensors, of_other_seed):
+            assert not torch.allclose(tensor, other)
+
+
 def test_the_study_of_the_drift(tmp_path, monkeypatch):
     shape = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 64 --batch-size 2 --steps 3"
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
@@ -34,7 +51,17 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "BASE", base)
     monkeypatch.setattr(study, "STEPS", 3)
     monkeypatch.setattr(study, "SEEDS", (1, 2))
+    get_batch = train.get_batch
+    drawn = []  # (seed, step) of each batch
+
+    def recording_get_batch(text, config, block_size, step, *args):
+        drawn.append((config.seed, step))
+        return get_batch(text, config, block_size, step, *args)
+
+    monkeypatch.setattr(train, "get_batch", recording_get_batch)
     record = lora_rite.main(["--out", str(tmp_path / "results")])
+    of_a_variant = [(seed, step) for seed in (1, 2) for step in range(3)]
+    assert drawn[-len(study.VARIANTS) * 6 :] == of_a_variant * len(study.VARIANTS)
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert names == ["lora_rite-cpu.json", "lora_rite-cpu.png"]
     saved = json.loads((tmp_path / "results/lora_rite-cpu.json").read_text())

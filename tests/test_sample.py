@@ -95,6 +95,11 @@ def test_ring_tensors_do_not_grow():
     with pytest.raises(ValueError, match="room for 20 positions, not for 21"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=caches)
 
+    # a window that is larger than the cache
+    caches = [sample.KVCache(4) for _ in model.layers]
+    model(torch.zeros(1, 1, dtype=torch.int64), cache=caches)
+    assert [t.shape[2] for t in caches[1].tensors] == [4, 4, 3, 3]
+
 
 @pytest.mark.parametrize("T", [1, 2])
 def test_ring_buffer_slots(T):

@@ -9,10 +9,10 @@ import torch
 import simplicial
 from experiments import harness, match3, runner
 from experiments import simplicial as study
-from tests.common import refused
+from tests.common import is_equal, refused
 
 
-def test_match3_by_hand():
+def test_match3_by_hand(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     for M, T in (16, 6), (64, 12), (997, 30):
         x = torch.randint(M, (32, T), generator=generator)
@@ -20,6 +20,10 @@ def test_match3_by_hand():
         assert 0 < truth.float().mean() < 1
         assert torch.equal(match3.match3_by_hand(x, M), truth)
         assert torch.equal(match3.match3_by_hand(x, M, simplicial.reference), truth)
+
+        # the hardest case: each sum misses a multiple of M by one
+        near_misses = torch.full((1, T), pow(3, -1, M))
+        assert not match3.match3_by_hand(near_misses, M).any()
     expected = [False, True, True, True]  # from position 1 on, 2 + 2 + 2 = 6 is a multiple of 6
     assert match3.match3(torch.tensor([[1, 2, 3, 9]]), 6)[0].tolist() == expected
     x = torch.randint(9, (4, 7), generator=generator)
@@ -28,6 +32,10 @@ def test_match3_by_hand():
         past = x[b, : i + 1].tolist()
         sums = [past[-1] + m + n for m, n in itertools.product(past, past)]
         assert matches[b, i] == any(total % 9 == 0 for total in sums)
+
+    # weights that are always wrong
+    monkeypatch.setattr(match3, "match3_by_hand", lambda x, M: ~match3.match3(x, M))
+    assert set(match3.score_by_hand().values()) == {0.0}
 
 
 def test_tasks_are_what_they_say():
@@ -52,6 +60,22 @@ def test_tasks_are_what_they_say():
         assert len(tables) == 10
         assert question == 2
         assert answer == tables[1, tables[0, asked_key]]
+
+
+def test_ablations_are_2_simplicial_attention_with_less():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5, 2, 3, 7, 8, generator=generator, dtype=torch.float64)
+    assert torch.allclose(study.gate(*inputs), simplicial.reference(*inputs, w1=7, w2=1))
+
+    # the logit of a pair of keys is the sum of their logits, and its value the product
+    q, k, v, k2, v2 = inputs
+    logits = (q @ k.mT)[..., :, None] + (q @ k2.mT)[..., None, :]  # (B, H, T, T, T)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    is_past = causal[:, :, None] & causal[:, None, :]  # (T, T, T)
+    logits = (logits * 8**-0.5).masked_fill(~is_past, -torch.inf)
+    p = logits.flatten(-2).softmax(-1).view_as(logits)
+    expected = torch.einsum("bhijl, bhjd, bhld -> bhid", p, v, v2)
+    assert torch.allclose(study.product(*inputs), expected)
 
 
 def test_chance_levels():
@@ -123,20 +147,28 @@ def test_runs_of_a_seed_see_the_same_examples(monkeypatch):
     swept = study.train_task({**job, "seed": harness.SWEEP_SEEDS[1]})
     assert swept["value"] > 1, "a loss, of which that of guessing is log 4"
 
-    # record the batches of two variants with one seed
-    batches = {}
-    for name in ("softmax", "gate"):
-        batches[name] = []
+    def batches_of(variant, seed):
+        """Return the batches of a run: those of its two steps, and that of its evaluation."""
+        batches = []
 
-        def recording_make_batch(B, generator, seen=batches[name]):
+        def recording_make_batch(B, generator):
             x, y = task.make_batch(B, generator)
-            seen.append(x)
+            batches.append(x)
             return x, y
 
         recording_task = task._replace(make_batch=recording_make_batch, steps=2)
         monkeypatch.setitem(study.TASKS, "composition", recording_task)
-        study.train_task({**job, "variant": name})
-    assert len(batches["gate"]) == 3, "two steps and an evaluation draw one batch each"
-    assert not torch.equal(batches["gate"][0], batches["gate"][1])
-    for x_softmax, x_gate in zip(batches["softmax"], batches["gate"], strict=True):
-        assert torch.equal(x_softmax, x_gate)
+        study.train_task({**job, "variant": variant, "seed": seed})
+        return batches
+
+    first, second, test = batches_of("softmax", 3)
+    assert not torch.equal(first, second)
+    assert is_equal(batches_of("gate", 3), [first, second, test])
+
+    # another seed has other training examples; a sweep has other test examples, too
+    other_first, _, other_test = batches_of("softmax", 4)
+    assert not torch.equal(other_first, first)
+    assert torch.equal(other_test, test)
+    sweep_first, _, sweep_test = batches_of("softmax", harness.SWEEP_SEEDS[0])
+    assert not torch.equal(sweep_first, first)
+    assert not torch.equal(sweep_test, test)

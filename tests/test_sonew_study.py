@@ -38,11 +38,17 @@ def test_study(digits, capsys, monkeypatch):
         assert variant["runs"][0]["curve"][-1][0] == 4
     assert record["baseline"] == "Adam"
     assert len(record["differences"]) == len(study.VARIANTS) - 1
-    adam = record["variants"]["Adam"]["runs"]
-    ours = record["variants"]["SONew, band 1"]["runs"]
-    differences = [a["value"] - b["value"] for a, b in zip(ours, adam, strict=True)]
-    mean = record["differences"]["SONew, band 1"]["mean"]
-    assert abs(mean - sum(differences) / 3) < 1e-9
+
+    def mean_difference(name, baseline):
+        runs, baseline_runs = (record["variants"][key]["runs"] for key in (name, baseline))
+        return sum(a["value"] - b["value"] for a, b in zip(runs, baseline_runs, strict=True)) / 3
+
+    for name, difference in record["differences"].items():
+        assert difference["mean"] == pytest.approx(mean_difference(name, "Adam"))
+    assert len(record["differences_to_band_1"]) == 4
+    for name, difference in record["differences_to_band_1"].items():
+        assert difference["baseline"] == "SONew, band 1"
+        assert difference["mean"] == pytest.approx(mean_difference(name, "SONew, band 1"))
 
     # the wider the band, the smaller the LogDet divergence
     divergences = list(record["logdet"]["divergence"].values())
@@ -55,10 +61,22 @@ def test_study(digits, capsys, monkeypatch):
 def test_sweep(digits, monkeypatch):
     two_variants = {name: study.VARIANTS[name] for name in ("SGD", "SONew, band 1")}
     monkeypatch.setattr(study, "VARIANTS", two_variants)
+    train_variant = study.train_variant
+    losses_of = {}  # (variant, setting): training losses
+
+    def recording_train_variant(name, setting, images, seed):
+        run = train_variant(name, setting, images, seed)
+        losses_of.setdefault((name, setting), []).append(run["train"])
+        return run
+
+    monkeypatch.setattr(study, "train_variant", recording_train_variant)
     sweeps = sonew.main(["--mnist", digits, "--out", "shown", "--sweep"])["train"]
-    for rows in sweeps.values():
+    for name, rows in sweeps.items():
         losses = [row[2] for row in rows]
         assert len(losses) == 12
+        for lr, second, loss in rows:
+            first_seed, second_seed = losses_of[name, (lr, second)]
+            assert loss == pytest.approx((first_seed + second_seed) / 2)
         assert losses[0] == min(losses), "the best setting should come first"
 
 
@@ -69,6 +87,19 @@ def test_every_variant_has_the_same_tuning_budget():
         lr, momentum_or_eps = variant.best
         assert lr in variant.lrs, name
         assert momentum_or_eps in variant.momentum_or_eps, name
+
+
+def test_each_seed_has_its_own_weights_and_batches(digits, monkeypatch):
+    images = mnist.load_mnist(digits)
+    autoencoder = study.autoencoder
+    weights = [autoencoder((784, 6, 3), seed)[0].weight for seed in (1, 2)]
+    assert not torch.equal(*weights)
+
+    # with the same first weights, only the batches differ
+    monkeypatch.setattr(study, "autoencoder", lambda widths, seed: autoencoder(widths, 0))
+    losses = [study.train_variant("SGD", (0.1, 0.6), images, seed)["value"] for seed in (1, 2, 1)]
+    assert losses[0] == losses[2]
+    assert losses[0] != losses[1]
 
 
 def test_shuffled_pixels_are_trained_and_scored_on(digits):

@@ -524,6 +524,13 @@ def memory_needed(monkeypatch, model, n_tokens, n_span_tokens):
     return free
 
 
+def test_memory_of_the_machine_is_in_bytes(monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    with monkeypatch.context() as patch:
+        patch.setattr(ttt_cost.os, "sysconf", sizes.get)
+        assert ttt_cost.free_bytes(torch.device("cpu")) == 1000 * 4096
+
+
 def test_memory_of_a_prompt_and_of_spans(monkeypatch):
     def needed(n_tokens, n_span_tokens, **shape):
         return memory_needed(monkeypatch, small_gpt(**shape), n_tokens, n_span_tokens)

@@ -77,8 +77,33 @@ def test_the_key_of_a_record_decides_its_value(task, key_column):
         assert any(is_new), "no question combines two names that no record combines"
 
 
+def test_names_are_few_and_random():
+    """Each name is part of several keys, so neither name of a record decides alone."""
+    names = set()
+    asked = []  # positions of the answers
+    for seed in range(30):
+        context = sandbox.make_context("records", 60, RECIPE, generator(seed), 1)
+        a, b, _ = context.ids.view(-1, 3).T.tolist()
+        assert len(set(a)) <= 5  # of 10 keys at most
+        assert len(set(b)) <= 5
+        names.update(a + b)
+        context = sandbox.make_context("records", 600, RECIPE, generator(seed), 1)
+        asked.append(context.needles[0].int().argmax().item())
+    assert names == set(range(32))
+    assert min(asked) < 150
+    assert max(asked) > 450
+
+    # with three keys, both columns have at most three names
+    for key_column in (0, 1):
+        arguments = (600, RECIPE, generator(), 4, key_column)
+        context = sandbox.make_context("columns", *arguments, n_keys=3)
+        a, b, _ = context.ids.view(-1, 3).T.tolist()
+        assert len(set(a)) == len(set(b)) == 3
+
+
 def test_examples_end_in_answered_questions():
     n_context = 81  # of 97 tokens; five questions of three tokens and one more token follow
+    key_counts = set()
     for i in range(20):
         task = sandbox.TASKS[i % 2]
         ids, is_predictable = sandbox.make_example(task, 96, RECIPE, generator(i))
@@ -89,12 +114,17 @@ def test_examples_end_in_answered_questions():
         records = ids[:n_context].view(-1, 3).tolist()
         for a, b, value in ids[n_context:96].view(5, 3).tolist():
             if task == "records":
+                key_counts.add(len({(a, b) for a, b, _ in records}))
                 assert [a, b, value] in records
             else:
                 same_a = [record for record in records if record[0] == a]
                 same_b = [record for record in records if record[1] == b]
                 values = {record[2] for record in same_a + same_b}
                 assert value in values, "the answer is in no record with one of the two names"
+
+    # examples have from 3 to 15 keys
+    assert min(key_counts) < 6
+    assert 10 < max(key_counts) <= 15
 
     key_columns = set()
     for i in range(9):
@@ -195,18 +225,42 @@ class Recorder(torch.nn.Module):
         return self.w
 
 
-def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkeypatch):
+def recorded_training(monkeypatch, seed=1):
+    """Train a Recorder for 40 steps and return it."""
     model = Recorder()
     monkeypatch.setattr(sandbox, "build_model", lambda *args: model)
     recipe = copy.deepcopy(RECIPE)
     recipe["train"]["steps"] = 40
-    sandbox.train_model(recipe, "QK-norm", 1)
+    sandbox.train_model(recipe, "QK-norm", seed)
+    return model
+
+
+def test_models_train_on_both_tasks_with_new_tokens_each_time(monkeypatch):
+    make_example = sandbox.make_example
+    tasks = []
+
+    def recording_make_example(task, *args):
+        tasks.append(task)
+        return make_example(task, *args)
+
+    monkeypatch.setattr(sandbox, "make_example", recording_make_example)
+    model = recorded_training(monkeypatch)
+    assert tasks == ["records", "columns"] * 4
+
+    # eight examples are drawn 80 times, each time with other tokens
+    sequences = torch.cat(model.targets[20:]).tolist()
+    assert len(set(map(tuple, sequences))) == 20 * 4
+    assert not torch.equal(model.targets[0], recorded_training(monkeypatch, 2).targets[0])
+
+
+def test_only_predictable_values_count_at_first_and_the_rate_ends_at_zero(monkeypatch):
+    model = recorded_training(monkeypatch)
     shares = [(targets >= 0).float().mean().item() for targets in model.targets]
     for share in shares[:20]:
         assert 0.1 < share < 0.4, "only values, a third of the tokens, should count"
     assert shares[20:] == [1.0] * 20
     values = model.targets[0][model.targets[0] >= 0]
-    assert (values >= 2 * recipe["names"]).all(), "a name counts, although it is not predictable"
+    assert (values >= 2 * RECIPE["names"]).all(), "a name counts, although it is not predictable"
 
     # Adam moves a weight of constant gradient by the learning rate
     moved = [a - b for a, b in zip(model.values, model.values[1:])]
