@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import laser
 import train
@@ -185,9 +186,41 @@ def test_kernel_is_an_operator():
     torch.library.opcheck(kernel.laser, (*inputs, 0.25), test_utils=tests)
 
 
+def test_kernel_compiles_as_one_graph():
+    *inputs, grad_out = kernel_inputs(9, 9, 2, 1, 16, torch.float32)
+    compiled = torch.compile(kernel.attention, fullgraph=True, backend="aot_eager")
+    ours = with_gradients(compiled, *inputs, grad_out)
+    eager = with_gradients(kernel.attention, *inputs, grad_out)
+    for name in eager:
+        assert torch.allclose(ours[name], eager[name], atol=1e-6), name
+
+
+def test_the_path_of_a_cuda_tensor(monkeypatch):
+    """The kernel, if it can; fake tensors have a device and a shape, but no memory."""
+    monkeypatch.setattr(kernel, "attention", lambda q, k, v: "kernel")
+    monkeypatch.setattr(laser, "attention_torch", lambda q, k, v: "torch")
+
+    def path(D, dtype):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 3, D, dtype=dtype, device="cuda")
+            return laser.attention(q, q, q)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert path(128, dtype) == "kernel"
+    assert path(128, torch.float64) == "torch"
+    with pytest.warns(UserWarning, match="slower: head dim > 128"):
+        assert path(256, torch.bfloat16) == "torch"
+    monkeypatch.setattr(laser, "kernel", None)
+    with pytest.warns(UserWarning, match="slower: pip install triton"):
+        assert path(64, torch.bfloat16) == "torch"
+
+
 def test_kernel_refuses_what_it_cannot_index():
     q = torch.empty(1, device=DEVICE).expand(1, 1, 2**27, 16)
     with pytest.raises(ValueError, match="31 bits"):
+        kernel.attention(q, q, q)
+    q = torch.empty(1, device=DEVICE).expand(2**15, 2, 1, 16)
+    with pytest.raises(ValueError, match="16 bits"):
         kernel.attention(q, q, q)
     short = torch.ones(1, 1, 3, 16, device=DEVICE)
     with pytest.raises(ValueError, match="Tq <= Tk"):
@@ -378,7 +411,7 @@ def test_kernel_beyond_2_to_the_31():
 
 
 @gpu
-def test_kernel_compiles_as_one_graph():
+def test_kernel_compiles_as_one_graph_on_the_gpu():
     q, k, v, grad_out = kernel_inputs(200, 200, 4, 2, 64, torch.bfloat16)
     compiled = torch.compile(laser.attention, fullgraph=True)
     ours = with_gradients(compiled, q, k, v, grad_out)

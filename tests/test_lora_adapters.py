@@ -391,6 +391,7 @@ def base(tiny):
 def test_training_resumes_and_merges(base):
     spec = "lora_rite:rank=3:alpha=6"
     flags = [*base, "--adapter", spec, "--optim", "lora_rite", "--lr", "0.02"]
+    flags += ["--weight-decay", "0.2"]
     train.main([*flags, "--out", "out/whole"])
     train.main([*flags, "--out", "out/parts", "--stop-after", "20"])
     train.main(["--resume", "out/parts", "--device", "cpu", "--sample", "0"])
@@ -398,6 +399,7 @@ def test_training_resumes_and_merges(base):
     parts = train.load_checkpoint(Path("out/parts"))
     assert is_equal(whole["model"], parts["model"])
     assert is_equal(whole["optimizer"], parts["optimizer"])
+    assert whole["optimizer"]["param_groups"][0]["weight_decay"] == 0.2
     weights = whole["model"]
 
     # only the adapters are trained
@@ -416,6 +418,9 @@ def test_training_resumes_and_merges(base):
     Z = weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
     assert torch.allclose(merged_weight, weights[f"{name}.weight"] + 2 * Z, atol=1e-6)
     assert (merged_weight - weights[f"{name}.weight"]).abs().max() > 1e-4
+    low, _ = train.load_model(Path("out/whole"), dtype=torch.bfloat16)
+    low_weight = low.layers[0].self_attn.q_proj.weight
+    assert torch.equal(low_weight, merged_weight.bfloat16()), "it should round once"
     with_adapters = train.GPT(merged.config)
     lora_rite.adapt(with_adapters, rank=3, alpha=6.0)
     with_adapters.load_state_dict(weights)

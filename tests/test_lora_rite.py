@@ -319,6 +319,29 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad):
     assert skipped == [0, 0, 1, 0, 0, 0]
 
 
+def test_the_steps_after_a_skipped_one_are_the_papers():
+    """A skipped factor does not decay, and its moments change as with a gradient of zeros."""
+    ((A, B),), _ = low_rank(count=1)
+    parameters = [nn.Parameter(A.clone()), nn.Parameter(B.clone())]
+    optimizer = LoRARITE([{"params": parameters, "pair": True}], 0.1, weight_decay=0.3)
+    a = A.T
+    b = B
+    states = [({}, {})]
+    for t in range(4):
+        ga = torch.randn_like(a)
+        gb = torch.randn_like(b)
+        is_skipped = t == 1
+        parameters[0].grad = ga.T * math.nan if is_skipped else ga.T
+        parameters[1].grad = gb
+        optimizer.step()
+        ga = 0 * ga if is_skipped else ga
+        ((next_a, b),) = lora_rite.reference(
+            [(a, b, ga, gb)], states, t + 1, 0.1, (0.9, 0.999), 1e-6, clip=1.0, weight_decay=0.3
+        )
+        a = a if is_skipped else next_a
+        assert distance([parameters[1] @ parameters[0]], [b @ a.T]) < 1e-11
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_parameter_that_is_not_finite_spoils_its_own_pair_only(bad):
     """Nothing raises, so that a training loop can report the loss instead."""
@@ -513,8 +536,7 @@ def test_options_of_the_plug_in():
     expected = {**given, "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}
     for name, value in expected.items():
         assert optimizer.param_groups[0][name] == value, name
-    groups = [{"params": [A, B], "pair": True}]
-    default = lora_rite.optimizer(groups, 1e-3)
-    plain = LoRARITE(groups)
+    default = lora_rite.optimizer([{"params": [A, B], "pair": True}], 1e-3)
+    plain = LoRARITE([{"params": [A, B], "pair": True}])  # its own dict: options are added to it
     assert is_equal(default.param_groups, plain.param_groups)
     assert not default.clips_gradients

@@ -129,6 +129,20 @@ def test_defaults(run, capsys):
     assert result["text"] == "".join(decoded(ids, tokenizer))
 
 
+def test_the_dtype_is_that_of_the_flag(run, monkeypatch):
+    dtypes = []
+
+    def recording_generate(model, *args, **settings):
+        dtypes.append(model.dtype)
+        return original_generate(model, *args, **settings)
+
+    original_generate = sample.generate
+    monkeypatch.setattr(sample, "generate", recording_generate)
+    for flags in ([], ["--dtype", "bf16"], ["--dtype", "fp32"]):
+        sample.main([*flags, "--max-tokens", "2", "--device", "cpu"])
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_prompts_of_any_length(run, capsys):
     prompt = "wizards boil éclairs " * 4
     Path("p.txt").write_text(prompt)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import simplicial
 from tests.build import Case, check_build, check_reports
@@ -151,14 +152,23 @@ def test_kernels_at_large_logits(dtype, size):
     check_kernels(24, 24, 2, 1, 16, 16, 7, dtype, (64, 32), B=1, size=size)
 
 
-@pytest.mark.parametrize("shift", [-20, 20])
-def test_kernels_where_exp_leaves_float16(shift):
+@pytest.mark.parametrize(
+    "dtype,shift", [(torch.float16, -20), (torch.float16, 20), (torch.float32, -95)], ids=str
+)
+def test_kernels_where_exp_leaves_its_dtype(dtype, shift):
     shape = 24, 24, 2, 1, 16, 16, 7
-    check_kernels(*shape, torch.float16, (64, 32), B=1, shift=shift)
+    check_kernels(*shape, dtype, (64, 32), B=1, shift=shift)
 
 
 def test_kernels_over_long_windows():
     check_kernels(100, 100, 1, 1, 16, 512, 8, torch.float32, (128, 64), B=1)
+
+
+def test_kernels_over_many_tiles_and_buffers(monkeypatch):
+    """68 tiles see a key, so dk is two sums. A position of k2 is in the buffers of three pieces."""
+    monkeypatch.setattr(kernel, "PIECE", 4)
+    tiles = (128, 32), (64, 32), (16, 32)
+    check_kernels(17, 17, 4, 1, 16, 17, 9, torch.float32, *tiles, B=1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -343,9 +353,34 @@ def test_refuses_what_does_not_fit():
 
 
 def test_refuses_what_it_cannot_count():
-    for heads, group, T, D in (1, 64, 2**20, 128), (2**16, 1, 1, 16), (2**15, 1, 2**16, 16):
+    for heads, group, T, D in (1, 64, 2**18, 128), (2**16, 1, 1, 16), (2**15, 1, 2**16, 16):
         with pytest.raises(ValueError, match="too many for one call"):
             kernel.check_size(heads, group, T, T, T, D)
+
+
+def test_the_path_of_a_cuda_tensor(monkeypatch):
+    """The kernel, if it can; fake tensors have a device and a shape, but no memory."""
+
+    def fake_kernel(q, k, v, k2, v2, *windows):
+        assert {t.dtype for t in (k, v, k2, v2)} == {q.dtype}
+        return [("kernel", windows)]
+
+    monkeypatch.setattr(kernel, "attention", fake_kernel)
+    monkeypatch.setattr(simplicial, "attention_torch", lambda *inputs, w1, w2: ("torch", (w1, w2)))
+
+    def path(D, dtype):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 3, D, dtype=dtype, device="cuda")
+            return simplicial.attention(q, *[q.float()] * 4, w1=5, w2=3)
+
+    for dtype in DTYPES:
+        assert path(128, dtype) == ("kernel", (5, 3))
+    assert path(128, torch.float64) == ("torch", (5, 3))
+    with pytest.warns(UserWarning, match="no heads of width 24"):
+        assert path(24, torch.bfloat16) == ("torch", (5, 3))
+    monkeypatch.setattr(simplicial, "kernel", None)
+    with pytest.warns(UserWarning, match="slower: pip install triton"):
+        assert path(64, torch.bfloat16) == ("torch", (5, 3))
 
 
 # -- compiled for GPUs that are not here -----------------------------------------------------------

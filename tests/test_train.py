@@ -122,6 +122,15 @@ def test_activations_are_bf16_and_logits_float32():
     assert 0 < abs(loss.item() - exact(ids, ids).item()) < 0.05 * loss.item()
 
 
+def test_rms_norm_in_bf16_rounds_once():
+    x = torch.randn(50, 32).bfloat16()
+    norm = train.RMSNorm(32, 0.1)
+    norm.weight.data = torch.randn(32)
+    gain = norm.weight.double()
+    exact = torch.stack([rms_norm_by_hand(row, gain, 0.1) for row in x.double()])
+    assert (norm(x) == exact.bfloat16()).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("Tq, Tk, Hkv", [(1, 1, 4), (7, 7, 2), (1, 9, 1), (5, 9, 2), (2, 9, 4)])
 def test_softmax_attention_aligns_to_the_end(Tq, Tk, Hkv):
     q = torch.randn(2, 4, Tq, 8, dtype=torch.float64)
@@ -292,6 +301,24 @@ def test_loss_equals_pytorch_and_its_gradient_is_right(chunk, monkeypatch):
     train.linear_cross_entropy(x.detach(), w, y).backward()
     assert x.grad is None
     assert w.grad is not None
+
+
+def test_loss_in_bf16_rounds_the_gradient_of_each_chunk_only(monkeypatch):
+    """Logits are small integers, which bfloat16 holds. The loss and sums over chunks are float32"""
+    monkeypatch.setitem(train.LOGITS_AT_ONCE, "cpu", 64)  # a row at a time
+    x = torch.randint(-2, 3, (512, 16)).float()
+    w = torch.randint(-2, 3, (64, 16)).float().requires_grad_()
+    y = torch.randint(64, (512,))
+    low_x = x.bfloat16().requires_grad_()
+    loss = train.linear_cross_entropy(low_x, w, y)
+    exact_x = x.double().requires_grad_()
+    exact_w = w.detach().double().requires_grad_()
+    exact_loss = F.cross_entropy(exact_x @ exact_w.T, y)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-5)
+    grads = torch.autograd.grad(loss, (low_x, w))
+    exact_grads = torch.autograd.grad(exact_loss, (exact_x, exact_w))
+    for grad, exact in zip(grads, exact_grads):
+        assert (grad - exact).norm() < 0.004 * exact.norm()
 
 
 def test_loss_without_targets():

@@ -1,9 +1,11 @@
 """train.py as a whole: runs, their messages, bad input, plug-ins."""
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import sample
 import train
-from support import data
+from support import data, distributed
 from tests.common import gpu, refused
 
 ROW = ["step", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
@@ -46,22 +48,28 @@ def short(tiny, no_sample):
 
 def test_each_step_takes_its_own_batch_and_rate(short, monkeypatch):
     flags = [*short, "--lr", "1e-9", "--warmup", "3", "--steps", "12", "--eval-every", "4"]
+    flags += ["--seed", "7", "--weight-decay", "0.3"]
     rates = []
-    seeds = set()
+    seeds = []
     original = train.train_step
 
     def recording_train_step(step, *more):
         groups = step.optimizer.param_groups
         rates.append(groups[0]["lr"])
-        seeds.add(torch.initial_seed())
+        seeds.append(torch.initial_seed())
         assert len({group["lr"] for group in groups}) == 1, "groups differ in their rate"
+        assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
         return original(step, *more)
 
     monkeypatch.setattr(train, "train_step", recording_train_step)
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a second from look to look
+    monkeypatch.setattr(train, "time", clock)
     result = train.main([*flags, "--out", "out/a"])
     rows = read_log("out/a")
     assert [row[0] for row in rows] == list(range(1, 13))  # the column "step"
-    assert len(seeds) == 12, "each step should seed the random numbers of plug-ins again"
+    for step, seed in enumerate(seeds):
+        distributed.seed_everything(7, step)
+        assert seed == torch.initial_seed(), "each step should seed the numbers that plug-ins draw"
     run = train.RunConfig(lr=1e-9, steps=12, warmup=3)
     assert rates == [train.get_lr(step, run) for step in range(12)]
     assert rates == [row[1] for row in rows]  # the column "lr"
@@ -69,7 +77,7 @@ def test_each_step_takes_its_own_batch_and_rate(short, monkeypatch):
     # a rate of 1e-9 does not move the weights, so each loss is that of the first weights
     config = json.loads(Path("out/a/config.json").read_text())
     model = train.GPT(train.GPTConfig(**config["model"]))
-    train.init_weights(model, 1337)
+    train.init_weights(model, 7)
     text = data.load_dataset("text.txt", data.get_tokenizer("byte"), 16, Path("cache"))
     run = train.RunConfig(**config["run"])
     for step, _, loss, _, val_loss, val_bpb in rows:
@@ -85,7 +93,7 @@ def test_each_step_takes_its_own_batch_and_rate(short, monkeypatch):
     assert last_val_bpb == pytest.approx(val_loss * text.bits_per_byte, abs=1e-5)
     assert result["step"] == 12
     assert config["result"]["step"] == 12
-    assert result["tokens_per_s"] > 0
+    assert result["tokens_per_s"] == 4 * 16, "a step has 4 sequences of 16 tokens and takes 1 s"
 
 
 def test_micro_batches_change_nothing_but_rounding(short):
@@ -101,6 +109,14 @@ def test_micro_batches_change_nothing_but_rounding(short):
         whole = np.array(read_log(f"out/{name}"), float)
         parts = np.array(read_log(f"out/{name}-1"), float)
         assert np.allclose(whole, parts, rtol=2e-5, equal_nan=True)
+
+
+def test_the_dtype_is_that_of_the_flag(short):
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        result = train.main([*short, "--steps", "1", "--dtype", dtype, "--out", f"out/{dtype}"])
+        losses.append(result["loss"])
+    assert 0 < abs(losses[0] - losses[1]) < 0.01
 
 
 def test_gradients_are_clipped_unless_the_optimizer_says_no(short, tmp_path, monkeypatch):
