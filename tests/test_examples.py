@@ -3,6 +3,7 @@
 import ast
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_your_own_idea(tiny, monkeypatch):
     section = (REPOSITORY / "README.md").read_text().partition("\n## Your own idea\n")[2]
     Path("mine.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
     monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     flags = [*tiny, "--attn", "mine:sharpness=2", "--optim", "mine"]
     result = train.main([*flags, "--lr", "0.1"])
     assert result["step"] == 40

@@ -4,6 +4,7 @@ import csv
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_forty_steps_equal_twenty_and_twenty(tiny, plotted):
 def test_resuming_is_exact_with_every_module(tiny, flags, monkeypatch):
     Path("mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(os.getcwd())
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     flags = [*tiny, "--steps", "6", "--eval-every", "3", *flags.split()]
     resume_flags = []
     if "mine" in flags:
@@ -134,7 +136,7 @@ def test_bad_resume(tiny):
     for flags, *parts in (
         ("--resume out/a --lr 0.5", "--lr is 0.5 here but 0.003 in out/a", "leave it out"),
         ("--resume --n-layer 3", "--n-layer is 3 here but 2 in out/a"),
-        ("--resume --attn nix", "--attn is nix here but softmax"),
+        ("--resume --attn laser", "--attn is laser here but softmax"),
         ("--resume out/a --model gpt2", "leave --model out"),
         ("--resume out/a --out out/b", "--resume continues a run", "--out out"),
         ("--resume out/a --init out/a", "--resume continues a run", "--init"),
