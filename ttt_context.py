@@ -33,6 +33,7 @@ the loss on these held-out spans is reported.
     python ttt_context.py --prompt my.txt --init newest    your own newest run
     python ttt_context.py --experiment                     a study on a CPU
     python ttt_context.py --experiment --full              and on GPUs
+    python ttt_context.py --experiment --help              its options
 """
 
 from support import cli
