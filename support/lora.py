@@ -153,7 +153,8 @@ def check_called(model, inputs, output):
     """Raise ValueError if the model's first forward pass did not call a layer with an adapter.
 
     Some modules use the weight of a layer without calling the layer, such as nn.MultiheadAttention.
-    The adapter would then have no effect in training, but change the model when it is merged.
+    The adapter would then have no effect in training, but change the model when it is merged. A
+    module that does both, call the layer and use its weight, is not noticed.
     """
     if torch.compiler.is_compiling():
         return
