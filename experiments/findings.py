@@ -111,7 +111,7 @@ IDEAS = [
         "LoRA-RITE",
         "2410.20625",
         "update B A in a way that does not depend on how it is factored: better fine-tuning "
-        "(Gemma-2B: 3.5% to 4.6%)",
+        "(Gemma-2B: +4.6% on one benchmark, +3.5% on four others)",
         "in part: it does not depend on the factors, but answers are hardly better than AdamW's",
         [
             Finding(

@@ -74,7 +74,7 @@ def ideas_table(records):
 
 def idea_row(idea, records):
     measured = []
-    used = {}  # {study: record}
+    used = {}  # {command: {study: record}}
     for finding in idea.findings:
         study = finding.study
         if study not in records and study == f"{idea.file}-gpu":
@@ -85,11 +85,10 @@ def idea_row(idea, records):
             continue
         text = finding_text(record, finding)
         measured.append(f"{text}, older code" if changed_files(record) else text)
-        used[study] = record
+        used.setdefault(record["command"], {})[study] = record
     commands = []
-    for command in dict.fromkeys(record["command"] for record in used.values()):
-        made_by_it = [record for record in used.values() if record["command"] == command]
-        commands.append(f"`{command}`, {minutes_of(made_by_it)}")
+    for command, studies in used.items():
+        commands.append(f"`{command}`, {minutes_of(list(studies.values()))}")
     link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
     files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
     return [link, idea.claim, idea.verdict, "<br>".join(measured), files, "<br>".join(commands)]

@@ -395,7 +395,7 @@ def precondition(
     psi, s = solve(W, c, variance, S0, options.gamma, BAND)
 
     # -- edge removal: where s is too small, or there is no scale yet, i loses its successors: psi
-    # is taken as 0, s as S0. gamma_or_inf needs fewer registers here than has_scale --
+    # is taken as 0, s as S0. gamma_or_inf is faster here than has_scale --
     keep = s > units.gamma_or_inf * S0
     s = tl.where(keep, s, S0)
 
