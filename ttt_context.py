@@ -66,6 +66,9 @@ except ModuleNotFoundError as missing:
     kernel = None  # then the attention of spans runs in PyTorch
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # small enough for a CPU
+# Of one attention call while a prompt is read on a CPU; takes two seconds on two cores. Python
+# handles Ctrl-C only after the call.
+FLOPS_PER_CALL = 8e10
 
 # --------------------------------------------------------------------------------------------------
 # Attention of spans over a frozen cache
@@ -128,6 +131,22 @@ def can_use_kernel(model):
     return is_softmax(model.config) and model.config.head_dim in kernel.WIDTHS
 
 
+def split_prompt(model, ids):
+    """Split a prompt, ids (T), into the pieces that `prefill` reads in one forward pass each.
+
+    On a GPU it is one piece. On a CPU the pieces get shorter towards the end of the prompt, so that
+    all of them have about as many pairs of a query and a key.
+    """
+    if ids.device.type != "cpu":
+        return [ids]
+    T = len(ids)
+    flops = 2 * model.config.n_head * model.config.head_dim * T**2  # of one layer's attention
+    n = math.ceil(flops / FLOPS_PER_CALL)
+    # causal attention of the first t tokens has t^2 / 2 pairs
+    boundaries = [round(T * math.sqrt(i / n)) for i in range(1, n)]
+    return ids.tensor_split(boundaries)
+
+
 @torch.no_grad()
 def prefill(model, ids, room=0):
     """Run the model on a prompt, ids (T), and return the KVCache of each layer.
@@ -142,7 +161,8 @@ def prefill(model, ids, room=0):
                 f"which query-only training needs; use a model with softmax attention"
             )
     caches = [KVCache(len(ids) + room) for _ in model.layers]
-    model(ids[None], cache=caches)
+    for piece in split_prompt(model, ids):
+        model(piece[None], cache=caches)
     return caches
 
 
@@ -344,9 +364,9 @@ def find_model(init):
 
 
 @contextmanager
-def progress_of_layers(model, label):
-    """Show a progress bar while the layers of the model run once, inside the `with` block."""
-    with tqdm(total=len(model.layers), unit="layer", desc=label) as bar:
+def progress_of_layers(model, n_passes, label):
+    """Show a progress bar of the layers during n_passes forward passes inside the `with` block."""
+    with tqdm(total=n_passes * len(model.layers), unit="layer", desc=label) as bar:
 
         def show(layer, inputs, x):
             x[0, -1, 0].item()  # wait for the device
@@ -369,7 +389,7 @@ def compare(model, tokenizer, ids, question, args):
     """
     T = len(ids)
     held_out, starts = split_spans(T, args.span)
-    with progress_of_layers(model, "reading"):
+    with progress_of_layers(model, len(split_prompt(model, ids)), "reading"):
         caches = prefill(model, ids, room=len(question) + args.max_tokens)
 
     @torch.no_grad()

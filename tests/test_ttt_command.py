@@ -143,7 +143,7 @@ def test_the_dtype_is_that_of_the_flag(run, monkeypatch):
 
 def test_progress_of_layers_leaves_no_hooks():
     model = small_gpt()
-    with pytest.raises(KeyError), ttt_context.progress_of_layers(model, "reading"):
+    with pytest.raises(KeyError), ttt_context.progress_of_layers(model, 1, "reading"):
         raise KeyError
     assert not any(layer._forward_hooks for layer in model.layers)
 
@@ -277,6 +277,55 @@ def test_a_byte_order_mark_is_no_text(run):
 
 def test_memory_is_known():
     assert 2**20 < ttt_cost.free_bytes(torch.device("cpu")) < 2**50
+
+
+# -- reading a long prompt on a CPU ----------------------------------------------------------------
+
+
+def test_a_prompt_read_in_pieces_has_the_caches_of_one_pass(monkeypatch):
+    model = small_gpt(torch.float64, n_kv_head=2).requires_grad_(False)
+    ids = torch.randint(64, (61,), generator=torch.Generator().manual_seed(3))
+    whole = ttt_context.prefill(model, ids, room=8)
+
+    # 4 pieces with about 61^2 / 8 pairs each
+    flops = 2 * model.config.n_head * model.config.head_dim * 61**2
+    monkeypatch.setattr(ttt_context, "FLOPS_PER_CALL", flops / 4)
+    lengths = [len(piece) for piece in ttt_context.split_prompt(model, ids)]
+    assert lengths == [30, 13, 10, 8]
+    in_pieces = ttt_context.prefill(model, ids, room=8)
+    for cache, expected in zip(in_pieces, whole, strict=True):
+        assert cache.length == 61
+        for t, expected_t in zip(cache.tensors, expected.tensors, strict=True):
+            assert t.shape == expected_t.shape
+            assert (t - expected_t)[:, :, :61].abs().max() < 1e-12
+
+    # pieces that do not see each other would give other keys and values
+    alone = ttt_context.prefill(model, ids[30:43])
+    assert (alone[1].tensors[1][:, :, :13] - whole[1].tensors[1][:, :, 30:43]).abs().max() > 1e-3
+
+
+def test_long_prompts_are_read_in_pieces_on_a_cpu_alone():
+    model = small_gpt(n_head=9, n_kv_head=3, head_dim=64)  # as SmolLM2-135M
+    assert len(ttt_context.split_prompt(model, torch.zeros(8192))) == 1
+    on_gpu = torch.zeros(300_000, device="meta")  # stands for one
+    assert len(ttt_context.split_prompt(model, on_gpu)) == 1
+
+    # attention to one key takes 4 FLOPs for each channel of the query
+    first, *others = ttt_context.split_prompt(model, torch.zeros(300_000))
+    end = len(first)
+    assert 2 * 9 * 64 * end**2 < 1.2 * ttt_context.FLOPS_PER_CALL  # it sees half of its keys
+    for piece in others:
+        end += len(piece)
+        assert 4 * 9 * 64 * len(piece) * end < 1.2 * ttt_context.FLOPS_PER_CALL
+    assert end == 300_000
+
+
+def test_progress_of_reading_counts_the_layers_of_all_pieces(run, monkeypatch, capsys):
+    monkeypatch.setattr(ttt_context, "FLOPS_PER_CALL", 2 * 32 * 1200**2 / 2.5)
+    ttt_context.main([*SMALL, "prompt.txt"])
+    err = capsys.readouterr().err
+    assert "reading: 100%" in err
+    assert "6/6" in err  # two layers, three pieces
 
 
 # -- chat templates --------------------------------------------------------------------------------
