@@ -247,7 +247,7 @@ def split_spans(T, n):
 
 
 def train_queries(
-    model, weights, caches, ids, starts, *, steps=32, n=128, batch=1, lr=1e-5, seed=0
+    model, weights, caches, ids, starts, *, steps=32, n=128, batch=1, lr=3e-5, seed=0
 ):
     """Train `weights` with AdamW, `batch` random spans of n tokens per step; yield each loss.
 
@@ -318,7 +318,7 @@ class AdaptConfig:
     steps: int = option(32, "AdamW steps", least=0)
     span: int = option(128, "tokens of a span")
     batch_spans: int = option(1, "spans per step")
-    lr: float = option(None, "learning rate; default: 1e-3 for a run, else 1e-5", least=0)
+    lr: float = option(None, "learning rate; default: 1e-3 for a run, else 3e-5", least=0)
     seed: int = option(1337, "draws the spans, together with the text", least=0)
     max_tokens: int = option(100, "longest answer")
     device: str = option("", "cpu, cuda, cuda:1 or mps; default: the best there is")
@@ -422,7 +422,7 @@ def run(args):
     T = len(context)
     ttt_cost.check_memory(model, T + args.max_tokens, args.span * args.batch_spans)
     if args.lr is None:  # models from elsewhere have trained for longer and need smaller steps
-        args.lr = 1e-3 if (folder / "ckpt.pt").is_file() else 1e-5
+        args.lr = 1e-3 if (folder / "ckpt.pt").is_file() else 3e-5
 
     counts = f"{T:,} tokens of prompt, {len(question)} of question"
     limit = f"the model was trained on up to {model.config.block_size:,} tokens"

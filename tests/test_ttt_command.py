@@ -101,7 +101,7 @@ def test_the_default_model_is_a_real_one_or_else_the_newest_run(tiny, monkeypatc
 
     # the download works: the fetched model is used although there is a run
     make_folder(Path("fetched"))
-    assert ttt_context.main([*flags, "prompt.txt"])["lr"] == 1e-5
+    assert ttt_context.main([*flags, "prompt.txt"])["lr"] == 3e-5
     err = capsys.readouterr().err
     assert "newest" not in err
     assert "fetched on cpu" in err
@@ -385,7 +385,7 @@ def test_a_hugging_face_folder_and_its_template(hf, tiny):  # noqa: F811
     _, tokenizer = train.load_model(folder)
     n_tokens = len(tokenizer.encode_ordinary(text + "\n\n"))
     result = ttt_context.main(flags)
-    assert result["lr"] == 1e-5, "a model of Hugging Face should get the small default rate"
+    assert result["lr"] == 3e-5, "a model of Hugging Face should get the small default rate"
     n_added = result["context"] - n_tokens
     assert 0 < n_added < 50, "the template's tokens should come before the text"
 
