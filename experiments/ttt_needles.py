@@ -145,23 +145,30 @@ def run(init, out, deadline=float("inf")):
     variants = {}
     differences = {}
     by_lr = {}
+    loss_by_lr = {}
     for T in LENGTHS:
         swept = [rows[T, lr, seed] for seed in RATE_SEEDS for lr in RATES]
         runs = {lr: [rows[T, lr, seed] for seed in SEEDS] for lr in (0.0, *RATES)}
         by_lr[T] = [harness.paired_difference(runs[lr], runs[0.0]) for lr in RATES]
+        losses = {lr: [{**row, "value": row["loss"]} for row in runs[lr]] for lr in runs}
+        loss_by_lr[T] = [harness.paired_difference(losses[lr], losses[0.0]) for lr in RATES]
         differences[f"{T} tokens: trained queries"] = by_lr[T][RATES.index(best_lr)]
-        for name, lr, sweep in (("in context", 0.0, []), ("trained queries", best_lr, swept)):
+        for name, lr, sweep in (
+            ("untrained queries", 0.0, []),
+            ("trained queries", best_lr, swept),
+        ):
             entry = {"settings": {"init": model_name, "lr": lr}, "sweep": sweep, "runs": runs[lr]}
             variants[f"{T} tokens: {name}"] = entry
 
     record = {
         "question": "Do trained queries find needles in real text?",
         "metric": METRIC,
-        "baseline": "in context",
+        "baseline": "untrained queries",
         "variants": variants,
         "differences": differences,
         "best_lr": best_lr,
         "by_lr": by_lr,
+        "loss_by_lr": loss_by_lr,
         "seconds": sum(row["seconds"] for row in rows.values()),
     }
     provenance.save_json(out / "ttt_needles-gpu.json", record, "experiments.ttt_needles")
@@ -171,14 +178,17 @@ def run(init, out, deadline=float("inf")):
 
 
 def plot(record):
-    """Plot the change of the margin against the learning rate, a line for each length."""
-    figure, axes = harness.new_figure((7, 4))
-    for T, changes in record["by_lr"].items():
-        means = [change["mean"] for change in changes]
-        half_widths = [change["half_width_95"] for change in changes]
-        axes.errorbar(RATES, means, half_widths, fmt="o-", capsize=3, label=f"{T:,} tokens")
-    axes.axhline(0, color="black", lw=0.8)
-    axes.axvline(record["best_lr"], color="C7", ls=":", label="chosen on other contexts")
-    axes.set(xscale="log", xlabel="learning rate", ylabel=f"change of {record['metric']}")
-    axes.legend(fontsize=8)
+    """Plot the changes of margin and loss against the learning rate, a line for each length."""
+    figure, (left, right) = harness.new_figure((10, 4), 1, 2)
+    for axes, changes_by_lr in ((left, record["by_lr"]), (right, record["loss_by_lr"])):
+        for T, changes in changes_by_lr.items():
+            means = [change["mean"] for change in changes]
+            half_widths = [change["half_width_95"] for change in changes]
+            axes.errorbar(RATES, means, half_widths, fmt="o-", capsize=3, label=f"{T:,} tokens")
+        axes.axhline(0, color="black", lw=0.8)
+        axes.axvline(record["best_lr"], color="C7", ls=":", label="chosen on other contexts")
+        axes.set(xscale="log", xlabel="learning rate")
+    left.set(ylabel=f"change of {record['metric']}", title="higher is better")
+    right.set(ylabel="change of the loss on held-out spans, nats", title="lower is better")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

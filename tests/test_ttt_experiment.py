@@ -610,7 +610,9 @@ def test_the_rate_of_needles_is_chosen_on_other_contexts(tmp_path, monkeypatch):
             if lr == 1e-4 and is_reported:
                 gain += 9.0
             value = seed + T / 1000 + gain
-            rows.append({"seed": seed, "lr": lr, "value": value, "seconds": 1.0})
+            loss = seed - T / 1000 * lr
+            row = {"seed": seed, "lr": lr, "value": value, "loss": loss}
+            rows.append({**row, "seconds": 1.0})
         return rows
 
     monkeypatch.setattr(ttt_needles, "RATES", (1e-5, 1e-4, 1e-3))
@@ -620,12 +622,17 @@ def test_the_rate_of_needles_is_chosen_on_other_contexts(tmp_path, monkeypatch):
     record = ttt_needles.run("base", tmp_path)
     n_seeds = len(ttt_needles.SEEDS)
     assert record["best_lr"] == 1e-3
+    assert record["baseline"] == "untrained queries"
     for T in ttt_needles.LENGTHS:
         difference = record["differences"][f"{T} tokens: trained queries"]
         assert difference == {"mean": pytest.approx(0.25), "half_width_95": 0, "n": n_seeds}
         means = [difference["mean"] for difference in record["by_lr"][T]]
         assert means == pytest.approx([-1.0, 9.5, 0.25])
-        plain = record["variants"][f"{T} tokens: in context"]
+        for lr, change in zip((1e-5, 1e-4, 1e-3), record["loss_by_lr"][T], strict=True):
+            assert change["mean"] == pytest.approx(-T / 1000 * lr)
+            assert change["half_width_95"] == pytest.approx(0, abs=1e-12), "pair them by context"
+            assert change["n"] == n_seeds
+        plain = record["variants"][f"{T} tokens: {record['baseline']}"]
         trained = record["variants"][f"{T} tokens: trained queries"]
         for entry, lr in ((plain, 0.0), (trained, 1e-3)):
             assert entry["settings"] == {"init": "base", "lr": lr}
@@ -636,6 +643,28 @@ def test_the_rate_of_needles_is_chosen_on_other_contexts(tmp_path, monkeypatch):
     n_jobs = len(ttt_needles.LENGTHS) * (n_seeds + len(ttt_needles.RATE_SEEDS))
     assert record["seconds"] == n_jobs * 4
     assert not set(ttt_needles.SEEDS) & set(ttt_needles.RATE_SEEDS)
+
+
+def test_figure_of_needles_shows_margins_and_losses_of_all_lengths(monkeypatch):
+    monkeypatch.setattr(ttt_needles, "RATES", (1e-4, 1e-2))
+
+    def changes(*means):
+        return [{"mean": mean, "half_width_95": 0.1, "n": 6} for mean in means]
+
+    record = {
+        "metric": "margin",
+        "best_lr": 1e-4,
+        "by_lr": {2048: changes(0.1, 0.2), 4096: changes(0.3, 0.4)},
+        "loss_by_lr": {2048: changes(0.5, 0.6), 4096: changes(0.7, 0.8)},
+    }
+    figure = ttt_needles.plot(record)
+    shown = []
+    for axes in figure.axes:
+        shown.append([bars.lines[0].get_ydata().tolist() for bars in axes.containers])
+    assert shown == [[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, 0.8]]]
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["chosen on other contexts", "2,048 tokens", "4,096 tokens"]
 
 
 def test_cached_needles_are_those_of_their_job_and_code(tmp_path, monkeypatch):
