@@ -102,8 +102,8 @@ STUDIES = {
         },
         controls={
             "SONew, 30% fewer steps": f"--attn softmax --optim sonew {FEWER_STEPS_30}",
-            "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
             "Muon": "--attn softmax --optim experiments.controls:name=muon",
+            "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
             "SONew, band 0": "--attn softmax --optim sonew:band=0",
             "SONew, band 4": "--attn softmax --optim sonew:band=4",
             "SONew, flat": "--attn softmax --optim sonew:chain=flat",
