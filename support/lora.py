@@ -48,7 +48,7 @@ def inject_layers(model, layers, rank, alpha, seed=0):
         linear.lora_B = nn.Parameter(B.to(linear.weight.device, dtype))
         linear.lora_scale = 1.0 if alpha is None else alpha / rank
         linear.lora_called = False
-        linear.lora_hook = linear.register_forward_hook(add_adapter)
+        linear.lora_hook = linear.register_forward_hook(add_adapter, with_kwargs=True)
     model.lora_check = model.register_forward_hook(check_called)
     return model
 
@@ -63,10 +63,10 @@ def init_A(name, shape, seed):
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
-def add_adapter(linear, inputs, y):
+def add_adapter(linear, inputs, kwargs, y):
     """Return y + scale B A x. This is the forward hook of a layer: x (..., n), y = W x (..., m)."""
     linear.lora_called = True
-    (x,) = inputs
+    x = (*inputs, *kwargs.values())[0]
     Ax = F.linear(x, linear.lora_A.to(x.dtype))  # (..., r)
     BAx = F.linear(Ax, linear.lora_B.to(x.dtype))  # (..., m)
     return y + BAx * linear.lora_scale

@@ -198,6 +198,16 @@ def test_the_largest_rank_is_the_smaller_side_of_a_layer():
     assert model.layers[0].mlp.up_proj.lora_A.shape == (32, 32)
 
 
+def test_keyword_inputs_get_the_adapter():
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6)), 2, targets=("0",))
+    nn.init.ones_(model[0].lora_B)
+    x = torch.randn(3, 6)
+    assert torch.equal(model[0](input=x), model[0](x))
+    q_proj = adapted().layers[0].self_attn.q_proj  # a subclass, with another name
+    x = torch.randn(3, 32)
+    assert torch.equal(q_proj(x=x), q_proj(x))
+
+
 # -- layers that cannot carry an adapter -----------------------------------------------------------
 
 
