@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,7 +51,10 @@ def inject_layers(model, layers, rank, alpha, seed=0):
         linear.lora_scale = 1.0 if alpha is None else alpha / rank
         linear.lora_called = False
         linear.lora_hook = linear.register_forward_hook(add_adapter, with_kwargs=True)
-    model.lora_check = model.register_forward_hook(check_called)
+    model.lora_checks = [
+        model.register_forward_pre_hook(start_check),
+        model.register_forward_hook(finish_check, always_call=True),
+    ]
     return model
 
 
@@ -96,9 +101,10 @@ def merge(model):
         linear.lora_hook.remove()
         del linear.lora_A, linear.lora_B, linear.lora_scale, linear.lora_called, linear.lora_hook
     for module in model.modules():
-        if hasattr(module, "lora_check"):
-            module.lora_check.remove()
-            del module.lora_check
+        if hasattr(module, "lora_checks"):
+            for hook in module.lora_checks:
+                hook.remove()
+            del module.lora_checks
     return model
 
 
@@ -149,14 +155,67 @@ def check_layers(model, layers):
                 )
 
 
-def check_called(model, inputs, output):
-    """Raise ValueError if the model's first forward pass did not call a layer with an adapter.
+# --------------------------------------------------------------------------------------------------
+# In the first forward pass: is each adapter in effect wherever the weight of its layer is used?
+
+
+class DirectUses(TorchFunctionMode):
+    """While active, collect the layers whose weight is used outside of their own forward pass."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers  # {name: layer}
+        self.running = None  # the layer whose forward pass is running
+        self.found = []  # names of layers
+        self.is_compiled = False  # torch.compile has traced a part, so `found` may be wrong
+        self.hooks = []
+        for linear in layers.values():
+            self.hooks.append(linear.register_forward_pre_hook(self.enter_layer))
+            self.hooks.append(linear.register_forward_hook(self.leave_layer))
+
+    def enter_layer(self, linear, inputs):
+        self.running = linear
+
+    def leave_layer(self, linear, inputs, output):
+        self.running = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            self.is_compiled = True
+        elif any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):  # not of .dtype
+            if function in (torch.Tensor.to, torch.Tensor.type_as):  # x.to(weight) reads no values
+                args = args[:1]
+            used = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+            for name, linear in self.layers.items():
+                if id(linear.weight) in used and linear is not self.running:
+                    self.found.append(name)
+        return result
+
+
+def start_check(model, inputs):
+    """Begin to collect direct uses of weights, unless a module is compiled: it would be twice."""
+    if torch.compiler.is_compiling() or any(m._compiled_call_impl for m in model.modules()):
+        return
+    model.lora_uses = DirectUses(adapters(model)).__enter__()
+
+
+def finish_check(model, inputs, output):
+    """Raise ValueError if the model's first forward pass used a weight without its adapter.
 
     Some modules use the weight of a layer without calling the layer, such as nn.MultiheadAttention.
     The adapter would then have no effect in training, but change the model when it is merged. A
-    module that does both, call the layer and use its weight, is not noticed.
+    module that does both, call the layer and use its weight, is not noticed if a part of the model
+    is compiled.
     """
     if torch.compiler.is_compiling():
+        return
+    uses = model.__dict__.pop("lora_uses", None)
+    if uses:
+        uses.__exit__(None, None, None)
+        for hook in uses.hooks:
+            hook.remove()
+    if output is None:  # the pass has raised an error; the next one is the first
         return
     for name, linear in adapters(model).items():
         if not linear.lora_called:
@@ -164,4 +223,10 @@ def check_called(model, inputs, output):
                 f"the model does not call its layer {name}, so an adapter has no effect there; "
                 f"choose other targets"
             )
-    model.lora_check.remove()
+    if uses and uses.found and not uses.is_compiled:
+        raise ValueError(
+            f"the model also uses the weight of its layer {uses.found[0]} directly, where an "
+            f"adapter has no effect; choose other targets"
+        )
+    for hook in model.lora_checks:
+        hook.remove()
