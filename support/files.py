@@ -77,13 +77,19 @@ def remove_stale_temp_files(folder, patterns):
 
     patterns: patterns for NAME, as in fnmatch. Files of running processes stay.
     """
+    for path in stale_temp_paths(folder, patterns):
+        with suppress(OSError):
+            path.unlink()
+
+
+def stale_temp_paths(folder, patterns):
+    """Yield the files and folders `.NAME.PID` in a folder whose process has ended."""
     for path in Path(folder).glob(".*"):
         name, _, pid = path.name[1:].rpartition(".")
         is_pid = re.fullmatch("[1-9][0-9]*", pid) and int(pid) <= LARGEST_PID
         is_ours = any(fnmatchcase(name, pattern) for pattern in patterns)
         if is_pid and is_ours and not is_alive(int(pid)):
-            with suppress(OSError):
-                path.unlink()
+            yield path
 
 
 def is_alive(pid):

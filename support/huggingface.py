@@ -5,12 +5,14 @@ train.GPT uses, and are read one by one when they are needed. If train.GPT canno
 the same as a model, a ValueError names the file and the setting or tensor that is the reason.
 """
 
+import glob
 import json
 import math
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -18,11 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.distributed import print0
-from support.files import read_user_file, shown
+from support.files import read_user_file, shown, stale_temp_paths
 from support.hub import TOKENIZER_FILES, model_name
 from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
 SHARD_BYTES = 4 * 10**9  # largest file of tensors that `export` writes
+# Patterns of all files that `export` writes; save_file first writes to .tmp and six letters
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+EXPORTED_FILES = ("config.json", *TOKENIZER_FILES, *WEIGHT_FILES, ".tmp??????")
 # Defaults for fine-tuning such a model, in place of those for training from scratch
 FINETUNE = {"block_size": 1024, "batch_size": 16, "steps": 200, "lr": 2e-5}
 
@@ -351,19 +356,32 @@ def family_of(config):
 @contextmanager
 def atomic_folder(folder):
     """Yield a temporary folder. It becomes `folder` if the block ends without an error."""
+    draft = folder.parent / f".{folder.name}.{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temp_folder:
-            draft = Path(temp_folder, folder.name)
-            draft.mkdir()
+        # remove drafts of processes that were killed; one may have had the same id as this one
+        for stale in (*stale_temp_paths(folder.parent, [glob.escape(folder.name)]), draft):
+            with suppress(OSError):  # also if it is no folder, or a link to one
+                if all(map(is_exported, stale.iterdir())):
+                    shutil.rmtree(stale)
+        draft.mkdir()
+        try:
             yield draft
             for path in draft.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             os.replace(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
+
+
+def is_exported(path):
+    """Return whether a path may be a file that `export` has written."""
+    is_ours = any(fnmatchcase(path.name, pattern) for pattern in EXPORTED_FILES)
+    return is_ours and path.is_file() and not path.is_symlink()
 
 
 def export(folder, weights, config, tokenizer, dtype=None):

@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import shutil
+import subprocess
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from support import data, huggingface
-from tests.common import is_equal, small_gpt, without_rights
+from tests.common import REPOSITORY, is_equal, run_code, small_gpt, without_rights
 from tests.hf import (
     check_refused,
     edit_json,
@@ -37,7 +39,7 @@ def test_transformers_loads_what_was_exported(tmp_path, monkeypatch, family, cap
     huggingface.export("new", model.state_dict(), asdict(model.config), state)
     assert "exported new, in float32\n" in capsys.readouterr().out
     assert len(list(Path("new").glob("*.safetensors"))) > 2
-    assert not list(Path().glob(".export-*"))
+    assert not list(Path().glob(".*"))
 
     library = transformers()
     truth, report = library.AutoModelForCausalLM.from_pretrained("new", output_loading_info=True)
@@ -136,6 +138,72 @@ def test_an_export_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
         huggingface.export(folder, model.state_dict(), asdict(model.config), {"name": "byte"})
         assert sorted(synced) == sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
         synced.clear()
+
+
+KILLED = """
+import os
+from dataclasses import asdict
+from support import huggingface
+from tests.common import small_gpt
+
+write_weights = huggingface.write_weights
+def killed(folder, *args):
+    write_weights(folder, *args)
+    os.kill(os.getpid(), 9)
+huggingface.write_weights = killed
+model = small_gpt()
+huggingface.export("n[e]w", model.state_dict(), asdict(model.config), {"name": "byte"})
+"""
+
+
+def test_the_next_export_removes_the_draft_of_a_killed_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export = partial(huggingface.export, weights=small_gpt().state_dict())
+    export = partial(export, config=asdict(small_gpt().config), tokenizer={"name": "byte"})
+    assert run_code(KILLED, env={"PYTHONPATH": str(REPOSITORY)}).returncode == -9
+    draft = next(Path().glob(".n?e?w.*"))
+    assert [path.name for path in draft.iterdir()] == ["model.safetensors"]
+    dead = int(draft.suffix[1:])
+    names = {*huggingface.TOKENIZER_FILES, "config.json", "model.safetensors.index.json"}
+    for name in (*names, "model-00001-of-00002.safetensors", ".tmpWQgmVz"):
+        (draft / name).touch()
+
+    # what may be somebody's, or a running process's, stays
+    sleeper = subprocess.Popen(["sleep", "60"])
+    stay = [f".n[e]w.{sleeper.pid}", f".new.{dead}", f".n[e]w.0{dead}", f"n[e]w.{dead}"]
+    for name in stay:
+        Path(name).mkdir()
+    export("n[e]w")
+    assert {path.name for path in Path().iterdir()} == {*stay, "n[e]w"}
+    sleeper.kill()
+    sleeper.wait()
+
+    for spoil in (
+        lambda folder: (folder / "mine.txt").touch(),
+        lambda folder: (folder / "model.safetensors").mkdir(),
+        lambda folder: (folder / "config.json").symlink_to(Path("n[e]w/config.json").absolute()),
+        lambda folder: (folder.rmdir(), folder.symlink_to(Path("n[e]w").absolute())),
+        lambda folder: (folder.rmdir(), folder.touch()),
+    ):
+        target = Path("a/x")
+        draft = target.parent / f".x.{dead}"
+        draft.mkdir(parents=True)
+        spoil(draft)
+        export(target)
+        assert {path.name for path in target.parent.iterdir()} == {"x", draft.name}
+        shutil.rmtree("a")
+    assert len(os.listdir("n[e]w")) == 2
+
+    # in a container, all processes may have the same id
+    own = Path(f".again.{os.getpid()}")
+    own.mkdir()
+    export("again")
+    assert not own.exists()
+    own = Path(f".more.{os.getpid()}")
+    own.mkdir()
+    (own / "mine.txt").touch()
+    check_refused(partial(export, "more"), "cannot write more (File exists)")
+    assert (own / "mine.txt").exists()
 
 
 def test_export_of_a_model_trained_from_scratch(tiny):
