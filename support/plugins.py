@@ -44,14 +44,27 @@ def check_own(specs, builtin):
             )
 
 
+def modules_with(function_name):
+    """Return the names of the modules of this repository that define a plug-in function."""
+    # an adapter can also be merged; ttt_context.adapt is none
+    needed = {"adapt", "merge"} if function_name == "adapt" else {function_name}
+    names = []
+    for name in sorted(own_modules()):
+        path = REPOSITORY / f"{name}.py"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if needed <= set(re.findall(r"^def (\w+)", text, re.MULTILINE)):
+            names.append(name)
+    return names
+
+
 def find_plugin(name, function_name, builtin):
     """Return the built-in called `name`, or else the function in the module called `name`."""
     if name in builtin:
         return builtin[name]
-    known = "".join(f"{known}, or " for known in builtin)
+    known = "".join(f"{known}, " for known in (*builtin, *modules_with(function_name)))
     error = (
-        f"there is no module {name!r} with a function {function_name}; give {known}the name of "
-        f"one, beside train.py or on PYTHONPATH"
+        f"there is no module {name!r} with a function {function_name}; give {known}or the name of "
+        f"one of yours, in the folder of train.py or on PYTHONPATH"
     )
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise ValueError(error)

@@ -58,7 +58,7 @@ def test_spec_gives_a_function_and_all_its_options(mine):
         ("mine:soft=maybe", ["true or false"]),
         ("mine:table=3", ["no option 'table'"]),
         ("softmax:x=1", ["no option 'x'", "none"]),
-        ("nix", ["no module 'nix' with a function attention", "softmax"]),
+        ("nix", ["no module 'nix' with a function attention; give softmax, laser, simplicial, or"]),
         ("os", ["no module 'os'"]),
         ("os.path", ["no module 'os.path'"]),
         ("", ["no module ''"]),
@@ -71,6 +71,20 @@ def test_specs_that_are_wrong_teach_what_is_right(mine, spec, parts):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="no module 'mine' with a function number"):
         plugins.resolve("mine", "number")
+
+
+def test_errors_list_the_modules_that_are_there(tmp_path, monkeypatch):
+    for function_name, modules in (("optimizer", "lora_rite, sonew"), ("adapt", "lora_rite")):
+        with pytest.raises(ValueError, match=f"; give {modules}, or the name of one of yours"):
+            plugins.resolve("nix", function_name)
+
+    # they are read and not imported, so that a broken one does no harm
+    monkeypatch.setattr(plugins, "REPOSITORY", tmp_path)
+    (tmp_path / "broken.py").write_bytes(b"\xff\ndef attention(:\n")
+    (tmp_path / ".#train.py").symlink_to("nowhere")  # an editor's
+    (tmp_path / "other.py").write_text("def attention_torch():\n    def attention():\n        0")
+    with pytest.raises(ValueError, match="; give broken, or the name of one of yours"):
+        plugins.resolve("nix", "attention")
 
 
 def test_an_option_without_a_default_is_refused():
