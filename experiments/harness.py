@@ -225,8 +225,8 @@ def check_gpu():
     """Raise ValueError if there is no GPU for a study of large models."""
     if not torch.cuda.is_available():
         raise ValueError(
-            "this study needs a GPU, and there is none; "
-            "those of a paper without --full run on a CPU"
+            "this study needs a GPU, and there is none; on a CPU run python laser.py, "
+            "simplicial.py, sonew.py, lora_rite.py or ttt_context.py --experiment, without --full"
         )
 
 

@@ -170,7 +170,7 @@ def test_a_pause_keeps_the_stages_that_are_done(demo, monkeypatch, capsys):
 
 def test_studies_need_a_gpu(monkeypatch):
     monkeypatch.setattr(harness.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="needs a GPU"):
+    with pytest.raises(ValueError, match="needs a GPU.* run python laser.py, .* without --full"):
         language_models.run("laser", "results")
 
 
