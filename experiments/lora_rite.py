@@ -20,9 +20,11 @@ The base model is a tiny GPT trained on Python's standard library; it is adapted
 to Python's manual. Writes results/lora_rite-cpu.json and .png.
 """
 
+import io
 import math
 import tempfile
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -200,7 +202,8 @@ def main(argv=None):
     start_time = time.perf_counter()
     variants = {}
     with tempfile.TemporaryDirectory() as folder:
-        base, text = prepare(folder)
+        with redirect_stdout(io.StringIO()):  # the progress bar on stderr is enough
+            base, text = prepare(folder)
         for name, (_, clip) in VARIANTS.items():
             settings = f"base: {BASE}; rank {RANK}, lr {LR:g}, LoRA+ ratio {LORA_PLUS_RATIO:g}, "
             settings += f"batch {BATCH_SIZE} x {BLOCK_SIZE}, gradients clipped to {clip:g} (0: not)"

@@ -44,7 +44,7 @@ def test_factorizations_have_the_same_product_and_are_of_their_seed(monkeypatch)
             assert not torch.allclose(tensor, other)
 
 
-def test_the_study_of_the_drift(tmp_path, monkeypatch):
+def test_the_study_of_the_drift(tmp_path, monkeypatch, capsys):
     shape = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 64 --batch-size 2 --steps 3"
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 50)
     base = f"{shape} --data {tmp_path}/text.txt --device cpu --sample 0"
@@ -60,6 +60,7 @@ def test_the_study_of_the_drift(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "get_batch", recording_get_batch)
     record = lora_rite.main(["--out", str(tmp_path / "results")])
+    assert capsys.readouterr().out.startswith(record["question"]), "of a folder that is gone"
     of_a_variant = [(seed, step) for seed in (1, 2) for step in range(3)]
     assert drawn[-len(study.VARIANTS) * 6 :] == of_a_variant * len(study.VARIANTS)
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
