@@ -118,7 +118,7 @@ class Variant:
 
 def bench_shape(shape, device, args):
     """Return {variant: row}: each variant takes args.steps steps in each of ROUNDS rounds."""
-    names = args.variants
+    names = list(dict.fromkeys([BASELINE, *args.variants]))
     is_cuda = device.type == "cuda"
     pool = torch.cuda.graph_pool_handle() if is_cuda else None
     variants = {}
@@ -151,8 +151,7 @@ def bench_shape(shape, device, args):
             rows[name]["host_ms"] = statistics.median(times[name]["host"])
             rows[name]["device_ms"] = statistics.median(times[name]["device"])
         rows[name]["tokens_per_s"] = 1e3 * variants[name].tokens_per_step / milliseconds
-        if BASELINE in rows:
-            rows[name]["ratio"] = milliseconds / rows[BASELINE]["ms_per_step"]
+        rows[name]["ratio"] = milliseconds / rows[BASELINE]["ms_per_step"]
     return rows
 
 
@@ -169,7 +168,7 @@ def make_parser():
     lists = {"nargs": "+", "metavar": "NAME"}
     presets = f"presets to time, of {', '.join(train.PRESETS)}"
     parser.add_argument("--shapes", choices=train.PRESETS, help=presets, **lists)
-    variants = f"what to time, of {', '.join(VARIANTS)} (default: each)"
+    variants = f"what to compare with {BASELINE}, of {', '.join(VARIANTS)} (default: each)"
     parser.add_argument("--variants", choices=VARIANTS, help=variants, **lists)
     steps = f"timed steps in each of {ROUNDS} rounds (default: 10)"
     parser.add_argument("--steps", type=int, default=10, metavar="N", help=steps)
