@@ -355,14 +355,14 @@ def update_statistics(
         tl.store(S_ptr + offs, new_S.to(STATE), mask=store_mask, eviction_policy="evict_first")
         S = S + (new_S * units.S_factor,)
 
-    # -- directions: Adam's step a, and u --
+    # -- Adam's step a; sums over quads; a gradient that is not finite makes sum_root inf --
     root = tl.sqrt(S[0])
     a = tl.where(root > 0, m / root, 0.0)
-    u = a if ADAM else precondition(m, S, lane, units, options, BAND, LINES, L)
-
-    # -- sums over quads; a gradient that is not finite makes sum_root inf --
     sum_a = tl.sum(tl.where(store_mask, a * a, 0.0), 2)
     sum_root = tl.sum(tl.where(store_mask, root, 0.0), 2) + bad
+
+    # -- direction u --
+    u = a if ADAM else precondition(m, S, lane, units, options, BAND, LINES, L)
     sum_u = tl.sum(tl.where(store_mask, u * u, 0.0), 2)
     return u, sum_a, sum_u, sum_root
 
@@ -380,7 +380,7 @@ def precondition(
     # each element i has its own equations W psi = c. W[p][q], q <= p, is the running mean of
     # g[i+1+p] g[i+1+q], which is S[p-q] at i+1+q; c[p] is that of g[i] g[i+1+p], S[p+1] at i
     # BAND = 2: W = ((S_0[i+1],), (S_1[i+1], S_0[i+2])) and c = (S_1[i], S_2[i]), S_0 being damped
-    S0 = tl.where(units.has_scale, S[0] + options.eps, 1.0)  # damped
+    S0 = S[0] + options.eps  # damped
     W = ()  # a tuple of tuples, as kernels have no lists
     c = ()
     variance = ()
@@ -394,21 +394,24 @@ def precondition(
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0, options.gamma, BAND)
 
-    # -- edge removal: where s is too small, or there is no scale yet, i loses its successors: psi
-    # is taken as 0, s as S0. gamma_or_inf is faster here than has_scale --
+    # -- edge removal: where s is too small, i loses its successors, so psi = 0 and s = S0. While
+    # there is no scale, all elements do, as gamma_or_inf is inf, and s = 1, so that u = m --
     keep = s > units.gamma_or_inf * S0
-    s = tl.where(keep, s, S0)
+    s = tl.where(keep, s, tl.where(units.has_scale, S0, 1.0))
+    kept_psi = ()
+    for k in tl.static_range(BAND):
+        kept_psi = kept_psi + (tl.where(keep, psi[k], 0.0),)
 
     # -- w = diag(1/s) L^T m: w[i] = (m[i] - sum_k psi_k[i] m[i+k]) / s[i] --
     w = m
     for k in tl.static_range(1, BAND + 1):
-        w -= tl.where(keep, psi[k - 1], 0.0) * shift(m, lane, k, LINES, L)
+        w -= kept_psi[k - 1] * shift(m, lane, k, LINES, L)
     w = tl.where(s > 0, w / s, 0.0)
 
     # -- u = L w: u[i] = w[i] - sum_k psi_k[i-k] w[i-k], from the elements before i --
     x = ()  # x[k - 1][i] = psi_k[i] w[i], what element i subtracts from element i+k
     for k in tl.static_range(BAND):
-        x = x + (tl.where(keep, psi[k], 0.0) * w,)
+        x = x + (kept_psi[k] * w,)
     u = w
     if BAND > 0:
         u -= sum_of_shifts_back(x, lane, BAND, LINES, L)
