@@ -12,8 +12,8 @@ class Finding(NamedTuple):
     study: str  # NAME of results/NAME.json
     label: str
     variant: str
-    # differences are shown as they are, in "percent", or of a "log10" as a ratio; of "rounding",
-    # which is a log10, too, they say nothing
+    # differences are shown as they are, in "percent", or of a "log10" as a ratio; those of a log10
+    # that is mere "rounding" say nothing, so the values are shown
     kind: str = ""
     baselines: tuple = ()  # default: the study's
     key: str = "value"  # of the runs
@@ -32,7 +32,7 @@ class Idea(NamedTuple):
 def query_training(task):
     """Return the accuracy of query-only training on a task, by the paper's and our baseline."""
     baselines = tuple(f"{task}: {name}" for name in ("equal-FLOP thinking", "fitted temperature"))
-    label = f"share of right answers on {task.replace(', 12288', '')}"
+    label = f"right answers, {task.replace(', 12288', '')}"
     variant = f"{task}: trained queries"
     return Finding("ttt_context-gpu", label, variant, baselines=baselines, key="accuracy")
 
@@ -99,11 +99,11 @@ IDEAS = [
             Finding("sonew-gpu", "in 30% fewer steps", "SONew, 30% fewer steps", "percent"),
             Finding(
                 "sonew-cpu",
-                "MNIST autoencoder, cross-entropy after 300 steps (206: nothing learned)",
+                "MNIST autoencoder, cross-entropy after 300 steps, when Adam has learned nothing",
                 "SONew, band 1",
                 "percent",
             ),
-            Finding("sonew-cpu", "with the diagonal alone", "SONew, band 0", "percent"),
+            Finding("sonew-cpu", "there with the diagonal alone", "SONew, band 0", "percent"),
         ],
     ),
     Idea(
@@ -165,26 +165,33 @@ def baseline_of(record, variant):
 
 
 def finding_text(record, finding):
-    """Return a finding: "loss: 0.642 with LASER (-1.7 ± 0.7% against 0.653 with softmax)"."""
-    changes = []
-    for baseline in finding.baselines or [baseline_of(record, finding.variant)]:
+    """Return a finding: "accuracy: 0.96; +0.44 ± 0.08 against softmax", or with percentages only
+    "loss: -1.7 ± 0.3% against softmax; -1.0 ± 0.5% against softmax, 6% more steps".
+    """
+    baselines = finding.baselines or [baseline_of(record, finding.variant)]
+    texts = []
+    if finding.kind not in ("percent", "log10"):
+        texts.append(value_text(record, finding.variant, finding))
+    for baseline in baselines:
+        name = baseline.rpartition(": ")[2]  # without the task
+        if finding.kind == "rounding":
+            texts.append(f"{value_text(record, baseline, finding)} with {name}")
+            continue
         difference = record["differences"][finding.variant]
         if finding.baselines:
             runs = runs_of(record, finding.variant, finding.key)
             difference = paired_difference(runs, runs_of(record, baseline, finding.key))
         change = change_text(difference, variant_mean(record, baseline), finding.kind)
-        changes.append(f"{change} against {value_text(record, baseline, finding)}")
-    value = value_text(record, finding.variant, finding)
-    return f"{finding.label}: {value} ({', '.join(changes)})"
+        texts.append(f"{change} against {name}")
+    return f"{finding.label}: {'; '.join(texts)}"
 
 
 def value_text(record, variant, finding):
-    """Return the mean of a variant and its name, without the task."""
+    """Return the mean of a variant."""
     value = variant_mean(record, variant, finding.key)
-    if finding.kind in ("log10", "rounding"):
+    if finding.kind == "rounding":
         value = 10**value
-    digits = f"{value:#.{finding.digits}g}".removesuffix(".")  # "#" keeps zeros at the end
-    return f"{digits} with {variant.rpartition(': ')[2]}"
+    return f"{value:#.{finding.digits}g}".removesuffix(".")  # "#" keeps zeros at the end
 
 
 def change_text(difference, baseline, kind):
@@ -195,11 +202,8 @@ def change_text(difference, baseline, kind):
     if kind == "percent":
         return f"{100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%{unclear}"
     if kind == "log10":
-        return (
-            f"x {10**mean:.3g}, {10 ** (mean - half_width):.3g} to {10 ** (mean + half_width):.3g},"
-        )
-    if kind == "rounding":
-        return "rounding,"
+        low, high = 10 ** (mean - half_width), 10 ** (mean + half_width)
+        return f"x {10**mean:.3g} ({low:.3g} to {high:.3g})"
     digits = 4 if 0 < half_width < 0.01 else 2
     return f"{mean:+.{digits}f} ± {half_width:.{digits}f}{unclear}"
 
