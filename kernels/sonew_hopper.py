@@ -11,7 +11,7 @@ two runs, and publishes its sums. Before it takes another run, it applies u of t
 last. By then, the norms of that run's tensor are mostly known.
 
 Memory traffic: 8 b + 28 bytes per fp32 parameter, where b is the band. On an H200 for 125 M
-parameters: 0.90, 1.24 and 2.16 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
+parameters: 0.90, 1.25 and 2.18 ms at band 0, 1 and 4 (sonew_fused.py: 1.09 at band 0).
 
 Limits: those of sonew_fused.py, and a tensor may not have more runs than there are programs. If it
 had more, every program could wait for its norms, and none would be free to take the runs that the
