@@ -26,10 +26,11 @@ def find_documents(data):
         paths = sorted(list_files(root, ".py"))
         return [path for path in paths if not skipped & set(path.relative_to(root).parts)]
 
-    # all Python source on this machine
+    # all Python source on this machine, without what is being worked on: a run whose text has
+    # changed cannot be resumed, or compared with others. sys.path[0] is the folder of the script
     if data == "python":
         roots = {Path(p).resolve() for p in (*sys.path, sys.prefix, sys.base_prefix) if p}
-        roots -= {REPOSITORY, Path.cwd()}
+        roots -= {REPOSITORY, Path.cwd(), Path(sys.path[0]).resolve()}
         return sorted({path for root in roots for path in list_files(root, ".py")})
 
     # a file or a folder

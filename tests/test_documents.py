@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,17 @@ def test_standard_library_is_there():
     everything = set(documents.find_documents("python"))
     assert set(paths) <= everything
     assert REPOSITORY / "train.py" not in everything
+
+
+def test_python_source_is_without_the_folder_of_the_script(tmp_path, monkeypatch):
+    """Or a run of one's own script could not be resumed once the script has changed."""
+    monkeypatch.setattr(sys, "prefix", "")
+    monkeypatch.setattr(sys, "base_prefix", "")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert documents.find_documents("python") == [tmp_path / "b" / "module.py"]
 
 
 def test_bad_data(tmp_path, monkeypatch):
