@@ -194,7 +194,10 @@ class DirectUses(TorchFunctionMode):
 
 
 def start_check(model, inputs):
-    """Begin to collect direct uses of weights, unless a module is compiled: it would be twice."""
+    """Begin to collect direct uses of weights.
+
+    Not if a module is compiled: PyTorch would compile it once more for the first forward pass.
+    """
     if torch.compiler.is_compiling() or any(m._compiled_call_impl for m in model.modules()):
         return
     model.lora_uses = DirectUses(adapters(model)).__enter__()
