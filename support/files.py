@@ -1,8 +1,10 @@
 """Files: write them atomically, and safely read those that a user names."""
 
+import glob
 import json
 import os
 import re
+import shutil
 import stat
 import zipfile
 from contextlib import contextmanager, suppress
@@ -60,6 +62,41 @@ def name_write_errors(path):
 def write_json(path, data):
     with atomic_write(path) as file:
         file.write(json.dumps(data, indent=1).encode())
+
+
+@contextmanager
+def atomic_folder(folder, patterns):
+    """Yield a temporary folder. It becomes `folder` if the block ends without an error.
+
+    patterns: match the names of all files that may be written. Temporary folders that killed
+    processes have left are deleted, unless they hold anything else.
+    """
+    temp_folder = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # one of them may have had the same process id
+        for stale in (*stale_temp_paths(folder.parent, [glob.escape(folder.name)]), temp_folder):
+            with suppress(OSError):  # also if it is no folder, or a link to one
+                if all(is_plain_file(path, patterns) for path in stale.iterdir()):
+                    shutil.rmtree(stale)
+        temp_folder.mkdir()
+        try:
+            yield temp_folder
+            for path in temp_folder.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(temp_folder, folder)
+        finally:
+            shutil.rmtree(temp_folder, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
+
+
+def is_plain_file(path, patterns):
+    """Return whether a path is a regular file, no link, whose name matches one of the patterns."""
+    is_match = any(fnmatchcase(path.name, pattern) for pattern in patterns)
+    return is_match and path.is_file() and not path.is_symlink()
 
 
 def check_zip(path):

@@ -5,14 +5,11 @@ train.GPT uses, and are read one by one when they are needed. If train.GPT canno
 the same as a model, a ValueError names the file and the setting or tensor that is the reason.
 """
 
-import glob
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.distributed import print0
-from support.files import read_user_file, shown, stale_temp_paths
+from support.files import atomic_folder, read_user_file, shown
 from support.hub import TOKENIZER_FILES, model_name
 from support.huggingface_tokenizer import Encoding, malformed, read_object, require
 
@@ -353,37 +350,6 @@ def family_of(config):
     return None
 
 
-@contextmanager
-def atomic_folder(folder):
-    """Yield a temporary folder. It becomes `folder` if the block ends without an error."""
-    draft = folder.parent / f".{folder.name}.{os.getpid()}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # remove drafts of processes that were killed; one may have had the same id as this one
-        for stale in (*stale_temp_paths(folder.parent, [glob.escape(folder.name)]), draft):
-            with suppress(OSError):  # also if it is no folder, or a link to one
-                if all(map(is_exported, stale.iterdir())):
-                    shutil.rmtree(stale)
-        draft.mkdir()
-        try:
-            yield draft
-            for path in draft.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write {folder} ({reason}); nothing is left of it") from None
-
-
-def is_exported(path):
-    """Return whether a path may be a file that `export` has written."""
-    is_ours = any(fnmatchcase(path.name, pattern) for pattern in EXPORTED_FILES)
-    return is_ours and path.is_file() and not path.is_symlink()
-
-
 def export(folder, weights, config, tokenizer, dtype=None):
     """Write a folder that transformers loads; it appears as a whole or not at all.
 
@@ -405,7 +371,7 @@ def export(folder, weights, config, tokenizer, dtype=None):
     key = "dtype" if "dtype" in settings else "torch_dtype"
     settings[key] = str(dtype).removeprefix("torch.")
 
-    with atomic_folder(folder) as draft:
+    with atomic_folder(folder, EXPORTED_FILES) as draft:
         write_weights(draft, weights, shapes, dtype)
         for name in TOKENIZER_FILES:
             if name in tokenizer.get("files", {}):
@@ -466,7 +432,10 @@ def write_weights(folder, weights, shapes, dtype):
             if tuple(tensor.shape) != shapes[name]:
                 raise ValueError(f"the tensor {name} is {tuple(tensor.shape)}, not {shapes[name]}")
             tensors[to_their_name(name)] = tensor.contiguous()
-        save_file(tensors, folder / file_name, {"format": "pt"})
+        try:
+            save_file(tensors, folder / file_name, {"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(error) from None
     if shards.is_sharded:
         weight_map = {}
         for name, file_name in shards.tensor_to_filename.items():
