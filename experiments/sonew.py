@@ -52,7 +52,7 @@ class Variant(NamedTuple):
 
     lrs: tuple  # learning rates of the sweep
     momentum_or_eps: tuple  # of the sweep: momentum for SGD, eps for all others
-    best: tuple  # (lr, momentum or eps) with the lowest training loss in the sweep
+    best: tuple  # (lr, momentum or eps) with the lowest training loss of the sweep, up to rounding
     options: dict = {}  # of the constructor of SONew
 
 
