@@ -66,8 +66,8 @@ except ModuleNotFoundError as missing:
     kernel = None  # then the attention of spans runs in PyTorch
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # small enough for a CPU
-# Of one attention call while a prompt is read on a CPU; takes two seconds on two cores. Python
-# handles Ctrl-C only after the call.
+# The most that one attention call may compute while a prompt is read on a CPU: about two seconds of
+# two cores. Python handles Ctrl-C only between calls.
 FLOPS_PER_CALL = 8e10
 
 # --------------------------------------------------------------------------------------------------
