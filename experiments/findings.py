@@ -103,7 +103,7 @@ IDEAS = [
                 "SONew, band 1",
                 "percent",
             ),
-            Finding("sonew-cpu", "there with the diagonal alone", "SONew, band 0", "percent"),
+            Finding("sonew-cpu", "the same with the diagonal alone", "SONew, band 0", "percent"),
         ],
     ),
     Idea(
