@@ -75,7 +75,12 @@ def imported_modules(path):
 
 def code_hash(path):
     """Return a hash of a source file that comments, docstrings and formatting do not change."""
-    tree = ast.parse(path.read_bytes())
+    return source_hash(path.read_bytes())
+
+
+@functools.cache  # most results depend on the same files
+def source_hash(source):
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [statement for statement in node.body if not is_docstring(statement)]
