@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def test_fields_are_checked(values, part):
 def test_empty_values_are_refused(tiny, flag, form):
     refused([*tiny, *(part.format(flag) for part in form)], f"--{flag} is empty", "leave")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("flag", ["attn", "optim", "adapter"])
+def test_modules_are_looked_up_before_the_data(tiny, flag):
+    refused([*tiny, "--data", "missing.txt", f"--{flag}", "nix"], "no module 'nix'")
 
 
 @pytest.mark.parametrize("argument", ["caf\udce9", "--out=caf\udce9", "a\0b"])
@@ -193,6 +199,34 @@ cli.run_main(main)
     message = process.communicate(timeout=30)[1]
     assert process.returncode in (128 + signal.SIGHUP, 128 + signal.SIGTERM)
     assert message.strip() == "-c: stopped before its end"
+
+
+def test_a_signal_while_an_error_waits_for_that_of_rank_0():
+    source = """
+import torch
+from support import cli
+
+def main():
+    print("running", flush=True)
+    raise ValueError("x")
+
+cli.run_main(main)
+"""
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    torchrun |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", source],
+        env={**os.environ, **torchrun, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "running\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert message.strip() in ("", "-c: stopped before its end")
 
 
 def test_nohup_is_respected(own_signals):

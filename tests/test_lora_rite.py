@@ -514,6 +514,19 @@ def test_bad_options_are_refused(options, part):
         LoRARITE([{"params": [A, B], "pair": True}], **options)
 
 
+def test_options_may_be_zero():
+    A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+    zeros = {"lr": 0.0, "betas": (0.0, 0.0), "clip": 0.0, "weight_decay": 0.0}
+    optimizer = LoRARITE([{"params": [A, B], "pair": True}], **zeros)
+    before = [A.detach().clone(), B.detach().clone()]
+    (B @ A).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(A, before[0]) and torch.equal(B, before[1])
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert A.isfinite().all() and not torch.equal(A, before[0])
+
+
 def test_what_is_no_pair_is_refused():
     A, B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
     empty = nn.Parameter(torch.zeros(0, 4))

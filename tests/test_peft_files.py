@@ -221,6 +221,12 @@ BAD_NUMBERS = [
 ]
 
 
+def test_three_settings_are_enough(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 5}))
+    assert peft_files.read_config(path) == (3, 5)
+
+
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_damaged_settings_are_refused(case, folder):
     (folder / "adapter_config.json").write_bytes(BAD_CONFIGS[case])

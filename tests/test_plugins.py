@@ -47,6 +47,14 @@ def test_spec_gives_a_function_and_all_its_options(mine):
 
 
 @pytest.mark.parametrize(
+    "text, value",
+    [("true", True), ("True", True), ("1", True), ("false", False), ("FALSE", False), ("0", False)],
+)
+def test_spec_gives_true_or_false(mine, text, value):
+    assert plugins.resolve(f"mine:soft={text}", "attention")[1]["soft"] is value
+
+
+@pytest.mark.parametrize(
     "spec, parts",
     [
         ("mine:blunt=1", ["no option 'blunt'", "sharp=1.0, reach=7, kind=a, soft=True"]),

@@ -490,6 +490,19 @@ def test_gradients_whose_squares_sum_to_infinity():
     assert torch.allclose(state["scale"], torch.tensor(1.8e19))
 
 
+def test_options_may_be_zero():
+    zeros = {"betas": (0.0, 0.0), "eps": 0.0, "gamma": 0.0, "weight_decay": 0.0}
+    grads = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])
+    path, _ = take_steps({"lr": 0.1, "band": 0, **zeros}, grads, (1, 2))
+    # without memory and with b = 0, Adam's step is the sign of the gradient; SONew's is m / S_0,
+    # 1 / g, scaled to that length
+    for before, after, g in zip([torch.ones(1, 2), path[0]], path, grads):
+        u = 1 / g
+        assert torch.allclose(after, before - 0.1 * u * (2**0.5 / u.norm()), atol=1e-6)
+    path, _ = take_steps({"lr": 0.0, **zeros}, grads, (1, 2))
+    assert (path[-1] == 1).all()
+
+
 def test_refuses_bad_options():
     p = torch.nn.Parameter(torch.ones(3, 4))
     for options, part in (

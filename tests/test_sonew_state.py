@@ -170,6 +170,7 @@ def check_sharded(mesh, monkeypatch, use_kernel):
     for placement, chain in ((Shard(1), "row"), (Shard(0), "flat")):
         with pytest.raises(ValueError, match="chain would be cut"):
             sonew.SONew([sharded(w, placement)], chain=chain)
+    sonew.SONew([sharded(b, Shard(0))], chain="flat")  # a vector has no chain to cut
 
     shapes = []
     all_reduce = torch.distributed.all_reduce

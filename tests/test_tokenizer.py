@@ -176,6 +176,7 @@ def test_bad_tiktoken_files(case, tmp_path):
         ("YWJj 5\n", "one id to two tokens"),
         ("YWJj -1\n", "not integers from 0"),
         ("YWJj 99999999999\n", "not integers from 0"),
+        (f"YWJj {2**24}\n", "not integers from 0"),
         ("YQ== 300\n", "line 267: the token b'a' appears twice"),
     ],
 )
