@@ -154,14 +154,15 @@ def attention_torch(heads, gains, angles, length, kv, dtype):
     return torch.cat([o.flatten(), kv[:, :, :, length].flatten()])
 
 
-def check_attention(H, Hkv, D, size, length, dtype, has_norm):
-    """Compare the attention of a token after `length` others with PyTorch."""
+def check_attention(H, Hkv, D, size, length, dtype, has_norm, scale=1.0):
+    """Compare the attention of a token after `length` others with PyTorch. scale: of its logits."""
     generator = torch.Generator().manual_seed(length)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator)
 
     heads = inside_nan(randn(H + 2 * Hkv, D))
+    heads[:H] *= scale
     gains = None
     if has_norm:
         gains = (inside_nan(randn(D) + 1), inside_nan(randn(D) + 1))
@@ -200,6 +201,12 @@ def test_attention(H, Hkv, has_norm, length, dtype, monkeypatch):
     monkeypatch.setattr(decode, "ATTENTION_PROGRAMS", 8)  # splits of 4, 2 and 1 blocks
     monkeypatch.setattr(decode, "attention_block", lambda D, dtype: (16, 4))
     check_attention(H, Hkv, 16, 100, length, dtype, has_norm)
+
+
+def test_attention_with_large_logits(monkeypatch):
+    monkeypatch.setattr(decode, "ATTENTION_PROGRAMS", 8)
+    monkeypatch.setattr(decode, "attention_block", lambda D, dtype: (16, 4))
+    check_attention(6, 2, 16, 100, 99, torch.float32, has_norm=False, scale=50.0)
 
 
 @gpu

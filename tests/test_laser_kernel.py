@@ -12,7 +12,8 @@ import train
 from tests.build import Case, check_build
 from tests.common import DEVICE, assert_close, gpu
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 from kernels import laser as kernel  # noqa: E402
 
 SHAPES = [  # Tq, Tk, H, Hkv, D
@@ -177,6 +178,23 @@ def test_kernel_decodes_as_it_prefills():
     for start, end in ((0, 30), (30, 39), (39, 40)):
         parts.append(kernel.attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
     assert torch.allclose(kernel.attention(q, k, v), torch.cat(parts, 2), atol=1e-5)
+
+
+@triton.jit
+def series_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    """Store exp(x) - 1 and log(1 + x / 2) for the N values of x."""
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, kernel.expm1_series(x))
+    tl.store(out_ptr + N + i, kernel.log1p_series(x / 2))
+
+
+def test_series_are_as_accurate_as_float32():
+    x = torch.linspace(-1 / 8, 1 / 8, 256, device=DEVICE)
+    out = torch.empty(2, 256, device=DEVICE)
+    series_kernel[(1,)](x, out, N=256)
+    exact = torch.stack([x.double().expm1(), (x.double() / 2).log1p()])
+    assert ((out - exact) / exact).abs().max() < 3e-7
 
 
 def test_kernel_is_an_operator():

@@ -214,6 +214,19 @@ def test_refuses_what_does_not_fit():
     refused(q, k[:, :0], k[:, :0], start, "not all within 0 keys")
 
 
+def test_refuses_what_32_bits_do_not_count():
+    q = torch.empty(1).expand(1, 8, 2**24, 16)
+    k = torch.empty(1).expand(1, 2**27, 16)
+    start = torch.tensor([0])
+    fewer_q = q[:, :, 1:]
+    fewer_k = k[:, 1:]
+    kernel.check_inputs(fewer_q, fewer_k, fewer_k, start)
+    with pytest.raises(ValueError, match="too many"):
+        kernel.check_inputs(fewer_q, k, k, start)
+    with pytest.raises(ValueError, match="too many"):
+        kernel.check_inputs(q, fewer_k, fewer_k, start)
+
+
 def test_offsets_beyond_2_to_the_31():
     memory = torch.empty(2**31 + 2048, dtype=torch.float16, device=DEVICE)
     k = memory.as_strided((2, 40, 16), (2**31, 16, 1))  # reserves 4 GiB, touches a page per head
