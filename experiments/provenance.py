@@ -74,12 +74,13 @@ def imported_modules(path):
 
 
 def code_hash(path):
-    """Return a hash of a source file that comments, docstrings and formatting do not change."""
+    """Return the hash of a source file."""
     return source_hash(path.read_bytes())
 
 
 @functools.cache  # most results depend on the same files
 def source_hash(source):
+    """Return a hash of Python code that comments, docstrings and formatting do not change."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
