@@ -63,11 +63,11 @@ STUDIES = {
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
         {"softmax, 6% more steps": f"--attn softmax {MORE_STEPS_6}"},
         {"LASER": "softmax, 6% more steps"},
-        later={"temperature 0.5": "--attn experiments.controls:tau=0.5"},
-        controls={
-            "temperature 2": "--attn experiments.controls:tau=2",
+        later={
+            "temperature 0.5": "--attn experiments.controls:tau=0.5",
             "softmax, then GELU": "--attn experiments.controls:gelu=true",
         },
+        controls={"temperature 2": "--attn experiments.controls:tau=2"},
     ),
     "laser-124m": Study(
         "Does a GPT of 124 M parameters with LASER reach a lower loss?",
@@ -106,8 +106,8 @@ STUDIES = {
             "AdamW, beta2 0.99": "--attn softmax --optim adamw:beta2=0.99",
             "SONew, band 0": "--attn softmax --optim sonew:band=0",
             "SONew, band 4": "--attn softmax --optim sonew:band=4",
-            "SONew, flat": "--attn softmax --optim sonew:chain=flat",
             "SONew, shuffled": "--attn softmax --optim experiments.controls:name=shuffled",
+            "SONew, flat": "--attn softmax --optim sonew:chain=flat",
         },
         same_rate={"SONew, 15% fewer steps": "SONew", "SONew, 30% fewer steps": "SONew"},
         seeds=(1, 2, 3, 4, 5, 6, 7, 8),  # they differ more than LASER's
