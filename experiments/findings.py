@@ -57,8 +57,9 @@ IDEAS = [
         "attend over exp(V), take the log: larger gradients at the logits, and a lower loss (2.641 "
         "to 2.595, -1.7%, at 301 M parameters)",
         "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
-        "time; the steeper the exponential, the lower; larger gradients: where attention is "
-        "peaked, by about a tenth",
+        "time; the steeper the exponential, the lower; but a GELU after softmax attention gives "
+        "about two thirds of it; larger gradients: where attention is peaked, by about a tenth, "
+        "but not in the mean of a trained GPT",
         [
             loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
             Finding(
@@ -69,6 +70,14 @@ IDEAS = [
                 ("softmax", "LASER"),
             ),
             Finding("laser-gpu", "with exp(V / 2) and 2 log", "temperature 2", "percent"),
+            Finding(
+                "laser-gpu",
+                "with softmax and a GELU after it",
+                "softmax, then GELU",
+                "percent",
+                ("softmax", "LASER"),
+            ),
+            Finding("laser-gradients", "gradient at the logits of trained GPTs", "LASER", "log10"),
             Finding("laser-cpu", "gradient at peaked logits of one small GPT", PEAKED, "log10"),
         ],
     ),
@@ -92,11 +101,14 @@ IDEAS = [
         "2311.10085",
         "precondition with the inverse of a band of E[g gᵀ], in closed form: up to 30% fewer steps",
         "in part: a lower loss, also at about equal time, and AdamW's loss in about 15% fewer "
-        "steps, not 30%; but at equal steps Muon ends far lower",
+        "steps, not 30%; all of the gain is the band's, since the diagonal alone does no better "
+        "than AdamW; but at equal steps Muon ends far lower",
         [
             loss_of_gpt("sonew-gpu", "SONew", "AdamW", "AdamW, 6% more steps"),
             Finding("sonew-gpu", "in 15% fewer steps", "SONew, 15% fewer steps", "percent"),
             Finding("sonew-gpu", "in 30% fewer steps", "SONew, 30% fewer steps", "percent"),
+            Finding("sonew-gpu", "with the diagonal alone", "SONew, band 0", "percent"),
+            Finding("sonew-gpu", "AdamW with beta2 0.99", "AdamW, beta2 0.99", "percent"),
             Finding("sonew-gpu", "with Muon instead", "Muon", "percent", ("AdamW", "SONew")),
             Finding(
                 "sonew-cpu",
@@ -204,7 +216,7 @@ def change_text(difference, baseline, kind):
         return f"{100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%{unclear}"
     if kind == "log10":
         low, high = 10 ** (mean - half_width), 10 ** (mean + half_width)
-        return f"x {10**mean:.3g} ({low:.3g} to {high:.3g})"
+        return f"x {10**mean:#.3g} ({low:.3g} to {high:.3g})"
     digits = 4 if 0 < half_width < 0.01 else 2
     return f"{mean:+.{digits}f} ± {half_width:.{digits}f}{unclear}"
 
