@@ -65,6 +65,7 @@ def build(module, cases):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # the assembler's report comes only with compilation, not from Triton's cache
     environment |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, with the same registers
     job = json.dumps([module, [asdict(case) for case in cases]], default=encode_dtype)
     command = [sys.executable, "-m", "tests.build"]
     done = subprocess.run(
