@@ -9,16 +9,17 @@ LASER attends to exp(v), then takes the logarithm, in each channel by itself:
     p_ij = softmax_j(q_i . k_j / sqrt(D))    over the keys j <= i
     out_i = log sum_j p_ij exp(v_j)
 
-    d out_i / d logit_ij = p_ij (exp(v_j - out_i) - 1)
+    d out_i / d logit_ij = b_ij - p_ij    where b_ij = p_ij exp(v_j - out_i)
 
-So keys with a value well above the output get a larger gradient. The output
-lies between that of softmax attention and the largest value seen; adding c to v
-adds c to it.
+b_ij is the share of key j in the sum. It can be near 1 where p_ij is near 0, if
+v_j is far above the other values. Then the gradient is large. The output lies
+between that of softmax attention and the largest value seen; adding c to v adds
+c to it.
 
-Where we depart from the paper: it subtracts the maximum of v over all keys
-before exp. Then a single future value 110 above the others makes all earlier
-outputs underflow to log 0. We sort the values into bands of width 64, subtract
-the center of each band, and add up the bands in log space:
+Where we depart from the paper: before exp, it subtracts the maximum of v over
+all keys, in each channel. Then a single future value 110 above the others makes
+all earlier outputs underflow to log 0. We sort the values into bands of width
+64, subtract the center of each band, and add up the bands in log space:
 
     band     [-96, -32]  [-32, 32]  [32, 96]
     center       -64         0         64
@@ -26,7 +27,7 @@ the center of each band, and add up the bands in log space:
 So future tokens do not change the output, except by rounding on a GPU (see
 kernels/laser.py).
 
-    python laser.py                 a study of the gradients: a minute, CPU
+    python laser.py                 a study of the gradients: two minutes, CPU
     python train.py --attn laser    train with it
 """
 
@@ -47,7 +48,7 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None
 
-BAND = 64.0  # width of a band: values are within 32 of its center, and float32 can hold exp(32)
+BAND = 64.0  # width of a band: values are within 32 of its center, and float32 holds exp(+-32)
 
 
 def causal_mask(Tq, Tk, device):
@@ -82,8 +83,9 @@ def reference(q, k, v):
 def attention(q, k, v):
     """Compute what `reference` does, without a (Tq, Tk, D) tensor. This is the function to use.
 
-    Runs kernels/laser.py on a GPU. Runs in PyTorch on a CPU, in float64, without Triton, or if
-    D > 128; torch.compile(fullgraph=True) then fails. Raises ValueError if the shapes do not fit.
+    On a GPU it runs kernels/laser.py. On a CPU, for float64, without Triton, or if D > 128, it runs
+    attention_torch, and torch.compile(fullgraph=True) then fails. Raises ValueError if the shapes
+    do not fit.
     """
     check_shapes(q, k, v)
     if q.numel() == 0:
@@ -144,7 +146,7 @@ def attention_torch(q, k, v):
 def nearest_center(v):
     """Return the center of the band of each value, a multiple of BAND; 0 for inf and NaN.
 
-    So infinity and NaN reach the outputs of their own sequence through the band around 0.
+    Infinity and NaN count to the band around 0, and reach the outputs of their own sequence there.
     """
     return ((v / BAND).round() * BAND).nan_to_num(0, posinf=0, neginf=0)
 
@@ -152,6 +154,7 @@ def nearest_center(v):
 @torch.compiler.disable
 def band_centers(v):
     """Return the centers of all bands that v has values in."""
+    # usually there is only one, which is known without looking at each value
     low, high = torch.aminmax(v)  # both are NaN if a value is
     center = nearest_center(low)
     if center == nearest_center(high) and (high - low).isfinite():
@@ -164,7 +167,7 @@ def attend(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
-    is_causal = False  # plain bools: torch.compile would make Tq == Tk symbolic
+    is_causal = False  # set below: under torch.compile Tq == Tk is symbolic, this must be a bool
     is_gqa = False
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys
         mask = causal_mask(Tq, Tk, q.device)

@@ -28,10 +28,11 @@ B C replaces B, the basis is rotated, but spans the same space. A step of a is
 The update of b is the same with the letters exchanged. Both use a and b as they
 were before the step. The decays d1 and d2 approach beta1 and beta2.
 
-Clipping first scales h by min(1, clip / |h|), where |h| is the norm over both
-factors of all pairs. Clipping the raw gradients would break the invariance.
-With escape=True, rho is the "escaped mass": what V loses in P V P^T, if the new
-basis spans another space than the old one. By default, rho is 0.
+Before that, h is clipped: scaled by min(1, clip / |h|), where |h| is the norm
+over both factors of all pairs. Clipping the raw gradients would break the
+invariance. rho is 0, unless escape=True: then it is the "escaped mass", a
+running sum with decay d2 of what V loses in P V P^T, if the new basis spans
+another space than the old one.
 
 Where we depart from the paper:
 - We compute no QR decomposition and store no U. Any Rb with Rb^T Rb = b^T b
@@ -40,15 +41,18 @@ Where we depart from the paper:
   follow from such Gram matrices, in float64. See `projection` for P.
 - The released code skips steps with a large h. This stops training if the loss
   is multiplied by 1e3, so we do not skip them.
+- The paper's algorithm has the escaped mass. By default we leave it out, as the
+  released code does.
 
 Start with B = 0 or with factors of ordinary size. The step of A, lr M Rb^-T, is
-inversely proportional to the size of B. With a tiny B, the first steps of Z are
-huge, about lr^2 / |B|, since clip limits gradients and not steps.
+inversely proportional to the size of B. With a tiny B, the product of the first
+steps of B and A is huge, about lr^2 / (|A| |B|). clip does not prevent that: it
+limits gradients and not steps.
 
 On a GPU, kernels/lora_rite.py steps all pairs in four launches. To use
 LoRA-RITE in another project, copy both files.
 
-    python lora_rite.py             the drift between factorizations
+    python lora_rite.py             the drift under reparametrisation
     python train.py --init DIR --adapter lora_rite:rank=16 --optim lora_rite
 """
 
@@ -156,7 +160,7 @@ class FactorState(NamedTuple):
 def unpack(packed, rank):
     """Return a FactorState of views into packed (..., 2 r^2 + 5).
 
-    Each line of `packed` is one factor: V and R_inv with r^2 numbers each, then the five scalars.
+    Each row of `packed` is one factor: V and R_inv with r^2 numbers each, then the five scalars.
     """
     matrices = packed[..., :-5].unflatten(-1, (2, rank, rank))  # (..., 2, r, r): V and R_inv
     numbers = packed[..., -5:, None, None]  # (..., 5, 1, 1)
@@ -203,13 +207,13 @@ def projection(Ry_inv, yy, yM, x_old, y_old):
 
 
 def tall(tensors):
-    """Return all A (r, n), then all B (m, r), as two lists of views: all A^T (n, r), and all B."""
+    """Split a list, all A (r, n) and then all B (m, r), into those of all A^T, views, and all B."""
     N = len(tensors) // 2
     return [A.mT for A in tensors[:N]], tensors[N:]
 
 
 def gram(xs, ys):
-    """Return x^T y in float64, (2, N, r, r). xs, ys: two tensors each, of all A^T and of all B."""
+    """Return x^T y of each factor in float64, (2, N, r, r). xs, ys: [all A^T, all B] each."""
     return torch.stack([x.double().mT @ y.double() for x, y in zip(xs, ys)])
 
 
@@ -222,16 +226,17 @@ class TorchBatch:
     Clipping needs the norm over the pairs of all batches, so a step has two halves: `measure` on
     every batch, then `finish` on every batch. kernel.KernelBatch has the same two methods.
 
-    x is a factor as a tall matrix (rows, r): A^T or B. y is its partner, the other factor of the
-    pair. Tall matrices are in two tensors, (N, n, r) of all A^T and (N, m, r) of all B. Of (r, r)
-    matrices there is one tensor, (2, N, r, r): first those of all A, then those of all B. If it
-    holds a matrix of each x, its flip(0) holds that of each y.
+    x is a factor as a tall matrix (rows, r): A^T (n, r) or B (m, r). y is its partner, the other
+    factor of the pair. A list of two tensors has a tall matrix for each x: all A^T (N, n, r), then
+    all B (N, m, r). One tensor (2, N, r, r) has an (r, r) matrix for each x: index 0 is for the A,
+    index 1 for the B. In its flip(0), the place of each x has the matrix of its partner y.
     """
 
     def __init__(self, parameters, states):
         self.parameters = parameters[0::2] + parameters[1::2]  # all A, then all B
         self.states = states[0::2] + states[1::2]
         A, B = parameters[:2]
+        # rows of x: n for each A^T, m for each B
         self.rows = torch.tensor([A.shape[1], B.shape[0]], device=A.device).view(2, 1, 1, 1)
         has_grad = [p.grad is not None for p in self.parameters]
         self.has_grad = torch.tensor(has_grad, device=A.device).view(2, -1, 1, 1)
@@ -390,7 +395,7 @@ class LoRARITE(torch.optim.Optimizer):
     eps           added to the root of the second moment of the unmagnified gradient
     clip          limit on the norm of the unmagnified gradients of all pairs; 0: no limit
     weight_decay  decoupled, x -= lr weight_decay x
-    escape        add what the second moment loses between bases to all its eigenvalues
+    escape        add the escaped mass rho to all eigenvalues of the second moment
     use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
 
     The state of a parameter is "M" in float32 or float64, and "packed": the numbers of its
@@ -554,7 +559,7 @@ class LoRARITE(torch.optim.Optimizer):
         return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
 
     def prepare(self):
-        """Build the batches of the next step; during a capture, their tables cannot be uploaded."""
+        """Build the batches of the next step: a capture of it could not copy their tables."""
         self.find_batches()
 
 
@@ -563,7 +568,12 @@ class LoRARITE(torch.optim.Optimizer):
 
 
 def optimizer(groups, lr, *, beta1=0.9, beta2=0.999, eps=1e-6, clip=1.0, escape=False):
-    """Build LoRA-RITE for --optim lora_rite; groups: the parameter groups from `adapt`."""
+    """Build LoRA-RITE for --optim lora_rite; groups: the parameter groups from `adapt`.
+
+    eps: added to the root of the second moment.
+    clip: limit on the norm of the unmagnified gradients of all pairs; 0: no limit.
+    escape: add the escaped mass to the second moment.
+    """
     return LoRARITE(groups, lr, (beta1, beta2), eps, clip=clip, escape=escape)
 
 

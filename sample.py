@@ -7,8 +7,8 @@ python sample.py --init DIR --export NEW     write it in Hugging Face's format
 
 The text goes to stdout while it is generated, everything else to stderr. A KV
 cache keeps the keys and values of earlier tokens. --no-cache recomputes them
-for each new token, which gives the same text. On a GPU, a model with softmax
-attention replays a CUDA graph for each token.
+for each new token; the text is the same, except for rounding. On a GPU, a model
+with softmax attention replays a CUDA graph for each token.
 """
 
 from support import cli
@@ -38,7 +38,7 @@ except ModuleNotFoundError as missing:
         raise
     kernels = None
 
-GREEDY_BELOW = 1e-20  # dividing logits by a lower temperature would overflow float32
+GREEDY_BELOW = 1e-20  # dividing logits by a much lower temperature would overflow float32
 
 # -- decoding --------------------------------------------------------------------------------------
 
@@ -225,8 +225,8 @@ def generate(
     cached: keep keys and values of earlier tokens; False: recompute them for each token.
     graph: decode with a CUDAGraphDecoder; needs softmax attention.
 
-    When the context is full, its older half is dropped and the cache is filled again, so the
-    tokens are the same with and without a cache.
+    When the context is full, its older half is dropped and the cache is filled again. So the tokens
+    are the same with and without a cache, except for rounding.
     """
     check_sampling(temperature, top_k, top_p)
     vocab_size = model.config.vocab_size
@@ -349,7 +349,10 @@ def encode_prompt(config, tokenizer, prompt):
 
 
 def export(folder, run, attn=None, dtype=None, is_trusted=False):
-    """Write the weights of a run as a Hugging Face folder, with adapters merged."""
+    """Write the weights of a run as a Hugging Face folder, with adapters merged.
+
+    attn, is_trusted: as in train.load_model. dtype: of the tensors; None: see huggingface.export.
+    """
     from support import huggingface
 
     model, tokenizer = train.load_model(run, attn=attn, is_trusted=is_trusted)
@@ -367,9 +370,9 @@ def show_sample(model, tokenizer, n, seed, stop):
 
 
 def main(argv=None):
-    """Generate a text from the command line; return {text, tokens_per_s, signal received or 0}."""
+    """Generate a text from the command line; return {"text", "tokens_per_s", "signal": or 0}."""
     plugin_flags = {"attn": train.PLUGINS["attn"]}
-    # the last argument says that no flag changes the defaults of others, as a preset would
+    # lambda: no flag changes the defaults of others, as a preset of train.py does
     (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], plugin_flags, lambda given: {})
     prompt = read_prompt(config.chat or config.prompt)
     run = run_folder.find_run(config.init)

@@ -4,33 +4,35 @@ A query scores *pairs* of keys: a first key from k and a second key from k2. One
 softmax runs over all pairs, and the output is the mean, with these weights, of
 the products of the pair's two values, from v and v2:
 
-    S_ijk = sum_l q_il k_jl k2_kl / sqrt(D)    P_i = softmax of S_i over (j, k)
-    o_i   = sum_jk P_ijk (v_j * v2_k)
+    S_ijc = sum_l q_il k_jl k2_cl / sqrt(D)    P_i = softmax of S_i over (j, c)
+    o_i   = sum_jc P_ijc (v_j * v2_c)
 
-i, j and k are positions, l is a channel, and * multiplies elementwise. Each
-query sees two windows (w1 is 512 in the paper, w2 is 32):
+i, j and c are the positions of the query and of its two keys, l is a channel,
+and * multiplies elementwise. Each query sees two windows (w1 is 512 in the
+paper, w2 is 32):
 
     k, v      [ i-w1+1 ..................... i ]    w1 positions j
-    k2, v2                 [ i-w2+1 ........ i ]    w2 positions k
+    k2, v2                 [ i-w2+1 ........ i ]    w2 positions c
 
 In the paper, every fourth layer is of this kind. For models of 2 billion active
 parameters and up, the paper claims a lower loss on mathematics and code after
 the same number of tokens, and a steeper scaling law.
 
-How to compute it: fix the distance d = i - k. Then this is ordinary attention
+How to compute it: fix the distance d = i - c. Then this is ordinary attention
 over (k, v) with the query q_i * k2_{i-d} and the window w1. Its output is a_id
 and its log-sum-exp e_id. The softmax over pairs is a mixture of w2 such
 attentions, d = 0 ... w2 - 1, so any flash attention can compute it:
 
     o_i = sum_d softmax_d(e_id) (a_id * v2_{i-d})
 
-Where we depart from the paper: these layers have no RoPE (`attention.rotary`),
-because a trilinear form changes when q, k and k2 are rotated by the same angle.
-The authors' code adds 1/D to k2 and 1 to v2, since v * v2 is tiny with
-untrained weights. The paper does not mention this, and we do not do it.
+What the paper leaves open: it does not say which position encoding these layers
+have. Ours have no RoPE (`attention.rotary`), because a trilinear form changes
+when q, k and k2 are rotated by the same angle. The authors' code adds 1/D to k2
+and 1 to v2, since v * v2 is tiny with untrained weights. Of this only the
+paper's listing has a trace, its text does not mention it, and we do not do it.
 
     python simplicial.py    can one layer find a triple, or compose two
-                            functions? three minutes on two CPU cores
+                            functions? seven minutes on two CPU cores
     python train.py --attn softmax,simplicial:w1=512:w2=32
 """
 
@@ -56,7 +58,7 @@ LOGITS_AT_ONCE = 2**25  # how many logits attention_torch has in memory at a tim
 
 
 def check(q, k, v, k2, v2, w1, w2):
-    """Raise ValueError unless the shapes fit together and both windows have a position."""
+    """Raise ValueError unless the shapes fit together, and w1 and w2 are at least 1."""
     tensors = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
     fits = all(t.dim() == 4 for t in tensors.values())
     if fits:
@@ -109,11 +111,11 @@ def reference(q, k, v, k2, v2, *, w1=512, w2=32):
     k2, exists2 = get_windows(k2, Tq, w2)  # (B, H, Tq, w2, D), (Tq, w2)
     v2, _ = get_windows(v2, Tq, w2)
 
-    # the logits of each query, k_j . (q * k2_k), and one softmax over all pairs (j, k)
+    # the logits of each query, k_j . (q * k2_c), and one softmax over all pairs (j, c)
     s = (k * D**-0.5) @ (q[..., None, :] * k2).transpose(-1, -2)  # (B, H, Tq, w1, w2)
     s = s.masked_fill(~(exists[:, :, None] & exists2[:, None]), -torch.inf)
     p = s.flatten(-2).softmax(-1).view(s.shape)
-    # o = sum_j v_j * (sum_k p_jk v2_k), where p @ v2 is the inner sum, (B, H, Tq, w1, D)
+    # o = sum_j v_j * (sum_c p_jc v2_c), where p @ v2 is the inner sum, (B, H, Tq, w1, D)
     return ((p @ v2) * v).sum(-2)
 
 
@@ -169,10 +171,10 @@ def attend(q, k, v, k2, v2, w1, w2):
 
 
 def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_ONCE):
-    """Compute 2-simplicial attention in PyTorch, one block of queries after the other.
+    """Compute 2-simplicial attention in PyTorch, one block of queries at a time.
 
     Computes in float32 or float64. If all blocks together have more than `logits_at_once` logits,
-    the backward pass recomputes them.
+    they use activation checkpointing. Under torch.compile there is only one block.
     """
     if q.numel() == 0:  # an empty result that still depends on every input
         return q + 0 * sum(t.sum() for t in (k, v, k2, v2))
@@ -192,8 +194,8 @@ def attention_torch(q, k, v, k2, v2, *, w1=512, w2=32, logits_at_once=LOGITS_AT_
     q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, Tq, D)
 
     # Take blocks of n queries, which together see about w1 + n keys, and w2 second keys each. For
-    # n <= w1, a block has at most 2 n B H w1 w2 logits. n is half a window, at least 16, or fewer
-    # if there would be more than logits_at_once.
+    # n <= w1, a block has at most 2 n B H w1 w2 logits. n is half of w1, but at least 16, or less
+    # where a block would have more than logits_at_once.
     if torch.compiler.is_compiling():  # torch.compile would unroll a loop for every length
         n = Tq
         starts = [0]
@@ -229,6 +231,9 @@ def warn_fallback(reason):
 def attention(q, k, v, k2, v2, *, w1=512, w2=32):
     """Compute 2-simplicial attention. Shapes as in `reference`; ValueError if they do not fit.
 
+    w1, w2: a query sees the last w1 positions of k and v and the last w2 of k2 and v2, its own
+    included.
+
     Runs kernels/simplicial.py on a GPU, otherwise PyTorch. The kernel supports head dimensions 16,
     32, 64 and 128 in float32, float16 and bfloat16.
     """
@@ -244,8 +249,8 @@ def attention(q, k, v, k2, v2, *, w1=512, w2=32):
     return attention_torch(q, k, v, k2, v2, w1=w1, w2=w2)
 
 
-attention.rotary = ()  # inputs that get RoPE
-attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # option that sets its window
+attention.rotary = ()  # inputs that get RoPE: none
+attention.windows = {"k": "w1", "v": "w1", "k2": "w2", "v2": "w2"}  # input: option with its window
 
 
 def main(argv=None):

@@ -35,8 +35,9 @@ For any b, psi_i has a weight for each successor, and L[i+k, i] = -psi_i[k]:
 
 Edge removal (Algorithm 3): coordinates form a chain, with an edge from each to
 its successors. Where s_i <= gamma S_0[i], the edges from i are dropped: psi_i
-becomes 0, and s_i becomes S_0[i]. A successor that is a linear combination of
-those before it loses its edge, too. So X stays positive definite.
+becomes 0, and s_i becomes S_0[i]. A successor that is nearly a linear
+combination of those before it loses its edge, too. So X stays positive
+definite.
 
 Grafting: u is scaled to the length of Adam's step, tensor by tensor. For b = 0
 u is m / S_0, Adam without its square root. Biases and gains take Adam's step.
@@ -45,13 +46,13 @@ Damping: eps scale^2 is added to S_0. scale is the size of a typical gradient:
 the mean of sqrt(S_0[i]) over the tensor after the previous step, and of |g_i|
 in the first step. So multiplying all gradients by a constant changes no step.
 
-Where we depart from the released code: it adds eps without a scale. 1e-8 is
-then fine for an autoencoder on MNIST, but exceeds S_0 in most coordinates of a
-GPT. In the grafting, it has an eps and does not correct the bias of Adam's
-variance: its first step is 1 / sqrt(1 - beta2) times too long. We remove edges
-relative to S_0, end chains with the rows of a matrix (chain="flat": with the
-tensor, as released), and skip the step of a tensor whose gradient is not
-finite.
+Where we depart from the released PyTorch code: it adds eps without a scale.
+1e-8 is then fine for an autoencoder on MNIST, but exceeds S_0 in most
+coordinates of a GPT. In the grafting, it has an eps and does not correct the
+bias of Adam's variance: its first step is 1 / sqrt(1 - beta2) times too long.
+We remove edges relative to S_0, end chains with the rows of a matrix
+(chain="flat": with the tensor, as released), and skip the step of a tensor
+whose gradient is not finite.
 
     python sonew.py                 the LogDet problem, an autoencoder on MNIST
     python train.py --optim sonew   train with it; sonew:help prints its options
@@ -78,7 +79,7 @@ except ModuleNotFoundError as missing:  # macOS and Windows
         raise
     kernel = None
 
-LEAST_SCALE = 1e-15  # the squares of smaller gradients lose precision in float32
+LEAST_SCALE = 1e-15  # a smaller scale counts as 0: squares of its gradients may underflow
 
 # --------------------------------------------------------------------------------------------------
 # The method, as pure functions. A tensor is viewed as (R, C): R chains of C coordinates each.
@@ -201,7 +202,7 @@ def bias_correction(beta, step):
 
 
 def unit_of(scale):
-    """Return what gradients are divided by, (): scale, or 1 if scale is too small."""
+    """Return the unit, (), that gradients are divided by: scale, but 1 if that is too small."""
     return torch.where(scale > LEAST_SCALE, scale, 1)
 
 
@@ -223,8 +224,8 @@ def directions(m, S, step, scale, beta1, beta2, eps, gamma):
     """Return SONew's direction u, Adam's direction a, and root = sqrt(S_0) / scale, (R, C) each.
 
     m, S: the momentum (R, C) and the list of b+1 statistics (R, C), after `step` gradients.
-    step, scale: (); the scale is the size of a typical gradient of this tensor. If it is 0 (all
-    gradients have been 0), u is the momentum.
+    step, scale: (); the scale is the size of a typical gradient of this tensor. If it is at most
+    LEAST_SCALE, as while all gradients have been 0, u is the momentum.
     """
     # correct the bias of the averages, and divide gradients by the scale: eps is relative to it
     unit = unit_of(scale)
@@ -256,7 +257,7 @@ class LocalParam(NamedTuple):
     is_adam: bool  # whether to take Adam's step, as for biases and gains
     numel: int  # coordinates on all processes together
     process_groups: tuple  # process groups over which the rows are sharded
-    shard: torch.Tensor | None = None  # the parameter: p itself, or where p is a copy, its original
+    shard: torch.Tensor | None = None  # this process's part of the parameter; p may be a copy of it
 
 
 def to_local(t):
@@ -326,7 +327,7 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
         m = state["m"].to(dtype).view_as(g)
         S = [state[f"s{k}"].to(dtype).view_as(g) for k in range(param.band + 1)]
 
-        # add g to them and store them
+        # update m and S with g, and store them
         m, S, is_good = update_statistics(g, m, S, beta1, beta2)
         state["step"] += 1
         state["m"].copy_(m.view_as(param.p))
@@ -337,7 +338,8 @@ def step_torch(params, *, lr, weight_decay, beta1, beta2, eps, gamma):
         scale = state["scale"]
         u, a, root = directions(m, S, state["step"], scale, beta1, beta2, eps, gamma)
 
-        # sum over all shards; root also gives the next scale, and is inf where g is not finite
+        # sums over all shards: |a|^2, |u|^2, and root, whose mean is the factor to the next scale;
+        # it is infinite if an entry of g is not finite, and then no shard takes the step
         root = torch.where(is_good, root, math.inf)
         sums = torch.stack([a.square().sum(), u.square().sum(), root.sum()])
         for process_group in param.process_groups:
@@ -365,10 +367,11 @@ class SONew(torch.optim.Optimizer):
     band: b, the number of successors of a coordinate, 0 to 4. The state of a parameter is b + 2
         tensors of its shape (momentum and statistics) and three scalars.
     gamma: a coordinate is not predicted from its successors if the error would be at most this
-        fraction of its variance. With bf16_state at least 2^-7, the rounding error of bfloat16.
+        fraction of its variance. With bf16_state at least 2^-7, the epsilon of bfloat16.
     chain: "row", one chain per p[i].flatten(), or "flat", one through the whole tensor.
     bf16_state: keep momentum and statistics in bfloat16; else in float32 (float64 for float64).
-    use_kernel: use the Triton kernel. None: for CUDA tensors; False: never; True: always.
+    use_kernel: use the Triton kernel. None: for CUDA tensors but float64; False: never; True:
+        always.
 
     A gradient entry that is not finite, or whose square is not, counts as 0 in the statistics. Its
     tensor skips that step, which state["skipped"] counts. No step waits for the device.
@@ -378,7 +381,7 @@ class SONew(torch.optim.Optimizer):
     """
 
     # A CUDA graph can capture step() after prepare(): no step waits for the device, lr may be a
-    # tensor on the device, and plan_cache keeps the tables alive that a replay reads
+    # tensor on the device, and plan_cache keeps the tables of addresses that a replay reads
     capturable = True
     use_kernel = None  # copies of the optimizer skip __init__, so these two need a default
     plan_cache = None
@@ -560,7 +563,15 @@ def optimizer(
     chain="row",
     bf16_state=False,
 ):
-    """Build SONew for train.py --optim sonew:option=value."""
+    """Build SONew for train.py --optim sonew:option=value.
+
+    beta1, beta2: decays of the momentum and of the statistics.
+    eps: damping, relative to the square of a typical gradient.
+    band: the number of successors of a coordinate that predict it, 0 to 4.
+    gamma: they do not, if at most this fraction of its variance would stay unexplained.
+    chain: "row": successors end with the row of a matrix; "flat": with the whole tensor.
+    bf16_state: keep momentum and statistics in bfloat16.
+    """
     options = {"band": band, "gamma": gamma, "chain": chain, "bf16_state": bf16_state}
     return SONew(groups, lr, (beta1, beta2), eps, **options)
 

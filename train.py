@@ -18,7 +18,7 @@ torchrun --nproc-per-node 8 train.py      on 8 GPUs; --fsdp shards the model
 
 A run writes ckpt.pt, config.json, log.csv and loss.png to out/NAME/; sample.py
 generates text from it. Exit status: 0 done, 1 the loss was not finite, 2 bad
-input, 128 + signal when stopped (the run is saved first).
+input, 128 + signal when stopped (in training, the run is saved first).
 """
 
 from support import cli
@@ -226,7 +226,7 @@ def softmax_attention(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
-    is_causal = False  # plain bools: torch.compile would make Tq == Tk symbolic
+    is_causal = False  # set below: under torch.compile Tq == Tk is symbolic, this must be a bool
     is_grouped = False
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys, not the last
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
@@ -340,8 +340,8 @@ class GPT(nn.Module):
         """Return the loss if there are targets (B, T), otherwise the logits (B, T, V).
 
         The loss is the sum of the cross-entropies in nats over all targets >= 0, divided by
-        `count`, by default their number. cache: a list with one KV cache per layer. idx (B, T)
-        continues the cached text, and the logits are those of the last position, (B, 1, V).
+        `count`, by default their number. cache: a list with one KV cache per layer. With it, idx
+        (B, T) continues the cached text, and the logits are those of the last position, (B, 1, V).
         """
         start = cache[0].length if cache else 0
         head_dim = self.config.head_dim
@@ -393,6 +393,7 @@ def linear_cross_entropy(x, weight, targets, count=None):
     """
     if count is None:
         count = (targets >= 0).sum().clamp(min=1)
+    # inside forward() gradients are always off, so ask here whether they are needed
     return LinearCrossEntropy.apply(x, weight, targets, count, torch.is_grad_enabled())
 
 
@@ -445,7 +446,8 @@ def cross_entropy_chunk(logits, targets, scale, with_grad):
     """Return the sum of scale * cross-entropy over the rows, and its gradient.
 
     logits (R, V), targets (R, 1), scale (R, 1) -> scalar, gradient for the logits (R, V) or None.
-    For logits z of a row: cross-entropy = logsumexp(z) - z[target], gradient = softmax(z) - onehot
+    For logits z of a row: cross-entropy = logsumexp(z) - z[target], gradient = softmax(z) - onehot.
+    A row with a target below 0 has scale 0, so it adds nothing.
     """
     z = logits.to(scale.dtype)
     lse = z.logsumexp(-1, keepdim=True)  # (R, 1)
@@ -522,7 +524,11 @@ def init_weights(model, seed):
 
 
 def load_checkpoint(folder, modules=()):
-    """Return a validated checkpoint. Its settings in `modules` may name only our own modules."""
+    """Load and validate a checkpoint.
+
+    modules: the settings, such as "attn", whose module is imported because the checkpoint names it,
+    and not the user. It must then be a module of this repository.
+    """
     config_types = {"model": GPTConfig, "run": RunConfig}
     return checkpoint.load(folder, config_types, PLUGINS, modules)
 
@@ -531,7 +537,7 @@ def load_model(folder, device="cpu", dtype=torch.float32, attn=None, is_trusted=
     """Return the GPT of a run or Hugging Face folder, ready to use, and its tokenizer.
 
     Adapters are merged. dtype: of matrices and activations. attn: an attention to use instead of
-    its own. is_trusted: whether it may name modules from outside this repository.
+    the checkpoint's. is_trusted: let the checkpoint name modules from outside this repository.
     """
     # check the checkpoint before memory is allocated for it
     modules = ["adapter"] if attn else ["attn", "adapter"]
@@ -630,7 +636,10 @@ class Step:
         self.clip = clip or math.inf
 
     def forward(self, batch):
-        """Run all micro-batches, except for the backward pass of the last; return the mean loss."""
+        """Run all micro-batches, except for the backward pass of the last; return the rank's loss.
+
+        Its mean over the ranks is the mean loss over all targets.
+        """
         micro_batches, count = batch
         count = count / world_size()  # gradients are averaged over ranks, but count is the total
         total_loss = 0.0
@@ -705,7 +714,7 @@ def evaluate(net, text, run, block_size, micro_batch, device, stop=None):
         tokens = data.read_sequences(text.val, starts[chunk], block_size)  # (micro_batch, T + 1)
         tokens[~is_counted[chunk]] = -1  # no loss on targets of -1
         x, y = data.to_device(tokens, device)
-        total_loss += net(x, y, 1)
+        total_loss += net(x, y, 1)  # count = 1: the sum of the losses, not their mean
         count += int((tokens[:, 1:] >= 0).sum())
     total_loss, count = distributed.mean_over_ranks(total_loss, count).tolist()
     return total_loss / max(1, count)
@@ -748,10 +757,10 @@ def train_in(out, gpt_config, run, launch, device, origin):
     """Train in the folder `out`, which `train` has locked, from the checkpoint in `origin`."""
     micro_batch = distributed.micro_batch_size(run.batch_size, run.micro_batch)
 
-    # checkpoint to start from (--init imports the adapter in it, to merge it), tokenizer, data
+    # checkpoint to start from, tokenizer, data
     saved = None
     if origin is not None:
-        saved = load_checkpoint(origin, [] if launch.resume else ["adapter"])
+        saved = load_checkpoint(origin, [] if launch.resume else ["adapter"])  # --init merges it
     tokenizer = data.get_tokenizer(run.tokenizer, saved)
     T = gpt_config.block_size
     gpt_config = set_vocab_size(gpt_config, tokenizer)
@@ -767,7 +776,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
     if launch.resume:
         checkpoint.check_unchanged(saved, [gpt_config, run], text.fingerprint, origin)
 
-    # model and optimizer; one that has clips_gradients = False gets the gradients unclipped
+    # model and optimizer; an optimizer with clips_gradients = False gets unclipped gradients
     model, groups = build_model(gpt_config, run, launch, device, saved)
     net = distributed.data_parallel(model)
     print0(f"model    {model.summary()}, {run.optim} ({launch.model or origin})")
@@ -832,7 +841,7 @@ def train_in(out, gpt_config, run, launch, device, origin):
             if val_loss is not None:
                 row.update(val_loss=val_loss, val_bpb=val_loss * text.bits_per_byte)
 
-            # log and save, and only then print, since printing may fail
+            # log and save before printing
             log.append(row)
             result.update(row)
             if is_due or step == last_step or stop.now:

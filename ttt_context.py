@@ -1,13 +1,14 @@
 """Query-only test-time training on a long prompt (arXiv 2512.13898).
 
 A long context dilutes softmax attention. One relevant key among T (the needle)
-gets probability 1 - e if its logit z_* exceeds every other logit z_j by a
-margin that grows with T:
+gets at least probability 1 - e if its logit z_* exceeds every other logit z_j
+by a margin that grows with T:
 
     z_* - z_j >= log((T - 1) (1 - e) / e)
 
-Thinking longer helps little: each new token reads the context through the same
-attention. The paper (Bansal et al.) spends that compute on the queries instead:
+The paper (Bansal et al.) argues that thinking longer helps little, since each
+new token reads the context through the same attention. It spends that compute
+on the queries instead:
 
     1. Read the prompt once, and freeze its keys and values.
     2. Take a few AdamW steps on the query projections W_Q of all layers. The
@@ -31,7 +32,7 @@ the loss on these held-out spans is reported.
 
     python ttt_context.py --prompt my.txt --question "Who is the narrator?"
     python ttt_context.py --prompt my.txt --init newest    your own newest run
-    python ttt_context.py --experiment                     a study on a CPU
+    python ttt_context.py --experiment                     20 minutes on a CPU
     python ttt_context.py --experiment --full              and on GPUs
     python ttt_context.py --experiment --help              its options
 """
@@ -66,8 +67,8 @@ except ModuleNotFoundError as missing:
     kernel = None  # then the attention of spans runs in PyTorch
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # small enough for a CPU
-# The most that one attention call may compute while a prompt is read on a CPU: about two seconds of
-# two cores. Python handles Ctrl-C only between calls.
+# Most FLOPs of one attention call while a prompt is read on a CPU: about two seconds on two cores.
+# Python handles Ctrl-C only between calls.
 FLOPS_PER_CALL = 8e10
 
 # --------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def split_prompt(model, ids):
     """Split a prompt, ids (T), into the pieces that `prefill` reads in one forward pass each.
 
     On a GPU it is one piece. On a CPU the pieces get shorter towards the end of the prompt, so that
-    all of them have about as many pairs of a query and a key.
+    all have about the same number of pairs of a query and a key.
     """
     if ids.device.type != "cpu":
         return [ids]
@@ -183,7 +184,7 @@ def span_loss(model, caches, ids, starts, n):
     cos, sin = train.rope_angles(0, T, config.head_dim, config.rope_theta, ids.device)
 
     # Run the layers on the spans, with attention to the frozen cache. They also compute keys and
-    # values of the spans, which are not used. In Qwen3-4B these are 3% of the FLOPs of a step.
+    # values of the spans, which are not used. In Qwen3-4B these are 2% of the FLOPs of a step.
     x = model.embed_tokens(ids[positions]).to(model.dtype)  # (S, n, C)
     use_kernel = can_use_kernel(model)
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -334,8 +335,8 @@ def encode_prompt(tokenizer, prompt, question=""):
     """Return the token ids of the context, and those of the question.
 
     With a chat template, both together are one user message. Otherwise both are plain text. The
-    question gets at least the last token, since the model needs one that is not in the cache of the
-    context to continue from.
+    question has at least the last token, because decoding starts from a token that is not in the
+    cache of the context.
     """
     if question and getattr(tokenizer, "chat_template", None):
         # the context is what the tokens have in common with those of a message without the
@@ -369,7 +370,7 @@ def progress_of_layers(model, n_passes, label):
     with tqdm(total=n_passes * len(model.layers), unit="layer", desc=label) as bar:
 
         def show(layer, inputs, x):
-            x[0, -1, 0].item()  # wait for the device
+            x[0, -1, 0].item()  # wait until the device has computed this layer
             bar.update()
 
         hooks = [layer.register_forward_hook(show) for layer in model.layers]

@@ -11,7 +11,7 @@ not if train.py clips the gradients before, because their norm depends on the
 factors. AdamW is not invariant, nor is LoRA+ (Hayou, Ghosh and Yu, ICML 2024,
 arXiv 2402.12354), which is AdamW with a larger learning rate for B.
 
-    python lora_rite.py           a minute on two CPU cores
+    python lora_rite.py           two minutes on two CPU cores
     python lora_rite.py --full    fine-tuning of a real model, on GPUs
     python train.py --init HuggingFaceTB/SmolLM2-135M --data answers.jsonl
         --adapter lora_rite --optim lora_rite    fine-tune with it

@@ -15,7 +15,7 @@ a loss of 206, late or not at all, at every setting of the sweep. Ablations:
 
 Part 2: how far is the closed form, on real gradients, from the exact inverse?
 
-    python sonew.py                 two minutes on two CPU cores
+    python sonew.py                 four minutes on two CPU cores
     python sonew.py --full          language models, on GPUs
     python train.py --optim sonew   train a GPT with it
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # where the maximum starts: -inf - -inf is NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite first maximum, as -inf - -inf is NaN
 CONFIG = (8192, 8)  # BLOCK (logits that a program loads at once), warps per program
 
 
@@ -40,7 +40,7 @@ def cross_entropy_kernel(
         cols = start + offs_v
         z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)  # [BLOCK]
         m_new = tl.maximum(m_i, tl.max(z, 0))
-        # exp(m_i - m_new) changes the sum so far from the old maximum to the new one
+        # exp(m_i - m_new) rescales the sum so far to the new maximum
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(z - m_new), 0)
         m_i = m_new
     lse = m_i + tl.log(l_i)
@@ -59,8 +59,9 @@ def cross_entropy_kernel(
 def cross_entropy(logits, targets, scale, with_grad, config=CONFIG):
     """Return the sum of scale * cross-entropy over the rows, in float32, and its gradient or None.
 
-    logits (R, V): overwritten by the gradient, if it is asked for. targets (R, 1): int64.
-    scale (R, 1): float32, 0 where a target is negative. config: logits per block, warps.
+    logits (R, V): overwritten by their gradient if with_grad. targets (R, 1): int64; a row with a
+    negative one is ignored, and its scale must be 0. scale (R, 1): float32. config: logits per
+    block, warps.
     Raises ValueError if a row is not contiguous, or has too many logits for 32-bit offsets.
     """
     R, V = logits.shape

@@ -2,7 +2,7 @@
 
     norm_linear_kernel    q, k, v = W RMSNorm(x) + b; after the last layer, logits = W RMSNorm(x)
     attention_kernel      QK-norm, RoPE, append to the KV cache, attention over a split of the keys
-    combine_kernel        out = sum_s exp(lse_s - lse) out_s over the splits s
+    combine_kernel        out = sum_s 2^(lse_s - lse) out_s over the splits s, lse in base 2
     linear_add_kernel     x += W out
     norm_swiglu_kernel    hidden = silu(W_gate RMSNorm(x)) * (W_up RMSNorm(x))
     linear_add_kernel     x += W hidden
@@ -83,7 +83,7 @@ def matvec(
     eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute R numbers of W x or, with NORM, of W RMSNorm(x): [R]
+    """Compute R numbers, one per pointer in w_row_ptrs, of W x or, with NORM, W RMSNorm(x): [R]
 
     RMSNorm(x) = gain x / rms(x) with rms(x) = sqrt(mean(x^2) + eps). Since rms(x) is one number,
     we multiply W by gain x, and divide the result by rms(x).

@@ -30,16 +30,16 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
-MAX_RANGE = tl.constexpr(64.0)  # exp(+-32) is far from both ends of bfloat16 and float32
-BLOCK_T = 32  # positions per block of the elementwise and fallback kernels
+MAX_RANGE = tl.constexpr(64.0)  # values are at most 40 from the center, and exp(+-40) fits bfloat16
+BLOCK_T = 32  # positions per block of the elementwise and fallback kernels; of exp_kernel, 4 x 32
 SLICE = 16  # channels per program of exp_kernel
-FALLBACK_PROGRAMS = 1024  # at most: each has to check whether its head needs the fallback
+FALLBACK_PROGRAMS = 1024  # per launch, or one per head if those are more; most exit at once
 
 
 # --------------------------------------------------------------------------------------------------
 # Loads and stores. Each program computes a block of positions of one head of one batch entry, and
-# the grid is (blocks, B * heads). GROUP query heads share a key/value head, hkv. In memory, tensors
-# are (B, T, H, D):
+# the grid is (blocks, B * heads); in exp_kernel, a block is SLICE channels at all positions. GROUP
+# query heads share a key/value head, hkv. In memory, tensors are (B, T, H, D):
 #     element (b, t, h, d) is at ((b T + t) H + h) D + d  =  (b T H + h) D  +  t (H D)  +  d
 #                                                            start of head    position    channel
 
@@ -94,7 +94,7 @@ def exp_kernel(
 
     shift is 1 in channels where all values are near the center. There exp(v - center) is close to
     1, where bfloat16 keeps few digits, so exp_v is exp(v - center) - 1 instead. Rows of p sum to 1,
-    so x = p @ exp_v is 1 too small as well, and log_kernel adds the 1 again. Otherwise shift is 0.
+    so this makes x = p @ exp_v smaller by 1, which log_kernel adds again. Otherwise shift is 0.
     """
     b, hkv = batch_and_head(HKV)
     offs_t = tl.arange(0, BLOCK_T)[:, None]
@@ -125,7 +125,7 @@ def exp_kernel(
     center = tl.where(is_constant, low, center)  # then exp_v is 0 and out is exactly v
     shift = use_shift.to(tl.float32)
 
-    # -- store the numbers of each channel; in a wide one, exp would overflow --
+    # -- store center, shift and is_wide: in a wide channel, exp could overflow or underflow --
     is_narrow = high - low <= MAX_RANGE  # false for inf - inf
     offs_c = (b * HKV + hkv) * D + offs_d
     tl.store(center_ptr + offs_c, center)
@@ -380,8 +380,9 @@ def fallback_fwd_kernel(
 ):  # fmt: skip
     """Compute out = logsumexp_j(qk + v) - logsumexp_j(qk), for heads with a wide channel only.
 
-    Wide: with values more than MAX_RANGE apart, inf or NaN. The backward pass needs v and out in
-    full precision, so this also stores v in exp_v, and in x the rounding error of out.
+    Wide: with values more than MAX_RANGE apart, inf or NaN. The backward pass needs v, and out with
+    more digits than it is stored with, so this also stores v in exp_v, and the rounding error of
+    out in x.
     """
     b, h = batch_and_head(H)
     hkv = h // GROUP  # the key/value head that query head h uses
@@ -439,7 +440,7 @@ def fallback_bwd_kernel(
     HKV = H // GROUP
     b, hkv = batch_and_head(HKV)
     if tl.max(load_channels(is_wide_ptr, b, hkv, HKV, D), 0) == 0:
-        return  # no channel of this head is too wide for exp
+        return  # no channel of this head is wide
     first_block = tl.program_id(0) * BLOCK_T  # the first position of this program's first block
     step = tl.num_programs(0) * BLOCK_T  # from one of its blocks to the next
     past = Tk - Tq  # positions before the first query
@@ -530,7 +531,7 @@ def launch(kernel, grid, tensors, numbers, num_warps=4, num_stages=3, **constant
 def get_configs(dtype, D, is_hopper):
     """Return the launch options of attn_fwd_kernel, attn_bwd_dq_kernel and attn_bwd_dkdv_kernel."""
     # (BLOCK_M, BLOCK_N, num_warps, num_stages) of the three kernels, in this order
-    # the fastest ones measured; see NOTES.md
+    # the fastest ones measured that spill no registers; see NOTES.md
     if dtype == torch.float32:
         configs = (32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2)
     elif dtype == torch.float16:
@@ -568,7 +569,7 @@ def can_use_cudnn(q, k, exp_v):
     if torch.are_deterministic_algorithms_enabled():
         return False
     is_gqa = q.shape[1] != k.shape[1]  # grouped-query attention
-    # the numbers after q, k and exp_v: no mask, no dropout, causal
+    # the arguments after q, k and exp_v: no mask, no dropout, causal
     params = torch.backends.cuda.SDPAParams(q, k, exp_v, None, 0.0, True, is_gqa)
     return torch.backends.cuda.can_use_cudnn_attention(params)
 

@@ -28,7 +28,7 @@ import triton.language as tl
 MAX_RANK = 64
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# The keys of these tables are R: the rank, rounded up to a power of two and to at least 16. All
+# The keys of these dicts are R: the rank, rounded up to a power of two and to at least 16. All
 # r x r matrices are padded to R x R. On sm_90, launches 1 and 4 spill no registers, and 2 and 3
 # spill at most 12 bytes per thread (72 at rank 64 with escape).
 TILE_ROWS = {16: 32, 32: 32, 64: 16}  # rows of x that a program of launch 1 or 4 loads at once
@@ -37,10 +37,10 @@ ROW_WARPS = {16: 2, 32: 8, 64: 8}  # warps in launches 1 and 4
 MATRIX_WARPS = {16: 1, 32: 4, 64: 16}  # warps in launches 2 and 3
 
 # The table, int64 (factors, COLUMNS), has one row for each factor: A, its B, the next A, its B, ...
-# If x is number `factor`, y is number factor ^ 1. `x_row_ptr` points to the row of x in the table,
-# whereas `rows` counts the rows of x. The columns are:
+# The partner of factor f is f ^ 1. row_ptr points to a row of this table, x_row_ptr to that of x;
+# `rows` is the number of rows of the tall matrix x. The columns are:
 X_PTR = tl.constexpr(0)
-GRAD_PTR = tl.constexpr(1)  # the address of x, if there is no gradient
+GRAD_PTR = tl.constexpr(1)  # without a gradient, the address of x: something that can be read
 M_PTR = tl.constexpr(2)  # first moment, stored like x
 STATE_PTR = tl.constexpr(3)  # see STATE_V below
 HAS_GRAD = tl.constexpr(4)
@@ -177,7 +177,7 @@ def self_gram(
 ):  # fmt: skip
     """Return x^T x of rows start, ..., end - 1 in float64, [R, R]. x is a factor or a gradient.
 
-    Values that are not finite count as 0. Also returns 1 if there are any, else 0.
+    Values that are not finite count as 0. Also returns a number that is 0 if there are none.
 
     Each iteration loads the tile of the next one. This hides the latency of the loads. Also, Triton
     3.6 cannot compile a float64 product of values loaded as bfloat16 in the same iteration.
@@ -223,7 +223,7 @@ def gram_chunk(
 ):  # fmt: skip
     """Store the three Gram matrices of rows start, ..., end - 1 of a factor.
 
-    Stores 1 at bad_ptr if the gradient has values that are not finite, else 0.
+    Stores 0 at bad_ptr if all values of the gradient are finite, else a positive number.
     """
     x_ptr = load_ptr(row_ptr, X_PTR, DTYPE, ALIGNED)
     g_ptr = load_ptr(row_ptr, GRAD_PTR, DTYPE, ALIGNED)
@@ -428,7 +428,7 @@ def inverse_root(
 def sum_partials(row_ptr, partial_ptr, which: tl.constexpr, R: tl.constexpr):
     """Return x^T x (which = XX), x^T M (XM) or grad^T grad (GG) of a factor, [R, R].
 
-    Launch 1 has stored a partial sum for each chunk of rows. row_ptr: of the factor, in the table.
+    row_ptr: the factor's row of the table. Launch 1 stored a partial sum for each chunk of rows.
     """
     acc = tl.zeros((R, R), tl.float64)
     first = tl.load(row_ptr + FIRST_PROGRAM)
@@ -700,7 +700,7 @@ def takes(A, B):
 
 
 class KernelBatch:
-    """Pairs of equal rank, dtype and device, which the kernels step as long as no tensor moves.
+    """Pairs of equal rank, dtype and device. It keeps addresses: it is valid until a tensor moves.
 
     parameters: [A (r, n), B (m, r), A, B, ...]; states: {"M", "packed"} for each. `packed` is a
     lora_rite.FactorState as one tensor.
@@ -776,7 +776,7 @@ class KernelBatch:
     def finish(self, total, lr, betas, eps, clip, weight_decay, escape):
         """Launch moment_kernel and update_kernel.
 
-        total: |h|^2 of all pairs, a tensor () on any device. clip: the largest |h|, or 0.
+        total: |h|^2 of all pairs, a tensor () on any device. clip: limit of |h|; 0: none.
         lr: a number or a tensor (). The host does not wait for a tensor on the device of the pairs.
         """
         device = self.table.device

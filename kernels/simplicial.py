@@ -5,8 +5,8 @@ is ordinary attention with the query q_i * k2_{i-d}. So the kernels compute rows
 query i with offset d, and it attends to k and v in the window w1. A tile is what a program computes
 at once: QUERIES queries with OFFSETS offsets each, ROWS = QUERIES * OFFSETS rows.
 
-    forward_kernel       o_i = sum_d share_{i,d} * (output of row (i, d)) * v2_{i-d}, where share
-                         is the part of the row in the softmax of query i over all its pairs
+    forward_kernel       o_i = sum_d weight_{i,d} * (output of row (i, d)) * v2_{i-d}, where weight
+                         is the softmax over d of the log-sum-exp of row (i, d)
     repair_kernel        again, with a running maximum, for queries with huge scores, inf or NaN
     dq_dk2_dv2_kernel    P = exp(S - lse_i), dP = (do_i * v2_{i-d}) . v_j, dS = P * (dP - delta_i)
                          dq_i = sum_d (dS K)_{i,d} * k2_{i-d}
@@ -48,9 +48,9 @@ VARYING = ["Tq", "Tk", "Tk2", "w1", "w2", "pieces", "piece", "buffer_rows", "pas
 
 
 # --------------------------------------------------------------------------------------------------
-# Tiles. A query is one query head at one position. The GROUP heads of a KV head are numbered
-# position by position, query = position * GROUP + head, so a number counts both. In q,
-# (GROUP, Tq, D), each head has its own Tq rows instead. For GROUP = 2 and Tq = 3:
+# Tiles. A query is one query head at one position. The GROUP heads of a KV head are interleaved:
+# query = position * GROUP + head. In memory they are not: q is (GROUP, Tq, D), so each head has Tq
+# rows of its own. For GROUP = 2 and Tq = 3:
 #     query       0  1  2  3  4  5
 #     position    0  0  1  1  2  2    query // GROUP
 #     head        0  1  0  1  0  1    query % GROUP
@@ -101,14 +101,14 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
     offset = index % chunks * OFFSETS + row % OFFSETS
 
     # -- position of the query in q, in k (i) and in k2 (i2): q has the last positions --
-    step = tl.minimum(query // GROUP, sizes.Tq - 1)  # rows past the end repeat the last position
+    step = tl.minimum(query // GROUP, sizes.Tq - 1)  # queries past the end get the last position
     i = step + sizes.Tk - sizes.Tq
     i2 = step + sizes.Tk2 - sizes.Tq
     exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
     # the query has min(i + 1, w1) * min(i2 + 1, w2) pairs: is that more than one?
     has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
 
-    # -- positions of the first and the last query in k: position in q, query // GROUP, + Tk - Tq --
+    # -- positions in k of the first and the last query --
     first_query = index // chunks * QUERIES
     last_query = first_query + QUERIES - 1
     first_position = tl.minimum(first_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
@@ -119,7 +119,7 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
 
 @triton.jit
 def own_rows(PADDED: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr):
-    """Return is_own [PADDED, ROWS]: does row r of a tile, query r // OFFSETS, belong to query q?
+    """Return is_own [PADDED, ROWS]: whether row r of a tile is one of its q-th query, r // OFFSETS.
 
     For QUERIES = OFFSETS = 2 it is [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], ...]: as a matrix, it
     sums the rows of each query.
@@ -146,10 +146,10 @@ def key_blocks(tile, w1, BLOCK_N: tl.constexpr):
         | EDGE | ... | EDGE |   BLOCK_N   |   BLOCK_N   | ... |   BLOCK_N   |
         first_key           first_block                                     end
 
-    Whole blocks of BLOCK_N keys end at the last query, and are as many as fit into a window. The
-    few keys before them, which not all rows see, take small blocks of EDGE keys. For w1 = 100,
-    BLOCK_N = 32 and queries at 496 ... 499: end = 500, first_block = 500 - 3 * 32 = 404, and
-    first_key = 496 - 99 = 397.
+    Whole blocks of BLOCK_N keys end at the last query, and are as many as fit into its window. So
+    they need a mask only where earlier queries do not see the last keys yet. The keys before them
+    take small, masked blocks of EDGE keys. For w1 = 100, BLOCK_N = 32 and queries at 496 ... 499:
+    end = 500, first_block = 500 - 3 * 32 = 404, and first_key = 496 - 99 = 397.
     """
     first_key = tl.maximum(tile.first_position - w1 + 1, 0)
     end = tile.last_position + 1
@@ -241,7 +241,7 @@ def attend_block(
 
     qk2 [ROWS, D]: q * k2 of the rows. k and v [BLOCK_N, D]: the block, from key `start` on.
     is_partial: whether some row does not see the whole block. needs_max: None, and m_i stays 0; or
-    which rows [ROWS] need a running maximum, while the others keep their bits.
+    [ROWS], which rows need a running maximum. The others get the same bits as with None.
     """
     # -- compute scores, in base 2 --
     s = tl.dot(qk2, tl.trans(k), input_precision=PRECISION)  # [ROWS, BLOCK_N]
@@ -298,8 +298,8 @@ def attend(
             needs_max, PRECISION,
         )  # fmt: skip
 
-    # -- the other keys, in blocks of BLOCK_N; is_partial: the first query of the tile comes before
-    # the last key of the block, start + BLOCK_N - 1, so it does not see that key --
+    # -- the other keys, in blocks of BLOCK_N --
+    # is_partial: the first query comes before the last key of the block, and does not see it
     for start in range(first_block, end, BLOCK_N):
         k = head.k_blocks.load([head.first_row + start, 0])  # [BLOCK_N, D]
         v = head.v_blocks.load([head.first_row + start, 0])
@@ -385,8 +385,9 @@ def forward_queries(
 ):  # fmt: skip
     """Compute o and lse of QUERIES queries, over all their offsets.
 
-    There is no running maximum: where a sum leaves the range of the dtype, o is NaN. With REPAIR,
-    such sums are computed with a maximum, and only the queries that had lse = inf are stored.
+    There is no running maximum: where l_i is not between LEAST and MOST, o and lse are NaN. With
+    REPAIR, such rows get a maximum, and only the queries that repair_kernel has marked by lse = inf
+    are stored.
     """
     ROWS: tl.constexpr = QUERIES * OFFSETS
     PADDED: tl.constexpr = QUERIES if QUERIES > 16 else 16  # a matrix product needs 16 rows
@@ -466,8 +467,10 @@ def repair_kernel(
 ):  # fmt: skip
     """Recompute queries with lse = inf or an o that is not finite, with a running maximum.
 
-    An inf in v reaches all rows of a tile, as 0 * inf = NaN. Usually there is nothing to repair, so
-    a program has TILES blocks of QUERIES queries, 128 queries together, and only reads lse and o.
+    The Hopper kernel stores lse = inf where a sum leaves the range of the dtype; forward_kernel
+    stores NaN in o. An inf in v reaches all rows of a tile, as 0 * inf = NaN. Usually there is
+    nothing to repair, so a program has TILES blocks of QUERIES queries, about 128 queries together,
+    and only reads lse and o.
     """
     TILES: tl.constexpr = max(1, REPAIR_QUERIES // QUERIES)
     sizes = Sizes(Tq, Tk, Tk2, w1, w2)
@@ -603,8 +606,8 @@ def attend_backward(
         k, v = load_keys(head.k_ptr, head.v_ptr, start, first_block, EDGE, D)
         pv, dsk = backward_block(pv, dsk, rows, k, v, start, first_block, w1, True, PRECISION)
 
-    # -- the other keys, in blocks of BLOCK_N; is_partial: the first query of the tile comes before
-    # the last key of the block, start + BLOCK_N - 1, so it does not see that key --
+    # -- the other keys, in blocks of BLOCK_N --
+    # is_partial: the first query comes before the last key of the block, and does not see it
     for start in range(first_block, end, BLOCK_N):
         k = load_block(head.k_ptr, start, BLOCK_N, D)
         v = load_block(head.v_ptr, start, BLOCK_N, D)
@@ -618,7 +621,7 @@ def k2_rows(
     tile, chunk, sizes, piece, buffer_rows,
     QUERIES: tl.constexpr, OFFSETS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Return which rows of a tile read which position of k2, and where it is in the buffer.
+    """Return which position of k2 each row of a tile reads, and the buffer row of each position.
 
     reads [K2_ROWS, ROWS]: 1 where row (i, d) reads the position, that is where it is i - d, else 0.
     For QUERIES = OFFSETS = 2 and queries at positions 5 and 6, the rows are (5, 0) (5, 1) (6, 0)
@@ -693,8 +696,8 @@ def dq_dk2_dv2_kernel(
         rows = load_row_inputs(head, tile, qk2, dov2)
         pv, dsk = attend_backward(head, rows, tile, w1, D, BLOCK_N, PRECISION)
 
-        # pv and dsk fill the registers. Barriers keep the loads below from moving up here, and the
-        # tile is computed again: the compiler cannot know that w1 > 0, so same_index is new to it.
+        # pv and dsk fill the registers, so compute the tile again. tl.where hides from the compiler
+        # that it is the same one (w1 > 0), and barriers keep the loads below from moving up here.
         same_index = tl.where(w1 > 0, tile_index, 0)
         same_bh = tl.where(w1 > 0, bh, 0)
         tile = make_tile(same_index, sizes, GROUP, QUERIES, OFFSETS)
@@ -772,7 +775,7 @@ def dk_dv_kernel(
     qk_scale = tl.cast(scale, tl.float32) * LOG2E
 
     # -- tiles with a query that sees one of these keys: positions first ... end - 1 of q --
-    # key j is seen by the queries at j ... j + w1 - 1 in k, whose numbers in q are Tk - Tq less
+    # key j is seen by queries at j ... j + w1 - 1, as positions in k; in q, they are Tk - Tq less
     first = tl.maximum(start - (Tk - Tq), 0)
     end = tl.minimum(start + BLOCK_N + w1 - 1, Tk) - (Tk - Tq)
     first_block = first * GROUP // QUERIES  # a block is QUERIES queries
@@ -904,7 +907,7 @@ def sum_buffers_kernel(
 
 
 class Config(NamedTuple):
-    """What get_options chooses per kernel, dtype, head dimension and GPU."""
+    """What get_config chooses per kernel, dtype, head dimension and GPU."""
 
     rows: int  # of a tile, queries times offsets
     block_n: int  # keys per block
@@ -1005,7 +1008,7 @@ def forward(
     tensors = q, k, v, k_blocks, v_blocks, k2, v2, o, lse
 
     tiles = triton.cdiv(H // Hkv * Tq, options["QUERIES"])  # blocks of QUERIES queries per KV head
-    # on Hopper in Gluon, which reads keys itself; else in Triton, which reads k_blocks too
+    # on Hopper by a Gluon kernel, which takes k and v; else by forward_kernel, also with k_blocks
     plan = hopper_plan(q, k, min(w1, Tk), min(w2, Tk2))
     if plan is not None:
         hopper.launch(plan, q, k, v, k2, v2, o, lse, sizes)

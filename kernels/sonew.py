@@ -68,7 +68,7 @@ class Options(NamedTuple):
     log_beta1: tl.tensor  # for the bias corrections, 1 - beta1^step
     log_beta2: tl.tensor
     eps: tl.tensor  # damping: eps scale^2 is added to S_0, where scale is a typical |g_i|
-    gamma: tl.tensor  # drop successors that predict g_i up to an error of at most gamma S_0[i]
+    gamma: tl.tensor  # edges of i are removed if they leave at most gamma S_0[i] unexplained
     weight_decay: tl.tensor
 
 
@@ -81,7 +81,7 @@ class Units(NamedTuple):
     m_factor: tl.tensor  # m is multiplied by this: 1 / scale, with bias correction
     S_factor: tl.tensor  # S_0 ... S_b are multiplied by this: 1 / scale^2, with bias correction
     has_scale: tl.tensor  # False while all gradients have been 0
-    gamma_or_inf: tl.tensor  # gamma; inf while all gradients have been 0
+    gamma_or_inf: tl.tensor  # gamma, or inf where has_scale is False; for sonew_fused.py
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def load_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def bias_correction(step, log_beta):
-    """Return 1 - beta^step without cancellation: in float32, 1 - 0.999 is off by 3e-5 of itself."""
+    """Return 1 - beta^step without cancellation: in float32, 1 - 0.999 is off by 1e-5 of itself."""
     x = step * log_beta  # the result is 1 - exp(x)
     # for small x by the Taylor series -x (1 + x/2 (1 + x/3 (1 + x/4 (1 + x/5 (1 + x/6)))))
     series = 1 + x * (1 / 6)
@@ -156,7 +156,7 @@ def solve(W, c, variance, s, gamma, N: tl.constexpr):
     """
     psi = ()  # a tuple of blocks, as kernels have no lists
     if N > 0:
-        # 1 / pivot; 0 drops a successor that those before it predict up to gamma of its variance
+        # 1 / pivot; 0, which drops the successor, if at most gamma of its variance is unexplained
         inverse = tl.where(W[0][0] > gamma * variance[0], 1 / W[0][0], 0.0)
 
         # subtract equation 0 from the others: W[p][q] -= W[p][0] / W[0][0] W[q][0], and so for c, s
@@ -561,11 +561,11 @@ class SimplePlan(Plan):
 
 
 def choose_plan(param):
-    """Return the fastest class of Plan for a parameter, and what it takes after `params`, a tuple.
+    """Return the fastest class of Plan for a parameter, and a tuple of its further arguments.
 
-    sonew_fused.py needs unsharded tensors whose sizes are multiples of four; sonew_hopper.py also
-    needs a u that fits into the shared memory of a Hopper GPU. Both files are optional. Their plans
-    take needs_halo, whether a chunk of a tensor needs copies of the elements next to it.
+    sonew_fused.py needs unsharded, aligned tensors whose sizes are multiples of four;
+    sonew_hopper.py also needs a u that fits into the shared memory of a Hopper GPU. Both files are
+    optional. Their plans take needs_halo: whether a chunk needs copies of the elements next to it.
     """
     try:
         from kernels import sonew_fused  # it imports this file
@@ -604,11 +604,11 @@ def make_plans(params):
 class PlanCache:
     """The plans of one optimizer."""
 
-    CAPACITY = 16  # gradients may alternate between a few places
+    CAPACITY = 16  # gradients may alternate between a few buffers
 
     def __init__(self):
         self.recent = {}  # key: plans
-        self.captured = []  # CUDA graphs read their tables at each replay
+        self.captured = []  # never freed: CUDA graphs read their tables at each replay
 
     def get(self, params):
         """Return the plans of a step for LocalParams, if possible those of a recent step."""

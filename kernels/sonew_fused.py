@@ -3,7 +3,8 @@
 Symbols are those of sonew.py: parameters p, gradient g, momentum m, statistics S_k[i] = the running
 mean of g_i g_{i+k} for k = 0 ... b (b: the band), direction u, and Adam's step a.
 
-A tensor is cut into chunks of about 1000 elements. A program takes a run: RUN consecutive chunks.
+A tensor is cut into chunks of at most 1024 elements (b = 0), 960 (b = 1) or 480 (b > 1). A program
+takes a run: RUN consecutive chunks.
 Half of the programs update m and S_k of their run, write u and sum a^2, u^2 and sqrt(S_0). The last
 of a tensor's programs to finish adds up the sums of all of them, in a fixed order. The other half
 of the programs wait for that and apply u: p -= lr (graft u + weight_decay p), graft = |a| / |u|.
@@ -11,10 +12,11 @@ These have higher numbers than those that they wait for. As programs start in or
 a program that has not started.
 
 Memory traffic per fp32 parameter: read g, m, S_k; write m, S_k; write and read u; read and write p:
-8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). Floor on an H200 for 125 M parameters at
-b = 1: 1.06 ms; measured: 1.42 ms (NOTES.md, step 6).
+8 b + 36 bytes where sonew.py needs 12 b + 48 (AdamW: 28). For 125 M parameters at b = 1, an H200
+copies as many bytes in 1.32 ms; measured: 1.42 ms (NOTES.md, step 6).
 
-Limits: sizes, chains and addresses are multiples of 4 elements; tensors are not sharded.
+Limits: sizes and, if b > 0, chains are multiples of 4 elements, and addresses of 16 bytes; tensors
+are not sharded.
 """
 
 import functools
@@ -78,9 +80,9 @@ FAR = tl.constexpr(2**29)  # longer than any chunk
 #     line 0   (e-4  ... e-1 )   e0   ... e3     ...   e116 ... e119   (e120 ... e123)
 #     line 1   (e116 ... e119)   e120 ... e123   ...   e236 ... e239   (e240 ... e243)
 # An element needs those up to 4 before and after it. They are in the same lane or in the lane next
-# to it, from which a warp shuffle gets them. As lanes 0 and 31 lack a neighbour, they are computed
-# for lanes 1 and 30 only, and not stored. Shuffles take one phase of a block, [32, LINES], at a
-# time. The argument L is the layout of blocks in Gluon, None in Triton.
+# to it, from which a warp shuffle gets them. Lanes 0 and 31 lack a neighbour: they serve lanes 1
+# and 30, and their own results are not stored. Shuffles take one phase of a block, [32, LINES], at
+# a time. The argument L is the layout of blocks in Gluon, None in Triton.
 
 
 @triton.jit
@@ -203,7 +205,7 @@ def aligned_pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr):
 
     The address is a multiple of 16 bytes. The compiler loads a quad at once only if it knows that.
     """
-    # load_pointer() does not serve here: multiple_of has no effect on the result of a call
+    # not load_pointer(): tl.multiple_of has no effect on what a call returned
     ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16)
 
@@ -319,8 +321,9 @@ def update_statistics(
     chunk = tensors.chunk
     quad, offs, load_mask, store_mask = chunk_offsets(index, length, chunk, BAND, HALO)
 
-    # -- load arrays 0 (g), 1 (m), 2 + k (S_k), all before the first store, as two lines of the
-    # block have some elements in common, and the second must not load what the first has stored --
+    # -- load arrays 0 (g), 1 (m) and 2 + k (S_k) --
+    # all before the first store: two lines of a block have some elements in common, and the second
+    # must not load what the first has stored
     g_ptr = tensors.g_ptr + start
     g = load_quads(g_ptr, quad, phase, load_mask, halo_ptr, 0, chunk, HALO)
     m_ptr = tensors.m_ptr + start
@@ -394,8 +397,8 @@ def precondition(
         variance = variance + (diagonal,)
     psi, s = solve(W, c, variance, S0, options.gamma, BAND)
 
-    # -- edge removal: where s is too small, i loses its successors, so psi = 0 and s = S0. While
-    # there is no scale, all elements do, as gamma_or_inf is inf, and s = 1, so that u = m --
+    # -- edge removal: where s is too small, psi = 0 and s = S0 --
+    # while there is no scale, gamma_or_inf is inf, so psi = 0 everywhere, and s = 1: u = m
     keep = s > units.gamma_or_inf * S0
     s = tl.where(keep, s, tl.where(units.has_scale, S0, 1.0))
     kept_psi = ()
@@ -489,7 +492,7 @@ def halo_kernel(
     c = tl.arange(0, triton.next_power_of_2(RUN))[:, None]  # number of the chunk in the run
     element = tl.arange(0, 8)[None, :]  # of the halo
     start = (run * RUN + c) * chunk
-    offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN, 8]
+    offs = start + tl.where(element < 4, element - 4, chunk + element - 4)  # [RUN or more, 8]
     mask = (offs >= 0) & (offs < n) & (c < RUN)
     # the halos of all chunks are (programs * RUN, BAND + 3, 8): skip to that of each chunk c
     halo_ptr += ((tl.load(row_ptr + FIRST_PROGRAM) + run) * RUN + c) * (BAND + 3) * 8
@@ -511,7 +514,7 @@ def step_kernel(
     table_ptr,  # (T, COLUMNS) int64: addresses and sizes of each tensor
     items_ptr,  # (2 programs, 2) int64: the tensor and the run of each program, from `schedule`
     halo_ptr,  # (programs, RUN, BAND + 3, 8): copies of the elements next to each chunk
-    u_ptr,  # (programs, RUN, 128 LINES): the directions u
+    u_ptr,  # room for (programs, RUN, 128 LINES); the u of a tensor have no gaps between chunks
     partial_ptr, total_ptr,  # sums over each run (programs, SUMS), and over each tensor (T, SUMS)
     counters_ptr, n_tensors,  # int32: T numbers of runs that are done, T flags: sums are ready
     beta1, beta2, new1, new2, log_beta1, log_beta2, eps, gamma, lr, weight_decay,  # new = 1 - beta
@@ -681,7 +684,8 @@ class FusedPlan(Plan):
         in_order, items = schedule(tuple(n_programs), lag)
         self.table, self.in_order, self.items = self.upload(rows, in_order, items)
 
-        # memory: a halo per chunk, a row of sums per program and per tensor, counters
+        # memory: a halo per chunk, a row of sums per program and per tensor, and counters: two for
+        # each tensor, and one for the runs that sonew_hopper.py has started
         n_halos = self.n_programs * run if self.needs_halo else 0
         self.halos = torch.empty(n_halos, self.band + 3, 8, device=self.device)
         self.partial = torch.empty(self.n_programs, SUMS.value, device=self.device)
