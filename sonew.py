@@ -371,7 +371,7 @@ class SONew(torch.optim.Optimizer):
     chain: "row", one chain per p[i].flatten(), or "flat", one through the whole tensor.
     bf16_state: keep momentum and statistics in bfloat16; else in float32 (float64 for float64).
     use_kernel: use the Triton kernel. None: for CUDA tensors but float64; False: never; True:
-        always.
+        always, which needs Triton.
 
     A gradient entry that is not finite, or whose square is not, counts as 0 in the statistics. Its
     tensor skips that step, which state["skipped"] counts. No step waits for the device.

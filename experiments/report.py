@@ -227,8 +227,8 @@ def results_readme(records):
         "A difference is resolved if its 95% interval, Student's t over n seeds, excludes 0. The "
         "commit is the one that wrote the file; its runs on GPUs may be older. They were kept when "
         "a change of the code left the first 40 steps on a CPU as they were, bit for bit; this was "
-        "compared by hand. On GPUs, the last bits of SONew's steps have changed since. Two runs "
-        "often shared a GPU, so that their seconds cannot be compared."
+        "compared by hand. On GPUs, the last bits of SONew's steps have changed since. Some runs "
+        "shared a GPU, so that their seconds cannot be compared."
     )
     for name, record in records.items():
         parts.append(f"## {name}")
