@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not here, and read what the assembler reports.
 
 Triton compiles without a GPU, and its wheel carries ptxas. A process in which Triton interprets
-cannot compile, so this runs in a process of its own. A test lists what real calls launch:
+cannot compile, so another one does, which serves all tests. A test lists what real calls launch:
 
     CASES = [
         Case("forward_kernel", {"D": 128, "BN": 64, "PREC": "tf32"}, arch=90, num_warps=8),
@@ -16,6 +16,7 @@ kernel, chip, constants, registers (per thread), spilled (bytes per thread), sha
 block), tensor_core_instructions, has_tf32.
 """
 
+import functools
 import importlib
 import io
 import json
@@ -23,6 +24,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -60,19 +62,28 @@ class Case:
 FLOATS = ("scale", "eps")
 
 
-def build(module, cases):
-    """Compile the cases, all kernels of one module ("kernels.laser"). Return a report for each."""
+@functools.cache
+def start_compiler():
+    """Start the process that compiles. It ends when this one closes its stdin."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # the assembler's report comes only with compilation, not from Triton's cache
     environment |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     environment["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, with the same registers
-    job = json.dumps([module, [asdict(case) for case in cases]], default=encode_dtype)
     command = [sys.executable, "-m", "tests.build"]
-    done = subprocess.run(
-        command, input=job, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdin=pipe, stdout=pipe, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+
+def build(module, cases):
+    """Compile the cases, all kernels of one module ("kernels.laser"). Return a report for each."""
+    compiler = start_compiler()
+    job = json.dumps([module, [asdict(case) for case in cases]], default=encode_dtype)
+    print(job, file=compiler.stdin, flush=True)
+    reports, error = json.loads(compiler.stdout.readline())
+    assert not error, error
+    return reports
 
 
 def check_build(module, cases):
@@ -152,12 +163,20 @@ def compile_case(module, case):
     }
 
 
+def compile_cases(job):
+    """Return the reports on a job, see `build`, and a traceback or ""."""
+    try:
+        module, cases = json.loads(job, object_hook=decode_dtype)
+        importlib.import_module(module)  # once, and not in each process of the pool
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(compile_case, [module] * len(cases), cases)), ""
+    except Exception:
+        return [], traceback.format_exc()
+
+
 def main():
-    module, cases = json.load(sys.stdin, object_hook=decode_dtype)
-    importlib.import_module(module)  # once, and not in each process of the pool
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(compile_case, [module] * len(cases), cases))
-    print(json.dumps(reports))
+    for job in sys.stdin:
+        print(json.dumps(compile_cases(job)), flush=True)
 
 
 if __name__ == "__main__":
