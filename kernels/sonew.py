@@ -29,7 +29,7 @@ import triton.language as tl
 BLOCK = 1024  # elements that a program loads: those it computes, and their neighbours
 WARPS = 8
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-LEAST_SCALE = tl.constexpr(1e-15)  # below it, squares of gradients lose their digits in float32
+LEAST_SCALE = tl.constexpr(1e-15)  # see sonew.py
 FAR = tl.constexpr(2**30)  # longer than any block
 
 # Columns of the table of tensors, int64. Each row describes one tensor by addresses and sizes:
