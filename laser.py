@@ -146,7 +146,7 @@ def attention_torch(q, k, v):
 def nearest_center(v):
     """Return the center of the band of each value, a multiple of BAND; 0 for inf and NaN.
 
-    Infinity and NaN count to the band around 0, and reach the outputs of their own sequence there.
+    So infinity and NaN are in the band around 0, through which they reach the outputs.
     """
     return ((v / BAND).round() * BAND).nan_to_num(0, posinf=0, neginf=0)
 
@@ -154,7 +154,7 @@ def nearest_center(v):
 @torch.compiler.disable
 def band_centers(v):
     """Return the centers of all bands that v has values in."""
-    # usually there is only one, which is known without looking at each value
+    # usually there is one band: that of both the lowest and the highest value
     low, high = torch.aminmax(v)  # both are NaN if a value is
     center = nearest_center(low)
     if center == nearest_center(high) and (high - low).isfinite():
@@ -167,7 +167,7 @@ def attend(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
-    is_causal = False  # set below: under torch.compile Tq == Tk is symbolic, this must be a bool
+    is_causal = False  # set by an `if`: under torch.compile, Tq == Tk is symbolic and not a bool
     is_gqa = False
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys
         mask = causal_mask(Tq, Tk, q.device)

@@ -370,7 +370,10 @@ def show_sample(model, tokenizer, n, seed, stop):
 
 
 def main(argv=None):
-    """Generate a text from the command line; return {"text", "tokens_per_s", "signal": or 0}."""
+    """Generate a text from the command line; return {"text", "tokens_per_s", "signal"}.
+
+    signal: the one that ended it, or 0.
+    """
     plugin_flags = {"attn": train.PLUGINS["attn"]}
     # lambda: no flag changes the defaults of others, as a preset of train.py does
     (config,) = cli.parse_configs(argv, __doc__, [SampleConfig], plugin_flags, lambda given: {})

@@ -28,8 +28,8 @@ attentions, d = 0 ... w2 - 1, so any flash attention can compute it:
 What the paper leaves open: it does not say which position encoding these layers
 have. Ours have no RoPE (`attention.rotary`), because a trilinear form changes
 when q, k and k2 are rotated by the same angle. The authors' code adds 1/D to k2
-and 1 to v2, since v * v2 is tiny with untrained weights. Of this only the
-paper's listing has a trace, its text does not mention it, and we do not do it.
+and 1 to v2, since v * v2 is tiny with untrained weights. The paper's listing
+has such constants, its text does not mention them, and we leave them out.
 
     python simplicial.py    can one layer find a triple, or compose two
                             functions? seven minutes on two CPU cores

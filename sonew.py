@@ -568,7 +568,7 @@ def optimizer(
     beta1, beta2: decays of the momentum and of the statistics.
     eps: damping, relative to the square of a typical gradient.
     band: the number of successors of a coordinate that predict it, 0 to 4.
-    gamma: they do not, if at most this fraction of its variance would stay unexplained.
+    gamma: edge removal: successors that explain all but this share of its variance are ignored.
     chain: "row": successors end with the row of a matrix; "flat": with the whole tensor.
     bf16_state: keep momentum and statistics in bfloat16.
     """

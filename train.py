@@ -226,7 +226,7 @@ def softmax_attention(q, k, v):
     Tq = q.shape[2]
     Tk = k.shape[2]
     mask = None
-    is_causal = False  # set below: under torch.compile Tq == Tk is symbolic, this must be a bool
+    is_causal = False  # set by an `if`: under torch.compile, Tq == Tk is symbolic and not a bool
     is_grouped = False
     if 1 < Tq < Tk:  # is_causal would align the queries with the first keys, not the last
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)

@@ -59,7 +59,7 @@ IDEAS = [
         "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
         "time; the steeper the exponential, the lower; but a GELU after softmax attention gives "
         "about two thirds of it; larger gradients: where attention is peaked, by about a tenth, "
-        "but not in the mean of a trained GPT",
+        "but in the mean of trained GPTs by 8% at most",
         [
             loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
             Finding(
