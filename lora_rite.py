@@ -542,7 +542,7 @@ class LoRARITE(torch.optim.Optimizer):
         if kernel is None and A.is_cuda:
             warnings.warn("LoRA-RITE runs in PyTorch, which is slower: pip install triton")
         wants_kernel = A.is_cuda if self.use_kernel is None else self.use_kernel
-        return wants_kernel and kernel is not None and kernel.takes(A, B)
+        return wants_kernel and kernel is not None and kernel.supports(A, B)
 
     def init_state(self, p, rank):
         """Create the state of p if needed. The kernel needs it on p's device in these dtypes."""
@@ -554,9 +554,9 @@ class LoRARITE(torch.optim.Optimizer):
 
     @property
     def capturable(self):
-        """Whether a CUDA graph can capture step(). It can if the kernels take all pairs."""
+        """Whether a CUDA graph can capture step(). It can if the kernels step all pairs."""
         pairs = [pair for group in self.param_groups for pair in pairs_of(group)]
-        return kernel is not None and all(kernel.takes(A, B) for A, B in pairs)
+        return all(self.uses_kernel(A, B) for A, B in pairs)
 
     def prepare(self):
         """Build the batches of the next step: a capture of it could not copy their tables."""

@@ -377,7 +377,8 @@ class SONew(torch.optim.Optimizer):
     tensor skips that step, which state["skipped"] counts. No step waits for the device.
 
     Raises ValueError for an option out of range, a sparse or complex gradient, a parameter that is
-    sharded other than by rows, or a state that does not fit the parameters.
+    sharded other than by rows, a state that does not fit the parameters, or use_kernel=True without
+    Triton.
     """
 
     # A CUDA graph can capture step() after prepare(): no step waits for the device, lr may be a
@@ -400,6 +401,8 @@ class SONew(torch.optim.Optimizer):
         bf16_state=False,
         use_kernel=None,
     ):
+        if use_kernel and kernel is None:
+            raise ValueError("the kernel of SONew needs Triton: pip install triton")
         self.use_kernel = use_kernel
         defaults = {"lr": lr, "betas": betas, "eps": eps, "band": band, "gamma": gamma}
         defaults |= {"chain": chain, "weight_decay": weight_decay, "bf16_state": bf16_state}

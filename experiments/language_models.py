@@ -72,6 +72,7 @@ STUDIES = {
     "laser-124m": Study(
         "Does a GPT of 124 M parameters with LASER reach a lower loss?",
         {"softmax": "--attn softmax", "LASER": "--attn laser"},
+        later={"softmax, then GELU": "--attn experiments.controls:gelu=true"},
         seeds=(1, 2),
         flags=FLAGS_124M,
         rates=RATES_124M,

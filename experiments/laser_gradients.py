@@ -99,19 +99,24 @@ def probe_run(out, variant):
 def plot(record):
     """Draw the gradient over training, and how much larger LASER's is by layer at the end."""
     figure, (left, right) = harness.new_figure((10, 3.6), 1, 2)
-    last = {}  # variant: gradient by layer at the last stop, mean over seeds
+    gradients = {}  # variant: (seeds, stops, layers)
     for variant in VARIANTS:
-        curves = torch.tensor(
-            [[layers for _, layers in run["curve"]] for run in record["variants"][variant]["runs"]]
-        )  # (seeds, stops, layers)
-        left.loglog(STOPS, curves.mean((0, 2)), "o-", label=variant)
-        last[variant] = curves[:, -1].mean(0)
+        runs = record["variants"][variant]["runs"]
+        gradients[variant] = torch.tensor([[layers for _, layers in run["curve"]] for run in runs])
+        left.semilogx(STOPS, gradients[variant].mean((0, 2)), "o-", label=variant)
     left.set(xlabel="step", ylabel="sum over keys of |d loss / d logit|")
+    left.set_ylim(bottom=0)
     left.legend()
-    ratio = last["LASER"] / last["softmax"]
-    right.bar(range(1, len(ratio) + 1), ratio.tolist())
+
+    # at the end: a point for each seed, and a line through their means
+    ratios = gradients["LASER"][:, -1] / gradients["softmax"][:, -1]  # (seeds, layers)
+    layers = range(1, ratios.shape[1] + 1)
+    for ratio in ratios:
+        right.plot(layers, ratio, "o", color="C1", alpha=0.4)
+    right.plot(layers, ratios.mean(0), color="C1")
     right.axhline(1, color="black", lw=0.8)
     right.set(xlabel="layer", ylabel="LASER / softmax at the end")
+    right.set_ylim(bottom=0)
     return figure
 
 

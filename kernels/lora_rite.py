@@ -688,7 +688,7 @@ def update_kernel(
 # Host: tables of addresses, launches
 
 
-def takes(A, B):
+def supports(A, B):
     """Return whether the kernels take a pair A (r, n), B (m, r)."""
     for p in (A, B):
         if p.dtype != A.dtype or p.device != A.device or p.numel() >= 2**31:

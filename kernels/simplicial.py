@@ -77,7 +77,7 @@ class Tile(NamedTuple):
     position: tl.tensor  # i, of the query in k
     position2: tl.tensor  # i - d, of the second key in k2
     exists: tl.tensor  # the query exists, and the offset is in its window
-    has_rivals: tl.tensor  # the query sees several pairs; with a single pair, P = 1 and dS = 0
+    has_several_pairs: tl.tensor  # of keys in its windows; with a single pair, P = 1 and dS = 0
     first_position: tl.tensor  # position in k of the first query, a number
     last_position: tl.tensor  # position in k of the last query, a number
 
@@ -101,12 +101,12 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
     offset = index % chunks * OFFSETS + row % OFFSETS
 
     # -- position of the query in q, in k (i) and in k2 (i2): q has the last positions --
-    step = tl.minimum(query // GROUP, sizes.Tq - 1)  # queries past the end get the last position
-    i = step + sizes.Tk - sizes.Tq
-    i2 = step + sizes.Tk2 - sizes.Tq
+    q_position = tl.minimum(query // GROUP, sizes.Tq - 1)  # queries past the end get the last
+    i = q_position + sizes.Tk - sizes.Tq
+    i2 = q_position + sizes.Tk2 - sizes.Tq
     exists = (query < sizes.Tq * GROUP) & (offset < sizes.w2) & (offset <= i2)
     # the query has min(i + 1, w1) * min(i2 + 1, w2) pairs: is that more than one?
-    has_rivals = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
+    has_several_pairs = exists & (tl.minimum(i, sizes.w1 - 1) + tl.minimum(i2, sizes.w2 - 1) > 0)
 
     # -- positions in k of the first and the last query --
     first_query = index // chunks * QUERIES
@@ -114,7 +114,7 @@ def make_tile(index, sizes, GROUP: tl.constexpr, QUERIES: tl.constexpr, OFFSETS:
     first_position = tl.minimum(first_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     last_position = tl.minimum(last_query // GROUP, sizes.Tq - 1) + sizes.Tk - sizes.Tq
     q_row = query_row(query, sizes, GROUP)
-    return Tile(q_row, i, i2 - offset, exists, has_rivals, first_position, last_position)
+    return Tile(q_row, i, i2 - offset, exists, has_several_pairs, first_position, last_position)
 
 
 @triton.jit
@@ -559,14 +559,14 @@ def make_row_operands(
     tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
     qk2 = multiply_rows(head.q_ptr, head.k2_ptr, tile, tile.exists, qk_scale, D)
     tl.debug_barrier()  # without it all loads come first, and registers spill
-    return qk2, multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.has_rivals, 1.0, D)
+    return qk2, multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.has_several_pairs, 1.0, D)
 
 
 @triton.jit
 def load_row_inputs(head, tile, qk2, dov2):
     """Load lse and delta of the queries of a tile, [ROWS]. Return the RowInputs."""
     lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.exists, other=float("inf")) * LOG2E
-    delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.has_rivals, other=0.0)
+    delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.has_several_pairs, other=0.0)
     return RowInputs(qk2, dov2, lse, delta, tile.position)
 
 
@@ -684,13 +684,13 @@ def dq_dk2_dv2_kernel(
     chunks = tl.cdiv(w2, OFFSETS)
     steps = piece * GROUP // QUERIES * chunks  # how many tiles: 64 * GROUP // 4 * 1, for example
     first_tile = tl.program_id(0) * steps
-    last_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
+    end_tile = tl.minimum(first_tile + steps, tl.cdiv(Tq * GROUP, QUERIES) * chunks)
     scale = tl.cast(scale, tl.float32)
     qk2, dov2 = make_row_operands(
         head, first_tile, sizes, scale * LOG2E, GROUP, D, QUERIES, OFFSETS
     )
     dq = tl.zeros((PADDED, D), tl.float32)
-    for tile_index in range(first_tile, last_tile):
+    for tile_index in range(first_tile, end_tile):
         # -- compute pv = P V and dsk = dS K of each row (query i, offset d), [ROWS, D] --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
         rows = load_row_inputs(head, tile, qk2, dov2)
@@ -785,10 +785,10 @@ def dk_dv_kernel(
         # -- load the rows; if a query has a single pair, qk2 = lse = 0: then P = 1 and dk is 0 --
         tile = make_tile(tile_index, sizes, GROUP, QUERIES, OFFSETS)
         qk2 = multiply_rows(
-            head.q_ptr, head.k2_ptr, tile, tile.has_rivals, qk_scale, D
+            head.q_ptr, head.k2_ptr, tile, tile.has_several_pairs, qk_scale, D
         )  # [ROWS, D]
         dov2 = multiply_rows(head.do_ptr, head.v2_ptr, tile, tile.exists, 1.0, D)
-        lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.has_rivals, other=0.0) * LOG2E
+        lse = tl.load(head.lse_ptr + tile.q_row, mask=tile.has_several_pairs, other=0.0) * LOG2E
         lse = tl.where(tile.exists, lse, float("inf"))  # exp2(s - inf) = 0
         delta = tl.load(head.delta_ptr + tile.q_row, mask=tile.exists, other=0.0)
 

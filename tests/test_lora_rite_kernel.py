@@ -316,25 +316,25 @@ def pair_of_zeros(r=4, dtype=torch.float32):
 @pytest.mark.parametrize("rank", [1, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_what_the_kernel_takes(rank, dtype):
-    assert kernel.takes(*pair_of_zeros(rank, dtype))
+    assert kernel.supports(*pair_of_zeros(rank, dtype))
 
 
 def test_what_the_kernel_does_not_take():
-    assert not kernel.takes(*pair_of_zeros(r=65))
-    assert not kernel.takes(*pair_of_zeros(dtype=torch.float64))
+    assert not kernel.supports(*pair_of_zeros(r=65))
+    assert not kernel.supports(*pair_of_zeros(dtype=torch.float64))
 
     # two dtypes, two devices, not contiguous
     A, B = pair_of_zeros()
-    assert not kernel.takes(A, B.half())
-    assert not kernel.takes(A.to("meta"), B)
-    assert not kernel.takes(A.T.contiguous().T, B)
-    assert not kernel.takes(A, B.T.contiguous().T)
+    assert not kernel.supports(A, B.half())
+    assert not kernel.supports(A.to("meta"), B)
+    assert not kernel.supports(A.T.contiguous().T, B)
+    assert not kernel.supports(A, B.T.contiguous().T)
 
     # 2^31 elements
     small = torch.empty(2, 2, device="meta")
     huge = torch.empty(2, 2**30, device="meta")
-    assert kernel.takes(small, small)
-    assert not kernel.takes(huge, small)
+    assert kernel.supports(small, small)
+    assert not kernel.supports(huge, small)
 
 
 def test_without_a_gpu_pytorch_is_the_default(monkeypatch):

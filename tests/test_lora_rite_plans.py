@@ -91,14 +91,19 @@ def test_the_tables_of_a_graph_are_kept(monkeypatch):
     assert not_captured() is None
 
 
+def is_capturable(use_kernel, dtype=torch.float32):
+    pair = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((2, 7), (9, 2))]
+    group = {"params": pair, "pair": True}
+    return LoRARITE([group], use_kernel=use_kernel).capturable
+
+
 def test_steps_of_the_kernel_alone_are_capturable(monkeypatch):
-    pairs, grads = problem([(2, 9, 7)], 1, torch.float32)
-    _, optimizer = run(EAGER, pairs, grads, torch.float32)
-    _, double = run(EAGER, pairs, grads, torch.float64)
-    assert optimizer.capturable
-    assert not double.capturable, "float64 pairs cannot take the kernel's steps"
+    assert is_capturable(KERNEL)
+    assert not is_capturable(KERNEL, torch.float64), "the kernels do not support float64"
+    assert not is_capturable(EAGER)
+    assert not is_capturable(None), "on a CPU, PyTorch is the default"
     monkeypatch.setattr(lora_rite, "kernel", None)
-    assert not optimizer.capturable
+    assert not is_capturable(None)
 
 
 @gpu

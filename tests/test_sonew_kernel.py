@@ -354,6 +354,14 @@ def test_too_few_lines_are_refused(monkeypatch):
         check_kernel([(2, 4)])
 
 
+def test_the_kernel_needs_triton(monkeypatch):
+    monkeypatch.setattr(sonew, "kernel", None)
+    p = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="pip install triton"):
+        sonew.SONew([p], use_kernel=True)
+    sonew.SONew([p])
+
+
 def test_kernel_beyond_2_to_the_31():
     """A step on the last chunk of a tensor of n = 2^31 + 40 elements. Most memory stays unused.
 
