@@ -1,4 +1,4 @@
-"""The ideas, and which results of their studies the table in README.md shows."""
+"""The ideas, and which results of their studies README.md and results/README.md show."""
 
 import statistics
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from experiments.harness import paired_difference
 
 
 class Finding(NamedTuple):
-    """A result that README.md shows: a variant, and its differences to one baseline or several."""
+    """A result of a study: a variant, and its differences to one baseline or several."""
 
     study: str  # NAME of results/NAME.json
     label: str
@@ -27,6 +27,7 @@ class Idea(NamedTuple):
     claim: str  # what the paper says
     verdict: str  # whether it held here, in words; the findings have the numbers
     findings: list
+    controls: list = []  # findings that results/README.md has in addition
 
 
 def query_training(task):
@@ -37,9 +38,9 @@ def query_training(task):
     return Finding("ttt_context-gpu", label, variant, baselines=baselines, key="accuracy")
 
 
-def loss_of_gpt(study, variant, *baselines):
-    """Return the finding on the loss. baselines: at equal steps, at about equal time."""
-    return Finding(study, "loss of a GPT", variant, "percent", baselines)
+def loss(study, label, variant, *baselines):
+    """Return the finding on a loss, as changes in percent."""
+    return Finding(study, label, variant, "percent", baselines)
 
 
 def small_task(label, task):
@@ -48,6 +49,9 @@ def small_task(label, task):
     return Finding("simplicial-cpu", label, f"{task}: 2-simplicial", baselines=baselines)
 
 
+GELU = "softmax, then GELU"
+SOFTMAX_AND_LONGER = ("softmax", "softmax, 50% more steps")
+EQUAL_PARAMETERS = ("softmax, wider MLP", "window 128, wider MLP", "product of two")
 PEAKED = "trained with LASER, rows with max p > 0.9: LASER"
 IDEAS = [
     Idea(
@@ -58,26 +62,19 @@ IDEAS = [
         "to 2.595, -1.7%, at 301 M parameters)",
         "a lower loss: yes, as much as in the paper, and more than half of that at about equal "
         "time; the steeper the exponential, the lower; but a GELU after softmax attention gives "
-        "about two thirds of it; larger gradients: where attention is peaked, by about a tenth, "
-        "but in the mean of trained GPTs by 8% at most",
+        "about two thirds of it; at 124 M parameters, both of two seeds gain; larger gradients: "
+        "where attention is peaked, by about a tenth, but in the mean of trained GPTs by 8% at "
+        "most",
         [
-            loss_of_gpt("laser-gpu", "LASER", "softmax", "softmax, 6% more steps"),
-            Finding(
-                "laser-gpu",
-                "with exp(2 V) and log / 2",
-                "temperature 0.5",
-                "percent",
-                ("softmax", "LASER"),
-            ),
-            Finding("laser-gpu", "with exp(V / 2) and 2 log", "temperature 2", "percent"),
-            Finding(
-                "laser-gpu",
-                "with softmax and a GELU after it",
-                "softmax, then GELU",
-                "percent",
-                ("softmax", "LASER"),
-            ),
+            loss("laser-gpu", "loss of a GPT", "LASER", "softmax", "softmax, 6% more steps"),
+            loss("laser-gpu", "with softmax and a GELU", GELU, "softmax", "LASER"),
+            loss("laser-124m-gpu", "loss at 124 M parameters", "LASER"),
             Finding("laser-gradients", "gradient at the logits of trained GPTs", "LASER", "log10"),
+        ],
+        [
+            loss("laser-gpu", "with exp(2 V) and log / 2", "temperature 0.5", "softmax", "LASER"),
+            loss("laser-gpu", "with exp(V / 2) and 2 log", "temperature 2", "softmax", "LASER"),
+            loss("laser-124m-gpu", "124 M parameters, with softmax and a GELU", GELU),
             Finding("laser-cpu", "gradient at peaked logits of one small GPT", PEAKED, "log10"),
         ],
     ),
@@ -90,9 +87,12 @@ IDEAS = [
         "hardly at 26 M parameters: at equal steps a fraction of a percent at most, and at about "
         "equal time softmax is far better; but it learns tasks on triples that softmax does not",
         [
-            loss_of_gpt("simplicial-gpu", "2-simplicial", "softmax", "softmax, 50% more steps"),
+            loss("simplicial-gpu", "loss of a GPT", "2-simplicial", *SOFTMAX_AND_LONGER),
             small_task("accuracy, composing two functions", "composition"),
             small_task("accuracy, finding triples (Match3)", "Match3"),
+        ],
+        [
+            loss("simplicial-gpu", "at equal parameters", "2-simplicial", *EQUAL_PARAMETERS),
         ],
     ),
     Idea(
@@ -102,21 +102,26 @@ IDEAS = [
         "precondition with the inverse of a band of E[g gᵀ], in closed form: up to 30% fewer steps",
         "in part: a lower loss, also at about equal time, and AdamW's loss in about 15% fewer "
         "steps, not 30%; all of the gain is the band's, since the diagonal alone does no better "
-        "than AdamW; but at equal steps Muon ends far lower",
+        "than AdamW; but a wider band, or other neighbours in it, changes less than 1%; and at "
+        "equal steps Muon ends far lower",
         [
-            loss_of_gpt("sonew-gpu", "SONew", "AdamW", "AdamW, 6% more steps"),
-            Finding("sonew-gpu", "in 15% fewer steps", "SONew, 15% fewer steps", "percent"),
-            Finding("sonew-gpu", "in 30% fewer steps", "SONew, 30% fewer steps", "percent"),
-            Finding("sonew-gpu", "with the diagonal alone", "SONew, band 0", "percent"),
-            Finding("sonew-gpu", "AdamW with beta2 0.99", "AdamW, beta2 0.99", "percent"),
-            Finding("sonew-gpu", "with Muon instead", "Muon", "percent", ("AdamW", "SONew")),
-            Finding(
+            loss("sonew-gpu", "loss of a GPT", "SONew", "AdamW", "AdamW, 6% more steps"),
+            loss("sonew-gpu", "in 15% fewer steps", "SONew, 15% fewer steps"),
+            loss("sonew-gpu", "with the diagonal alone", "SONew, band 0"),
+            loss("sonew-gpu", "with Muon instead", "Muon", "AdamW", "SONew"),
+            loss(
                 "sonew-cpu",
                 "MNIST autoencoder, cross-entropy after 300 steps, when Adam has learned nothing",
                 "SONew, band 1",
-                "percent",
             ),
-            Finding("sonew-cpu", "the same with the diagonal alone", "SONew, band 0", "percent"),
+        ],
+        [
+            loss("sonew-gpu", "in 30% fewer steps", "SONew, 30% fewer steps"),
+            loss("sonew-gpu", "with a band of 4", "SONew, band 4", "AdamW", "SONew"),
+            loss("sonew-gpu", "columns in a random order", "SONew, shuffled", "AdamW", "SONew"),
+            loss("sonew-gpu", "with one chain per tensor", "SONew, flat", "AdamW", "SONew"),
+            loss("sonew-gpu", "AdamW with beta2 0.99", "AdamW, beta2 0.99"),
+            loss("sonew-cpu", "MNIST autoencoder, with the diagonal alone", "SONew, band 0"),
         ],
     ),
     Idea(
@@ -211,7 +216,7 @@ def change_text(difference, baseline, kind):
     """Return a difference and its interval. baseline: the value that percentages refer to."""
     mean = difference["mean"]
     half_width = difference["half_width_95"]
-    unclear = "" if abs(mean) > half_width else " (not resolved)"
+    unclear = "" if abs(mean) > half_width else f" (not resolved, n = {difference['n']})"
     if kind == "percent":
         return f"{100 * mean / baseline:+.1f} ± {100 * half_width / baseline:.1f}%{unclear}"
     if kind == "log10":

@@ -67,31 +67,49 @@ def table(header, rows):
 
 def ideas_table(records):
     """Return the table of the ideas: what the papers claim, and what was measured here."""
-    measured = "measured here, with 95% intervals"
-    header = ["idea", "the paper's claim", "did it hold here?", measured, "files", "command"]
+    header = ["idea", "the paper's claim", "did it hold here?", "measured here, 95% intervals"]
     return table(header, [idea_row(idea, records) for idea in IDEAS])
 
 
 def idea_row(idea, records):
-    measured = []
-    used = {}  # {command: {study: record}}
-    for finding in idea.findings:
-        study = finding.study
-        if study not in records and study == f"{idea.file}-gpu":
-            study = "all-gpu"  # it has the losses of each idea, too
-        record = records.get(study)
-        if record is None or finding.variant not in record["differences"]:
-            measured.append(f"{finding.label}: not measured yet")
-            continue
-        text = finding_text(record, finding)
-        measured.append(f"{text}, older code" if changed_files(record) else text)
-        used.setdefault(record["command"], {})[study] = record
-    commands = []
-    for command, studies in used.items():
-        commands.append(f"`{command}`, {minutes_of(list(studies.values()))}")
-    link = f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})"
-    files = f"{file_link(f'{idea.file}.py')}, {file_link(f'kernels/{idea.file}.py')}"
-    return [link, idea.claim, idea.verdict, "<br>".join(measured), files, "<br>".join(commands)]
+    files = [file_link(f"{idea.file}.py"), file_link(f"kernels/{idea.file}.py")]
+    lines = finding_lines(idea, idea.findings, records)
+    commands = command_lines(idea, idea.findings + idea.controls, records)
+    return [
+        "<br>".join([f"[{idea.name}](https://arxiv.org/abs/{idea.arxiv})", *files]),
+        idea.claim,
+        idea.verdict,
+        "<br>".join(lines + commands),
+    ]
+
+
+def record_of(idea, finding, records):
+    """Return the record of the study that has a finding, None if there is none yet."""
+    study = finding.study
+    if study not in records and study == f"{idea.file}-gpu":
+        study = "all-gpu"  # it has the losses of each idea, too
+    record = records.get(study)
+    return record if record and finding.variant in record["differences"] else None
+
+
+def finding_lines(idea, findings, records):
+    """Return what was measured, a line for each finding."""
+    lines = []
+    for finding in findings:
+        record = record_of(idea, finding, records)
+        text = finding_text(record, finding) if record else f"{finding.label}: not measured yet"
+        lines.append(f"{text}, older code" if record and changed_files(record) else text)
+    return lines
+
+
+def command_lines(idea, findings, records):
+    """Return the commands that measured the findings, and how long they took."""
+    studies = {}  # {command: the records that it wrote}
+    for finding in findings:
+        record = record_of(idea, finding, records)
+        if record and record not in studies.setdefault(record["command"], []):
+            studies[record["command"]].append(record)
+    return [f"`{command}`, {minutes_of(written)}" for command, written in studies.items()]
 
 
 def minutes_of(records):
@@ -221,8 +239,8 @@ def made_on(record):
 
 
 def results_readme(records):
-    """Return the text of results/README.md: one section per JSON file."""
-    parts = ["# Results", "Written by `python experiments/report.py`. A section per file."]
+    """Return the text of results/README.md: what was found, then one section per JSON file."""
+    parts = ["# Results", "Written by `python experiments/report.py`: findings, then every study."]
     parts.append(
         "A difference is resolved if its 95% interval, Student's t over n seeds, excludes 0. The "
         "commit is the one that wrote the file; its runs on GPUs may be older. They were kept when "
@@ -230,6 +248,10 @@ def results_readme(records):
         "compared by hand. On GPUs, the last bits of SONew's steps have changed since. Some runs "
         "shared a GPU, so that their seconds cannot be compared."
     )
+    for idea in IDEAS:
+        lines = finding_lines(idea, idea.findings + idea.controls, records)
+        parts.append(f"## {idea.name}")
+        parts.append("\n".join(f"- {line}" for line in lines))
     for name, record in records.items():
         parts.append(f"## {name}")
         if "question" in record:

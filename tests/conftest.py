@@ -1,6 +1,5 @@
 """Set up before any test: Triton's interpreter where there is no GPU, and the fixture `tiny`."""
 
-import functools
 import os
 import random
 from pathlib import Path
@@ -8,33 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import interpreter
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-
-
-def speed_up_interpreter():
-    """Let a device function patch triton.language at its first call only, not at every call.
-
-    A launch has patched it already. Without this, kernels take a third longer.
-    """
-    try:
-        from triton.runtime.interpreter import InterpretedFunction, _patch_lang
-    except ImportError:  # no Triton, or another version of it
-        return
-    patch_once = functools.cache(_patch_lang)
-
-    def call(device_function, *args, **kwargs):
-        patch_once(device_function.fn)
-        return device_function.rewrite()(*args, **kwargs)
-
-    InterpretedFunction.__call__ = call
-
-
-speed_up_interpreter()
+    interpreter.speed_up()
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Draw the same random numbers in a test whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

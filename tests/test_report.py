@@ -59,7 +59,11 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     finding = Finding("laser-cpu", "loss", "LASER", kind="percent")
     missing = finding._replace(study="laser-gpu", label="speed")
-    idea = Idea("laser", "L", "1", claim="less", verdict="yes", findings=[finding, missing])
+    control = finding._replace(label="control")
+    findings = [finding, missing]
+    idea = Idea(
+        "laser", "L", "1", claim="less", verdict="yes", findings=findings, controls=[control]
+    )
     monkeypatch.setattr(report, "IDEAS", [idea])
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "laser.py").write_text("x = 1\n" * 14)
@@ -95,19 +99,17 @@ def test_tables(repository):
     assert "\nold\n" not in text
 
     row = line_with(text, "less")
-    assert (
-        "| [L](https://arxiv.org/abs/1) | less | yes | loss: -30.0 ± 10.0% against softmax<br>"
-        in row
-    )
-    assert "softmax<br>speed: not measured yet |" in row
-    assert "(0 lines), [kernels/laser.py](kernels/laser.py) (10 lines) |" in row
-    assert "| `python laser.py`, 1 min |" in row
+    assert row.startswith("| [L](https://arxiv.org/abs/1)<br>[laser.py](laser.py) (0 lines)<br>")
+    assert "[kernels/laser.py](kernels/laser.py) (10 lines) | less | yes | loss: -30.0 ±" in row
+    assert row.endswith("softmax<br>speed: not measured yet<br>`python laser.py`, 1 min |")
     assert "step of the kernels (1 x NVIDIA H200, torch 2.11.0). The floor is the time" in text
     assert "\n\n| kernel | shape |" in text
     assert "| laser | B 4, H 16 | paper's form: 4.000 | 2.000 | 0.50 | 50% |" in text
     assert "| laser | B 8, H 16 |" not in text, "one shape of each kernel is enough"
 
     text = (repository / "results/README.md").read_text()
+    found = "- loss: -30.0 ± 10.0% against softmax\n- speed: not measured yet\n- control: -30.0 ±"
+    assert f"## L\n\n{found}" in text
     assert "Is it better?" in text
     assert "Metric: loss." in text
     assert "- explained in: [experiments/laser.py](../experiments/laser.py)\n" in text
@@ -208,7 +210,7 @@ def test_a_finding_against_other_baselines():
     finding = Finding("laser-cpu", "loss", "LASER", baselines=("task: other", "softmax"))
     text = report.finding_text(record, finding)
     half_width = 12.706 * 0.25  # of the differences -0.5 and -1.0, and of -1.0 and -0.5
-    change = f"-0.75 ± {half_width:.2f} (not resolved)"
+    change = f"-0.75 ± {half_width:.2f} (not resolved, n = 2)"
     assert text == f"loss: 1.75; {change} against other; {change} against softmax"
 
 
@@ -236,10 +238,8 @@ def test_do_the_gains_add_up():
     assert added["half_width_95"] == pytest.approx(12.706 * 0.125)
     percent = 100 / 2.5  # of the baseline's mean
     text = findings.together_text(record)
-    assert (
-        f"gains added up: {0.375 * percent:+.1f} ± {12.706 * 0.125 * percent:.1f}% (not resolved)."
-        in text
-    )
+    change = f"{0.375 * percent:+.1f} ± {12.706 * 0.125 * percent:.1f}%"
+    assert f"gains added up: {change} (not resolved, n = 2)." in text
     assert f"All three against LASER + SONew: {-0.5 * percent:+.1f} ± " in text
 
 
@@ -253,7 +253,7 @@ def test_the_study_of_all_ideas_has_their_losses(repository):
     )
     assert "speed: +30.0 ± 10.0% against softmax" in row
     row = report.ideas_table({"all-gpu": {**STUDY, "differences": {}}})
-    assert "speed: not measured yet |" in row
+    assert row.endswith("<br>speed: not measured yet |")
 
 
 def test_training_steps():
@@ -289,13 +289,13 @@ def test_minutes_of_a_study():
 def test_times_of_a_command_with_two_studies_add_up(repository):
     save(repository, "laser-gpu", {**STUDY, "seconds": 119.0})
     report.main([])
-    assert "| `python laser.py`, 3 min |" in (repository / "README.md").read_text()
+    assert "<br>`python laser.py`, 3 min |" in (repository / "README.md").read_text()
 
 
 @pytest.mark.parametrize("idea", IDEAS, ids=lambda idea: idea.file)
 def test_findings_are_in_the_results(idea):
     records = report.load_results()
-    for finding in idea.findings:
+    for finding in idea.findings + idea.controls:
         assert finding.study.startswith(idea.file.partition("_")[0])  # ttt_needles is another study
         if finding.study in records:
             study = STUDIES.get(finding.study.removesuffix("-gpu"))
