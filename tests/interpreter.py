@@ -1,7 +1,7 @@
-"""Make Triton's interpreter three times as fast, with the same results and the same checks.
+"""Make Triton's interpreter twice as fast, and let it notice integers that overflow.
 
 It is slow because of what it does around each NumPy operation: it builds the types of blocks, and
-checks integers for overflow, with many operations of Triton. Here the types are kept, and NumPy
+computes, but does not assert, that integers do not overflow. Here the types are kept, and NumPy
 checks integers. With another version of Triton than the one that we test, all stays as it is.
 """
 
@@ -9,13 +9,15 @@ import functools
 
 import numpy as np
 
+VERSION = "3.7."  # of Triton
+
 
 def speed_up():
     try:
         import triton
     except ImportError:
         return
-    if triton.__version__.startswith("3.7."):
+    if triton.__version__.startswith(VERSION):
         patch_device_functions()
         keep_numpy_types()
         keep_block_types()
@@ -90,17 +92,14 @@ def keep_shapes_of_tensors():
 
 
 def check_overflow_with_numpy():
-    """Compare sums, differences and products of integers with their limits in int64."""
+    """Assert, in int64, that sums, differences and products of integers fit their type."""
     from triton.language.semantic import TritonSemantic
 
     operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-    check = TritonSemantic.binary_op_sanitize_overflow_impl
 
     def check_overflow(semantic, lhs, rhs, binary_op):
         a, b = lhs.handle.data, rhs.handle.data
-        if a.dtype == bool:
-            return check(semantic, lhs, rhs, binary_op)
-        if a.dtype.itemsize < 8:
+        if a.dtype != bool and a.dtype.itemsize < 8:
             exact = operations[binary_op.__name__](a, b, dtype=np.int64)
             limits = np.iinfo(a.dtype)
             fits = limits.min <= exact.min() and exact.max() <= limits.max

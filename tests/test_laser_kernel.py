@@ -353,7 +353,7 @@ def test_kernels_build_for_four_gpus():
         *attention_cases("bf16", 64, (80,)),
         # sm_120 has the least shared memory, and exp(v) takes more of it than with bf16
         *attention_cases("fp16", 128, (120,)),
-        *attention_cases("fp32", 128, (120,)),
+        *attention_cases("fp32", 64, (120,)),
         *elementwise_and_fallback_cases(),
     ]
     reports = check_build("kernels.laser", cases)
