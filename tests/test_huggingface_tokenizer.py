@@ -110,7 +110,7 @@ def test_ids_are_those_of_tokenizers(tmp_path, words):
     snippets = [*"aAeé1 2\n\t'.!<数😀\u0301\x01\x7f½\r\u3000١"]
     snippets += ["the ", "'s", "'LL", "<|im_end|>", "  "]
     texts = [*DIFFICULT, SOURCE]
-    for n in (*range(1, 500), 50_000):
+    for n in (*range(1, 500, 3), 50_000):
         texts.append("".join(rng.choices(snippets, k=n)))
     assert len(PIECES.findall(SOURCE)) > 3
     assert len(PIECES.findall(texts[-1])) > 3
