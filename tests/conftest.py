@@ -1,5 +1,6 @@
 """Set up before any test: Triton's interpreter where there is no GPU, and the fixture `tiny`."""
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -16,6 +17,11 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+def pytest_collection_finish(session):
+    """Let the garbage collector pass over what was imported: it takes a tenth of the time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

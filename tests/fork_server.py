@@ -5,6 +5,7 @@ environment, folder]. For each, the answer has [exit status, stdout, stderr].
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ with contextlib.suppress(ModuleNotFoundError):
     import triton  # noqa: F401
 
 TIMEOUT = 300  # seconds
+
+gc.freeze()  # the forks need not collect what was imported
 
 
 def run(source, argv, environment, folder):
