@@ -85,7 +85,8 @@ IDEAS = [
         "score pairs of keys with a trilinear form: a lower loss from 2 B active parameters on, a "
         "steeper scaling law",
         "hardly at 26 M parameters: at equal steps a fraction of a percent at most, and at about "
-        "equal time softmax is far better; but it learns tasks on triples that softmax does not",
+        "equal time softmax is far better; but it learns tasks on triples that softmax does not; "
+        "the scaling law, about an hour of two H100s, was not measured",
         [
             loss("simplicial-gpu", "loss of a GPT", "2-simplicial", *SOFTMAX_AND_LONGER),
             small_task("accuracy, composing two functions", "composition"),
