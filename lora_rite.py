@@ -396,7 +396,7 @@ class LoRARITE(torch.optim.Optimizer):
     clip          limit on the norm of the unmagnified gradients of all pairs; 0: no limit
     weight_decay  decoupled, x -= lr weight_decay x
     escape        add the escaped mass rho to all eigenvalues of the second moment
-    use_kernel    None: for CUDA tensors; True: always (interpreted on a CPU); False: never
+    use_kernel    None: for CUDA tensors; True: on a CPU, too (interpreted); False: never
 
     The state of a parameter is "M" in float32 or float64, and "packed": the numbers of its
     FactorState as one float64 tensor.

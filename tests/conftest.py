@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """Let the garbage collector pass over what was imported: it takes a tenth of the time."""
+    """Let the garbage collector pass over what was imported, which cost 7% of the time."""
     gc.freeze()
 
 

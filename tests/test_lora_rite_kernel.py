@@ -315,11 +315,11 @@ def pair_of_zeros(r=4, dtype=torch.float32):
 
 @pytest.mark.parametrize("rank", [1, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_what_the_kernel_takes(rank, dtype):
+def test_what_the_kernel_supports(rank, dtype):
     assert kernel.supports(*pair_of_zeros(rank, dtype))
 
 
-def test_what_the_kernel_does_not_take():
+def test_what_the_kernel_does_not_support():
     assert not kernel.supports(*pair_of_zeros(r=65))
     assert not kernel.supports(*pair_of_zeros(dtype=torch.float64))
 
